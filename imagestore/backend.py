@@ -1,0 +1,89 @@
+"""The one protocol below every store: a flat tree of objects under keys.
+
+Keys are relative, `/`-separated, made by this package from digests and checked names; a backend never
+sees a string that a user typed. All implementations pass tests/contract/test_backend.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStat:
+    """What a store says about an object without its bytes."""
+
+    key: str
+    size_bytes: int
+    etag: str
+    """Opaque; changes whenever the content changes. Never compared between backends."""
+    modified_s: float
+    """Seconds since the epoch by the *store's* clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """Bytes of an object (or of the range asked for) and what the store said about the whole."""
+
+    data: bytes
+    stat: ObjectStat
+
+
+class Backend(Protocol):
+    """Verbs of a store.
+
+    Atomic? Yes: a reader sees the old object, the new one or none, never a part.
+    Durable? When `put` returns, a crash of any machine does not undo it.
+    Idempotent? `get`, `stat`, `list`, `delete`, and `put` without conditions: safe to retry.
+        A conditional `put` whose answer was lost is not: the caller reads back and compares.
+    Ordered? No promise between keys beyond "a returned put is seen by every later get".
+    Thread-safe? Yes; callers use one backend from several threads.
+    Who closes it? Whoever built it (a program's entry point), by `close`.
+
+    Errors: NotFound, Conflict (a condition failed), Denied, NoSpace, Unavailable (retry), Unsupported, Corrupt
+    (short or over-long answers).
+    """
+
+    url: str
+    read_only: bool
+    conditional: bool
+    """Whether `if_match`/`if_none_match` hold under a race (probed for S3, true for directories)."""
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
+        """Bytes `start` to `start + length` of the object (all of it by default), exactly that many."""
+        ...
+
+    def stat(self, key: str) -> ObjectStat:
+        """Raises NotFound."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
+        """Every object whose key starts with `prefix`, in key order. Static web servers: Unsupported."""
+        ...
+
+    def put(
+        self,
+        key: str,
+        data: Buffer | Sequence[Buffer],
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> ObjectStat:
+        """Store `data` (pieces are joined) under `key`, replacing what was there.
+
+        if_match: only if the object's etag is this one, else Conflict.
+        if_none_match: only if there is no object, else Conflict.
+        """
+        ...
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        """Remove it; "there was none" is success, "I was not allowed to" is Denied."""
+        ...
+
+    def now(self) -> float:
+        """Seconds since the epoch by the store's clock: leases and grace periods are judged by it."""
+        ...
+
+    def close(self) -> None: ...

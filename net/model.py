@@ -1,0 +1,70 @@
+"""Desired state of one node's networks, as plain values. Nothing here knows an instance or a database."""
+
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One NIC of one guest on a network, wherever in the cluster it is."""
+
+    uuid: str
+    mac: str
+    """Lower case, colons."""
+    address: IPv4Address
+    hostname: str
+    """Checked by the caller to be a DNS label; the name under which DNS answers."""
+    node: str = ""
+    """Name of the node that hosts the guest; "" while it is nowhere."""
+    tap: str = ""
+    """Name of the tap device (at most 15 characters) when the port is on this node, else ""."""
+    floating: IPv4Address | None = None
+    """The 1:1 address from the floating pool, applied on the network's router."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A virtual network as a node must realise it."""
+
+    uuid: str
+    vni: int
+    """VXLAN network identifier, 1 to 2**24-1; device names are made from it."""
+    name: str
+    netblock: IPv4Network
+    gateway: IPv4Address
+    """The router's inside address: the first host of the netblock."""
+    mtu_bytes: int = 1450
+    provide_dhcp: bool = True
+    provide_nat: bool = True
+    provide_dns: bool = True
+    domain: str = "sf.local"
+    router_node: str = ""
+    """The node that routes for this network and runs its DHCP/DNS."""
+    router_floating: IPv4Address | None = None
+    """The router's own address on the uplink where a floating pool is configured."""
+    ports: tuple[Port, ...] = ()
+    routed: tuple[tuple[IPv4Address, IPv4Address], ...] = ()
+    """Routed IPs: (address, next hop inside the network)."""
+    dns_entries: tuple[tuple[str, IPv4Address], ...] = ()
+    """Extra names that the network's DNS answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another node's end of the mesh."""
+
+    node: str
+    address: IPv4Address
+
+
+@dataclass(frozen=True, slots=True)
+class NodeNetworks:
+    """All that one node's data plane must look like. `plan(desired, observed)` compares it with the kernel."""
+
+    installation: str
+    """The installation's random id (8 hex digits): in every namespace, link alias and nft table of ours."""
+    node: str
+    networks: tuple[Network, ...] = ()
+    peers: tuple[Peer, ...] = field(default=())
+    underlay: IPv4Address = IPv4Address("127.0.0.1")
+    """This node's own VXLAN endpoint."""
