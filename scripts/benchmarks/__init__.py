@@ -1,0 +1,1 @@
+"""Benchmarks: one module each with `def run(bench: Bench) -> None`; started by scripts/bench."""
