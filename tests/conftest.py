@@ -1,0 +1,132 @@
+"""What holds for every test: hypothesis profiles, skips where a real tool cannot run, and nothing left behind."""
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests import drills
+
+# Every process that a test starts inherits this, however detached it is, unless its environment is emptied.
+_SESSION = uuid.uuid4().hex
+os.environ["SF_TEST_SESSION"] = _SESSION
+
+hypothesis.settings.register_profile(
+    "ci",
+    max_examples=25,
+    stateful_step_count=20,
+    deadline=None,
+    derandomize="SF_TEST_SEED" not in os.environ,
+    print_blob=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.register_profile(
+    "all",
+    parent=hypothesis.settings.get_profile("ci"),
+    max_examples=500,
+    stateful_step_count=60,
+    derandomize=False,
+)
+hypothesis.settings.load_profile("all" if drills.everything() else "ci")
+
+_SYSTEM_TOOLS = ("libvirtd", "qemu-system-x86_64", "qemu-img", "dnsmasq", "nft", "ip", "unshare", "nsenter")
+
+
+def _why_no_system_tests() -> str | None:
+    if os.geteuid() != 0:
+        return "needs root"
+    missing = [
+        tool for tool in _SYSTEM_TOOLS if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin") is None
+    ]
+    if missing:
+        return f"needs {', '.join(missing)} (scripts/setup installs them)"
+    if not Path("/dev/net/tun").exists():
+        return "needs /dev/net/tun"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _why_no_system_tests()
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("system"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_report_header() -> str:
+    extent = "all rounds" if drills.everything() else "a sample of the rounds"
+    return f"drills: {extent}, SF_TEST_SEED={drills.seed()}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections.append(("drills", f"repeat with SF_TEST_SEED={drills.seed()}"))
+    return report
+
+
+def _namespaces() -> set[str]:
+    directory = Path("/run/netns")
+    return {f"namespace {path.name}" for path in directory.iterdir()} if directory.is_dir() else set()
+
+
+def _links() -> set[str]:
+    return {f"link {path.name}" for path in Path("/sys/class/net").iterdir()}
+
+
+def _mounts() -> set[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {f"mount {line.split()[4]}" for line in lines}
+
+
+def _domains() -> set[str]:
+    if not Path("/run/libvirt/libvirt-sock").exists() or os.geteuid() != 0:
+        return set()
+    asked = subprocess.run(
+        ["virsh", "-c", "qemu:///system", "list", "--all", "--name"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return {f"domain {name}" for name in asked.stdout.split()}
+
+
+def _processes_of_this_session() -> set[str]:
+    found = set()
+    needle = f"SF_TEST_SESSION={_SESSION}".encode()
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdigit() or int(directory.name) == os.getpid():
+            continue
+        try:
+            if needle in (directory / "environ").read_bytes():
+                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if command:  # a zombie has none
+                    found.add(f"process {directory.name}: {command.strip()[:200]}")
+        except OSError:  # it ended while we looked, or is not ours to read
+            continue
+    return found
+
+
+def _state() -> set[str]:
+    return _namespaces() | _links() | _mounts() | _domains()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    """Fails the session's last test if a namespace, link, mount, domain or process of ours outlives it.
+
+    Namespaces and links carry no mark of the test run that made them, so they are counted only where
+    `scripts/test` says that it has the machine for itself (SF_TEST_STRICT=1).
+    """
+    before = _state()
+    yield
+    left = _processes_of_this_session()
+    if os.environ.get("SF_TEST_STRICT") == "1":
+        left |= _state() - before
+    assert not left, "left behind by the tests:\n  " + "\n  ".join(sorted(left))
