@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+
+from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
+from imagestore.open import open_store
+from imagestore.store import INFO_KEY, Store
+from tests.memory import Memory
+
+
+def test_a_store_is_made_once_and_opened_again() -> None:
+    memory = Memory()
+    made = Store.init(memory)
+    assert Store.open(memory).info == made.info
+    with pytest.raises(Conflict):
+        Store.init(memory)
+
+
+def test_where_there_is_none_it_says_so() -> None:
+    with pytest.raises(NotFound, match="no image store"):
+        Store.open(Memory())
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b'{"format":1,"requires":[],"id":"x"}'])
+def test_a_damaged_store_json_is_corrupt(data: bytes) -> None:
+    memory = Memory()
+    memory.put(INFO_KEY, data)
+    with pytest.raises(Corrupt):
+        Store.open(memory)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b'"format": 1', b'"format": 2'), (b'"requires": []', b'"requires": ["x"]')]
+)
+def test_what_a_later_version_made_is_refused(old: bytes, new: bytes) -> None:
+    memory = Memory()
+    data = Store.init(memory).info.encode()
+    memory.put(INFO_KEY, data.replace(old, new))
+    with pytest.raises(Unsupported):
+        Store.open(memory)
+
+
+def test_without_conditional_writes_a_single_writer_has_to_be_promised() -> None:
+    memory = Memory(conditional=False)
+    with pytest.raises(Unsupported):
+        Store.init(memory).check_writable()
+    Store.open(memory, single_writer=True).check_writable()
+    with pytest.raises(Conflict):
+        Store.init(memory)
+
+
+def test_a_read_only_store_refuses_writers() -> None:
+    memory = Memory()
+    memory.read_only = True
+    with pytest.raises(Denied):
+        Store.init(memory).check_writable()
+
+
+def test_open_store_makes_a_directory_only_when_asked(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/store"
+    with pytest.raises(NotFound):
+        open_store(url)
+    assert not (tmp_path / "store").exists()
+    made = open_store(url, create=True)
+    assert open_store(str(tmp_path / "store")).info == made.info
+    assert open_store(url, create=True).info == made.info
+
+
+@pytest.mark.parametrize(
+    "url", ["", "ftp://h/x", "file://host/x", "file:x", "s3:///x", "https:///x", "s3://ab"]
+)
+def test_a_url_of_no_known_form_is_invalid(url: str) -> None:
+    with pytest.raises(Invalid):
+        open_store(url)
