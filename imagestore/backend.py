@@ -4,11 +4,28 @@ Keys are relative, `/`-separated, made by this package from digests and checked 
 sees a string that a user typed. All implementations pass tests/contract/test_backend.py.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from imagestore.errors import Invalid
+
 Buffer = bytes | bytearray | memoryview
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+
+
+def check_key(key: str) -> str:
+    """The key itself, or Invalid: every segment is plain ASCII and starts with no dot."""
+    if len(key) > 700 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+        raise Invalid(f"not an object's key: {key[:80]!r}")
+    return key
+
+
+def pieces(data: "Buffer | Sequence[Buffer]") -> "Sequence[Buffer]":
+    """The pieces that a `put` was given."""
+    return (data,) if isinstance(data, bytes | bytearray | memoryview) else data
 
 
 @dataclass(frozen=True, slots=True)

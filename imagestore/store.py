@@ -1,0 +1,162 @@
+"""A store: a backend with a `store.json`, and the objects that every part of the package reads from it."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from imagestore.backend import Backend
+from imagestore.chunker import ChunkerParams
+from imagestore.digest import Digest
+from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
+from imagestore.names import Names
+
+if TYPE_CHECKING:  # numpy: not needed to resolve a name
+    from imagestore.layout import Layout
+    from imagestore.manifest import Manifest
+
+INFO_KEY = "store.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """What `store.json` says. `conditional`: S3 address to whether conditional writes were found to hold there."""
+
+    id: str
+    chunker: ChunkerParams
+    format: int = FORMAT
+    requires: tuple[str, ...] = ()
+    conditional: Mapping[str, bool] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """JSON for people too."""
+        body = {
+            "format": self.format,
+            "id": self.id,
+            "chunker": self.chunker.as_dict(),
+            "requires": list(self.requires),
+            "conditional": dict(self.conditional),
+        }
+        return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes) -> "StoreInfo":
+        """Raises Corrupt for nonsense, Unsupported for what a later version wrote."""
+        try:
+            body: dict[str, Any] = json.loads(data)
+            if body["format"] != FORMAT or body["requires"]:
+                needs = f"format {body['format']}, {', '.join(body['requires']) or 'no more'}"
+                raise Unsupported(f"the store needs {needs}", hint="a newer sf made it: upgrade")
+            chunker = ChunkerParams.from_dict(body["chunker"])
+            return cls(str(body["id"]), chunker, conditional=dict(body["conditional"]))
+        except (ValueError, KeyError, TypeError, Invalid) as err:
+            raise Corrupt(f"not a store.json: {err}") from err
+
+
+class Store:
+    """An open store. Cheap to make (one request); whoever built the backend closes it.
+
+    `conditional` says whether names may be changed by several writers at once. Where it is false, changing
+    anything needs `single_writer`: the user's word that nobody else writes now.
+    """
+
+    def __init__(self, backend: Backend, info: StoreInfo, *, single_writer: bool = False) -> None:
+        self.backend = backend
+        self.info = info
+        self.single_writer = single_writer
+
+    @classmethod
+    def init(
+        cls,
+        backend: Backend,
+        params: ChunkerParams | None = None,
+        *,
+        probed: Mapping[str, bool] | None = None,
+        single_writer: bool = False,
+    ) -> "Store":
+        """Make a new store. Raises Conflict when there is one already."""
+        info = StoreInfo(secrets.token_hex(16), params or ChunkerParams(), conditional=probed or {})
+        exists = Conflict(f"there is a store in {backend.url} already")
+        try:
+            if backend.conditional:
+                backend.put(INFO_KEY, info.encode(), if_none_match=True)
+            else:
+                try:
+                    backend.stat(INFO_KEY)
+                    raise exists
+                except NotFound:
+                    backend.put(INFO_KEY, info.encode())
+        except Conflict as err:
+            # The repeat of a put whose answer was lost meets its own object.
+            if err is exists or StoreInfo.decode(backend.get(INFO_KEY).data).id != info.id:
+                raise exists from err
+        return cls(backend, info, single_writer=single_writer)
+
+    @classmethod
+    def open(cls, backend: Backend, *, single_writer: bool = False) -> "Store":
+        """Raises NotFound when there is no store."""
+        try:
+            data = backend.get(INFO_KEY).data
+        except NotFound as err:
+            hint = "`sf store init` makes one"
+            raise NotFound(f"there is no image store in {backend.url}", hint=hint) from err
+        return cls(backend, StoreInfo.decode(data), single_writer=single_writer)
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        return self.backend.url
+
+    @property
+    def names(self) -> Names:
+        """The mutable part."""
+        return Names(self.backend)
+
+    def check_writable(self) -> None:
+        """Raises Denied on a read-only store, Unsupported where `single_writer` has to be given first."""
+        if self.backend.read_only:
+            raise Denied(f"{self.url} is read-only", hint="push to the store that it mirrors")
+        if not self.backend.conditional and not self.single_writer:
+            hint = "with --single-writer it works as long as nobody else writes at the same time"
+            raise Unsupported(f"{self.url} has no conditional writes, which keep writers apart", hint=hint)
+
+    def manifest(self, digest: Digest) -> "Manifest":
+        """Raises NotFound, Corrupt."""
+        from imagestore.manifest import Manifest
+
+        data = self.backend.get(manifest_key(digest)).data
+        if Digest.of(data) != digest:
+            raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
+        return Manifest.decode(data)
+
+    def has_manifest(self, digest: Digest) -> bool:
+        """One request without a body."""
+        try:
+            self.backend.stat(manifest_key(digest))
+        except NotFound:
+            return False
+        return True
+
+    def layout(self, manifest: Digest) -> "Layout":
+        """Where the chunks of a manifest lie, as of now. Raises NotFound, Corrupt."""
+        from imagestore.layout import Layout
+
+        return Layout.decode(self.backend.get(layout_key(manifest)).data, manifest)
+
+
+def manifest_key(digest: Digest) -> str:
+    """Where a manifest is kept."""
+    return derived_key("manifests", digest)
+
+
+def layout_key(manifest: Digest) -> str:
+    """Where the layout of a manifest is kept."""
+    return derived_key("layouts", manifest)
+
+
+def derived_key(tree: str, digest: Digest) -> str:
+    """`tree/ab/<hex>`: two digits keep directories small."""
+    text = digest.hex()
+    return f"{tree}/{text[:2]}/{text}"
