@@ -6,7 +6,7 @@ talk through a call, between machines over HTTPS as JSON; the agent cannot tell 
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from net.model import NodeNetworks
 
@@ -85,6 +85,8 @@ class InstanceSpec:
     """Counters: the agent reboots when they grew since it last looked."""
     reboot_hard: int = 0
     delete: bool = False
+    failed: bool = False
+    """The record is in state error: keep what is there for the user to look at, build and start nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +130,33 @@ class NodeEvent:
     message: str
     duration_s: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What an agent says of its machine when it registers."""
+
+    cpus: int
+    memory_mib: int
+    address: str = "127.0.0.1"
+    """Its VXLAN endpoint."""
+    architecture: str = "x86_64"
+    release: str = ""
+    """Version of the program."""
+    accel: str = ""
+    images: tuple[str, ...] = ()
+    """Digests of the images that its cache holds completely."""
+
+
+class NodeOperations(Protocol):
+    """What the server asks of a node directly. All quick; raise ComputeError. Idempotent, so safe to retry."""
+
+    async def console(self, instance_uuid: str, length: int) -> bytes:
+        """The last `length` bytes of the serial console; -1 for all that is kept."""
+        ...
+
+    async def clear_console(self, instance_uuid: str) -> None: ...
+
+    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+        """Lines of standard output and standard error of a ping from inside the network."""
+        ...

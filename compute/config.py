@@ -1,0 +1,89 @@
+"""What `sf serve` is told: environment (`SF_*`), then the file, then defaults. Flags are the CLI's and come first."""
+
+import os
+import platform
+import socket
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from compute.errors import Invalid
+
+_FILES = (Path("/etc/sf/config.toml"), Path("~/.config/sf/config.toml"))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that one server is configured by."""
+
+    state_dir: Path = Path("/var/lib/sf")
+    stores: tuple[str, ...] = ()
+    """URLs of the image stores that names are looked up in, in order; () is the directory under `state_dir`."""
+    host: str = "127.0.0.1"
+    port: int = 13000
+    node_name: str = "localhost"
+    libvirt_uri: str = "qemu:///system"
+    mesh_address: IPv4Address = IPv4Address("127.0.0.1")
+    """This node's VXLAN endpoint."""
+    agent_listen: str = ""
+    """host:port of the TLS endpoint for agents on other machines; "" for none."""
+    floating_pool: IPv4Network | None = None
+    uplink: str = ""
+    """The host's interface towards the floating pool."""
+    excluded: tuple[IPv4Network, ...] = ()
+    """Ranges that no virtual network may overlap."""
+    cpu_ratio: float = 16.0
+    memory_reserve_mib: int = 512
+    architecture: str = "x86_64"
+
+    @property
+    def store_urls(self) -> tuple[str, ...]:
+        return self.stores or (f"file://{self.state_dir}/store",)
+
+
+def load(environment: Mapping[str, str] | None = None, **flags: str | None) -> Config:
+    """Flags win over SF_* variables, these over the files. Raises Invalid, naming the setting."""
+    env = os.environ if environment is None else environment
+    settings: dict[str, str] = {}
+    for file in _FILES:
+        path = file.expanduser()
+        if path.is_file():
+            try:
+                settings |= {k: _text(v) for k, v in tomllib.loads(path.read_text()).items() if _flat(v)}
+            except (tomllib.TOMLDecodeError, OSError) as err:
+                raise Invalid(f"cannot read {path}: {err}") from err
+    settings |= {name[3:].lower(): value for name, value in env.items() if name.startswith("SF_") and value}
+    settings |= {name: value for name, value in flags.items() if value}
+    listen = settings.get("listen", "127.0.0.1:13000")
+    host, _, port = listen.rpartition(":")
+    try:
+        return Config(
+            state_dir=Path(settings.get("state_dir", "/var/lib/sf")).expanduser().absolute(),
+            stores=tuple(settings.get("store", "").split()),
+            host=host.strip("[]") or "127.0.0.1",
+            port=int(port),
+            node_name=settings.get("node_name") or socket.gethostname().split(".")[0] or "localhost",
+            libvirt_uri=settings.get("libvirt_uri", "qemu:///system"),
+            mesh_address=IPv4Address(settings.get("mesh_address", "127.0.0.1")),
+            agent_listen=settings.get("agent_listen", ""),
+            floating_pool=IPv4Network(settings["floating_pool"]) if settings.get("floating_pool") else None,
+            uplink=settings.get("uplink", ""),
+            excluded=tuple(IPv4Network(text) for text in settings.get("excluded_networks", "").split()),
+            cpu_ratio=float(settings.get("cpu_ratio", "16")),
+            memory_reserve_mib=int(settings.get("memory_reserve_mib", "512")),
+            architecture=settings.get("architecture") or platform.machine(),
+        )
+    except ValueError as err:
+        raise Invalid(
+            f"configuration: {err}", hint="see docs/configuration.md, or the variables SF_*"
+        ) from err
+
+
+def _flat(value: object) -> bool:
+    return isinstance(value, str | int | float | list)
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,66 @@
+"""Where an instance goes: a pure function of nodes' facts and claims.
+
+CPUs are shared (`cpu_ratio` vCPUs per CPU), memory is not. Among the nodes with room, those that hold the image come
+first, then the one with the most free memory; ties go by name, so that the same state always gives the same answer.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from compute.errors import NoCapacity, NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """One node as the scheduler sees it; what its instances hold is already counted."""
+
+    node: str
+    cpus: int
+    memory_mib: int
+    claimed_cpus: int
+    claimed_memory_mib: int
+    usable: bool = True
+    """False while it is drained or missing."""
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    cpu_ratio: float = 16.0
+    memory_reserve_mib: int = 512
+    """Left to the host on every node."""
+
+
+def place(
+    rooms: Sequence[Room],
+    cpus: int,
+    memory_mib: int,
+    *,
+    limits: Limits,
+    wanted: str = "",
+    holders: Collection[str] = (),
+) -> str:
+    """The node's name. Raises NotFound (no such node), NoCapacity with each node's reason."""
+    reasons: list[str] = []
+    fitting: list[tuple[bool, int, str]] = []
+    if wanted and wanted not in {room.node for room in rooms}:
+        raise NotFound(f"node {wanted} not found", hint="see: sf node ls")
+    for room in rooms:
+        if wanted and room.node != wanted:
+            continue
+        free_mib = room.memory_mib - limits.memory_reserve_mib - room.claimed_memory_mib
+        free_cpus = int(room.cpus * limits.cpu_ratio) - room.claimed_cpus
+        if not room.usable:
+            reasons.append(f"{room.node} {room.why_not}")
+        elif free_mib < memory_mib:
+            reasons.append(f"{room.node} has {max(free_mib, 0)} MiB of memory free")
+        elif free_cpus < cpus:
+            reasons.append(f"{room.node} has {max(free_cpus, 0)} vCPUs free")
+        else:
+            fitting.append((room.node not in holders, -free_mib, room.node))
+    if not fitting:
+        said = "; ".join(reasons) or "there is no node"
+        raise NoCapacity(
+            f"no room for {cpus} vCPUs and {memory_mib} MiB: {said}", hint="delete an instance, or add a node"
+        )
+    return min(fitting)[2]

@@ -1,0 +1,108 @@
+"""The one protocol below all state: keys to bytes, one revision counter, transactions, watches and leases.
+
+The shape is etcd's, so that etcd can stand behind it: a revision counts every commit of the whole store, each record
+carries the revision that last wrote it, and a transaction is a set of comparisons and a set of writes. Nothing here
+knows what the bytes mean; `objects.Transaction` gives typed create, update and delete on top of it.
+"""
+
+import random
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from compute.errors import Conflict, Stale
+
+T = TypeVar("T")
+
+ABSENT = 0
+"""The revision of a key that does not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A value and the revision that wrote it."""
+
+    key: str
+    value: bytes
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key's step in the history; `value` is None when it was deleted."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
+class StateStore(Protocol):
+    """Verbs of a state store. All implementations pass tests/contract/test_state_store.py.
+
+    Atomic? Yes: a commit's comparisons and writes happen at one revision, or nothing happens.
+    Durable? When `commit` returns, a crash of the machine does not undo it.
+    Idempotent? Reads are. A commit whose answer was lost is not: read back.
+    Ordered? Commits are totally ordered; `get` and `list` see every commit that returned before they were called.
+    Thread-safe? Yes. Who closes it? Who built it.
+    """
+
+    def get(self, key: str) -> Record | None:
+        """The record, or None."""
+        ...
+
+    def list(self, prefix: str) -> Sequence[Record]:
+        """Every record whose key starts with `prefix`, in key order, at one revision."""
+        ...
+
+    def commit(
+        self,
+        writes: Mapping[str, bytes | None],
+        *,
+        expect: Mapping[str, int],
+        lease: int | None = None,
+        ephemeral: Collection[str] = (),
+    ) -> int:
+        """Write (None deletes) if every key in `expect` still has that revision; returns the new revision.
+
+        lease: nothing is written unless this lease is alive (LeaseLost). ephemeral: those of the written keys that
+        vanish together with that lease. Raises Stale when a comparison fails.
+        """
+        ...
+
+    def watch(self, prefix: str, after_revision: int, timeout_s: float) -> Sequence[Change]:
+        """Changes under `prefix` newer than `after_revision`, oldest first; waits for the first, [] at the timeout.
+
+        Raises Compacted when that history is gone.
+        """
+        ...
+
+    def revision(self) -> int:
+        """The newest revision."""
+        ...
+
+    def grant(self, ttl_s: float) -> int:
+        """A new lease, alive for `ttl_s` seconds from now and from each refresh."""
+        ...
+
+    def refresh(self, lease: int) -> None:
+        """Raises LeaseLost."""
+        ...
+
+    def revoke(self, lease: int) -> None:
+        """End it now and delete its ephemeral keys; "there was none" is success."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def retry_stale(action: Callable[[], T], attempts: int = 50) -> T:
+    """Repeat an optimistic transaction until its comparisons hold. Raises Conflict when they never do."""
+    for attempt in range(attempts):
+        try:
+            return action()
+        except Stale:
+            time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
+    raise Conflict(
+        "too many others change the same objects at this moment", hint="repeat the command in a moment"
+    )
