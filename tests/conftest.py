@@ -71,6 +71,15 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+@pytest.fixture(scope="session")
+def tiny_image() -> Path:
+    """The tiny guest's qcow2 file (read-only by agreement), built at most once per recipe."""
+    script = Path(__file__).parents[1] / "scripts/build-image"
+    done = subprocess.run([script, "tiny", "--cached"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
 def _namespaces() -> set[str]:
     directory = Path("/run/netns")
     return {f"namespace {path.name}" for path in directory.iterdir()} if directory.is_dir() else set()
