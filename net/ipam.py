@@ -1,0 +1,179 @@
+"""Addresses, MACs and VNIs: pure functions over values, which the caller wraps in its own transactions.
+
+    free ──allocate──▶ held ──release──▶ quarantined ──time, or nothing else is free──▶ free
+
+An address in quarantine is given out again only to who asks for it by name, or when no other is left: a new guest
+should not meet the old one's connections. Each function returns a new Pool; nothing is changed in place.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any, Self
+
+from net.errors import Conflict, Exhausted, Invalid
+
+QUARANTINE_S = 300.0
+LARGEST_PREFIX = 29
+"""The smallest network: five guests and a router."""
+TRANSIT = IPv4Network("169.254.64.0/18")
+"""Where the uplinks between a namespace and its host take their /31s from; no network may overlap it."""
+
+_RESERVED = (
+    IPv4Network("0.0.0.0/8"),
+    IPv4Network("127.0.0.0/8"),
+    IPv4Network("169.254.0.0/16"),
+    IPv4Network("224.0.0.0/3"),
+)
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+def check_netblock(text: str, excluded: Iterable[IPv4Network] = ()) -> IPv4Network:
+    """Parses a network's address block. Raises Invalid for host bits, one that is too small, reserved or excluded.
+
+    Two networks may use the same block: each has its own namespace.
+    """
+    try:
+        netblock = IPv4Network(text)
+    except ValueError as error:
+        raise Invalid(f"{text!r} is no IPv4 network: {error}", hint="for example 10.42.0.0/24") from error
+    if netblock.prefixlen > LARGEST_PREFIX:
+        raise Invalid(f"{netblock} is too small", hint=f"the smallest network is a /{LARGEST_PREFIX}")
+    if netblock.prefixlen < 8:
+        raise Invalid(f"{netblock} is too large", hint="the largest network is a /8")
+    for block in (*_RESERVED, *excluded):
+        if netblock.overlaps(block):
+            raise Invalid(f"{netblock} overlaps {block}, which is reserved", hint="choose another block")
+    return netblock
+
+
+def check_mac(text: str) -> str:
+    """Returns a MAC in lower case with colons; raises Invalid unless it is a unicast one."""
+    mac = text.lower().replace("-", ":")
+    if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+        raise Invalid(f"{text!r} is no unicast MAC address", hint="for example 02:00:5e:10:00:01")
+    return mac
+
+
+def random_mac(taken: Collection[str] = ()) -> str:
+    """A locally administered unicast MAC that is none of those."""
+    while (mac := "02:" + secrets.token_bytes(5).hex(":")) in taken:
+        pass
+    return mac
+
+
+def random_vni(taken: Collection[int], choose: Callable[[int], int] = secrets.randbelow) -> int:
+    """A VNI (1 to 2**24-1) that is none of those; `choose(n)` gives a number below n."""
+    if len(taken) >= 2**24 - 1:
+        raise Exhausted("every VXLAN network identifier is in use")
+    while (vni := choose(2**24 - 1) + 1) in taken:
+        pass
+    return vni
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A block and who holds what of it: a network's addresses, or the floating pool (whose gateway is the
+    uplink's and never given out)."""
+
+    netblock: IPv4Network
+    gateway: IPv4Address
+    reserved: frozenset[IPv4Address] = frozenset()
+    """Never given out, not even on request."""
+    held: Mapping[IPv4Address, str] = field(default_factory=dict)
+    """Address to holder (a port's uuid)."""
+    quarantined: Mapping[IPv4Address, float] = field(default_factory=dict)
+    """Address to the time (seconds) when its quarantine ends."""
+
+    @classmethod
+    def of(cls, netblock: IPv4Network, reserved: Iterable[IPv4Address] = ()) -> Self:
+        """A pool with nothing given out; the gateway is the first host."""
+        return cls(netblock, netblock[1], frozenset(reserved))
+
+    @property
+    def capacity(self) -> int:
+        """How many addresses can be held at once."""
+        kept = {self.netblock[0], self.netblock[-1], self.gateway}
+        kept |= {address for address in self.reserved if address in self.netblock}
+        return self.netblock.num_addresses - len(kept)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "netblock": str(self.netblock),
+            "gateway": str(self.gateway),
+            "reserved": sorted(map(str, self.reserved)),
+            "held": {str(address): holder for address, holder in self.held.items()},
+            "quarantined": {str(address): until for address, until in self.quarantined.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(
+            IPv4Network(data["netblock"]),
+            IPv4Address(data["gateway"]),
+            frozenset(map(IPv4Address, data["reserved"])),
+            {IPv4Address(address): holder for address, holder in data["held"].items()},
+            {IPv4Address(address): float(until) for address, until in data["quarantined"].items()},
+        )
+
+
+def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str) -> None:
+    if wanted not in pool.netblock:
+        raise Invalid(f"{wanted} is not in {pool.netblock}")
+    if wanted in (pool.netblock[0], pool.netblock[-1]):
+        raise Invalid(f"{wanted} is {pool.netblock}'s network or broadcast address")
+    if wanted == pool.gateway:
+        raise Invalid(f"{wanted} is the router of {pool.netblock}")
+    if wanted in pool.reserved:
+        raise Invalid(f"{wanted} is reserved in {pool.netblock}")
+    if pool.held.get(wanted, holder) != holder:
+        raise Conflict(f"{wanted} is in use", hint="choose another address, or none to have one chosen")
+
+
+def _lowest_free(pool: Pool, now_s: float) -> IPv4Address:
+    first, last = int(pool.netblock[1]), int(pool.netblock[-1])
+    for number in range(first, last):
+        address = IPv4Address(number)
+        if (
+            address != pool.gateway
+            and address not in pool.reserved
+            and address not in pool.held
+            and pool.quarantined.get(address, now_s) <= now_s
+        ):
+            return address
+    if waiting := [address for address in pool.quarantined if address not in pool.held]:
+        return min(waiting, key=lambda address: (pool.quarantined[address], address))
+    raise Exhausted(
+        f"no address is free in {pool.netblock}", hint="delete an interface, or use a larger network"
+    )
+
+
+def allocate(
+    pool: Pool, holder: str, now_s: float, wanted: IPv4Address | None = None
+) -> tuple[Pool, IPv4Address]:
+    """Gives `holder` an address: the wanted one, else the lowest that is free.
+
+    Asking again for what the holder has already is no change. Raises Invalid, Conflict or Exhausted.
+    """
+    if wanted is None:
+        address = _lowest_free(pool, now_s)
+    else:
+        _check_fixed(pool, wanted, holder)
+        address = wanted
+    quarantined = {a: until for a, until in pool.quarantined.items() if until > now_s and a != address}
+    return replace(pool, held={**pool.held, address: holder}, quarantined=quarantined), address
+
+
+def release(
+    pool: Pool, address: IPv4Address, holder: str, now_s: float, quarantine_s: float = QUARANTINE_S
+) -> Pool:
+    """Takes an address back; no change when the holder does not have it (the second of two releases)."""
+    if pool.held.get(address) != holder:
+        return pool
+    held = {a: who for a, who in pool.held.items() if a != address}
+    quarantined = {a: until for a, until in pool.quarantined.items() if until > now_s}
+    if quarantine_s > 0:
+        quarantined[address] = now_s + quarantine_s
+    return replace(pool, held=held, quarantined=quarantined)
