@@ -6,7 +6,6 @@ its own nonce if it was its own write that arrived.
 """
 
 import difflib
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from imagestore.backend import Backend
 from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
+from imagestore.sealed import seal, unseal
 
 LATEST = "latest"
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -26,7 +26,6 @@ _DIGEST = re.compile(r"b3:([0-9a-f]{12,64})")
 _NAME_LENGTH = 100
 _HISTORY_LENGTH = 100
 _ATTEMPTS = 30
-_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +120,21 @@ class NameRecord:
         return found
 
     def encode(self) -> bytes:
-        """Canonical JSON; etag and time are the store's, not in it."""
+        """The sealed object; etag and time are the store's, not in it."""
         body = {
-            "format": _FORMAT,
             "name": self.name,
             "tag": self.tag,
             "nonce": self.nonce,
             **_state(Change(self.revision, self.images, self.removed, 0.0)),
             "history": [_state(change) | {"at": round(change.at_s, 3)} for change in self.history],
         }
-        return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+        return seal(body)
 
     @classmethod
     def decode(cls, data: bytes, *, etag: str | None = None, modified_s: float = 0.0) -> "NameRecord":
         """Raises Corrupt for what is no name, Unsupported for a later format."""
+        body = unseal(data, "name")
         try:
-            body = json.loads(data)
-            if body["format"] != _FORMAT:
-                raise Unsupported(f"a name of format {body['format']!r}", hint="a newer sf wrote it: upgrade")
             now = _change(body, 0.0)
             return cls(
                 check_name(body["name"]),

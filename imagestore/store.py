@@ -1,23 +1,24 @@
 """A store: a backend with a `store.json`, and the objects that every part of the package reads from it."""
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imagestore.backend import Backend
 from imagestore.chunker import ChunkerParams
 from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
 from imagestore.names import Names
+from imagestore.sealed import seal, unseal
 
 if TYPE_CHECKING:  # numpy: not needed to resolve a name
     from imagestore.layout import Layout
     from imagestore.manifest import Manifest
 
 INFO_KEY = "store.json"
-FORMAT = 1
+TRASH = b"sf-trash 1 "
+TRASH_BYTES = len(TRASH) + 33
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +27,27 @@ class StoreInfo:
 
     id: str
     chunker: ChunkerParams
-    format: int = FORMAT
     requires: tuple[str, ...] = ()
     conditional: Mapping[str, bool] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        """JSON for people too."""
-        body = {
-            "format": self.format,
-            "id": self.id,
-            "chunker": self.chunker.as_dict(),
-            "requires": list(self.requires),
-            "conditional": dict(self.conditional),
-        }
-        return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+        """The sealed object."""
+        return seal(
+            {
+                "id": self.id,
+                "chunker": self.chunker.as_dict(),
+                "requires": list(self.requires),
+                "conditional": dict(self.conditional),
+            }
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> "StoreInfo":
         """Raises Corrupt for nonsense, Unsupported for what a later version wrote."""
+        body = unseal(data, INFO_KEY)
         try:
-            body: dict[str, Any] = json.loads(data)
-            if body["format"] != FORMAT or body["requires"]:
-                needs = f"format {body['format']}, {', '.join(body['requires']) or 'no more'}"
+            if body["requires"]:
+                needs = ", ".join(body["requires"])
                 raise Unsupported(f"the store needs {needs}", hint="a newer sf made it: upgrade")
             chunker = ChunkerParams.from_dict(body["chunker"])
             return cls(str(body["id"]), chunker, conditional=dict(body["conditional"]))
@@ -126,7 +126,7 @@ class Store:
         """Raises NotFound, Corrupt."""
         from imagestore.manifest import Manifest
 
-        data = self.backend.get(manifest_key(digest)).data
+        data = untrashed(self.backend.get(manifest_key(digest)).data)
         if Digest.of(data) != digest:
             raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
         return Manifest.decode(data)
@@ -143,7 +143,17 @@ class Store:
         """Where the chunks of a manifest lie, as of now. Raises NotFound, Corrupt."""
         from imagestore.layout import Layout
 
-        return Layout.decode(self.backend.get(layout_key(manifest)).data, manifest)
+        return Layout.decode(untrashed(self.backend.get(layout_key(manifest)).data), manifest)
+
+
+def trashed(data: bytes) -> bytes:
+    """The same object marked for removal: readable as before, and with an etag of its own (imagestore/gc.py)."""
+    return TRASH + secrets.token_hex(16).encode() + b"\n" + data
+
+
+def untrashed(data: bytes) -> bytes:
+    """The object without that mark."""
+    return data[TRASH_BYTES:] if data.startswith(TRASH) else data
 
 
 def manifest_key(digest: Digest) -> str:

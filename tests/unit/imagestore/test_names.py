@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError, Unavailable, Unsupported
 from imagestore.names import NameRecord, Names, Reference, name_key, parse_reference
+from imagestore.sealed import seal
 from tests.memory import Memory
 
 ONE, TWO = Digest.of(b"one"), Digest.of(b"two")
@@ -182,8 +183,15 @@ def test_an_unknown_name_is_told_its_neighbours() -> None:
     assert "ubuntu:24.04" in caught.value.hint
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b'{"format":1}', b"\xff"])
-def test_a_damaged_name_is_corrupt(data: bytes) -> None:
+def test_a_name_with_any_byte_changed_is_corrupt() -> None:
+    data = Names(Memory()).set("debian", "12", "x86_64", ONE).encode()
+    for at in range(len(data)):
+        with pytest.raises(Corrupt):
+            NameRecord.decode(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"\xff", seal({}), seal({"images": 1})])
+def test_what_is_no_name_is_corrupt(data: bytes) -> None:
     with pytest.raises(Corrupt):
         NameRecord.decode(data)
 
@@ -197,9 +205,8 @@ def test_a_name_under_another_ones_key_is_corrupt() -> None:
 
 
 def test_a_later_format_is_refused() -> None:
-    data = NameRecord("a", "b").encode().replace(b'"format":1', b'"format":2')
     with pytest.raises(Unsupported):
-        NameRecord.decode(data)
+        NameRecord.decode(seal({"format": 2, "name": "a"}))
 
 
 def test_an_unreachable_store_is_not_an_unknown_name() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
 from imagestore.open import open_store
+from imagestore.sealed import seal, unseal
 from imagestore.store import INFO_KEY, Store
 from tests.memory import Memory
 
@@ -21,21 +22,28 @@ def test_where_there_is_none_it_says_so() -> None:
         Store.open(Memory())
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b'{"format":1,"requires":[],"id":"x"}'])
-def test_a_damaged_store_json_is_corrupt(data: bytes) -> None:
+def test_a_store_json_with_any_byte_changed_is_corrupt() -> None:
+    memory = Memory()
+    data = Store.init(memory).info.encode()
+    for at in range(len(data)):
+        memory.put(INFO_KEY, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(Corrupt):
+            Store.open(memory)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", seal({"requires": [], "id": "x"})])
+def test_what_is_no_store_json_is_corrupt(data: bytes) -> None:
     memory = Memory()
     memory.put(INFO_KEY, data)
     with pytest.raises(Corrupt):
         Store.open(memory)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [(b'"format": 1', b'"format": 2'), (b'"requires": []', b'"requires": ["x"]')]
-)
-def test_what_a_later_version_made_is_refused(old: bytes, new: bytes) -> None:
+@pytest.mark.parametrize("change", [{"format": 2}, {"requires": ["x"]}])
+def test_what_a_later_version_made_is_refused(change: dict[str, object]) -> None:
     memory = Memory()
-    data = Store.init(memory).info.encode()
-    memory.put(INFO_KEY, data.replace(old, new))
+    body = unseal(Store.init(memory).info.encode(), "store.json")
+    memory.put(INFO_KEY, seal({**body, **change}))
     with pytest.raises(Unsupported):
         Store.open(memory)
 

@@ -1,0 +1,222 @@
+"""How writers and the collector (imagestore/gc.py) stay out of each other's way, on stores without locks.
+
+A writer says in a lease which packs it means to reuse: they are not condemned while it lives. Leases run out; a
+writer that was suspended for longer still loses nothing, because what it uses is compared with the condemned list
+before and after it sets a name, and the list's epoch tells whether packs were deleted in between.
+
+What is condemned is never used again under that name, so nobody has to ask in time: packs get names that no other
+push makes (`Lease.id` is the salt of their footers), and live data in a condemned pack is copied out.
+"""
+
+import contextlib
+import logging
+import secrets
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
+from imagestore.sealed import seal, unseal
+from imagestore.store import Store, derived_key
+
+CONDEMNED_KEY = "gc/condemned"
+LEASE_S = 3600.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """The list of packs that nobody may begin to use, as the store has it.
+
+    packs: since when, by the store's clock. What the last write added has no time of its own: it is the object's.
+    epoch: counts the lists that forgot packs, which happens only after these were deleted.
+    """
+
+    packs: dict[Digest, float] = field(default_factory=dict)
+    epoch: int = 0
+    etag: str | None = None
+    modified_s: float = 0.0
+
+    @classmethod
+    def read(cls, store: Store) -> "Condemned":
+        """One request. Raises Corrupt."""
+        try:
+            found = store.backend.get(CONDEMNED_KEY)
+        except NotFound:
+            return cls()
+        body = unseal(found.data, CONDEMNED_KEY)
+        modified_s = found.stat.modified_s
+        try:
+            old = {Digest.parse(text): float(since) for text, since in body["packs"].items()}
+            new = {Digest.parse(text): modified_s for text in body["new"]}
+            return cls(new | old, int(body["epoch"]), found.stat.etag, modified_s)
+        except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
+            raise Corrupt(f"{CONDEMNED_KEY}: {err}") from err
+
+    def replace(
+        self, store: Store, *, add: Iterable[Digest] = (), forget: Iterable[Digest] = ()
+    ) -> "Condemned":
+        """Publish the list with packs added (or their time begun again) and others, deleted before, forgotten.
+
+        Raises Conflict when another collector was first.
+        """
+        new, gone = set(add), set(forget)
+        kept = {pack: since for pack, since in self.packs.items() if pack not in gone | new}
+        epoch = self.epoch + bool(gone)
+        body = {
+            "packs": {pack.hex(): round(since, 3) for pack, since in kept.items()},
+            "new": sorted(pack.hex() for pack in new),
+            "epoch": epoch,
+        }
+        data = seal(body)
+        if store.backend.conditional:
+            stat = store.backend.put(CONDEMNED_KEY, data, if_match=self.etag, if_none_match=self.etag is None)
+        else:
+            stat = store.backend.put(CONDEMNED_KEY, data)
+        return Condemned(kept | dict.fromkeys(new, stat.modified_s), epoch, stat.etag, stat.modified_s)
+
+
+class Lease:
+    """A writer's lease, kept alive by a thread until the `with` block ends.
+
+    Three requests: one when it begins, one for `reuse`, one when it ends; `id` salts the packs of this writer.
+    """
+
+    def __init__(self, store: Store, what: str, *, duration_s: float = LEASE_S) -> None:
+        self.id = secrets.token_hex(16)
+        self._store, self._what, self._duration_s = store, what, duration_s
+        self._packs: frozenset[Digest] = frozenset()
+        self._images: frozenset[Digest] = frozenset()
+        self._epoch: int | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        # Best effort: a lease that stays behind runs out.
+        with contextlib.suppress(StoreError):
+            self._store.backend.delete(_key(self.id))
+
+    def reuse(self, packs: Iterable[Digest] = (), images: Iterable[Digest] = ()) -> None:
+        """Say which packs and manifests this writer counts on, beside those said before."""
+        self._packs |= frozenset(packs)
+        self._images |= frozenset(images)
+        self._write()
+
+    def unusable(self, packs: Iterable[Digest]) -> set[Digest]:
+        """Which of `packs` must not be used: condemned or gone. One request, unless packs were deleted meanwhile.
+
+        The first call, made before anything is reused, sets the epoch that later calls compare with; so packs
+        that the writer knows from an older time (a local index) have to be in that first call.
+        """
+        condemned, wanted = Condemned.read(self._store), set(packs)
+        bad = wanted & condemned.packs.keys()
+        if self._epoch != condemned.epoch:
+            for pack in wanted - bad:
+                try:
+                    self._store.backend.stat(derived_key("packs", pack))
+                except NotFound:
+                    bad.add(pack)
+            self._epoch = condemned.epoch
+        return bad
+
+    def know_epoch(self, epoch: int) -> None:
+        """Skip those questions: the caller's knowledge of packs is from this epoch of the condemned list."""
+        self._epoch = epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that `unusable` saw last; kept beside a local index it saves questions later."""
+        return self._epoch or 0
+
+    def _write(self) -> None:
+        body = {
+            "what": self._what,
+            "duration_s": self._duration_s,
+            "packs": sorted(pack.hex() for pack in self._packs),
+            "images": sorted(image.hex() for image in self._images),
+        }
+        self._store.backend.put(_key(self.id), seal(body))
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._duration_s / 4):
+            try:
+                self._write()
+            except StoreError as err:
+                log.warning("the lease could not be renewed: %s", err)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """A lease as the collector sees it."""
+
+    key: str
+    packs: frozenset[Digest]
+    images: frozenset[Digest]
+    expires_s: float
+
+
+def leases(store: Store) -> Iterator[LeaseRecord]:
+    """All leases, also those that ran out. Raises Corrupt, Unsupported: then nothing may be collected."""
+    for stat in store.backend.list("leases/"):
+        with contextlib.suppress(NotFound):
+            found = store.backend.get(stat.key)
+            body = unseal(found.data, stat.key)
+            try:
+                packs, images = (frozenset(map(Digest.parse, body[key])) for key in ("packs", "images"))
+                expires_s = found.stat.modified_s + float(body["duration_s"])
+            except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
+                raise Corrupt(f"{stat.key}: {err}") from err
+            yield LeaseRecord(stat.key, packs, images, expires_s)
+
+
+def hold(store: Store, holder: str, images: Iterable[Digest]) -> None:
+    """Keep images for as long as something uses them (an instance, under its uuid), whatever their names do.
+
+    Raises NotFound when one of them is not (or no longer) whole; then nothing is held.
+    """
+    from imagestore.publish import check_present
+
+    digests = sorted(set(images))
+    store.backend.put(_hold_key(holder), seal({"images": [digest.hex() for digest in digests]}))
+    try:
+        for digest in digests:
+            check_present(store, digest)
+    except NotFound:
+        release(store, holder)
+        raise
+
+
+def release(store: Store, holder: str) -> None:
+    """End `hold`; may be repeated."""
+    store.backend.delete(_hold_key(holder))
+
+
+def held(store: Store) -> Iterator[Digest]:
+    """Everything that is held. Raises Corrupt, Unsupported."""
+    for stat in store.backend.list("refs/"):
+        with contextlib.suppress(NotFound):
+            body = unseal(store.backend.get(stat.key).data, stat.key)
+            try:
+                yield from map(Digest.parse, body["images"])
+            except (KeyError, TypeError, AttributeError, Invalid) as err:
+                raise Corrupt(f"{stat.key}: {err}") from err
+
+
+def _key(lease: str) -> str:
+    return f"leases/{lease}"
+
+
+def _hold_key(holder: str) -> str:
+    return f"refs/{holder}"
