@@ -1,0 +1,230 @@
+"""Signed names: a client of The Update Framework over a store's own backend (https://theupdateframework.github.io/specification).
+
+A published store carries TUF metadata under `tuf/`. Each name and architecture is a target `names/NAME/TAG/ARCH`
+whose hash `blake3` is the manifest's digest: the manifest names every byte below it, so nothing else need be signed.
+python-tuf keeps what it has verified in a directory of the client's; when a mirror goes bad or away, names verified
+before still resolve, with a warning, and nothing new does.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuf.api import exceptions as tuf
+from tuf.api.metadata import Metadata, Root, TargetFile, Targets
+from tuf.ngclient import Updater
+from tuf.ngclient.fetcher import FetcherInterface
+
+from imagestore.backend import Backend
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
+from imagestore.names import check_architecture, check_name
+
+PREFIX = "tuf/"
+HASH = "blake3"
+_PIECE_BYTES = 64 << 10
+_ROOT_BYTES = 512_000
+
+Target = tuple[str, str, str]
+"""Name, tag, architecture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A name that a signature vouches for. `warning`: why it could only be answered from what was verified before."""
+
+    digest: Digest
+    warning: str = ""
+
+
+def target_path(name: str, tag: str, architecture: str) -> str:
+    """The TUF target of a name."""
+    return f"names/{check_name(name)}/{check_name(tag, 'tag')}/{check_architecture(architecture)}"
+
+
+def parse_targets(targets: Targets) -> dict[Target, Digest]:
+    """What a targets role says of names. Raises Corrupt: whoever signed it did not mean sf."""
+    found = {}
+    for path, target in targets.targets.items():
+        try:
+            kind, name, tag, architecture = path.split("/")
+            if kind != "names" or path != target_path(name, tag, architecture):
+                raise Invalid(f"not a name: {path[:80]!r}")
+            found[name, tag, architecture] = Digest.parse(target.hashes[HASH])
+        except (ValueError, KeyError, Invalid) as error:
+            raise Corrupt(f"the signed target {path[:80]!r} is no image's name") from error
+    return found
+
+
+class _BackendFetcher(FetcherInterface):
+    """Lets python-tuf read through the store's backend, which does the retrying, proxies and CAs."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.last = ""
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        key = self.last = url
+        try:
+            size = self._backend.stat(key).size_bytes
+        except NotFound as error:
+            raise tuf.DownloadHTTPError(str(error), 404) from error
+        return self._pieces(key, size)
+
+    def _pieces(self, key: str, size: int) -> Iterator[bytes]:
+        """The caller stops at the length it allows: an endless file costs a piece more than that."""
+        for start in range(0, size, _PIECE_BYTES):
+            yield self._backend.get(key, start, min(_PIECE_BYTES, size - start)).data
+
+
+class Trust:
+    """One remote's signed names, as far as this client has verified them. `directory` is its memory."""
+
+    def __init__(self, backend: Backend, directory: Path) -> None:
+        self._backend = backend
+        self._directory = directory
+        self._anchor = directory / "anchor.json"
+
+    @classmethod
+    def bootstrap(
+        cls, backend: Backend, directory: Path, *, root: bytes | None = None, fingerprint: str = ""
+    ) -> "Trust":
+        """Start to trust a remote by its root file, or by the digest of its first root. Raises Denied, Invalid."""
+        if root is None:
+            expected = Digest.parse(fingerprint)
+            try:
+                size = backend.stat(f"{PREFIX}1.root.json").size_bytes
+                root = backend.get(f"{PREFIX}1.root.json", 0, min(size, _ROOT_BYTES)).data
+            except NotFound as error:
+                raise Denied(f"{backend.url} is not signed: it has no root", hint="ask its owner") from error
+            if Digest.of(root) != expected:
+                hint = "compare the fingerprint with its owner's"
+                raise Denied(f"the root of {backend.url} is {Digest.of(root)}, not {expected}", hint=hint)
+        try:
+            metadata = Metadata[Root].from_bytes(root)
+            metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
+        except (tuf.RepositoryError, ValueError, AttributeError) as error:
+            raise Invalid(f"not a TUF root: {error}") from error
+        trust = cls(backend, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = trust._anchor.with_suffix(".new")
+        temporary.write_bytes(root)
+        temporary.replace(trust._anchor)
+        return trust
+
+    def refresh(self) -> None:
+        """Fetch and verify what the remote signs now. Raises StoreError: its message says which rule was broken."""
+        fetcher = _BackendFetcher(self._backend)
+        with self._locked():
+            try:
+                updater = Updater(
+                    str(self._directory), PREFIX, fetcher=fetcher, bootstrap=self._anchor.read_bytes()
+                )
+                updater.refresh()
+                parse_targets(self._targets())
+            except (tuf.RepositoryError, tuf.DownloadError) as error:
+                raise _explain(error, fetcher.last.removeprefix(PREFIX), self._backend.url) from error
+
+    def resolve(self, name: str, tag: str, architecture: str, *, refresh: bool = True) -> Signed:
+        """The manifest that the remote's signature gives for a name now.
+
+        Where the remote breaks a rule or is away: what was verified before, with a warning, else that error.
+        """
+        reason: StoreError | None = None
+        if refresh:
+            try:
+                self.refresh()
+            except StoreError as error:
+                reason = error
+        known = self.names()
+        digest = known.get((name, tag, check_architecture(architecture)))
+        if digest is None and reason is not None:
+            raise reason
+        if digest is None:
+            has = sorted(f"{n}:{t}" for n, t, a in known if n == name or a == architecture)[:3]
+            hint = f"it has {', '.join(has)}" if has else ""
+            raise NotFound(f"{self._backend.url} has no signed {name}:{tag} for {architecture}", hint=hint)
+        return Signed(digest, f"{reason}; taking what was verified before" if reason else "")
+
+    def names(self) -> dict[Target, Digest]:
+        """Every name that was verified last; empty before the first refresh."""
+        with self._locked():
+            try:
+                return parse_targets(self._targets())
+            except FileNotFoundError:
+                return {}
+
+    def _targets(self) -> Targets:
+        # python-tuf writes this file only after its whole chain of signatures held.
+        return Metadata[Targets].from_bytes((self._directory / "targets.json").read_bytes()).signed
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """python-tuf wants one user of its directory at a time."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        except tuf.RepositoryError as error:
+            raise Corrupt(f"{self._directory}: {error}", hint="remove and add the remote again") from error
+        finally:
+            os.close(descriptor)
+
+
+def _explain(error: Exception, file: str, url: str) -> StoreError:
+    """python-tuf's error as one of ours, in words. `file`: what was read last, which is what broke the rule."""
+    role = file.removesuffix(".json").rpartition(".")[2]
+    if isinstance(error, tuf.DownloadHTTPError) and role == "timestamp":
+        return Denied(
+            f"{url} is unsigned: it publishes no timestamp", hint="its owner runs `sf mirror publish`"
+        )
+    if isinstance(error, tuf.DownloadLengthMismatchError):
+        return Corrupt(f"{url} answers with an endless {file}")
+    if isinstance(error, tuf.DownloadError):
+        cause = error.__cause__ or error
+        return cause if isinstance(cause, StoreError) else Unavailable(f"{url}: {file}: {cause}")
+    if isinstance(error, tuf.ExpiredMetadataError):
+        if role == "timestamp":
+            hint = "somebody holds newer names back, or its owner's `sf mirror refresh` does not run"
+            return Denied(f"{url} is frozen: its timestamp is past its date", hint=hint)
+        return Denied(f"{url} has expired: {file} is past its date", hint="its owner has to sign anew")
+    if isinstance(error, tuf.BadVersionNumberError):
+        if role in ("timestamp", "root") or "targets.json" in str(error):
+            return Denied(f"{url} was rolled back: {error}", hint="it shows older names than it did before")
+        return Denied(f"{url} is mixed: {file} is not of the same publication: {error}")
+    if isinstance(error, tuf.LengthOrHashMismatchError):
+        return Denied(f"{url} is mixed: {file} is not the one that was signed for")
+    if isinstance(error, tuf.UnsignedMetadataError):
+        return Denied(f"{url} is signed by the wrong key: {file}: {error}")
+    return Corrupt(f"{url}: {file}: {error}")
+
+
+def signed_targets(backend: Backend) -> dict[Target, Digest]:
+    """What a store's own newest targets name, unverified: roots for its collector. Empty where it is not signed."""
+    newest = newest_version(backend, "targets")
+    if not newest:
+        return {}
+    data = backend.get(f"{PREFIX}{newest}.targets.json").data
+    try:
+        return parse_targets(Metadata[Targets].from_bytes(data).signed)
+    except (tuf.RepositoryError, ValueError) as error:
+        raise Corrupt(f"{backend.url}/{PREFIX}{newest}.targets.json: {error}") from error
+
+
+def newest_version(backend: Backend, role: str) -> int:
+    """The highest version of a role's metadata in the store, 0 if there is none."""
+    versions = [0]
+    for stat in backend.list(PREFIX):
+        version, _, rest = stat.key.removeprefix(PREFIX).partition(".")
+        if rest == f"{role}.json" and version.isdecimal():
+            versions.append(int(version))
+    return max(versions)
+
+
+def make_target(name: str, tag: str, architecture: str, digest: Digest, size_bytes: int) -> TargetFile:
+    """The signed statement "this name is this manifest"."""
+    return TargetFile(size_bytes, {HASH: digest.hex()}, target_path(name, tag, architecture))
