@@ -23,7 +23,7 @@ PARTITION_START = 2048  # sectors of 512 bytes
 _SECTOR = 512
 _EPOCH = "1700000000"
 _MODULES = tuple(
-    "virtio_pci virtio_blk virtio_net virtio_scsi virtio_console virtio_rng sr_mod isofs vfat "  # noqa: SIM905
+    "virtio_pci virtio_blk virtio_net virtio_scsi virtio_console virtio_rng sr_mod isofs vfat "
     "nls_ascii nls_utf8 nls_cp437 nls_iso8859-1 button evdev".split()
 )
 _SYSLINUX_CONFIG = """SERIAL 0 115200
