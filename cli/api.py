@@ -1,0 +1,102 @@
+"""A small client of the REST API (shapes: /openapi.json; the interface of Shaken Fist).
+
+http.client and not httpx: importing it takes a tenth of the time, and one connection asks one thing at a time.
+"""
+
+import http.client
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from cli.command import settings
+from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
+
+ANSWER_S = 40.0
+"""No request of the API may take 30 s."""
+
+Object = dict[str, Any]
+
+
+class Api:
+    """`api("GET", "instances", "web", all=True)`. Authenticates at its first call, and again when the token ends."""
+
+    def __init__(self) -> None:
+        self.url, self.namespace, self._key = settings().access()
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise Problem(f"not the URL of an API: {self.url!r}", hint="http://HOST:PORT", code=USAGE)
+        self._path, self._token = parts.path.rstrip("/"), ""
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection: http.client.HTTPConnection = kind(parts.hostname, parts.port, timeout=ANSWER_S)
+
+    def __call__(self, method: str, *path: str, **body: Any) -> Any:
+        """The answer's JSON, or its bytes if it is none. Raises Problem with the exit code of its status."""
+        for _ in range(2):
+            if not self._token:
+                self._login()
+            status, headers, data = self._send(method, path, body)
+            if status != 401:
+                break
+            self._token = ""
+        return _answer(status, headers, data)
+
+    def _login(self) -> None:
+        if not self._key:
+            self._send("GET", ("",), {})  # nobody there is the more useful answer
+            hint = "be root on the server, or set SF_NAMESPACE and SF_KEY"
+            raise Problem(f"no key for namespace {self.namespace} at {self.url}", hint=hint, code=AUTH)
+        body = {"namespace": self.namespace, "key": self._key}
+        self._token = str(_answer(*self._send("POST", ("auth",), body))["access_token"])
+
+    def _send(self, method: str, path: tuple[str, ...], body: Object) -> tuple[int, Mapping[str, str], bytes]:
+        where = "/".join((self._path, *(quote(part, safe="") for part in path)))
+        sent = {"Content-Type": "application/json"}
+        if self._token:
+            sent["Authorization"] = f"Bearer {self._token}"
+        given = {name: value for name, value in body.items() if value is not None}
+        while True:
+            kept = self._connection.sock is not None
+            try:
+                self._connection.request(method, where, json.dumps(given) if given else None, sent)
+                response = self._connection.getresponse()
+                headers = {name.lower(): value for name, value in response.getheaders()}
+                return response.status, headers, response.read()
+            except TimeoutError as error:
+                raise Problem(f"no answer from {self.url} in {ANSWER_S:.0f} s", code=TIMEOUT) from error
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                # That the server closed a kept connection meanwhile is no news; anything else is.
+                if not kept or method == "POST":
+                    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                    hint = "is sf serve running there?"
+                    raise Problem(
+                        f"cannot reach {self.url}: {reason}", hint=hint, code=UNREACHABLE
+                    ) from error
+
+
+def _answer(status: int, headers: Mapping[str, str], data: bytes) -> Any:
+    found: Any = data
+    if headers.get("content-type", "").startswith("application/json"):
+        try:
+            found = json.loads(data) if data else None
+        except ValueError as error:
+            raise Problem(f"the API answered {status} with broken JSON", code=UNREACHABLE) from error
+    if status < 400:
+        return found
+    said = found if isinstance(found, dict) else {}
+    raise Problem(
+        str(said.get("error") or said.get("detail") or f"the API answered {status}"),
+        hint=str(said.get("hint") or ""),
+        code=HTTP_CODES.get(status, 1),
+        request_id=str(said.get("request_id") or headers.get("x-request-id") or ""),
+    )
+
+
+def poll(timeout_s: float, every_s: float = 0.5) -> Iterator[float]:
+    """Yield the seconds gone: first at once, then every `every_s`, until the time is over."""
+    started = time.monotonic()
+    while (gone_s := time.monotonic() - started) < timeout_s:
+        yield gone_s
+        time.sleep(every_s)

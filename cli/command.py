@@ -1,0 +1,120 @@
+"""What every command is made of: lazily imported groups, and parameters that follow from a function's signature.
+
+A command's function names what it needs; the parameters in `_SHARED` are added for it:
+
+    @network.add(examples="sf network ls")
+    def ls(everything: bool, form: str) -> None: …        # gets --all and --format
+
+A group says which options all its commands have: `Group(needs=API)`.
+"""
+
+import importlib
+import inspect
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+from click import Argument, Option
+
+from cli.settings import Settings
+
+API = ("namespace", "api_url")
+STORE = ("store",)
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: str | bool | None) -> None:
+    if value:
+        ctx.ensure_object(Settings).flags[str(param.name)] = str(value)
+
+
+_KEPT: dict[str, Any] = {"expose_value": False, "callback": _keep}
+_FORMATS = click.Choice(["table", "json", "name"])
+_SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "name": ("", {}),
+    "names": ("", {"nargs": -1, "required": True, "metavar": "NAME..."}),
+    "form": ("--format", {"type": _FORMATS, "default": "table", "show_default": True}),
+    "everything": ("--all", {"is_flag": True, "help": "Deleted ones too."}),
+    "limit": ("--limit", {"default": 100, "show_default": True}),
+    "architecture": ("--arch", {"default": platform.machine(), "show_default": True}),
+    "single_writer": (
+        "--single-writer",
+        {"is_flag": True, "help": "Nobody else changes the store meanwhile."},
+    ),
+    "store": (
+        "--store",
+        {"metavar": "URL", "help": "/path, s3:// or https://; default: this machine's.", **_KEPT},
+    ),
+    "namespace": ("--namespace", {"metavar": "NAME", "help": "Whom to act as; default: system.", **_KEPT}),
+    "api_url": ("--api-url", {"metavar": "URL", "help": "Default: http://127.0.0.1:13000.", **_KEPT}),
+    "quiet": ("-q --quiet", {"is_flag": True, "help": "No progress, only results and errors.", **_KEPT}),
+    "debug": ("--debug", {"is_flag": True, "help": "Show the traceback of an error.", **_KEPT}),
+}
+"""What many commands have: an argument of that name, or the option whose flags stand here."""
+
+
+def _shared(name: str) -> click.Parameter:
+    flags, attributes = _SHARED[name]
+    return Option([*flags.split(), name], **attributes) if flags else Argument([name], **attributes)
+
+
+class Command(click.Command):
+    """A command with the parameters its function asks for, and its examples at the end of its help."""
+
+    def __init__(self, *args: Any, examples: str = "", needs: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        declared = {str(p.name): p for p in self.params}
+        asked = inspect.signature(self.callback).parameters if self.callback else {}
+        names = [name for name in asked if name in declared or name in _SHARED]
+        wanted = [declared.pop(name) if name in declared else _shared(name) for name in names]
+        self.params = [*wanted, *declared.values(), *map(_shared, (*needs, "quiet", "debug"))]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for line in self.examples.splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
+
+
+class Group(click.Group):
+    """Commands in the order in which they are written; those in `lazy` are imported when they are used."""
+
+    def __init__(
+        self,
+        *args: Any,
+        needs: tuple[str, ...] = (),
+        lazy: Mapping[str, tuple[str, str]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.needs = needs
+        self.lazy = dict(lazy or {})
+        """name -> ("module:attribute", short help)"""
+
+    def add(
+        self, name: str | None = None, **attributes: Any
+    ) -> Callable[[Callable[..., Any]], click.Command]:
+        """Decorates the function of a new command."""
+        return super().command(name, cls=Command, needs=self.needs, **attributes)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.lazy, *self.commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        module, attribute = self.lazy[cmd_name][0].split(":")
+        found: click.Command = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.lazy:
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
+        else:
+            super().format_commands(ctx, formatter)
+
+
+def settings() -> Settings:
+    """The settings of this invocation."""
+    return click.get_current_context().ensure_object(Settings)

@@ -1,0 +1,278 @@
+"""`sf image`: disk images in a store. Needs no server."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.command import STORE, Group, settings
+from cli.errors import MISSING, USAGE, Problem
+from cli.output import progress, say, show_list, show_one, size, when
+
+if TYPE_CHECKING:
+    from imagestore.digest import Digest
+    from imagestore.names import Reference
+    from imagestore.store import Store
+
+COLUMNS = (
+    ("name", "name"),
+    ("architecture", "architecture"),
+    ("size", lambda i: size(i.get("size_bytes"))),
+    ("digest", "digest"),
+    ("changed", lambda i: "removed" if i.get("removed") else when(i.get("modified_s"))),
+)
+FIELDS = (
+    *COLUMNS,
+    ("data", lambda i: f"{size(i['data_bytes'])} in {i['chunks']} chunks"),
+    ("stored", lambda i: f"{size(i['stored_bytes'])} in {i['packs']} packs, shared with other images"),
+    ("os", "os"),
+    ("labels", lambda i: [f"{k}={v}" for k, v in i["labels"].items()]),
+    ("source", lambda i: [f"{k}: {v}" for k, v in i["source"].items()]),
+    ("parent", "parent"),
+    ("disk id", "disk_id"),
+    ("store", "store"),
+)
+HISTORY = (
+    ("revision", "revision"),
+    ("changed", lambda c: when(c["at_s"])),
+    ("images", lambda c: "removed" if c["removed"] else [f"{a} {d}" for a, d in c["images"].items()]),
+)
+PUSHED = (
+    ("name", "name"),
+    ("digest", "digest"),
+    ("read", lambda r: size(r["read_bytes"])),
+    ("new", lambda r: size(r["new_bytes"])),
+    ("already there", lambda r: size(r["known_bytes"])),
+    ("written", lambda r: size(r["written_bytes"])),
+)
+PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
+
+image = Group("image", needs=STORE, help="Push, pull and manage disk images.")
+path = click.Path(dir_okay=False, path_type=Path)
+
+
+@contextmanager
+def opened(
+    url: str = "", *, create: bool = False, write: bool = False, alone: bool = False
+) -> Iterator["Store"]:
+    """The store at `url`, by default that of the settings, closed at the end; `alone`: --single-writer."""
+    from imagestore.open import open_store
+
+    store = open_store(url or settings().store_url, create=create, single_writer=alone)
+    try:
+        if write:
+            store.check_writable()
+        yield store
+    finally:
+        store.backend.close()
+
+
+@contextmanager
+def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"]]:
+    """Look an image up: its store, its name, its digest.
+
+    Without a remote's name the store of the settings is asked, then the remotes in their order. Only "not found"
+    moves on: whoever can make a store unreachable must not choose the image.
+    """
+    from imagestore.errors import NotFound
+    from imagestore.names import parse_reference
+
+    wanted = parse_reference(text)
+    urls = {"local": settings().store_url} | {name: str(r["url"]) for name, r in settings().remotes.items()}
+    if wanted.remote and wanted.remote not in urls:
+        raise Problem(f"no remote is called {wanted.remote!r}", hint="sf remote ls", code=MISSING)
+    missing: list[NotFound] = []
+    for url in [urls[wanted.remote]] if wanted.remote else urls.values():
+        try:
+            with opened(url) as store:
+                digest = _digest(store, wanted, architecture)
+                yield store, f"{wanted.name}:{wanted.tag}" if wanted.name else "", digest
+                return
+        except NotFound as error:
+            missing.append(error)
+    raise missing[0]
+
+
+def _digest(store: "Store", wanted: "Reference", architecture: str) -> "Digest":
+    """The manifest that a reference stands for in one store. Raises NotFound."""
+    from imagestore.errors import NotFound
+
+    if whole := wanted.digest:
+        store.manifest(whole)
+        return whole
+    digits = wanted.digest_prefix
+    if not digits:
+        return store.names.get(wanted.name, wanted.tag).digest(architecture)
+    known = {d for r in store.names.list() if wanted.name in ("", r.name) for d in r.images.values()}
+    matches = [d for d in known if d.hex().startswith(digits)]
+    if len(matches) != 1:
+        raise NotFound(f"{len(matches)} images in {store.url} have a digest that starts with b3:{digits}")
+    return matches[0]
+
+
+def _target(text: str) -> tuple[str, str]:
+    """The name and tag of what is to be written: no remote and no digest."""
+    from imagestore.names import parse_reference
+
+    reference = parse_reference(text)
+    if reference.remote or reference.digest_prefix:
+        raise Problem(f"not a name to write to: {text!r}", hint="NAME[:TAG]; --store says where", code=USAGE)
+    return reference.name, reference.tag
+
+
+@image.add(
+    examples="""sf image push debian-12.qcow2 debian:12
+    sf image push disk.raw shop:2026-11 --label team=shop --store 's3://images/sf?region=eu-central-1'"""
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("name")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
+def push(
+    file: Path,
+    name: str,
+    architecture: str,
+    single_writer: bool,
+    form: str,
+    labels: tuple[str, ...],
+    sparsify: bool,
+) -> None:
+    """Keep the disk in FILE (qcow2, raw, VMDK, VHDX or VDI) under NAME[:TAG]."""
+    from imagestore.names import check_architecture
+    from imagestore.push import push as push_image
+
+    target, machine = _target(name), check_architecture(architecture)
+    given: dict[str, Any] = {
+        "labels": dict(label.partition("=")[::2] for label in labels),
+        "sparsify": sparsify,
+    }
+    with opened(create=True, alone=single_writer) as store, progress(f"push {name}") as tell:
+        result = push_image(store, file, *target, architecture=machine, progress=tell, **given)
+    row = {"name": ":".join(target), "architecture": machine, **asdict(result), "digest": str(result.digest)}
+    show_one(row, PUSHED, form)
+
+
+@image.add(examples="sf image pull debian:12 -o copy.qcow2\nsf image pull official/debian:12 -o disk.raw")
+@click.option(
+    "-o", "--output", required=True, type=path, help="The file; it appears when all of it is right."
+)
+@click.option(
+    "--as", "kind", type=click.Choice(["qcow2", "raw"]), help="Default: raw for .raw and .img, else qcow2."
+)
+@click.option(
+    "--seed", "seeds", multiple=True, metavar="NAME=FILE", help="Take equal parts from the raw disk FILE."
+)
+def pull(
+    name: str, architecture: str, form: str, output: Path, kind: str | None, seeds: tuple[str, ...]
+) -> None:
+    """Write an image to a file."""
+    from imagestore.pull import Seed
+    from imagestore.pull import pull as pull_image
+
+    given: list[Seed] = []
+    for text in seeds:
+        image_name, _, file = text.partition("=")
+        with found(image_name, architecture) as (store, _, digest):
+            given.append(Seed(store.manifest(digest), Path(file)))
+    kind = kind or ("raw" if output.suffix in (".raw", ".img") else "qcow2")
+    with found(name, architecture) as (store, full, digest), progress(f"pull {name}") as tell:
+        result = pull_image(store, digest, output, format_=kind, progress=tell, seeds=given)
+    row = {"name": full, "output": str(output), "format": kind, **asdict(result), "digest": str(digest)}
+    show_one(row, PULLED, form, name="output")
+
+
+@image.add(examples="sf image ls\nsf image ls --format json")
+@click.option("--removed", is_flag=True, help="Those that undelete can bring back, too.")
+def ls(form: str, removed: bool) -> None:
+    """List images."""
+    with opened(create=settings().store_is_default) as store:
+        rows = [
+            {
+                "name": f"{r.name}:{r.tag}",
+                "architecture": architecture,
+                "digest": str(digest),
+                "size_bytes": None if form == "name" else store.manifest(digest).size_bytes,
+                "removed": r.removed,
+                "modified_s": r.modified_s,
+            }
+            for r in store.names.list(removed=removed)
+            for architecture, digest in r.images.items()
+        ]
+    show_list(rows, COLUMNS, form)
+
+
+@image.add(examples="sf image show debian:12\nsf image show debian:12 --format json")
+def show(name: str, architecture: str, form: str) -> None:
+    """Show an image: its digest, its size, its labels and where it came from."""
+    with found(name, architecture) as (store, full, digest):
+        manifest, layout = store.manifest(digest), store.layout(digest)
+    row = {
+        "name": full,
+        "digest": str(digest),
+        "architecture": manifest.architecture,
+        "size_bytes": manifest.size_bytes,
+        "data_bytes": manifest.data_bytes,
+        "stored_bytes": int(layout.frame_sizes.sum()),
+        "chunks": len(manifest.lengths),
+        "packs": len(layout.packs),
+        "os": manifest.os,
+        "labels": dict(manifest.labels),
+        "source": dict(manifest.source),
+        "parent": str(manifest.parent or ""),
+        "disk_id": str(manifest.disk_id),
+        "store": store.url,
+    }
+    show_one(row, FIELDS, form)
+
+
+@image.add(examples="sf image tag debian:12 debian:stable")
+@click.argument("new")
+def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
+    """Give an image of the store another name as well."""
+    from imagestore.names import check_architecture, parse_reference
+
+    target, machine = _target(new), check_architecture(architecture)
+    with opened(write=True, alone=single_writer) as store:
+        digest = _digest(store, parse_reference(name), machine)
+        store.names.set(*target, machine, digest)
+    print(f"{':'.join(target)} {digest}")
+
+
+def _remove(names: tuple[str, ...], architecture: str | None, alone: bool) -> None:
+    with opened(write=True, alone=alone) as store:
+        for text in names:
+            store.names.remove(*_target(text), architecture)
+            say(f"{text} removed (sf image undelete {text} brings it back until gc has run)")
+
+
+@image.add(examples="sf image rm debian:11")
+def rm(names: tuple[str, ...], single_writer: bool) -> None:
+    """Remove names; what no name needs any more goes with gc, after its grace."""
+    _remove(names, None, single_writer)
+
+
+@image.add(examples="sf image untag debian:12 --only aarch64")
+@click.option("--only", metavar="ARCH", help="The other architectures of the name stay.")
+def untag(name: str, single_writer: bool, only: str | None) -> None:
+    """Remove a name, or one architecture of it."""
+    _remove((name,), only, single_writer)
+
+
+@image.add(examples="sf image undelete debian:11")
+def undelete(name: str, single_writer: bool) -> None:
+    """Bring back a name that was removed, as long as gc has not collected it."""
+    with opened(write=True, alone=single_writer) as store:
+        record = store.names.undelete(*_target(name))
+    print(" ".join([f"{record.name}:{record.tag}", *map(str, record.images.values())]))
+
+
+@image.add(examples="sf image history debian:12")
+def history(name: str, form: str) -> None:
+    """What a name stood for, newest first."""
+    with opened() as store:
+        changes = store.names.history(*_target(name))
+    rows = [asdict(c) | {"images": {a: str(d) for a, d in c.images.items()}} for c in changes]
+    show_list(rows, HISTORY, form, name="revision")

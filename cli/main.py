@@ -1,0 +1,73 @@
+"""The `sf` command. Every group is imported only when it is used, so that help and completion stay quick."""
+
+import os
+import sys
+
+import click
+
+from cli.command import Group
+from cli.errors import INTERRUPTED, OK, USAGE, exit_code, one_line
+from cli.settings import Settings
+
+MEMBERS = {
+    "image": ("cli.image:image", "Push, pull and manage disk images."),
+    "instance": ("cli.instance:instance", "Create, watch and control guests."),
+    "network": ("cli.network:network", "Virtual networks for guests."),
+    "store": ("cli.store:store", "Make, check and copy image stores."),
+    "remote": ("cli.store:remote", "Other stores to look names up in."),
+    "node": ("cli.cluster:node", "Machines of the cluster."),
+    "namespace": ("cli.cluster:namespace", "Tenants."),
+    "key": ("cli.cluster:key", "Keys of a namespace."),
+    "completion": ("cli.serve:completion", "Print the shell's completion script."),
+}
+
+EPILOG = """\b
+Start here:
+  sf serve                                   run the API and the agent
+  sf image push disk.qcow2 debian:12         keep a disk image under a name
+  sf network create lan 10.42.0.0/24
+  sf instance create web --image debian:12 --network lan --wait boot
+
+\b
+Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 authentication,
+5 conflict, 6 no capacity or space, 7 timeout, 8 unreachable,
+130 interrupted. Settings: flags, then SF_* variables, then
+~/.config/sf/config.toml and /etc/sf/config.toml.
+"""
+
+
+@click.group(cls=Group, lazy=MEMBERS, epilog=EPILOG)
+@click.version_option(package_name="sf-cloud", prog_name="sf", message="%(prog)s %(version)s")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only results and errors.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_obj
+def sf(settings: Settings, quiet: bool, debug: bool) -> None:
+    """Keep disk images in a content-addressed store; boot guests from them by name."""
+    settings.flags |= {name: "yes" for name, given in (("quiet", quiet), ("debug", debug)) if given}
+
+
+def main() -> None:
+    """Entry point: every way out has its code, and at most one line on standard error."""
+    settings = Settings()
+    try:
+        result = sf.main(prog_name="sf", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+        code = result if isinstance(result, int) else OK
+    except BrokenPipeError:
+        # The reader (head, less) has gone: not an error, and nothing can be printed any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = USAGE
+    except (KeyboardInterrupt, click.Abort):
+        print("sf: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last place that can turn an error into one line
+        if settings.flags.get("debug"):
+            import traceback
+
+            traceback.print_exc()
+        print(f"sf: {one_line(error)}", file=sys.stderr)
+        code = exit_code(error)
+    sys.exit(code)

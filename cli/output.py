@@ -1,0 +1,173 @@
+"""Results on standard output, progress on standard error."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from cli.command import settings
+from cli.errors import clean
+
+if TYPE_CHECKING:
+    from imagestore.progress import Progress, Report
+
+Row = Mapping[str, Any]
+Column = tuple[str, str | Callable[[Any], object]]
+"""A heading, and the key in the row (or a function of the row)."""
+
+_STYLES = {"created": "green", "on": "green", "error": "bold red", "crashed": "bold red", "off": "dim"}
+
+
+def show_list(rows: Iterable[Row], columns: Sequence[Column], form: str, *, name: str = "name") -> None:
+    """Print a list: a table for people, JSON as it came, or one name per line."""
+    rows = list(rows)
+    if form == "json":
+        print(json.dumps(rows, indent=2, default=str))
+    elif form == "name":
+        print("".join(f"{clean(row[name])}\n" for row in rows), end="")
+    else:
+        _table([title for title, _ in columns], [[_cell(row, key) for _, key in columns] for row in rows])
+
+
+def show_one(row: Row, columns: Sequence[Column], form: str, *, name: str = "name") -> None:
+    """Print one object: its fields below each other, JSON, or its name."""
+    if form == "json":
+        print(json.dumps(row, indent=2, default=str))
+        return
+    if form == "name":
+        print(clean(row[name]))
+        return
+    cells = {title: text for title, key in columns if (text := _cell(row, key))}
+    width = max(map(len, cells), default=0)
+    bold = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    for title, text in cells.items():
+        print(f"{bold[0]}{title:<{width}}{bold[1]}  " + text.replace("\n", "\n" + " " * (width + 2)))
+
+
+def _cell(row: Row, key: str | Callable[[Any], object]) -> str:
+    value = row.get(key) if isinstance(key, str) else key(row)
+    many = value if isinstance(value, list | tuple) else [value]
+    return "\n".join(clean(v) for v in many if v is not None)
+
+
+def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """Drawn by rich on a terminal; anywhere else plain text in columns, never cut."""
+    if sys.stdout.isatty():
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        for number, title in enumerate(titles):
+            table.add_column(title, overflow="fold", no_wrap=number == 0)
+        for row in cells:
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        Console(highlight=False).print(table)
+        return
+    lines = [[title.upper() for title in titles], *([c.replace("\n", ",") for c in row] for row in cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def size(value: float | None) -> str:
+    """Bytes for people, in powers of two; "" if unknown."""
+    if value is None:
+        return ""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def when(timestamp_s: object) -> str:
+    """Seconds since the epoch as local time; what is no number as it is."""
+    if not isinstance(timestamp_s, int | float) or not timestamp_s:
+        return clean(timestamp_s or "")
+    return datetime.fromtimestamp(timestamp_s).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def live() -> bool:
+    """Whether progress may redraw its line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def say(text: str) -> None:
+    """One line for the person who waits."""
+    if not settings().quiet:
+        print(clean(text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """What is going on, in words: one live line on a terminal, a line per change elsewhere."""
+    last = [""]
+    if live() and not settings().quiet:
+        from rich.console import Console
+        from rich.text import Text
+
+        with Console(stderr=True).status("") as shown:
+            yield lambda text: shown.update(Text(clean(text)))
+        return
+
+    def line(text: str) -> None:
+        if last != [text]:
+            last[:] = [text]
+            say(text)
+
+    yield line
+
+
+@contextmanager
+def progress(what: str) -> Iterator["Report"]:
+    """A bar on a terminal, a plain line every few seconds elsewhere, nothing with -q."""
+    if settings().quiet:
+        yield lambda _: None
+    elif live():
+        yield from _bar(what)
+    else:
+        yield _lines(what)
+
+
+def _detail(p: "Progress") -> str:
+    parts = ((p.new_bytes, "new"), (p.known_bytes, "already there"), (p.written_bytes, "written"))
+    return ", ".join(f"{size(count)} {word}" for count, word in parts if count)
+
+
+def _bar(what: str) -> Iterator["Report"]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    shown = (
+        BarColumn(24),
+        DownloadColumn(True),
+        TimeRemainingColumn(True),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Bar(TextColumn("{task.description}", markup=False), *shown, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None, detail="")
+        yield lambda p: bar.update(
+            task, description=what, total=p.total_bytes or None, completed=p.done_bytes, detail=_detail(p)
+        )
+
+
+def _lines(what: str, every_s: float = 5.0) -> "Report":
+    last: dict[str, float] = {}
+    """The stage that was printed last, and when."""
+
+    def tell(p: "Progress") -> None:
+        if time.monotonic() - last.get(p.stage, -every_s) < every_s:
+            return
+        last.clear()
+        last[p.stage] = time.monotonic()
+        share = f" {100 * p.done_bytes // p.total_bytes}%" if p.total_bytes else ""
+        say(f"{what}: {p.stage}{share} {_detail(p)}")
+
+    return tell

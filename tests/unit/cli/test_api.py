@@ -1,0 +1,129 @@
+"""The client of the REST API, against a real HTTP server."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import click
+import pytest
+
+from cli.api import Api
+from cli.errors import Problem
+from cli.main import sf
+from cli.settings import Settings
+
+SEEN: list[tuple[str, str, Any, str]] = []
+TOKENS = ["first", "second", "third"]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    logins = 0
+    valid = ""
+
+    def answer(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(data) if data else None
+        SEEN.append((self.command, self.path, body, self.headers.get("Authorization") or ""))
+        status, found = self.route(body)
+        reply = json.dumps(found).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(reply)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("X-Request-ID", "req-7")
+        if self.path == "/bye":
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def route(self, body: Any) -> tuple[int, Any]:
+        cls = type(self)
+        if self.path == "/auth":
+            if body["key"] != "right":
+                return 401, {"error": "wrong key", "status": 401}
+            cls.valid = TOKENS[cls.logins]
+            cls.logins += 1
+            return 200, {"access_token": cls.valid, "expires_in": 900}
+        if self.headers.get("Authorization") != f"Bearer {cls.valid}":
+            return 401, {"error": "expired", "status": 401}
+        if self.path.startswith("/fail/"):
+            return int(self.path[6:]), {"error": "it\nbroke", "hint": "mend it"}
+        return 200, {"path": self.path, "body": body}
+
+    do_GET = do_POST = do_PUT = do_DELETE = answer
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    SEEN.clear()
+    Handler.logins, Handler.valid = 0, ""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def api(url: str) -> Iterator[Api]:
+    with click.Context(sf, obj=Settings({"api_url": url, "key": "right", "namespace": "shop"})):
+        yield Api()
+
+
+def test_a_get_carries_its_arguments_as_json_and_quotes_its_path(api: Api) -> None:
+    assert api("GET", "networks", "a/b c", all=True, nothing=None) == {
+        "path": "/networks/a%2Fb%20c",
+        "body": {"all": True},
+    }
+    assert SEEN[0][2] == {"namespace": "shop", "key": "right"}
+    assert SEEN[1][3] == "Bearer first"
+
+
+def test_it_authenticates_once_more_when_the_token_has_ended(api: Api) -> None:
+    api("GET", "x")
+    Handler.valid = "another"
+    assert api("DELETE", "x")["path"] == "/x"
+    assert [path for _, path, _, _ in SEEN] == ["/auth", "/x", "/x", "/auth", "/x"]
+
+
+def test_a_wrong_key_is_an_authentication_error_and_tried_once(url: str) -> None:
+    with click.Context(sf, obj=Settings({"api_url": url, "key": "wrong"})), pytest.raises(Problem) as caught:
+        Api()("GET", "x")
+    assert caught.value.code == 4
+    assert len(SEEN) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, 2), (403, 4), (404, 3), (406, 5), (409, 5), (500, 1), (503, 8), (507, 6)]
+)
+def test_each_status_becomes_its_exit_code_with_hint_and_request_id(api: Api, status: int, code: int) -> None:
+    with pytest.raises(Problem, match="broke") as caught:
+        api("GET", "fail", str(status))
+    assert (caught.value.code, caught.value.hint, caught.value.request_id) == (code, "mend it", "req-7")
+
+
+def test_a_connection_that_the_server_closed_is_opened_again(api: Api) -> None:
+    assert api("GET", "bye")["path"] == "/bye"
+    assert api("GET", "x")["path"] == "/x"
+
+
+def test_nobody_there_is_unreachable_with_or_without_a_key() -> None:
+    for flags in ({"key": "k"}, {}):
+        settings = Settings({"api_url": "http://127.0.0.1:9", **flags})
+        with click.Context(sf, obj=settings), pytest.raises(Problem, match=r"127\.0\.0\.1:9") as caught:
+            Api()("GET", "x")
+        assert caught.value.code == 8
+
+
+@pytest.mark.parametrize("bad", ["127.0.0.1:13000", "ftp://x", "http://"])
+def test_what_is_no_http_url_is_a_usage_error(bad: str) -> None:
+    with click.Context(sf, obj=Settings({"api_url": bad})), pytest.raises(Problem) as caught:
+        Api()
+    assert caught.value.code == 2

@@ -1,0 +1,92 @@
+"""Results go to standard output in the form asked for; progress goes to standard error."""
+
+import json
+from types import SimpleNamespace
+
+import click
+import pytest
+
+from cli.errors import Problem
+from cli.instance import _beyond, _gigabytes
+from cli.main import sf
+from cli.output import progress, show_list, show_one, size, status, when
+from cli.settings import Settings
+
+ROWS = [{"name": "a", "size": 1536, "tags": ["x", "y"]}, {"name": "evil\x1b[2J", "size": None, "tags": []}]
+COLUMNS = (("name", "name"), ("size", lambda r: size(r["size"])), ("tags", "tags"))
+
+
+def test_a_table_without_a_terminal_is_plain_whole_and_safe(capsys: pytest.CaptureFixture[str]) -> None:
+    show_list(ROWS, COLUMNS, "table")
+    assert capsys.readouterr().out == "NAME      SIZE     TAGS\na         1.5 KiB  x,y\nevil [2J\n"
+
+
+def test_json_is_as_it_came(capsys: pytest.CaptureFixture[str]) -> None:
+    show_list(ROWS, COLUMNS, "json")
+    assert json.loads(capsys.readouterr().out) == ROWS
+    show_one(ROWS[0], COLUMNS, "json")
+    assert json.loads(capsys.readouterr().out) == ROWS[0]
+
+
+def test_name_prints_one_name_per_line_and_nothing_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    show_list(ROWS, COLUMNS, "name")
+    assert capsys.readouterr().out == "a\nevil [2J\n"
+    show_list([], COLUMNS, "name")
+    assert capsys.readouterr().out == ""
+
+
+def test_one_object_shows_its_fields_and_leaves_out_the_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    show_one(ROWS[0] | {"note": ""}, (*COLUMNS, ("note", "note")), "table")
+    assert capsys.readouterr().out == "name  a\nsize  1.5 KiB\ntags  x\n      y\n"
+
+
+def test_progress_without_a_terminal_is_a_line_per_stage_and_silent_when_quiet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def step(stage: str, done: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            stage=stage, done_bytes=done, total_bytes=4096, new_bytes=2048, known_bytes=0, written_bytes=0
+        )
+
+    for flags, wanted in (
+        ({}, "push a: read 0% 2.0 KiB new\npush a: end 100% 2.0 KiB new\n"),
+        ({"quiet": "y"}, ""),
+    ):
+        with click.Context(sf, obj=Settings(flags)), progress("push a") as tell:
+            for now in (step("read", 0), step("read", 1), step("end", 4096)):
+                tell(now)  # type: ignore[arg-type]
+        assert capsys.readouterr() == ("", wanted)
+
+
+def test_status_without_a_terminal_is_a_line_per_change(capsys: pytest.CaptureFixture[str]) -> None:
+    with click.Context(sf, obj=Settings()), status() as tell:
+        for text in ("a", "a", "b"):
+            tell(text)
+    assert capsys.readouterr().err == "a\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**31, "2.0 GiB"), (2**52, "4096.0 TiB")],
+)
+def test_sizes_are_in_powers_of_two(value: int, text: str) -> None:
+    assert size(value) == text
+
+
+def test_a_time_that_is_no_number_stays() -> None:
+    assert (when("yesterday"), when(None), when(0)) == ("yesterday", "", "")
+
+
+def test_disk_sizes_are_whole_gigabytes() -> None:
+    assert [_gigabytes(text) for text in ("8", "8G", "8GiB", "2T")] == [8, 8, 8, 2048]
+    for text in ("", "0", "-1", "1.5G", "8M", "G"):
+        with pytest.raises(Problem):
+            _gigabytes(text)
+
+
+def test_a_followed_console_prints_each_byte_once_though_its_head_is_cut() -> None:
+    log = b"".join(b"line %d\n" % n for n in range(1000))
+    assert _beyond(log[:500], log[:700]) == log[500:700]
+    assert _beyond(log[:5000], log[3000:6000]) == log[5000:6000]
+    assert _beyond(b"", log) == log
+    assert _beyond(log, b"rebooted\n") == b"rebooted\n"
