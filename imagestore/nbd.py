@@ -1,0 +1,424 @@
+"""NBD server for one read-only export on a Unix socket.
+
+Protocol: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md (fixed newstyle, structured replies,
+`base:allocation`). What a client may cost: one connection holds at most MAX_IN_FLIGHT_BYTES of answers and
+MAX_IN_FLIGHT requests, an export has at most MAX_CONNECTIONS, a handshake is over within HANDSHAKE_S and OPTIONS_MAX
+options. A client that breaks the protocol loses its connection and nothing else.
+"""
+
+import asyncio
+import errno
+import struct
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from imagestore.backend import Buffer
+
+MAX_REQUEST_BYTES = 32 << 20
+"""What the protocol lets a client expect without asking (and qemu's own limit)."""
+MAX_IN_FLIGHT_BYTES = 32 << 20
+MAX_IN_FLIGHT = 128
+MAX_CONNECTIONS = 16
+HANDSHAKE_S = 20.0
+OPTIONS_MAX = 64
+OPTION_MAX_BYTES = 8192
+"""A name has up to 4,096 bytes; queries of meta contexts add some."""
+STATUS_MAX_EXTENTS = 1024
+
+_NBDMAGIC = 0x4E42444D41474943
+_IHAVEOPT = 0x49484156454F5054
+_REPLY_MAGIC = 0x0003E889045565A9
+_REQUEST_MAGIC = 0x25609513
+_SIMPLE_MAGIC = 0x67446698
+_STRUCTURED_MAGIC = 0x668E33EF
+
+_EXPORT_NAME, _ABORT, _LIST, _INFO, _GO, _STRUCTURED_REPLY, _LIST_META, _SET_META = 1, 2, 3, 6, 7, 8, 9, 10
+_ACK, _SERVER, _REP_INFO, _META_CONTEXT = 1, 2, 3, 4
+_ERR_UNSUP, _ERR_INVALID, _ERR_UNKNOWN, _ERR_TOO_BIG = (
+    (1 << 31) + 1,
+    (1 << 31) + 3,
+    (1 << 31) + 6,
+    (1 << 31) + 9,
+)
+_INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
+# HAS_FLAGS, READ_ONLY, SEND_DF, CAN_MULTI_CONN, SEND_CACHE
+_EXPORT_FLAGS = 1 | 2 | 128 | 256 | 1024
+_READ, _WRITE, _DISC, _CACHE, _BLOCK_STATUS = 0, 1, 2, 5, 7
+_FLAG_REQ_ONE = 8
+_DONE = 1
+_NONE, _OFFSET_DATA, _STATUS, _ERROR = 0, 1, 5, (1 << 15) + 1
+_HOLE_AND_ZERO = 3
+_CONTEXT = b"base:allocation"
+_CONTEXT_ID = 1
+
+_OPTION = struct.Struct(">QII")
+_OPTION_REPLY = struct.Struct(">QIII")
+_REQUEST = struct.Struct(">IHHQQI")
+_SIMPLE = struct.Struct(">IIQ")
+_CHUNK = struct.Struct(">IHHQI")
+_DATA_CHUNK = struct.Struct(">IHHQIQ")
+
+
+class Source(Protocol):
+    """What an export shows. All of it is called on the event loop's thread."""
+
+    size_bytes: int
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """The bytes if they can be had without waiting, else None. Never raises for a range inside the disk."""
+        ...
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes, however long it takes. Raises OSError when they cannot be had."""
+        ...
+
+    def extents(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
+        """(length, is a hole) pairs that cover the range in order; neighbours differ."""
+        ...
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """The client will want this range."""
+        ...
+
+
+class _Broken(Exception):
+    """The client broke the protocol: its connection ends."""
+
+
+class Connection(asyncio.Protocol):
+    """One client. The phase is the method in `_phase`; each call of it consumes one message or returns False."""
+
+    def __init__(self, server: "NbdServer") -> None:
+        self._server = server
+        self._source = server.source
+        self._buffer = bytearray()
+        self._phase = self._client_flags
+        self._skip_bytes = 0
+        self._options = 0
+        self._no_zeroes = self._structured = self._context = False
+        self._paused = False
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight_bytes = 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    # -- transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        if not self._server.admit(self):
+            self._transport.abort()
+            return
+        self._transport.set_write_buffer_limits(high=4 << 20)
+        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_S, self._transport.abort)
+        # FIXED_NEWSTYLE | NO_ZEROES
+        self._transport.write(struct.pack(">QQH", _NBDMAGIC, _IHAVEOPT, 3))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+        for task in self._in_flight:
+            task.cancel()
+        self._buffer.clear()
+        self._server.forget(self)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._advance()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        self._advance()
+
+    def close(self) -> None:
+        """End the connection now; requests under way are dropped."""
+        self._transport.abort()
+
+    def _advance(self) -> None:
+        try:
+            while not self._transport.is_closing() and self._room() and self._phase():
+                pass
+        except _Broken:
+            self._transport.abort()
+        if self._transport.is_closing():
+            return
+        if self._room():
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _room(self) -> bool:
+        return (
+            not self._paused
+            and len(self._in_flight) < MAX_IN_FLIGHT
+            and self._in_flight_bytes < MAX_IN_FLIGHT_BYTES
+        )
+
+    # -- handshake
+
+    def _client_flags(self) -> bool:
+        if len(self._buffer) < 4:
+            return False
+        (flags,) = struct.unpack_from(">I", self._buffer)
+        if flags & ~3 or not flags & 1:
+            raise _Broken("unknown client flags")
+        self._no_zeroes = bool(flags & 2)
+        del self._buffer[:4]
+        self._phase = self._option
+        return True
+
+    def _option(self) -> bool:
+        if len(self._buffer) < _OPTION.size:
+            return False
+        magic, option, length = _OPTION.unpack_from(self._buffer)
+        self._options += 1
+        if magic != _IHAVEOPT or self._options > OPTIONS_MAX or length > MAX_REQUEST_BYTES:
+            raise _Broken("bad option")
+        if length > OPTION_MAX_BYTES:
+            del self._buffer[: _OPTION.size]
+            self._skip(length)
+            self._answer(option, _ERR_TOO_BIG)
+            return True
+        end = _OPTION.size + length
+        if len(self._buffer) < end:
+            self._options -= 1
+            return False
+        payload = bytes(self._buffer[_OPTION.size : end])
+        del self._buffer[:end]
+        self._choose(option, payload)
+        return True
+
+    def _choose(self, option: int, payload: bytes) -> None:
+        if option == _EXPORT_NAME:
+            if payload not in (b"", self._server.name):
+                raise _Broken("no such export")
+            tail = b"" if self._no_zeroes else bytes(124)
+            self._transport.write(struct.pack(">QH", self._source.size_bytes, _EXPORT_FLAGS) + tail)
+            self._transmit()
+        elif option == _ABORT:
+            self._answer(option, _ACK)
+            self._transport.close()
+        elif option == _LIST:
+            if payload:
+                self._answer(option, _ERR_INVALID)
+                return
+            name = self._server.name
+            self._answer(option, _SERVER, struct.pack(">I", len(name)) + name)
+            self._answer(option, _ACK)
+        elif option == _STRUCTURED_REPLY:
+            self._structured = self._structured or not payload
+            self._answer(option, _ERR_INVALID if payload else _ACK)
+        elif option in (_INFO, _GO):
+            self._describe(option, payload)
+        elif option in (_LIST_META, _SET_META):
+            self._contexts(option, payload)
+        else:
+            self._answer(option, _ERR_UNSUP)
+
+    def _describe(self, option: int, payload: bytes) -> None:
+        name, rest = _counted(payload)
+        if name is None or len(rest) < 2 or len(rest) != 2 + 2 * int.from_bytes(rest[:2], "big"):
+            self._answer(option, _ERR_INVALID)
+        elif name not in (b"", self._server.name):
+            self._answer(option, _ERR_UNKNOWN)
+        else:
+            size = self._source.size_bytes
+            self._answer(option, _REP_INFO, struct.pack(">HQH", _INFO_EXPORT, size, _EXPORT_FLAGS))
+            block = struct.pack(">HIII", _INFO_BLOCK_SIZE, 1, 4096, MAX_REQUEST_BYTES)
+            self._answer(option, _REP_INFO, block)
+            self._answer(option, _ACK)
+            if option == _GO:
+                self._transmit()
+
+    def _contexts(self, option: int, payload: bytes) -> None:
+        name, rest = _counted(payload)
+        if option == _SET_META:
+            self._context = False
+        if name is None or len(rest) < 4 or not self._structured:
+            self._answer(option, _ERR_INVALID)
+            return
+        if name not in (b"", self._server.name):
+            self._answer(option, _ERR_UNKNOWN)
+            return
+        count, rest = int.from_bytes(rest[:4], "big"), rest[4:]
+        wanted = option == _LIST_META and not count
+        for _ in range(count):
+            query, rest = _counted(rest)
+            if query is None:
+                self._answer(option, _ERR_INVALID)
+                return
+            wanted = wanted or query == _CONTEXT or (query == b"base:" and option == _LIST_META)
+        if rest:
+            self._answer(option, _ERR_INVALID)
+            return
+        if wanted:
+            self._context = self._context or option == _SET_META
+            self._answer(option, _META_CONTEXT, struct.pack(">I", _CONTEXT_ID) + _CONTEXT)
+        self._answer(option, _ACK)
+
+    def _answer(self, option: int, kind: int, payload: bytes = b"") -> None:
+        self._transport.write(_OPTION_REPLY.pack(_REPLY_MAGIC, option, kind, len(payload)) + payload)
+
+    def _transmit(self) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+        self._phase = self._requests
+
+    def _skip(self, length: int) -> None:
+        """Pass over payload bytes before the phase goes on."""
+        resume = self._phase
+        self._skip_bytes = length
+
+        def skipping() -> bool:
+            step = min(self._skip_bytes, len(self._buffer))
+            del self._buffer[:step]
+            self._skip_bytes -= step
+            if not self._skip_bytes:
+                self._phase = resume
+            return not self._skip_bytes
+
+        self._phase = skipping
+
+    # -- transmission
+
+    def _requests(self) -> bool:
+        """Answer every request in the buffer that needs no waiting, in few writes; start tasks for the others."""
+        buffer, end, position = self._buffer, len(self._buffer), 0
+        out: list[Buffer] = []
+        out_bytes = 0
+        size, read_now = self._source.size_bytes, self._source.read_now
+        while end - position >= 28 and self._room():
+            magic, flags, kind, cookie, offset, length = _REQUEST.unpack_from(buffer, position)
+            position += 28
+            if magic != _REQUEST_MAGIC:
+                raise _Broken("bad request")
+            if kind == _READ and 0 < length <= MAX_REQUEST_BYTES and offset + length <= size:
+                data = read_now(offset, length)
+                if data is None:
+                    self._start(self._read(cookie, offset, length), length)
+                    continue
+                out += (self._data_head(cookie, offset, length), data)
+                out_bytes += length
+                if out_bytes >= 1 << 20:
+                    self._transport.writelines(out)
+                    out, out_bytes = [], 0
+            elif kind == _DISC:
+                self._transport.writelines(out)
+                self._transport.close()
+                return False
+            else:
+                out.append(self._other(flags, kind, cookie, offset, length))
+                if kind == _WRITE and length:
+                    self._skip(length)
+                    break
+        del buffer[:position]
+        self._transport.writelines(out)
+        return position > 0
+
+    def _other(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
+        """Everything but a plain read of a range inside the disk."""
+        inside = length > 0 and offset + length <= self._source.size_bytes
+        if kind == _WRITE and length > MAX_REQUEST_BYTES:
+            raise _Broken("oversized write")
+        if kind == _CACHE and inside:
+            self._source.prefetch(offset, length)
+            return self._done(cookie)
+        if kind == _BLOCK_STATUS and inside and self._context:
+            extents = self._source.extents(offset, length)
+            extents = extents[: 1 if flags & _FLAG_REQ_ONE else STATUS_MAX_EXTENTS]
+            words = [word for run, hole in extents for word in (run, _HOLE_AND_ZERO if hole else 0)]
+            body = struct.pack(f">I{len(words)}I", _CONTEXT_ID, *words)
+            return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _STATUS, cookie, len(body)) + body
+        # Commands 1, 4 and 6 change data.
+        return self._failed(cookie, errno.EPERM if kind in (_WRITE, 4, 6) else errno.EINVAL)
+
+    def _start(self, work: Coroutine[Any, Any, None], length: int) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._in_flight.add(task)
+        self._in_flight_bytes += length
+
+        def finished(done: asyncio.Task[None]) -> None:
+            self._in_flight.discard(done)
+            self._in_flight_bytes -= length
+            if not self._transport.is_closing():
+                self._advance()
+
+        task.add_done_callback(finished)
+
+    async def _read(self, cookie: int, offset: int, length: int) -> None:
+        try:
+            data = await self._source.read(offset, length)
+        except OSError:
+            self._transport.write(self._failed(cookie, errno.EIO))
+        else:
+            self._transport.writelines((self._data_head(cookie, offset, length), data))
+
+    def _data_head(self, cookie: int, offset: int, length: int) -> bytes:
+        if self._structured:
+            return _DATA_CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
+        return _SIMPLE.pack(_SIMPLE_MAGIC, 0, cookie)
+
+    def _done(self, cookie: int) -> bytes:
+        if self._structured:
+            return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _NONE, cookie, 0)
+        return _SIMPLE.pack(_SIMPLE_MAGIC, 0, cookie)
+
+    def _failed(self, cookie: int, number: int) -> bytes:
+        if self._structured:
+            return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _ERROR, cookie, 6) + struct.pack(">IH", number, 0)
+        return _SIMPLE.pack(_SIMPLE_MAGIC, number, cookie)
+
+
+def _counted(data: bytes) -> tuple[bytes | None, bytes]:
+    """Split off a string with a 32-bit length before it; None if it is cut short."""
+    length = int.from_bytes(data[:4], "big")
+    if len(data) < 4 + length:
+        return None, data
+    return data[4 : 4 + length], data[4 + length :]
+
+
+class NbdServer:
+    """Serves `source` on the Unix socket `path` (made with mode 0600) until `close`."""
+
+    def __init__(self, source: Source, path: Path, name: str = "") -> None:
+        self.source = source
+        self.path = path
+        self.name = name.encode()
+        self._connections: set[Connection] = set()
+        self._server: asyncio.AbstractServer | None = None
+
+    @property
+    def connections(self) -> int:
+        """Clients at this moment."""
+        return len(self._connections)
+
+    async def start(self) -> None:
+        """Listen. The socket appears under its name only when it accepts, in place of a stale one."""
+        fresh = self.path.with_name(self.path.name + ".new")
+        fresh.unlink(missing_ok=True)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: Connection(self), str(fresh))
+        fresh.chmod(0o600)
+        fresh.rename(self.path)
+
+    async def close(self) -> None:
+        """Stop listening, drop the clients, remove the socket."""
+        self.path.unlink(missing_ok=True)
+        for connection in list(self._connections):
+            connection.close()
+        if self._server:
+            self._server.close()
+
+    def admit(self, connection: Connection) -> bool:
+        """Whether there is room for one more client."""
+        if len(self._connections) >= MAX_CONNECTIONS:
+            return False
+        self._connections.add(connection)
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is gone."""
+        self._connections.discard(connection)
