@@ -1,0 +1,172 @@
+"""The sparse file and its bitmap, across kills and power cuts."""
+
+import itertools
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagestore.digest import Digest
+from imagestore.manifest import Manifest
+from imagestore.partial import PartialImage
+from imagestore.store import Store
+from tests.memory import Memory
+from tests.tiny_store import CHUNK, disk, put_image
+
+
+class Forgetful:
+    """Files whose unsynced writes a power cut undoes, all or some, in any order."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._unsynced: list[tuple[int, int, bytes]] = []
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        old = os.pread(fd, len(data), offset)
+        self._unsynced += [(fd, offset + at, old[at : at + 512]) for at in range(0, len(old), 512)]
+        return os.pwrite(fd, data, offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[bytes], offset: int) -> int:
+        return self.pwrite(fd, b"".join(bytes(b) for b in buffers), offset)
+
+    def fdatasync(self, fd: int) -> None:
+        self._unsynced = [write for write in self._unsynced if write[0] != fd]
+
+    def power_cut(self) -> None:
+        for fd, offset, old in self._unsynced:
+            if self._rng.random() < 0.7:
+                os.pwrite(fd, old, offset)
+        self._unsynced.clear()
+
+
+def image(data: bytes) -> tuple[Digest, Manifest]:
+    store = Store.init(Memory())
+    digest = put_image(store, data)
+    return digest, store.manifest(digest)
+
+
+def keep(partial: PartialImage, data: bytes, chunks: list[int]) -> None:
+    pieces = [data[partial.starts[c] : partial.ends[c]] for c in chunks]
+    partial.write(chunks, pieces)
+    partial.mark(chunks)
+
+
+DATA = disk(3, 40)
+DIGEST, MANIFEST = image(DATA)
+COUNT = len(MANIFEST.lengths)
+
+
+def test_what_was_flushed_is_there_after_a_kill_and_reads_give_its_bytes(tmp_path: Path) -> None:
+    raw = tmp_path / "image.raw"
+    first = PartialImage(raw, DIGEST, MANIFEST)
+    keep(first, DATA, [0, 1, 2, 7])
+    first.flush()
+    keep(first, DATA, [9])
+    first.close()
+    again = PartialImage(raw, DIGEST, MANIFEST)
+    assert [c for c in range(COUNT) if again.present[c]] == [0, 1, 2, 7]
+    assert again.present_bytes == 4 * CHUNK
+    assert bytes(again.read_now(100, 70_000) or b"") == DATA[100:70_100]
+    assert bytes(again.read_now(10, 100) or b"") == DATA[10:110]
+    assert not again.complete
+    assert raw.stat().st_blocks * 512 < len(DATA)
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("same_boot", [True, False], ids=["same boot id", "another boot id"])
+@given(data=st.data())
+def test_after_a_power_cut_no_chunk_counts_as_present_whose_bytes_are_not(
+    tmp_path_factory: pytest.TempPathFactory, same_boot: bool, data: st.DataObject
+) -> None:
+    raw = tmp_path_factory.mktemp("cut") / "image.raw"
+    files = Forgetful(random.Random(data.draw(st.integers(0, 1000))))
+    order = data.draw(st.permutations(range(COUNT)))
+    partial = PartialImage(raw, DIGEST, MANIFEST, boot_id="a" * 36, files=files)
+    flushed: set[int] = set()
+    steps = data.draw(st.lists(st.booleans(), max_size=COUNT))
+    for chunk, flush in zip(order, steps, strict=False):
+        keep(partial, DATA, [chunk])
+        if flush:
+            partial.flush()
+            flushed.update(order[: order.index(chunk) + 1])
+    files.power_cut()
+    partial.close()
+    again = PartialImage(raw, DIGEST, MANIFEST, boot_id=("a" if same_boot else "b") * 36)
+    present = {c for c in range(COUNT) if again.present[c]}
+    assert present >= flushed
+    assert all(again.check(c, again.read_chunk(c)) for c in present)
+    again.remove()
+
+
+def test_after_a_reboot_a_disk_that_lied_about_syncing_is_found_out(tmp_path: Path) -> None:
+    raw = tmp_path / "image.raw"
+    partial = PartialImage(raw, DIGEST, MANIFEST, boot_id="a" * 36)
+    keep(partial, DATA, list(range(COUNT)))
+    partial.flush()
+    partial.close()
+    with raw.open("r+b") as file:
+        file.seek(partial.starts[5] + 100)
+        file.write(b"\0" * 512)
+    again = PartialImage(raw, DIGEST, MANIFEST, boot_id="b" * 36)
+    assert [c for c in range(COUNT) if not again.present[c]] == [5]
+    again.close()
+    once_more = PartialImage(raw, DIGEST, MANIFEST, boot_id="b" * 36)
+    assert once_more.present.find(0) == 5
+
+
+def test_a_bitmap_of_another_image_or_a_damaged_one_means_that_nothing_is_present(tmp_path: Path) -> None:
+    raw = tmp_path / "image.raw"
+    partial = PartialImage(raw, DIGEST, MANIFEST)
+    keep(partial, DATA, list(range(COUNT)))
+    partial.flush()
+    partial.close()
+    other, manifest = image(disk(4, 40))
+    assert not any(PartialImage(raw, other, manifest).present)
+    raw.with_suffix(".have").write_bytes(b"sf-have 1\n")
+    assert not any(PartialImage(raw, DIGEST, MANIFEST).present)
+
+
+def test_a_raw_file_that_vanished_takes_its_bitmap_with_it(tmp_path: Path) -> None:
+    raw = tmp_path / "image.raw"
+    partial = PartialImage(raw, DIGEST, MANIFEST)
+    keep(partial, DATA, [0])
+    partial.flush()
+    partial.close()
+    raw.unlink()
+    assert not any(PartialImage(raw, DIGEST, MANIFEST).present)
+
+
+def test_a_failed_flush_makes_the_chunks_missing_again(tmp_path: Path) -> None:
+    class Broken(Forgetful):
+        def fdatasync(self, fd: int) -> None:
+            raise OSError(5, "Input/output error")
+
+    partial = PartialImage(tmp_path / "image.raw", DIGEST, MANIFEST, files=Broken(random.Random(1)))
+    keep(partial, DATA, [0, 1])
+    with pytest.raises(OSError, match="Input/output"):
+        partial.flush()
+    assert not any(partial.present) and partial.present_bytes == 0
+
+
+@given(st.integers(0, len(DATA) - 1), st.integers(1, 8 * CHUNK), st.integers(1, 20))
+def test_extents_tell_holes_from_data_and_cover_the_range(
+    tmp_path_factory: pytest.TempPathFactory, offset: int, length: int, limit: int
+) -> None:
+    length = min(length, len(DATA) - offset)
+    partial = PartialImage(tmp_path_factory.mktemp("extents") / "image.raw", DIGEST, MANIFEST)
+    found = partial.extents(offset, length, limit)
+    at = offset
+    for run, hole in found:
+        assert run > 0
+        assert all(
+            hole == (DATA[b - b % CHUNK : b - b % CHUNK + CHUNK] == bytes(CHUNK)) for b in (at, at + run - 1)
+        )
+        at += run
+    assert at == offset + length or len(found) == limit
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(found))
+    partial.remove()
