@@ -6,6 +6,7 @@ field's default, so that two versions of the program can read each other's value
 
 import base64
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -45,7 +46,7 @@ def to_plain(value: Any) -> Any:
         return str(value)
     if is_dataclass(value):
         return {name: to_plain(getattr(value, name)) for name, _, _ in _plan(cast(Any, type(value)))}
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list | frozenset):
         return [to_plain(item) for item in value]
@@ -81,7 +82,7 @@ def _read(hint: Any, value: Any) -> Any:
         if origin is tuple and Ellipsis not in arguments:
             return tuple(_read(kind, item) for kind, item in zip(arguments, value, strict=True))
         return origin(_read(arguments[0], item) for item in value)
-    if origin is dict:
+    if origin in (dict, Mapping):
         key_hint, item_hint = get_args(hint)
         return {_read(key_hint, key): _read(item_hint, item) for key, item in value.items()}
     if hint is bytes:

@@ -146,7 +146,6 @@ class Interface(Stored):
     order: int
     model: str = "virtio"
     floating: str = ""
-    tap: str = ""
     state: str = "created"
     metadata: dict[str, Any] = field(default_factory=dict)
 

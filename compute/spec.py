@@ -144,6 +144,8 @@ class NodeFacts:
     release: str = ""
     """Version of the program."""
     accel: str = ""
+    mtu_bytes: int = 1450
+    """What fits into VXLAN on its underlay: the underlay's MTU less 50."""
     images: tuple[str, ...] = ()
     """Digests of the images that its cache holds completely."""
 

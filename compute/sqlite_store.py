@@ -111,12 +111,12 @@ class SqliteStore:
                     left = deadline - time.monotonic()
                     if left <= 0 or not self._moved.wait(left):
                         return []
-                newest, closed = self._revision, self._closed
-            if closed:
-                return []
+                newest = self._revision
             if after_revision < self._compacted:
                 raise Compacted(f"history before revision {self._compacted} is gone")
             with self._reading:
+                if self._closed:
+                    return []
                 rows = self._read.execute(
                     "select key, value, revision from log where revision > ? and key >= ? and key < ? order by rowid",
                     (after_revision, prefix, prefix + "\U0010ffff"),

@@ -1,0 +1,89 @@
+"""The application: routers, the capability page, and what machines ask for (metrics, liveness, readiness)."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from compute.api import artifacts, instances, namespaces, networks, nodes, problems
+from compute.api.context import Services
+from compute.api.edge import Edge, Metrics
+from compute.objects import Instance, Network, Node, Transaction
+from compute.state_store import StateStore
+
+CAPABILITIES = (
+    "artifact-metadata",
+    "events-by-type",
+    "extra-dns-entries",
+    "get-instance-namespace",
+    "get-network-namespace",
+    "hot-plug-interface",
+    "interface-metadata",
+    "list-addresses",
+    "node-get",
+    "node-metadata",
+    "provide-dns",
+)
+"""What clients search for in the page at `/`. A word stands here when its routes are there, never before."""
+
+_PAGE = (
+    "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>sf</title><h1>sf</h1>"
+    '<p>A REST API: <a href="/openapi.json">openapi.json</a></p><ul>{}</ul></html>'
+)
+
+
+class _Objects(Collector):
+    """How many of each, counted when somebody asks."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+
+    def collect(self) -> Iterable[Metric]:
+        read = Transaction(self._store)
+        gauge = GaugeMetricFamily("sf_objects", "Objects by kind and state", labels=["kind", "state"])
+        counted = Counter(("instance", str(i.state)) for i in read.list(Instance))
+        counted.update(("network", n.state) for n in read.list(Network))
+        counted.update(("node", n.state) for n in read.list(Node))
+        for labels, count in sorted(counted.items()):
+            gauge.add_metric(labels, count)
+        yield gauge
+        yield GaugeMetricFamily("sf_state_revision", "Commits of the state store", self._store.revision())
+
+
+def build(services: Services) -> FastAPI:
+    """The ASGI application over these services."""
+    app = FastAPI(title="sf", docs_url=None, redoc_url=None)
+    app.state.services = services
+    metrics = Metrics()
+    metrics.registry.register(_Objects(services.store))
+    app.add_middleware(Edge, metrics=metrics)
+    problems.install(app)
+    for module in (namespaces, instances, networks, nodes, artifacts):
+        app.include_router(module.router)
+
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        return HTMLResponse(_PAGE.format("".join(f"<li>{word}" for word in CAPABILITIES)))
+
+    @app.get("/metrics", include_in_schema=False)
+    def scrape() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/livez", tags=["health"])
+    async def livez() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz", tags=["health"])
+    def readyz(request: Request) -> Response:
+        """200 once the state store answers and this machine's agent is at work."""
+        ready = services.controller.alive(services.controller.server)
+        services.store.get("ready")
+        if not ready:
+            return problems.answer(request, 503, "this machine's agent is not ready yet")
+        return JSONResponse({"status": "ok"})
+
+    return app

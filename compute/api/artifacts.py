@@ -1,0 +1,54 @@
+"""/artifacts: the names of the image stores, as artifacts of type image."""
+
+from collections.abc import Callable
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from compute.api import views
+from compute.api.context import Body, Context, Ctx
+from compute.api.history import add_events, add_metadata
+from compute.images import NamedImage, find_image, named_images
+from compute.objects import Artifact, Instance
+
+router = APIRouter(tags=["artifacts"])
+
+
+class ListBody(Body):
+    node: str | None = None
+    namespace: str | None = None
+
+
+def _find(ctx: Context, ref: str) -> Artifact:
+    if ctx.request.method != "GET":
+        ctx.admin()
+    uuid = find_image(ctx.services.stores, ref).uuid
+    return ctx.read().find(Artifact, uuid) or Artifact(uuid=uuid)
+
+
+def _viewer(ctx: Context) -> Callable[[NamedImage], dict[str, object]]:
+    read = ctx.read()
+    instances = [i for i in read.list(Instance) if ctx.sees(i)]
+    metadata = {a.uuid: a.metadata for a in read.list(Artifact)}
+    return lambda image: views.artifact(image, metadata.get(image.uuid, {}), instances)
+
+
+@router.get("/artifacts")
+def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
+    view = _viewer(ctx)
+    return JSONResponse([view(image) for image in named_images(ctx.services.stores)])
+
+
+@router.get("/artifacts/{ref}")
+def get_artifact(ctx: Ctx, ref: str) -> Response:
+    return JSONResponse(_viewer(ctx)(find_image(ctx.services.stores, ref)))
+
+
+@router.get("/artifacts/{ref}/versions")
+def get_versions(ctx: Ctx, ref: str) -> Response:
+    blobs = _viewer(ctx)(find_image(ctx.services.stores, ref))["blobs"]
+    return JSONResponse(blobs)
+
+
+add_metadata(router, "/artifacts/{ref}", _find)
+add_events(router, "/artifacts/{ref}", _find)

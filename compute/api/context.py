@@ -1,0 +1,151 @@
+"""What handlers share: the services, the caller, references to objects, entity tags and idempotency keys."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol, TypeVar
+
+from fastapi import Depends, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
+
+from compute.auth import Authority, Caller
+from compute.config import Config
+from compute.control import Controller
+from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
+from compute.images import Resolver
+from compute.objects import Namespace, Stored, Taken, Transaction, transact
+from compute.state_store import StateStore
+from imagestore.store import Store
+
+T = TypeVar("T")
+O = TypeVar("O", bound=Stored)  # noqa: E741
+
+
+class Owned(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What one server is made of; built by `serve`, or by a test."""
+
+    config: Config
+    store: StateStore
+    controller: Controller
+    authority: Authority
+    resolver: Resolver
+    stores: Sequence[Store] = field(default=())
+
+
+class Body(BaseModel):
+    """Arguments of a call: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class NamespaceBody(Body):
+    namespace: str | None = None
+
+
+class Context:
+    """One authenticated request."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.services: Services = request.app.state.services
+        self.store = self.services.store
+        self.caller: Caller = self.services.authority.caller(request.headers.get("authorization", ""))
+
+    def read(self) -> Transaction:
+        return Transaction(self.store)
+
+    def act(self, action: Callable[[Transaction], T]) -> T:
+        return transact(self.store, action, self.services.config.node_name)
+
+    def admin(self) -> None:
+        """Raises Denied."""
+        if not self.caller.admin:
+            raise Denied("only the system namespace may do this")
+
+    def namespace(self, wanted: str | None) -> str:
+        """The namespace that a new object goes to. Raises Denied, NotFound."""
+        name = wanted or self.caller.namespace
+        if not self.caller.may(name):
+            raise Denied(f"namespace {name[:80]} does not trust {self.caller.namespace}")
+        self.read().get(Namespace, name)
+        return name
+
+    def sees(self, item: Any, namespace: str | None = None) -> bool:
+        return self.caller.may(item.namespace) and (not namespace or item.namespace == namespace)
+
+    def find(self, cls: type[O], reference: str, namespace: str | None = None) -> O:
+        """By UUID (deleted ones too), or by name. Raises NotFound also for what the caller may not see."""
+        txn = self.read()
+        exact = txn.find(cls, reference)
+        if exact is not None and self.sees(exact, namespace):
+            return exact
+        named = [
+            item
+            for item in txn.list(cls)
+            if getattr(item, "name", None) == reference
+            and getattr(item, "state", "") != "deleted"
+            and self.sees(item, namespace)
+        ]
+        if len(named) > 1:
+            raise Invalid(
+                f"{len(named)} {cls.KIND}s are called {reference[:80]}",
+                hint="use a UUID, or say the namespace",
+            )
+        if not named:
+            raise NotFound(f"{cls.KIND} {reference[:80]} not found", hint=f"see: sf {cls.KIND} ls")
+        return named[0]
+
+    def check_match(self, item: Stored) -> None:
+        """Raises Precondition when If-Match names another revision than the one now read."""
+        wanted = self.request.headers.get("if-match")
+        if wanted and wanted != "*" and etag(item) not in [part.strip() for part in wanted.split(",")]:
+            raise Precondition(f"{item.KIND} {item.id} has changed", hint=f"its entity tag is {etag(item)}")
+
+    def show(self, item: Stored, view: Any, status: int = 200) -> Response:
+        """A view with its entity tag; 304 when the caller has it already."""
+        tag = etag(item)
+        if self.request.method == "GET" and self.request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers={"ETag": tag})
+        return JSONResponse(view, status, {"ETag": tag})
+
+    def once(self, txn: Transaction, cls: type[O], body: BaseModel, make: Callable[[Transaction], O]) -> O:
+        """`make`, or what it made when this Idempotency-Key was first used (kept for a day).
+
+        Raises Conflict when the same key comes with other arguments.
+        """
+        key = self.request.headers.get("idempotency-key", "")
+        if not key:
+            return make(txn)
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        arguments = hashlib.sha256(
+            json.dumps([str(self.request.url.path), body.model_dump(mode="json")], sort_keys=True).encode()
+        ).hexdigest()
+        name = f"request/{self.caller.namespace}/{digest}"
+        seen = txn.find(Taken, name)
+        if seen is not None:
+            if seen.note != arguments:
+                raise Conflict("this Idempotency-Key was used with other arguments", hint="use a new key")
+            return txn.get(cls, seen.owner)
+        made = make(txn)
+        txn.create(Taken(name=name, owner=made.id, note=arguments, created_s=time.time()))
+        return made
+
+
+def etag(item: Stored) -> str:
+    return f'"{item.revision}"'
+
+
+Ctx = Annotated[Context, Depends(Context)]

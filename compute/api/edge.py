@@ -1,0 +1,76 @@
+"""What every request passes before its handler: an id, a limit on its body, and the counting."""
+
+import re
+import secrets
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from compute.errors import Invalid
+
+BODY_BYTES = 2**20
+"""More than any JSON body needs: user data is at most 64 KiB."""
+
+_TOO_LARGE = f"the body has more than {BODY_BYTES} bytes"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class Metrics:
+    """Counters of one server; one registry each, so that two servers in one test do not add up."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "sf_api_requests", "Requests answered", ["method", "route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "sf_api_request_seconds", "Time to the last byte", ["method"], registry=self.registry
+        )
+
+
+class Edge:
+    """Pure ASGI: streaming answers pass through untouched."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status = 500
+        left = BODY_BYTES
+
+        async def limited() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise Invalid(_TOO_LARGE)
+            return message
+
+        async def marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            if int(headers.get(b"content-length", b"0")) > BODY_BYTES:
+                body = {"error": _TOO_LARGE, "status": 413, "request_id": request_id}
+                await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, marked)
+                return
+            await self.app(scope, limited, marked)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.metrics.requests.labels(scope["method"], route, str(status)).inc()
+            self.metrics.seconds.labels(scope["method"]).observe(time.perf_counter() - started)

@@ -1,0 +1,113 @@
+"""Metadata and events: the same routes under every kind of object."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import Field
+
+from compute.api import views
+from compute.api.context import Body, Context, Ctx
+from compute.control import events_of
+from compute.errors import Invalid, NotFound
+from compute.objects import Event, Stored, Transaction
+
+METADATA_KEYS = 128
+_KEEPALIVE_S = 15.0
+
+Lookup = Callable[[Context, str], Stored]
+
+
+class Item(Body):
+    key: str = Field(min_length=1, max_length=128)
+    value: Any = None
+
+
+class Value(Body):
+    value: Any = None
+
+
+class EventQuery(Body):
+    event_type: str | None = None
+    limit: int = Field(default=100, ge=1, le=Event.LIMIT + Event.TRIM)
+
+
+def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
+    """`GET, POST path/metadata`, `PUT, DELETE path/metadata/K`. `find` checks what the caller may see."""
+
+    def change(ctx: Context, ref: str, key: str, edit: Callable[[dict[str, Any]], None]) -> Response:
+        known = find(ctx, ref)
+
+        def action(txn: Transaction) -> dict[str, Any]:
+            item = txn.find(type(known), known.id) or known
+            ctx.check_match(item)
+            metadata = dict(item.metadata)  # type: ignore[attr-defined]
+            edit(metadata)
+            if len(metadata) > METADATA_KEYS:
+                raise Invalid(f"an object has at most {METADATA_KEYS} metadata keys")
+            txn.update(replace(item, metadata=metadata))  # type: ignore[call-arg]
+            txn.event(item.KIND, item.id, f"metadata {key} changed", type="audit")
+            return metadata
+
+        return JSONResponse(ctx.act(action))
+
+    @router.get(f"{path}/metadata")
+    def get_metadata(ctx: Ctx, ref: str) -> Response:
+        item = find(ctx, ref)
+        return ctx.show(item, item.metadata)  # type: ignore[attr-defined]
+
+    @router.post(f"{path}/metadata")
+    def add(ctx: Ctx, ref: str, body: Item) -> Response:
+        return change(ctx, ref, body.key, lambda m: m.update({body.key: body.value}))
+
+    @router.put(path + "/metadata/{key}")
+    def put(ctx: Ctx, ref: str, key: str, body: Value) -> Response:
+        return change(ctx, ref, key, lambda m: m.update({key: body.value}))
+
+    @router.delete(path + "/metadata/{key}")
+    def delete(ctx: Ctx, ref: str, key: str) -> Response:
+        def edit(metadata: dict[str, Any]) -> None:
+            if metadata.pop(key, edit) is edit:
+                raise NotFound(f"there is no metadata key {key[:80]}")
+
+        return change(ctx, ref, key, edit)
+
+
+def add_events(router: APIRouter, path: str, find: Lookup) -> None:
+    """`GET path/events`, newest first; `?follow=true`: server-sent events, oldest first, then those to come."""
+
+    @router.get(f"{path}/events")
+    def events(ctx: Ctx, ref: str, body: EventQuery | None = None, follow: bool = False) -> Response:
+        item = find(ctx, ref)
+        query = body or EventQuery()
+        if follow:
+            return StreamingResponse(
+                _stream(ctx, item, query),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-store"},
+            )
+        found = _read(ctx, item, query)
+        return JSONResponse([views.event(e) for e in found])
+
+
+def _read(ctx: Context, item: Stored, query: EventQuery, after: str = "") -> list[Event]:
+    return events_of(
+        ctx.store, item.KIND, item.id, limit=query.limit, event_type=query.event_type or "", after=after
+    )
+
+
+async def _stream(ctx: Context, item: Stored, query: EventQuery) -> AsyncIterator[str]:
+    """A reader that comes back says where it was by Last-Event-ID (the event's name)."""
+    feed = ctx.services.controller.feed
+    after = ctx.request.headers.get("last-event-id", "")
+    while not await ctx.request.is_disconnected():
+        seen = feed.revision
+        for event in reversed(await asyncio.to_thread(_read, ctx, item, query, after)):
+            after = event.name
+            yield f"id: {event.name}\ndata: {json.dumps(views.event(event))}\n\n"
+        if not await feed.moved((Event.KIND,), seen, _KEEPALIVE_S):
+            yield ": still here\n\n"

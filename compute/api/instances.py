@@ -1,0 +1,246 @@
+"""/instances: what users run."""
+
+import base64
+import binascii
+from collections import defaultdict
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from compute import instances as acts
+from compute.api import views
+from compute.api.context import Body, Context, Ctx, NamespaceBody
+from compute.api.history import add_events, add_metadata
+from compute.errors import Invalid
+from compute.images import resolve_disks
+from compute.networks import Want
+from compute.objects import Instance, Interface, Network, Transaction
+from compute.scheduler import Limits
+from compute.spec import InstanceState
+
+router = APIRouter(tags=["instances"])
+
+USER_DATA_BYTES = 2**16
+_VERBS = ("rebootsoft", "reboothard", "poweroff", "poweron", "pause", "unpause")
+
+
+class ListBody(Body):
+    all: bool = False
+    namespace: str | None = None
+
+
+class DiskBody(Body):
+    size: int | None = Field(default=None, ge=0, le=2**20)
+    """GB."""
+    base: str | None = None
+    bus: str | None = None
+    type: str | None = None
+
+
+class NetworkBody(Body):
+    network_uuid: str
+    address: str | None = None
+    macaddress: str | None = None
+    model: str | None = None
+    float: bool | None = None
+
+
+class CreateBody(Body):
+    name: str
+    cpus: int
+    memory: int
+    """MB."""
+    disk: list[DiskBody]
+    network: list[NetworkBody] | None = None
+    ssh_key: str | None = Field(default=None, max_length=USER_DATA_BYTES)
+    user_data: str | None = None
+    """Base64."""
+    placed_on: str | None = None
+    namespace: str | None = None
+    video: dict[str, Any] | None = None
+    uefi: bool | None = None
+    secure_boot: bool | None = None
+    nvram_template: str | None = None
+    configdrive: str | None = None
+    metadata: dict[str, Any] | None = None
+    side_channels: list[str] | None = None
+
+
+class PlugBody(Body):
+    network: NetworkBody
+
+
+class DeleteAllBody(Body):
+    confirm: bool = False
+    namespace: str | None = None
+
+
+class ConsoleBody(Body):
+    length: int = 10240
+
+
+def _find(ctx: Context, ref: str) -> Instance:
+    return ctx.find(Instance, ref)
+
+
+def _view(ctx: Context, item: Instance) -> dict[str, Any]:
+    return views.instance(item, acts.interfaces_of(ctx.read(), item.uuid))
+
+
+@router.get("/instances")
+def list_instances(ctx: Ctx, body: ListBody | None = None) -> Response:
+    query = body or ListBody()
+    read = ctx.read()
+    interfaces: dict[str, list[Interface]] = defaultdict(list)
+    for interface in read.list(Interface):
+        interfaces[interface.instance_uuid].append(interface)
+    found = [
+        views.instance(item, interfaces[item.uuid])
+        for item in read.list(Instance)
+        if ctx.sees(item, query.namespace) and (query.all or item.state != InstanceState.DELETED)
+    ]
+    return JSONResponse(sorted(found, key=lambda view: view["created"]))
+
+
+@router.post("/instances")
+def create_instance(ctx: Ctx, body: CreateBody) -> Response:
+    """Records the wish and answers; the node does the rest. Poll `state`."""
+    namespace = ctx.namespace(body.namespace)
+    config, controller = ctx.services.config, ctx.services.controller
+    wanted = tuple(d.model_dump() for d in body.disk)
+    extra: dict[str, Any] = {
+        "disk_spec": wanted,
+        "ssh_key": body.ssh_key or "",
+        "user_data": _user_data(body.user_data or ""),
+        "video": body.video or {"model": "cirrus", "memory": 16384},
+        "uefi": bool(body.uefi or body.secure_boot),
+        "secure_boot": bool(body.secure_boot),
+        "nvram_template": body.nvram_template or "",
+        "configdrive": "openstack-disk",
+        "side_channels": tuple(["sf-agent"] if body.side_channels is None else body.side_channels),
+        "metadata": body.metadata or {},
+    }
+    if body.secure_boot or body.nvram_template:
+        raise Invalid("secure boot and NVRAM templates are not offered", hint="leave both out; uefi works")
+
+    def make(txn: Transaction) -> Instance:
+        disks = resolve_disks(ctx.services.resolver, wanted, config.architecture)
+        request = acts.Request(
+            name=body.name,
+            namespace=namespace,
+            cpus=body.cpus,
+            memory_mib=body.memory,
+            disks=disks,
+            interfaces=tuple(_want(ctx, n) for n in body.network or ()),
+            placed_on=body.placed_on or "",
+            extra=extra,
+        )
+        return acts.create_instance(
+            txn,
+            request,
+            limits=Limits(config.cpu_ratio, config.memory_reserve_mib),
+            usable=controller.usable(),
+        )
+
+    made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))
+    made = ctx.find(Instance, made.uuid)
+    return ctx.show(made, _view(ctx, made))
+
+
+def _user_data(text: str) -> bytes:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as err:
+        raise Invalid(f"user_data is not base64: {err}") from err
+    if len(data) > USER_DATA_BYTES:
+        raise Invalid(f"user_data has {len(data)} bytes, more than {USER_DATA_BYTES}")
+    return data
+
+
+def _want(ctx: Context, body: NetworkBody) -> Want:
+    network = ctx.find(Network, body.network_uuid)
+    return Want(
+        network.uuid, body.address or "", body.macaddress or "", body.model or "virtio", bool(body.float)
+    )
+
+
+@router.delete("/instances")
+def delete_instances(ctx: Ctx, body: DeleteAllBody) -> Response:
+    """Every instance of a namespace; answers with their UUIDs."""
+    if not body.confirm:
+        raise Invalid("confirm is not true", hint='{"confirm": true} deletes every instance of the namespace')
+    namespace = ctx.namespace(body.namespace)
+    doomed = [
+        i.uuid
+        for i in ctx.read().list(Instance)
+        if i.namespace == namespace and i.state != InstanceState.DELETED
+    ]
+    for uuid in doomed:
+        ctx.act(lambda txn, uuid=uuid: acts.delete_instance(txn, uuid))  # type: ignore[misc]
+    return JSONResponse(doomed)
+
+
+@router.get("/instances/{ref}")
+def get_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
+    item = ctx.find(Instance, ref, body.namespace if body else None)
+    return ctx.show(item, _view(ctx, item))
+
+
+@router.delete("/instances/{ref}")
+def delete_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
+    known = ctx.find(Instance, ref, body.namespace if body else None)
+
+    def action(txn: Transaction) -> Instance:
+        ctx.check_match(txn.get(Instance, known.uuid))
+        return acts.delete_instance(txn, known.uuid)
+
+    return JSONResponse(_view(ctx, ctx.act(action)))
+
+
+def _add_verb(verb: str) -> None:
+    @router.post(f"/instances/{{ref}}/{verb}", name=verb)
+    def act(ctx: Ctx, ref: str) -> Response:
+        known = ctx.find(Instance, ref)
+        return JSONResponse(_view(ctx, ctx.act(lambda txn: acts.power(txn, known.uuid, verb))))
+
+
+for _verb in _VERBS:
+    _add_verb(_verb)
+
+
+@router.get("/instances/{ref}/interfaces")
+def get_interfaces(ctx: Ctx, ref: str) -> Response:
+    known = ctx.find(Instance, ref)
+    return JSONResponse([views.interface(i) for i in acts.interfaces_of(ctx.read(), known.uuid)])
+
+
+@router.post("/instances/{ref}/interfaces")
+def plug_interface(ctx: Ctx, ref: str, body: PlugBody) -> Response:
+    known = ctx.find(Instance, ref)
+    want = _want(ctx, body.network)
+    made = ctx.act(
+        lambda txn: ctx.once(txn, Interface, body, lambda t: acts.add_interface(t, known.uuid, want))
+    )
+    return JSONResponse(views.interface(made))
+
+
+@router.get("/instances/{ref}/consoledata")
+async def get_console(ctx: Ctx, ref: str, body: ConsoleBody | None = None) -> Response:
+    """What the guest wrote on its serial console: raw bytes."""
+    known = ctx.find(Instance, ref)
+    length = (body or ConsoleBody()).length
+    data = await ctx.services.controller.operations(known.node).console(known.uuid, length)
+    return Response(data, media_type="text/plain; charset=utf-8")
+
+
+@router.delete("/instances/{ref}/consoledata")
+async def clear_console(ctx: Ctx, ref: str) -> Response:
+    known = ctx.find(Instance, ref)
+    await ctx.services.controller.operations(known.node).clear_console(known.uuid)
+    return JSONResponse(None)
+
+
+add_metadata(router, "/instances/{ref}", _find)
+add_events(router, "/instances/{ref}", _find)

@@ -1,0 +1,138 @@
+"""/auth: tokens, namespaces, keys and trust."""
+
+from dataclasses import replace
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from compute import auth
+from compute.api import views
+from compute.api.context import Body, Context, Ctx, Services
+from compute.api.history import add_metadata
+from compute.errors import Invalid, NotFound
+from compute.objects import Namespace
+
+router = APIRouter(tags=["auth"])
+
+
+class LoginBody(Body):
+    namespace: str
+    key: str
+
+
+class CreateBody(Body):
+    namespace: str
+    key_name: str | None = None
+    key: str | None = None
+
+
+class KeyBody(Body):
+    key_name: str
+    key: str
+
+
+class KeyValueBody(Body):
+    key_name: str | None = None
+    key: str
+
+
+class TrustBody(Body):
+    external_namespace: str
+
+
+def _find(ctx: Context, name: str) -> Namespace:
+    """Raises NotFound also for a namespace that does not trust the caller."""
+    found = ctx.read().find(Namespace, name)
+    if found is None or not ctx.caller.may(name):
+        raise NotFound(f"namespace {name[:80]} not found")
+    return found
+
+
+@router.post("/auth")
+def login(request: Request, body: LoginBody) -> Response:
+    services: Services = request.app.state.services
+    return JSONResponse(services.authority.login(body.namespace, body.key))
+
+
+@router.get("/auth/namespaces")
+def list_namespaces(ctx: Ctx) -> Response:
+    return JSONResponse([views.namespace(n) for n in ctx.read().list(Namespace) if ctx.caller.may(n.name)])
+
+
+@router.post("/auth/namespaces")
+def create_namespace(ctx: Ctx, body: CreateBody) -> Response:
+    ctx.admin()
+    made = auth.create_namespace(ctx.store, body.namespace, body.key_name or "", body.key or "")
+    return JSONResponse(views.namespace(made))
+
+
+@router.get("/auth/namespaces/{ref}")
+def get_namespace(ctx: Ctx, ref: str) -> Response:
+    item = _find(ctx, ref)
+    return ctx.show(item, views.namespace(item))
+
+
+@router.delete("/auth/namespaces/{ref}")
+def delete_namespace(ctx: Ctx, ref: str) -> Response:
+    ctx.admin()
+    auth.delete_namespace(ctx.store, ref)
+    return JSONResponse(None)
+
+
+@router.get("/auth/namespaces/{ref}/keys")
+def list_keys(ctx: Ctx, ref: str) -> Response:
+    return JSONResponse(sorted(_find(ctx, ref).keys))
+
+
+@router.post("/auth/namespaces/{ref}/keys")
+def add_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
+    _find(ctx, ref)
+    auth.set_key(ctx.store, ref, body.key_name, body.key, must_exist=False)
+    return JSONResponse(body.key_name)
+
+
+@router.put("/auth/namespaces/{ref}/keys")
+def change_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
+    return change_named_key(ctx, ref, body.key_name, KeyValueBody(key=body.key))
+
+
+@router.put("/auth/namespaces/{ref}/keys/{key_name}")
+def change_named_key(ctx: Ctx, ref: str, key_name: str, body: KeyValueBody) -> Response:
+    _find(ctx, ref)
+    auth.set_key(ctx.store, ref, key_name, body.key, must_exist=True)
+    return JSONResponse(key_name)
+
+
+@router.delete("/auth/namespaces/{ref}/keys/{key_name}")
+def delete_key(ctx: Ctx, ref: str, key_name: str) -> Response:
+    def change(item: Namespace) -> Namespace:
+        if key_name not in item.keys:
+            raise NotFound(f"namespace {ref} has no key {key_name[:80]}")
+        return replace(item, keys={k: v for k, v in item.keys.items() if k != key_name})
+
+    _find(ctx, ref)
+    auth.change_namespace(ctx.store, ref, change)
+    return JSONResponse(None)
+
+
+@router.post("/auth/namespaces/{ref}/trust")
+def add_trust(ctx: Ctx, ref: str, body: TrustBody) -> Response:
+    _find(ctx, ref)
+    if ctx.read().find(Namespace, body.external_namespace) is None:
+        raise Invalid(f"namespace {body.external_namespace[:80]} does not exist")
+    changed = auth.change_namespace(
+        ctx.store, ref, lambda n: replace(n, trust=tuple({*n.trust, body.external_namespace}))
+    )
+    return JSONResponse(views.namespace(changed))
+
+
+@router.delete("/auth/namespaces/{ref}/trust/{external}")
+def remove_trust(ctx: Ctx, ref: str, external: str) -> Response:
+    _find(ctx, ref)
+    changed = auth.change_namespace(
+        ctx.store, ref, lambda n: replace(n, trust=tuple(t for t in n.trust if t != external))
+    )
+    return JSONResponse(views.namespace(changed))
+
+
+add_metadata(router, "/auth/namespaces/{ref}", _find)

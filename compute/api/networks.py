@@ -1,0 +1,203 @@
+"""/networks and /interfaces."""
+
+from ipaddress import IPv4Network
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from compute import networks as acts
+from compute.api import views
+from compute.api.context import Body, Context, Ctx, NamespaceBody
+from compute.api.history import add_events, add_metadata
+from compute.api.instances import DeleteAllBody, ListBody
+from compute.errors import Conflict, Invalid, Unavailable
+from compute.instances import remove_interface
+from compute.networks import parse_address
+from compute.objects import Interface, Network, Transaction, new_uuid
+
+router = APIRouter(tags=["networks"])
+
+
+class CreateBody(Body):
+    netblock: str
+    name: str
+    provide_dhcp: bool | None = None
+    provide_nat: bool | None = None
+    provide_dns: bool | None = None
+    namespace: str | None = None
+
+
+class DeleteNetworksBody(DeleteAllBody):
+    clean_wait: bool = False
+
+
+class RouteBody(Body):
+    next_hop: str
+
+
+class DnsBody(Body):
+    name: str
+    value: str
+
+
+class DnsNameBody(Body):
+    name: str
+
+
+def _find(ctx: Context, ref: str) -> Network:
+    return ctx.find(Network, ref)
+
+
+def _interface(ctx: Context, uuid: str) -> Interface:
+    return ctx.find(Interface, uuid)
+
+
+@router.get("/networks")
+def list_networks(ctx: Ctx, body: ListBody | None = None) -> Response:
+    query = body or ListBody()
+    found = [n for n in ctx.read().list(Network) if ctx.sees(n, query.namespace)]
+    shown = [views.network(n) for n in found if query.all or n.state != "deleted"]
+    return JSONResponse(sorted(shown, key=lambda view: view["created"]))
+
+
+@router.post("/networks")
+def create_network(ctx: Ctx, body: CreateBody) -> Response:
+    config = ctx.services.config
+    wanted = Network(
+        uuid=new_uuid(),
+        name=body.name,
+        namespace=ctx.namespace(body.namespace),
+        netblock=body.netblock,
+        vni=0,
+        provide_dhcp=body.provide_dhcp is not False,
+        provide_nat=body.provide_nat is not False,
+        provide_dns=body.provide_dns is not False,
+    )
+    excluded = [*config.excluded, IPv4Network(config.mesh_address)]
+    if config.floating_pool:
+        excluded.append(config.floating_pool)
+
+    def make(txn: Transaction) -> Network:
+        usable = [name for name, why_not in ctx.services.controller.usable().items() if not why_not]
+        routers = acts.router_candidates(txn, usable)
+        return acts.create_network(txn, wanted, excluded=excluded, router_nodes=routers)
+
+    made = ctx.act(lambda txn: ctx.once(txn, Network, body, make))
+    made = ctx.find(Network, made.uuid)
+    return ctx.show(made, views.network(made))
+
+
+@router.delete("/networks")
+def delete_networks(ctx: Ctx, body: DeleteNetworksBody) -> Response:
+    """Every network of a namespace that has no interfaces; answers with their UUIDs."""
+    if not body.confirm:
+        raise Invalid("confirm is not true", hint='{"confirm": true} deletes every network of the namespace')
+    namespace = ctx.namespace(body.namespace)
+    gone = []
+    for network in ctx.read().list(Network):
+        if network.namespace == namespace and network.state != "deleted":
+            try:
+                ctx.act(lambda txn, uuid=network.uuid: acts.delete_network(txn, uuid))  # type: ignore[misc]
+            except Conflict:
+                if not body.clean_wait:
+                    raise
+                continue
+            gone.append(network.uuid)
+    return JSONResponse(gone)
+
+
+@router.get("/networks/{ref}")
+def get_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
+    item = ctx.find(Network, ref, body.namespace if body else None)
+    return ctx.show(item, views.network(item))
+
+
+@router.delete("/networks/{ref}")
+def delete_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
+    known = ctx.find(Network, ref, body.namespace if body else None)
+
+    def action(txn: Transaction) -> Network:
+        ctx.check_match(txn.get(Network, known.uuid))
+        return acts.delete_network(txn, known.uuid)
+
+    return JSONResponse(views.network(ctx.act(action)))
+
+
+@router.get("/networks/{ref}/interfaces")
+def network_interfaces(ctx: Ctx, ref: str) -> Response:
+    known = ctx.find(Network, ref)
+    found = [i for i in acts.interfaces_on(ctx.read(), known.uuid) if ctx.sees(i)]
+    return JSONResponse([views.interface(i) for i in found])
+
+
+@router.get("/networks/{ref}/addresses")
+def network_addresses(ctx: Ctx, ref: str) -> Response:
+    known = ctx.find(Network, ref)
+    return JSONResponse([] if known.state == "deleted" else acts.addresses(ctx.read(), known))
+
+
+@router.get("/networks/{ref}/ping/{address}")
+async def ping(ctx: Ctx, ref: str, address: str) -> Response:
+    """Ping from inside the network, on the node that routes it."""
+    known = ctx.find(Network, ref)
+    target = parse_address(address)
+    if target not in IPv4Network(known.netblock):
+        raise Invalid(f"{target} is not in {known.netblock}")
+    if not known.router_node:
+        raise Unavailable(f"network {known.name} has no router at this moment")
+    stdout, stderr = await ctx.services.controller.operations(known.router_node).ping(known.uuid, str(target))
+    return JSONResponse({"stdout": stdout, "stderr": stderr})
+
+
+@router.post("/networks/{ref}/route")
+def route(ctx: Ctx, ref: str, body: RouteBody) -> Response:
+    known = ctx.find(Network, ref)
+    return JSONResponse(ctx.act(lambda txn: acts.route(txn, known.uuid, body.next_hop)))
+
+
+@router.delete("/networks/{ref}/route/{address}")
+def unroute(ctx: Ctx, ref: str, address: str) -> Response:
+    known = ctx.find(Network, ref)
+    return JSONResponse(ctx.act(lambda txn: acts.unroute(txn, known.uuid, address)))
+
+
+@router.post("/networks/{ref}/dns")
+def set_dns(ctx: Ctx, ref: str, body: DnsBody) -> Response:
+    known = ctx.find(Network, ref)
+    return JSONResponse(ctx.act(lambda txn: acts.set_dns(txn, known.uuid, body.name, body.value)))
+
+
+@router.delete("/networks/{ref}/dns")
+def remove_dns(ctx: Ctx, ref: str, body: DnsNameBody) -> Response:
+    known = ctx.find(Network, ref)
+    return JSONResponse(ctx.act(lambda txn: acts.set_dns(txn, known.uuid, body.name, None)))
+
+
+@router.get("/interfaces/{ref}")
+def get_interface(ctx: Ctx, ref: str) -> Response:
+    item = ctx.find(Interface, ref)
+    return ctx.show(item, views.interface(item))
+
+
+@router.delete("/interfaces/{ref}")
+def unplug_interface(ctx: Ctx, ref: str) -> Response:
+    """Take it out of its running instance."""
+    known = ctx.find(Interface, ref)
+    return JSONResponse(ctx.act(lambda txn: remove_interface(txn, txn.get(Interface, known.uuid))))
+
+
+@router.post("/interfaces/{ref}/float")
+def float_interface(ctx: Ctx, ref: str) -> Response:
+    known = ctx.find(Interface, ref)
+    return JSONResponse(views.interface(ctx.act(lambda txn: acts.float_interface(txn, known.uuid))))
+
+
+@router.post("/interfaces/{ref}/defloat")
+def defloat_interface(ctx: Ctx, ref: str) -> Response:
+    known = ctx.find(Interface, ref)
+    return JSONResponse(views.interface(ctx.act(lambda txn: acts.defloat_interface(txn, known.uuid))))
+
+
+add_metadata(router, "/networks/{ref}", _find)
+add_events(router, "/networks/{ref}", _find)
+add_metadata(router, "/interfaces/{ref}", _interface)

@@ -1,0 +1,90 @@
+"""/nodes and /admin."""
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from compute import nodes as acts
+from compute.api import views
+from compute.api.context import Context, Ctx
+from compute.api.history import add_events, add_metadata
+from compute.errors import NotFound
+from compute.objects import Node, Stored
+
+router = APIRouter(tags=["nodes"])
+
+
+def _find(ctx: Context, ref: str) -> Node:
+    """By name or UUID."""
+    for node in ctx.read().list(Node):
+        if ref in (node.name, node.uuid) and node.state != "deleted":
+            return node
+    raise NotFound(f"node {ref[:80]} not found", hint="see: sf node ls")
+
+
+def _find_to_change(ctx: Context, ref: str) -> Stored:
+    if ctx.request.method != "GET":
+        ctx.admin()
+    return _find(ctx, ref)
+
+
+def _view(ctx: Context, node: Node) -> dict[str, object]:
+    controller = ctx.services.controller
+    return views.node(
+        node,
+        alive=controller.alive(node.name),
+        lastseen_s=controller.lastseen_s(node.name),
+        server=node.name == controller.server,
+    )
+
+
+@router.get("/nodes")
+def list_nodes(ctx: Ctx) -> Response:
+    return JSONResponse([_view(ctx, n) for n in ctx.read().list(Node) if n.state != "deleted"])
+
+
+@router.get("/nodes/{ref}")
+def get_node(ctx: Ctx, ref: str) -> Response:
+    item = _find(ctx, ref)
+    return ctx.show(item, _view(ctx, item))
+
+
+@router.delete("/nodes/{ref}")
+def remove_node(ctx: Ctx, ref: str) -> Response:
+    """Forget a node and what ran on it; its routers go to others."""
+    ctx.admin()
+    known = _find(ctx, ref)
+    controller = ctx.services.controller
+    others = [name for name, why_not in controller.usable().items() if not why_not]
+    gone = ctx.act(lambda txn: acts.remove(txn, known.name, server=controller.server, router_nodes=others))
+    controller.forget(known.name)
+    return JSONResponse(_view(ctx, gone))
+
+
+def _drain(ctx: Context, ref: str, drained: bool) -> Response:
+    ctx.admin()
+    known = _find(ctx, ref)
+    others = [name for name, why_not in ctx.services.controller.usable().items() if not why_not]
+    changed = ctx.act(lambda txn: acts.drain(txn, known.name, drained=drained, router_nodes=others))
+    return JSONResponse(_view(ctx, changed))
+
+
+@router.post("/nodes/{ref}/drain")
+def drain(ctx: Ctx, ref: str) -> Response:
+    """Place nothing new there and route elsewhere; what runs goes on."""
+    return _drain(ctx, ref, True)
+
+
+@router.post("/nodes/{ref}/undrain")
+def undrain(ctx: Ctx, ref: str) -> Response:
+    return _drain(ctx, ref, False)
+
+
+@router.get("/admin/locks")
+def locks(ctx: Ctx) -> Response:
+    """The state store has transactions where others have locks: there is never one to show."""
+    ctx.admin()
+    return JSONResponse({})
+
+
+add_metadata(router, "/nodes/{ref}", _find_to_change)
+add_events(router, "/nodes/{ref}", _find)

@@ -1,0 +1,172 @@
+"""Records as the interface shows them. Field names are the interface's, not ours."""
+
+import base64
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Network
+from typing import Any
+
+from compute.images import GIB, NamedImage, blob_uuid
+from compute.objects import Event, Instance, Interface, Namespace, Network, Node, Stored
+from compute.spec import InstanceState
+
+Json = dict[str, Any]
+
+
+def _common(item: Stored, **fields: Any) -> Json:
+    return {
+        "uuid": item.id,
+        "state": str(getattr(item, "state", "created")),
+        "metadata": getattr(item, "metadata", {}),
+        "version": item.SCHEMA,
+        **fields,
+    }
+
+
+def namespace(item: Namespace) -> Json:
+    return _common(item, name=item.name, keys=sorted(item.keys), trust={"full": sorted(item.trust)})
+
+
+def interface(item: Interface) -> Json:
+    return _common(
+        item,
+        network_uuid=item.network_uuid,
+        instance_uuid=item.instance_uuid,
+        namespace=item.namespace,
+        macaddr=item.mac,
+        ipv4=item.address,
+        order=item.order,
+        floating=item.floating or None,
+        model=item.model,
+    )
+
+
+def network(item: Network) -> Json:
+    netblock = IPv4Network(item.netblock)
+    return _common(
+        item,
+        name=item.name,
+        namespace=item.namespace,
+        netblock=item.netblock,
+        gateway=str(netblock[1]),
+        provide_dhcp=item.provide_dhcp,
+        provide_nat=item.provide_nat,
+        provide_dns=item.provide_dns,
+        floating_gateway=item.router_floating or None,
+        vxlan_id=item.vni,
+        router_node=item.router_node,
+        routed=item.routed,
+        dns=item.dns_entries,
+        created=item.created_s,
+    )
+
+
+def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
+    return _common(
+        item,
+        name=item.name,
+        namespace=item.namespace,
+        cpus=item.cpus,
+        memory=item.memory_mib,
+        disk_spec=list(item.disk_spec),
+        disks=[
+            {
+                "device": disk.device,
+                "bus": disk.bus,
+                "base": disk.image_name or None,
+                "digest": disk.image or None,
+                "size": -(-disk.size_bytes // GIB),
+                "size_bytes": disk.size_bytes,
+                "blob_uuid": blob_uuid(disk.image) if disk.image else None,
+            }
+            for disk in item.disks
+        ],
+        video=item.video,
+        node=item.node,
+        power_state=item.power_state,
+        power=item.power.value,
+        console_port=item.console_port or None,
+        vdi_port=item.vdi_port or None,
+        vdi_tls_port=None,
+        ssh_key=item.ssh_key or None,
+        user_data=base64.b64encode(item.user_data).decode() or None,
+        uefi=item.uefi,
+        secure_boot=item.secure_boot,
+        nvram_template=item.nvram_template or None,
+        configdrive=item.configdrive,
+        side_channels=list(item.side_channels),
+        agent_state=item.agent_state,
+        agent_system_boot_time=item.extra.get("agent_system_boot_time"),
+        error_message=item.error_message or None,
+        progress=item.progress or None,
+        accel=item.accel,
+        created=item.created_s,
+        updated=item.updated_s,
+        interfaces=[interface(i) for i in sorted(interfaces, key=lambda i: i.order)],
+    )
+
+
+def node(item: Node, *, alive: bool, lastseen_s: float, server: bool) -> Json:
+    state = item.state if item.state == "deleted" else "created" if alive else "missing"
+    return _common(item) | {
+        "uuid": item.uuid,
+        "name": item.name,
+        "state": "drained" if item.drained and alive else state,
+        "ip": item.facts.get("address", ""),
+        "lastseen": lastseen_s or item.lastseen_s,
+        "release": item.facts.get("release", ""),
+        "cpus": item.facts.get("cpus", 0),
+        "memory": item.facts.get("memory_mib", 0),
+        "architecture": item.facts.get("architecture", ""),
+        "accel": item.facts.get("accel", ""),
+        "is_hypervisor": True,
+        "is_network_node": True,
+        "is_database_node": server,
+        "is_cluster_maintainer": server,
+    }
+
+
+def event(item: Event) -> Json:
+    return {
+        "timestamp": item.timestamp_s,
+        "type": item.type,
+        "fqdn": item.node,
+        "duration": item.duration_s,
+        "message": item.message,
+        "extra": item.extra,
+    }
+
+
+def artifact(item: NamedImage, metadata: Json, instances: Iterable[Instance]) -> Json:
+    """One version, numbered by the name's revision; its blob is the first architecture's manifest."""
+    users: Mapping[str, list[str]] = {digest: [] for digest in item.digests}
+    for one in instances:
+        for disk in one.disks:
+            if disk.image in users and one.state != InstanceState.DELETED:
+                users[disk.image].append(one.uuid)
+    blobs = {
+        str(item.revision): {
+            "uuid": blob_uuid(digest),
+            "digest": digest,
+            "size": size,
+            "reference_count": 1 + len(users[digest]),
+            "depends_on": None,
+            "instances": users[digest],
+        }
+        for digest, size in list(zip(item.digests, item.sizes_bytes, strict=True))[:1]
+    }
+    return {
+        "uuid": item.uuid,
+        "name": item.name,
+        "state": "created",
+        "metadata": metadata,
+        "version": 1,
+        "artifact_type": "image",
+        "source_url": item.name,
+        "store": item.store_url,
+        "namespace": "system",
+        "shared": True,
+        "max_versions": 1,
+        "index": item.revision if blobs else 0,
+        "blob_uuid": blob_uuid(item.digests[0]) if item.digests else None,
+        "blobs": blobs,
+    }

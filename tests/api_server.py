@@ -1,0 +1,216 @@
+"""A whole server in a thread: real API, real state store, real HTTP; only the node is played by `PlayedAgent`."""
+
+import asyncio
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from compute.api import app as api
+from compute.api.context import Services
+from compute.auth import Authority, ensure_local_key
+from compute.config import Config
+from compute.control import Controller
+from compute.images import Resolved, Resolver
+from compute.networks import ensure_floating
+from compute.objects import transact
+from compute.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
+from compute.sqlite_store import SqliteStore
+from imagestore.digest import Digest
+from imagestore.errors import NotFound
+from imagestore.store import Store
+
+INSTALLATION = "0123abcd"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownImage:
+    digest: Digest
+    name: str
+    size_bytes: int
+
+
+class KnownImages:
+    """A resolver that knows debian:12 (2.5 GiB)."""
+
+    def resolve(self, text: str, architecture: str) -> Resolved:
+        if text not in ("debian:12", "debian"):
+            raise NotFound(f"no image {text}", hint="did you mean debian:12?")
+        return KnownImage(Digest.of(b"debian"), "debian:12", 5 * 2**29)
+
+
+class PlayedAgent:
+    """Does in memory what an agent does, through the same Controller. `broken` names instances that fail to start."""
+
+    def __init__(self, controller: Controller, node: str) -> None:
+        self.controller, self.node = controller, node
+        self.seen: dict[str, InstanceStatus] = {}
+        self.desired: NodeDesired | None = None
+        self.broken: set[str] = set()
+        self.stalled: set[str] = set()
+        self.console_data = b"SF-GUEST-READY\n"
+
+    async def run(self) -> None:
+        await self.controller.register(self.node, NodeFacts(cpus=4, memory_mib=8192, accel="tcg"), self)
+        revision = 0
+        while True:
+            self.desired = await self.controller.desired(self.node, revision, 20)
+            revision = self.desired.revision
+            for spec in self.desired.instances:
+                if spec.name in self.stalled:
+                    continue
+                state, power, error = InstanceState.CREATED, str(spec.power), ""
+                if spec.delete:
+                    state, power = InstanceState.DELETED, "off"
+                elif spec.name in self.broken or spec.failed:
+                    state, power, error = InstanceState.CREATING_ERROR, "off", "qemu would not start"
+                status = InstanceStatus(spec.uuid, state, power, error, accel="tcg (no kvm)")
+                if self.seen.get(spec.uuid) != status:
+                    self.seen[spec.uuid] = status
+                    await self.controller.report(self.node, [status], [])
+
+    async def console(self, instance_uuid: str, length: int) -> bytes:
+        return self.console_data if length < 0 else self.console_data[-length:]
+
+    async def clear_console(self, instance_uuid: str) -> None:
+        self.console_data = b""
+
+    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+        return [f"PING {address}", "3 packets transmitted"], []
+
+    async def events(self, events: Sequence[NodeEvent]) -> None:
+        await self.controller.report(self.node, [], events)
+
+
+@dataclass(slots=True)
+class Answer:
+    status: int
+    body: Any
+    headers: dict[str, str]
+
+
+@dataclass(slots=True)
+class Running:
+    """A server to talk to."""
+
+    url: str
+    key: str
+    agent: PlayedAgent
+    services: Services
+    loop: asyncio.AbstractEventLoop
+    tokens: dict[str, str] = field(default_factory=dict)
+
+    def login(self, namespace: str, key: str) -> Answer:
+        return self.call("POST", "/auth", {"namespace": namespace, "key": key}, namespace="")
+
+    def call(
+        self,
+        verb: str,
+        path: str,
+        body: Any = None,
+        *,
+        namespace: str = "system",
+        key: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        sent = {"Content-Type": "application/json", **(headers or {})}
+        if namespace:
+            if namespace not in self.tokens:
+                self.tokens[namespace] = self.login(namespace, key or self.key).body["access_token"]
+            sent["Authorization"] = f"Bearer {self.tokens[namespace]}"
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, sent, method=verb)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                status, raw, got = response.status, response.read(), dict(response.headers)
+        except urllib.error.HTTPError as err:
+            status, raw, got = err.code, err.read(), dict(err.headers)
+        content: Any = raw
+        with suppress(ValueError):
+            content = json.loads(raw)
+        return Answer(status, content, {k.lower(): v for k, v in got.items()})
+
+    def get(self, path: str, body: Any = None, **named: Any) -> Any:
+        return self.call("GET", path, body, **named).body
+
+    def wait_for(self, path: str, state: str, timeout_s: float = 20) -> Any:
+        """Poll as clients do."""
+        done = threading.Event()
+        for _ in range(int(timeout_s / 0.02)):
+            found = self.get(path)
+            if found.get("state") == state:
+                return found
+            done.wait(0.02)
+        raise AssertionError(f"{path} is {found.get('state')}, not {state}: {found}")
+
+    def network(self, name: str = "lan", netblock: str = "10.42.0.0/24", **more: Any) -> Any:
+        answer = self.call("POST", "/networks", {"name": name, "netblock": netblock, **more})
+        assert answer.status == 200, answer.body
+        return answer.body
+
+    def instance(self, name: str = "web", network: Any = "", **more: Any) -> Answer:
+        body: dict[str, Any] = {"name": name, "cpus": 1, "memory": 256, "disk": [{"base": "debian:12"}]}
+        if network:
+            body["network"] = [{"network_uuid": network}] if isinstance(network, str) else network
+        namespace = more.pop("as_namespace", "system")
+        return self.call("POST", "/instances", {**body, **more}, namespace=namespace)
+
+
+@contextmanager
+def running(
+    directory: Path,
+    *,
+    resolver: Resolver | None = None,
+    stores: Sequence[Store] = (),
+    config: Config | None = None,
+) -> Iterator[Running]:
+    """Serve from `directory` until the block ends; what was stored stays for the next one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = config or Config(state_dir=directory, node_name="node1")
+    store = SqliteStore(directory / "sf.db")
+    ensure_local_key(store, directory / "auth/local-key")
+    transact(store, lambda txn: ensure_floating(txn, settings.floating_pool))
+    listener = socket.create_server(("127.0.0.1", 0))
+    ready: list[Running] = []
+    started, stop = threading.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        controller = Controller(store, INSTALLATION, "node1")
+        await controller.start()
+        services = Services(settings, store, controller, Authority(store), resolver or KnownImages(), stores)
+        agent = PlayedAgent(controller, "node1")
+        server = uvicorn.Server(uvicorn.Config(api.build(services), log_level="warning", lifespan="off"))
+        task = asyncio.create_task(agent.run())
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        key = (directory / "auth/local-key").read_text()
+        ready.append(Running(url, key, agent, services, asyncio.get_running_loop()))
+        while not server.started or not controller.alive("node1"):
+            await asyncio.sleep(0.01)
+        started.set()
+        await stop.wait()
+        server.should_exit = True
+        await serving
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        controller.stop()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    try:
+        assert started.wait(30), "the server did not start"
+        yield ready[0]
+    finally:
+        if ready:
+            ready[0].loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+        store.close()

@@ -1,0 +1,248 @@
+"""The REST interface over real HTTP: ground rules, and a guest's life as a client sees it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.api_server import Running, running
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Running]:
+    with running(tmp_path / "state") as found:
+        yield found
+
+
+def created(server: Running, name: str = "web", **more: Any) -> Any:
+    answer = server.instance(name, **more)
+    assert answer.status == 200, answer.body
+    return server.wait_for(f"/instances/{answer.body['uuid']}", "created")
+
+
+def test_an_instance_goes_from_created_to_deleted_and_gives_everything_back(server: Running) -> None:
+    network = server.network()
+    found = created(server, network="lan")
+    assert found["interfaces"][0]["ipv4"] == "10.42.0.2"
+    assert found["power_state"] == "on"
+    assert found["disks"][0]["base"] == "debian:12"
+    assert server.call("DELETE", "/networks/lan").status == 409
+    assert server.call("DELETE", "/instances/web").body["uuid"] == found["uuid"]
+    server.wait_for(f"/instances/{found['uuid']}", "deleted")
+    assert server.get("/instances") == []
+    assert [row["type"] for row in server.get("/networks/lan/addresses")] == ["gateway", "deletion-halo"]
+    assert server.call("DELETE", "/networks/lan").status == 200
+    store = server.services.store
+    left = {record.key.split("/")[0] for record in store.list("") if not record.key.startswith("event/")}
+    assert left == {"namespace", "taken", "node", "claims", "instance", "network"}
+    assert [r.key for r in store.list("taken/")] == ["taken/jwt-secret"]
+    assert b'"cpus":{}' in store.list("claims/")[0].value
+    assert network["uuid"] == server.get(f"/networks/{network['uuid']}")["uuid"]
+
+
+def test_a_failure_ends_in_error_with_its_reason(server: Running) -> None:
+    server.agent.broken.add("web")
+    uuid = server.instance().body["uuid"]
+    found = server.wait_for(f"/instances/{uuid}", "error")
+    assert found["error_message"] == "qemu would not start"
+    messages = [e["message"] for e in server.get(f"/instances/{uuid}/events")]
+    assert "state is creating-error: qemu would not start" in messages
+    assert server.call("POST", "/instances/web/poweroff").status == 409
+    server.call("DELETE", "/instances/web")
+    server.wait_for(f"/instances/{uuid}", "deleted")
+
+
+def test_power_verbs_reach_the_node(server: Running) -> None:
+    uuid = created(server)["uuid"]
+    server.call("POST", "/instances/web/poweroff")
+    for _ in range(500):
+        if server.get("/instances/web")["power_state"] == "off":
+            break
+    assert server.get("/instances/web")["power_state"] == "off"
+    assert server.call("POST", "/instances/web/reboothard").status == 409
+    server.call("POST", "/instances/web/poweron")
+    assert server.call("POST", "/instances/web/reboothard").status == 200
+    assert server.services.controller is not None
+    assert server.get(f"/instances/{uuid}")["power"] == "on"
+
+
+def test_a_verb_on_an_instance_that_is_not_there_yet_is_406(server: Running) -> None:
+    server.agent.stalled.add("web")
+    server.instance()
+    assert server.call("POST", "/instances/web/pause").status == 406
+
+
+def test_errors_have_the_interfaces_shape_and_a_request_id(server: Running) -> None:
+    answer = server.call("GET", "/instances/nothing")
+    assert answer.status == 404
+    assert answer.body["status"] == 404
+    assert "nothing" in answer.body["error"]
+    assert answer.body["request_id"] == answer.headers["x-request-id"]
+    assert answer.body["hint"]
+    assert server.call("GET", "/no/such/path").body["status"] == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "word"),
+    [
+        ({"nme": "x"}, 400, "unknown key"),
+        ({"name": "not a name"}, 400, "host name"),
+        ({"name": "a.b"}, 400, "host name"),
+        ({"name": "x" * 64}, 400, "host name"),
+        ({"cpus": 0}, 400, "cpus"),
+        ({"cpus": "many"}, 400, "cpus"),
+        ({"memory": 1}, 400, "memory"),
+        ({"memory": 10**6}, 507, "no room"),
+        ({"disk": []}, 400, "disks"),
+        ({"disk": [{"base": "debian:13"}]}, 404, "no image"),
+        ({"disk": [{"base": "debian:12", "size": 1}]}, 400, "smaller than its image"),
+        ({"disk": [{"base": "sf://blob/x"}]}, 400, "cannot boot"),
+        ({"disk": [{}]}, 400, "neither"),
+        ({"disk": [{"base": "debian:12", "bus": "floppy"}]}, 400, "bus"),
+        ({"network": [{"network_uuid": "lan", "address": "10.9.9.9"}]}, 400, "not in"),
+        ({"network": [{"network_uuid": "lan", "address": "10.42.0.1"}]}, 400, "router"),
+        ({"network": [{"network_uuid": "lan", "address": "wrong"}]}, 400, "address"),
+        ({"network": [{"network_uuid": "lan", "macaddress": "01:00:5e:00:00:01"}]}, 400, "MAC"),
+        ({"network": [{"network_uuid": "lan", "float": True}]}, 507, "floating pool"),
+        ({"network": [{"network_uuid": "wan"}]}, 404, "not found"),
+        ({"placed_on": "mars"}, 404, "mars"),
+        ({"namespace": "elsewhere"}, 404, "elsewhere"),
+        ({"user_data": "%%%"}, 400, "base64"),
+    ],
+)
+def test_wrong_input_is_refused_in_words_and_leaves_nothing(
+    server: Running, change: dict[str, Any], status: int, word: str
+) -> None:
+    server.network()
+    before = [r.key for r in server.services.store.list("")]
+    answer = server.instance(**change)
+    assert (answer.status, word in answer.body["error"]) == (status, True), answer.body
+    assert [r.key for r in server.services.store.list("")] == before
+
+
+def test_a_taken_instance_name_is_a_conflict_until_it_is_deleted(server: Running) -> None:
+    uuid = created(server)["uuid"]
+    assert server.instance().status == 409
+    server.call("DELETE", f"/instances/{uuid}")
+    server.wait_for(f"/instances/{uuid}", "deleted")
+    assert server.instance().status == 200
+
+
+@pytest.mark.parametrize(
+    "netblock", ["10.0.0.0/30", "10.0.0.1/24", "10.0.0.0/7", "nonsense", "127.0.0.0/24", "fd00::/64"]
+)
+def test_a_bad_netblock_is_refused(server: Running, netblock: str) -> None:
+    assert server.call("POST", "/networks", {"name": "x", "netblock": netblock}).status == 400
+    assert server.get("/networks") == []
+
+
+def test_a_full_network_is_507_and_a_fixed_address_is_given(server: Running) -> None:
+    server.network("tiny", "10.1.0.0/29")
+    first = server.instance("a0", network=[{"network_uuid": "tiny", "address": "10.1.0.5"}]).body
+    assert first["interfaces"][0]["ipv4"] == "10.1.0.5"
+    assert server.instance("x", network=[{"network_uuid": "tiny", "address": "10.1.0.5"}]).status == 409
+    for number in range(1, 5):
+        assert server.instance(f"a{number}", network=[{"network_uuid": "tiny"}]).status == 200
+    answer = server.instance("a5", network=[{"network_uuid": "tiny"}])
+    assert (answer.status, "no address is free" in answer.body["error"]) == (507, True)
+
+
+def test_hot_plug_gives_the_instance_one_more_interface_and_takes_it_back(server: Running) -> None:
+    server.network()
+    uuid = created(server, network="lan")["uuid"]
+    plug = {"network": {"network_uuid": "lan", "macaddress": None, "model": "virtio", "float": False}}
+    made = server.call("POST", "/instances/web/interfaces", plug).body
+    assert (made["order"], made["ipv4"]) == (1, "10.42.0.3")
+    assert len(server.get(f"/instances/{uuid}/interfaces")) == 2
+    assert server.call("DELETE", f"/interfaces/{made['uuid']}").status == 200
+    assert len(server.get(f"/instances/{uuid}/interfaces")) == 1
+
+
+def test_metadata_is_kept_under_every_object(server: Running) -> None:
+    network = server.network()
+    made = created(server, network="lan")
+    paths = [
+        "/instances/web",
+        "/networks/lan",
+        f"/interfaces/{made['interfaces'][0]['uuid']}",
+        "/nodes/node1",
+        "/auth/namespaces/system",
+    ]
+    for path in paths:
+        assert server.call("POST", f"{path}/metadata", {"key": "colour", "value": "red"}).status == 200
+        assert server.call("PUT", f"{path}/metadata/colour", {"value": ["blue"]}).status == 200
+        assert server.get(f"{path}/metadata") == {"colour": ["blue"]}
+        assert server.get(path)["metadata"] == {"colour": ["blue"]}
+        assert server.call("DELETE", f"{path}/metadata/colour").status == 200
+        assert server.call("DELETE", f"{path}/metadata/colour").status == 404
+    assert network["metadata"] == {}
+
+
+def test_console_data_is_raw_bytes_and_can_be_cleared(server: Running) -> None:
+    created(server)
+    assert server.get("/instances/web/consoledata", {"length": 6}) == b"READY\n"
+    assert server.get("/instances/web/consoledata", {"length": -1}) == b"SF-GUEST-READY\n"
+    assert server.call("DELETE", "/instances/web/consoledata").body is None
+    assert server.get("/instances/web/consoledata") == b""
+
+
+def test_ping_answers_with_lists_of_lines(server: Running) -> None:
+    server.network()
+    assert server.get("/networks/lan/ping/10.42.0.2")["stdout"][0] == "PING 10.42.0.2"
+    assert server.call("GET", "/networks/lan/ping/10.43.0.2").status == 400
+
+
+def test_events_are_newest_first_and_filtered(server: Running) -> None:
+    created(server)
+    found = server.get("/instances/web/events")
+    assert [e["timestamp"] for e in found] == sorted((e["timestamp"] for e in found), reverse=True)
+    assert {e["type"] for e in server.get("/instances/web/events", {"event_type": "audit"})} == {"audit"}
+    assert len(server.get("/instances/web/events", {"limit": 1})) == 1
+    assert set(found[0]) == {"timestamp", "type", "fqdn", "duration", "message", "extra"}
+
+
+def test_an_entity_tag_guards_against_a_change_in_between(server: Running) -> None:
+    server.network()
+    first = server.call("GET", "/networks/lan")
+    tag = first.headers["etag"]
+    assert server.call("GET", "/networks/lan", headers={"If-None-Match": tag}).status == 304
+    server.call("PUT", "/networks/lan/metadata/a", {"value": 1})
+    assert server.call("DELETE", "/networks/lan", headers={"If-Match": tag}).status == 412
+    assert server.call("DELETE", "/networks/lan", headers={"If-Match": "*"}).status == 200
+
+
+def test_an_idempotency_key_makes_a_repeat_harmless(server: Running) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    body = {"name": "lan", "netblock": "10.42.0.0/24"}
+    first = server.call("POST", "/networks", body, headers=headers)
+    again = server.call("POST", "/networks", body, headers=headers)
+    assert first.body["uuid"] == again.body["uuid"]
+    other = server.call("POST", "/networks", {**body, "name": "other"}, headers=headers)
+    assert other.status == 409
+
+
+def test_a_body_over_the_limit_is_refused(server: Running) -> None:
+    answer = server.call("POST", "/networks", b'{"name": "' + b"x" * 2**20 + b'"}')
+    assert answer.status == 413
+
+
+def test_a_body_that_is_no_json_is_400(server: Running) -> None:
+    assert server.call("POST", "/networks", b"{").status == 400
+
+
+def test_the_page_at_the_root_lists_capabilities_without_a_token(server: Running) -> None:
+    page = server.call("GET", "/", namespace="").body.decode()
+    assert "hot-plug-interface" in page
+    for absent in ("instance-execute", "blob-search-by-hash", "network-delete-async", "vdi-console"):
+        assert absent not in page
+
+
+def test_machines_get_metrics_liveness_and_readiness(server: Running) -> None:
+    server.network()
+    text = server.call("GET", "/metrics", namespace="").body.decode()
+    assert 'sf_objects{kind="network",state="created"} 1.0' in text
+    assert 'route="/networks"' in text
+    assert server.call("GET", "/livez", namespace="").status == 200
+    assert server.call("GET", "/readyz", namespace="").status == 200
+    assert "/instances/{ref}" in server.call("GET", "/openapi.json", namespace="").body["paths"]
