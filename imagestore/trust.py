@@ -1,9 +1,10 @@
 """Signed names: a client of The Update Framework over a store's own backend (https://theupdateframework.github.io/specification).
 
-A published store carries TUF metadata under `tuf/`. Each name and architecture is a target `names/NAME/TAG/ARCH`
-whose hash `blake3` is the manifest's digest: the manifest names every byte below it, so nothing else need be signed.
-python-tuf keeps what it has verified in a directory of the client's; when a mirror goes bad or away, names verified
-before still resolve, with a warning, and nothing new does.
+A published store carries TUF metadata under `tuf/FINGERPRINT/`, where the fingerprint is the BLAKE3 of the first root:
+so a mirror holds the trees of all whose images it carries, untouched, beside its own. Each name and architecture is a
+target `names/NAME/TAG/ARCH` whose hash `blake3` is the manifest's digest: the manifest names every byte below it, so
+nothing else need be signed. python-tuf keeps what it has verified in a directory of the client's; when a mirror goes
+bad or away, names verified before still resolve, with a warning, and nothing new does.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from imagestore.digest import Digest
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.names import check_architecture, check_name
 
-PREFIX = "tuf/"
+TREES = "tuf/"
 HASH = "blake3"
 _PIECE_BYTES = 64 << 10
 _ROOT_BYTES = 512_000
@@ -38,6 +39,11 @@ class Signed:
 
     digest: Digest
     warning: str = ""
+
+
+def tree(fingerprint: Digest) -> str:
+    """Prefix of the keys of one signer's metadata."""
+    return f"{TREES}{fingerprint.hex()}/"
 
 
 def target_path(name: str, tag: str, architecture: str) -> str:
@@ -81,7 +87,7 @@ class _BackendFetcher(FetcherInterface):
 
 
 class Trust:
-    """One remote's signed names, as far as this client has verified them. `directory` is its memory."""
+    """One signer's names, as far as this client has verified them. `directory` is its memory."""
 
     def __init__(self, backend: Backend, directory: Path) -> None:
         self._backend = backend
@@ -92,22 +98,27 @@ class Trust:
     def bootstrap(
         cls, backend: Backend, directory: Path, *, root: bytes | None = None, fingerprint: str = ""
     ) -> "Trust":
-        """Start to trust a remote by its root file, or by the digest of its first root. Raises Denied, Invalid."""
+        """Start to trust a signer by its first root or by that root's digest. Raises Denied, Invalid."""
         if root is None:
             expected = Digest.parse(fingerprint)
+            key = f"{tree(expected)}1.root.json"
             try:
-                size = backend.stat(f"{PREFIX}1.root.json").size_bytes
-                root = backend.get(f"{PREFIX}1.root.json", 0, min(size, _ROOT_BYTES)).data
+                size = backend.stat(key).size_bytes
+                root = backend.get(key, 0, min(size, _ROOT_BYTES)).data
             except NotFound as error:
-                raise Denied(f"{backend.url} is not signed: it has no root", hint="ask its owner") from error
-            if Digest.of(root) != expected:
                 hint = "compare the fingerprint with its owner's"
-                raise Denied(f"the root of {backend.url} is {Digest.of(root)}, not {expected}", hint=hint)
+                raise Denied(f"{backend.url} is not signed by {expected}", hint=hint) from error
+            if Digest.of(root) != expected:
+                raise Denied(f"the root of {backend.url} is {Digest.of(root)}, not {expected}")
         try:
             metadata = Metadata[Root].from_bytes(root)
             metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
         except (tuf.RepositoryError, ValueError, AttributeError) as error:
             raise Invalid(f"not a TUF root: {error}") from error
+        if metadata.signed.version != 1:
+            raise Invalid(
+                "not a first root", hint="give 1.root.json: newer ones are found and checked from there"
+            )
         trust = cls(backend, directory)
         directory.mkdir(parents=True, exist_ok=True)
         temporary = trust._anchor.with_suffix(".new")
@@ -120,13 +131,13 @@ class Trust:
         fetcher = _BackendFetcher(self._backend)
         with self._locked():
             try:
-                updater = Updater(
-                    str(self._directory), PREFIX, fetcher=fetcher, bootstrap=self._anchor.read_bytes()
-                )
+                anchor = self._anchor.read_bytes()
+                base = tree(Digest.of(anchor))
+                updater = Updater(str(self._directory), base, fetcher=fetcher, bootstrap=anchor)
                 updater.refresh()
                 parse_targets(self._targets())
             except (tuf.RepositoryError, tuf.DownloadError) as error:
-                raise _explain(error, fetcher.last.removeprefix(PREFIX), self._backend.url) from error
+                raise _explain(error, fetcher.last.rpartition("/")[2], self._backend.url) from error
 
     def resolve(self, name: str, tag: str, architecture: str, *, refresh: bool = True) -> Signed:
         """The manifest that the remote's signature gives for a name now.
@@ -203,26 +214,24 @@ def _explain(error: Exception, file: str, url: str) -> StoreError:
     return Corrupt(f"{url}: {file}: {error}")
 
 
-def signed_targets(backend: Backend) -> dict[Target, Digest]:
-    """What a store's own newest targets name, unverified: roots for its collector. Empty where it is not signed."""
-    newest = newest_version(backend, "targets")
-    if not newest:
-        return {}
-    data = backend.get(f"{PREFIX}{newest}.targets.json").data
-    try:
-        return parse_targets(Metadata[Targets].from_bytes(data).signed)
-    except (tuf.RepositoryError, ValueError) as error:
-        raise Corrupt(f"{backend.url}/{PREFIX}{newest}.targets.json: {error}") from error
-
-
-def newest_version(backend: Backend, role: str) -> int:
-    """The highest version of a role's metadata in the store, 0 if there is none."""
-    versions = [0]
-    for stat in backend.list(PREFIX):
-        version, _, rest = stat.key.removeprefix(PREFIX).partition(".")
-        if rest == f"{role}.json" and version.isdecimal():
-            versions.append(int(version))
-    return max(versions)
+def signed_targets(backend: Backend) -> dict[Target, set[Digest]]:
+    """What the newest targets of every tree in a store name, unverified: roots for its collector."""
+    newest: dict[str, int] = {}
+    for stat in backend.list(TREES):
+        base, _, file = stat.key.rpartition("/")
+        version, _, rest = file.partition(".")
+        if rest == "targets.json" and version.isdecimal():
+            newest[base] = max(newest.get(base, 0), int(version))
+    found: dict[Target, set[Digest]] = {}
+    for base, version_number in newest.items():
+        key = f"{base}/{version_number}.targets.json"
+        try:
+            targets = Metadata[Targets].from_bytes(backend.get(key).data).signed
+        except (tuf.RepositoryError, ValueError) as error:
+            raise Corrupt(f"{backend.url}/{key}: {error}") from error
+        for target, digest in parse_targets(targets).items():
+            found.setdefault(target, set()).add(digest)
+    return found
 
 
 def make_target(name: str, tag: str, architecture: str, digest: Digest, size_bytes: int) -> TargetFile:

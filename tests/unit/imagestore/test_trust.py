@@ -13,8 +13,9 @@ from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unav
 from imagestore.layout import Layout
 from imagestore.manifest import Manifest
 from imagestore.mirror import signing
+from imagestore.mirror.signing import Publisher
 from imagestore.store import Store, layout_key, manifest_key
-from imagestore.trust import Trust
+from imagestore.trust import Trust, signed_targets, tree
 
 EMPTY_U4 = np.zeros(0, np.uint32)
 NO_IDS = np.zeros((0, 32), np.uint8)
@@ -50,13 +51,15 @@ class Mirror:
         self.keys = signing.Keyring(path / "keys")
         self.fingerprint = signing.init(self.store, self.keys)
         self.client = Trust.bootstrap(self.backend, path / "client", fingerprint=str(self.fingerprint))
+        self.publisher = Publisher(self.store, self.keys)
+        self.base = tree(self.fingerprint)
         self.path = path
 
-    def tree(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         return {stat.key: self.backend.get(stat.key).data for stat in self.backend.list("tuf/")}
 
-    def restore(self, tree: dict[str, bytes]) -> None:
-        for key, data in tree.items():
+    def restore(self, files: dict[str, bytes]) -> None:
+        for key, data in files.items():
             self.backend.put(key, data)
 
 
@@ -67,12 +70,12 @@ def mirror(tmp_path: Path) -> Mirror:
 
 def test_a_published_name_resolves_and_a_draft_does_not(mirror: Mirror) -> None:
     debian = add_image(mirror.store, "debian", 1 << 20)
-    published = signing.publish(mirror.store, mirror.keys)
+    published = mirror.publisher.publish()
     assert published.added == (("debian", "latest", "x86_64"),)
     draft = add_image(mirror.store, "debian", 2 << 20)
     signed = mirror.client.resolve("debian", "latest", "amd64")
     assert (signed.digest, signed.warning) == (debian, "")
-    assert signing.publish(mirror.store, mirror.keys).changed == (("debian", "latest", "x86_64"),)
+    assert mirror.publisher.publish().changed == (("debian", "latest", "x86_64"),)
     assert mirror.client.resolve("debian", "latest", "x86_64").digest == draft
     with pytest.raises(NotFound, match="no signed ubuntu"):
         mirror.client.resolve("ubuntu", "latest", "x86_64")
@@ -82,24 +85,28 @@ def test_a_name_without_its_layout_is_not_published(mirror: Mirror) -> None:
     digest = add_image(mirror.store, "debian", 1 << 20)
     mirror.backend.delete(layout_key(digest))
     with pytest.raises(NotFound):
-        signing.publish(mirror.store, mirror.keys)
+        mirror.publisher.publish()
     with pytest.raises(Denied, match="unsigned"):
         mirror.client.resolve("debian", "latest", "x86_64")
 
 
 def test_another_root_than_the_one_that_was_expected_is_refused(mirror: Mirror, tmp_path: Path) -> None:
+    other = Digest.of(b"x")
+    with pytest.raises(Denied, match="not signed by"):
+        Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint=str(other))
+    mirror.backend.put(tree(other) + "1.root.json", mirror.backend.get(mirror.base + "1.root.json").data)
     with pytest.raises(Denied, match="the root of"):
-        Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint=str(Digest.of(b"x")))
+        Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint=str(other))
     with pytest.raises(Invalid, match="not a TUF root"):
         Trust.bootstrap(mirror.backend, tmp_path / "other", root=b"{}")
 
 
 def test_a_rollback_is_refused_and_what_was_verified_still_resolves(mirror: Mirror) -> None:
     add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
-    old = mirror.tree()
+    mirror.publisher.publish()
+    old = mirror.files()
     newer = add_image(mirror.store, "debian", 2 << 20)
-    signing.publish(mirror.store, mirror.keys)
+    mirror.publisher.publish()
     assert mirror.client.resolve("debian", "latest", "x86_64").digest == newer
     mirror.restore(old)
     with pytest.raises(Denied, match="rolled back"):
@@ -114,34 +121,34 @@ def test_a_freeze_is_noticed_when_the_timestamp_expires(
     mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     debian = add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
+    mirror.publisher.publish()
     mirror.client.refresh()
     with monkeypatch.context() as patch:
         patch.setitem(signing.LIFETIMES, "timestamp", timedelta(seconds=-1))
-        signing.refresh(mirror.store, mirror.keys)
+        mirror.publisher.refresh()
     with pytest.raises(Denied, match="frozen"):
         mirror.client.refresh()
     assert "frozen" in mirror.client.resolve("debian", "latest", "x86_64").warning
     assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
-    signing.refresh(mirror.store, mirror.keys)
+    mirror.publisher.refresh()
     assert mirror.client.resolve("debian", "latest", "x86_64").warning == ""
 
 
 def test_expired_targets_are_refused(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     add_image(mirror.store, "debian", 1 << 20)
     monkeypatch.setitem(signing.LIFETIMES, "targets", timedelta(seconds=-1))
-    signing.publish(mirror.store, mirror.keys)
+    mirror.publisher.publish()
     with pytest.raises(Denied, match=r"expired.*targets"):
         mirror.client.resolve("debian", "latest", "x86_64")
 
 
 def test_metadata_of_different_publications_do_not_mix(mirror: Mirror) -> None:
     add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
-    tree = mirror.tree()
+    mirror.publisher.publish()
+    files = mirror.files()
     add_image(mirror.store, "debian", 2 << 20)
-    signing.publish(mirror.store, mirror.keys)
-    mirror.backend.put("tuf/2.targets.json", tree["tuf/1.targets.json"])
+    mirror.publisher.publish()
+    mirror.backend.put(mirror.base + "2.targets.json", files[mirror.base + "1.targets.json"])
     with pytest.raises(Denied, match="mixed"):
         mirror.client.refresh()
 
@@ -150,50 +157,51 @@ def test_a_wrong_key_is_refused(mirror: Mirror, tmp_path: Path) -> None:
     add_image(mirror.store, "debian", 1 << 20)
     thief_store = Store.init(Directory(tmp_path / "thief"))
     thief_keys = signing.Keyring(tmp_path / "thief-keys")
-    signing.init(thief_store, thief_keys)
+    theirs = tree(signing.init(thief_store, thief_keys))
     add_image(thief_store, "debian", 3 << 20)
-    signing.publish(thief_store, thief_keys)
-    for stat in thief_store.backend.list("tuf/"):
+    Publisher(thief_store, thief_keys).publish()
+    for stat in thief_store.backend.list(theirs):
         if "root" not in stat.key:
-            mirror.backend.put(stat.key, thief_store.backend.get(stat.key).data)
+            data = thief_store.backend.get(stat.key).data
+            mirror.backend.put(mirror.base + stat.key.removeprefix(theirs), data)
     with pytest.raises(Denied, match="wrong key"):
         mirror.client.resolve("debian", "latest", "x86_64")
 
 
 def test_endless_metadata_is_cut_off(mirror: Mirror) -> None:
     add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
-    mirror.backend.put("tuf/timestamp.json", b" " * (1 << 20))
+    mirror.publisher.publish()
+    mirror.backend.put(mirror.base + "timestamp.json", b" " * (1 << 20))
     with pytest.raises(Corrupt, match="endless"):
         mirror.client.refresh()
 
 
 def test_nonsense_is_an_error_of_ours(mirror: Mirror) -> None:
     add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
+    mirror.publisher.publish()
     for nonsense in (b"", b"{", b"[]", b'{"signed": {}}'):
-        mirror.backend.put("tuf/timestamp.json", nonsense)
+        mirror.backend.put(mirror.base + "timestamp.json", nonsense)
         with pytest.raises((Corrupt, Denied)):
             mirror.client.refresh()
 
 
 def test_every_role_can_be_rotated_and_a_client_of_any_age_follows(mirror: Mirror) -> None:
     debian = add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
+    mirror.publisher.publish()
     for role in (*signing.ROLES, "root"):
-        signing.rotate(mirror.store, mirror.keys, role)
-    signing.publish(mirror.store, mirror.keys)
+        mirror.publisher.rotate(role)
+    mirror.publisher.publish()
     assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
 
 
 def test_a_rotated_timestamp_key_is_taken_up_by_refresh(mirror: Mirror) -> None:
     debian = add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
-    signing.rotate(mirror.store, mirror.keys, "timestamp")
-    signing.rotate(mirror.store, mirror.keys, "snapshot")
+    mirror.publisher.publish()
+    mirror.publisher.rotate("timestamp")
+    mirror.publisher.rotate("snapshot")
     with pytest.raises(Denied, match="wrong key"):
         mirror.client.refresh()
-    signing.refresh(mirror.store, mirror.keys)
+    mirror.publisher.refresh()
     assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
 
 
@@ -202,31 +210,43 @@ def test_root_keys_can_be_kept_elsewhere_and_are_only_needed_to_rotate(mirror: M
     offline.mkdir()
     (mirror.keys.directory / "root.pem").rename(offline / "root.pem")
     add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
+    mirror.publisher.publish()
     with pytest.raises(NotFound, match="root"):
-        signing.rotate(mirror.store, mirror.keys, "targets")
-    assert signing.rotate(mirror.store, mirror.keys, "targets", signing.Keyring(offline)) == 2
+        mirror.publisher.rotate("targets")
+    assert Publisher(mirror.store, mirror.keys, signing.Keyring(offline)).rotate("targets") == 2
 
 
 def test_a_publisher_that_was_overtaken_says_so(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
     add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
-    seen = signing._timestamp(mirror.backend)
-    signing.refresh(mirror.store, mirror.keys)
-    monkeypatch.setattr(signing, "_timestamp", lambda backend: seen)
+    mirror.publisher.publish()
+    seen = mirror.publisher._timestamp()
+    mirror.publisher.refresh()
+    monkeypatch.setattr(mirror.publisher, "_timestamp", lambda: seen)
     with pytest.raises(Conflict, match="quicker"):
-        signing.publish(mirror.store, mirror.keys)
+        mirror.publisher.publish()
+
+
+def test_two_signers_live_side_by_side_in_one_store(mirror: Mirror, tmp_path: Path) -> None:
+    debian = add_image(mirror.store, "debian", 1 << 20)
+    mirror.publisher.publish()
+    keys = signing.Keyring(tmp_path / "adopter")
+    fingerprint = signing.init(mirror.store, keys)
+    Publisher(mirror.store, keys).publish()
+    other = Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint=str(fingerprint))
+    assert other.resolve("debian", "latest", "x86_64").digest == debian
+    assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
+    assert signed_targets(mirror.backend) == {("debian", "latest", "x86_64"): {debian}}
 
 
 def test_private_keys_are_for_their_owner_alone(mirror: Mirror) -> None:
-    assert {path.stat().st_mode & 0o777 for path in mirror.keys.directory.iterdir()} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in mirror.keys.directory.glob("*.pem")} == {0o600}
 
 
 def test_when_the_store_is_away_verified_names_resolve_with_a_warning(
     mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     debian = add_image(mirror.store, "debian", 1 << 20)
-    signing.publish(mirror.store, mirror.keys)
+    mirror.publisher.publish()
     mirror.client.refresh()
 
     def away(key: str) -> None:

@@ -1,0 +1,217 @@
+"""Source lists: which upstream images a mirror carries (`mirror-config/sources.d/*.toml`), and what upstreams publish.
+
+    [[source]]
+    name = "debian"
+    tags = ["12", "bookworm"]
+    url = "https://example.org/images/{build}/debian-12-{arch}.qcow2"
+    build = { page = "https://example.org/images/", pattern = '(\\d{8}-\\d+)/' }
+    checksums = "https://example.org/images/{build}/SHA512SUMS"
+    architectures = { x86_64 = "amd64", aarch64 = "arm64" }
+
+`{arch}` is the upstream's word for the architecture, `{build}` the newest match of the pattern on the page, `{file}` in
+the checksums' URL the last part of the image's.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from imagestore.errors import Invalid, NotFound
+from imagestore.names import check_architecture, check_name
+
+ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
+STRONG = ("sha256", "sha384", "sha512")
+_GNU = re.compile(r"^\\?([0-9a-fA-F]{32,128})\s+[ *]?(.+?)\s*$", re.MULTILINE)
+_BSD = re.compile(r"^(MD5|SHA1|SHA256|SHA384|SHA512) \((.+?)\) = ([0-9a-fA-F]+)\s*$", re.MULTILINE)
+_BARE = re.compile(r"\s*([0-9a-fA-F]{32,128})\s*")
+_NUMBER = re.compile(r"\d+")
+_MOST_BYTES = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One upstream image for one or more architectures."""
+
+    name: str
+    tags: tuple[str, ...]
+    url: str
+    architectures: Mapping[str, str]
+    """Ours (as `uname -m` says it) to the upstream's."""
+    checksums: str = ""
+    signature: str = ""
+    """URL of a detached signature on the checksum file, or "inline" where the file is clear-signed."""
+    keyring: str = ""
+    """File of public keys for gpgv."""
+    build_page: str = ""
+    build_pattern: str = ""
+    keep: int = 3
+    """How many versions keep a name: the newest by its tags, older ones by `TAG-BUILD`."""
+    format: str = "qcow2"
+    os: str = ""
+    limit_bytes: int = 20 << 30
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """For reports."""
+        return f"{self.name}:{self.tags[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where one build for one architecture is."""
+
+    url: str
+    checksums: str
+    signature: str
+    build: str
+
+
+_KEYS = {
+    "name", "tags", "url", "architectures", "checksums", "signature", "keyring", "build", "keep", "format", "os",
+    "limit_bytes", "labels",
+}  # fmt: skip
+
+
+def load(directory: Path) -> list[Source]:
+    """Every source of every file, in order. Raises Invalid, naming the file; NotFound if there is none."""
+    files = sorted(directory.glob("*.toml")) if directory.is_dir() else [directory]
+    sources: list[Source] = []
+    for path in files:
+        try:
+            body = tomllib.loads(path.read_text())
+            if set(body) != {"source"} or not isinstance(body["source"], list):
+                raise Invalid("it has [[source]] tables and nothing else")
+            sources += [parse(entry) for entry in body["source"]]
+        except FileNotFoundError as error:
+            raise NotFound(f"no source lists in {directory}", hint="see mirror-config/sources.d") from error
+        except (OSError, ValueError, Invalid) as error:
+            raise Invalid(f"{path}: {error}") from error
+    if not sources:
+        raise NotFound(f"no source lists in {directory}", hint="see mirror-config/sources.d")
+    seen: dict[tuple[str, str, str], str] = {}
+    for source in sources:
+        for key in ((source.name, tag, arch) for tag in source.tags for arch in source.architectures):
+            if key in seen:
+                raise Invalid(f"{source.name}:{key[1]} for {key[2]} has two sources")
+            seen[key] = source.url
+    return sources
+
+
+def parse(body: Mapping[str, Any]) -> Source:
+    """Check one [[source]] table. Raises Invalid."""
+    unknown = set(body) - _KEYS
+    if unknown:
+        raise Invalid(f"unknown keys: {', '.join(sorted(unknown))}")
+    name = check_name(_text(body, "name"))
+    tags = body.get("tags", ["latest"])
+    if not isinstance(tags, list) or not tags or not all(isinstance(tag, str) for tag in tags):
+        raise Invalid(f"{name}: tags is a list of words")
+    architectures = body.get("architectures", {"x86_64": "x86_64"})
+    if not isinstance(architectures, dict) or not architectures:
+        raise Invalid(f"{name}: architectures is a table of ours to upstream's")
+    build = body.get("build", {})
+    if not isinstance(build, dict) or set(build) not in (set(), {"page", "pattern"}):
+        raise Invalid(f"{name}: build has page and pattern")
+    source = Source(
+        name=name,
+        tags=tuple(check_name(tag, "tag") for tag in tags),
+        url=_text(body, "url"),
+        architectures={check_architecture(ours): str(theirs) for ours, theirs in architectures.items()},
+        checksums=_text(body, "checksums", ""),
+        signature=_text(body, "signature", ""),
+        keyring=_text(body, "keyring", ""),
+        build_page=_text(build, "page", ""),
+        build_pattern=_text(build, "pattern", ""),
+        keep=_number(body, "keep", 3, 1000),
+        format=_text(body, "format", "qcow2"),
+        os=_text(body, "os", ""),
+        limit_bytes=_number(body, "limit_bytes", 20 << 30, _MOST_BYTES),
+        labels={str(key): str(value) for key, value in dict(body.get("labels", {})).items()},
+    )
+    for url in (source.url, source.checksums, source.build_page, source.signature):
+        if url not in ("", "inline") and urlsplit(url).scheme not in ("https", "http"):
+            raise Invalid(f"{name}: not a web address: {url[:200]!r}")
+    try:
+        groups = re.compile(source.build_pattern).groups
+    except re.error as error:
+        raise Invalid(f"{name}: the pattern is no regular expression: {error}") from error
+    if source.build_pattern and groups != 1:
+        raise Invalid(f"{name}: the pattern has one group, the build's name")
+    if ("{build}" in source.url + source.checksums) != bool(source.build_pattern):
+        raise Invalid(f"{name}: {{build}} in the URL and a build table go together")
+    if (source.signature or source.keyring) and not (
+        source.signature and source.keyring and source.checksums
+    ):
+        raise Invalid(f"{name}: signature, keyring and checksums go together")
+    return source
+
+
+def _text(body: Mapping[str, Any], key: str, default: str | None = None) -> str:
+    value = body.get(key, default)
+    if not isinstance(value, str):
+        raise Invalid(f"{key} is missing or no text")
+    return value
+
+
+def _number(body: Mapping[str, Any], key: str, default: int, most: int) -> int:
+    value = body.get(key, default)
+    if type(value) is not int or not 1 <= value <= most:
+        raise Invalid(f"{key} is a number from 1 to {most}")
+    return value
+
+
+def newest(page: str, pattern: str, arch: str) -> str:
+    """The greatest build that a page names, numbers compared as numbers. Raises NotFound."""
+    found = set(re.findall(pattern.replace("{arch}", re.escape(arch)), page))
+    if not found:
+        raise NotFound(f"the page names no build that matches {pattern!r}")
+    return str(max(found, key=lambda text: [int(number) for number in _NUMBER.findall(text)]))
+
+
+def locate(source: Source, architecture: str, build: str) -> Location:
+    """The URLs of one build."""
+
+    def fill(text: str, file: str = "") -> str:
+        theirs = source.architectures[architecture]
+        return text.replace("{arch}", theirs).replace("{build}", build).replace("{file}", file)
+
+    url = fill(source.url)
+    file = url.rpartition("/")[2]
+    return Location(url, fill(source.checksums, file), fill(source.signature, file), build)
+
+
+def find_checksum(text: str, file: str) -> tuple[str, str]:
+    """(algorithm, hex digest) of a file out of a list as sha256sum, `sha256sum --tag` or a single digest write it.
+
+    The strongest wins where a list has several. Raises NotFound.
+    """
+    found = [(ALGORITHMS[len(d)], d.lower()) for d, name in _GNU.findall(text) if _same(name, file, d)]
+    found += [(a.lower(), d.lower()) for a, name, d in _BSD.findall(text) if _same(name, file, d)]
+    bare = _BARE.fullmatch(text)
+    if bare and len(bare[1]) in ALGORITHMS:
+        found.append((ALGORITHMS[len(bare[1])], bare[1].lower()))
+    if not found:
+        raise NotFound(f"the checksum file does not name {file}")
+    return max(found, key=lambda entry: len(entry[1]))
+
+
+def _same(name: str, file: str, digest: str) -> bool:
+    return name.removeprefix("./") == file and len(digest) in ALGORITHMS
+
+
+def old_tag(tag: str, build: str) -> str:
+    """The tag under which a version stays when a newer one takes its place."""
+    return check_name(f"{tag}-{re.sub(r'[^a-z0-9]+', '-', build.lower()).strip('-')}", "tag")
+
+
+def tags_to_drop(names: Sequence[str], tag: str, keep: int) -> list[str]:
+    """Which of the `TAG-BUILD` names are too old to keep, given all tags of a name; oldest first."""
+    prefix = f"{tag}-"
+    old = [name for name in names if name.startswith(prefix) and name[len(prefix) :][:1].isdigit()]
+    old.sort(key=lambda text: [int(number) for number in _NUMBER.findall(text[len(prefix) :])])
+    return old[: max(0, len(old) - keep)]
