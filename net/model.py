@@ -68,3 +68,7 @@ class NodeNetworks:
     peers: tuple[Peer, ...] = field(default=())
     underlay: IPv4Address = IPv4Address("127.0.0.1")
     """This node's own VXLAN endpoint."""
+    uplink: str = ""
+    """The host's device on which floating IPs are answered; "" means that of the default route."""
+    resolvers: tuple[IPv4Address, ...] = ()
+    """Upstream DNS servers; () means the host's own, without loopback."""

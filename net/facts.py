@@ -1,0 +1,197 @@
+"""What stands in one network namespace, as plain values: the form in which desired and observed are compared."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+
+HOST = ""
+"""The key of the host's own namespace, of which we look at what is ours only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network device. Empty and zero fields of a desired link mean "whatever it is"."""
+
+    name: str
+    kind: str
+    """bridge, vxlan, veth or tun (a tap)."""
+    alias: str
+    mtu_bytes: int
+    up: bool = True
+    mac: str = ""
+    master: str = ""
+    suppress: bool = False
+    """A bridge port that gets no ARP request which the bridge can answer itself."""
+    learning: bool = False
+    """Of a bridge port; never wanted: the FDB comes from desired state."""
+    vni: int = 0
+    local: str = ""
+    """A VXLAN device's own endpoint."""
+    peer: str = ""
+    """The host's end of a veth pair; not observed."""
+    carrier: bool = True
+    """Of a tap: whether a process holds it open. Observed only."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    dev: str
+    address: str
+    """With its prefix length."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Route:
+    destination: str
+    """With its prefix length; 0.0.0.0/0 for the default."""
+    via: str
+    dev: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fdb:
+    """With `remote`: where the VXLAN device sends a MAC; without: behind which bridge port it is."""
+
+    dev: str
+    mac: str
+    remote: str = ""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Neighbour:
+    dev: str
+    address: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Proxy:
+    """An address for which the host answers ARP on its uplink."""
+
+    dev: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Sysctl:
+    key: str
+    """Its path under /proc/sys."""
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule is known again by the hash of its text, which it carries as its comment: nft prints rules in
+    other words than they were written in, and differently from version to version."""
+
+    mark: str
+    text: str = field(default="", compare=False)
+    handle: int = field(default=0, compare=False)
+
+    @classmethod
+    def of(cls, text: str) -> "Rule":
+        return cls(hashlib.blake2b(text.encode(), digest_size=6).hexdigest(), text)
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    type: str
+    hook: str
+    priority: int
+    policy: str = "accept"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    name: str
+    hook: Hook | None
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """A named set (values empty) or map."""
+
+    name: str
+    declaration: str = field(compare=False)
+    items: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    family: str
+    name: str
+    chains: Mapping[str, Chain]
+    elements: Mapping[str, Elements] = field(default_factory=dict)
+    counters: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A rule of ours at the end of another's base chain whose policy is to drop."""
+
+    family: str
+    table: str
+    chain: str
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Dnsmasq:
+    """What a network's DHCP and DNS server reads."""
+
+    config: str
+    hosts: str
+    """dhcp-hostsfile: MAC to address."""
+    names: str
+    """addn-hosts: address to names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One namespace."""
+
+    links: Mapping[str, Link] = field(default_factory=dict)
+    addresses: frozenset[Address] = frozenset()
+    routes: frozenset[Route] = frozenset()
+    fdb: frozenset[Fdb] = frozenset()
+    neighbours: frozenset[Neighbour] = frozenset()
+    proxies: frozenset[Proxy] = frozenset()
+    sysctls: frozenset[Sysctl] = frozenset()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """By family; only the table with our name."""
+    admissions: frozenset[Admission] = frozenset()
+    dnsmasq: Dnsmasq | None = None
+    broken: bool = False
+    """A name under /run/netns that leads to no namespace: its maker was killed between two steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignChain:
+    """Another's base chain in the host's namespace that packets of ours pass."""
+
+    family: str
+    table: str
+    name: str
+    hook: str
+    policy: str
+    refusals: tuple[str, ...] = ()
+    """Its rules that drop or reject, in the words of nft. Read for the doctor only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The kernel of one node as far as it concerns an installation."""
+
+    namespaces: Mapping[str, Facts]
+    """By namespace name; HOST is always there."""
+    host_addresses: frozenset[IPv4Address] = frozenset()
+    """Every address of the host, whoever set it."""
+    uplink: str = ""
+    """The device of the host's default route."""
+    mtu_bytes: int = 0
+    """Of the device that carries the underlay address; 0 where there is none."""
+    resolvers: tuple[IPv4Address, ...] = ()
+    """The host's upstream DNS servers without loopback."""
+    foreign: tuple[ForeignChain, ...] = ()

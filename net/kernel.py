@@ -1,0 +1,351 @@
+"""The kernel's side of the data plane: namespaces, links, addresses, routes, FDB. The one module with pyroute2.
+
+A netlink socket belongs to the namespace in which it was made, whichever thread uses it later. So a thread steps into
+a namespace (setns(2) concerns the calling thread alone), makes the socket and steps out again: no process is spawned.
+"""
+
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Self
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
+
+from net import libnft
+from net.errors import Failed
+from net.facts import HOST, Address, Fdb, Link, Neighbour, Proxy, Route, Sysctl
+from net.nft import VXLAN_PORT
+
+DIRECTORY = Path("/run/netns")
+"""Where ip-netns(8) looks for them."""
+
+_CLONE_NEWNET = 0x40000000
+_ANY = "0.0.0.0"  # noqa: S104 - the default route's destination
+_NS_GET_NSTYPE = 0xB703
+_MS_BIND, _MNT_DETACH = 0x1000, 2
+_NOARP, _PERMANENT = 0x40, 0x80
+_SELF, _MASTER, _PROXY = 2, 4, 8
+_MAIN_TABLE, _PROTO_KERNEL, _PROTO_STATIC = 254, 2, 4
+_SKIP_STATS = 8
+_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise Failed(f"{what}: {os.strerror(number)}")
+
+
+def list_namespaces(prefix: str) -> list[str]:
+    return sorted(p.name for p in DIRECTORY.glob(f"{prefix}*")) if DIRECTORY.is_dir() else []
+
+
+def is_namespace(name: str) -> bool:
+    """False for a plain file under that name: its maker was killed before it was mounted, or by a reboot."""
+    with (DIRECTORY / name).open("rb") as file:
+        try:
+            return fcntl.ioctl(file, _NS_GET_NSTYPE) == _CLONE_NEWNET
+        except OSError:  # ENOTTY
+            return False
+
+
+def create_namespace(name: str) -> None:
+    """Makes a network namespace and gives it its name under /run/netns, as `ip netns add` does."""
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    path = DIRECTORY / name
+    path.touch(mode=0o444)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.unshare(_CLONE_NEWNET), "a network namespace cannot be made")
+        mounted = _libc.mount(b"/proc/thread-self/ns/net", bytes(path), b"none", _MS_BIND, None)
+        number = ctypes.get_errno()
+        _check(_libc.setns(home, _CLONE_NEWNET), "the way home from a new namespace is shut")
+        if mounted != 0:
+            raise Failed(f"{path} cannot be mounted: {os.strerror(number)}")
+    finally:
+        os.close(home)
+
+
+def remove_namespace(name: str) -> None:
+    """Takes the name away; the namespace goes with its last process. Twice is once."""
+    path = DIRECTORY / name
+    while _libc.umount2(bytes(path), _MNT_DETACH) == 0:
+        pass
+    path.unlink(missing_ok=True)
+
+
+def create_tap(name: str, alias: str) -> None:
+    """A persistent tap in the calling thread's namespace, down. Its alias is set before it is made to last, so
+    that whoever is killed in between leaves nothing."""
+    with Path("/dev/net/tun").open("r+b", buffering=0) as device:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+        fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        with Netns(HOST) as host:
+            host.change_link(name, alias=alias, up=False)
+        fcntl.ioctl(device, _TUNSETPERSIST, 1)
+
+
+def announce(dev: str, address: str) -> None:
+    """A gratuitous ARP request (RFC 5227, section 3): who cached another MAC for the address learns ours."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind((dev, 0))
+        mac, ip = raw.getsockname()[4], IPv4Address(address).packed
+        arp = struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, ip, b"\0" * 6, ip)
+        raw.send(b"\xff" * 6 + mac + b"\x08\x06" + arp)
+
+
+class Netns:
+    """An open network namespace: HOST is the one in which the calling thread stands. Use it with `with`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        path = DIRECTORY / name if name else Path("/proc/thread-self/ns/net")
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Failed(f"namespace {name} cannot be opened: {error.strerror}") from error
+        try:
+            with self.entered():
+                self._ip = IPRoute()
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._index: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ip.close()
+        os.close(self.fd)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The calling thread, and every process that it starts, stands in this namespace meanwhile."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _check(_libc.setns(self.fd, _CLONE_NEWNET), f"namespace {self.name} cannot be entered")
+            try:
+                yield
+            finally:
+                _check(_libc.setns(home, _CLONE_NEWNET), "the way home from a namespace is shut")
+        finally:
+            os.close(home)
+
+    # What is there
+
+    def links(self) -> dict[str, tuple[int, Link]]:
+        """Every device but loopback with its index."""
+        found = list(self._ip.get_links(ext_mask=_SKIP_STATS))
+        names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in found}
+        self._index = {name: index for index, name in names.items()}
+        return {
+            names[message["index"]]: (message["index"], _link(message, names))
+            for message in found
+            if names[message["index"]] != "lo"
+        }
+
+    def addresses(self) -> list[Address]:
+        names = self._names()
+        return [
+            Address(names.get(m["index"], ""), f"{m.get_attr('IFA_LOCAL')}/{m['prefixlen']}")
+            for m in self._ip.get_addr(family=socket.AF_INET)
+        ]
+
+    def routes(self) -> list[Route]:
+        """The main table without what the kernel put there itself."""
+        names = self._names()
+        return [
+            Route(
+                f"{m.get_attr('RTA_DST') or _ANY}/{m['dst_len']}",
+                m.get_attr("RTA_GATEWAY") or "",
+                names.get(m.get_attr("RTA_OIF"), ""),
+            )
+            for m in self._ip.get_routes(family=socket.AF_INET, table=_MAIN_TABLE)
+            if m["proto"] != _PROTO_KERNEL
+        ]
+
+    def fdb(self) -> list[Fdb]:
+        """What was set by hand or by us: remote ends, and static entries of bridges."""
+        names = self._names()
+        found = []
+        for m in self._ip.fdb("dump"):
+            remote, dev = m.get_attr("NDA_DST"), names.get(m["ifindex"], "")
+            if remote or (m.get_attr("NDA_MASTER") and m["state"] == _NOARP):
+                found.append(Fdb(dev, m.get_attr("NDA_LLADDR"), remote or ""))
+        return found
+
+    def neighbours(self) -> list[Neighbour]:
+        names = self._names()
+        return [
+            Neighbour(names.get(m["ifindex"], ""), m.get_attr("NDA_DST"), m.get_attr("NDA_LLADDR"))
+            for m in self._ip.get_neighbours(family=socket.AF_INET)
+            if m["state"] == _PERMANENT
+        ]
+
+    def proxies(self) -> list[Proxy]:
+        names = self._names()
+        return [
+            Proxy(names.get(m["ifindex"], ""), m.get_attr("NDA_DST"))
+            for m in self._ip.neigh("dump", family=socket.AF_INET, flags=_PROXY)
+            if m["flags"] & _PROXY
+        ]
+
+    def sysctls(self, keys: tuple[str, ...]) -> list[Sysctl]:
+        """Those of them that this kernel has."""
+        with self.entered():
+            paths = [(key, Path("/proc/sys") / key) for key in keys]
+            return [Sysctl(key, path.read_text().strip()) for key, path in paths if path.exists()]
+
+    def nft(self, commands: str, *, json: bool = False) -> str:
+        with self.entered():
+            return libnft.run(commands, json=json)
+
+    # What is changed
+
+    def create_bridge(self, link: Link) -> None:
+        self._ip.link(
+            "add",
+            ifname=link.name,
+            kind="bridge",
+            mtu=link.mtu_bytes,
+            br_forward_delay=0,
+            br_mcast_snooping=0,
+            **({"address": link.mac} if link.mac else {}),
+        )
+
+    def create_vxlan(self, link: Link, target: "Netns") -> None:
+        """Made from here, put into the target: its UDP socket stays in this namespace."""
+        self._ip.link(
+            "add",
+            ifname=link.name,
+            kind="vxlan",
+            mtu=link.mtu_bytes,
+            net_ns_fd=target.fd,
+            vxlan_id=link.vni,
+            vxlan_local=link.local,
+            vxlan_port=VXLAN_PORT,
+            vxlan_learning=False,
+        )
+
+    def create_veth(self, link: Link, host: "Netns") -> None:
+        self._ip.link("add", ifname=link.name, kind="veth", peer={"ifname": link.peer, "net_ns_fd": host.fd})
+
+    def move_link(self, name: str, target: "Netns") -> None:
+        self._ip.link("set", index=self.index(name), net_ns_fd=target.fd)
+        self._index.pop(name, None)
+
+    def change_link(self, name: str, **attributes: Any) -> None:
+        """alias, mtu_bytes, mac, master (name or ""), suppress, learning, up: those that are given."""
+        index = self.index(name)
+        changes: dict[str, Any] = {}
+        if "alias" in attributes:
+            changes["ifalias"] = attributes["alias"]
+        if "mtu_bytes" in attributes:
+            changes["mtu"] = attributes["mtu_bytes"]
+        if attributes.get("mac"):
+            changes["address"] = attributes["mac"]
+        if "master" in attributes:
+            changes["master"] = self.index(attributes["master"]) if attributes["master"] else 0
+        if changes:
+            self._ip.link("set", index=index, **changes)
+        if "suppress" in attributes or "learning" in attributes:
+            flags = {"neigh_suppress": attributes.get("suppress"), "learning": attributes.get("learning")}
+            given = {key: int(value) for key, value in flags.items() if value is not None}
+            self._ip.brport("set", index=index, **given)
+        if "up" in attributes:
+            self._ip.link("set", index=index, state="up" if attributes["up"] else "down")
+
+    def delete_link(self, name: str) -> None:
+        """Twice is once."""
+        try:
+            self._ip.link("del", index=self.index(name))
+        except (NetlinkError, Failed) as error:
+            if isinstance(error, NetlinkError) and error.code != 19:  # ENODEV
+                raise
+        self._index.pop(name, None)
+
+    def address(self, verb: str, item: Address) -> None:
+        address, length = item.address.split("/")
+        self._ip.addr(verb, index=self.index(item.dev), address=address, prefixlen=int(length))
+
+    def route(self, verb: str, item: Route) -> None:
+        extra = {"gateway": item.via} if item.via else {}
+        self._ip.route(
+            "replace" if verb == "add" else verb,
+            dst=item.destination,
+            oif=self.index(item.dev),
+            proto=_PROTO_STATIC,
+            **extra,
+        )
+
+    def forward(self, verb: str, item: Fdb) -> None:
+        index = self.index(item.dev)
+        if item.remote:
+            flags, state, extra = _SELF, _NOARP | _PERMANENT, {"dst": item.remote}
+        else:
+            flags, state, extra = _MASTER, _NOARP, {}
+        verb = {"add": "append" if item.remote else "replace", "del": "del"}[verb]
+        self._ip.fdb(verb, ifindex=index, lladdr=item.mac, flags=flags, state=state, **extra)
+
+    def neighbour(self, verb: str, item: Neighbour) -> None:
+        self._ip.neigh(
+            "replace" if verb == "add" else verb,
+            ifindex=self.index(item.dev),
+            dst=item.address,
+            lladdr=item.mac,
+            state=_PERMANENT,
+        )
+
+    def proxy(self, verb: str, item: Proxy) -> None:
+        self._ip.neigh(verb, ifindex=self.index(item.dev), dst=item.address, flags=_PROXY)
+
+    def sysctl(self, item: Sysctl) -> None:
+        with self.entered():
+            (Path("/proc/sys") / item.key).write_text(item.value)
+
+    def index(self, name: str) -> int:
+        if name not in self._index:
+            found = self._ip.link_lookup(ifname=name)
+            if not found:
+                raise Failed(f"there is no device {name} in {self.name or 'the host'}")
+            self._index[name] = found[0]
+        return self._index[name]
+
+    def _names(self) -> Mapping[int, str]:
+        if not self._index:
+            self.links()
+        return {index: name for name, index in self._index.items()}
+
+
+def _link(message: Any, names: Mapping[int, str]) -> Link:
+    info = message.get_attr("IFLA_LINKINFO")
+    kind = (info.get_attr("IFLA_INFO_KIND") if info else None) or ""
+    data = info.get_attr("IFLA_INFO_DATA") if info and kind == "vxlan" else None
+    port = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
+    if info is not None and info.get_attr("IFLA_INFO_SLAVE_KIND") != "bridge":
+        port = None
+    return Link(
+        name=message.get_attr("IFLA_IFNAME"),
+        kind=kind,
+        alias=message.get_attr("IFLA_IFALIAS") or "",
+        mtu_bytes=message.get_attr("IFLA_MTU"),
+        up=bool(message["flags"] & 1),
+        mac=message.get_attr("IFLA_ADDRESS") or "",
+        master=names.get(message.get_attr("IFLA_MASTER"), ""),
+        suppress=bool(port and port.get_attr("IFLA_BRPORT_NEIGH_SUPPRESS")),
+        learning=bool(port and port.get_attr("IFLA_BRPORT_LEARNING")),
+        vni=(data.get_attr("IFLA_VXLAN_ID") or 0) if data else 0,
+        local=(data.get_attr("IFLA_VXLAN_LOCAL") or "") if data else "",
+        carrier=bool(message.get_attr("IFLA_CARRIER")),
+    )

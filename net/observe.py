@@ -1,0 +1,116 @@
+"""What the kernel of this node holds that is ours: read, never changed."""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+
+from net import dnsmasq, kernel, names, nft
+from net.errors import Failed
+from net.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Link, Observed, Rule, Table
+from net.kernel import Netns
+from net.target import FORWARD, SYSCTLS
+
+
+def observe(
+    installation: str, directory: Path, underlay: IPv4Address, processes: Iterable[dnsmasq.Running]
+) -> Observed:
+    """Everything of `installation` on this node. `directory` holds the files of its dnsmasq processes."""
+    found: dict[str, Facts] = {}
+    served = {(running.namespace, running.netns) for running in processes}
+    for name in kernel.list_namespaces(names.namespace_prefix(installation)):
+        inode = (kernel.DIRECTORY / name).stat().st_ino
+        settings = dnsmasq.Daemon(directory, name).settings() if (name, inode) in served else None
+        if not kernel.is_namespace(name):
+            found[name] = Facts(broken=True)
+            continue
+        with Netns(name) as space:
+            found[name] = _facts(installation, space, settings)
+    with Netns(HOST) as host:
+        return _host(installation, host, found, underlay)
+
+
+def _ours(installation: str, links: Iterable[Link], more: Iterable[str] = ()) -> dict[str, Link]:
+    mark, known = names.owned(installation), set(more)
+    return {link.name: link for link in links if link.alias.startswith(mark) or link.name in known}
+
+
+def _tables(installation: str, space: Netns, families: Iterable[str]) -> dict[str, Table]:
+    name = names.table(installation)
+    held = json.loads(space.nft("list tables", json=True) or '{"nftables": []}')["nftables"]
+    present = {e["table"]["family"] for e in held if "table" in e and e["table"]["name"] == name}
+    if not (wanted := [family for family in families if family in present]):
+        return {}
+    tables: dict[str, Table] = {}
+    for family in wanted:  # two listings in one call print two JSON documents
+        tables[family] = nft.parse(space.nft(f"list table {family} {name}", json=True))[family, name]
+    return tables
+
+
+def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
+    vni = int(space.name.rsplit("-", 1)[1], 16)
+    deterministic = (names.bridge(vni), names.vxlan(vni), names.uplink(vni))
+    links = _ours(installation, (link for _, link in space.links().values()), deterministic)
+    return Facts(
+        links=links,
+        addresses=frozenset(a for a in space.addresses() if a.dev in links),
+        routes=frozenset(space.routes()),
+        fdb=frozenset(entry for entry in space.fdb() if entry.dev in links),
+        neighbours=frozenset(n for n in space.neighbours() if n.dev in links),
+        sysctls=frozenset(space.sysctls(SYSCTLS)),
+        tables=_tables(installation, space, ("bridge", "inet")),
+        dnsmasq=settings,
+    )
+
+
+def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv4Address) -> Observed:
+    every = {name: link for name, (_, link) in host.links().items()}
+    prefix = names.host_uplink_prefix(installation)
+    links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
+    addresses, routes = host.addresses(), host.routes()
+    tables = _tables(installation, host, ("inet",))
+    floating = tables["inet"].elements.get(nft.FLOATING) if tables else None
+    answered = {address for address, _ in floating.items} if floating else set()
+    foreign, admissions = _foreign(installation, host)
+    found[HOST] = Facts(
+        links=links,
+        addresses=frozenset(a for a in addresses if a.dev in links),
+        routes=frozenset(route for route in routes if route.dev in links),
+        proxies=frozenset(p for p in (host.proxies() if answered else ()) if p.address in answered),
+        sysctls=frozenset(host.sysctls((FORWARD,))),
+        tables=tables,
+        admissions=frozenset(admissions),
+    )
+    carrier = [a.dev for a in addresses if IPv4Interface(a.address).ip == underlay]
+    return Observed(
+        namespaces=found,
+        host_addresses=frozenset(IPv4Interface(a.address).ip for a in addresses),
+        uplink=next((route.dev for route in routes if route.destination == "0.0.0.0/0"), ""),
+        mtu_bytes=every[carrier[0]].mtu_bytes if carrier and carrier[0] in every else 0,
+        resolvers=dnsmasq.upstream(),
+        foreign=tuple(foreign),
+    )
+
+
+def _foreign(installation: str, host: Netns) -> tuple[list[ForeignChain], list[Admission]]:
+    """Others' base chains that drop by policy and lie in the way of forwarded or mesh packets, with our rules in
+    them. (Chains that drop by a rule are the doctor's business.)"""
+    own = names.table(installation)
+    chains: list[ForeignChain] = []
+    admissions: list[Admission] = []
+    listed = json.loads(host.nft("list chains", json=True) or '{"nftables": []}')["nftables"]
+    for chain in (entry["chain"] for entry in listed if "chain" in entry):
+        if chain.get("hook") not in ("forward", "input") or chain["family"] not in ("ip", "inet"):
+            continue
+        if chain["table"].startswith("sf-"):
+            continue  # ours, or another installation's, which knows its own uplinks only
+        at = (chain["family"], chain["table"], chain["name"])
+        chains.append(ForeignChain(*at, chain["hook"], chain["policy"]))
+        with suppress(Failed):  # it was removed since
+            text = host.nft(f"list chain {' '.join(at)}", json=True)
+            for held in (entry["rule"] for entry in json.loads(text)["nftables"] if "rule" in entry):
+                if held.get("comment", "").startswith(f"{own}:"):
+                    rule = Rule(held["comment"], handle=held["handle"])
+                    admissions.append(Admission(*at, rule))
+    return chains, admissions

@@ -1,0 +1,332 @@
+"""The data plane of one node: the public face of this package.
+
+Every method is synchronous and may be repeated; what was half done by a call that was killed, the next `apply` sees
+and finishes. One lock per Plane, so that calls from several threads come one after the other.
+"""
+
+import errno
+import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from net import dnsmasq, kernel, names, nft
+from net.errors import Conflict, Failed, Invalid, NetError
+from net.facts import (
+    HOST,
+    Address,
+    Admission,
+    Dnsmasq,
+    Facts,
+    Fdb,
+    Link,
+    Neighbour,
+    Observed,
+    Proxy,
+    Route,
+    Sysctl,
+)
+from net.kernel import NetlinkError, Netns
+from net.model import Network, NodeNetworks, Port
+from net.observe import observe
+from net.plan import Action, Space, Transaction, Verb, diff, plan
+from net.target import VXLAN_OVERHEAD_BYTES, port_link, too_large, without_routers
+
+
+class Plane:
+    """Networks of one installation on this node. `state_dir`/net holds what dnsmasq reads."""
+
+    def __init__(self, installation: str, state_dir: Path) -> None:
+        self.installation = names.check_installation(installation)
+        self._directory = state_dir.resolve() / "net"
+        self._lock = threading.RLock()
+        self._announce: dict[Proxy, int] = {}
+
+    def observe(self, underlay: IPv4Address = IPv4Address("127.0.0.1")) -> Observed:
+        """What is there of ours."""
+        with self._lock:
+            try:
+                return observe(self.installation, self._directory, underlay, self._running())
+            except (NetlinkError, OSError) as error:
+                raise Failed(f"the state of the network cannot be read: {error}") from error
+
+    def apply(self, desired: NodeNetworks) -> list[Action]:
+        """Makes this node what it must be and says what that took; nothing when it was so already.
+
+        A network that cannot be made does not hinder the others: they are done, then Failed names it.
+        """
+        if desired.installation != self.installation:
+            raise Invalid(f"desired state is {desired.installation}'s, this is {self.installation}")
+        with self._lock:
+            observed = self.observe(desired.underlay)
+            self._announce_again()
+            refused = too_large(desired, observed)
+            kept = tuple(network for network in desired.networks if network not in refused)
+            actions = plan(replace(desired, networks=kept), observed)
+            self._carry_out(actions)
+            if refused:
+                raise Invalid(
+                    f"{', '.join(network.name for network in refused)}: packets of {refused[0].mtu_bytes} bytes do"
+                    f" not fit through a mesh over {desired.underlay}, whose device carries {observed.mtu_bytes}",
+                    hint=f"the largest MTU there is {observed.mtu_bytes - VXLAN_OVERHEAD_BYTES}",
+                )
+            return actions
+
+    def drop_routers(self) -> list[Action]:
+        """Stops routing on this node, whatever was desired last: another may have taken over. Guests' ports stay."""
+        with self._lock:
+            observed = self.observe()
+            actions = diff(without_routers(observed), observed)
+            self._carry_out(actions)
+            return actions
+
+    def remove_all(self) -> None:
+        """Removes everything that carries this installation's id, and nothing else."""
+        with self._lock:
+            observed = self.observe()
+            self._carry_out(diff({HOST: Facts()}, observed))
+            for running in self._running():
+                dnsmasq.stop(running.pid)
+            if self._directory.is_dir():
+                for path in self._directory.iterdir():
+                    dnsmasq.Daemon(self._directory, path.name).forget()
+                self._directory.rmdir()
+
+    def namespace(self, network: Network) -> str:
+        """The network's namespace on this node, for `ip netns exec`."""
+        return names.namespace(self.installation, network.vni)
+
+    # A guest's port
+
+    def create_tap(self, port: Port) -> str:
+        """A persistent tap in the host's namespace, down, for a guest that is about to be started paused.
+
+        One that a stopped guest left in its network is made anew; Conflict where a process still holds it.
+        """
+        name = port.tap or names.tap(self.installation, port.uuid)
+        alias = f"{names.owned(self.installation)}port {port.uuid}"
+        with self._lock:
+            for space_name in [*kernel.list_namespaces(names.namespace_prefix(self.installation)), HOST]:
+                with Netns(space_name) as space:
+                    held = space.links().get(name)
+                    if held is None:
+                        continue
+                    link = held[1]
+                    if link.alias not in ("", alias):
+                        raise Conflict(f"there is a device {name} which is not this port's: {link.alias!r}")
+                    if link.carrier:
+                        raise Conflict(f"{name} is held by a running guest", hint="stop the guest first")
+                    if space_name == HOST and link.alias:
+                        return name
+                    space.delete_link(name)
+            kernel.create_tap(name, alias)
+            return name
+
+    def adopt_tap(self, network: Network, port: Port) -> None:
+        """Moves a port's tap into its network's namespace: filters first, then the bridge, then up."""
+        name = port.tap or names.tap(self.installation, port.uuid)
+        desired = NodeNetworks(self.installation, port.node)
+        with self._lock, Netns(HOST) as host, Netns(self.namespace(network)) as space:
+            there = space.links()
+            if names.bridge(network.vni) not in there:
+                raise Failed(f"network {network.name} is not on this node yet", hint="apply it first")
+            self._pin(space, network, port, name)
+            if name not in there:
+                host.move_link(name, space)
+            link = port_link(desired, network, replace(port, tap=name))
+            _change(space, link)
+            space.forward("add", Fdb(name, port.mac))
+
+    def remove_tap(self, port: Port) -> None:
+        """Removes a port's tap wherever it is, held or not, and its filters. Twice is once."""
+        name = port.tap or names.tap(self.installation, port.uuid)
+        with self._lock:
+            for space_name in [HOST, *kernel.list_namespaces(names.namespace_prefix(self.installation))]:
+                with Netns(space_name) as space:
+                    held = space.links().get(name)
+                    if held is None:
+                        continue
+                    if not held[1].alias.startswith(names.owned(self.installation)):
+                        raise Conflict(f"the device {name} is not ours: alias {held[1].alias!r}")
+                    space.delete_link(name)
+                    if space_name != HOST:
+                        self._unpin(space, name)
+                    return
+
+    def counters(self, network: Network) -> dict[str, dict[str, int]]:
+        """Dropped frames by tap and reason (net.nft.REASONS)."""
+        with self._lock, Netns(self.namespace(network)) as space:
+            table = f"bridge {names.table(self.installation)}"
+            counted = nft.counts(space.nft(f"list counters table {table}", json=True))
+        found: dict[str, dict[str, int]] = {}
+        for name, packets in counted.items():
+            tap, _, reason = name.rpartition("-")
+            found.setdefault(tap, {})[reason] = packets
+        return found
+
+    # How it is done
+
+    def _running(self) -> list[dnsmasq.Running]:
+        return dnsmasq.running(names.namespace_prefix(self.installation))
+
+    def _pin(self, space: Netns, network: Network, port: Port, tap: str) -> None:
+        """This port's filters on top of those that are there; the next apply finds the table as it wants it."""
+        whole = nft.ports_table(self.installation, network, {tap: port})
+        table = f"list table bridge {names.table(self.installation)}"
+        have = nft.parse(space.nft(table, json=True))["bridge", whole.name]
+        taps = have.elements[nft.TAPS]
+        chains = {**have.chains, **whole.chains}
+        items = frozenset((key, value) for key, value in taps.items if key != tap)
+        want = replace(
+            whole,
+            chains=chains,
+            elements={nft.TAPS: replace(whole.elements[nft.TAPS], items=items | {(tap, f"goto p-{tap}")})},
+            counters=have.counters | whole.counters,
+        )
+        if want != have:
+            space.nft(nft.script(want, have))
+
+    def _unpin(self, space: Netns, tap: str) -> None:
+        name = names.table(self.installation)
+        have = nft.parse(space.nft(f"list table bridge {name}", json=True))["bridge", name]
+        taps = have.elements[nft.TAPS]
+        want = replace(
+            have,
+            chains={n: chain for n, chain in have.chains.items() if n != f"p-{tap}"},
+            elements={nft.TAPS: replace(taps, items=frozenset(i for i in taps.items if i[0] != tap))},
+            counters=frozenset(c for c in have.counters if c.rpartition("-")[0] != tap),
+        )
+        if want != have:
+            space.nft(nft.script(want, have))
+
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        failed: dict[str, NetError] = {}
+        with ExitStack() as opened:
+            spaces: dict[str, Netns] = {HOST: opened.enter_context(Netns(HOST))}
+            for action in actions:
+                name = action.namespace
+                if name in failed:
+                    continue
+                try:
+                    if action.verb is Verb.CREATE:
+                        kernel.create_namespace(name)
+                        spaces[name] = opened.enter_context(Netns(name))
+                        spaces[name].change_link("lo", up=True)
+                    elif action.verb is Verb.REMOVE:
+                        kernel.remove_namespace(name)
+                        dnsmasq.Daemon(self._directory, name).forget()
+                    elif isinstance(action.item, Dnsmasq) and action.verb is Verb.DELETE:
+                        self._stop(name)
+                    else:
+                        if name not in spaces:
+                            spaces[name] = opened.enter_context(Netns(name))
+                        self._do(action, spaces[name], spaces[HOST])
+                except (NetError, NetlinkError, OSError) as error:
+                    failed[name] = _explained(action, error)
+        if failed:
+            first = next(iter(failed.values()))
+            said = "; ".join(f"{name or 'host'}: {error}" for name, error in failed.items())
+            raise Failed(said, hint=first.hint) from first
+
+    def _do(self, action: Action, space: Netns, host: Netns) -> None:
+        add = action.verb is not Verb.DELETE
+        verb = "add" if add else "del"
+        match action.item:
+            case Link() as link if not add:
+                space.delete_link(link.name)
+            case Link() as link:
+                if action.verb is Verb.ADOPT:
+                    host.move_link(link.name, space)
+                elif action.verb is Verb.ADD:
+                    _create(link, space, host)
+                _change(space, link)
+            case Address() as item:
+                space.address(verb, item)
+            case Route() as item:
+                space.route(verb, item)
+            case Fdb() as item:
+                space.forward(verb, item)
+            case Neighbour() as item:
+                space.neighbour(verb, item)
+            case Proxy() as item:
+                space.proxy(verb, item)
+                self._announce.pop(item, None)
+                if add:
+                    kernel.announce(item.dev, item.address)
+                    self._announce[item] = 2
+            case Sysctl() as item:
+                space.sysctl(item)
+            case Transaction() as item:
+                space.nft(item.commands)
+            case Admission() as item:
+                space.nft(nft.admit(item) if add else nft.dismiss(item))
+            case Dnsmasq() as item:
+                self._serve(space, item, action.had if isinstance(action.had, Dnsmasq) else None)
+            case Space():
+                raise AssertionError("namespaces are made and removed by name")
+
+    def _serve(self, space: Netns, wanted: Dnsmasq, had: Dnsmasq | None) -> None:
+        daemon = dnsmasq.Daemon(self._directory, space.name)
+        if had is not None and had.config == wanted.config:
+            kept = set(wanted.hosts.splitlines())
+            if all(line in kept for line in had.hosts.splitlines()):
+                for running in self._running():
+                    if running.namespace == space.name:
+                        daemon.reload(wanted, running.pid)
+                        return
+        self._stop(space.name)
+        with space.entered():
+            daemon.start(wanted)
+
+    def _stop(self, namespace: str) -> None:
+        for running in self._running():
+            if running.namespace == namespace:
+                dnsmasq.stop(running.pid)
+        dnsmasq.Daemon(self._directory, namespace).forget()
+
+    def _announce_again(self) -> None:
+        """A neighbour ignores a second MAC within a second of the first, so floating IPs are announced at the
+        next two reconciles as well."""
+        for proxy, left in list(self._announce.items()):
+            try:
+                kernel.announce(proxy.dev, proxy.address)
+            except OSError as error:
+                if error.errno not in (errno.ENODEV, errno.ENETDOWN):
+                    raise
+            self._announce[proxy] = left - 1
+            if left <= 1:
+                del self._announce[proxy]
+
+
+def _create(link: Link, space: Netns, host: Netns) -> None:
+    """The device itself; `_change` does the rest."""
+    if link.kind == "bridge":
+        space.create_bridge(link)
+    elif link.kind == "vxlan":
+        host.create_vxlan(link, space)
+    elif space.name != HOST:  # the host's end of a veth pair comes with the other
+        host.delete_link(link.peer)
+        space.create_veth(link, host)
+
+
+def _change(space: Netns, link: Link) -> None:
+    port: dict[str, Any] = {"suppress": link.suppress, "learning": False} if link.master else {}
+    if space.name == HOST:
+        space.sysctl(Sysctl(f"net/ipv6/conf/{link.name}/disable_ipv6", "1"))
+    else:
+        port["master"] = link.master
+    space.change_link(link.name, alias=link.alias, mtu_bytes=link.mtu_bytes, mac=link.mac, up=link.up, **port)
+
+
+def _explained(action: Action, error: NetError | NetlinkError | OSError) -> NetError:
+    if isinstance(error, NetError):
+        return error
+    what = getattr(action.item, "name", type(action.item).__name__.lower())
+    said = str(error)
+    hint = ""
+    if isinstance(action.item, Link) and action.item.kind == "vxlan" and "exists" in said.lower():
+        hint = f"another device on this host uses VNI {action.item.vni}"
+    return Failed(f"{action.verb} {what}: {said}", hint=hint)
