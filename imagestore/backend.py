@@ -12,6 +12,7 @@ from typing import Protocol
 from imagestore.errors import Invalid
 
 Buffer = bytes | bytearray | memoryview
+Data = Buffer | Sequence[Buffer]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
@@ -23,7 +24,7 @@ def check_key(key: str) -> str:
     return key
 
 
-def pieces(data: "Buffer | Sequence[Buffer]") -> "Sequence[Buffer]":
+def pieces(data: Data) -> Sequence[Buffer]:
     """The pieces that a `put` was given."""
     return (data,) if isinstance(data, bytes | bytearray | memoryview) else data
 
@@ -63,10 +64,23 @@ class Backend(Protocol):
     (short or over-long answers).
     """
 
-    url: str
-    read_only: bool
-    conditional: bool
-    """Whether `if_match`/`if_none_match` hold under a race (probed for S3, true for directories)."""
+    @property
+    def url(self) -> str:
+        """For messages: without credentials."""
+        ...
+
+    @property
+    def read_only(self) -> bool:
+        """Whether `put` and `delete` always fail."""
+        ...
+
+    @property
+    def conditional(self) -> bool:
+        """Whether conditions of `put` hold under a race (probed for S3, true for directories).
+
+        Where they do not, they are ignored. A conditional `delete` may be Unsupported even where they do.
+        """
+        ...
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         """Bytes `start` to `start + length` of the object (all of it by default), exactly that many."""
@@ -77,16 +91,14 @@ class Backend(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
-        """Every object whose key starts with `prefix`, in key order. Static web servers: Unsupported."""
+        """Every object whose key starts with `prefix`, each once, in no promised order (SeaweedFS has its own).
+
+        Static web servers: Unsupported.
+        """
         ...
 
     def put(
-        self,
-        key: str,
-        data: Buffer | Sequence[Buffer],
-        *,
-        if_match: str | None = None,
-        if_none_match: bool = False,
+        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
     ) -> ObjectStat:
         """Store `data` (pieces are joined) under `key`, replacing what was there.
 

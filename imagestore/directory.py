@@ -6,10 +6,10 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from imagestore.backend import Buffer, Object, ObjectStat, check_key, pieces
+from imagestore.backend import Data, Object, ObjectStat, check_key, pieces
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
 
 _TEMPORARY = ".tmp"
@@ -94,12 +94,7 @@ class Directory:
                     yield _stat(key, entry.stat(follow_symlinks=False))
 
     def put(
-        self,
-        key: str,
-        data: Buffer | Sequence[Buffer],
-        *,
-        if_match: str | None = None,
-        if_none_match: bool = False,
+        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
     ) -> ObjectStat:
         path = self._path(key)
         with self._errors(key), contextlib.ExitStack() as undo:
@@ -129,6 +124,7 @@ class Directory:
         with self._errors(key):
             try:
                 with self._locked():
+                    path.lstat()
                     self._check(key, if_match, False)
                     path.unlink()
                 _fsync_directory(path.parent)

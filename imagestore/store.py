@@ -23,12 +23,12 @@ TRASH_BYTES = len(TRASH) + 33
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """What `store.json` says. `conditional`: S3 address to whether conditional writes were found to hold there."""
+    """What `store.json` says. `conditional`: S3 address to which conditions held there: none, put, delete (both)."""
 
     id: str
     chunker: ChunkerParams
     requires: tuple[str, ...] = ()
-    conditional: Mapping[str, bool] = field(default_factory=dict)
+    conditional: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """The sealed object."""
@@ -73,7 +73,7 @@ class Store:
         backend: Backend,
         params: ChunkerParams | None = None,
         *,
-        probed: Mapping[str, bool] | None = None,
+        probed: Mapping[str, str] | None = None,
         single_writer: bool = False,
     ) -> "Store":
         """Make a new store. Raises Conflict when there is one already."""

@@ -139,3 +139,30 @@ def _nothing_is_left_behind() -> Iterator[None]:
     if os.environ.get("SF_TEST_STRICT") == "1":
         left |= _state() - before
     assert not left, "left behind by the tests:\n  " + "\n  ".join(sorted(left))
+
+
+def _s3_server(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    from tests import servers  # boto3: only who asks for a server pays
+
+    for name, value in servers.credentials().items():
+        os.environ.setdefault(name, value)
+    with getattr(servers, kind)(tmp_path_factory.mktemp(kind)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A real S3 server for the whole session (tests.servers.Server); each test makes its own bucket."""
+    yield from _s3_server("seaweedfs", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A second opinion on what S3 does."""
+    yield from _s3_server("moto", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """An S3 server without conditional writes."""
+    yield from _s3_server("rclone", tmp_path_factory)
