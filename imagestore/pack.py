@@ -193,6 +193,11 @@ class PackWriter:
         self._frames.append(frame)
         self.size_bytes += len(frame.data)
 
+    def take(self, other: "PackWriter") -> None:
+        """Append all frames of another."""
+        for frame in other._frames:
+            self.add(frame)
+
     def finish(self) -> tuple[Digest, Footer, list[Buffer]]:
         """The pack's name, its footer and the pieces that make its bytes."""
         frames = self._frames

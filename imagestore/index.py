@@ -1,0 +1,292 @@
+"""What a writer knows of the chunks that a store holds: never needed to read, never trusted without a look.
+
+An index part (`index/ab/<hex>`, named by its BLAKE3) holds the footers of the packs of one push. `hooks/all` lists
+for every part the ids that begin with a zero byte and the first of each pack; a writer loads the parts whose hooks it
+meets. What was read or written once is kept in files under SF_CACHE_DIR. A miss costs a duplicate, never correctness.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from imagestore import columns
+from imagestore.chunker import U64
+from imagestore.columns import Ids
+from imagestore.digest import Digest
+from imagestore.errors import Conflict, Corrupt, NotFound
+from imagestore.pack import Footer
+from imagestore.store import Store, derived_key
+
+PART_MAGIC = b"sf-index 1\n"
+HOOKS_MAGIC = b"sf-hooks 1\n"
+HOOKS_KEY = "hooks/all"
+_MAX_PACKS = 1 << 16
+_MAX_PARTS = 1 << 24
+_CACHE_BYTES = 256 << 20
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IndexPart:
+    """Copies of the footers of some packs."""
+
+    footers: tuple[tuple[Digest, Footer], ...]
+
+    def encode(self) -> bytes:
+        """The object's bytes; their BLAKE3 is its name."""
+        encoded = [footer.encode() for _, footer in self.footers]
+        sizes = np.array([len(data) for data in encoded], "<u4")
+        return columns.encode(
+            PART_MAGIC, {"packs": len(encoded)}, sizes, np.frombuffer(b"".join(encoded), np.uint8)
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Raises Corrupt."""
+        read = columns.Reader(data, PART_MAGIC, "index part")
+        packs = read.count("packs", _MAX_PACKS)
+        encoded = [read.column("u1", size).tobytes() for size in read.column("<u4", packs).tolist()]
+        read.end()
+        return cls(tuple((Digest.of(one), Footer.decode(one)) for one in encoded))
+
+    @property
+    def hooks(self) -> U64:
+        """Keys by which a writer recognises that this part is worth loading."""
+        picked = [
+            np.concatenate([footer.ids[:1], footer.ids[footer.ids[:, 0] == 0]]) for _, footer in self.footers
+        ]
+        return np.unique(columns.keys(np.concatenate(picked))) if picked else np.zeros(0, np.uint64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hooks:
+    """The published list: for each part its name, size in bytes and hooks."""
+
+    parts: tuple[Digest, ...] = ()
+    sizes: tuple[int, ...] = ()
+    part_of_hook: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    keys: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    def encode(self) -> bytes:
+        """The object's bytes."""
+        header = {"hooks": len(self.keys), "parts": len(self.parts)}
+        parts, sizes = np.frombuffer(b"".join(self.parts), np.uint8), np.array(self.sizes, "<u4")
+        return columns.encode(
+            HOOKS_MAGIC, header, parts, sizes, self.part_of_hook.astype("<u4"), self.keys.astype("<u8")
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Raises Corrupt."""
+        read = columns.Reader(data, HOOKS_MAGIC, "hooks")
+        parts, hooks = read.count("parts", _MAX_PARTS), read.count("hooks", _MAX_PARTS)
+        names = tuple(Digest(row.tobytes()) for row in read.ids(parts))
+        sizes = tuple(read.column("<u4", parts).tolist())
+        found = cls(names, sizes, read.column("<u4", hooks), read.column("<u8", hooks))
+        read.end()
+        if hooks and found.part_of_hook.max() >= parts:
+            raise Corrupt("hooks: a hook of no part")
+        return found
+
+    def with_part(self, name: Digest, part: IndexPart, size_bytes: int) -> "Hooks":
+        """These and one part more."""
+        if name in self.parts:
+            return self
+        more = part.hooks
+        owners = np.concatenate([self.part_of_hook, np.full(len(more), len(self.parts), np.uint32)])
+        return Hooks(
+            (*self.parts, name), (*self.sizes, size_bytes), owners, np.concatenate([self.keys, more])
+        )
+
+    def without(self, gone: Iterable[Digest]) -> "Hooks":
+        """These less some parts."""
+        lost = set(gone)
+        keep = np.array([name not in lost for name in self.parts], np.bool_)
+        chosen = keep[self.part_of_hook] if len(self.parts) else np.zeros(0, np.bool_)
+        number = np.cumsum(keep) - 1
+        parts = tuple(name for name in self.parts if name not in lost)
+        sizes = tuple(size for name, size in zip(self.parts, self.sizes, strict=True) if name not in lost)
+        owners = number[self.part_of_hook[chosen]].astype(np.uint32) if len(parts) else np.zeros(0, np.uint32)
+        return Hooks(parts, sizes, owners, self.keys[chosen])
+
+    def matching(self, ids: Ids) -> list[tuple[Digest, int]]:
+        """(part, size) of the parts with a hook among `ids`, those with most first."""
+        hit = self.part_of_hook[np.isin(self.keys, columns.keys(ids))]
+        counts = np.bincount(hit, minlength=len(self.parts))
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        return [(self.parts[at], self.sizes[at]) for at in order.tolist()]
+
+
+def part_key(name: Digest) -> str:
+    """Where an index part is kept."""
+    return derived_key("index", name)
+
+
+def read_hooks(store: Store) -> tuple[Hooks, str | None]:
+    """The published hooks and their etag; none when there are none, or none that can be read."""
+    try:
+        found = store.backend.get(HOOKS_KEY)
+        return Hooks.decode(found.data), found.stat.etag
+    except NotFound:
+        return Hooks(), None
+    except Corrupt:
+        return Hooks(), found.stat.etag
+
+
+def publish_part(store: Store, part: IndexPart) -> Digest:
+    """Write an index part and add it to the hooks. A lost race for the hooks is repeated, then let be: a hint."""
+    data = part.encode()
+    name = Digest.of(data)
+    store.backend.put(part_key(name), data)
+    for _ in range(_ATTEMPTS):
+        hooks, etag = read_hooks(store)
+        body = hooks.with_part(name, part, len(data)).encode()
+        try:
+            if store.backend.conditional:
+                store.backend.put(HOOKS_KEY, body, if_match=etag, if_none_match=etag is None)
+            else:
+                store.backend.put(HOOKS_KEY, body)
+        except Conflict:
+            continue
+        return name
+    return name
+
+
+class LocalIndex:
+    """Index parts of one store on this machine: copies of published ones, and packs of pushes that did not end."""
+
+    def __init__(self, store_id: str, directory: Path | None = None) -> None:
+        home = directory or Path(os.environ.get("SF_CACHE_DIR") or Path.home() / ".cache" / "sf")
+        self._directory = home / "index" / Digest.of(store_id.encode()).hex()[:32]
+
+    def get(self, name: Digest) -> IndexPart | None:
+        """A copy of a published part."""
+        path = self._directory / f"{name.hex()}.part"
+        try:
+            data = path.read_bytes()
+            if Digest.of(data) == name:
+                return IndexPart.decode(data)
+        except (OSError, Corrupt):
+            return None
+        return None
+
+    def keep(self, name: Digest, data: bytes) -> None:
+        """Remember a published part."""
+        self._write(f"{name.hex()}.part", data)
+
+    def keep_pack(self, pack: Digest, footer: Footer) -> None:
+        """Remember a pack that arrived before its index part was published."""
+        self._write(f"{pack.hex()}.pack", footer.encode())
+
+    def unfinished(self) -> list[tuple[Digest, Footer]]:
+        """Packs that arrived in pushes that were cut off."""
+        found = []
+        for path in sorted(self._directory.glob("*.pack")):
+            with contextlib.suppress(OSError, Corrupt):
+                data = path.read_bytes()
+                found.append((Digest.of(data), Footer.decode(data)))
+        return found
+
+    def forget_packs(self, packs: Iterable[Digest]) -> None:
+        """These are published, or gone."""
+        for pack in packs:
+            with contextlib.suppress(OSError):
+                (self._directory / f"{pack.hex()}.pack").unlink(missing_ok=True)
+
+    def _write(self, name: str, data: bytes) -> None:
+        """A hint that cannot be written, or is lost in a crash, is no error."""
+        with contextlib.suppress(OSError):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            beside = self._directory / f".{secrets.token_hex(8)}"
+            beside.write_bytes(data)
+            beside.rename(self._directory / name)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Drop the oldest parts past a total of 256 MiB."""
+        stats = sorted(
+            (
+                (entry.stat().st_mtime, entry.stat().st_size, entry.path)
+                for entry in os.scandir(self._directory)
+            ),
+            reverse=True,
+        )
+        total = 0
+        for _, size, path in stats:
+            total += size
+            if total > _CACHE_BYTES:
+                Path(path).unlink(missing_ok=True)
+
+
+class Column:
+    """A numpy array that grows."""
+
+    def __init__(self, dtype: str, width: int = 0) -> None:
+        self._data: npt.NDArray[Any] = np.empty((64, width) if width else 64, dtype)
+        self._used = 0
+
+    @property
+    def values(self) -> npt.NDArray[Any]:
+        """All rows so far; valid until the next `extend`."""
+        return self._data[: self._used]
+
+    def extend(self, rows: npt.NDArray[Any] | Sequence[int]) -> int:
+        """Append rows; the number of the first."""
+        first, end = self._used, self._used + len(rows)
+        if end > len(self._data):
+            grown = np.empty((max(end, 2 * len(self._data)), *self._data.shape[1:]), self._data.dtype)
+            grown[:first] = self._data[:first]
+            self._data = grown
+        self._data[first:end] = rows
+        self._used = end
+        return first
+
+
+class Known:
+    """Chunks and where they lie: rows of id, frame and offset in the frame, found by id."""
+
+    def __init__(self) -> None:
+        self.ids = Column("u1", 32)
+        self.frames = Column("<i8")
+        self.offsets = Column("<u4")
+        self._levels: list[tuple[U64, npt.NDArray[np.int64]]] = []
+
+    def add(self, ids: Ids, frames: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> int:
+        """Append rows; the number of the first."""
+        first = self.ids.extend(ids)
+        self.frames.extend(frames)
+        self.offsets.extend(offsets)
+        rows = np.arange(first, first + len(ids), dtype=np.int64)
+        keys = columns.keys(ids)
+        # Sorted runs of growing size, merged when a newer one is as large: cheap appends, few searches.
+        while self._levels and len(self._levels[-1][0]) <= len(keys):
+            old_keys, old_rows = self._levels.pop()
+            keys, rows = np.concatenate([old_keys, keys]), np.concatenate([old_rows, rows])
+        order = np.argsort(keys, kind="stable")
+        self._levels.append((keys[order], rows[order]))
+        return first
+
+    def find(self, ids: Ids, usable: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64]:
+        """The row of each id, or -1. usable: by frame, whether its rows count."""
+        found = np.full(len(ids), -1, np.int64)
+        if not len(ids):
+            return found
+        keys = columns.keys(ids)
+        for level_keys, level_rows in self._levels:
+            for side in ("left", "right"):  # the oldest and the newest row of an id
+                at = np.searchsorted(level_keys, keys, side=side) - (side == "right")
+                at = np.clip(at, 0, len(level_keys) - 1)
+                rows = level_rows[at]
+                good = (level_keys[at] == keys) & (self.ids.values[rows] == ids).all(axis=1)
+                if usable is not None:
+                    frames = self.frames.values[rows]
+                    good &= (frames < 0) | usable[np.maximum(frames, 0)]
+                found = np.where(good, rows, found)
+        return found

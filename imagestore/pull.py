@@ -1,0 +1,357 @@
+"""Pull: from a manifest to a raw or qcow2 file, every byte verified, only what is missing fetched.
+
+The file is written beside its place and renamed when it is whole. What a pull that was cut off left there is hashed
+and kept. Chunks that other local images hold are copied; the rest comes in ranges of neighbouring frames.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from imagestore import columns
+from imagestore.backend import Buffer
+from imagestore.digest import Digest
+from imagestore.errors import Cancelled, Conflict, Corrupt, Invalid, NoSpace, NotFound, Unavailable
+from imagestore.layout import Layout
+from imagestore.manifest import Manifest
+from imagestore.pack import expand
+from imagestore.progress import Progress, Report, silent
+from imagestore.qcow2_writer import CLUSTER, Qcow2, plan
+from imagestore.store import Store, derived_key
+from imagestore.windows import in_order
+
+REQUEST_BYTES = 8 << 20
+"""Stored bytes that one request asks for at most."""
+GAP_BYTES = 64 << 10
+"""Unneeded stored bytes between two frames that are read rather than asked for separately."""
+_REQUESTS = 4
+_COPY_CHUNKS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A complete raw disk on this machine and what it holds. It is not trusted: what is copied is hashed."""
+
+    manifest: Manifest
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """Bytes: of the disk that are no holes, fetched (stored), copied from seeds, found in an unfinished pull."""
+
+    data_bytes: int
+    fetched_bytes: int
+    seeded_bytes: int
+    resumed_bytes: int
+    requests: int
+
+
+def pull(
+    store: Store,
+    digest: Digest,
+    output: Path,
+    *,
+    format_: str = "qcow2",
+    seeds: Sequence[Seed] = (),
+    fallbacks: Sequence[Store] = (),
+    progress: Report = silent,
+    cancel: Event | None = None,
+    durable: bool = True,
+) -> PullResult:
+    """Write the image `digest` to `output` (replacing it when whole) as raw or qcow2.
+
+    fallbacks: stores to ask for a range that the first cannot give whole. durable: fsync before the rename.
+    Raises NotFound, Corrupt, Unavailable, NoSpace, Cancelled; Invalid for a path that cannot be written.
+    """
+    if format_ not in ("raw", "qcow2"):
+        raise Invalid(f"cannot write format {format_!r}", hint="raw or qcow2")
+    manifest = store.manifest(digest)
+    beside = output.with_name(f".{output.name}.{digest.hex()[:16]}.{format_}")
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"another pull is writing {output}") from error
+        except OSError as error:
+            raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
+        try:
+            qcow2 = plan(manifest) if format_ == "qcow2" else None
+            filling = Filling(descriptor, manifest, digest, qcow2, progress, cancel)
+            result = filling.fill(store, seeds, fallbacks)
+            if durable:
+                os.fsync(descriptor)
+            beside.rename(output)
+            if durable:
+                fsync_directory(output.parent)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise NoSpace(f"no space left for {output}") from error
+            raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
+    return result
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename in it durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Filling:
+    """Brings the chunks of one manifest into one open file."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        manifest: Manifest,
+        digest: Digest,
+        qcow2: Qcow2 | None,
+        progress: Report,
+        cancel: Event | None,
+    ) -> None:
+        self._descriptor, self._manifest, self._digest = descriptor, manifest, digest
+        self._qcow2, self._progress, self._cancel = qcow2, progress, cancel
+        self._offsets, self._lengths = manifest.offsets, manifest.lengths.astype(np.int64)
+        self._ids = manifest.ids
+        self._have = np.zeros(len(self._lengths), np.bool_)
+        if qcow2 is not None and len(qcow2.clusters):
+            # For each cluster of the file, the guest's cluster at which its run of neighbours ends.
+            last = np.append(np.flatnonzero(np.diff(qcow2.clusters) != 1), len(qcow2.clusters) - 1)
+            self._run_ends = np.repeat(qcow2.clusters[last] + 1, np.diff(last, prepend=-1))
+        self._counts = {"resumed": 0, "seeded": 0, "fetched": 0, "requests": 0}
+
+    def fill(self, store: Store, seeds: Sequence[Seed], fallbacks: Sequence[Store]) -> PullResult:
+        """Until the file is whole."""
+        resumed = os.fstat(self._descriptor).st_size > 0
+        size = self._qcow2.size_bytes if self._qcow2 else self._manifest.size_bytes
+        os.ftruncate(self._descriptor, size)
+        if self._qcow2:
+            _write(self._descriptor, self._qcow2.metadata, 0)
+        with ThreadPoolExecutor(_REQUESTS, "sf-pull") as pool:
+            if resumed:
+                self._counts["resumed"] = self._copy(pool, None, np.arange(len(self._have)), self._offsets)
+            for seed in seeds:
+                self._copy_seed(pool, seed)
+            self._fetch_all(pool, store, fallbacks)
+        if not self._have.all():
+            raise Corrupt(f"the image {self._digest} is not whole after all")
+        counts = self._counts
+        return PullResult(
+            int(self._lengths.sum()),
+            counts["fetched"],
+            counts["seeded"],
+            counts["resumed"],
+            counts["requests"],
+        )
+
+    def _report(self) -> None:
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled("the pull was cancelled")
+        done, total = int(self._lengths[self._have].sum()), int(self._lengths.sum())
+        known = self._counts["resumed"] + self._counts["seeded"]
+        self._progress(Progress("pull", done, total, done - known, known, self._counts["fetched"]))
+
+    # What is here already
+
+    def _copy_seed(self, pool: ThreadPoolExecutor, seed: Seed) -> None:
+        missing = np.flatnonzero(~self._have)
+        keys = columns.keys(seed.manifest.ids)
+        order = np.argsort(keys, kind="stable")
+        wanted = columns.keys(self._ids[missing])
+        if not len(keys) or not len(wanted):
+            return
+        at = order[np.clip(np.searchsorted(keys, wanted, sorter=order), 0, len(keys) - 1)]
+        same = (seed.manifest.ids[at] == self._ids[missing]).all(axis=1)
+        try:
+            descriptor = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            self._counts["seeded"] += self._copy(
+                pool, descriptor, missing[same], seed.manifest.offsets[at[same]]
+            )
+        finally:
+            os.close(descriptor)
+
+    def _copy(
+        self,
+        pool: ThreadPoolExecutor,
+        source: int | None,
+        chunks: npt.NDArray[np.int64],
+        froms: npt.NDArray[np.int64],
+    ) -> int:
+        """Take chunks from another file, or (None) see which are in place; only those with the right hash."""
+        batches = [slice(at, at + _COPY_CHUNKS) for at in range(0, len(chunks), _COPY_CHUNKS)]
+        ids = self._ids
+
+        def work(batch: slice) -> list[int]:
+            good = []
+            for chunk, start in zip(chunks[batch].tolist(), froms[batch].tolist(), strict=True):
+                length = int(self._lengths[chunk])
+                data = self._read_back(start, length) if source is None else os.pread(source, length, start)
+                if len(data) == length and blake3(data).digest() == ids[chunk].tobytes():
+                    if source is not None:
+                        self._put(int(self._offsets[chunk]), memoryview(data))
+                    good.append(chunk)
+            return good
+
+        total = 0
+        for good in in_order(pool, work, batches, _REQUESTS):
+            self._have[good] = True
+            total += int(self._lengths[good].sum())
+            self._report()
+        return total
+
+    # What comes from the store
+
+    def _fetch_all(self, pool: ThreadPoolExecutor, store: Store, fallbacks: Sequence[Store]) -> None:
+        layout = self._layout(store)
+        for attempt in range(2):
+            stores = [store, *fallbacks]
+            work = _Fetch(self, stores, layout)
+            try:
+                for chunks, fetched in in_order(pool, work, self._ranges(layout), _REQUESTS):
+                    self._have[chunks] = True
+                    self._counts["fetched"] += fetched
+                    self._counts["requests"] += 1
+                    self._report()
+                return
+            except NotFound:
+                # A repack moved frames after the layout was read: it says so by now.
+                if attempt:
+                    raise
+                layout = self._layout(store)
+
+    def _layout(self, store: Store) -> Layout:
+        layout = store.layout(self._digest)
+        layout.check(self._manifest)
+        return layout
+
+    def _ranges(self, layout: Layout) -> Iterator[npt.NDArray[np.int64]]:
+        """Frames still needed, grouped into requests; in pack order, which is nearly the disk's."""
+        frames = np.unique(layout.chunk_frames[~self._have]).astype(np.int64)
+        if not len(frames):
+            return
+        packs, starts = layout.frame_packs[frames], layout.frame_offsets[frames].astype(np.int64)
+        order = np.lexsort((starts, packs))
+        frames, packs, starts = frames[order], packs[order], starts[order]
+        ends = starts + layout.frame_sizes[frames]
+        first = 0
+        for at in range(1, len(frames) + 1):
+            if (
+                at == len(frames)
+                or packs[at] != packs[first]
+                or starts[at] - ends[at - 1] > GAP_BYTES
+                or ends[at] - starts[first] > REQUEST_BYTES
+            ):
+                yield frames[first:at]
+                first = at
+
+    def unpack(self, layout: Layout, frame: int, data: Buffer, chunks: Sequence[int]) -> None:
+        """Verify one frame's stored bytes and the chunks in it that are wanted; write these. Raises Corrupt."""
+        if Digest.of(data) != layout.frame_hashes[frame].tobytes():
+            raise Corrupt("a frame's bytes do not match their hash")
+        plain = memoryview(
+            expand(int(layout.frame_codecs[frame]), data, int(layout.frame_plain_sizes[frame]))
+        )
+        begin = end = place = -1
+        for chunk in chunks:
+            start, length = int(layout.chunk_offsets[chunk]), int(self._lengths[chunk])
+            piece, offset = plain[start : start + length], int(self._offsets[chunk])
+            if blake3(piece).digest() != self._ids[chunk].tobytes():
+                raise Corrupt("a chunk's bytes do not match its id")
+            if start == end and offset == place + end - begin:
+                end += length
+                continue
+            if end > begin:
+                self._put(place, plain[begin:end])
+            begin, end, place = start, start + length, offset
+        if end > begin:
+            self._put(place, plain[begin:end])
+
+    # The file
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(place in the file, start, end) of each stretch of a disk range that the file keeps in one piece."""
+        if self._qcow2 is None:
+            yield offset, 0, length
+            return
+        done = 0
+        while done < length:
+            number, inner = divmod(offset + done, CLUSTER)
+            at = int(np.searchsorted(self._qcow2.clusters, number))
+            count = min(int(self._run_ends[at]) * CLUSTER - offset - done, length - done)
+            yield len(self._qcow2.metadata) + at * CLUSTER + inner, done, done + count
+            done += count
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        for place, start, end in self._pieces(offset, len(data)):
+            _write(self._descriptor, data[start:end], place)
+
+    def _read_back(self, offset: int, length: int) -> bytes:
+        return b"".join(
+            os.pread(self._descriptor, end - start, place)
+            for place, start, end in self._pieces(offset, length)
+        )
+
+
+class _Fetch:
+    """Callable for the pool: fetch, verify and write one range of frames; (its chunks, bytes fetched)."""
+
+    def __init__(self, filling: Filling, stores: Sequence[Store], layout: Layout) -> None:
+        self._filling, self._stores, self._layout = filling, stores, layout
+        self._order = np.argsort(layout.chunk_frames, kind="stable")
+        self._sorted = layout.chunk_frames[self._order]
+
+    def __call__(self, frames: npt.NDArray[np.int64]) -> tuple[list[int], int]:
+        layout = self._layout
+        pack = layout.packs[int(layout.frame_packs[frames[0]])]
+        start = int(layout.frame_offsets[frames[0]])
+        length = int(layout.frame_offsets[frames[-1]]) + int(layout.frame_sizes[frames[-1]]) - start
+        key = derived_key("packs", pack)
+        failure: Exception | None = None
+        for store in (self._stores[0], *self._stores):
+            try:
+                return self._unpack(store.backend.get(key, start, length).data, frames, start), length
+            except (Corrupt, NotFound, Unavailable) as error:
+                failure = failure or error
+        if isinstance(failure, Corrupt):
+            raise Corrupt(
+                f"{self._stores[0].url}/{key}: {failure}", hint="`sf store verify --repair`"
+            ) from failure
+        raise failure or Corrupt(key)
+
+    def _unpack(self, data: bytes, frames: npt.NDArray[np.int64], start: int) -> list[int]:
+        layout, done = self._layout, list[int]()
+        view = memoryview(data)
+        low = np.searchsorted(self._sorted, frames, side="left")
+        high = np.searchsorted(self._sorted, frames, side="right")
+        for frame, first, last in zip(frames.tolist(), low.tolist(), high.tolist(), strict=True):
+            at = int(layout.frame_offsets[frame]) - start
+            chunks = self._order[first:last].tolist()
+            self._filling.unpack(layout, frame, view[at : at + int(layout.frame_sizes[frame])], chunks)
+            done += chunks
+        return done
+
+
+def _write(descriptor: int, data: Buffer, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
