@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from ipaddress import IPv4Address
 
 HOST = ""
@@ -11,7 +12,7 @@ HOST = ""
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network device. Empty and zero fields of a desired link mean "whatever it is"."""
+    """A network device. Where a desired link has no MAC, any will do."""
 
     name: str
     kind: str
@@ -29,55 +30,36 @@ class Link:
     local: str = ""
     """A VXLAN device's own endpoint."""
     peer: str = ""
-    """The host's end of a veth pair; not observed."""
+    """The host's end of a veth pair. Not observed."""
     carrier: bool = True
     """Of a tap: whether a process holds it open. Observed only."""
 
 
+class Kind(StrEnum):
+    """What an entry is; in brackets its key and value."""
+
+    SYSCTL = "sysctl"
+    """(path under /proc/sys, text), of no device."""
+    ADDRESS = "address"
+    """(address with prefix length, "")"""
+    ROUTE = "route"
+    """(destination with prefix length, gateway)"""
+    FDB = "forwarding entry"
+    """(MAC, where the VXLAN device sends it; "": behind which bridge port it is)"""
+    NEIGHBOUR = "neighbour"
+    """(address, MAC)"""
+    PROXY = "ARP proxy"
+    """(address for which the host answers on its uplink, "")"""
+
+
 @dataclass(frozen=True, slots=True, order=True)
-class Address:
+class Entry:
+    """One line of one of the kernel's tables."""
+
+    kind: Kind
     dev: str
-    address: str
-    """With its prefix length."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Route:
-    destination: str
-    """With its prefix length; 0.0.0.0/0 for the default."""
-    via: str
-    dev: str
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Fdb:
-    """With `remote`: where the VXLAN device sends a MAC; without: behind which bridge port it is."""
-
-    dev: str
-    mac: str
-    remote: str = ""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Neighbour:
-    dev: str
-    address: str
-    mac: str
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Proxy:
-    """An address for which the host answers ARP on its uplink."""
-
-    dev: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Sysctl:
     key: str
-    """Its path under /proc/sys."""
-    value: str
+    value: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +78,8 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
+    """Where a base chain hangs."""
+
     type: str
     hook: str
     priority: int
@@ -111,9 +95,8 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """A named set (values empty) or map."""
+    """A named set (its values are empty) or map."""
 
-    name: str
     declaration: str = field(compare=False)
     items: frozenset[tuple[str, str]] = frozenset()
 
@@ -153,12 +136,7 @@ class Facts:
     """One namespace."""
 
     links: Mapping[str, Link] = field(default_factory=dict)
-    addresses: frozenset[Address] = frozenset()
-    routes: frozenset[Route] = frozenset()
-    fdb: frozenset[Fdb] = frozenset()
-    neighbours: frozenset[Neighbour] = frozenset()
-    proxies: frozenset[Proxy] = frozenset()
-    sysctls: frozenset[Sysctl] = frozenset()
+    entries: frozenset[Entry] = frozenset()
     tables: Mapping[str, Table] = field(default_factory=dict)
     """By family; only the table with our name."""
     admissions: frozenset[Admission] = frozenset()
@@ -176,8 +154,6 @@ class ForeignChain:
     name: str
     hook: str
     policy: str
-    refusals: tuple[str, ...] = ()
-    """Its rules that drop or reject, in the words of nft. Read for the doctor only."""
 
 
 @dataclass(frozen=True, slots=True)

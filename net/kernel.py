@@ -9,7 +9,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -20,7 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 
 from net import libnft
 from net.errors import Failed
-from net.facts import HOST, Address, Fdb, Link, Neighbour, Proxy, Route, Sysctl
+from net.facts import HOST, Entry, Kind, Link
 from net.nft import VXLAN_PORT
 
 DIRECTORY = Path("/run/netns")
@@ -32,6 +32,7 @@ _NS_GET_NSTYPE = 0xB703
 _MS_BIND, _MNT_DETACH = 0x1000, 2
 _NOARP, _PERMANENT = 0x40, 0x80
 _SELF, _MASTER, _PROXY = 2, 4, 8
+_NEWNEIGH, _GETNEIGH, _REQUEST_DUMP, _NDA_DST = 28, 30, 0x301, 1
 _MAIN_TABLE, _PROTO_KERNEL, _PROTO_STATIC = 254, 2, 4
 _SKIP_STATS = 8
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
@@ -121,6 +122,7 @@ class Netns:
             os.close(self.fd)
             raise
         self._index: dict[str, int] = {}
+        self._name: dict[int, str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +150,7 @@ class Netns:
         """Every device but loopback with its index."""
         found = list(self._ip.get_links(ext_mask=_SKIP_STATS))
         names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in found}
+        self._name = names
         self._index = {name: index for index, name in names.items()}
         return {
             names[message["index"]]: (message["index"], _link(message, names))
@@ -155,57 +158,50 @@ class Netns:
             if names[message["index"]] != "lo"
         }
 
-    def addresses(self) -> list[Address]:
-        names = self._names()
-        return [
-            Address(names.get(m["index"], ""), f"{m.get_attr('IFA_LOCAL')}/{m['prefixlen']}")
-            for m in self._ip.get_addr(family=socket.AF_INET)
-        ]
-
-    def routes(self) -> list[Route]:
-        """The main table without what the kernel put there itself."""
-        names = self._names()
-        return [
-            Route(
-                f"{m.get_attr('RTA_DST') or _ANY}/{m['dst_len']}",
-                m.get_attr("RTA_GATEWAY") or "",
-                names.get(m.get_attr("RTA_OIF"), ""),
-            )
-            for m in self._ip.get_routes(family=socket.AF_INET, table=_MAIN_TABLE)
-            if m["proto"] != _PROTO_KERNEL
-        ]
-
-    def fdb(self) -> list[Fdb]:
-        """What was set by hand or by us: remote ends, and static entries of bridges."""
-        names = self._names()
-        found = []
+    def entries(self, sysctls: Iterable[str]) -> Iterator[Entry]:
+        """Addresses, routes, FDB and neighbours without what the kernel put there itself, and those sysctls (one
+        that this kernel lacks reads "0")."""
+        for m in self._ip.get_addr(family=socket.AF_INET):
+            yield self._entry(Kind.ADDRESS, m["index"], f"{m.get_attr('IFA_LOCAL')}/{m['prefixlen']}")
+        for m in self._ip.get_routes(family=socket.AF_INET, table=_MAIN_TABLE):
+            if m["proto"] != _PROTO_KERNEL:
+                destination = f"{m.get_attr('RTA_DST') or _ANY}/{m['dst_len']}"
+                yield self._entry(Kind.ROUTE, m.get_attr("RTA_OIF"), destination, m.get_attr("RTA_GATEWAY"))
         for m in self._ip.fdb("dump"):
-            remote, dev = m.get_attr("NDA_DST"), names.get(m["ifindex"], "")
+            remote = m.get_attr("NDA_DST")
             if remote or (m.get_attr("NDA_MASTER") and m["state"] == _NOARP):
-                found.append(Fdb(dev, m.get_attr("NDA_LLADDR"), remote or ""))
-        return found
-
-    def neighbours(self) -> list[Neighbour]:
-        names = self._names()
-        return [
-            Neighbour(names.get(m["ifindex"], ""), m.get_attr("NDA_DST"), m.get_attr("NDA_LLADDR"))
-            for m in self._ip.get_neighbours(family=socket.AF_INET)
-            if m["state"] == _PERMANENT
-        ]
-
-    def proxies(self) -> list[Proxy]:
-        names = self._names()
-        return [
-            Proxy(names.get(m["ifindex"], ""), m.get_attr("NDA_DST"))
-            for m in self._ip.neigh("dump", family=socket.AF_INET, flags=_PROXY)
-            if m["flags"] & _PROXY
-        ]
-
-    def sysctls(self, keys: tuple[str, ...]) -> list[Sysctl]:
-        """Those of them that this kernel has."""
+                yield self._entry(Kind.FDB, m["ifindex"], m.get_attr("NDA_LLADDR"), remote)
+        for m in self._ip.get_neighbours(family=socket.AF_INET):
+            if m["state"] == _PERMANENT:
+                mac = m.get_attr("NDA_LLADDR")
+                yield self._entry(Kind.NEIGHBOUR, m["ifindex"], m.get_attr("NDA_DST"), mac)
         with self.entered():
-            paths = [(key, Path("/proc/sys") / key) for key in keys]
-            return [Sysctl(key, path.read_text().strip()) for key, path in paths if path.exists()]
+            for key in sysctls:
+                path = Path("/proc/sys") / key
+                yield Entry(Kind.SYSCTL, "", key, path.read_text().strip() if path.exists() else "0")
+
+    def proxies(self) -> Iterator[Entry]:
+        """ARP proxies. pyroute2 cannot ask for them: the kernel wants NTF_PROXY in the request's own header."""
+        with self.entered():
+            asking = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        with asking:
+            header = struct.pack("=LHHLL", 28, _GETNEIGH, _REQUEST_DUMP, 1, 0)
+            asking.send(header + struct.pack("=BBHlHBB", socket.AF_INET, 0, 0, 0, 0, _PROXY, 0))
+            while True:
+                answer = asking.recv(1 << 17)
+                while answer:
+                    length, kind = struct.unpack_from("=LH", answer)
+                    if kind != _NEWNEIGH:  # the end, or an error
+                        return
+                    (index,) = struct.unpack_from("=l", answer, 20)
+                    at = 28
+                    while at < length:
+                        size, attribute = struct.unpack_from("=HH", answer, at)
+                        if attribute == _NDA_DST:
+                            address = IPv4Address(answer[at + 4 : at + 8])
+                            yield self._entry(Kind.PROXY, index, str(address))
+                        at += (size + 3) & ~3
+                    answer = answer[(length + 3) & ~3 :]
 
     def nft(self, commands: str, *, json: bool = False) -> str:
         with self.entered():
@@ -275,44 +271,31 @@ class Netns:
                 raise
         self._index.pop(name, None)
 
-    def address(self, verb: str, item: Address) -> None:
-        address, length = item.address.split("/")
-        self._ip.addr(verb, index=self.index(item.dev), address=address, prefixlen=int(length))
-
-    def route(self, verb: str, item: Route) -> None:
-        extra = {"gateway": item.via} if item.via else {}
-        self._ip.route(
-            "replace" if verb == "add" else verb,
-            dst=item.destination,
-            oif=self.index(item.dev),
-            proto=_PROTO_STATIC,
-            **extra,
-        )
-
-    def forward(self, verb: str, item: Fdb) -> None:
+    def entry(self, item: Entry, *, add: bool) -> None:
+        if item.kind is Kind.SYSCTL:
+            with self.entered():
+                if (path := Path("/proc/sys") / item.key).exists():
+                    path.write_text(item.value)
+            return
         index = self.index(item.dev)
-        if item.remote:
-            flags, state, extra = _SELF, _NOARP | _PERMANENT, {"dst": item.remote}
+        if item.kind is Kind.ADDRESS:
+            address, length = item.key.split("/")
+            self._ip.addr("replace" if add else "del", index=index, address=address, prefixlen=int(length))
+        elif item.kind is Kind.ROUTE:
+            way = {"dst": item.key, "gateway": item.value, "oif": index, "proto": _PROTO_STATIC}
+            self._ip.route("replace" if add else "del", **way)
+        elif item.kind is Kind.FDB and item.value:
+            state = _NOARP | _PERMANENT
+            verb = "append" if add else "del"
+            self._ip.fdb(verb, ifindex=index, lladdr=item.key, dst=item.value, flags=_SELF, state=state)
+        elif item.kind is Kind.FDB:
+            verb = "replace" if add else "del"
+            self._ip.fdb(verb, ifindex=index, lladdr=item.key, flags=_MASTER, state=_NOARP)
+        elif item.kind is Kind.NEIGHBOUR:
+            what = {"ifindex": index, "dst": item.key, "lladdr": item.value, "state": _PERMANENT}
+            self._ip.neigh("replace" if add else "del", **what)
         else:
-            flags, state, extra = _MASTER, _NOARP, {}
-        verb = {"add": "append" if item.remote else "replace", "del": "del"}[verb]
-        self._ip.fdb(verb, ifindex=index, lladdr=item.mac, flags=flags, state=state, **extra)
-
-    def neighbour(self, verb: str, item: Neighbour) -> None:
-        self._ip.neigh(
-            "replace" if verb == "add" else verb,
-            ifindex=self.index(item.dev),
-            dst=item.address,
-            lladdr=item.mac,
-            state=_PERMANENT,
-        )
-
-    def proxy(self, verb: str, item: Proxy) -> None:
-        self._ip.neigh(verb, ifindex=self.index(item.dev), dst=item.address, flags=_PROXY)
-
-    def sysctl(self, item: Sysctl) -> None:
-        with self.entered():
-            (Path("/proc/sys") / item.key).write_text(item.value)
+            self._ip.neigh("replace" if add else "del", ifindex=index, dst=item.key, flags=_PROXY)
 
     def index(self, name: str) -> int:
         if name not in self._index:
@@ -322,10 +305,10 @@ class Netns:
             self._index[name] = found[0]
         return self._index[name]
 
-    def _names(self) -> Mapping[int, str]:
-        if not self._index:
+    def _entry(self, kind: Kind, index: int, key: str, value: str | None = None) -> Entry:
+        if index not in self._name:
             self.links()
-        return {index: name for name, index in self._index.items()}
+        return Entry(kind, self._name.get(index, ""), key, value or "")
 
 
 def _link(message: Any, names: Mapping[int, str]) -> Link:

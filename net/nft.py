@@ -85,7 +85,6 @@ def ports_table(installation: str, network: Network, local: Mapping[str, Port]) 
         for tap, port in local.items()
     ]
     taps = Elements(
-        TAPS,
         f"map bridge {names.table(installation)} {TAPS} {{ type ifname : verdict ; }}",
         frozenset((tap, f"goto p-{tap}") for tap in local),
     )
@@ -185,7 +184,6 @@ def host_table(
         _chain("after", Hook("nat", "postrouting", 100), after),
     ]
     addresses = Elements(
-        FLOATING,
         f"set inet {names.table(installation)} {FLOATING} {{ type ipv4_addr ; }}",
         frozenset((str(address), "") for address in floating),
     )
@@ -286,7 +284,7 @@ def parse(text: str) -> dict[tuple[str, str], Table]:
                 item["name"], hook, ()
             )
         elif kind in ("set", "map"):
-            held = Elements(item["name"], "", frozenset(_item(e) for e in item.get("elem", [])))
+            held = Elements("", frozenset(_item(e) for e in item.get("elem", [])))
             elements.setdefault((item["family"], item["table"]), {})[item["name"]] = held
         elif kind == "counter":
             counters.setdefault((item["family"], item["table"]), set()).add(item["name"])

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from net import dnsmasq, kernel, names, nft
 from net.errors import Failed
-from net.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Link, Observed, Rule, Table
+from net.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed, Rule, Table
 from net.kernel import Netns
 from net.target import FORWARD, SYSCTLS
+
+_OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE)
 
 
 def observe(
@@ -54,11 +56,7 @@ def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
     links = _ours(installation, (link for _, link in space.links().values()), deterministic)
     return Facts(
         links=links,
-        addresses=frozenset(a for a in space.addresses() if a.dev in links),
-        routes=frozenset(space.routes()),
-        fdb=frozenset(entry for entry in space.fdb() if entry.dev in links),
-        neighbours=frozenset(n for n in space.neighbours() if n.dev in links),
-        sysctls=frozenset(space.sysctls(SYSCTLS)),
+        entries=frozenset(e for e in space.entries(SYSCTLS) if e.dev in links or not e.dev),
         tables=_tables(installation, space, ("bridge", "inet")),
         dnsmasq=settings,
     )
@@ -68,26 +66,26 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     every = {name: link for name, (_, link) in host.links().items()}
     prefix = names.host_uplink_prefix(installation)
     links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
-    addresses, routes = host.addresses(), host.routes()
+    entries = list(host.entries((FORWARD,)))
     tables = _tables(installation, host, ("inet",))
     floating = tables["inet"].elements.get(nft.FLOATING) if tables else None
     answered = {address for address, _ in floating.items} if floating else set()
+    own = [e for e in entries if e.kind is Kind.SYSCTL or (e.dev in links and e.kind in _OURS_ON_HOST)]
     foreign, admissions = _foreign(installation, host)
     found[HOST] = Facts(
         links=links,
-        addresses=frozenset(a for a in addresses if a.dev in links),
-        routes=frozenset(route for route in routes if route.dev in links),
-        proxies=frozenset(p for p in (host.proxies() if answered else ()) if p.address in answered),
-        sysctls=frozenset(host.sysctls((FORWARD,))),
+        entries=frozenset([*own, *(e for e in (host.proxies() if answered else ()) if e.key in answered)]),
         tables=tables,
         admissions=frozenset(admissions),
     )
-    carrier = [a.dev for a in addresses if IPv4Interface(a.address).ip == underlay]
+    addresses = {IPv4Interface(e.key).ip: e.dev for e in entries if e.kind is Kind.ADDRESS}
+    carrier = every.get(addresses.get(underlay, ""))
+    defaults = [e.dev for e in entries if e.kind is Kind.ROUTE and e.key == "0.0.0.0/0"]
     return Observed(
         namespaces=found,
-        host_addresses=frozenset(IPv4Interface(a.address).ip for a in addresses),
-        uplink=next((route.dev for route in routes if route.destination == "0.0.0.0/0"), ""),
-        mtu_bytes=every[carrier[0]].mtu_bytes if carrier and carrier[0] in every else 0,
+        host_addresses=frozenset(addresses),
+        uplink=defaults[0] if defaults else "",
+        mtu_bytes=carrier.mtu_bytes if carrier else 0,
         resolvers=dnsmasq.upstream(),
         foreign=tuple(foreign),
     )

@@ -15,20 +15,7 @@ from typing import Any
 
 from net import dnsmasq, kernel, names, nft
 from net.errors import Conflict, Failed, Invalid, NetError
-from net.facts import (
-    HOST,
-    Address,
-    Admission,
-    Dnsmasq,
-    Facts,
-    Fdb,
-    Link,
-    Neighbour,
-    Observed,
-    Proxy,
-    Route,
-    Sysctl,
-)
+from net.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.kernel import NetlinkError, Netns
 from net.model import Network, NodeNetworks, Port
 from net.observe import observe
@@ -43,7 +30,7 @@ class Plane:
         self.installation = names.check_installation(installation)
         self._directory = state_dir.resolve() / "net"
         self._lock = threading.RLock()
-        self._announce: dict[Proxy, int] = {}
+        self._announce: dict[Entry, int] = {}
 
     def observe(self, underlay: IPv4Address = IPv4Address("127.0.0.1")) -> Observed:
         """What is there of ours."""
@@ -138,7 +125,7 @@ class Plane:
                 host.move_link(name, space)
             link = port_link(desired, network, replace(port, tap=name))
             _change(space, link)
-            space.forward("add", Fdb(name, port.mac))
+            space.entry(Entry(Kind.FDB, name, port.mac), add=True)
 
     def remove_tap(self, port: Port) -> None:
         """Removes a port's tap wherever it is, held or not, and its filters. Twice is once."""
@@ -211,13 +198,14 @@ class Plane:
                 if name in failed:
                     continue
                 try:
-                    if action.verb is Verb.CREATE:
-                        kernel.create_namespace(name)
-                        spaces[name] = opened.enter_context(Netns(name))
-                        spaces[name].change_link("lo", up=True)
-                    elif action.verb is Verb.REMOVE:
-                        kernel.remove_namespace(name)
-                        dnsmasq.Daemon(self._directory, name).forget()
+                    if isinstance(action.item, Space):
+                        if action.verb is Verb.DELETE:
+                            kernel.remove_namespace(name)
+                            dnsmasq.Daemon(self._directory, name).forget()
+                        else:
+                            kernel.create_namespace(name)
+                            spaces[name] = opened.enter_context(Netns(name))
+                            spaces[name].change_link("lo", up=True)
                     elif isinstance(action.item, Dnsmasq) and action.verb is Verb.DELETE:
                         self._stop(name)
                     else:
@@ -233,7 +221,6 @@ class Plane:
 
     def _do(self, action: Action, space: Netns, host: Netns) -> None:
         add = action.verb is not Verb.DELETE
-        verb = "add" if add else "del"
         match action.item:
             case Link() as link if not add:
                 space.delete_link(link.name)
@@ -243,30 +230,19 @@ class Plane:
                 elif action.verb is Verb.ADD:
                     _create(link, space, host)
                 _change(space, link)
-            case Address() as item:
-                space.address(verb, item)
-            case Route() as item:
-                space.route(verb, item)
-            case Fdb() as item:
-                space.forward(verb, item)
-            case Neighbour() as item:
-                space.neighbour(verb, item)
-            case Proxy() as item:
-                space.proxy(verb, item)
-                self._announce.pop(item, None)
-                if add:
-                    kernel.announce(item.dev, item.address)
-                    self._announce[item] = 2
-            case Sysctl() as item:
-                space.sysctl(item)
+            case Entry() as item:
+                space.entry(item, add=add)
+                if item.kind is Kind.PROXY:
+                    self._announce.pop(item, None)
+                    if add:
+                        kernel.announce(item.dev, item.key)
+                        self._announce[item] = 2
             case Transaction() as item:
                 space.nft(item.commands)
             case Admission() as item:
                 space.nft(nft.admit(item) if add else nft.dismiss(item))
             case Dnsmasq() as item:
                 self._serve(space, item, action.had if isinstance(action.had, Dnsmasq) else None)
-            case Space():
-                raise AssertionError("namespaces are made and removed by name")
 
     def _serve(self, space: Netns, wanted: Dnsmasq, had: Dnsmasq | None) -> None:
         daemon = dnsmasq.Daemon(self._directory, space.name)
@@ -292,7 +268,7 @@ class Plane:
         next two reconciles as well."""
         for proxy, left in list(self._announce.items()):
             try:
-                kernel.announce(proxy.dev, proxy.address)
+                kernel.announce(proxy.dev, proxy.key)
             except OSError as error:
                 if error.errno not in (errno.ENODEV, errno.ENETDOWN):
                     raise
@@ -315,7 +291,7 @@ def _create(link: Link, space: Netns, host: Netns) -> None:
 def _change(space: Netns, link: Link) -> None:
     port: dict[str, Any] = {"suppress": link.suppress, "learning": False} if link.master else {}
     if space.name == HOST:
-        space.sysctl(Sysctl(f"net/ipv6/conf/{link.name}/disable_ipv6", "1"))
+        space.entry(Entry(Kind.SYSCTL, "", f"net/ipv6/conf/{link.name}/disable_ipv6", "1"), add=True)
     else:
         port["master"] = link.master
     space.change_link(link.name, alias=link.alias, mtu_bytes=link.mtu_bytes, mac=link.mac, up=link.up, **port)

@@ -1,23 +1,11 @@
 """What each namespace of a node must hold: pure functions from desired state to facts."""
 
 import hashlib
-from collections.abc import Collection, Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 
 from net import dnsmasq, names, nft
-from net.facts import (
-    HOST,
-    Address,
-    Facts,
-    Fdb,
-    Link,
-    Neighbour,
-    Observed,
-    Proxy,
-    Route,
-    Sysctl,
-    Table,
-)
+from net.facts import HOST, Entry, Facts, Kind, Link, Observed
 from net.ipam import TRANSIT
 from net.model import Network, NodeNetworks, Port
 
@@ -25,17 +13,17 @@ VXLAN_OVERHEAD_BYTES = 50
 """Outer IPv4, UDP, VXLAN and inner Ethernet headers (RFC 7348)."""
 _UPLINK_MTU_BYTES = 1500
 _FLOOD = "00:00:00:00:00:00"
-_QUIET = (
-    Sysctl("net/ipv6/conf/all/disable_ipv6", "1"),
-    Sysctl("net/ipv6/conf/default/disable_ipv6", "1"),
-    Sysctl("net/ipv4/conf/all/send_redirects", "0"),
-    Sysctl("net/ipv4/conf/default/send_redirects", "0"),
-    # A namespace made after br_netfilter was loaded starts with 1: bridged packets would meet IP rules.
-    Sysctl("net/bridge/bridge-nf-call-iptables", "0"),
-    Sysctl("net/bridge/bridge-nf-call-arptables", "0"),
-)
 FORWARD = "net/ipv4/ip_forward"
-SYSCTLS = (*(sysctl.key for sysctl in _QUIET), FORWARD)
+_QUIET = {
+    "net/ipv6/conf/all/disable_ipv6": "1",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/ipv4/conf/all/send_redirects": "0",
+    "net/ipv4/conf/default/send_redirects": "0",
+    # A namespace made after br_netfilter was loaded starts with 1: bridged packets would meet IP rules.
+    "net/bridge/bridge-nf-call-iptables": "0",
+    "net/bridge/bridge-nf-call-arptables": "0",
+}
+SYSCTLS = (*_QUIET, FORWARD)
 
 
 def tap_name(desired: NodeNetworks, port: Port) -> str:
@@ -61,7 +49,8 @@ def transits(desired: NodeNetworks, observed: Observed) -> dict[int, IPv4Address
     """The host's end of each uplink's /31 by VNI: the one it has, else the first that nobody on this host uses."""
     taken, chosen = set(observed.host_addresses), {}
     wanting = [n.vni for n in desired.networks if has_uplink(desired, n)]
-    by_dev = {a.dev: IPv4Interface(a.address) for a in sorted(observed.namespaces[HOST].addresses)}
+    entries = observed.namespaces[HOST].entries
+    by_dev = {e.dev: IPv4Interface(e.key) for e in sorted(entries) if e.kind is Kind.ADDRESS}
     for vni in wanting:
         had = by_dev.get(names.host_uplink(desired.installation, vni))
         if had and had.ip in TRANSIT and had.network.prefixlen == 31 and had.ip == had.network[0]:
@@ -107,39 +96,35 @@ def _namespace(
         Link(vx, "vxlan", alias, mtu, master=br, suppress=True, vni=vni, local=str(desired.underlay)),
         *(port_link(desired, network, port) for port in local.values()),
     ]
-    addresses, ways = set(), set()
+    entries = {Entry(Kind.SYSCTL, "", key, value) for key, value in _QUIET.items()}
+    entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1" if routes else "0"))
     if routes:
-        addresses.add(Address(br, f"{network.gateway}/{network.netblock.prefixlen}"))
-        ways |= {Route(f"{address}/32", str(via), br) for address, via in network.routed}
+        entries.add(Entry(Kind.ADDRESS, br, f"{network.gateway}/{network.netblock.prefixlen}"))
+        entries |= {Entry(Kind.ROUTE, br, f"{address}/32", str(via)) for address, via in network.routed}
     inside = outside + 1 if outside is not None else None
     if outside is not None:
         peer = names.host_uplink(desired.installation, vni)
         links.append(Link(up, "veth", alias, _UPLINK_MTU_BYTES, peer=peer))
-        addresses.add(Address(up, f"{inside}/31"))
-        ways.add(Route("0.0.0.0/0", str(outside), up))
+        entries |= {Entry(Kind.ADDRESS, up, f"{inside}/31"), Entry(Kind.ROUTE, up, "0.0.0.0/0", str(outside))}
         if network.router_floating:
-            addresses.add(Address(up, f"{network.router_floating}/32"))
-    fdb = {Fdb(name, port.mac) for name, port in local.items()}
-    neighbours = {Neighbour(br, str(port.address), port.mac) for port in network.ports}
+            entries.add(Entry(Kind.ADDRESS, up, f"{network.router_floating}/32"))
+    entries |= {Entry(Kind.FDB, name, port.mac) for name, port in local.items()}
+    entries |= {Entry(Kind.NEIGHBOUR, br, str(port.address), port.mac) for port in network.ports}
     elsewhere = [(port.mac, port.node) for port in network.ports if port.node != desired.node]
     if not routes:
         elsewhere.append((router_mac, network.router_node))
         if network.router_node in remotes:
-            neighbours.add(Neighbour(br, str(network.gateway), router_mac))
-    for remote_mac, node in elsewhere:
-        if node in remotes:
-            fdb |= {Fdb(vx, remote_mac), Fdb(vx, remote_mac, remotes[node]), Fdb(vx, _FLOOD, remotes[node])}
+            entries.add(Entry(Kind.NEIGHBOUR, br, str(network.gateway), router_mac))
+    for remote_mac, remote in ((m, remotes[node]) for m, node in elsewhere if node in remotes):
+        entries |= {Entry(Kind.FDB, vx, remote_mac), Entry(Kind.FDB, vx, remote_mac, remote)}
+        entries.add(Entry(Kind.FDB, vx, _FLOOD, remote))
     bridge_rules = nft.ports_table(desired.installation, network, local)
     router_rules = nft.router_table(desired.installation, network, inside, routes=routes)
     serves = routes and (network.provide_dhcp or network.provide_dns)
     upstream = desired.resolvers or observed.resolvers
     return Facts(
         links={link.name: link for link in links},
-        addresses=frozenset(addresses),
-        routes=frozenset(ways),
-        fdb=frozenset(fdb),
-        neighbours=frozenset(neighbours),
-        sysctls=frozenset({*_QUIET, Sysctl(FORWARD, "1" if routes else "0")}),
+        entries=frozenset(entries),
         tables={table.family: table for table in (bridge_rules, router_rules)},
         dnsmasq=dnsmasq.settings(network, upstream if inside else (), uplink=bool(inside))
         if serves
@@ -158,46 +143,31 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
     if not desired.networks:
         return Facts()
     uplink = desired.uplink or observed.uplink
-    links, addresses, ways, floating = {}, set(), set(), set[IPv4Address]()
-    for network in desired.networks:
-        if (end := outside.get(network.vni)) is None:
-            continue
-        name = names.host_uplink(desired.installation, network.vni)
+    links, entries, floating = {}, set[Entry](), set[IPv4Address]()
+    for network in (network for network in desired.networks if network.vni in outside):
+        name, end = names.host_uplink(desired.installation, network.vni), outside[network.vni]
         alias = f"{names.owned(desired.installation)}network {network.uuid}"
         links[name] = Link(name, "veth", alias, _UPLINK_MTU_BYTES)
-        addresses.add(Address(name, f"{end}/31"))
-        outer = outer_addresses(network)
-        ways |= {Route(f"{address}/32", str(end + 1), name) for address in outer}
-        floating |= set(outer)
-    nodes = sorted({desired.underlay, *(peer.address for peer in desired.peers)})
-    nodes = [address for address in nodes if not address.is_loopback]
+        entries.add(Entry(Kind.ADDRESS, name, f"{end}/31"))
+        for address in outer_addresses(network):
+            floating.add(address)
+            entries.add(Entry(Kind.ROUTE, name, f"{address}/32", str(end + 1)))
+            if uplink:
+                entries.add(Entry(Kind.PROXY, uplink, str(address)))
+    if links:
+        entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1"))
+    nodes = {desired.underlay, *(peer.address for peer in desired.peers)}
     peers = sorted({peer.address for peer in desired.peers if peer.node != desired.node})
-    return Facts(
-        links=links,
-        addresses=frozenset(addresses),
-        routes=frozenset(ways),
-        proxies=frozenset(Proxy(uplink, str(address)) for address in floating if uplink),
-        sysctls=frozenset({Sysctl(FORWARD, "1")} if links else ()),
-        tables={"inet": _host_table(desired, nodes, list(outside.values()), floating, observed)},
-        admissions=nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(links)),
-    )
-
-
-def _host_table(
-    desired: NodeNetworks,
-    nodes: list[IPv4Address],
-    outside: list[IPv4Address],
-    floating: Collection[IPv4Address],
-    observed: Observed,
-) -> Table:
-    return nft.host_table(
+    table = nft.host_table(
         desired.installation,
-        sorted(network.vni for network in desired.networks),
-        nodes,
-        sorted(set(desired.resolvers or observed.resolvers)),
-        sorted(address + 1 for address in outside),
-        sorted(floating),
+        vnis=sorted(network.vni for network in desired.networks),
+        nodes=sorted(address for address in nodes if not address.is_loopback),
+        resolvers=sorted(set(desired.resolvers or observed.resolvers)),
+        insides=sorted(address + 1 for address in outside.values()),
+        floating=sorted(floating),
     )
+    admissions = nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(links))
+    return Facts(links, frozenset(entries), {"inet": table}, admissions)
 
 
 def without_routers(observed: Observed) -> dict[str, Facts]:
@@ -207,16 +177,9 @@ def without_routers(observed: Observed) -> dict[str, Facts]:
 
 def _unrouted(name: str, facts: Facts) -> Facts:
     links = {n: link for n, link in facts.links.items() if link.kind != "veth"}
-    if name == HOST:
-        return Facts(links, sysctls=facts.sysctls, tables=facts.tables, admissions=facts.admissions)
-    return Facts(
-        links=links,
-        fdb=facts.fdb,
-        neighbours=facts.neighbours,
-        sysctls=facts.sysctls,
-        tables=facts.tables,
-        broken=facts.broken,
-    )
+    kept = {Kind.SYSCTL} if name == HOST else {Kind.SYSCTL, Kind.FDB, Kind.NEIGHBOUR}
+    entries = frozenset(entry for entry in facts.entries if entry.kind in kept)
+    return replace(facts, links=links, entries=entries, dnsmasq=None)
 
 
 def too_large(desired: NodeNetworks, observed: Observed) -> list[Network]:
@@ -230,10 +193,3 @@ def too_large(desired: NodeNetworks, observed: Observed) -> list[Network]:
         if network.mtu_bytes > limit
         and names.namespace(desired.installation, network.vni) not in observed.namespaces
     ]
-
-
-def local_ports(desired: NodeNetworks) -> Iterator[tuple[Network, Port]]:
-    for network in desired.networks:
-        for port in network.ports:
-            if port.node == desired.node:
-                yield network, port
