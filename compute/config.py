@@ -19,8 +19,8 @@ class Config:
     """Everything that one server is configured by."""
 
     state_dir: Path = Path("/var/lib/sf")
-    stores: tuple[str, ...] = ()
-    """URLs of the image stores that names are looked up in, in order; () is the directory under `state_dir`."""
+    stores: tuple[tuple[str, str], ...] = ()
+    """(name, URL) of the image stores that names are looked up in, in order; () is the one under `state_dir`."""
     host: str = "127.0.0.1"
     port: int = 13000
     node_name: str = "localhost"
@@ -38,30 +38,30 @@ class Config:
     memory_reserve_mib: int = 512
     architecture: str = "x86_64"
 
-    @property
-    def store_urls(self) -> tuple[str, ...]:
-        return self.stores or (f"file://{self.state_dir}/store",)
-
 
 def load(environment: Mapping[str, str] | None = None, **flags: str | None) -> Config:
     """Flags win over SF_* variables, these over the files. Raises Invalid, naming the setting."""
     env = os.environ if environment is None else environment
     settings: dict[str, str] = {}
-    for file in _FILES:
-        path = file.expanduser()
+    remotes: dict[str, str] = {}
+    for path in (_FILES[0], Path(env.get("SF_CONFIG") or _FILES[1]).expanduser()):
         if path.is_file():
             try:
-                settings |= {k: _text(v) for k, v in tomllib.loads(path.read_text()).items() if _flat(v)}
-            except (tomllib.TOMLDecodeError, OSError) as err:
+                found = tomllib.loads(path.read_text())
+                remotes |= {name: str(values["url"]) for name, values in found.get("remotes", {}).items()}
+            except (tomllib.TOMLDecodeError, OSError, KeyError, AttributeError, TypeError) as err:
                 raise Invalid(f"cannot read {path}: {err}") from err
+            settings |= {k: _text(v) for k, v in found.items() if not isinstance(v, dict)}
     settings |= {name[3:].lower(): value for name, value in env.items() if name.startswith("SF_") and value}
     settings |= {name: value for name, value in flags.items() if value}
     listen = settings.get("listen", "127.0.0.1:13000")
     host, _, port = listen.rpartition(":")
     try:
+        state_dir = Path(settings.get("state_dir", "/var/lib/sf")).expanduser().absolute()
+        local = settings.get("store", "").split(" ")[0] or (state_dir / "store").as_uri()
         return Config(
-            state_dir=Path(settings.get("state_dir", "/var/lib/sf")).expanduser().absolute(),
-            stores=tuple(settings.get("store", "").split()),
+            state_dir=state_dir,
+            stores=(("local", local), *remotes.items()),
             host=host.strip("[]") or "127.0.0.1",
             port=int(port),
             node_name=settings.get("node_name") or socket.gethostname().split(".")[0] or "localhost",
@@ -77,12 +77,8 @@ def load(environment: Mapping[str, str] | None = None, **flags: str | None) -> C
         )
     except ValueError as err:
         raise Invalid(
-            f"configuration: {err}", hint="see docs/configuration.md, or the variables SF_*"
+            f"configuration: {err}", hint="a flag, a variable SF_*, or a line of /etc/sf/config.toml"
         ) from err
-
-
-def _flat(value: object) -> bool:
-    return isinstance(value, str | int | float | list)
 
 
 def _text(value: object) -> str:

@@ -18,6 +18,7 @@ from compute.codec import to_plain
 from compute.desired import build
 from compute.errors import Compacted, LeaseLost, NotFound, Unavailable
 from compute.instances import finish_delete
+from compute.networks import move_routers, router_candidates
 from compute.objects import (
     Claims,
     Event,
@@ -25,6 +26,7 @@ from compute.objects import (
     Interface,
     Network,
     Node,
+    Taken,
     Transaction,
     new_uuid,
     path_to,
@@ -43,6 +45,9 @@ FENCE_S = 8.0
 
 _PLANNED = frozenset({Instance.KIND, Interface.KIND, Network.KIND, Node.KIND})
 _WATCH_S = 1.0
+_SWEEP_S = 60.0
+_KEEP_DELETED_S = 3600.0
+_KEEP_REQUEST_S = 86400.0
 
 
 class Feed:
@@ -221,6 +226,29 @@ class Controller:
             if node.state != "deleted"
         }
 
+    async def keep_up(self) -> None:
+        """Until cancelled: routers of nodes that went missing move, and what nobody needs any more goes."""
+        swept_s = 0.0
+        while True:
+            seen = self.feed.revision
+            if time.monotonic() - swept_s > _SWEEP_S:
+                await self._act(_sweep, self.server)
+                swept_s = time.monotonic()
+            await self._act(self._move_routers, self.server)
+            await self.feed.moved(("alive", Network.KIND), seen, _SWEEP_S)
+
+    def _move_routers(self, txn: Transaction) -> None:
+        """A network without a living router gets one. A node's lease outlives a restart of the server."""
+        alive = [
+            n.name
+            for n in txn.list(Node)
+            if n.state == "created"
+            and (n.name == self.server or txn.store.get(f"alive/{n.name}") is not None)
+        ]
+        lost = {n.router_node for n in txn.list(Network) if n.state == "created"} - set(alive)
+        for name in sorted(lost) if alive else ():
+            move_routers(txn, name, router_candidates(txn, alive))
+
     def forget(self, node: str) -> None:
         """The node was removed."""
         for known in (self._operations, self._leases, self._seen_s, self._last):
@@ -281,6 +309,20 @@ class Controller:
             txn.event(Instance.KIND, found.uuid, f"state is {step.value}{why}", type="mutate")
         if now.power_state != found.power_state:
             txn.event(Instance.KIND, found.uuid, f"power is {now.power_state}", type="status")
+
+
+def _sweep(txn: Transaction) -> None:
+    """Records of the deleted stay an hour for those who poll, request keys a day, events as long as their object."""
+    now = time.time()
+    for instance in txn.list(Instance):
+        if instance.state == InstanceState.DELETED and instance.updated_s < now - _KEEP_DELETED_S:
+            txn.purge(instance)
+    for network in txn.list(Network):
+        if network.state == "deleted" and network.created_s < now - _KEEP_DELETED_S:
+            txn.purge(network)
+    for taken in txn.list(Taken, "request/"):
+        if taken.created_s < now - _KEEP_REQUEST_S:
+            txn.delete(Taken, taken.name)
 
 
 def events_of(

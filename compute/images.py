@@ -31,7 +31,10 @@ class Resolved(Protocol):
 
 
 class Resolver(Protocol):
-    """The part of ImageCache that the server needs."""
+    """The part of ImageCache that the server needs. `stores` by the name that people put before a slash."""
+
+    @property
+    def stores(self) -> Mapping[str, Store]: ...
 
     def resolve(self, text: str, architecture: str) -> Resolved: ...
 

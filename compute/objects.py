@@ -304,6 +304,12 @@ class Transaction:
         """Remove it; "there was none" is success."""
         self.writes[f"{cls.KIND}/{identity}"] = None
 
+    def purge(self, value: Stored) -> None:
+        """Remove it and its history."""
+        self.writes[value.key] = None
+        for record in self.store.list(f"{Event.KIND}/{value.key}/"):
+            self.writes[record.key] = None
+
     def event(
         self,
         kind: str,

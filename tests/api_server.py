@@ -6,7 +6,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,9 @@ class KnownImage:
 
 class KnownImages:
     """A resolver that knows debian:12 (2.5 GiB)."""
+
+    def __init__(self) -> None:
+        self.stores: Mapping[str, Store] = {}
 
     def resolve(self, text: str, architecture: str) -> Resolved:
         if text not in ("debian:12", "debian"):
@@ -169,7 +172,6 @@ def running(
     directory: Path,
     *,
     resolver: Resolver | None = None,
-    stores: Sequence[Store] = (),
     config: Config | None = None,
 ) -> Iterator[Running]:
     """Serve from `directory` until the block ends; what was stored stays for the next one."""
@@ -185,7 +187,7 @@ def running(
     async def serve() -> None:
         controller = Controller(store, INSTALLATION, "node1")
         await controller.start()
-        services = Services(settings, store, controller, Authority(store), resolver or KnownImages(), stores)
+        services = Services(settings, store, controller, Authority(store), resolver or KnownImages())
         agent = PlayedAgent(controller, "node1")
         server = uvicorn.Server(uvicorn.Config(api.build(services), log_level="warning", lifespan="off"))
         task = asyncio.create_task(agent.run())

@@ -22,7 +22,7 @@ class ListBody(Body):
 def _find(ctx: Context, ref: str) -> Artifact:
     if ctx.request.method != "GET":
         ctx.admin()
-    uuid = find_image(ctx.services.stores, ref).uuid
+    uuid = find_image(ctx.services.resolver.stores.values(), ref).uuid
     return ctx.read().find(Artifact, uuid) or Artifact(uuid=uuid)
 
 
@@ -36,17 +36,17 @@ def _viewer(ctx: Context) -> Callable[[NamedImage], dict[str, object]]:
 @router.get("/artifacts")
 def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
     view = _viewer(ctx)
-    return JSONResponse([view(image) for image in named_images(ctx.services.stores)])
+    return JSONResponse([view(image) for image in named_images(ctx.services.resolver.stores.values())])
 
 
 @router.get("/artifacts/{ref}")
 def get_artifact(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse(_viewer(ctx)(find_image(ctx.services.stores, ref)))
+    return JSONResponse(_viewer(ctx)(find_image(ctx.services.resolver.stores.values(), ref)))
 
 
 @router.get("/artifacts/{ref}/versions")
 def get_versions(ctx: Ctx, ref: str) -> Response:
-    blobs = _viewer(ctx)(find_image(ctx.services.stores, ref))["blobs"]
+    blobs = _viewer(ctx)(find_image(ctx.services.resolver.stores.values(), ref))["blobs"]
     return JSONResponse(blobs)
 
 

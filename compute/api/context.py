@@ -3,8 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, Request
@@ -18,7 +18,6 @@ from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
 from compute.images import Resolver
 from compute.objects import Namespace, Stored, Taken, Transaction, transact
 from compute.state_store import StateStore
-from imagestore.store import Store
 
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
@@ -42,7 +41,6 @@ class Services:
     controller: Controller
     authority: Authority
     resolver: Resolver
-    stores: Sequence[Store] = field(default=())
 
 
 class Body(BaseModel):

@@ -1,0 +1,208 @@
+"""`sf serve`: the API and this machine's agent in one process. The entry point that builds every adapter.
+
+Guests, networks and their dnsmasq are not its children: it may be stopped or killed at any moment, and the next one
+adopts what it finds.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from compute.agent import Agent
+from compute.api import app as api
+from compute.api.context import Services
+from compute.auth import Authority, ensure_local_key
+from compute.config import Config
+from compute.control import Controller
+from compute.errors import Conflict, Unavailable
+from compute.networks import ensure_floating
+from compute.objects import Instance, Transaction, transact
+from compute.sqlite_store import SqliteStore
+from imagestore.cache import ImageCache
+from imagestore.errors import StoreError
+from imagestore.open import open_store
+from imagestore.store import Store
+from net.plane import Plane
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+_REOPEN_S = 10.0
+_GRACE_S = 3
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: stopping the API is only one part of stopping."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: Config, say: Say = log.info) -> None:
+    """Run until SIGINT or SIGTERM. `say` gets lines for the person who started it.
+
+    Raises Conflict when another one serves this state directory, or the address is taken.
+    """
+    with ExitStack() as stack:
+        state_dir = config.state_dir
+        for name in ("", "run", "instances", "cache"):
+            (state_dir / name).mkdir(mode=0o711, parents=True, exist_ok=True)
+        stack.enter_context(_only_one(state_dir))
+        listener = stack.enter_context(_listen(config.host, config.port))
+        store = SqliteStore(state_dir / "sf.db")
+        stack.callback(store.close)
+        ensure_local_key(store, state_dir / "auth" / "local-key")
+        transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
+        installation = installation_id(state_dir)
+        images = ImageCache(state_dir / "cache", {})
+        images.stores = _open_stores(config, {})
+        stack.callback(_close_stores, images)
+        controller = Controller(store, installation, config.node_name)
+        stack.callback(controller.stop)
+        await controller.start()
+        agent = Agent(
+            controller,
+            config.node_name,
+            state_dir,
+            Plane(installation, state_dir),
+            images,
+            config.libvirt_uri,
+            address=config.mesh_address,
+            release=release(),
+        )
+        services = Services(config, store, controller, Authority(store), images)
+        app = api.build(services)
+        say(f"sf {release()} serves http://{config.host}:{config.port}, state in {state_dir}")
+        await _run(config, app, listener, controller, agent, images)
+        running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
+        say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
+
+
+async def _run(
+    config: Config,
+    app: FastAPI,
+    listener: socket.socket,
+    controller: Controller,
+    agent: Agent,
+    images: ImageCache,
+) -> None:
+    """Until a signal comes, or a part fails: then its error."""
+    server = _Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S
+        )
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    answering = asyncio.create_task(server.serve([listener]))
+    tasks = [
+        asyncio.create_task(stop.wait()),
+        answering,
+        asyncio.create_task(agent.run()),
+        asyncio.create_task(controller.keep_up()),
+        asyncio.create_task(_reopen_stores(config, images)),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        server.should_exit = True
+        await asyncio.wait({answering}, timeout=2 * _GRACE_S)
+        await agent.stop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+@contextlib.contextmanager
+def _only_one(state_dir: Path) -> Iterator[None]:
+    """One server per state directory: the lock goes with the process, however that ends."""
+    with (state_dir / "run" / "serve.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            lock.seek(0)
+            hint = f"process {lock.read().strip() or 'unknown'} has it; stop it, or set SF_STATE_DIR"
+            raise Conflict(f"another sf serve uses {state_dir}", hint=hint) from err
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as err:
+        hint = "another sf serve? SF_LISTEN=host:port chooses another address"
+        raise Conflict(f"cannot listen on {host}:{port}: {err.strerror or err}", hint=hint) from err
+
+
+def installation_id(state_dir: Path) -> str:
+    """The random id in everything that is ours; made once. Raises Unavailable for a broken file."""
+    path = state_dir / "installation.json"
+    try:
+        return str(json.loads(path.read_text())["id"])
+    except FileNotFoundError:
+        beside = path.with_suffix(".new")
+        with beside.open("w") as file:
+            json.dump({"id": secrets.token_hex(4)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+        return installation_id(state_dir)
+    except (ValueError, KeyError, TypeError) as err:
+        raise Unavailable(
+            f"cannot read {path}: {err}", hint="restore it: without it nothing of ours is known"
+        ) from err
+
+
+def _open_stores(config: Config, opened: Mapping[str, Store]) -> dict[str, Store]:
+    """All that can be reached, in their order; one that cannot keeps no guest from starting."""
+    found = {}
+    for name, url in config.stores:
+        try:
+            default = url == (config.state_dir / "store").as_uri()
+            found[name] = opened[name] if name in opened else open_store(url, create=default)
+        except StoreError as err:
+            log.warning("image store %s: %s", name, err)
+    return found
+
+
+async def _reopen_stores(config: Config, images: ImageCache) -> None:
+    while True:
+        await asyncio.sleep(_REOPEN_S)
+        if len(images.stores) < len(config.stores):
+            images.stores = await asyncio.to_thread(_open_stores, config, images.stores)
+
+
+def _close_stores(images: ImageCache) -> None:
+    for store in images.stores.values():
+        store.backend.close()
+
+
+def release() -> str:
+    """The program's version."""
+    try:
+        return version("sf-cloud")
+    except PackageNotFoundError:
+        return "0"
