@@ -42,6 +42,19 @@ def show(name: str, form: str) -> None:
     show_one(found, (*NODES, *((key, key) for key in rest)), form)
 
 
+@node.add(examples="sf node drain server1")
+@click.option("--undo", is_flag=True, help="Use the node again.")
+def drain(name: str, undo: bool) -> None:
+    """Place nothing new on a node and route elsewhere; guests that run there go on."""
+    Api()("POST", "nodes", name, "undrain" if undo else "drain")
+
+
+@node.add(examples="sf node remove server2")
+def remove(name: str) -> None:
+    """Forget a node that is gone, and the guests that were on it."""
+    Api()("DELETE", "nodes", name)
+
+
 @namespace.add("ls", examples="sf namespace ls")
 def namespace_ls(form: str) -> None:
     """List the namespaces that this key may see."""

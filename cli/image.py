@@ -85,7 +85,10 @@ def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"
     if wanted.remote and wanted.remote not in urls:
         raise Problem(f"no remote is called {wanted.remote!r}", hint="sf remote ls", code=MISSING)
     missing: list[NotFound] = []
-    for url in [urls[wanted.remote]] if wanted.remote else urls.values():
+    part = (
+        wanted.digest_prefix and not wanted.digest
+    )  # a part of a digest means an image of the local store only
+    for url in [urls[wanted.remote or "local"]] if wanted.remote or part else urls.values():
         try:
             with opened(url) as store:
                 digest = _digest(store, wanted, architecture)

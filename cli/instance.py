@@ -1,6 +1,7 @@
 """`sf instance`: guests."""
 
 import base64
+import json
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from cli.api import Api, Object, poll
-from cli.command import API, Group
+from cli.command import API, Group, settings
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.network import EVENTS
 from cli.output import Row, say, show_list, show_one, size, status
@@ -43,6 +44,8 @@ FIELDS = (
     ("agent", "agent_state"),
     ("error", "error_message"),
 )
+
+LINKS = (("address", "ipv4"), ("mac", "macaddr"), ("network", "network_uuid"), ("uuid", "uuid"))
 
 instance = Group("instance", needs=API, help="Create, watch and control guests.")
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -216,7 +219,8 @@ def _emit(data: bytes) -> None:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -> None:
     """Log in to a guest through its network's namespace: as root, on a node that has the network."""
-    found = Api()("GET", "instances", name)
+    api = Api()
+    found = api("GET", "instances", name)
     links = _links(found)
     if not links:
         raise Problem(f"{name} has no address", hint=f"sf instance show {name}", code=MISSING)
@@ -228,9 +232,28 @@ def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -
         f"UserKnownHostsFile={known}",
         "StrictHostKeyChecking=accept-new",
     )
-    argv = ["ip", "netns", "exec", "NAMESPACE", "ssh", *(word for o in options for word in ("-o", o))]
+    namespace = _namespace(api("GET", "networks", links[0]["network_uuid"])["vxlan_id"])
+    argv = ["ip", "netns", "exec", namespace, "ssh", *(word for o in options for word in ("-o", o))]
     argv += [*(("-i", str(identity)) if identity else ()), "-l", user, links[0]["ipv4"], *command]
     os.execvp("ip", argv)  # noqa: S606 - replaces this process; an argument list, no shell
+
+
+def _namespace(vni: int) -> str:
+    """The network's namespace on this machine."""
+    from net.names import namespace
+
+    path = settings().state_dir / "installation.json"
+    try:
+        found = namespace(json.loads(path.read_text())["id"], vni)
+    except FileNotFoundError as error:
+        raise Problem(
+            f"{path} is not there", hint="sf instance ssh works on the nodes only", code=MISSING
+        ) from error
+    if not Path("/run/netns", found).exists():
+        raise Problem(
+            "this node does not have the guest's network", hint="log in on the guest's node", code=MISSING
+        )
+    return found
 
 
 @instance.add(examples="sf instance delete web")
@@ -270,6 +293,28 @@ _power("start", "poweron", "Switch guests on.")
 _power("stop", "poweroff", "Switch guests off at once, as by holding down the power button.")
 _power("pause", "pause", "Stop guests' processors.")
 _power("unpause", "unpause", "Let paused guests go on.")
+
+
+@instance.add("add-interface", examples="sf instance add-interface web lan,address=10.42.0.9")
+@click.argument("network", metavar="NETWORK[,…]")
+def add_interface(name: str, network: str, form: str) -> None:
+    """Plug an interface into a running guest."""
+    api = Api()
+    show_one(
+        api("POST", "instances", name, "interfaces", network=_network(api, network)), LINKS, form, name="uuid"
+    )
+
+
+@instance.add("remove-interface", examples="sf instance remove-interface web 10.42.0.9")
+@click.argument("which", metavar="ADDRESS|MAC|UUID")
+def remove_interface(name: str, which: str) -> None:
+    """Unplug an interface from a running guest."""
+    api = Api()
+    links = api("GET", "instances", name, "interfaces")
+    uuids = [link["uuid"] for link in links if which in (link["uuid"], link["ipv4"], link["macaddr"])]
+    if len(uuids) != 1:
+        raise Problem(f"{name} has no interface {which}", hint=f"sf instance show {name}", code=MISSING)
+    api("DELETE", "interfaces", uuids[0])
 
 
 @instance.add(examples="sf instance reboot web\nsf instance reboot web --hard")

@@ -14,10 +14,12 @@ MEMBERS = {
     "instance": ("cli.instance:instance", "Create, watch and control guests."),
     "network": ("cli.network:network", "Virtual networks for guests."),
     "store": ("cli.store:store", "Make, check and copy image stores."),
+    "cache": ("cli.store:cache", "Images that this node holds."),
     "remote": ("cli.store:remote", "Other stores to look names up in."),
     "node": ("cli.cluster:node", "Machines of the cluster."),
     "namespace": ("cli.cluster:namespace", "Tenants."),
     "key": ("cli.cluster:key", "Keys of a namespace."),
+    "serve": ("cli.serve:serve", "Run the API and this machine's agent."),
     "completion": ("cli.serve:completion", "Print the shell's completion script."),
 }
 

@@ -2,7 +2,26 @@
 
 import click
 
-from cli.command import Command
+from cli.command import Command, settings
+from cli.output import say
+
+
+@click.command(cls=Command, examples="sf serve\nsf serve --listen 127.0.0.1:13001 --store /srv/images")
+@click.option("--listen", metavar="HOST:PORT", help="Default: 127.0.0.1:13000.")
+@click.option(
+    "--store", metavar="URL", help="Where images are looked up first; default: the state directory's."
+)
+def serve(listen: str | None, store: str | None) -> None:
+    """Run the API and this machine's agent, as root, until Ctrl-C; guests go on running without it."""
+    import asyncio
+    import logging
+
+    from compute.config import load
+    from compute.serve import serve as run
+
+    level = logging.DEBUG if settings().flags.get("debug") else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(run(load(listen=listen, store=store), say))
 
 
 @click.command(cls=Command, examples='eval "$(sf completion bash)"\nsf completion zsh > ~/.zfunc/_sf')

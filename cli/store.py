@@ -1,14 +1,29 @@
 """`sf store`, `sf cache` and `sf remote`."""
 
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
 import click
 
+import imagestore.errors
 from cli.command import STORE, Group, settings
-from cli.output import say, show_list
+from cli.errors import Problem
+from cli.output import say, show_list, size, status
 from cli.settings import add_remote, remove_remote
 
+if TYPE_CHECKING:
+    from imagestore.cache import ImageCache
+
+CACHED = (
+    ("digest", "digest"),
+    ("disk", lambda i: size(i["size_bytes"])),
+    ("on this node", lambda i: size(i["used_bytes"])),
+    ("path", "path"),
+)
 REMOTES = (("name", "name"), ("url", "url"))
 
 store = Group("store", needs=STORE, help="Make, check and copy image stores.")
+cache = Group("cache", help="Images that this node holds.")
 remote = Group("remote", help="Other stores to look names up in.")
 
 
@@ -21,6 +36,37 @@ def init(url: str | None, single_writer: bool) -> None:
     made = open_store(url or settings().store_url, create=True, single_writer=single_writer)
     print(f"{made.url} {made.info.id}")
     made.backend.close()
+
+
+def _cache() -> "ImageCache":
+    from imagestore.cache import ImageCache
+
+    return ImageCache(settings().state_dir / "cache", {})
+
+
+@cache.add("ls", examples="sf cache ls")
+def cache_ls(form: str) -> None:
+    """List the complete images on this node."""
+    rows = [asdict(held) | {"digest": str(held.digest), "path": str(held.path)} for held in _cache().list()]
+    show_list(rows, CACHED, form, name="digest")
+
+
+@cache.add("verify", examples="sf cache verify")
+def cache_verify() -> None:
+    """Hash every image on this node again; what is damaged is removed, and fetched anew when it is used."""
+    held = _cache()
+    images, bad = held.list(), 0
+    with status() as tell:
+        for one in images:
+            tell(f"verify {one.digest}")
+            try:
+                held.verify(one.digest)
+            except imagestore.errors.Corrupt as error:
+                bad += 1
+                print(error)
+    if bad:
+        raise Problem(f"{bad} of {len(images)} images were damaged")
+    print(f"{len(images)} images, every byte is right")
 
 
 @remote.add(examples="sf remote ls")

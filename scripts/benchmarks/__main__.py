@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def main() -> int:
             f"bench: no benchmark is called {options.name!r}; there are: {', '.join(names)}", file=sys.stderr
         )
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed then, too
     try:
         with Bench(options.name, rounds=options.rounds, keep=options.keep) as bench:
             try:
