@@ -88,7 +88,7 @@ def running(prefix: str) -> list[Running]:
     Machines that share a process table (nodes in containers or in tests) are told apart by their mount namespace.
     """
     found = []
-    mine = Path("/proc/self/ns/mnt").stat().st_ino
+    mine = Path("/proc/thread-self/ns/mnt").stat().st_ino
     for path in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (path / "cmdline").read_bytes().split(b"\0")

@@ -1,4 +1,6 @@
-"""The kernel's side of the data plane: namespaces, links, addresses, routes, FDB. The one module with pyroute2.
+"""The kernel's side of the data plane: namespaces, and changes of links, addresses, routes, FDB, neighbours.
+
+The one module with pyroute2.
 
 A netlink socket belongs to the namespace in which it was made, whichever thread uses it later. So a thread steps into
 a namespace (setns(2) concerns the calling thread alone), makes the socket and steps out again: no process is spawned.
@@ -9,7 +11,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, Self
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 
-from net import libnft
+from net import libnft, rtnetlink
 from net.errors import Failed
 from net.facts import HOST, Entry, Kind, Link
 from net.nft import VXLAN_PORT
@@ -27,14 +29,11 @@ DIRECTORY = Path("/run/netns")
 """Where ip-netns(8) looks for them."""
 
 _CLONE_NEWNET = 0x40000000
-_ANY = "0.0.0.0"  # noqa: S104 - the default route's destination
 _NS_GET_NSTYPE = 0xB703
 _MS_BIND, _MNT_DETACH = 0x1000, 2
 _NOARP, _PERMANENT = 0x40, 0x80
 _SELF, _MASTER, _PROXY = 2, 4, 8
-_NEWNEIGH, _GETNEIGH, _REQUEST_DUMP, _NDA_DST = 28, 30, 0x301, 1
-_MAIN_TABLE, _PROTO_KERNEL, _PROTO_STATIC = 254, 2, 4
-_SKIP_STATS = 8
+_PROTO_STATIC = 4
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
@@ -117,18 +116,20 @@ class Netns:
             raise Failed(f"namespace {name} cannot be opened: {error.strerror}") from error
         try:
             with self.entered():
-                self._ip = IPRoute()
+                self._reading = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         except BaseException:
             os.close(self.fd)
             raise
-        self._index: dict[str, int] = {}
-        self._name: dict[int, str] = {}
+        self._changing: IPRoute | None = None  # made when first needed: most namespaces are only read
+        self._names: dict[int, str] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ip.close()
+        if self._changing is not None:
+            self._changing.close()
+        self._reading.close()
         os.close(self.fd)
 
     @contextmanager
@@ -146,62 +147,27 @@ class Netns:
 
     # What is there
 
-    def links(self) -> dict[str, tuple[int, Link]]:
-        """Every device but loopback with its index."""
-        found = list(self._ip.get_links(ext_mask=_SKIP_STATS))
-        names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in found}
-        self._name = names
-        self._index = {name: index for index, name in names.items()}
-        return {
-            names[message["index"]]: (message["index"], _link(message, names))
-            for message in found
-            if names[message["index"]] != "lo"
-        }
+    def links(self) -> dict[str, Link]:
+        """Every device but loopback."""
+        self._names = {}
+        found = rtnetlink.links(self._reading)
+        self._names = {index: link.name for index, link in found.items()}
+        return {link.name: link for link in found.values() if link.name != "lo"}
 
     def entries(self, sysctls: Iterable[str]) -> Iterator[Entry]:
-        """Addresses, routes, FDB and neighbours without what the kernel put there itself, and those sysctls (one
-        that this kernel lacks reads "0")."""
-        for m in self._ip.get_addr(family=socket.AF_INET):
-            yield self._entry(Kind.ADDRESS, m["index"], f"{m.get_attr('IFA_LOCAL')}/{m['prefixlen']}")
-        for m in self._ip.get_routes(family=socket.AF_INET, table=_MAIN_TABLE):
-            if m["proto"] != _PROTO_KERNEL:
-                destination = f"{m.get_attr('RTA_DST') or _ANY}/{m['dst_len']}"
-                yield self._entry(Kind.ROUTE, m.get_attr("RTA_OIF"), destination, m.get_attr("RTA_GATEWAY"))
-        for m in self._ip.fdb("dump"):
-            remote = m.get_attr("NDA_DST")
-            if remote or (m.get_attr("NDA_MASTER") and m["state"] == _NOARP):
-                yield self._entry(Kind.FDB, m["ifindex"], m.get_attr("NDA_LLADDR"), remote)
-        for m in self._ip.get_neighbours(family=socket.AF_INET):
-            if m["state"] == _PERMANENT:
-                mac = m.get_attr("NDA_LLADDR")
-                yield self._entry(Kind.NEIGHBOUR, m["ifindex"], m.get_attr("NDA_DST"), mac)
+        """What `rtnetlink.entries` says, and those sysctls (one that this kernel lacks reads "0")."""
+        if not self._names:
+            self.links()
+        yield from rtnetlink.entries(self._reading, self._names)
         with self.entered():
-            for key in sysctls:
-                path = Path("/proc/sys") / key
-                yield Entry(Kind.SYSCTL, "", key, path.read_text().strip() if path.exists() else "0")
+            texts = {key: path.read_text() for key in sysctls if (path := Path("/proc/sys") / key).exists()}
+        for key in sysctls:
+            yield Entry(Kind.SYSCTL, "", key, texts.get(key, "0").strip())
 
     def proxies(self) -> Iterator[Entry]:
-        """ARP proxies. pyroute2 cannot ask for them: the kernel wants NTF_PROXY in the request's own header."""
-        with self.entered():
-            asking = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        with asking:
-            header = struct.pack("=LHHLL", 28, _GETNEIGH, _REQUEST_DUMP, 1, 0)
-            asking.send(header + struct.pack("=BBHlHBB", socket.AF_INET, 0, 0, 0, 0, _PROXY, 0))
-            while True:
-                answer = asking.recv(1 << 17)
-                while answer:
-                    length, kind = struct.unpack_from("=LH", answer)
-                    if kind != _NEWNEIGH:  # the end, or an error
-                        return
-                    (index,) = struct.unpack_from("=l", answer, 20)
-                    at = 28
-                    while at < length:
-                        size, attribute = struct.unpack_from("=HH", answer, at)
-                        if attribute == _NDA_DST:
-                            address = IPv4Address(answer[at + 4 : at + 8])
-                            yield self._entry(Kind.PROXY, index, str(address))
-                        at += (size + 3) & ~3
-                    answer = answer[(length + 3) & ~3 :]
+        if not self._names:
+            self.links()
+        return rtnetlink.proxies(self._reading, self._names)
 
     def nft(self, commands: str, *, json: bool = False) -> str:
         with self.entered():
@@ -239,7 +205,7 @@ class Netns:
 
     def move_link(self, name: str, target: "Netns") -> None:
         self._ip.link("set", index=self.index(name), net_ns_fd=target.fd)
-        self._index.pop(name, None)
+        self._names = {}
 
     def change_link(self, name: str, **attributes: Any) -> None:
         """alias, mtu_bytes, mac, master (name or ""), suppress, learning, up: those that are given."""
@@ -269,7 +235,7 @@ class Netns:
         except (NetlinkError, Failed) as error:
             if isinstance(error, NetlinkError) and error.code != 19:  # ENODEV
                 raise
-        self._index.pop(name, None)
+        self._names = {}
 
     def entry(self, item: Entry, *, add: bool) -> None:
         if item.kind is Kind.SYSCTL:
@@ -298,37 +264,17 @@ class Netns:
             self._ip.neigh("replace" if add else "del", ifindex=index, dst=item.key, flags=_PROXY)
 
     def index(self, name: str) -> int:
-        if name not in self._index:
-            found = self._ip.link_lookup(ifname=name)
-            if not found:
-                raise Failed(f"there is no device {name} in {self.name or 'the host'}")
-            self._index[name] = found[0]
-        return self._index[name]
+        for index, known in self._names.items():
+            if known == name:
+                return index
+        self.links()
+        if name not in self._names.values():
+            raise Failed(f"there is no device {name} in {self.name or 'the host'}")
+        return self.index(name)
 
-    def _entry(self, kind: Kind, index: int, key: str, value: str | None = None) -> Entry:
-        if index not in self._name:
-            self.links()
-        return Entry(kind, self._name.get(index, ""), key, value or "")
-
-
-def _link(message: Any, names: Mapping[int, str]) -> Link:
-    info = message.get_attr("IFLA_LINKINFO")
-    kind = (info.get_attr("IFLA_INFO_KIND") if info else None) or ""
-    data = info.get_attr("IFLA_INFO_DATA") if info and kind == "vxlan" else None
-    port = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
-    if info is not None and info.get_attr("IFLA_INFO_SLAVE_KIND") != "bridge":
-        port = None
-    return Link(
-        name=message.get_attr("IFLA_IFNAME"),
-        kind=kind,
-        alias=message.get_attr("IFLA_IFALIAS") or "",
-        mtu_bytes=message.get_attr("IFLA_MTU"),
-        up=bool(message["flags"] & 1),
-        mac=message.get_attr("IFLA_ADDRESS") or "",
-        master=names.get(message.get_attr("IFLA_MASTER"), ""),
-        suppress=bool(port and port.get_attr("IFLA_BRPORT_NEIGH_SUPPRESS")),
-        learning=bool(port and port.get_attr("IFLA_BRPORT_LEARNING")),
-        vni=(data.get_attr("IFLA_VXLAN_ID") or 0) if data else 0,
-        local=(data.get_attr("IFLA_VXLAN_LOCAL") or "") if data else "",
-        carrier=bool(message.get_attr("IFLA_CARRIER")),
-    )
+    @property
+    def _ip(self) -> IPRoute:
+        if self._changing is None:
+            with self.entered():
+                self._changing = IPRoute()
+        return self._changing

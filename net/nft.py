@@ -276,7 +276,7 @@ def parse(text: str) -> dict[tuple[str, str], Table]:
         if kind == "table":
             chains[item["family"], item["name"]] = {}
         elif kind == "rule":
-            rule = Rule(item.get("comment", ""), handle=item["handle"], text=json.dumps(item["expr"]))
+            rule = Rule(item.get("comment", ""), handle=item["handle"])
             rules.setdefault((item["family"], item["table"], item["chain"]), []).append(rule)
         elif kind == "chain":
             hook = Hook(item["type"], item["hook"], item["prio"], item["policy"]) if "hook" in item else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from net import dnsmasq, kernel, names, nft
 from net.errors import Failed
-from net.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed, Rule, Table
+from net.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed, Rule
 from net.kernel import Netns
 from net.target import FORWARD, SYSCTLS
 
@@ -38,36 +38,31 @@ def _ours(installation: str, links: Iterable[Link], more: Iterable[str] = ()) ->
     return {link.name: link for link in links if link.alias.startswith(mark) or link.name in known}
 
 
-def _tables(installation: str, space: Netns, families: Iterable[str]) -> dict[str, Table]:
-    name = names.table(installation)
-    held = json.loads(space.nft("list tables", json=True) or '{"nftables": []}')["nftables"]
-    present = {e["table"]["family"] for e in held if "table" in e and e["table"]["name"] == name}
-    if not (wanted := [family for family in families if family in present]):
-        return {}
-    tables: dict[str, Table] = {}
-    for family in wanted:  # two listings in one call print two JSON documents
-        tables[family] = nft.parse(space.nft(f"list table {family} {name}", json=True))[family, name]
-    return tables
-
-
 def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
     vni = int(space.name.rsplit("-", 1)[1], 16)
     deterministic = (names.bridge(vni), names.vxlan(vni), names.uplink(vni))
-    links = _ours(installation, (link for _, link in space.links().values()), deterministic)
+    links = _ours(installation, space.links().values(), deterministic)
+    own = names.table(installation)
+    ruleset = nft.parse(space.nft("list ruleset", json=True))
     return Facts(
         links=links,
         entries=frozenset(e for e in space.entries(SYSCTLS) if e.dev in links or not e.dev),
-        tables=_tables(installation, space, ("bridge", "inet")),
+        tables={family: table for (family, name), table in ruleset.items() if name == own},
         dnsmasq=settings,
     )
 
 
 def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv4Address) -> Observed:
-    every = {name: link for name, (_, link) in host.links().items()}
+    every = host.links()
     prefix = names.host_uplink_prefix(installation)
     links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
     entries = list(host.entries((FORWARD,)))
-    tables = _tables(installation, host, ("inet",))
+    table = names.table(installation)
+    listed = nft.parse(host.nft("list tables", json=True))
+    ours = ("inet", table) in listed
+    tables = (
+        {"inet": nft.parse(host.nft(f"list table inet {table}", json=True))["inet", table]} if ours else {}
+    )
     floating = tables["inet"].elements.get(nft.FLOATING) if tables else None
     answered = {address for address, _ in floating.items} if floating else set()
     own = [e for e in entries if e.kind is Kind.SYSCTL or (e.dev in links and e.kind in _OURS_ON_HOST)]

@@ -101,7 +101,7 @@ class Plane:
                     held = space.links().get(name)
                     if held is None:
                         continue
-                    link = held[1]
+                    link = held
                     if link.alias not in ("", alias):
                         raise Conflict(f"there is a device {name} which is not this port's: {link.alias!r}")
                     if link.carrier:
@@ -136,8 +136,8 @@ class Plane:
                     held = space.links().get(name)
                     if held is None:
                         continue
-                    if not held[1].alias.startswith(names.owned(self.installation)):
-                        raise Conflict(f"the device {name} is not ours: alias {held[1].alias!r}")
+                    if not held.alias.startswith(names.owned(self.installation)):
+                        raise Conflict(f"the device {name} is not ours: alias {held.alias!r}")
                     space.delete_link(name)
                     if space_name != HOST:
                         self._unpin(space, name)
