@@ -4,9 +4,9 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,10 @@ from typing import Any
 
 import pycdlib
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from guest_images.packages import fetch, unpack
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,24 +244,30 @@ def flattened(value: Any, path: str = "") -> dict[str, str]:
     return {path.removesuffix("/"): text}
 
 
-def parsed_in_busybox(text: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The very program that runs in the guest."""
+    directory = tmp_path_factory.mktemp("busybox")
+    unpack(fetch(["busybox-static"], directory / "packages"), directory)
+    return next(path for path in (directory / "bin/busybox", directory / "usr/bin/busybox") if path.exists())
+
+
+def parsed(busybox: Path, text: str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "scripts/guest_images/tiny/json.awk"
-    return subprocess.run(["busybox", "awk", "-f", script], input=text, capture_output=True, text=True)
+    return subprocess.run([busybox, "awk", "-f", script], input=text, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(shutil.which("busybox") is None, reason="needs busybox on the host")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=range(len(DOCUMENTS)))
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_the_guests_json_reader_agrees_with_python(
-    document: Any, indent: int | None, ascii_only: bool
+    document: Any, indent: int | None, ascii_only: bool, busybox: Path
 ) -> None:
-    done = parsed_in_busybox(json.dumps(document, indent=indent, ensure_ascii=ascii_only))
+    done = parsed(busybox, json.dumps(document, indent=indent, ensure_ascii=ascii_only))
     assert done.returncode == 0, done.stderr
     assert dict(line.split("\t", 1) for line in done.stdout.splitlines()) == flattened(document)
 
 
-@pytest.mark.skipif(shutil.which("busybox") is None, reason="needs busybox on the host")
 @pytest.mark.parametrize("text", ['{"a": 1', '{"a" 1}', '["a" "b"]', '{"a": "b}', "[1,]", "{} x", ""])
-def test_the_guests_json_reader_refuses_what_is_no_json(text: str) -> None:
-    assert parsed_in_busybox(text).returncode != 0
+def test_the_guests_json_reader_refuses_what_is_no_json(text: str, busybox: Path) -> None:
+    assert parsed(busybox, text).returncode != 0
