@@ -82,15 +82,17 @@ class Condemned:
 class Lease:
     """A writer's lease, kept alive by a thread until the `with` block ends.
 
-    Three requests: one when it begins, one for `reuse`, one when it ends; `id` salts the packs of this writer.
+    `id` is the salt of every pack that this writer makes: a name that nobody made before can have been neither
+    condemned nor deleted before, and a collector that was paused cannot delete it for what it once was.
     """
 
-    def __init__(self, store: Store, what: str, *, duration_s: float = LEASE_S) -> None:
+    def __init__(self, store: Store, what: str = "push", *, duration_s: float = LEASE_S) -> None:
         self.id = secrets.token_hex(16)
         self._store, self._what, self._duration_s = store, what, duration_s
-        self._packs: frozenset[Digest] = frozenset()
-        self._images: frozenset[Digest] = frozenset()
+        self._packs: set[Digest] = set()
+        self._images: set[Digest] = set()
         self._epoch: int | None = None
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -108,45 +110,48 @@ class Lease:
         with contextlib.suppress(StoreError):
             self._store.backend.delete(_key(self.id))
 
-    def reuse(self, packs: Iterable[Digest] = (), images: Iterable[Digest] = ()) -> None:
-        """Say which packs and manifests this writer counts on, beside those said before."""
-        self._packs |= frozenset(packs)
-        self._images |= frozenset(images)
+    def made(self, pack: Digest) -> None:
+        """This writer uploads a pack of its own: no request now, said with the next."""
+        with self._lock:
+            self._packs.add(pack)
+
+    def reuse(self, packs: Iterable[Digest], images: Iterable[Digest] = ()) -> set[Digest]:
+        """Say that this writer counts on packs (and manifests); returns those packs that it may use. Two requests.
+
+        A pack known from a hint, and not from a layout just read, may be gone: that is the caller's to ask, after.
+        """
+        wanted = set(packs)
+        with self._lock:
+            self._packs |= wanted
+            self._images |= set(images)
         self._write()
+        return wanted - self.unusable(wanted)
+
+    def check(self) -> set[Digest]:
+        """Those of this writer's packs that must not be used any more."""
+        with self._lock:
+            packs = set(self._packs)
+        return self.unusable(packs)
 
     def unusable(self, packs: Iterable[Digest]) -> set[Digest]:
-        """Which of `packs` must not be used: condemned or gone. One request, unless packs were deleted meanwhile.
-
-        The first call, made before anything is reused, sets the epoch that later calls compare with; so packs
-        that the writer knows from an older time (a local index) have to be in that first call.
-        """
+        """Which of `packs` must not be used: condemned or gone. One request, unless packs were deleted meanwhile."""
         condemned, wanted = Condemned.read(self._store), set(packs)
         bad = wanted & condemned.packs.keys()
-        if self._epoch != condemned.epoch:
-            for pack in wanted - bad:
-                try:
-                    self._store.backend.stat(derived_key("packs", pack))
-                except NotFound:
-                    bad.add(pack)
+        if self._epoch not in (None, condemned.epoch):
+            # The list forgot some packs since it was read first: those that it names no longer are gone.
+            bad |= {pack for pack in wanted - bad if not _exists(self._store, derived_key("packs", pack))}
+        else:
             self._epoch = condemned.epoch
         return bad
 
-    def know_epoch(self, epoch: int) -> None:
-        """Skip those questions: the caller's knowledge of packs is from this epoch of the condemned list."""
-        self._epoch = epoch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that `unusable` saw last; kept beside a local index it saves questions later."""
-        return self._epoch or 0
-
     def _write(self) -> None:
-        body = {
-            "what": self._what,
-            "duration_s": self._duration_s,
-            "packs": sorted(pack.hex() for pack in self._packs),
-            "images": sorted(image.hex() for image in self._images),
-        }
+        with self._lock:
+            body = {
+                "what": self._what,
+                "duration_s": self._duration_s,
+                "packs": sorted(pack.hex() for pack in self._packs),
+                "images": sorted(image.hex() for image in self._images),
+            }
         self._store.backend.put(_key(self.id), seal(body))
 
     def _keep(self) -> None:
@@ -155,6 +160,14 @@ class Lease:
                 self._write()
             except StoreError as err:
                 log.warning("the lease could not be renewed: %s", err)
+
+
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.backend.stat(key)
+    except NotFound:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
