@@ -40,6 +40,19 @@ def read_exactly(descriptor: int, offset: int, out: memoryview, what: str) -> No
         done += count
 
 
+def read_range(disk: Disk, offset: int, length: int) -> bytes:
+    """Bytes of a disk, holes as zeros; fewer where the disk ends."""
+    length = max(0, min(length, disk.size_bytes - offset))
+    data, done = bytearray(length), 0
+    view = memoryview(data)
+    while done < length and (stretch := disk.next_data(offset + done)) is not None:
+        start, end = (min(max(at - offset, done), length) for at in stretch)
+        if start < end:
+            disk.read(offset + start, view[start:end])
+        done = end
+    return bytes(data)
+
+
 class RawDisk:
     """A raw file or block device; its holes are found by SEEK_DATA."""
 

@@ -57,9 +57,7 @@ def sniff(descriptor: int, what: str, format_: str | None) -> str:
         if head.startswith(sign):
             raise Invalid(f"{what} {reason}")
     if not any(head[at : at + len(sign)] == sign for at, sign in _DISK_SIGNS):
-        hint = (
-            "it has no partition table or file system that sf knows; --format raw takes any bytes as a disk"
-        )
+        hint = "it has no partition table or file system that sf knows; --input-format raw takes any bytes as a disk"
         raise Invalid(f"{what} is no disk image", hint=hint)
     return "raw"
 

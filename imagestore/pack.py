@@ -93,7 +93,7 @@ class Footer:
     lengths: npt.NDArray[np.uint32]
     ids: Ids
     salt: str = ""
-    """Lets the same chunks be packed again under another name, where the first is condemned."""
+    """Makes the name new: a pack may not get a name that was, or will be, deleted."""
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -192,11 +192,6 @@ class PackWriter:
         """Append one frame."""
         self._frames.append(frame)
         self.size_bytes += len(frame.data)
-
-    def take(self, other: "PackWriter") -> None:
-        """Append all frames of another."""
-        for frame in other._frames:
-            self.add(frame)
 
     def finish(self) -> tuple[Digest, Footer, list[Buffer]]:
         """The pack's name, its footer and the pieces that make its bytes."""

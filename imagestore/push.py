@@ -4,7 +4,7 @@ Windows of the disk are read, cut and hashed; chunks that the store does not hol
 and appended to packs, which are uploaded while the next are made. Then, each after what it points to: index part,
 layout, manifest, name. Killed at any moment it leaves a store that verifies, and the rerun finds what arrived.
 
-Packs depend on the disk and on what the store was known to hold, not on timing: a rerun makes the same packs again.
+A pack that arrived is remembered on this machine before its index part is published: a rerun does not send it again.
 """
 
 import os
@@ -21,21 +21,21 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from imagestore import index
+from imagestore import ext4, index
 from imagestore.backend import Buffer
 from imagestore.columns import Ids
 from imagestore.digest import Digest
-from imagestore.disk import Disk, open_disk
+from imagestore.disk import Disk, open_disk, read_range
 from imagestore.errors import Corrupt, Invalid, NotFound
 from imagestore.layout import Layout
-from imagestore.leases import Condemned, Lease
+from imagestore.leases import Lease
 from imagestore.manifest import Manifest, check_labels
 from imagestore.names import NameRecord, check_architecture, check_name
 from imagestore.pack import FRAME_BYTES, LEVEL, Footer, Frame, PackWriter, compress
 from imagestore.progress import Progress, Report, silent
 from imagestore.publish import publish
 from imagestore.store import Store, derived_key
-from imagestore.windows import NOTHING_SPECIAL, Special, Window, Windows, in_order
+from imagestore.windows import Special, Window, Windows, in_order
 
 PACK_BYTES = 32 << 20
 _AHEAD_WINDOWS = 8
@@ -152,11 +152,7 @@ def push(
     with ExitStack() as stack:
         disk = stack.enter_context(open_disk(path, format_))
         writer = stack.enter_context(Writer(store, disk, progress=progress, cache=cache))
-        return writer.push(name, tag, facts, _special(disk, sparsify))
-
-
-def _special(disk: Disk, sparsify: bool) -> Special:
-    return NOTHING_SPECIAL
+        return writer.push(name, tag, facts, ext4.look(disk, sparsify=sparsify))
 
 
 class Writer:
@@ -165,7 +161,7 @@ class Writer:
     def __init__(self, store: Store, disk: Disk, *, progress: Report, cache: Path | None = None) -> None:
         self._store, self._disk, self._progress = store, disk, progress
         self._lease = Lease(store, "push")
-        self._condemned: set[Digest] = set()
+        self._repairs = 0
         self._stack = ExitStack()
         self._local = index.LocalIndex(store.info.id, cache)
         self._known, self._frames = index.Known(), _Frames()
@@ -227,7 +223,9 @@ class Writer:
         where = _Where(all_offsets, all_lengths, all_rows)
 
         def repair(lost: set[Digest]) -> Layout:
-            self._condemned |= lost
+            if lost:  # the same frames again must make a pack of another name
+                self._repairs += 1
+                self._salt = f"{self._lease.id}.{self._repairs}"
             for at, pack in enumerate(self._frames.packs):
                 self._frames.usable[at] &= pack not in lost
             where.rows = self._again(where)
@@ -283,46 +281,46 @@ class Writer:
             return
         self._engaged = True
         self._stack.enter_context(self._lease)
-        condemned = Condemned.read(self._store)
-        self._condemned = set(condemned.packs)
-        # What is learned of packs from here on is no older than this list: layouts are live, hints are asked for.
-        self._lease.know_epoch(condemned.epoch)
-        packs: set[Digest] = set()
-        for digest, first, end in self._lineage:
-            try:
-                layout = self._store.layout(digest)
-            except (NotFound, Corrupt):
-                layout = None
+        self._salt = self._lease.id
+        layouts = [self._read_layout(digest) for digest, _, _ in self._lineage]
+        unfinished = self._local.unfinished()
+        named = {pack for layout in layouts if layout for pack in layout.packs}
+        usable = self._reuse(named | {pack for pack, _ in unfinished})
+        for layout, (_, first, end) in zip(layouts, self._lineage, strict=True):
             frames = self._known.frames.values[first:end]
             if layout is None or len(layout.chunk_frames) != end - first:
                 at = self._frames.add_pack(Digest(bytes(32)), usable=False)
                 frames[:] = self._frames.add([at], [0], [0], [0], [0], np.zeros((1, 32), np.uint8))
                 continue
-            packs |= set(layout.packs)
-            numbers = [
-                self._frames.add_pack(pack, usable=pack not in self._condemned) for pack in layout.packs
-            ]
+            numbers = [self._frames.add_pack(pack, usable=pack in usable) for pack in layout.packs]
             start = self._frames.add(
                 np.array(numbers, np.int64)[layout.frame_packs], layout.frame_offsets, layout.frame_sizes,
                 layout.frame_plain_sizes, layout.frame_codecs, layout.frame_hashes,
             )  # fmt: skip
             frames[:] = layout.chunk_frames.astype(np.int64) + start
             self._known.offsets.values[first:end] = layout.chunk_offsets
-        for pack, footer in self._local.unfinished():
-            if not self._load([(pack, footer)]):
-                self._local.forget_packs([pack])
-            else:
-                packs.add(pack)
-        if packs:
-            self._lease.reuse(packs)
+        there = self._load(unfinished, usable)
+        self._local.forget_packs(pack for pack, _ in unfinished if pack not in there)
         self._hooks, _ = index.read_hooks(self._store)
 
-    def _load(self, footers: Iterable[tuple[Digest, Footer]]) -> set[Digest]:
+    def _read_layout(self, manifest: Digest) -> Layout | None:
+        try:
+            return self._store.layout(manifest)
+        except (NotFound, Corrupt):
+            return None
+
+    def _reuse(self, packs: set[Digest]) -> set[Digest]:
+        """Those of `packs` that may be relied on (if they exist: a hint may be old)."""
+        return self._lease.reuse(packs) if packs else packs
+
+    def _load(self, footers: Iterable[tuple[Digest, Footer]], usable: set[Digest]) -> set[Digest]:
         """Make known what lies in packs that a hint told of; those that are there."""
-        fresh = [(pack, footer) for pack, footer in footers if pack not in self._frames.packs]
+        fresh = [
+            (pack, footer) for pack, footer in footers if pack in usable and pack not in self._frames.packs
+        ]
         there = set()
         for (pack, footer), exists in zip(fresh, self._senders.map(self._is_there, fresh), strict=True):
-            if exists and pack not in self._condemned:
+            if exists:
                 there.add(pack)
                 first = self._frames.add_footer(pack, footer, usable=True)
                 self._known.add(footer.ids, first + footer.frame_of_chunk, footer.offset_in_frame)
@@ -356,7 +354,7 @@ class Writer:
 
     def _load_parts(self, ids: Ids) -> None:
         unknown = ids[self._find(ids) < 0]
-        packs: set[Digest] = set()
+        footers: list[tuple[Digest, Footer]] = []
         for name, size_bytes in self._hooks.matching(unknown) if len(unknown) else ():
             if name in self._asked:
                 continue
@@ -364,17 +362,20 @@ class Writer:
             part = self._local.get(name)
             if part is None and self._parts_bytes + size_bytes <= _PARTS_BYTES:
                 self._parts_bytes += size_bytes
-                try:
-                    data = self._store.backend.get(index.part_key(name)).data
-                    part = index.IndexPart.decode(data) if Digest.of(data) == name else None
-                except (NotFound, Corrupt):
-                    part = None
-                if part is not None:
-                    self._local.keep(name, data)
-            if part is not None:
-                packs |= self._load(part.footers)
-        if packs:
-            self._lease.reuse(packs)
+                part = self._read_part(name)
+            footers += part.footers if part is not None else ()
+        self._load(footers, self._reuse({pack for pack, _ in footers} - set(self._frames.packs)))
+
+    def _read_part(self, name: Digest) -> index.IndexPart | None:
+        try:
+            data = self._store.backend.get(index.part_key(name)).data
+            part = index.IndexPart.decode(data)
+        except (NotFound, Corrupt):
+            return None
+        if Digest.of(data) != name:
+            return None
+        self._local.keep(name, data)
+        return part
 
     # New chunks
 
@@ -438,13 +439,15 @@ class Writer:
     def _store_frames(self, frames: Iterable[_Pieces]) -> None:
         """Compress frames, pack and upload them; returns when all have arrived."""
         ahead = 4 * self._pool._max_workers
-        pack, numbers = PackWriter(self._salt), list[int]()
+        numbers: list[int] = []
         for number, frame in in_order(self._pool, self._compress, frames, ahead):
+            if not numbers:  # not before: the salt is known once there is something to store
+                pack = PackWriter(self._salt)
             pack.add(frame)
             numbers.append(number)
             if pack.size_bytes >= PACK_BYTES:
                 self._send(pack, numbers)
-                pack, numbers = PackWriter(self._salt), []
+                numbers = []
         if numbers:
             self._send(pack, numbers)
         while self._uploads:
@@ -452,12 +455,7 @@ class Writer:
 
     def _send(self, pack: PackWriter, numbers: list[int]) -> None:
         digest, footer, pieces = pack.finish()
-        if digest in self._condemned:
-            # The very same pack is about to be deleted: these frames need another name.
-            self._salt = self._lease.id
-            again = PackWriter(self._salt)
-            again.take(pack)
-            digest, footer, pieces = again.finish()
+        self._lease.made(digest)
         at = self._frames.add_pack(digest, usable=True)
         self._frames.pack.values[numbers] = at
         self._frames.offset.values[numbers] = footer.offsets
@@ -471,13 +469,10 @@ class Writer:
         self._uploads.append(self._senders.submit(self._upload, digest, footer, pieces))
 
     def _upload(self, digest: Digest, footer: Footer, pieces: list[Buffer]) -> int:
-        """In a sender, unless an interrupted push brought it already; the bytes written."""
-        written = 0
-        if not self._is_there((digest, footer)):
-            self._store.backend.put(derived_key("packs", digest), pieces)
-            written = sum(len(piece) for piece in pieces)
+        """In a sender; the bytes written. The hint comes first: who was killed in between finds out by asking."""
         self._local.keep_pack(digest, footer)
-        return written
+        self._store.backend.put(derived_key("packs", digest), pieces)
+        return sum(len(piece) for piece in pieces)
 
     # Where it all lies
 
@@ -495,8 +490,7 @@ class Writer:
 
         def again() -> Iterator[_Pieces]:
             for at in chosen[np.sort(firsts)].tolist():
-                data = bytearray(int(lengths[at]))
-                read_chunk(self._disk, int(offsets[at]), data)
+                data = read_range(self._disk, int(offsets[at]), int(lengths[at]))
                 id_ = self._known.ids.values[rows[at]].tobytes()
                 if Digest.of(data) != id_:
                     raise Invalid(
@@ -554,16 +548,6 @@ class Writer:
             chunk_frames=place[chunk_frames].astype(np.uint32),
             chunk_offsets=self._known.offsets.values[rows],
         )
-
-
-def read_chunk(disk: Disk, offset: int, out: bytearray) -> None:
-    """Bytes of a disk, holes as zeros."""
-    view, done = memoryview(out), 0
-    while done < len(out) and (stretch := disk.next_data(offset + done)) is not None:
-        start, end = (min(max(at - offset, done), len(out)) for at in stretch)
-        if start < end:
-            disk.read(offset + start, view[start:end])
-        done = end
 
 
 def _manifest(

@@ -46,9 +46,6 @@ class Special:
     """Sorted (start, end) rows that are to be read as zeros."""
 
 
-NOTHING_SPECIAL = Special(np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
-
-
 def in_order(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:
     """map() over a pool that works at most `ahead` items ahead of its consumer."""
     pending: deque[Future[_R]] = deque()
