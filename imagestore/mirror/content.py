@@ -1,0 +1,200 @@
+"""Any range of an image, as the disk or as a qcow2 of it, out of the store's frames: for people who know no sf."""
+
+import hashlib
+import io
+import json
+import tarfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from imagestore.backend import Buffer
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, NotFound
+from imagestore.manifest import Manifest
+from imagestore.origin import StoreOrigin
+from imagestore.progress import Progress, Report, silent
+from imagestore.qcow2_writer import WRITER, plan
+from imagestore.store import Store, derived_key
+from imagestore.windows import in_order
+
+_GROUP_BYTES = 2 << 20
+_AHEAD = 3
+_ZEROS = bytes(1 << 20)
+DEBIAN_WORDS = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+class GroupCache:
+    """Groups of chunks that were decompressed lately, for all images together. Thread-safe."""
+
+    def __init__(self, limit_bytes: int = 128 << 20) -> None:
+        self._limit_bytes, self._size_bytes = limit_bytes, 0
+        self._groups: OrderedDict[tuple[Digest, int], list[Buffer]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[Digest, int]) -> list[Buffer] | None:
+        """Its chunks, if they are still here."""
+        with self._lock:
+            if key in self._groups:
+                self._groups.move_to_end(key)
+            return self._groups.get(key)
+
+    def put(self, key: tuple[Digest, int], pieces: list[Buffer]) -> None:
+        """Keep it; the oldest go."""
+        with self._lock:
+            if key in self._groups:
+                return
+            self._groups[key] = pieces
+            self._size_bytes += sum(len(piece) for piece in pieces)
+            while self._size_bytes > self._limit_bytes and len(self._groups) > 1:
+                _, gone = self._groups.popitem(last=False)
+                self._size_bytes -= sum(len(piece) for piece in gone)
+
+
+class Content:
+    """One image. Every chunk is hashed before it leaves. Raises Corrupt, NotFound, Unavailable while it streams."""
+
+    def __init__(self, store: Store, digest: Digest, cache: GroupCache, pool: ThreadPoolExecutor) -> None:
+        self.digest = digest
+        self.manifest: Manifest = store.manifest(digest)
+        self.qcow2 = plan(self.manifest)
+        self._origin = StoreOrigin(store.url, lambda: store, digest, self.manifest)
+        self._cache, self._pool = cache, pool
+        lengths = self.manifest.lengths.astype(np.int64)
+        self._starts = self.manifest.offsets
+        self._ends = self._starts + lengths
+        # Chunks whose data begins in the same _GROUP_BYTES of all data are fetched together.
+        groups = (np.cumsum(lengths) - lengths) // _GROUP_BYTES
+        self._firsts = np.append(np.flatnonzero(np.diff(groups, prepend=-1)), len(lengths))
+
+    def size_bytes(self, format_: str) -> int:
+        """Of the whole file, `raw` or `qcow2`."""
+        return self.manifest.size_bytes if format_ == "raw" else self.qcow2.size_bytes
+
+    def read(self, format_: str, start: int, length: int) -> Iterator[Buffer]:
+        """Bytes `start` to `start + length` of the file, in pieces."""
+        if format_ == "raw":
+            yield from self._disk(start, length)
+            return
+        for segment in self.qcow2.segments(start, length):
+            if isinstance(segment, bytes):
+                yield segment
+            elif isinstance(segment, int):
+                yield from _zeros(segment)
+            else:
+                yield from self._disk(*segment)
+
+    def _disk(self, offset: int, length: int) -> Iterator[Buffer]:
+        end = offset + length
+        first, last = np.searchsorted(self._ends, offset, "right"), np.searchsorted(self._starts, end)
+        groups = range(0)
+        if first < last:
+            bounds = np.searchsorted(self._firsts, [first, last - 1], "right") - 1
+            groups = range(int(bounds[0]), int(bounds[1]) + 1)
+        at = offset
+        for group, pieces in in_order(self._pool, self._load, groups, _AHEAD if len(groups) > 1 else 0):
+            base = int(self._firsts[group])
+            for number, piece in enumerate(pieces, base):
+                start, stop = max(int(self._starts[number]), offset), min(int(self._ends[number]), end)
+                if start >= stop:
+                    continue
+                yield from _zeros(start - at)
+                begin = start - int(self._starts[number])
+                yield memoryview(piece)[begin : begin + stop - start]
+                at = stop
+        yield from _zeros(end - at)
+
+    def _load(self, group: int) -> tuple[int, list[Buffer]]:
+        found = self._cache.get((self.digest, group))
+        if found is None:
+            chunks = range(int(self._firsts[group]), int(self._firsts[group + 1]))
+            by_chunk: dict[int, Buffer] = {}
+            for batch in self._origin.fetch(chunks):
+                by_chunk.update(zip(batch.chunks, batch.pieces, strict=True))
+            found = []
+            for chunk in chunks:
+                piece = by_chunk[chunk]
+                if Digest.of(piece) != self.manifest.ids[chunk].tobytes():
+                    raise Corrupt(f"a chunk of {self.digest} does not match its id")
+                # A copy: a view would keep the whole frame in memory.
+                found.append(bytes(piece))
+            self._cache.put((self.digest, group), found)
+        return group, found
+
+
+def _zeros(count: int) -> Iterator[Buffer]:
+    while count > 0:
+        yield _ZEROS[:count]
+        count -= len(_ZEROS)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """SHA-256 of what is served of an image: computed once, at publish, and kept as `sums/ab/<manifest>`."""
+
+    raw: str
+    qcow2: str
+    combined: str
+    """Of the metadata archive and the qcow2 after it, as simplestreams wants it."""
+    created_s: int
+    """When it was computed, by the store's clock: a version's date in simplestreams."""
+    writer: int = WRITER
+
+
+def read_sums(store: Store, digest: Digest) -> Sums | None:
+    """None where they were not computed yet, or by another writer of qcow2 files."""
+    try:
+        body = json.loads(store.backend.get(derived_key("sums", digest)).data)
+        sums = Sums(**body)
+    except (NotFound, ValueError, TypeError):
+        return None
+    return sums if sums.writer == WRITER else None
+
+
+def compute_sums(store: Store, digest: Digest, progress: Report = silent) -> Sums:
+    """Read the whole image twice and keep its checksums, unless they are there."""
+    known = read_sums(store, digest)
+    if known is not None:
+        return known
+    created_s = round(store.backend.now())
+    with ThreadPoolExecutor(2, "sf-sums") as pool:
+        content = Content(store, digest, GroupCache(16 << 20), pool)
+        raw, qcow2 = hashlib.sha256(), hashlib.sha256()
+        combined = hashlib.sha256(simplestreams_archive(content.manifest, created_s))
+        total = content.size_bytes("raw") + content.size_bytes("qcow2")
+        done = 0
+        for format_, hashes in (("raw", (raw,)), ("qcow2", (qcow2, combined))):
+            for piece in content.read(format_, 0, content.size_bytes(format_)):
+                for one in hashes:
+                    one.update(piece)
+                done += len(piece)
+                progress(Progress("checksums", done, total))
+    sums = Sums(raw.hexdigest(), qcow2.hexdigest(), combined.hexdigest(), created_s)
+    store.backend.put(derived_key("sums", digest), json.dumps(asdict(sums), sort_keys=True).encode())
+    return sums
+
+
+def simplestreams_archive(manifest: Manifest, created_s: int) -> bytes:
+    """The metadata archive (incus.tar.xz) that LXD and Incus want beside a VM's disk; the same bytes every time."""
+    facts = {
+        "architecture": manifest.architecture,
+        "creation_date": created_s,
+        "properties": {"os": manifest.os or "linux", "description": f"{manifest.os or 'linux'} for sf"},
+    }
+    text = json.dumps(facts, sort_keys=True).encode()  # JSON is YAML
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:xz", format=tarfile.USTAR_FORMAT, preset=6) as archive:
+        entry = tarfile.TarInfo("metadata.yaml")
+        entry.size, entry.mtime = len(text), created_s
+        archive.addfile(entry, io.BytesIO(text))
+    return out.getvalue()
+
+
+def version_date(created_s: int) -> str:
+    """A version's name in simplestreams."""
+    return time.strftime("%Y%m%d_%H%M", time.gmtime(created_s))

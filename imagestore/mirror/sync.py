@@ -1,0 +1,255 @@
+"""`sf mirror sync`: upstream images into the store, one source after the other; a bad one stops no other.
+
+For each image: where is the newest build, what does its checksum file say, is that what we have already? If not:
+download, compare, push, set its tags. The former version keeps a tag with its build until it is too old. Killed at any
+moment, the names in the store are those before or after, and the rerun goes on with what was downloaded.
+"""
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
+from imagestore.mirror import sources
+from imagestore.mirror.download import Downloader, Fetched, hash_file
+from imagestore.mirror.sources import Location, Source
+from imagestore.progress import Report, silent
+from imagestore.push import push
+from imagestore.store import Store, derived_key
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one image of a source. `result`: new, unchanged or failed."""
+
+    title: str
+    architecture: str
+    result: str
+    message: str = ""
+    digest: Digest | None = None
+    new_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an image came from: beside the manifest, because the manifest knows no times and no places."""
+
+    url: str = ""
+    build: str = ""
+    algorithm: str = ""
+    checksum: str = ""
+    signed_by: str = ""
+    etag: str = ""
+    last_modified: str = ""
+    fetched_at_s: float = 0.0
+
+    def encode(self) -> bytes:
+        """JSON."""
+        body = {name: getattr(self, name) for name in self.__slots__}
+        return json.dumps(body, sort_keys=True, indent=1).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Provenance":
+        """What it does not know it leaves out: this is for people and for skipping work, never for trust."""
+        try:
+            body = json.loads(data)
+            texts = {name: str(body.get(name, "")) for name in cls.__slots__ if name != "fetched_at_s"}
+            return cls(**texts, fetched_at_s=float(body.get("fetched_at_s", 0)))
+        except (ValueError, TypeError, AttributeError):
+            return cls()
+
+
+def read_provenance(store: Store, digest: Digest) -> Provenance:
+    """Empty where nothing is known."""
+    try:
+        return Provenance.decode(store.backend.get(derived_key("provenance", digest)).data)
+    except NotFound:
+        return Provenance()
+
+
+def sync(
+    store: Store,
+    wanted: Iterable[Source],
+    work: Path,
+    *,
+    progress: Callable[[str], Report] = lambda title: silent,
+) -> list[Outcome]:
+    """Bring the newest build of every source into the store. `work`: where downloads lie, also between runs.
+
+    progress: given "name:tag arch", the report for that image. Errors are in the outcomes.
+    """
+    store.check_writable()
+    work.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    with Downloader(trusted=True) as web:
+        for source in wanted:
+            for architecture in source.architectures:
+                image = _Image(store, web, source, architecture, work)
+                started = time.monotonic()
+                try:
+                    outcome = image.sync(progress(f"{source.title} {architecture}"))
+                except StoreError as error:
+                    words = f"{error} ({error.hint})" if error.hint else str(error)
+                    outcome = Outcome(source.title, architecture, "failed", words)
+                outcomes.append(replace(outcome, seconds=round(time.monotonic() - started, 1)))
+    return outcomes
+
+
+class _Image:
+    """One source for one architecture."""
+
+    def __init__(
+        self,
+        store: Store,
+        web: Downloader,
+        source: Source,
+        architecture: str,
+        work: Path,
+    ) -> None:
+        self._store, self._web, self._source, self._architecture = store, web, source, architecture
+        self._work = work
+
+    def sync(self, progress: Report) -> Outcome:
+        source = self._source
+        build = ""
+        if source.build_pattern:
+            theirs = source.architectures[self._architecture]
+            page = self._web.text(source.build_page.replace("{arch}", theirs))
+            build = sources.newest(page, source.build_pattern, theirs)
+        location = sources.locate(source, self._architecture, build)
+        algorithm, checksum, signed_by = self._checksum(location)
+        current = self._current()
+        known = read_provenance(self._store, current) if current else Provenance()
+        if current and checksum and self._has(current, algorithm, checksum):
+            self._tag(current)
+            return Outcome(source.title, self._architecture, "unchanged", signed_by, current)
+        fetched = self._download(location, algorithm, checksum, known if current else Provenance(), progress)
+        if fetched.path is None and current:
+            self._tag(current)
+            return Outcome(source.title, self._architecture, "unchanged", signed_by, current)
+        assert fetched.path is not None
+        if current:
+            self._keep(current, known)
+        facts = {"format": source.format} | ({algorithm: checksum} if checksum else {})
+        result = push(
+            self._store,
+            fetched.path,
+            source.name,
+            source.tags[0],
+            architecture=self._architecture,
+            labels=source.labels,
+            os_name=source.os,
+            source=facts,
+            format_=source.format,
+            progress=progress,
+        )
+        provenance = Provenance(
+            location.url, build or fetched.last_modified, algorithm, checksum, signed_by,
+            fetched.etag, fetched.last_modified, round(self._store.backend.now()),
+        )  # fmt: skip
+        self._store.backend.put(derived_key("provenance", result.digest), provenance.encode())
+        self._tag(result.digest)
+        fetched.path.unlink()
+        return Outcome(source.title, self._architecture, "new", signed_by, result.digest, result.new_bytes)
+
+    def _current(self) -> Digest | None:
+        record = self._store.names.read(self._source.name, self._source.tags[0])
+        return None if record.removed else record.images.get(self._architecture)
+
+    def _has(self, digest: Digest, algorithm: str, checksum: str) -> bool:
+        try:
+            return dict(self._store.manifest(digest).source).get(algorithm) == checksum
+        except (NotFound, Corrupt):
+            return False
+
+    def _checksum(self, location: Location) -> tuple[str, str, str]:
+        """(algorithm, hex digest, whose signature is on it); empty where upstream publishes none."""
+        if not location.checksums:
+            return "", "", ""
+        text = self._web.text(location.checksums)
+        signed_by = ""
+        if self._source.signature:
+            if not Path(self._source.keyring).exists():
+                signed_by = f"signature not checked: no keyring at {self._source.keyring}"
+            else:
+                signature = "" if self._source.signature == "inline" else self._web.text(location.signature)
+                text, signed_by = check_signature(text, signature, Path(self._source.keyring))
+        algorithm, checksum = sources.find_checksum(text, urlsplit(location.url).path.rpartition("/")[2])
+        return algorithm, checksum, signed_by
+
+    def _download(
+        self, location: Location, algorithm: str, checksum: str, known: Provenance, progress: Report
+    ) -> Fetched:
+        """The file, with the right checksum; fetched again when it is wrong, given up after ATTEMPTS."""
+        path = self._work / f"{Digest.of(location.url.encode()).hex()[:24]}.image"
+        same_url = known.url == location.url and not checksum
+        for attempt in range(ATTEMPTS):
+            try:
+                fetched = self._web.fetch(
+                    location.url,
+                    path,
+                    limit_bytes=self._source.limit_bytes,
+                    etag=known.etag if same_url else "",
+                    last_modified=known.last_modified if same_url else "",
+                    progress=progress,
+                )
+            except Unavailable:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(2**attempt)
+                continue
+            if fetched.path is None or not checksum or hash_file(path, algorithm) == checksum:
+                return fetched
+            path.unlink()
+        message = f"{location.url}: its {algorithm} is not the published one, {ATTEMPTS} times over"
+        raise Corrupt(message, hint="upstream may be in the middle of a change; the next run tries again")
+
+    def _tag(self, digest: Digest) -> None:
+        for tag in self._source.tags:
+            record = self._store.names.read(self._source.name, tag)
+            if record.removed or record.images.get(self._architecture) != digest:
+                self._store.names.set(self._source.name, tag, self._architecture, digest)
+
+    def _keep(self, digest: Digest, known: Provenance) -> None:
+        """A tag for the version that is about to be replaced; versions past `keep` lose theirs."""
+        name, tag, names = self._source.name, self._source.tags[0], self._store.names
+        old = sources.old_tag(tag, known.build or time.strftime("%Y%m%d", time.gmtime(known.fetched_at_s)))
+        names.set(name, old, self._architecture, digest)
+        present = [record.tag for record in names.list() if record.name == name]
+        for gone in sources.tags_to_drop(present, tag, self._source.keep - 1):
+            names.remove(name, gone)
+
+
+def check_signature(text: str, signature: str, keyring: Path) -> tuple[str, str]:
+    """(the signed text, who signed) by gpgv; an empty signature means that `text` is clear-signed. Raises Denied."""
+    with tempfile.TemporaryDirectory(prefix="sf-gpgv-") as scratch:
+        directory = Path(scratch)
+        (directory / "text").write_text(text)
+        if signature:
+            (directory / "signature").write_text(signature)
+        files = ["signature", "text"] if signature else ["text"]
+        output = [] if signature else ["--output", "signed"]
+        command = ["gpgv", "--status-fd", "1", "--keyring", str(keyring.absolute()), *output, *files]
+        try:
+            done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30)
+        except FileNotFoundError as error:
+            raise Invalid("gpgv is not installed", hint="apt-get install gpgv") from error
+        except subprocess.TimeoutExpired as error:
+            raise Denied("gpgv did not come to an end") from error
+        good = [
+            line.split(" ", 3)[3] for line in done.stdout.splitlines() if line.startswith("[GNUPG:] GOODSIG ")
+        ]
+        if done.returncode or not good:
+            raise Denied(
+                "the signature on the checksum file is wrong, or by a key that is not in the keyring"
+            )
+        return text if signature else (directory / "signed").read_text(), good[0]
