@@ -8,6 +8,8 @@ from fastapi.responses import JSONResponse, Response
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
 from compute.api.history import add_events, add_metadata
+from compute.api.instances import DeleteAllBody
+from compute.errors import Invalid
 from compute.images import NamedImage, find_image, named_images
 from compute.objects import Artifact, Instance
 
@@ -37,6 +39,15 @@ def _viewer(ctx: Context) -> Callable[[NamedImage], dict[str, object]]:
 def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
     view = _viewer(ctx)
     return JSONResponse([view(image) for image in named_images(ctx.services.resolver.stores.values())])
+
+
+@router.delete("/artifacts")
+def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
+    """Every artifact of a namespace: it has none of its own, names belong to their store (`sf image rm`)."""
+    if not body.confirm:
+        raise Invalid("confirm is not true")
+    ctx.namespace(body.namespace)
+    return JSONResponse([])
 
 
 @router.get("/artifacts/{ref}")

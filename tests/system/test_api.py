@@ -1,6 +1,9 @@
 """The REST interface over real HTTP: ground rules, and a guest's life as a client sees it."""
 
+import json
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +249,126 @@ def test_machines_get_metrics_liveness_and_readiness(server: Running) -> None:
     assert server.call("GET", "/livez", namespace="").status == 200
     assert server.call("GET", "/readyz", namespace="").status == 200
     assert "/instances/{ref}" in server.call("GET", "/openapi.json", namespace="").body["paths"]
+
+
+def test_a_namespace_sees_its_own_objects_and_those_of_who_trusts_it(server: Running) -> None:
+    for name in ("shop", "lab"):
+        body = {"namespace": name, "key_name": "first", "key": f"key-{name}"}
+        assert server.call("POST", "/auth/namespaces", body).status == 200
+        server.tokens[name] = server.login(name, f"key-{name}").body["access_token"]
+    mine = server.call("POST", "/networks", {"name": "lan", "netblock": "10.1.0.0/24"}, namespace="shop").body
+    assert mine["namespace"] == "shop"
+    assert server.get("/networks", namespace="lab") == []
+    assert server.call("GET", f"/networks/{mine['uuid']}", namespace="lab").status == 404
+    assert server.call("DELETE", f"/networks/{mine['uuid']}", namespace="lab").status == 404
+    assert [n["name"] for n in server.get("/networks")] == ["lan"]
+    assert server.call("DELETE", "/auth/namespaces/shop").status == 400
+    elsewhere = {"name": "b", "netblock": "10.1.0.0/24", "namespace": "shop"}
+    assert server.call("POST", "/networks", elsewhere, namespace="lab").status == 403
+    assert server.call("GET", "/auth/namespaces/shop", namespace="lab").status == 404
+    assert [n["name"] for n in server.get("/auth/namespaces", namespace="lab")] == ["lab"]
+    server.call("POST", "/auth/namespaces/shop/trust", {"external_namespace": "lab"}, namespace="shop")
+    assert [n["name"] for n in server.get("/networks", namespace="lab")] == ["lan"]
+    assert server.call("DELETE", "/auth/namespaces/shop/trust/lab", namespace="shop").status == 200
+    assert server.get("/networks", namespace="lab") == []
+    for verb, path in (
+        ("POST", "/auth/namespaces"),
+        ("DELETE", "/auth/namespaces/shop"),
+        ("GET", "/admin/locks"),
+    ):
+        assert (
+            server.call(verb, path, {"namespace": "x"} if verb == "POST" else None, namespace="lab").status
+            == 403
+        )
+
+
+def test_a_name_that_fits_several_objects_is_400(server: Running) -> None:
+    server.call("POST", "/auth/namespaces", {"namespace": "shop"})
+    server.network("lan")
+    server.network("lan", namespace="shop")
+    answer = server.call("GET", "/networks/lan")
+    assert (answer.status, "2 networks" in answer.body["error"]) == (400, True)
+    assert server.call("GET", "/networks/lan", {"namespace": "shop"}).body["namespace"] == "shop"
+    assert server.call("POST", "/networks", {"name": "lan", "netblock": "10.9.0.0/24"}).status == 409
+
+
+def test_wrong_keys_tokens_and_namespaces_have_their_statuses(server: Running) -> None:
+    assert server.login("system", "wrong").status == 401
+    assert server.login("nowhere", "x").status == 404
+    assert server.call("POST", "/auth", {"namespace": "system"}, namespace="").status == 400
+    good = server.login("system", server.key).body
+    assert (good["token_type"], good["expires_in"]) == ("Bearer", 900)
+    assert server.call("GET", "/instances", namespace="").status == 401
+    head, body, signature = good["access_token"].split(".")
+    server.tokens["forged"] = f"{head}.{body}.{signature[::-1]}"
+    assert server.call("GET", "/instances", namespace="forged").status == 401
+
+
+def test_a_changed_key_ends_its_tokens_at_once(server: Running) -> None:
+    server.call("POST", "/auth/namespaces", {"namespace": "shop", "key_name": "k", "key": "one"})
+    server.tokens["shop"] = server.login("shop", "one").body["access_token"]
+    assert server.call("GET", "/instances", namespace="shop").status == 200
+    assert server.call("PUT", "/auth/namespaces/shop/keys/k", {"key": "two"}).status == 200
+    assert server.call("GET", "/instances", namespace="shop").status == 401
+    assert (server.login("shop", "one").status, server.login("shop", "two").status) == (401, 200)
+    assert server.call("POST", "/auth/namespaces/shop/keys", {"key_name": "k", "key": "x"}).status == 409
+    assert server.call("PUT", "/auth/namespaces/shop/keys/none", {"key": "x"}).status == 404
+
+
+def test_a_stream_of_events_goes_on_and_resumes_where_it_was_left(server: Running) -> None:
+    server.network()
+    server.get("/networks")
+    headers = {"Authorization": f"Bearer {server.tokens['system']}"}
+
+    def read(count: int, **more: str) -> list[tuple[str, str]]:
+        request = urllib.request.Request(
+            f"{server.url}/networks/lan/events?follow=true", headers=headers | more
+        )
+        found = []
+        with urllib.request.urlopen(request, timeout=30) as stream:
+            while len(found) < count:
+                line = stream.readline().decode()
+                if line.startswith("id: "):
+                    event = json.loads(stream.readline().decode().removeprefix("data: "))
+                    found.append((line[4:].strip(), event["message"]))
+        return found
+
+    first = read(1)
+    assert "created as 10.42.0.0/24" in first[0][1]
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(read, 1, **{"Last-Event-ID": first[0][0]})
+        server.call("PUT", "/networks/lan/metadata/a", {"value": 1})
+        assert following.result(30)[0][1] == "metadata a changed"
+
+
+def test_all_that_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
+    with running(tmp_path / "state") as first:
+        first.network()
+        uuid = created(first, network="lan")["uuid"]
+        key, token = first.key, first.tokens["system"]
+        revision = first.services.store.revision()
+    with running(tmp_path / "state") as second:
+        assert second.key == key
+        second.tokens["system"] = token
+        found = second.get(f"/instances/{uuid}")
+        assert (found["state"], found["interfaces"][0]["ipv4"]) == ("created", "10.42.0.2")
+        assert second.services.store.revision() >= revision
+        assert (tmp_path / "state/auth/local-key").stat().st_mode & 0o777 == 0o600
+        second.call("DELETE", "/instances/web")
+        second.wait_for(f"/instances/{uuid}", "deleted")
+
+
+def test_many_creations_at_once_get_different_addresses_and_all_room_is_accounted(server: Running) -> None:
+    server.network()
+    server.get("/networks")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: server.instance(f"vm{n}", network="lan"), range(40)))
+    made = [a.body for a in answers if a.status == 200]
+    assert {a.status for a in answers} == {200, 507}
+    assert len(made) == (8192 - 512) // 256
+    addresses = [m["interfaces"][0]["ipv4"] for m in made]
+    assert len(set(addresses)) == len(addresses)
+    server.call("DELETE", "/instances", {"confirm": True})
+    for one in made:
+        server.wait_for(f"/instances/{one['uuid']}", "deleted")
+    assert server.instance("again", memory=7680).status == 200

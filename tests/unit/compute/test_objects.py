@@ -1,0 +1,172 @@
+"""States, records, transactions."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compute.codec import from_plain, to_plain
+from compute.errors import Conflict, Invalid, NotFound
+from compute.networks import Ipam
+from compute.objects import (
+    TRANSITIONS,
+    Event,
+    Instance,
+    Namespace,
+    Stored,
+    Transaction,
+    path_to,
+    transact,
+)
+from compute.spec import DiskSpec, InstanceState, NodeDesired
+from compute.sqlite_store import SqliteStore
+from net import ipam
+
+S = InstanceState
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    found = SqliteStore(tmp_path / "sf.db")
+    yield found
+    found.close()
+
+
+def instance(**more: Any) -> Instance:
+    values: dict[str, Any] = {
+        "uuid": "u1",
+        "name": "web",
+        "namespace": "system",
+        "node": "n",
+        "cpus": 1,
+        "memory_mib": 128,
+        "disks": (DiskSpec("vda", "b3:00", "debian:12", 2**30),),
+        "user_data": b"#cloud-config\n\xff",
+    }
+    return Instance(**(values | more))
+
+
+def test_every_state_can_still_be_deleted_but_the_deleted_one() -> None:
+    for state, following in TRANSITIONS.items():
+        reachable = state in (S.DELETE_WAIT, S.DELETED) or S.DELETE_WAIT in following
+        assert reachable, state
+    assert TRANSITIONS[S.DELETED] == frozenset()
+
+
+def test_every_error_state_leads_to_error() -> None:
+    for state in S:
+        if state.value.endswith("-error"):
+            assert S.ERROR in TRANSITIONS[state]
+
+
+@pytest.mark.parametrize(
+    ("now", "reported", "path"),
+    [
+        (S.INITIAL, S.CREATED, [S.PREFLIGHT, S.CREATING, S.CREATED]),
+        (S.CREATING, S.CREATED, [S.CREATED]),
+        (S.CREATING, S.CREATING_ERROR, [S.CREATING_ERROR]),
+        (S.CREATED, S.ERROR, [S.CREATED_ERROR, S.ERROR]),
+        (S.CREATED, S.CREATING, []),
+        (S.CREATED, S.CREATED, []),
+        (S.CREATED, S.DELETED, []),
+        (S.DELETE_WAIT, S.CREATED, []),
+        (S.DELETE_WAIT, S.DELETED, [S.DELETED]),
+        (S.DELETED, S.CREATED, []),
+        (S.ERROR, S.CREATED, []),
+    ],
+)
+def test_a_report_moves_an_instance_only_along_the_table(
+    now: InstanceState, reported: InstanceState, path: list[InstanceState]
+) -> None:
+    assert path_to(now, reported) == path
+
+
+def test_an_object_survives_its_record() -> None:
+    before = instance(state=S.CREATED, metadata={"a": [1, None]})
+    after = Instance.decode(before.encode(), 7)
+    assert after == before
+    assert after.revision == 7
+
+
+def test_a_pool_survives_its_record() -> None:
+    pool, address = ipam.allocate(ipam.Pool.of(ipam.check_netblock("10.0.0.0/24")), "port", 0)
+    pool = ipam.release(pool, address, "port", 0)
+    record = Ipam(name="n", pool=pool)
+    assert Ipam.decode(record.encode(), 1).pool == pool
+
+
+def test_a_record_of_a_newer_program_is_refused_and_an_old_one_upgraded() -> None:
+    class Thing(Stored):
+        KIND: ClassVar[str] = "thing"
+
+    data = instance().encode().replace(b'"schema":1', b'"schema":2')
+    with pytest.raises(Invalid, match="newer"):
+        Instance.decode(data, 1)
+
+    class Second(Namespace):
+        SCHEMA: ClassVar[int] = 2
+        UPGRADES: ClassVar[Any] = {1: lambda old: old | {"schema": 2, "name": old["name"].upper()}}
+
+    assert Second.decode(Namespace(name="a").encode(), 1).name == "A"
+
+
+def test_unknown_fields_are_dropped_and_missing_ones_get_their_default() -> None:
+    plain = to_plain(instance())
+    del plain["video"]
+    assert from_plain(Instance, plain | {"later": 1}) == instance()
+    del plain["name"]
+    with pytest.raises(Invalid, match="name"):
+        from_plain(Instance, plain)
+
+
+@given(st.from_type(NodeDesired))
+def test_whatever_a_node_may_be_told_survives_the_wire(desired: NodeDesired) -> None:
+    assert from_plain(NodeDesired, to_plain(desired)) == desired
+
+
+def test_a_transaction_sees_its_own_writes_and_nobody_else_does_before_the_end(store: SqliteStore) -> None:
+    txn = Transaction(store)
+    txn.create(Namespace(name="a"))
+    assert txn.get(Namespace, "a").name == "a"
+    assert Transaction(store).find(Namespace, "a") is None
+    txn.delete(Namespace, "a")
+    assert txn.find(Namespace, "a") is None
+
+
+def test_creating_what_exists_is_a_conflict(store: SqliteStore) -> None:
+    transact(store, lambda txn: txn.create(Namespace(name="a")))
+    with pytest.raises(Conflict):
+        transact(store, lambda txn: txn.create(Namespace(name="a")))
+    with pytest.raises(NotFound):
+        Transaction(store).get(Namespace, "b")
+
+
+def test_a_transaction_that_was_overtaken_runs_again_on_the_new_state(store: SqliteStore) -> None:
+    transact(store, lambda txn: txn.create(Namespace(name="a")))
+    rounds = []
+
+    def action(txn: Transaction) -> None:
+        found = txn.get(Namespace, "a")
+        rounds.append(found.trust)
+        if len(rounds) == 1:
+            other = Transaction(store)
+            other.update(replace(other.get(Namespace, "a"), trust=("x",)))
+            other.commit()
+        txn.update(replace(found, trust=(*found.trust, "y")))
+
+    transact(store, action)
+    assert rounds == [(), ("x",)]
+    assert Transaction(store).get(Namespace, "a").trust == ("x", "y")
+
+
+def test_an_objects_events_stay_in_order_and_bounded(store: SqliteStore) -> None:
+    count = Event.LIMIT + 20 * Event.TRIM
+    for number in range(count):
+        transact(store, lambda txn, n=number: txn.event("instance", "u", f"{n}", timestamp_s=n))  # type: ignore[misc]
+    kept = [int(e.message) for e in Transaction(store).list(Event, "instance/u/")]
+    assert kept == sorted(kept)
+    assert kept[-1] == count - 1
+    assert len(kept) < count
