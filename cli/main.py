@@ -14,12 +14,13 @@ MEMBERS = {
     "instance": ("cli.instance:instance", "Create, watch and control guests."),
     "network": ("cli.network:network", "Virtual networks for guests."),
     "store": ("cli.store:store", "Make, check and copy image stores."),
-    "cache": ("cli.store:cache", "Images that this node holds."),
+    "cache": ("cli.cache:cache", "Images that this node holds."),
     "remote": ("cli.store:remote", "Other stores to look names up in."),
     "node": ("cli.cluster:node", "Machines of the cluster."),
     "namespace": ("cli.cluster:namespace", "Tenants."),
     "key": ("cli.cluster:key", "Keys of a namespace."),
     "serve": ("cli.serve:serve", "Run the API and this machine's agent."),
+    "imaged": ("cli.cache:imaged", "Run this node's image service."),
     "completion": ("cli.serve:completion", "Print the shell's completion script."),
 }
 

@@ -1,6 +1,5 @@
 """`sf store`, `sf cache` and `sf remote`."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -8,18 +7,12 @@ import click
 import imagestore.errors
 from cli.command import STORE, Group, settings
 from cli.errors import Problem
-from cli.output import say, show_list, size, status
+from cli.output import say, show_list, status
 from cli.settings import add_remote, remove_remote
 
 if TYPE_CHECKING:
     from imagestore.cache import ImageCache
 
-CACHED = (
-    ("digest", "digest"),
-    ("disk", lambda i: size(i["size_bytes"])),
-    ("on this node", lambda i: size(i["used_bytes"])),
-    ("path", "path"),
-)
 REMOTES = (("name", "name"), ("url", "url"))
 
 store = Group("store", needs=STORE, help="Make, check and copy image stores.")
@@ -42,13 +35,6 @@ def _cache() -> "ImageCache":
     from imagestore.cache import ImageCache
 
     return ImageCache(settings().state_dir / "cache", {})
-
-
-@cache.add("ls", examples="sf cache ls")
-def cache_ls(form: str) -> None:
-    """List the complete images on this node."""
-    rows = [asdict(held) | {"digest": str(held.digest), "path": str(held.path)} for held in _cache().list()]
-    show_list(rows, CACHED, form, name="digest")
 
 
 @cache.add("verify", examples="sf cache verify")

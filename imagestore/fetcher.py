@@ -89,6 +89,7 @@ class Filling:
         fill: Fill = Fill.NEVER,
         read_ahead: int = 1,
         event: Callable[[str], None] = log.info,
+        complete: Callable[[], object] = bool,
     ) -> None:
         self.partial = partial
         self.origins = list(origins)
@@ -96,6 +97,7 @@ class Filling:
         self.read_ahead = read_ahead
         self.event = event
         """Told in one line what people should know of: a failing origin, a full disk."""
+        self._complete = complete
         self.received: collections.Counter[str] = collections.Counter()
         self.requests = 0
         self.last_error = ""
@@ -244,16 +246,13 @@ class Filling:
                 # Whoever needs it asks again; filling starts again after a while.
                 self._full_until_s = time.monotonic() + _DOWN_S
         job.done.set_result(brought)
+        if self.partial.complete:
+            self._complete()
 
     def lost(self, error: OSError) -> None:
         """A flush failed: what it was to keep is missing again."""
         self._tell(f"the cache's disk: {error}")
         self._settle(range(len(self._groups)))
-
-    def abandon(self) -> None:
-        """Nobody waits any more: forget what has not started."""
-        self._prefetch.clear()
-        self.fill = Fill.NEVER
 
     @property
     def working(self) -> bool:
@@ -364,10 +363,13 @@ class Fetcher:
         self._images.append(image)
         self.pump()
 
-    def remove(self, image: Filling) -> None:
-        """Start nothing for this image any more."""
+    async def remove(self, image: Filling) -> None:
+        """Start nothing for this image any more, wait for what is under way, keep what came."""
         if image in self._images:
             self._images.remove(image)
+        while image.running:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(image.partial.flush)
 
     async def close(self) -> None:
         """Wait for what is under way, flush every image."""

@@ -8,6 +8,7 @@ options. A client that breaks the protocol loses its connection and nothing else
 
 import asyncio
 import errno
+import os
 import struct
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -381,12 +382,13 @@ def _counted(data: bytes) -> tuple[bytes | None, bytes]:
 
 
 class NbdServer:
-    """Serves `source` on the Unix socket `path` (made with mode 0600) until `close`."""
+    """Serves `source` on the Unix socket `path` until `close`; for its owner alone, or also for a group id."""
 
-    def __init__(self, source: Source, path: Path, name: str = "") -> None:
+    def __init__(self, source: Source, path: Path, name: str = "", *, group: int = -1) -> None:
         self.source = source
         self.path = path
         self.name = name.encode()
+        self._group = group
         self._connections: set[Connection] = set()
         self._server: asyncio.AbstractServer | None = None
 
@@ -401,7 +403,8 @@ class NbdServer:
         fresh.unlink(missing_ok=True)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: Connection(self), str(fresh))
-        fresh.chmod(0o600)
+        fresh.chmod(0o600 if self._group < 0 else 0o660)
+        os.chown(fresh, -1, self._group)
         fresh.rename(self.path)
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ An origin's bytes are not trusted: `imagestore.fetcher` hashes every chunk befor
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -52,9 +52,10 @@ class StoreOrigin:
 
     kind = "store"
 
-    def __init__(self, store: Store, digest: Digest, manifest: Manifest) -> None:
-        self.name = store.url
+    def __init__(self, name: str, store: Callable[[], Store], digest: Digest, manifest: Manifest) -> None:
+        self.name = name
         self._store = store
+        """Opens it, or raises StoreError: a store that is away now may be needed, and there, later."""
         self._digest = digest
         self._manifest = manifest
         self._layout: Layout | None = None
@@ -62,7 +63,7 @@ class StoreOrigin:
     def layout(self, *, again: bool = False) -> Layout:
         """The layout, read once (or once more, since a repack replaces it). Raises StoreError."""
         if self._layout is None or again:
-            layout = self._store.layout(self._digest)
+            layout = self._store().layout(self._digest)
             layout.check(self._manifest)
             self._layout = layout
         return self._layout
@@ -88,7 +89,7 @@ class StoreOrigin:
             start = int(layout.frame_offsets[run[0]])
             length = int(layout.frame_offsets[run[-1]]) + int(layout.frame_sizes[run[-1]]) - start
             key = derived_key("packs", layout.packs[int(layout.frame_packs[run[0]])])
-            data = memoryview(self._store.backend.get(key, start, length).data)
+            data = memoryview(self._store().backend.get(key, start, length).data)
             if len(data) != length:
                 raise Corrupt(f"{self.name} answered with {len(data)} bytes instead of {length}")
             found: list[int] = []

@@ -8,7 +8,6 @@ reboot (another boot id) every chunk that counts as present is hashed again. A k
 what was not flushed: it is fetched once more.
 """
 
-import contextlib
 import errno
 import mmap
 import os
@@ -40,13 +39,21 @@ class Files(Protocol):
 
 
 class PartialImage:
-    """Opens or makes `<stem>.raw` and `<stem>.have`. One process at a time; `write` from any threads, `flush` from one.
+    """Opens or makes `<stem>.part` and `<stem>.have`, for one process at a time; `write` may come from any thread.
 
-    Opening after a reboot hashes what is there: run it in a thread. Raises OSError.
+    With `whole` the file is a complete image, which is only read. Opening after a reboot hashes what is there: run it
+    in a thread. Raises OSError.
     """
 
     def __init__(
-        self, raw: Path, digest: Digest, manifest: Manifest, *, boot_id: str = "", files: Files = os
+        self,
+        raw: Path,
+        digest: Digest,
+        manifest: Manifest,
+        *,
+        whole: bool = False,
+        boot_id: str = "",
+        files: Files = os,
     ) -> None:
         self.path = raw
         self.manifest = manifest
@@ -63,11 +70,15 @@ class PartialImage:
         self.present = bytearray(len(self.starts))
         """One byte per chunk: 1 where the raw file holds its verified bytes."""
         fresh = not raw.exists()
-        self._fd = os.open(raw, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(raw, (os.O_RDONLY if whole else os.O_RDWR | os.O_CREAT) | os.O_CLOEXEC, 0o644)
         self._have_fd = -1
         try:
-            os.ftruncate(self._fd, self.size_bytes)
-            self._load(fresh)
+            if whole:
+                self._durable[:] = True
+                self.present[:] = self._durable.tobytes()
+            else:
+                os.ftruncate(self._fd, self.size_bytes)
+                self._load(fresh)
             mapped = mmap.mmap(self._fd, self.size_bytes, prot=mmap.PROT_READ) if self.size_bytes else b""
             self._map = memoryview(mapped)
         except BaseException:
@@ -97,11 +108,7 @@ class PartialImage:
                 file.flush()
                 os.fsync(file.fileno())
             beside.rename(self._have_path)
-            directory = os.open(self._have_path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            _sync_directory(self._have_path.parent)
         self._have_fd = os.open(self._have_path, os.O_RDWR | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -248,9 +255,25 @@ class PartialImage:
         self._files.pwrite(self._have_fd, bits, _HEADER_BYTES)
         self._files.fdatasync(self._have_fd)
 
+    def seal(self, path: Path) -> None:
+        """Give the complete image its final name, durably. Who has it open reads on. Raises OSError."""
+        self.flush()
+        self.path.chmod(0o444)
+        self.path.rename(path)
+        self.path = path
+        _sync_directory(path.parent)
+        self._have_path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Close and delete both files, the bits first."""
         self.close()
-        for path in (self._have_path, self.path):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        self._have_path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -15,6 +15,7 @@ from imagestore.backend import Buffer
 from imagestore.digest import Digest
 from imagestore.errors import Unavailable
 from imagestore.fetcher import Fetcher, Fill, Filling
+from imagestore.manifest import Manifest
 from imagestore.origin import LocalOrigin, Origin, StoreOrigin
 from imagestore.partial import PartialImage
 from imagestore.reader import Reader
@@ -24,6 +25,10 @@ from tests.memory import Memory
 from tests.tiny_store import CHUNK, Meddled, disk, put_image
 
 DATA = disk(5, 200)
+
+
+def _origin(store: Store, digest: Digest, manifest: Manifest) -> StoreOrigin:
+    return StoreOrigin(store.url, lambda: store, digest, manifest)
 
 
 class Node:
@@ -39,7 +44,7 @@ class Node:
             self.stores.append(Store(backend, store.info))
         self.digest = digest or self.digest
         self.manifest = self.stores[0].manifest(self.digest)
-        self.partial = PartialImage(tmp_path / f"{self.digest.hex()}.raw", self.digest, self.manifest)
+        self.partial = PartialImage(tmp_path / f"{self.digest.hex()}.part", self.digest, self.manifest)
         self.events: list[str] = []
 
     @contextlib.asynccontextmanager
@@ -52,7 +57,7 @@ class Node:
         patience_s: float = 20,
     ) -> AsyncIterator[Reader]:
         self.fetcher = Fetcher()
-        origins = [*before, *(StoreOrigin(store, self.digest, self.manifest) for store in self.stores)]
+        origins = [*before, *(_origin(store, self.digest, self.manifest) for store in self.stores)]
         layout = next(o for o in origins if isinstance(o, StoreOrigin)).layout()
         self.filling = Filling(
             self.partial,
@@ -120,7 +125,7 @@ def test_demand_goes_before_prefetch_and_prefetch_before_fill(tmp_path: Path) ->
         node = Node(tmp_path, DATA)
         node.backends[0].delay_s = 0.05
         async with node.reading(fill=Fill.NOW) as reader:
-            layout = StoreOrigin(node.stores[0], node.digest, node.manifest).layout()
+            layout = _origin(node.stores[0], node.digest, node.manifest).layout()
             frame = int(layout.chunk_frames[100])
             node.filling.prefetch([100])
             asked = asyncio.gather(*(reader.read(at * CHUNK, 10) for at in (20, 60, 180)))

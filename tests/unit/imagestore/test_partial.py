@@ -61,7 +61,7 @@ COUNT = len(MANIFEST.lengths)
 
 
 def test_what_was_flushed_is_there_after_a_kill_and_reads_give_its_bytes(tmp_path: Path) -> None:
-    raw = tmp_path / "image.raw"
+    raw = tmp_path / "image.part"
     first = PartialImage(raw, DIGEST, MANIFEST)
     keep(first, DATA, [0, 1, 2, 7])
     first.flush()
@@ -83,7 +83,7 @@ def test_what_was_flushed_is_there_after_a_kill_and_reads_give_its_bytes(tmp_pat
 def test_after_a_power_cut_no_chunk_counts_as_present_whose_bytes_are_not(
     tmp_path_factory: pytest.TempPathFactory, same_boot: bool, data: st.DataObject
 ) -> None:
-    raw = tmp_path_factory.mktemp("cut") / "image.raw"
+    raw = tmp_path_factory.mktemp("cut") / "image.part"
     files = Forgetful(random.Random(data.draw(st.integers(0, 1000))))
     order = data.draw(st.permutations(range(COUNT)))
     partial = PartialImage(raw, DIGEST, MANIFEST, boot_id="a" * 36, files=files)
@@ -104,7 +104,7 @@ def test_after_a_power_cut_no_chunk_counts_as_present_whose_bytes_are_not(
 
 
 def test_after_a_reboot_a_disk_that_lied_about_syncing_is_found_out(tmp_path: Path) -> None:
-    raw = tmp_path / "image.raw"
+    raw = tmp_path / "image.part"
     partial = PartialImage(raw, DIGEST, MANIFEST, boot_id="a" * 36)
     keep(partial, DATA, list(range(COUNT)))
     partial.flush()
@@ -120,7 +120,7 @@ def test_after_a_reboot_a_disk_that_lied_about_syncing_is_found_out(tmp_path: Pa
 
 
 def test_a_bitmap_of_another_image_or_a_damaged_one_means_that_nothing_is_present(tmp_path: Path) -> None:
-    raw = tmp_path / "image.raw"
+    raw = tmp_path / "image.part"
     partial = PartialImage(raw, DIGEST, MANIFEST)
     keep(partial, DATA, list(range(COUNT)))
     partial.flush()
@@ -132,7 +132,7 @@ def test_a_bitmap_of_another_image_or_a_damaged_one_means_that_nothing_is_presen
 
 
 def test_a_raw_file_that_vanished_takes_its_bitmap_with_it(tmp_path: Path) -> None:
-    raw = tmp_path / "image.raw"
+    raw = tmp_path / "image.part"
     partial = PartialImage(raw, DIGEST, MANIFEST)
     keep(partial, DATA, [0])
     partial.flush()
@@ -146,7 +146,7 @@ def test_a_failed_flush_makes_the_chunks_missing_again(tmp_path: Path) -> None:
         def fdatasync(self, fd: int) -> None:
             raise OSError(5, "Input/output error")
 
-    partial = PartialImage(tmp_path / "image.raw", DIGEST, MANIFEST, files=Broken(random.Random(1)))
+    partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST, files=Broken(random.Random(1)))
     keep(partial, DATA, [0, 1])
     with pytest.raises(OSError, match="Input/output"):
         partial.flush()
@@ -158,7 +158,7 @@ def test_extents_tell_holes_from_data_and_cover_the_range(
     tmp_path_factory: pytest.TempPathFactory, offset: int, length: int, limit: int
 ) -> None:
     length = min(length, len(DATA) - offset)
-    partial = PartialImage(tmp_path_factory.mktemp("extents") / "image.raw", DIGEST, MANIFEST)
+    partial = PartialImage(tmp_path_factory.mktemp("extents") / "image.part", DIGEST, MANIFEST)
     found = partial.extents(offset, length, limit)
     at = offset
     for run, hole in found:
@@ -170,3 +170,16 @@ def test_extents_tell_holes_from_data_and_cover_the_range(
     assert at == offset + length or len(found) == limit
     assert all(a[1] != b[1] for a, b in itertools.pairwise(found))
     partial.remove()
+
+
+def test_a_complete_image_is_sealed_under_its_final_name_and_read_from_there(tmp_path: Path) -> None:
+    raw = tmp_path / "image.raw"
+    partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST)
+    keep(partial, DATA, list(range(COUNT)))
+    assert partial.complete
+    partial.seal(raw)
+    assert [path.name for path in tmp_path.iterdir()] == ["image.raw"]
+    assert raw.read_bytes() == DATA and raw.stat().st_mode & 0o777 == 0o444
+    assert bytes(partial.read_now(0, 70_000) or b"") == DATA[:70_000]
+    again = PartialImage(raw, DIGEST, MANIFEST, whole=True)
+    assert again.complete and bytes(again.read_now(5, 10) or b"") == DATA[5:15]

@@ -1,0 +1,214 @@
+"""`sf imaged`, the node's image service, and the commands of `sf cache` that ask it."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import click
+
+from cli.command import Command, settings
+from cli.errors import USAGE, Problem
+from cli.image import found
+from cli.output import show_list, size, when
+from cli.store import cache
+
+ROWS = (
+    ("digest", "digest"),
+    ("disk", lambda row: size(row["size_bytes"])),
+    ("on this node", lambda row: size(row["used_bytes"])),
+    ("present", lambda row: _present(row)),
+    ("pinned", lambda row: "yes" if row["pinned"] else ""),
+    ("used by", lambda row: len(row["readers"]) or ""),
+    ("last used", lambda row: when(row["used_s"])),
+)
+
+
+def _present(row: dict[str, Any]) -> str:
+    if row["complete"]:
+        return "100%"
+    data = row.get("data_bytes")
+    return f"{100 * row['present_bytes'] / data:.0f}%" if data else "a part"
+
+
+def _ask(op: str, **arguments: Any) -> Any:
+    from imagestore.control import ControlClient
+
+    return asyncio.run(ControlClient(settings().state_dir / "run" / "imaged.sock").ask(op, **arguments))
+
+
+def _rows() -> list[dict[str, Any]]:
+    """What the service says, or without one what its directory says."""
+    from imagestore.errors import Unavailable
+    from imagestore.service import list_images
+
+    try:
+        rows: list[dict[str, Any]] = _ask("ls")["images"]
+    except Unavailable:
+        rows = list_images(settings().state_dir / "cache")
+    return rows
+
+
+def _digest(name: str, architecture: str) -> str:
+    """What a name stands for: in a store, or (a digest) in this node's cache."""
+    from imagestore.names import parse_reference
+
+    if digest := parse_reference(name).digest:
+        return str(digest)
+    with found(name, architecture) as (_, _, digest):
+        return str(digest)
+
+
+def _bytes(text: str) -> int:
+    number, unit = text.rstrip("iB"), 1
+    for letter, factor in (("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40)):
+        if number.upper().endswith(letter):
+            number, unit = number[:-1], factor
+    try:
+        return int(float(number) * unit)
+    except ValueError as error:
+        raise Problem(f"not a size: {text!r}", hint="such as 20G or 500M", code=USAGE) from error
+
+
+@cache.add("ls", examples="sf cache ls")
+def ls(form: str) -> None:
+    """List the images on this node, and what part of each is present."""
+    show_list(_rows(), ROWS, form, name="digest")
+
+
+@cache.add(examples="sf cache pin debian:12")
+def pin(name: str, architecture: str) -> None:
+    """Keep an image on this node although nothing uses it."""
+    _ask("pin", image=_digest(name, architecture))
+
+
+@cache.add(examples="sf cache unpin debian:12")
+def unpin(name: str, architecture: str) -> None:
+    """Let an image be forgotten when it is unused and room is needed."""
+    _ask("unpin", image=_digest(name, architecture))
+
+
+@cache.add(examples="sf cache prefetch debian:12")
+def prefetch(name: str, architecture: str) -> None:
+    """Bring a whole image to this node, in the background."""
+    _ask("prefetch", image=_digest(name, architecture))
+
+
+@cache.add(examples="sf cache prune\nsf cache prune --to 20G")
+@click.option(
+    "--to",
+    "limit",
+    default="0",
+    metavar="SIZE",
+    help="What may stay; default: only what is in use or pinned.",
+)
+def prune(limit: str) -> None:
+    """Forget unused images, least recently used first."""
+    for digest in _ask("prune", limit_bytes=_bytes(limit)):
+        print(digest)
+
+
+@cache.add(examples="sf cache top")
+@click.option("--every", "interval_s", default=1.0, show_default=True, metavar="SECONDS")
+def top(interval_s: float) -> None:
+    """Watch images arrive, until Ctrl-C."""
+    import time
+
+    from rich.live import Live
+    from rich.table import Table
+
+    last: dict[str, int] = {}
+    with Live(auto_refresh=False) as live:
+        while True:
+            table = Table(
+                "image", "present", "clients", "from", "a second", "waited", box=None, pad_edge=False
+            )
+            for row in _rows():
+                received = row.get("received", {})
+                total = sum(received.values())
+                rate = (total - last.get(row["digest"], total)) / interval_s
+                last[row["digest"]] = total
+                table.add_row(
+                    row["digest"][:15],
+                    _present(row),
+                    str(sum(e["clients"] for e in row.get("exports", {}).values())),
+                    " ".join(f"{kind} {size(count)}" for kind, count in sorted(received.items())),
+                    size(rate) if rate else "",
+                    f"{row.get('waited_s', 0):.1f} s",
+                )
+            live.update(table, refresh=True)
+            time.sleep(interval_s)
+
+
+@click.command(cls=Command, examples="sf imaged\nsf imaged --fill-rate 20M --cache-size 100G")
+@click.option("--fill-rate", metavar="SIZE", help="Bytes a second for what nobody waits for; 0: no limit.")
+@click.option("--cache-size", metavar="SIZE", help="Forget unused images above this; 0: no limit.")
+@click.option(
+    "--user", default="", metavar="NAME", help="Give up root and become this user (and its groups)."
+)
+@click.option(
+    "--group", default="", metavar="NAME", help="Who may connect besides: qemu's group, such as kvm."
+)
+def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str) -> None:
+    """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
+    import grp
+
+    from imagestore.service import Options
+
+    state = settings().state_dir
+    get = settings().get
+    stores = tuple(get("store").split()) or ((state / "store").as_uri(),)
+    options = Options(
+        fill_bytes_s=_bytes(fill_rate or get("fill_rate", "0")),
+        cache_bytes=_bytes(cache_size or get("cache_size", "0")),
+        read_ahead=int(get("read_ahead", "1")),
+        socket_group=grp.getgrnam(group).gr_gid if group else -1,
+    )
+    for directory in (state / "cache", state / "run" / "nbd"):
+        directory.mkdir(parents=True, exist_ok=True)
+    if user:
+        _become(user, [state / "cache", state / "run", state / "run" / "nbd"])
+    # Plain asyncio copies what it sends once more and answers half as many small reads.
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    asyncio.run(_serve(state, stores, options))
+
+
+def _become(user: str, directories: list[Any]) -> None:
+    import os
+    import pwd
+
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError as error:
+        raise Problem(f"there is no user {user!r}", code=USAGE) from error
+    for directory in directories:
+        os.chown(directory, entry.pw_uid, entry.pw_gid)
+    os.initgroups(user, entry.pw_gid)
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+
+
+async def _serve(state: Any, stores: tuple[str, ...], options: Any) -> None:
+    import fcntl
+    import signal
+
+    from imagestore.control import ControlServer
+    from imagestore.service import ImageService
+
+    with (state / "cache" / ".service").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"an image service runs on {state} already") from None
+        service = ImageService(state / "cache", state / "run" / "nbd", stores, options)
+        control = ControlServer(service, state / "run" / "imaged.sock")
+        await service.start()
+        await control.start()
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, ended.set)
+        await ended.wait()
+        await control.close()
+        await service.close()

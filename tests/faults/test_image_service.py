@@ -1,0 +1,237 @@
+"""The image service as a process: killed, restarted, without its store, with little room."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from imagestore.digest import Digest
+from imagestore.directory import Directory
+from imagestore.errors import Conflict, Invalid, NotFound
+from imagestore.store import Store
+from imagestore.trace import Trace, trace_key
+from tests.drills import rounds, seed
+from tests.imaged import Imaged
+from tests.tiny_store import CHUNK, disk, put_image
+
+DATA = disk(11, 600)
+
+
+def make_store(path: Path, *disks: bytes) -> tuple[str, list[Digest]]:
+    store = Store.init(Directory(path))
+    return path.as_uri(), [put_image(store, data) for data in disks]
+
+
+def qemu_io(socket: str, *commands: str, reconnect_s: int = 60) -> subprocess.Popen[str]:
+    """qemu's own NBD client with the options that a guest's disk has."""
+    delays = f"reconnect-delay={reconnect_s},open-timeout={reconnect_s}"
+    options = f"driver=nbd,server.type=unix,server.path={socket},{delays}"
+    arguments = [argument for command in commands for argument in ("-c", command)]
+    return subprocess.Popen(
+        ["qemu-io", "-r", "--image-opts", *arguments, options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def copy_by_nbd(socket: str, target: Path) -> None:
+    url = f"nbd+unix:///?socket={socket}"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "raw", url, target], check=True, timeout=60)
+
+
+def test_a_reader_gets_the_image_at_once_and_the_raw_file_when_it_is_complete(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with Imaged(tmp_path / "state", url) as imaged:
+        first = imaged.ask("attach", image=str(digest), reader="web-vda", fill="never")
+        assert first["kind"] == "nbd" and first["size_bytes"] == len(DATA)
+        assert imaged.ask("attach", image=str(digest), reader="web-vda", fill="never") == first
+        copy_by_nbd(first["path"], tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == DATA
+        imaged.wait_complete(digest)
+        events = imaged.ask("watch", after=0, wait_s=5)
+        assert events[-1]["readers"] == ["web-vda"]
+        raw = Path(events[-1]["complete"])
+        assert raw.read_bytes() == DATA
+        assert imaged.row(digest)["received"]["store"] > 0
+        second = imaged.ask("attach", image=str(digest), reader="db-vda")
+        assert second == {"kind": "raw", "path": str(raw), "size_bytes": len(DATA)}
+        imaged.ask("settle", reader="web-vda")
+        assert not Path(first["path"]).exists()
+        assert imaged.row(digest)["readers"] == ["db-vda", "web-vda"]
+        assert imaged.ask("prune", limit_bytes=0) == []
+        imaged.ask("detach", reader="web-vda")
+        imaged.ask("sync", readers=[])
+        assert imaged.ask("prune", limit_bytes=0) == [str(digest)]
+        assert not list((tmp_path / "state" / "cache").glob(f"{digest.hex()}*"))
+
+
+def test_wrong_questions_get_an_error_and_harm_nothing(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with Imaged(tmp_path / "state", url) as imaged:
+        with pytest.raises(NotFound):
+            imaged.ask("attach", image="b3:" + "0" * 64, reader="a")
+        with pytest.raises(Invalid):
+            imaged.ask("attach", image=str(digest), reader="../a")
+        with pytest.raises(Invalid):
+            imaged.ask("attach", image=str(digest), reader="a", fill="sometimes")
+        with pytest.raises(Invalid):
+            imaged.ask("explode")
+        with pytest.raises(Invalid):
+            imaged.ask("attach")
+        imaged.ask("attach", image=str(digest), reader="a", fill="never")
+        with pytest.raises(Conflict):
+            imaged.ask("attach", image="b3:" + "0" * 64, reader="a")
+        assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.drill
+def test_killed_at_any_moment_it_goes_on_where_it_was_and_readers_only_wait(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    rng = random.Random(seed())
+    imaged = Imaged(tmp_path / "state", url, SF_FILL_RATE="6M").start()
+    try:
+        socket = imaged.ask("attach", image=str(digest), reader="vda")["path"]
+        for _ in range(rounds(full=30)):
+            blocks = [rng.randrange(len(DATA) // 4096) for _ in range(200)]
+            reader = qemu_io(socket, *(f"read -v {block * 4096} 64" for block in blocks))
+            time.sleep(rng.random() * 0.4)
+            imaged.kill()
+            if rng.random() < 0.5:
+                time.sleep(rng.random() * 0.3)
+            imaged.start()
+            shown = reader.communicate(timeout=120)[0]
+            assert reader.returncode == 0 and "error" not in shown, shown
+            for block in blocks[:5]:
+                line = DATA[block * 4096 : block * 4096 + 16].hex(" ")
+                assert f"{block * 4096:08x}:  {line}" in shown.lower()
+        imaged.kill()
+        imaged.environment["SF_FILL_RATE"] = "0"
+        imaged.start()
+        imaged.wait_complete(digest)
+        copy_by_nbd(socket, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == DATA
+        assert (imaged.state / "cache" / f"{digest.hex()}.raw").read_bytes() == DATA
+    finally:
+        imaged.stop()
+
+
+def test_a_store_that_is_away_for_a_while_makes_readers_wait_and_for_ever_an_io_error(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with Imaged(tmp_path / "state", url) as imaged:
+        socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never", patience_s=4)["path"]
+        (tmp_path / "store" / "packs").rename(tmp_path / "away")
+        reader = qemu_io(socket, "read 0 4k")
+        time.sleep(1)
+        assert reader.poll() is None
+        (tmp_path / "away").rename(tmp_path / "store" / "packs")
+        assert reader.wait(20) == 0
+        (tmp_path / "store" / "packs").rename(tmp_path / "away")
+        shown = qemu_io(socket, f"read {300 * CHUNK} 4k").communicate(timeout=30)[0]
+        assert "Input/output error" in shown
+        assert any("gave up a read after 4 s" in message for message in imaged.messages())
+        assert "error" not in qemu_io(socket, "read 0 4k").communicate(timeout=30)[0]
+        assert imaged.row(digest)["exports"]["vda"]["failures"] == 1
+
+
+def test_a_second_store_takes_over_in_the_middle_of_a_boot(tmp_path: Path) -> None:
+    first, (digest,) = make_store(tmp_path / "store", DATA)
+    second, _ = make_store(tmp_path / "mirror", DATA)
+    with Imaged(tmp_path / "state", first, second) as imaged:
+        socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
+        assert qemu_io(socket, "read 0 64k").wait(20) == 0
+        (tmp_path / "store").rename(tmp_path / "gone")
+        copy_by_nbd(socket, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == DATA
+        assert any("store" in message for message in imaged.messages())
+
+
+def test_when_the_store_is_away_what_is_complete_is_served_without_asking_it(tmp_path: Path) -> None:
+    url, (digest, other) = make_store(tmp_path / "store", DATA, disk(12, 50))
+    with Imaged(tmp_path / "state", url) as imaged:
+        imaged.ask("prefetch", image=str(digest))
+        imaged.wait_complete(digest)
+        imaged.ask("attach", image=str(other), reader="other", fill="now")
+        imaged.wait_complete(other)
+    (tmp_path / "store").rename(tmp_path / "gone")
+    with Imaged(tmp_path / "state", url) as imaged:
+        assert imaged.ask("attach", image=str(digest), reader="vda")["kind"] == "raw"
+        socket = imaged.ask("attach", image=str(other), reader="other")
+        assert socket["kind"] == "nbd"  # its guest was never moved
+        copy_by_nbd(socket["path"], tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == disk(12, 50)
+
+
+def test_a_boot_leaves_a_trace_in_the_store_that_the_next_node_replays(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with Imaged(tmp_path / "one", url) as imaged:
+        socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
+        places = [5, 400, 90, 300]
+        assert qemu_io(socket, *(f"read {at * CHUNK} 4k" for at in places)).wait(20) == 0
+        imaged.ask("booted", reader="vda")
+        store = Store.open(Directory(tmp_path / "store"))
+        deadline = time.monotonic() + 10
+        while not (tmp_path / "store" / trace_key(digest)).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        manifest = store.manifest(digest)
+        trace = Trace.decode(store.backend.get(trace_key(digest)).data)
+        assert [int(manifest.offsets[c]) // CHUNK for c in trace.chunks(manifest.ids)][-4:] == places
+    with Imaged(tmp_path / "two", url) as imaged:
+        socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
+        deadline = time.monotonic() + 10
+        while imaged.row(digest)["present_bytes"] < 4 * CHUNK:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)
+        assert qemu_io(socket, *(f"read {at * CHUNK} 4k" for at in places)).wait(20) == 0
+        assert imaged.row(digest)["exports"]["vda"]["waits"] == 0
+
+
+@pytest.mark.system
+def test_a_full_disk_stops_the_fill_and_not_the_guest(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    state = tmp_path / "state"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6M", "none", state], check=True)
+    try:
+        with Imaged(state, url) as imaged:
+            socket = imaged.ask("attach", image=str(digest), reader="vda")["path"]
+            copy_by_nbd(socket, tmp_path / "copy.raw")
+            assert (tmp_path / "copy.raw").read_bytes() == DATA
+            assert any("disk is full" in message for message in imaged.messages())
+            subprocess.run(["mount", "-o", "remount,size=64M", state], check=True)
+            imaged.wait_complete(digest)
+            assert (state / "cache" / f"{digest.hex()}.raw").read_bytes() == DATA
+    finally:
+        subprocess.run(["umount", state], check=True)
+
+
+def test_a_suspended_client_and_one_that_hammers_leave_the_others_alone(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with Imaged(tmp_path / "state", url) as imaged:
+        sockets = [imaged.ask("attach", image=str(digest), reader=f"vd{n}")["path"] for n in range(3)]
+        imaged.wait_complete(digest)
+        bench = ["qemu-img", "bench", "-f", "raw", "-c", "100000000", "-d", "64", "-s", "65536"]
+        greedy = [
+            subprocess.Popen([*bench, f"nbd+unix:///?socket={s}"], stdout=subprocess.DEVNULL)
+            for s in sockets[:2]
+        ]
+        try:
+            time.sleep(0.3)
+            os.kill(greedy[1].pid, signal.SIGSTOP)
+            assert imaged.process
+            copy_by_nbd(sockets[2], tmp_path / "copy.raw")
+            assert (tmp_path / "copy.raw").read_bytes() == DATA
+            resident = int(
+                Path(f"/proc/{imaged.process.pid}/status").read_text().split("VmRSS:")[1].split()[0]
+            )
+            assert resident < 400 << 10  # KiB, of it the mapped image
+        finally:
+            for process in greedy:
+                process.kill()
+                process.wait()
