@@ -1,0 +1,232 @@
+"""A guest as libvirt's domain XML: a pure function of values (https://libvirt.org/formatdomain.html).
+
+q35 with virtio devices. Every disk and backing file says `relabel='no'`, so that libvirt never changes the owner of a
+file that several guests share. The serial console is a pty (reached through libvirt alone, so by nobody without
+rights) whose output qemu also appends to a log file.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
+AGENT_CHANNEL = "org.qemu.guest_agent.0"
+SPARE_PORTS = 8
+"""pcie-root-ports kept free for hot-plug: q35 cannot add a port to a running guest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A qcow2 overlay (or blank qcow2) and the read-only raw file behind it."""
+
+    device: str
+    path: Path
+    backing: Path | None = None
+    bus: str = "virtio"
+    serial: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """A NIC on a tap that exists already; `uuid` becomes the device's alias."""
+
+    uuid: str
+    mac: str
+    tap: str
+    mtu_bytes: int = 1450
+    model: str = "virtio"
+
+
+@dataclass(frozen=True, slots=True)
+class Graphics:
+    """VNC or SPICE on one address of the node, never without a password."""
+
+    kind: str
+    listen: str
+    password: str
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Everything that goes into the XML."""
+
+    installation: str
+    uuid: str
+    title: str
+    cpus: int
+    memory_mib: int
+    accel: str
+    """kvm or tcg."""
+    disks: tuple[Disk, ...]
+    nics: tuple[Nic, ...]
+    config_drive: Path | None
+    console_log: Path
+    cpu: str = ""
+    """A named model; "" is all that the accelerator can do."""
+    uefi: bool = False
+    nvram: Path | None = None
+    graphics: Graphics | None = None
+    architecture: str = "x86_64"
+
+
+def name(installation: str, uuid: str) -> str:
+    """The domain's name; libvirt shows it to people, we find our domains by their metadata."""
+    return f"sf-{installation}-{uuid}"
+
+
+def interface_alias(uuid: str) -> str:
+    """libvirt keeps aliases only if they start with ua-."""
+    return f"ua-{uuid}"
+
+
+def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
+    element = ET.SubElement(parent, tag, {key.rstrip("_"): value for key, value in attributes.items()})
+    element.text = text
+    return element
+
+
+def _unlabelled(source: ET.Element) -> None:
+    _add(source, "seclabel", model="dac", relabel="no")
+
+
+def _disk(devices: ET.Element, disk: Disk) -> None:
+    element = _add(devices, "disk", type="file", device="disk")
+    _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
+    _unlabelled(_add(element, "source", file=str(disk.path)))
+    backing = _add(element, "backingStore")
+    if disk.backing is not None:
+        backing.set("type", "file")
+        _add(backing, "format", type="raw")
+        _unlabelled(_add(backing, "source", file=str(disk.backing)))
+        _add(backing, "backingStore")
+    _add(element, "target", dev=disk.device, bus=disk.bus)
+    if disk.serial:
+        _add(element, "serial", disk.serial)
+
+
+def _config_drive(devices: ET.Element, path: Path) -> None:
+    element = _add(devices, "disk", type="file", device="cdrom")
+    _add(element, "driver", name="qemu", type="raw")
+    _unlabelled(_add(element, "source", file=str(path)))
+    _add(element, "target", dev="sda", bus="sata")
+    _add(element, "readonly")
+
+
+def _interface(nic: Nic) -> ET.Element:
+    element = ET.Element("interface", {"type": "ethernet"})
+    _add(element, "mac", address=nic.mac)
+    _add(element, "target", dev=nic.tap, managed="no")
+    _add(element, "model", type=nic.model)
+    # The agent moves the tap into the network's namespace: vhost-net's thread would do too, but may be missing.
+    _add(element, "driver", name="qemu")
+    _add(element, "mtu", size=str(nic.mtu_bytes))
+    _add(element, "alias", name=interface_alias(nic.uuid))
+    return element
+
+
+def interface_xml(nic: Nic) -> str:
+    """One interface, for hot-plug."""
+    return ET.tostring(_interface(nic), encoding="unicode")
+
+
+def domain_xml(domain: Domain) -> str:
+    """The whole domain."""
+    root = ET.Element("domain", {"type": "kvm" if domain.accel == "kvm" else "qemu"})
+    _add(root, "name", name(domain.installation, domain.uuid))
+    _add(root, "uuid", domain.uuid)
+    _add(root, "title", domain.title)
+    metadata = _add(root, "metadata")
+    ET.register_namespace("sf", METADATA_NAMESPACE)
+    ours = ET.SubElement(metadata, f"{{{METADATA_NAMESPACE}}}instance")
+    ours.set("installation", domain.installation)
+    ours.set("uuid", domain.uuid)
+    _add(root, "memory", str(domain.memory_mib), unit="MiB")
+    _add(root, "vcpu", str(domain.cpus))
+    os = _add(root, "os", **({"firmware": "efi"} if domain.uefi else {}))
+    _add(os, "type", "hvm", arch=domain.architecture, machine="q35")
+    if domain.uefi:
+        firmware = _add(os, "firmware")
+        _add(firmware, "feature", enabled="no", name="secure-boot")
+        if domain.nvram is not None:
+            _add(os, "nvram", str(domain.nvram))
+    _add(os, "boot", dev="hd")
+    features = _add(root, "features")
+    _add(features, "acpi")
+    _add(features, "apic")
+    if domain.cpu:
+        _add(_add(root, "cpu", mode="custom", match="exact", check="none"), "model", domain.cpu)
+    else:
+        _add(root, "cpu", mode="host-passthrough" if domain.accel == "kvm" else "maximum", check="none")
+    clock = _add(root, "clock", offset="utc")
+    _add(clock, "timer", name="rtc", tickpolicy="catchup")
+    _add(clock, "timer", name="hpet", present="no")
+    _add(root, "on_poweroff", "destroy")
+    _add(root, "on_reboot", "restart")
+    _add(root, "on_crash", "destroy")
+    devices = _add(root, "devices")
+    _add(devices, "controller", type="pci", index="0", model="pcie-root")
+    busy = len(domain.disks) + len(domain.nics) + 4  # virtio-serial, balloon, rng, video
+    for index in range(1, busy + SPARE_PORTS + 1):
+        _add(devices, "controller", type="pci", index=str(index), model="pcie-root-port")
+    _add(devices, "controller", type="usb", model="none")
+    for disk in domain.disks:
+        _disk(devices, disk)
+    if domain.config_drive is not None:
+        _config_drive(devices, domain.config_drive)
+    for nic in domain.nics:
+        devices.append(_interface(nic))
+    serial = _add(devices, "serial", type="pty")
+    _add(serial, "log", file=str(domain.console_log), append="on")
+    _add(serial, "target", port="0")
+    _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
+    _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+    _add(devices, "memballoon", model="virtio")
+    if domain.graphics is not None:
+        graphics = _add(devices, "graphics", type=domain.graphics.kind, autoport="yes")
+        graphics.set("passwd", domain.graphics.password)
+        _add(graphics, "listen", type="address", address=domain.graphics.listen)
+        _add(_add(devices, "video"), "model", type="virtio")
+    return ET.tostring(root, encoding="unicode")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveInterface:
+    """An interface as a running domain has it."""
+
+    uuid: str
+    mac: str
+    tap: str
+
+
+def _read(xml: str) -> ET.Element:
+    return ET.fromstring(xml)  # noqa: S314 - libvirt wrote it
+
+
+def installation_of(xml: str) -> tuple[str, str]:
+    """(installation id, instance uuid) from a domain's metadata, or two empty strings for a stranger's domain."""
+    ours = _read(xml).find(f"metadata/{{{METADATA_NAMESPACE}}}instance")
+    return ("", "") if ours is None else (ours.get("installation", ""), ours.get("uuid", ""))
+
+
+def live_interfaces(xml: str) -> tuple[LiveInterface, ...]:
+    """The interfaces of ours in a running domain's XML."""
+    found = []
+    for element in _read(xml).iterfind("devices/interface"):
+        alias, mac, target = element.find("alias"), element.find("mac"), element.find("target")
+        if alias is None or mac is None or target is None or not alias.get("name", "").startswith("ua-"):
+            continue
+        uuid = alias.get("name", "").removeprefix("ua-")
+        found.append(LiveInterface(uuid, mac.get("address", ""), target.get("dev", "")))
+    return tuple(found)
+
+
+def graphics_port(xml: str) -> int:
+    """The port that VNC or SPICE listens on, 0 without."""
+    graphics = _read(xml).find("devices/graphics")
+    return 0 if graphics is None else max(0, int(graphics.get("port", "0")))
+
+
+def agent_connected(xml: str) -> bool:
+    """Whether the guest's agent has its channel open."""
+    channels = _read(xml).iterfind("devices/channel/target")
+    return any(c.get("name") == AGENT_CHANNEL and c.get("state") == "connected" for c in channels)

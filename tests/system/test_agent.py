@@ -1,0 +1,427 @@
+"""The agent against a real libvirtd and qemu, driven by a controller in the test; networks have tests of their own."""
+
+import asyncio
+import contextlib
+import os
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compute.agent import Agent
+from compute.errors import NotFound
+from compute.spec import (
+    DiskSpec,
+    InstanceSpec,
+    InstanceState,
+    InstanceStatus,
+    NodeDesired,
+    NodeEvent,
+    NodeFacts,
+    NodeOperations,
+    Power,
+)
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, StoreError
+from imagestore.progress import Progress, Report
+from net.model import Network, NodeNetworks, Port
+from scripts.private_libvirtd import PrivateHost
+from tests.system.boot_sector import boot_sector
+
+pytestmark = pytest.mark.system
+
+HELLO, FLOOD, BROKEN = (Digest.of(name) for name in (b"hello", b"flood", b"broken"))
+
+
+class Desk:
+    """A controller that the test turns by hand: it keeps what is desired and what was reported."""
+
+    def __init__(self, installation: str) -> None:
+        self.now = NodeDesired(1, NodeNetworks(installation, "here"))
+        self.statuses: list[InstanceStatus] = []
+        self.events: list[NodeEvent] = []
+        self._changed = asyncio.Event()
+
+    def want(self, *instances: InstanceSpec) -> None:
+        self.now = replace(self.now, revision=self.now.revision + 1, instances=instances)
+        self._changed.set()
+
+    async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
+        assert facts.cpus > 0 and facts.memory_mib > 0
+
+    async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
+        if self.now.revision == after_revision:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
+        return self.now
+
+    async def report(
+        self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]
+    ) -> None:
+        self.statuses += statuses
+        self.events += events
+
+    async def seen(self, wanted: Callable[[InstanceStatus], bool], instance: str) -> InstanceStatus:
+        """The newest status of an instance, once it fits."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(60):
+                while True:
+                    of_it = [status for status in self.statuses if status.uuid == instance]
+                    if of_it and wanted(of_it[-1]):
+                        return of_it[-1]
+                    await asyncio.sleep(0.02)
+        raise AssertionError(f"never seen: {self.statuses[-3:]} {self.events[-3:]}")
+
+
+class NoNetworks:
+    """A data plane for a node without networks."""
+
+    def apply(self, desired: NodeNetworks) -> None:
+        assert not desired.networks
+
+    def create_tap(self, port: Port) -> str:
+        raise AssertionError(port)
+
+    def adopt_tap(self, network: Network, port: Port) -> None:
+        raise AssertionError(port)
+
+    def remove_tap(self, port: Port) -> None:
+        raise AssertionError(port)
+
+    def namespace(self, network: Network) -> str:
+        raise AssertionError(network)
+
+
+class Shelf:
+    """Boot sectors as complete images; `gate` holds every fetch back until the test opens it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fetches = 0
+        self.cancelled = threading.Event()
+        directory.mkdir(parents=True, exist_ok=True)
+        for digest, content in (
+            (HELLO, boot_sector("HELLO\r\n")),
+            (FLOOD, boot_sector("FLOOD\r\n", repeat=True)),
+        ):
+            path = directory / digest.hex()
+            path.write_bytes(content)
+            path.chmod(0o444)
+
+    def ensure(self, digest: Digest, progress: Report, cancel: threading.Event) -> Path:
+        self.fetches += 1
+        progress(Progress("fetching", 43, 100))
+        while not self.gate.wait(0.05):
+            if cancel.is_set():
+                self.cancelled.set()
+                raise StoreError("cancelled")
+        if digest == BROKEN:
+            raise Corrupt("store file:///s: chunk b3:0123 does not match its digest")
+        return self.directory / digest.hex()
+
+
+class Bench:
+    """One node: a private libvirtd that outlives agents, which come and go."""
+
+    def __init__(self, host: PrivateHost, directory: Path) -> None:
+        self.host, self.directory = host, directory
+        self.installation = uuid.uuid4().hex[:8]
+        self.shelf = Shelf(directory / "cache")
+        self.desk = Desk(self.installation)
+
+    @contextlib.asynccontextmanager
+    async def agent(self) -> AsyncIterator[Agent]:
+        agent = Agent(self.desk, "here", self.directory, NoNetworks(), self.shelf, self.host.uri)
+        running = asyncio.create_task(agent.run())
+        try:
+            yield agent
+        finally:
+            await agent.stop()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+
+    def spec(self, image: Digest = HELLO, **changes: object) -> InstanceSpec:
+        spec = InstanceSpec(str(uuid.uuid4()), "web", "system", 1, 32, (DiskSpec("vda", str(image)),))
+        return replace(spec, **changes)  # type: ignore[arg-type]
+
+    def domains(self) -> list[str]:
+        found = self.host.virsh("list", "--all", "--name").stdout.split()
+        return [name for name in found if self.installation in name]
+
+    def qemu(self, spec: InstanceSpec) -> int:
+        """The process id of a guest, as the private host numbers it."""
+        name = f"sf-{self.installation}-{spec.uuid}"
+        return int((self.host.directory / f"run/libvirt/qemu/{name}.pid").read_text())
+
+    async def boot(self, agent: Agent, *specs: InstanceSpec) -> None:
+        self.desk.want(*specs)
+        for spec in specs:
+            await self.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            await says(agent, spec, b"HELLO")
+
+
+async def says(agent: Agent, spec: InstanceSpec, text: bytes) -> None:
+    async with asyncio.timeout(60):
+        while text not in await agent.console(spec.uuid, -1):
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[PrivateHost]:
+    with PrivateHost() as made:
+        yield made
+
+
+@pytest.fixture
+def bench(host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setenv("SF_ACCEL", "tcg")
+    bench = Bench(host, tmp_path)
+    yield bench
+    assert bench.domains() == []
+
+
+async def remove(bench: Bench, *specs: InstanceSpec) -> None:
+    bench.desk.want(*(replace(spec, delete=True) for spec in specs))
+    for spec in specs:
+        await bench.desk.seen(lambda s: s.state is InstanceState.DELETED, spec.uuid)
+        assert not (bench.directory / "instances" / spec.uuid).exists()
+
+
+def test_a_guest_boots_says_so_and_is_removed_without_a_trace(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            states = [status.state for status in bench.desk.statuses]
+            assert list(dict.fromkeys(states)) == [
+                InstanceState.PREFLIGHT,
+                InstanceState.CREATING,
+                InstanceState.CREATED,
+            ]
+            assert bench.desk.statuses[-1].accel == "tcg (by SF_ACCEL)"
+            await remove(bench, spec)
+            bench.desk.want()
+
+    asyncio.run(story())
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm")
+def test_a_boot_sector_runs_under_kvm_from_store_to_serial_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SF_ACCEL", "kvm")
+
+    async def story() -> None:
+        spec = bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            assert bench.desk.statuses[-1].accel.startswith("kvm")
+            assert 'type="kvm"' in bench.host.virsh("dumpxml", spec.uuid).stdout.replace("'", '"')
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
+def test_guests_outlive_their_agent_and_the_next_one_adopts_them(bench: Bench) -> None:
+    async def story() -> None:
+        specs = [bench.spec() for _ in range(3)]
+        async with bench.agent() as agent:
+            await bench.boot(agent, *specs)
+        pids = [bench.qemu(spec) for spec in specs]
+        bench.desk.statuses.clear()
+        async with bench.agent() as agent:
+            for spec in specs:
+                await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            assert [bench.qemu(spec) for spec in specs] == pids
+            await remove(bench, *specs)
+
+    asyncio.run(story())
+
+
+def test_what_was_deleted_while_the_agent_was_away_is_removed_at_its_start(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+        bench.desk.want()
+        bench.host.run(["mkdir", "-p", str(bench.directory / "instances" / str(uuid.uuid4()))])
+        async with bench.agent():
+            await bench.desk.seen(lambda s: s.state is InstanceState.DELETED, spec.uuid)
+            async with asyncio.timeout(30):
+                while list((bench.directory / "instances").iterdir()):
+                    await asyncio.sleep(0.05)
+        assert bench.domains() == []
+
+    asyncio.run(story())
+
+
+def test_a_strangers_domain_is_never_touched(bench: Bench) -> None:
+    other = Bench(bench.host, bench.directory / "other")
+
+    async def story() -> None:
+        mine, theirs = bench.spec(), other.spec()
+        async with bench.agent() as a, other.agent() as b:
+            await bench.boot(a, mine)
+            await other.boot(b, theirs)
+            await remove(bench, mine)
+            bench.desk.want()
+            assert other.host.virsh("domstate", theirs.uuid).stdout.strip() == "running"
+            await remove(other, theirs)
+
+    asyncio.run(story())
+
+
+def test_killing_libvirtd_loses_no_guest(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            pid = bench.qemu(spec)
+            bench.host.kill_libvirtd()
+            bench.desk.want(replace(spec, power=Power.PAUSED))
+            await asyncio.sleep(0.3)
+            bench.host.start_libvirtd()
+            await bench.desk.seen(lambda s: s.power_state == "paused", spec.uuid)
+            assert bench.qemu(spec) == pid
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
+def test_power_verbs_pause_off_on_and_hard_reboot(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            for power, shown in (
+                (Power.PAUSED, "paused"),
+                (Power.ON, "on"),
+                (Power.OFF, "off"),
+                (Power.ON, "on"),
+            ):
+                spec = replace(spec, power=power)
+                bench.desk.want(spec)
+                await bench.desk.seen(lambda s, shown=shown: s.power_state == shown, spec.uuid)  # type: ignore[misc]
+            first = bench.qemu(spec)
+            spec = replace(spec, reboot_hard=1)
+            await agent.clear_console(spec.uuid)
+            bench.desk.want(spec)
+            await says(agent, spec, b"HELLO")
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            assert bench.qemu(spec) != first
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
+def test_a_killed_qemu_is_reported_as_crashed_and_starts_again_when_asked(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            bench.host.run(["kill", "-9", str(bench.qemu(spec))])
+            status = await bench.desk.seen(lambda s: s.power_state == "crashed", spec.uuid)
+            assert status.state is InstanceState.CREATED
+            assert "qemu was killed or crashed" in status.error_message
+            spec = replace(spec, reboot_hard=1)
+            bench.desk.want(spec)
+            status = await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            assert status.error_message == ""
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
+def test_after_a_reboot_of_the_machine_the_guests_that_should_be_on_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SF_ACCEL", "tcg")
+
+    async def story(host: PrivateHost) -> None:
+        bench = Bench(host, tmp_path)
+        on, off = bench.spec(), bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, on, off)
+            off = replace(off, power=Power.OFF)
+            bench.desk.want(on, off)
+            await bench.desk.seen(lambda s: s.power_state == "off", off.uuid)
+        host.stop()
+        host.start()
+        bench.desk.statuses.clear()
+        async with bench.agent() as agent:
+            await bench.desk.seen(lambda s: s.power_state == "on", on.uuid)
+            await bench.desk.seen(lambda s: s.power_state == "off", off.uuid)
+            await remove(bench, on, off)
+        assert bench.domains() == []
+
+    with PrivateHost() as host:
+        asyncio.run(story(host))
+
+
+def test_an_image_that_does_not_verify_ends_in_an_error_that_says_so(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec(BROKEN)
+        async with bench.agent():
+            bench.desk.want(spec)
+            status = await bench.desk.seen(lambda s: s.state is InstanceState.PREFLIGHT_ERROR, spec.uuid)
+            assert "does not match its digest" in status.error_message
+            assert bench.domains() == []
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
+def test_a_disk_smaller_than_its_image_is_refused(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec(disks=(DiskSpec("vda", str(HELLO), size_bytes=4096),))
+        async with bench.agent():
+            bench.desk.want(spec)
+            status = await bench.desk.seen(lambda s: s.state is InstanceState.CREATING_ERROR, spec.uuid)
+            assert "4096 bytes, its image 1048576" in status.error_message
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
+def test_deleting_while_the_image_is_fetched_stops_the_fetch(bench: Bench) -> None:
+    async def story() -> None:
+        spec, twin = bench.spec(), bench.spec()
+        bench.shelf.gate.clear()
+        async with bench.agent():
+            bench.desk.want(spec, twin)
+            for each in (spec, twin):
+                await bench.desk.seen(lambda s: s.progress == "fetching 43%", each.uuid)
+            assert bench.shelf.fetches == 1
+            await remove(bench, spec, twin)
+            await asyncio.to_thread(bench.shelf.cancelled.wait, 10)
+            assert bench.shelf.cancelled.is_set()
+
+    asyncio.run(story())
+
+
+def test_a_guest_that_floods_its_console_fills_no_disk(bench: Bench) -> None:
+    async def story() -> None:
+        spec = bench.spec(FLOOD)
+        async with bench.agent() as agent:
+            bench.desk.want(spec)
+            await says(agent, spec, b"FLOOD")
+            log = bench.directory / "instances" / spec.uuid
+            base, largest = log / "console.log.base", 0
+            async with asyncio.timeout(120):
+                while not base.exists():
+                    await asyncio.sleep(0.2)
+                    largest = max(largest, sum(f.stat().st_size for f in log.glob("console.log*")))
+            assert largest < 64 << 20
+            assert (await agent.console(spec.uuid, 70)).count(b"FLOOD") >= 8
+            with pytest.raises(NotFound):
+                await agent.console("nobody", -1)
+            await remove(bench, spec)
+
+    asyncio.run(story())
