@@ -11,6 +11,7 @@ from xml.etree import ElementTree as ET
 
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
+_BUS = {"ide": "sata"}  # q35 has no IDE
 SPARE_PORTS = 8
 """pcie-root-ports kept free for hot-plug: q35 cannot add a port to a running guest."""
 
@@ -99,16 +100,17 @@ def _disk(devices: ET.Element, disk: Disk) -> None:
         _add(backing, "format", type="raw")
         _unlabelled(_add(backing, "source", file=str(disk.backing)))
         _add(backing, "backingStore")
-    _add(element, "target", dev=disk.device, bus=disk.bus)
+    _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
     if disk.serial:
         _add(element, "serial", disk.serial)
 
 
 def _config_drive(devices: ET.Element, path: Path) -> None:
-    element = _add(devices, "disk", type="file", device="cdrom")
+    # virtio-blk, not a SATA CD-ROM: the cloud kernels of distributions have no AHCI.
+    element = _add(devices, "disk", type="file", device="disk")
     _add(element, "driver", name="qemu", type="raw")
     _unlabelled(_add(element, "source", file=str(path)))
-    _add(element, "target", dev="sda", bus="sata")
+    _add(element, "target", dev="vdz", bus="virtio")
     _add(element, "readonly")
 
 
@@ -165,10 +167,13 @@ def domain_xml(domain: Domain) -> str:
     _add(root, "on_crash", "destroy")
     devices = _add(root, "devices")
     _add(devices, "controller", type="pci", index="0", model="pcie-root")
-    busy = len(domain.disks) + len(domain.nics) + 4  # virtio-serial, balloon, rng, video
+    busy = len(domain.disks) + len(domain.nics) + 6  # config drive, virtio-serial, balloon, rng, video, scsi
     for index in range(1, busy + SPARE_PORTS + 1):
         _add(devices, "controller", type="pci", index=str(index), model="pcie-root-port")
-    _add(devices, "controller", type="usb", model="none")
+    buses = {disk.bus for disk in domain.disks}
+    _add(devices, "controller", type="usb", model="qemu-xhci" if "usb" in buses else "none")
+    if "scsi" in buses:
+        _add(devices, "controller", type="scsi", model="virtio-scsi")
     for disk in domain.disks:
         _disk(devices, disk)
     if domain.config_drive is not None:
