@@ -1,0 +1,212 @@
+"""What a mirror shows of its store: the published images, and the same as simplestreams wants it.
+
+Format of the streams: https://git.launchpad.net/simplestreams/tree/doc and, for VMs, what LXD and Incus read of it.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from imagestore import columns
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, NotFound, Unsupported
+from imagestore.manifest import Manifest
+from imagestore.mirror.content import (
+    DEBIAN_WORDS,
+    Sums,
+    read_sums,
+    simplestreams_archive,
+    version_date,
+)
+from imagestore.names import Change
+from imagestore.qcow2_writer import plan
+from imagestore.store import Store
+from imagestore.trust import TREES, signed_targets
+
+_FRESH_S = 5.0
+_MOST_MANIFESTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One line of the index."""
+
+    name: str
+    tag: str
+    architecture: str
+    digest: Digest
+    size_bytes: int
+    data_bytes: int
+    os: str
+    labels: tuple[tuple[str, str], ...]
+    sums: Sums | None
+
+    @property
+    def arch(self) -> str:
+        """The architecture's Debian name, as in the URLs."""
+        return DEBIAN_WORDS.get(self.architecture, self.architecture)
+
+    @property
+    def path(self) -> str:
+        """Where its files are."""
+        return f"images/{self.name}/{self.tag}/{self.arch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A version of a name, and how many bytes of it the one before did not have."""
+
+    change: Change
+    digest: Digest
+    size_bytes: int
+    new_bytes: int
+
+
+@dataclass(slots=True)
+class Catalog:
+    """Reads the store at most every few seconds. Not thread-safe: one thread at a time asks."""
+
+    store: Store
+    signers: list[Digest] = field(default_factory=list)
+    """Fingerprints of those whose signatures the store carries."""
+    _images: list[Image] = field(default_factory=list)
+    _read_at_s: float = 0.0
+    _manifests: dict[Digest, Manifest] = field(default_factory=dict)
+
+    def images(self) -> list[Image]:
+        """All published images; where nothing is signed, all named ones; none of a store that cannot be listed."""
+        if time.monotonic() - self._read_at_s > _FRESH_S or not self._read_at_s:
+            try:
+                self._images = sorted(self._read(), key=lambda image: (image.name, image.tag, image.arch))
+            except Unsupported:
+                self._images = []
+            self._read_at_s = time.monotonic()
+        return self._images
+
+    def _read(self) -> list[Image]:
+        named = {
+            (record.name, record.tag, architecture): digest
+            for record in self.store.names.list()
+            for architecture, digest in record.images.items()
+        }
+        signed = signed_targets(self.store.backend)
+        roots = [stat.key.split("/")[1] for stat in self.store.backend.list(TREES) if "/1.root." in stat.key]
+        self.signers = [Digest.parse(root) for root in roots]
+        if signed:
+            # Of several signers' images the one that our own name has, if any.
+            named = {
+                key: named[key] if named.get(key) in digests else min(digests)
+                for key, digests in signed.items()
+            }
+        found = []
+        for (name, tag, architecture), digest in named.items():
+            try:
+                manifest = self.manifest(digest)
+            except (NotFound, Corrupt):
+                continue
+            facts = (manifest.size_bytes, manifest.data_bytes, manifest.os, manifest.labels)
+            found.append(Image(name, tag, architecture, digest, *facts, read_sums(self.store, digest)))
+        return found
+
+    def find(self, name: str, tag: str, arch: str) -> Image:
+        """By the words of a URL. Raises NotFound."""
+        for image in self.images():
+            if (image.name, image.tag) == (name, tag) and arch in (image.arch, image.architecture):
+                return image
+        raise NotFound(f"no image {name}:{tag} for {arch}")
+
+    def manifest(self, digest: Digest) -> Manifest:
+        """Kept for a while."""
+        found = self._manifests.get(digest)
+        if found is None:
+            found = self._manifests[digest] = self.store.manifest(digest)
+            if len(self._manifests) > _MOST_MANIFESTS:
+                self._manifests.pop(next(iter(self._manifests)))
+        return found
+
+    def history(self, image: Image) -> list[Step]:
+        """The versions of a name, newest first, as far as they are still here."""
+        versions: list[tuple[Change, Digest, Manifest]] = []
+        for change in self.store.names.history(image.name, image.tag):
+            digest = change.images.get(image.architecture)
+            if digest is None or change.removed or (versions and versions[-1][1] == digest):
+                continue
+            try:
+                versions.append((change, digest, self.manifest(digest)))
+            except (NotFound, Corrupt):
+                continue
+        steps = []
+        for at, (change, digest, manifest) in enumerate(versions):
+            older = versions[at + 1][2] if at + 1 < len(versions) else None
+            steps.append(Step(change, digest, manifest.size_bytes, added_bytes(manifest, older)))
+        return steps
+
+
+def added_bytes(manifest: Manifest, older: Manifest | None) -> int:
+    """Plain bytes of chunks that another image does not have, each counted once."""
+    keys, first = np.unique(columns.keys(manifest.ids), return_index=True)
+    if older is not None:
+        first = first[~np.isin(keys, columns.keys(older.ids))]
+    return int(manifest.lengths[first].sum(dtype=np.uint64))
+
+
+def streams_index(images: list[Image]) -> dict[str, Any]:
+    """`streams/v1/index.json`."""
+    products = sorted({_product(image) for image in images if image.sums})
+    entry = {
+        "datatype": "image-downloads",
+        "format": "products:1.0",
+        "path": "streams/v1/images.json",
+        "products": products,
+    }
+    return {"format": "index:1.0", "index": {"images": entry}}
+
+
+def streams_images(images: list[Image], manifest: Any) -> dict[str, Any]:
+    """`streams/v1/images.json`: each published image as a product with one version. manifest: Digest to Manifest."""
+    products: dict[str, Any] = {}
+    for image in images:
+        if image.sums is None:
+            continue
+        document = manifest(image.digest)
+        archive = simplestreams_archive(document, image.sums.created_s)
+        sha256 = hashlib.sha256(archive).hexdigest()
+        items: dict[str, Any] = {
+            "disk.qcow2": {
+                "ftype": "disk-kvm.img",
+                "path": f"{image.path}/disk.qcow2",
+                "sha256": image.sums.qcow2,
+                "size": plan(document).size_bytes,
+            }
+        }
+        for file in ("incus.tar.xz", "lxd.tar.xz"):
+            items[file] = {
+                "ftype": file,
+                "path": f"{image.path}/{file}",
+                "sha256": sha256,
+                "size": len(archive),
+                "combined_disk-kvm-img_sha256": image.sums.combined,
+            }
+        aliases = [f"{image.name}/{image.tag}"] + ([image.name] if image.tag == "latest" else [])
+        products[_product(image)] = {
+            "aliases": ",".join(aliases),
+            "arch": image.arch,
+            "os": image.os or image.name,
+            "release": image.tag,
+            "release_title": image.tag,
+            "variant": "default",
+            "versions": {version_date(image.sums.created_s): {"items": items}},
+        }
+    return {
+        "content_id": "images",
+        "datatype": "image-downloads",
+        "format": "products:1.0",
+        "products": products,
+    }
+
+
+def _product(image: Image) -> str:
+    return f"{image.name}:{image.tag}:{image.arch}:default"

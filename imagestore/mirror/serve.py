@@ -1,0 +1,219 @@
+"""`sf mirror serve`: the store's tree for sf, whole disks, simplestreams and pages for everybody else."""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from jinja2 import Environment, PackageLoader
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+from imagestore.backend import Backend, Buffer
+from imagestore.errors import NotFound, StoreError
+from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_index
+from imagestore.mirror.content import Content, GroupCache, simplestreams_archive
+from imagestore.mirror.sync import read_provenance
+from imagestore.mirror.tree import Limits, Receive, Scope, Send, Tree, headers_of, key_of, prepare
+from imagestore.qcow2_writer import WRITER, plan
+from imagestore.store import Store
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_DISKS = {"disk.raw": "raw", "disk.qcow2": "qcow2"}
+_ARCHIVES = ("incus.tar.xz", "lxd.tar.xz")
+_OPEN_IMAGES = 16
+_SECURITY = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def bytes_text(count: int) -> str:
+    """A size for people: 1.4 GiB."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007 - the last one stays
+        if size < 1024:
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=PackageLoader("imagestore.mirror"), autoescape=True)
+    environment.filters["bytes"] = bytes_text
+    environment.filters["date"] = lambda at_s: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at_s))
+    return environment
+
+
+def make_app(
+    store: Store,
+    *,
+    backend: Backend | None = None,
+    most_requests: int = 512,
+    per_second: float = 0.0,
+) -> Any:
+    """The ASGI application. backend: where the tree is read from, if not from the store's own (a pull-through)."""
+    app = FastAPI(title="sf mirror", docs_url=None, redoc_url=None, openapi_url=None)
+    tree = Tree(backend or store.backend)
+    site = _Site(store)
+    registry = CollectorRegistry()
+    requests = Counter("sf_mirror_requests", "Requests by kind", ["kind"], registry=registry)
+
+    @app.get("/livez")
+    async def livez() -> PlainTextResponse:
+        return PlainTextResponse("ok\n")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/")
+    async def index(request: Request, q: str = "") -> HTMLResponse:
+        return await site.index(str(request.base_url), q[:100])
+
+    @app.get("/streams/v1/index.json")
+    async def streams() -> JSONResponse:
+        return JSONResponse(streams_index(await site.images()))
+
+    @app.get("/streams/v1/images.json")
+    async def streams_products() -> JSONResponse:
+        return JSONResponse(
+            await site.run(lambda: streams_images(site.catalog.images(), site.catalog.manifest))
+        )
+
+    @app.get("/images/{name}/{tag}/{arch}/")
+    async def page(request: Request, name: str, tag: str, arch: str) -> HTMLResponse:
+        return await site.page(str(request.base_url), await site.find(name, tag, arch))
+
+    @app.api_route("/images/{name}/{tag}/{arch}/{file}", methods=["GET", "HEAD"])
+    async def file(request: Request, name: str, tag: str, arch: str, file: str) -> Response:
+        return await site.file(request, await site.find(name, tag, arch), file)
+
+    @app.exception_handler(StoreError)
+    async def failed(request: Request, error: Exception) -> PlainTextResponse:
+        status = 404 if isinstance(error, NotFound) else 503
+        if status == 503:
+            log.error("%s: %s", request.url.path, error)
+        return PlainTextResponse(f"{error if status == 404 else 'the store did not give it'}\n", status)
+
+    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+        """The tree without a framework in its way: it is what other machines ask for thousands of times."""
+        is_tree = scope["type"] == "http" and key_of(scope["path"]) is not None
+        if scope["type"] == "http":
+            requests.labels("tree" if is_tree else "site").inc()
+        await (tree(scope, receive, send) if is_tree else app(scope, receive, send))  # type: ignore[arg-type]
+
+    return Limits(dispatch, most=most_requests, per_second=per_second)
+
+
+class _Site:
+    """Pages and whole disks. The catalog is read by one thread at a time, images by a pool."""
+
+    def __init__(self, store: Store) -> None:
+        self.catalog = Catalog(store)
+        self._store = store
+        self._one = ThreadPoolExecutor(1, "sf-catalog")
+        self._pool = ThreadPoolExecutor(4, "sf-content")
+        self._cache = GroupCache()
+        self._open: OrderedDict[bytes, Content] = OrderedDict()
+        self._environment = _environment()
+
+    async def run(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._one, function)
+
+    async def images(self) -> list[Image]:
+        return await self.run(self.catalog.images)
+
+    async def find(self, name: str, tag: str, arch: str) -> Image:
+        return await self.run(lambda: self.catalog.find(name, tag, arch))
+
+    def _render(self, template: str, base: str, **values: Any) -> HTMLResponse:
+        signed = "".join(f" --fingerprint {signer}" for signer in self.catalog.signers[:1])
+        text = self._environment.get_template(template).render(base=base, root="/", signed=signed, **values)
+        return HTMLResponse(text, headers=_SECURITY | {"cache-control": "no-cache"})
+
+    async def index(self, base: str, query: str) -> HTMLResponse:
+        images = await self.images()
+        words = query.lower().split()
+        found = [
+            image
+            for image in images
+            if all(
+                word in f"{image.name}:{image.tag} {image.arch} {image.os} {image.digest}" for word in words
+            )
+        ]
+        return self._render("index.html", base, images=found, total=len(images), query=query)
+
+    async def page(self, base: str, image: Image) -> HTMLResponse:
+        def read() -> tuple[Any, ...]:
+            manifest = self.catalog.manifest(image.digest)
+            sums = image.sums
+            files = [
+                ("disk.qcow2", plan(manifest).size_bytes, sums.qcow2 if sums else ""),
+                ("disk.raw", manifest.size_bytes, sums.raw if sums else ""),
+            ]
+            return files, self.catalog.history(image), read_provenance(self._store, image.digest)
+
+        files, steps, provenance = await self.run(read)
+        values = {"image": image, "files": files, "steps": steps, "provenance": provenance}
+        return self._render("image.html", base, **values)
+
+    def _content(self, image: Image) -> Content:
+        content = self._open.get(image.digest)
+        if content is None:
+            content = Content(self._store, image.digest, self._cache, self._pool)
+            self._open[image.digest] = content
+            if len(self._open) > _OPEN_IMAGES:
+                self._open.popitem(last=False)
+        return content
+
+    async def file(self, request: Request, image: Image, file: str) -> Response:
+        sums = image.sums
+        if file == "SHA256SUMS" and sums:
+            return PlainTextResponse(f"{sums.qcow2}  disk.qcow2\n{sums.raw}  disk.raw\n")
+        if file in _ARCHIVES and sums:
+            created_s = sums.created_s
+            data = await self.run(
+                lambda: simplestreams_archive(self.catalog.manifest(image.digest), created_s)
+            )
+            return Response(data, media_type="application/x-xz")
+        if file not in _DISKS:
+            raise NotFound(f"no file {quote(file[:80])} of {image.name}:{image.tag}")
+        content = await self.run(lambda: self._content(image))
+        format_ = _DISKS[file]
+        etag = f'"{image.digest.hex()}.{format_}.{WRITER}"'
+        modified_s = sums.created_s if sums else 0.0
+        found, headers = prepare(
+            headers_of(request.scope), content.size_bytes(format_), etag, modified_s, b"no-cache"
+        )
+        headers.append((b"content-type", b"application/octet-stream"))
+        plain = {key.decode(): value.decode() for key, value in headers}
+        if found is None:
+            return Response(status_code=304, headers=plain)
+        if request.method == "HEAD" or found.status == 416:
+            return Response(status_code=found.status, headers=plain)
+        pieces = content.read(format_, found.start, found.length)
+        first = await asyncio.to_thread(next, pieces, b"")
+        return StreamingResponse(_streamed(first, pieces), found.status, plain)
+
+
+async def _streamed(first: Buffer, rest: Iterator[Buffer]) -> AsyncIterator[bytes]:
+    """Pieces from a thread; the first was read before the status was sent, for it may have failed."""
+    piece: Buffer | None = first
+    while piece is not None:
+        yield bytes(piece)
+        piece = await asyncio.to_thread(next, rest, None)
+
+
+def serve(app: Any, host: str, port: int) -> None:
+    """Run until interrupted."""
+    import uvicorn
+
+    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False, timeout_keep_alive=30)
