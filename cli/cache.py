@@ -1,7 +1,6 @@
 """`sf imaged`, the node's image service, and the commands of `sf cache` that ask it."""
 
 import asyncio
-import contextlib
 from typing import Any
 
 import click
@@ -150,65 +149,14 @@ def top(interval_s: float) -> None:
 )
 def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str) -> None:
     """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
-    import grp
-
+    from imagestore.imaged import run
     from imagestore.service import Options
 
-    state = settings().state_dir
-    get = settings().get
+    state, get = settings().state_dir, settings().get
     stores = tuple(get("store").split()) or ((state / "store").as_uri(),)
     options = Options(
         fill_bytes_s=_bytes(fill_rate or get("fill_rate", "0")),
         cache_bytes=_bytes(cache_size or get("cache_size", "0")),
         read_ahead=int(get("read_ahead", "1")),
-        socket_group=grp.getgrnam(group).gr_gid if group else -1,
     )
-    for directory in (state / "cache", state / "run" / "nbd"):
-        directory.mkdir(parents=True, exist_ok=True)
-    if user:
-        _become(user, [state / "cache", state / "run", state / "run" / "nbd"])
-    # Plain asyncio copies what it sends once more and answers half as many small reads.
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    asyncio.run(_serve(state, stores, options))
-
-
-def _become(user: str, directories: list[Any]) -> None:
-    import os
-    import pwd
-
-    try:
-        entry = pwd.getpwnam(user)
-    except KeyError as error:
-        raise Problem(f"there is no user {user!r}", code=USAGE) from error
-    for directory in directories:
-        os.chown(directory, entry.pw_uid, entry.pw_gid)
-    os.initgroups(user, entry.pw_gid)
-    os.setgid(entry.pw_gid)
-    os.setuid(entry.pw_uid)
-
-
-async def _serve(state: Any, stores: tuple[str, ...], options: Any) -> None:
-    import fcntl
-    import signal
-
-    from imagestore.control import ControlServer
-    from imagestore.service import ImageService
-
-    with (state / "cache" / ".service").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Problem(f"an image service runs on {state} already") from None
-        service = ImageService(state / "cache", state / "run" / "nbd", stores, options)
-        control = ControlServer(service, state / "run" / "imaged.sock")
-        await service.start()
-        await control.start()
-        ended = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, ended.set)
-        await ended.wait()
-        await control.close()
-        await service.close()
+    run(state, stores, options, user=user, group=group)

@@ -1,5 +1,6 @@
 """`sf image`: disk images in a store. Needs no server."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -47,6 +48,15 @@ PUSHED = (
     ("new", lambda r: size(r["new_bytes"])),
     ("already there", lambda r: size(r["known_bytes"])),
     ("written", lambda r: size(r["written_bytes"])),
+)
+COLLECTED = (
+    ("images", "images"),
+    ("in use", lambda r: size(r["used_bytes"])),
+    ("freed", lambda r: f"{size(r['freed_bytes'])} in {r['deleted_packs']} packs"),
+    ("after the grace", lambda r: f"{size(r['waiting_bytes'])} in {r['waiting_packs']} packs"),
+    ("written anew", lambda r: f"{size(r['copied_bytes'])} out of {r['repacked_packs']} packs"),
+    ("tombstones gone", "deleted_names"),
+    ("", lambda r: "nothing was changed (--dry-run)" if r["dry_run"] else ""),
 )
 PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
 
@@ -116,7 +126,7 @@ def _digest(store: "Store", wanted: "Reference", architecture: str) -> "Digest":
     return matches[0]
 
 
-def _target(text: str) -> tuple[str, str]:
+def written(text: str) -> tuple[str, str]:
     """The name and tag of what is to be written: no remote and no digest."""
     from imagestore.names import parse_reference
 
@@ -133,6 +143,9 @@ def _target(text: str) -> tuple[str, str]:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("name")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option(
+    "--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi"]), help="Default: look."
+)
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
 def push(
     file: Path,
@@ -141,17 +154,15 @@ def push(
     single_writer: bool,
     form: str,
     labels: tuple[str, ...],
-    sparsify: bool,
+    **given: Any,
 ) -> None:
     """Keep the disk in FILE (qcow2, raw, VMDK, VHDX or VDI) under NAME[:TAG]."""
     from imagestore.names import check_architecture
     from imagestore.push import push as push_image
 
-    target, machine = _target(name), check_architecture(architecture)
-    given: dict[str, Any] = {
-        "labels": dict(label.partition("=")[::2] for label in labels),
-        "sparsify": sparsify,
-    }
+    target, machine = written(name), check_architecture(architecture)
+    given["labels"] = dict(label.partition("=")[::2] for label in labels)
+    given["format_"] = given.pop("input_format")
     with opened(create=True, alone=single_writer) as store, progress(f"push {name}") as tell:
         result = push_image(store, file, *target, architecture=machine, progress=tell, **given)
     row = {"name": ":".join(target), "architecture": machine, **asdict(result), "digest": str(result.digest)}
@@ -237,7 +248,7 @@ def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
     """Give an image of the store another name as well."""
     from imagestore.names import check_architecture, parse_reference
 
-    target, machine = _target(new), check_architecture(architecture)
+    target, machine = written(new), check_architecture(architecture)
     with opened(write=True, alone=single_writer) as store:
         digest = _digest(store, parse_reference(name), machine)
         store.names.set(*target, machine, digest)
@@ -247,7 +258,7 @@ def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
 def _remove(names: tuple[str, ...], architecture: str | None, alone: bool) -> None:
     with opened(write=True, alone=alone) as store:
         for text in names:
-            store.names.remove(*_target(text), architecture)
+            store.names.remove(*written(text), architecture)
             say(f"{text} removed (sf image undelete {text} brings it back until gc has run)")
 
 
@@ -268,7 +279,7 @@ def untag(name: str, single_writer: bool, only: str | None) -> None:
 def undelete(name: str, single_writer: bool) -> None:
     """Bring back a name that was removed, as long as gc has not collected it."""
     with opened(write=True, alone=single_writer) as store:
-        record = store.names.undelete(*_target(name))
+        record = store.names.undelete(*written(name))
     print(" ".join([f"{record.name}:{record.tag}", *map(str, record.images.values())]))
 
 
@@ -276,6 +287,27 @@ def undelete(name: str, single_writer: bool) -> None:
 def history(name: str, form: str) -> None:
     """What a name stood for, newest first."""
     with opened() as store:
-        changes = store.names.history(*_target(name))
+        changes = store.names.history(*written(name))
     rows = [asdict(c) | {"images": {a: str(d) for a, d in c.images.items()}} for c in changes]
     show_list(rows, HISTORY, form, name="revision")
+
+
+@image.add(examples="sf image gc --dry-run\nsf image gc --grace 2h")
+@click.option("--dry-run", is_flag=True, help="Only say what a run would do.")
+@click.option(
+    "--grace", default="24h", show_default=True, help="Longer than any cache keeps names: 90s, 30m, 24h, 7d."
+)
+@click.option(
+    "--repack-threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="SHARE"
+)
+def gc(form: str, single_writer: bool, dry_run: bool, grace: str, repack_threshold: float) -> None:
+    """Free what no image needs; packs of which more than SHARE is unused are written anew."""
+    from imagestore.gc import collect
+
+    match = re.fullmatch(r"(\d+)([smhd])", grace)
+    if not match:
+        raise Problem(f"not a time: {grace!r}", hint="for example 30m, 24h, 7d", code=USAGE)
+    grace_s = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    with opened(alone=single_writer) as store:
+        report = collect(store, grace_s=grace_s, repack_threshold=repack_threshold, dry_run=dry_run)
+    show_one({**asdict(report), "name": store.url}, COLLECTED, form)

@@ -1,5 +1,6 @@
 """`sf store`, `sf cache` and `sf remote`."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -7,12 +8,27 @@ import click
 import imagestore.errors
 from cli.command import STORE, Group, settings
 from cli.errors import Problem
-from cli.output import say, show_list, status
+from cli.image import opened, written
+from cli.output import say, show_list, show_one, size, status
 from cli.settings import add_remote, remove_remote
 
 if TYPE_CHECKING:
     from imagestore.cache import ImageCache
 
+STATS = (
+    ("store", "name"),
+    ("images hold", lambda s: size(s["logical_bytes"])),
+    ("different bytes", lambda s: size(s["unique_bytes"])),
+    ("stored, in use", lambda s: size(s["used_bytes"])),
+    ("stored, in all", lambda s: f"{size(s['objects_bytes'])} in {s['objects']} objects"),
+)
+IMAGES = (
+    ("name", "name"),
+    ("data", lambda i: size(i["data_bytes"])),
+    ("stored", lambda i: size(i["stored_bytes"])),
+    ("deleting frees", lambda i: size(i["own_bytes"])),
+    ("digest", "digest"),
+)
 REMOTES = (("name", "name"), ("url", "url"))
 
 store = Group("store", needs=STORE, help="Make, check and copy image stores.")
@@ -24,11 +40,47 @@ remote = Group("remote", help="Other stores to look names up in.")
 @click.argument("url", required=False)
 def init(url: str | None, single_writer: bool) -> None:
     """Make an empty store at URL."""
-    from imagestore.open import open_store
+    from imagestore.open import open_backend, settle
+    from imagestore.store import Store
 
-    made = open_store(url or settings().store_url, create=True, single_writer=single_writer)
+    backend = open_backend(url or settings().store_url)
+    made = Store.init(backend, probed=settle(backend), single_writer=single_writer)
     print(f"{made.url} {made.info.id}")
-    made.backend.close()
+    backend.close()
+
+
+@store.add(examples="sf store stats\nsf store stats --format json")
+def stats(form: str) -> None:
+    """How much a store holds, and for each image what deleting it would free."""
+    from imagestore.stats import store_stats
+
+    with opened() as found:
+        told = store_stats(found)
+    row = {**asdict(told), "name": found.url}
+    row["images"] = [
+        {**one, "digest": str(one["digest"]), "name": " ".join(one["names"])} for one in row["images"]
+    ]
+    show_one({**row, "images": row["images"] if form == "json" else None}, STATS, form)
+    if form == "table":
+        show_list(row["images"], IMAGES, form)
+
+
+@store.add(examples="sf store copy /srv/images 's3://images/sf?region=eu-central-1' debian:12 debian:13")
+@click.argument("source")
+@click.argument("target")
+@click.argument("images", nargs=-1, metavar="[NAME...]")
+def copy(source: str, target: str, images: tuple[str, ...], single_writer: bool) -> None:
+    """Copy images (default: all) from store to store, sending only what is missing."""
+    from imagestore.copy import copy_name
+
+    with opened(source) as old, opened(target, create=True, write=True, alone=single_writer) as new:
+        records = [old.names.get(*written(text)) for text in images] if images else list(old.names.list())
+        with status() as tell:
+            for record in records:
+                tell(f"copy {record.name}:{record.tag}")
+                done = copy_name(old, new, record)
+                count = sum(result.written_bytes for result in done)
+                print(f"{record.name}:{record.tag} {size(count)} written", flush=True)
 
 
 def _cache() -> "ImageCache":
