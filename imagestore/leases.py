@@ -139,7 +139,7 @@ class Lease:
         bad = wanted & condemned.packs.keys()
         if self._epoch not in (None, condemned.epoch):
             # The list forgot some packs since it was read first: those that it names no longer are gone.
-            bad |= {pack for pack in wanted - bad if not _exists(self._store, derived_key("packs", pack))}
+            bad |= {pack for pack in wanted - bad if not exists(self._store, derived_key("packs", pack))}
         else:
             self._epoch = condemned.epoch
         return bad
@@ -162,7 +162,8 @@ class Lease:
                 log.warning("the lease could not be renewed: %s", err)
 
 
-def _exists(store: Store, key: str) -> bool:
+def exists(store: Store, key: str) -> bool:
+    """One request without a body."""
     try:
         store.backend.stat(key)
     except NotFound:

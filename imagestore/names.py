@@ -290,7 +290,11 @@ class Names:
     def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
         """All names, in order; with `removed` the tombstones too."""
         for stat in self._backend.list("names/"):
-            _, name, tag = stat.key.split("/")
-            record = self.read(name, tag)
+            _, _, rest = stat.key.partition("/")
+            name, _, tag = rest.partition("/")
+            try:
+                record = self.read(name, tag)
+            except Invalid as err:
+                raise Corrupt(f"{self._backend.url}/{stat.key} is no name's object") from err
             if record.revision and (removed or not record.removed):
                 yield record

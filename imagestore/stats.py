@@ -1,0 +1,86 @@
+"""How much a store holds, and what deleting an image would free."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from imagestore.digest import Digest
+from imagestore.gc import find_roots
+from imagestore.inventory import Inventory, Table
+from imagestore.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStats:
+    """One image: its names, bytes that are no holes, stored bytes of its chunks, and those that nobody else uses."""
+
+    digest: Digest
+    names: tuple[str, ...]
+    data_bytes: int
+    stored_bytes: int
+    own_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A whole store. `unique_bytes`: plain bytes of different chunks in use; `objects_bytes`: all that is stored."""
+
+    logical_bytes: int
+    unique_bytes: int
+    used_bytes: int
+    packs_bytes: int
+    objects_bytes: int
+    objects: int
+    images: tuple[ImageStats, ...]
+
+
+def store_stats(store: Store) -> StoreStats:
+    """Reads every layout and index part once. Raises NotFound, Corrupt when an image is not whole."""
+    inventory = Inventory.read(store)
+    names: dict[Digest, list[str]] = {}
+    for record in store.names.list():
+        for digest in record.images.values():
+            names.setdefault(digest, []).append(f"{record.name}:{record.tag}")
+    uses: dict[Digest, list[tuple[Digest, npt.NDArray[np.int32], int]]] = {}
+    counts: dict[Digest, npt.NDArray[np.int32]] = {}
+    for digest in find_roots(store, 0.0, float("inf")).must:
+        uses[digest] = []
+        for pack, table, _, rows in inventory.uses(store.layout(digest)):
+            data_bytes = int(table.footer.lengths[rows].sum(dtype=np.int64))
+            unique = np.unique(rows).astype(np.int32)
+            uses[digest].append((pack, unique, data_bytes))
+            counts.setdefault(pack, np.zeros(len(table.live), np.int32))[unique] += 1
+            table.live[unique] = True
+    images = []
+    for digest, found in sorted(uses.items()):
+        data, stored, own = 0, 0.0, 0.0
+        for pack, unique, data_bytes in found:
+            table = inventory.table(pack)
+            chosen = np.zeros(len(table.live), np.bool_)
+            chosen[unique] = True
+            data += data_bytes
+            stored += table.stored_bytes(chosen)
+            own += table.stored_bytes(chosen & (counts[pack] == 1))
+        images.append(ImageStats(digest, tuple(names.get(digest, ())), data, round(stored), round(own)))
+    tables = [table for table in inventory.tables.values() if table.live.any()]
+    every = list(store.backend.list(""))
+    return StoreStats(
+        logical_bytes=sum(image.data_bytes for image in images),
+        unique_bytes=_unique_bytes(tables),
+        used_bytes=round(sum(table.stored_bytes(table.live) for table in tables)),
+        packs_bytes=sum(stat.size_bytes for stat in inventory.packs.values()),
+        objects_bytes=sum(stat.size_bytes for stat in every),
+        objects=len(every),
+        images=tuple(images),
+    )
+
+
+def _unique_bytes(tables: list[Table]) -> int:
+    """Plain bytes of different live chunks: a chunk may lie in more than one pack."""
+    ids = np.concatenate([np.zeros((0, 32), np.uint8), *(table.footer.ids[table.live] for table in tables)])
+    lengths = np.concatenate(
+        [np.zeros(0, np.uint32), *(table.footer.lengths[table.live] for table in tables)]
+    )
+    _, first = np.unique(np.ascontiguousarray(ids).view("V32").ravel(), return_index=True)
+    return int(lengths[first].sum(dtype=np.int64))

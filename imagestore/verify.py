@@ -1,0 +1,266 @@
+"""Is everything there, and is it what it says? And, with a second store, making it so again."""
+
+import contextlib
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from imagestore import index
+from imagestore.copy import copy_image
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, Invalid, NotFound, StoreError, Unsupported
+from imagestore.gc import find_roots, reindex
+from imagestore.inventory import Inventory, Table, named, read_footer
+from imagestore.layout import Layout
+from imagestore.leases import CONDEMNED_KEY, Condemned
+from imagestore.manifest import Manifest
+from imagestore.names import NameRecord
+from imagestore.progress import Progress, Report, silent
+from imagestore.sealed import unseal
+from imagestore.store import INFO_KEY, Store, StoreInfo, derived_key, layout_key, manifest_key, untrashed
+from imagestore.transfer import Source, chunks_of, frames_of, read_frames, wanted_frames
+from imagestore.wrappers import RateLimited
+
+_SEALED = ("leases/", "refs/", "gc/")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An object that is wrong or missing, why, and the image that cannot be read because of it."""
+
+    key: str
+    reason: str
+    image: Digest | None = None
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """`problems` is empty when all is well. `checked_bytes`: stored bytes that were read and hashed."""
+
+    problems: list[Problem] = field(default_factory=list)
+    images: int = 0
+    packs: int = 0
+    checked_bytes: int = 0
+    repaired: int = 0
+
+    @contextlib.contextmanager
+    def about(self, key: str, image: Digest | None = None) -> Iterator[None]:
+        """Note what goes wrong with an object."""
+        try:
+            yield
+        except (Corrupt, NotFound, Unsupported, Invalid) as err:
+            self.problems.append(Problem(key, str(err), image))
+
+
+def verify_store(
+    store: Store, *, full: bool = False, bytes_s: float = 0, progress: Report = silent
+) -> VerifyReport:
+    """Check every object's structure and what it refers to; with `full` read and hash every byte.
+
+    bytes_s: read at most so fast (0: as fast as it goes). An object that is being written or collected meanwhile may
+    be reported as missing: check again before acting on it.
+    """
+    if bytes_s:
+        store = Store(RateLimited(store.backend, bytes_s), store.info)
+    report = VerifyReport()
+    _verify_small(store, report)
+    inventory = Inventory.read(store)
+    _verify_index(store, inventory, report)
+    manifests = {name: stat for name, stat in named(store, "manifests/") if stat.size_bytes}
+    for name in manifests:
+        with report.about(manifest_key(name), name):
+            manifest = store.manifest(name)
+            with report.about(layout_key(name), name):
+                _verify_layout(inventory, manifest, store.layout(name), report)
+        report.images += 1
+    for name, stat in named(store, "layouts/"):
+        if stat.size_bytes and name not in manifests:  # left by a push that was cut off
+            with report.about(stat.key):
+                Layout.decode(untrashed(store.backend.get(stat.key).data), name)
+    total = sum(stat.size_bytes for stat in inventory.packs.values())
+    for pack, stat in inventory.packs.items():
+        with report.about(stat.key):
+            if full:
+                _verify_pack(store, inventory, pack)
+            elif pack in inventory.tables:
+                footer = inventory.tables[pack].footer
+                if footer.data_bytes + len(footer.encode()) + 12 != stat.size_bytes:
+                    raise Corrupt(
+                        f"pack {pack} is {stat.size_bytes} bytes long, which does not fit its footer"
+                    )
+        report.packs += 1
+        report.checked_bytes += stat.size_bytes if full else 0
+        progress(Progress("verify", report.checked_bytes if full else 0, total))
+    return report
+
+
+def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> VerifyReport:
+    """Read and hash every byte of one image. Raises nothing that can be reported."""
+    report = VerifyReport(images=1)
+    with report.about(manifest_key(digest), digest):
+        manifest = store.manifest(digest)
+        with report.about(layout_key(digest), digest):
+            layout = store.layout(digest)
+            layout.check(manifest)
+            sources = list(frames_of(manifest, layout, range(len(manifest.lengths))))
+            total = sum(source.size for source in sources)
+            by_pack: dict[Digest, list[Source]] = {}
+            for source in sources:
+                by_pack.setdefault(source.pack, []).append(source)
+            for pack, found in by_pack.items():
+                with report.about(derived_key("packs", pack), digest):
+                    _verify_frames(store, found)
+                report.packs += 1
+                report.checked_bytes += sum(source.size for source in found)
+                progress(Progress("verify", report.checked_bytes, total))
+    return report
+
+
+def _verify_small(store: Store, report: VerifyReport) -> None:
+    """Everything with a seal, and whether names point at something."""
+    with report.about(INFO_KEY):
+        StoreInfo.decode(store.backend.get(INFO_KEY).data)
+    with report.about(CONDEMNED_KEY):
+        Condemned.read(store)
+    for prefix in _SEALED:
+        for stat in store.backend.list(prefix):
+            with report.about(stat.key), contextlib.suppress(NotFound):
+                unseal(store.backend.get(stat.key).data, stat.key)
+    for stat in store.backend.list("names/"):
+        if not stat.size_bytes:
+            continue
+        with report.about(stat.key), contextlib.suppress(NotFound):
+            record = NameRecord.decode(store.backend.get(stat.key).data)
+            if stat.key != f"names/{record.name}/{record.tag}":
+                raise Corrupt(f"{stat.key} holds the name {record.name}:{record.tag}")
+            for digest in () if record.removed else record.images.values():
+                if not store.has_manifest(digest):
+                    report.problems.append(Problem(manifest_key(digest), f"{stat.key} needs it", digest))
+
+
+def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> None:
+    hooks = index.Hooks()
+    with report.about(index.HOOKS_KEY), contextlib.suppress(NotFound):
+        hooks = index.Hooks.decode(store.backend.get(index.HOOKS_KEY).data)
+    for key in inventory.broken_parts:
+        report.problems.append(Problem(key, "an index part is damaged"))
+    expected = index.Hooks()
+    for name, packs in inventory.parts.items():
+        if name in hooks.parts and all(pack in inventory.tables for pack in packs):
+            part = index.IndexPart(tuple((pack, inventory.tables[pack].footer) for pack in packs))
+            expected = expected.with_part(name, part, len(part.encode()))
+    for at, name in enumerate(expected.parts):
+        there = hooks.parts.index(name)
+        mine, theirs = (h.keys[h.part_of_hook == n] for h, n in ((expected, at), (hooks, there)))
+        if hooks.sizes[there] != expected.sizes[at] or not np.array_equal(np.sort(mine), np.sort(theirs)):
+            report.problems.append(Problem(index.HOOKS_KEY, f"the hooks of index part {name} are wrong"))
+    if hooks.parts and set(hooks.parts).isdisjoint(inventory.parts):
+        report.problems.append(Problem(index.HOOKS_KEY, "none of its index parts is there"))
+
+
+def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, report: VerifyReport) -> None:
+    """Whether every chunk lies where the layout says, by the packs' own footers."""
+    layout.check(manifest)
+    for pack in layout.packs:
+        with report.about(derived_key("packs", pack), layout.manifest):
+            inventory.table(pack)
+    for use in inventory.uses(layout):
+        footer = use.table.footer
+        same = (footer.ids[use.rows] == manifest.ids[use.chunks]).all(axis=1)
+        if not (same & (footer.lengths[use.rows] == manifest.lengths[use.chunks])).all():
+            raise Corrupt(f"the layout of {layout.manifest} points at other chunks in pack {use.pack}")
+
+
+def _verify_pack(store: Store, inventory: Inventory, pack: Digest) -> None:
+    footer = read_footer(store, pack)
+    table = inventory.table(pack)
+    if footer.encode() != table.footer.encode():
+        raise Corrupt(f"pack {pack} and its index differ")
+    every = np.ones(len(footer.lengths), np.bool_)
+    _verify_frames(store, wanted_frames(pack, table, every, split_above=1.0))
+
+
+def _verify_frames(store: Store, sources: Iterable[Source]) -> None:
+    for source, stored in read_frames(store, sources):
+        if Digest.of(stored) != source.hash:
+            raise Corrupt(f"the frame at byte {source.offset} of pack {source.pack} is damaged")
+        for piece, chunk in chunks_of(source, stored):
+            if Digest.of(chunk) != piece.id:
+                raise Corrupt(f"a chunk in pack {source.pack} is not what its id says")
+
+
+def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = False) -> VerifyReport:
+    """Mend what a verify found with another store's objects and chunks, and verify again.
+
+    What has the same name everywhere is taken as it is, if it is right there. Chunks of packs that the other store
+    does not have are stored in new packs here, and the damaged packs are condemned.
+    """
+    store.check_writable()
+    broken: set[Digest] = set()
+    repaired = 0
+    for key in {problem.key for problem in report.problems}:
+        with contextlib.suppress(StoreError):
+            repaired += _mend(store, other, key)
+            continue
+        if key.startswith("packs/"):
+            broken.add(Digest.parse(key.rpartition("/")[2]))
+    inventory = Inventory.read(store)
+    reindex(store, inventory)
+    images = {problem.image for problem in report.problems if problem.image is not None}
+    for digest, _ in named(store, "layouts/"):
+        with contextlib.suppress(Corrupt, NotFound):
+            if not broken.isdisjoint(store.layout(digest).packs):
+                images.add(digest)
+    condemned = Condemned.read(store)
+    for digest in images:
+        with contextlib.suppress(NotFound, Corrupt):
+            copy_image(other, store, digest, inventory=inventory, avoid=broken | condemned.packs.keys())
+            repaired += 1
+    # Writers must not go on using what is damaged.
+    if broken & inventory.packs.keys():
+        condemned.replace(store, add=broken & inventory.packs.keys())
+    again = verify_store(store, full=full)
+    again.repaired = repaired
+    return again
+
+
+def _mend(store: Store, other: Store, key: str) -> bool:
+    """Put one object right. Raises NotFound, Corrupt when the other store cannot help, returns False for no need."""
+    tree, _, name = key.rpartition("/")
+    match tree.partition("/")[0] or key:
+        case "packs":
+            pack = Digest.parse(name)
+            table = Table(read_footer(other, pack))
+            _verify_frames(
+                other, wanted_frames(pack, table, np.ones(len(table.live), np.bool_), split_above=1.0)
+            )
+            store.backend.put(key, other.backend.get(key).data)
+        case "manifests":
+            store.backend.put(key, other.manifest(Digest.parse(name)).encode())
+        case "names":
+            data = other.backend.get(key).data
+            NameRecord.decode(data)
+            store.backend.put(key, data)
+        case "refs":
+            data = other.backend.get(key).data
+            unseal(data, key)
+            store.backend.put(key, data)
+        case "store.json":
+            store.backend.put(key, store.info.encode())
+        case "index" | "leases" | "hooks":
+            # Hints and promises: who needs them writes them again.
+            store.backend.delete(key)
+        case "gc":
+            # What was on the list must not come back: everything that no image uses goes on the new one.
+            used = {
+                pack for digest in find_roots(store, 0.0, 0.0).must for pack in store.layout(digest).packs
+            }
+            store.backend.delete(key)
+            Condemned(epoch=secrets.randbits(48)).replace(
+                store, add=Inventory.read(store).packs.keys() - used
+            )
+        case _:
+            return False
+    return True
