@@ -7,13 +7,15 @@ a namespace (setns(2) concerns the calling thread alone), makes the socket and s
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +35,7 @@ _NS_GET_NSTYPE = 0xB703
 _MS_BIND, _MNT_DETACH = 0x1000, 2
 _NOARP, _PERMANENT = 0x40, 0x80
 _SELF, _MASTER, _PROXY = 2, 4, 8
-_PROTO_STATIC = 4
+_PROTO_KERNEL, _PROTO_STATIC, _SCOPE_LINK = 2, 4, 253
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
@@ -188,17 +190,17 @@ class Netns:
 
     def create_vxlan(self, link: Link, target: "Netns") -> None:
         """Made from here, put into the target: its UDP socket stays in this namespace."""
-        self._ip.link(
-            "add",
-            ifname=link.name,
-            kind="vxlan",
-            mtu=link.mtu_bytes,
-            net_ns_fd=target.fd,
-            vxlan_id=link.vni,
-            vxlan_local=link.local,
-            vxlan_port=VXLAN_PORT,
-            vxlan_learning=False,
-        )
+        wanted = {"vxlan_id": link.vni, "vxlan_local": link.local, "vxlan_port": VXLAN_PORT}
+        device = {"ifname": link.name, "kind": "vxlan", "mtu": link.mtu_bytes, "vxlan_learning": False}
+        for tries_left in range(10, -1, -1):
+            try:
+                self._ip.link("add", net_ns_fd=target.fd, **device, **wanted)
+                return
+            except NetlinkError as error:
+                if error.code != errno.EEXIST or not tries_left:
+                    raise
+                # A namespace that lost its name frees its devices some time after its last process.
+                time.sleep(0.1)
 
     def create_veth(self, link: Link, host: "Netns") -> None:
         self._ip.link("add", ifname=link.name, kind="veth", peer={"ifname": link.peer, "net_ns_fd": host.fd})
@@ -233,7 +235,7 @@ class Netns:
         try:
             self._ip.link("del", index=self.index(name))
         except (NetlinkError, Failed) as error:
-            if isinstance(error, NetlinkError) and error.code != 19:  # ENODEV
+            if isinstance(error, NetlinkError) and error.code != errno.ENODEV:
                 raise
         self._names = {}
 
@@ -246,7 +248,16 @@ class Netns:
         index = self.index(item.dev)
         if item.kind is Kind.ADDRESS:
             address, length = item.key.split("/")
-            self._ip.addr("replace" if add else "del", index=index, address=address, prefixlen=int(length))
+            what = {"index": index, "address": address, "prefixlen": int(length)}
+            try:
+                self._ip.addr("add" if add else "del", **what)
+            except NetlinkError as error:
+                if error.code != errno.EEXIST:
+                    raise
+                # It is there, but the route of its subnet is not.
+                subnet = str(IPv4Interface(item.key).network)
+                kept = {"proto": _PROTO_KERNEL, "scope": _SCOPE_LINK, "prefsrc": address}
+                self._ip.route("replace", dst=subnet, oif=index, **kept)
         elif item.kind is Kind.ROUTE:
             way = {"dst": item.key, "gateway": item.value, "oif": index, "proto": _PROTO_STATIC}
             self._ip.route("replace" if add else "del", **way)

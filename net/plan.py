@@ -60,8 +60,9 @@ def diff(wanted: Mapping[str, Facts], observed: Observed) -> list[Action]:
     """The actions that lead from observed to wanted. A namespace that is not wanted is removed."""
     actions: list[Action] = []
     host = observed.namespaces[HOST]
-    for name in sorted({*wanted, *observed.namespaces}):
-        want, have = wanted.get(name), observed.namespaces.get(name)
+    namespaces = {**observed.namespaces, HOST: _without(host, _renewed(wanted, observed))}
+    for name in sorted({*wanted, *namespaces}):
+        want, have = wanted.get(name), namespaces.get(name)
         if have is not None and (want is None or have.broken):
             actions += [
                 Action(Verb.DELETE, name, item) for item in (have.dnsmasq, *have.links.values()) if item
@@ -79,6 +80,22 @@ def diff(wanted: Mapping[str, Facts], observed: Observed) -> list[Action]:
     return sorted(actions, key=lambda action: (_phase(action), action.namespace == HOST))
 
 
+def _renewed(wanted: Mapping[str, Facts], observed: Observed) -> set[str]:
+    """The host's ends of uplinks that are about to be made: one of that name that is there now goes."""
+    host, ends = observed.namespaces[HOST], set()
+    for name, want in wanted.items():
+        have = observed.namespaces.get(name, Facts()).links
+        for n, link in want.links.items():
+            if link.peer and (n not in have or _must_be_new(link, have[n], host)):
+                ends.add(link.peer)
+    return ends
+
+
+def _without(facts: Facts, gone: set[str]) -> Facts:
+    links = {n: link for n, link in facts.links.items() if n not in gone}
+    return replace(facts, links=links, entries=frozenset(e for e in facts.entries if e.dev not in gone))
+
+
 def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
     actions: list[Action] = []
     lost = {
@@ -88,21 +105,28 @@ def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
         n for n, link in want.links.items() if n in have.links and _must_be_new(link, have.links[n], host)
     }
     actions += [Action(Verb.DELETE, name, have.links[n]) for n in lost]
-    absent = set()
+    absent, readdressed = set(), set()
     for n, link in want.links.items():
         held = have.links.get(n) if n not in lost else None
         if held is not None:
             open_fields = replace(link, mac=link.mac or held.mac, peer=held.peer, carrier=held.carrier)
             if open_fields != held:
                 actions.append(Action(Verb.CHANGE, name, link, held))
+            if open_fields.mac != held.mac:
+                readdressed.add(n)
         elif link.kind != "tun":
             actions.append(Action(Verb.ADD, name, link))
         else:
             absent.add(n)
             if n in host.links and host.links[n].carrier:
                 actions.append(Action(Verb.ADOPT, name, link))
-    # Entries of a device that goes are gone with it; those of a tap that is not there yet come with it.
-    held_entries = {entry for entry in have.entries if entry.dev not in lost}
+    # Entries of a device that goes are gone with it, and a new MAC flushes its neighbours; those of a tap that is
+    # not there yet come with it.
+    held_entries = {
+        e
+        for e in have.entries
+        if e.dev not in lost and not (e.kind is Kind.NEIGHBOUR and e.dev in readdressed)
+    }
     gone = [e for e in held_entries - want.entries if e.kind is not Kind.SYSCTL]
     actions += [Action(Verb.DELETE, name, e) for e in sorted(gone)]
     new = [e for e in want.entries - held_entries if e.dev not in absent]

@@ -48,8 +48,9 @@ class Plane:
         if desired.installation != self.installation:
             raise Invalid(f"desired state is {desired.installation}'s, this is {self.installation}")
         with self._lock:
-            observed = self.observe(desired.underlay)
             self._announce_again()
+            self._end_strays()
+            observed = self.observe(desired.underlay)
             refused = too_large(desired, observed)
             kept = tuple(network for network in desired.networks if network not in refused)
             actions = plan(replace(desired, networks=kept), observed)
@@ -229,7 +230,7 @@ class Plane:
                     host.move_link(link.name, space)
                 elif action.verb is Verb.ADD:
                     _create(link, space, host)
-                _change(space, link)
+                _change(space, link, action.had if isinstance(action.had, Link) else None)
             case Entry() as item:
                 space.entry(item, add=add)
                 if item.kind is Kind.PROXY:
@@ -256,6 +257,13 @@ class Plane:
         self._stop(space.name)
         with space.entered():
             daemon.start(wanted)
+
+    def _end_strays(self) -> None:
+        """A dnsmasq that outlived the name of its namespace holds it, with the VNI of its mesh device."""
+        for running in self._running():
+            path = kernel.DIRECTORY / running.namespace
+            if not path.exists() or path.stat().st_ino != running.netns:
+                dnsmasq.stop(running.pid)
 
     def _stop(self, namespace: str) -> None:
         for running in self._running():
@@ -288,13 +296,15 @@ def _create(link: Link, space: Netns, host: Netns) -> None:
         space.create_veth(link, host)
 
 
-def _change(space: Netns, link: Link) -> None:
+def _change(space: Netns, link: Link, had: Link | None = None) -> None:
     port: dict[str, Any] = {"suppress": link.suppress, "learning": False} if link.master else {}
     if space.name == HOST:
         space.entry(Entry(Kind.SYSCTL, "", f"net/ipv6/conf/{link.name}/disable_ipv6", "1"), add=True)
     else:
         port["master"] = link.master
-    space.change_link(link.name, alias=link.alias, mtu_bytes=link.mtu_bytes, mac=link.mac, up=link.up, **port)
+    if not had or had.mac != link.mac:  # setting even the same MAC flushes the neighbours
+        port["mac"] = link.mac
+    space.change_link(link.name, alias=link.alias, mtu_bytes=link.mtu_bytes, up=link.up, **port)
 
 
 def _explained(action: Action, error: NetError | NetlinkError | OSError) -> NetError:

@@ -91,15 +91,22 @@ def _link(flags: int, attributes: Attributes, names: dict[int, str]) -> Link:
 
 
 def entries(asking: socket.socket, names: dict[int, str]) -> Iterator[Entry]:
-    """Addresses, routes, FDB and neighbours (IPv4) without what the kernel put there itself."""
-    for fixed, a in _dump(asking, _GETADDR, struct.pack("=BxxxI", socket.AF_INET, 0)):
-        length, index = struct.unpack("=xBxxI", fixed)
-        yield Entry(Kind.ADDRESS, names.get(index, ""), f"{_ip(a.get(2))}/{length}")
+    """Addresses, routes, FDB and neighbours (IPv4) without what the kernel put there itself.
+
+    An address whose subnet's route was taken away does not count.
+    """
+    connected = set()
     for fixed, a in _dump(asking, _GETROUTE, struct.pack("=B11x", socket.AF_INET)):
         length, table, protocol = struct.unpack("=xBxxBB6x", fixed)
         if table == _MAIN_TABLE and protocol != _PROTO_KERNEL:
             destination = f"{_ip(a.get(1)) or IPv4Address(0)}/{length}"
             yield Entry(Kind.ROUTE, names.get(_number(a.get(4)), ""), destination, _ip(a.get(5)))
+        elif table == _MAIN_TABLE:
+            connected.add((_number(a.get(4)), _ip(a.get(7))))
+    for fixed, a in _dump(asking, _GETADDR, struct.pack("=BxxxI", socket.AF_INET, 0)):
+        length, index = struct.unpack("=xBxxI", fixed)
+        if length == 32 or (index, _ip(a.get(2))) in connected:
+            yield Entry(Kind.ADDRESS, names.get(index, ""), f"{_ip(a.get(2))}/{length}")
     for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=B11x", socket.AF_BRIDGE)):
         index, state = struct.unpack("=xxxxiHxx", fixed)
         if 1 in a or (9 in a and state == _NOARP):  # has a remote end, or a bridge's static entry

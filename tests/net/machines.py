@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -112,11 +112,11 @@ class Space:
 
     def power_off(self) -> None:
         """Every process dies at once, and the namespaces with them."""
-        for pid in self.processes():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        while pids := self.processes():
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
         self._executor.shutdown()
 
 
@@ -150,7 +150,7 @@ class Cluster:
         self.mtu = mtu
         try:
             self.world = self._stack.enter_context(Space())
-            self.world.sh("ip link add switch type bridge && ip link set switch up")
+            self.world.sh("ip link add switch address 02:aa:00:00:00:fe type bridge && ip link set switch up")
             self.world.sh(f"ip addr add 10.9.9.254/24 dev switch; ip addr add {OUTSIDE}/32 dev lo")
             self.world.sh(f"ip link set switch mtu {mtu}")
             self.nodes = [self.add_node(f"n{i + 1}") for i in range(nodes)]
@@ -160,9 +160,9 @@ class Cluster:
 
     def add_node(self, name: str) -> Node:
         address = UNDERLAY[int(name[1:])]
-        space = self._stack.enter_context(Space())
+        space, mac = self._stack.enter_context(Space()), f"02:aa:00:00:00:{int(name[1:]):02x}"
         space.sh(
-            f"ip link add eth0 mtu {self.mtu} type veth peer name {name} netns {self.world.tid}"
+            f"ip link add eth0 address {mac} mtu {self.mtu} type veth peer name {name} netns {self.world.tid}"
             f" && ip addr add {address}/24 dev eth0 && ip link set eth0 up"
         )
         self.world.sh(f"ip link set {name} mtu {self.mtu} master switch up")
