@@ -32,6 +32,8 @@ class Config:
     floating_pool: IPv4Network | None = None
     uplink: str = ""
     """The host's interface towards the floating pool."""
+    resolvers: tuple[IPv4Address, ...] = ()
+    """Upstream DNS servers of virtual networks; () is the host's own, without loopback."""
     excluded: tuple[IPv4Network, ...] = ()
     """Ranges that no virtual network may overlap."""
     cpu_ratio: float = 16.0
@@ -70,6 +72,7 @@ def load(environment: Mapping[str, str] | None = None, **flags: str | None) -> C
             agent_listen=settings.get("agent_listen", ""),
             floating_pool=IPv4Network(settings["floating_pool"]) if settings.get("floating_pool") else None,
             uplink=settings.get("uplink", ""),
+            resolvers=tuple(IPv4Address(text) for text in settings.get("resolvers", "").split()),
             excluded=tuple(IPv4Network(text) for text in settings.get("excluded_networks", "").split()),
             cpu_ratio=float(settings.get("cpu_ratio", "16")),
             memory_reserve_mib=int(settings.get("memory_reserve_mib", "512")),

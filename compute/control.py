@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from ipaddress import IPv4Address
 from typing import TypeVar
 
 from compute.codec import to_plain
@@ -102,7 +103,16 @@ class Feed:
 class Controller:
     """One per server. `start` inside the event loop, `stop` before the store is closed."""
 
-    def __init__(self, store: StateStore, installation: str, server: str) -> None:
+    def __init__(
+        self,
+        store: StateStore,
+        installation: str,
+        server: str,
+        *,
+        uplink: str = "",
+        resolvers: tuple[IPv4Address, ...] = (),
+    ) -> None:
+        self._uplink, self._resolvers = uplink, resolvers
         self.store = store
         self.installation = installation
         self.server = server
@@ -146,6 +156,10 @@ class Controller:
             txn.event(Node.KIND, node, "its agent started", type="status", **plain)
 
         await self._act(action, node)
+        self.attach(node, operations)
+
+    def attach(self, node: str, operations: NodeOperations) -> None:
+        """How to ask this node directly, from now on: after a restart of the server its agent need not start anew."""
         self._operations[node] = operations
         self._seen_s[node] = time.time()
 
@@ -272,6 +286,8 @@ class Controller:
             networks=read.list(Network),
             nodes=read.list(Node),
             revision=last.revision if last else revision,
+            uplink=self._uplink,
+            resolvers=self._resolvers,
         )
         if last is None or now != last:
             self._last[node] = replace(now, revision=max(revision, last.revision + 1 if last else 0))

@@ -27,6 +27,8 @@ def build(
     networks: Iterable[Network],
     nodes: Iterable[Node],
     revision: int = 0,
+    uplink: str = "",
+    resolvers: tuple[IPv4Address, ...] = (),
 ) -> NodeDesired:
     """Instances placed on `node`, the networks that they or its routers need, and every port of those networks."""
     alive = {i.uuid: i for i in instances if i.state != InstanceState.DELETED}
@@ -55,9 +57,13 @@ def build(
             node=node,
             networks=tuple(wanted),
             peers=tuple(
-                Peer(name, _address(other)) for name, other in sorted(machines.items()) if name != node
+                Peer(name, _address(other))
+                for name, other in sorted(machines.items())
+                if name != node and "address" in other.facts
             ),
             underlay=_address(here),
+            uplink=uplink,
+            resolvers=resolvers,
         ),
         instances=tuple(
             spec(alive[uuid], by_instance[uuid], installation)

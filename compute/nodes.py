@@ -1,4 +1,4 @@
-"""What happens to a node's records: drain, removal, and (with `joining`) how it came."""
+"""What happens to a node's records after it has joined: drain and removal."""
 
 import time
 from collections.abc import Sequence
@@ -21,18 +21,15 @@ def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[
     return found
 
 
-def remove(txn: Transaction, name: str, *, server: str, router_nodes: Sequence[str]) -> Node:
-    """Forget it and every instance on it. Raises Conflict for the server's own node, or while instances should run."""
+def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_nodes: Sequence[str]) -> Node:
+    """Forget it, and the instances that were on it. Raises Conflict for the server, or while it lives and has some."""
     found = txn.get(Node, name)
     if name == server:
         raise Conflict(f"{name} is the server itself")
     here = [i for i in txn.list(Instance) if i.node == name and i.state != InstanceState.DELETED]
-    alive = [i for i in here if i.state != InstanceState.DELETE_WAIT]
-    if alive:
-        raise Conflict(
-            f"node {name} has {len(alive)} instances",
-            hint="delete them first; they go when the node is removed",
-        )
+    if here and alive:
+        hint = "delete them first, or switch the node off: then they are given up"
+        raise Conflict(f"node {name} is alive and has {len(here)} instances", hint=hint)
     for instance in here:
         finish_delete(txn, txn.get(Instance, instance.uuid))
     move_routers(txn, name, router_nodes)

@@ -13,21 +13,24 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from compute.agent import Agent
+from compute.api import agents
 from compute.api import app as api
 from compute.api.context import Services
 from compute.auth import Authority, ensure_local_key
 from compute.config import Config
 from compute.control import Controller
 from compute.errors import Conflict, Unavailable
+from compute.joining import certificate
 from compute.networks import ensure_floating
 from compute.objects import Instance, Transaction, transact
 from compute.sqlite_store import SqliteStore
@@ -72,7 +75,9 @@ async def serve(config: Config, say: Say = log.info) -> None:
         images = ImageCache(state_dir / "cache", {})
         images.stores = _open_stores(config, {})
         stack.callback(_close_stores, images)
-        controller = Controller(store, installation, config.node_name)
+        controller = Controller(
+            store, installation, config.node_name, uplink=config.uplink, resolvers=config.resolvers
+        )
         stack.callback(controller.stop)
         await controller.start()
         agent = Agent(
@@ -86,35 +91,34 @@ async def serve(config: Config, say: Say = log.info) -> None:
             release=release(),
         )
         services = Services(config, store, controller, Authority(store), images)
-        app = api.build(services)
+        servers = [(_Server(_settings(api.build(services))), listener)]
+        if config.agent_listen:
+            host, _, port = config.agent_listen.rpartition(":")
+            cert, key, _ = certificate(state_dir / "auth")
+            secured = _settings(agents.build(services), ssl_certfile=cert, ssl_keyfile=key)
+            servers.append((_Server(secured), stack.enter_context(_listen(host, int(port)))))
         say(f"sf {release()} serves http://{config.host}:{config.port}, state in {state_dir}")
-        await _run(config, app, listener, controller, agent, images)
+        await _run(config, servers, controller, agent, images)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
 
 
 async def _run(
     config: Config,
-    app: FastAPI,
-    listener: socket.socket,
+    servers: Sequence[tuple[uvicorn.Server, socket.socket]],
     controller: Controller,
     agent: Agent,
     images: ImageCache,
 ) -> None:
     """Until a signal comes, or a part fails: then its error."""
-    server = _Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S
-        )
-    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    answering = asyncio.create_task(server.serve([listener]))
+    answering = [asyncio.create_task(server.serve([listener])) for server, listener in servers]
     tasks = [
         asyncio.create_task(stop.wait()),
-        answering,
+        *answering,
         asyncio.create_task(agent.run()),
         asyncio.create_task(controller.keep_up()),
         asyncio.create_task(_reopen_stores(config, images)),
@@ -122,14 +126,21 @@ async def _run(
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        server.should_exit = True
-        await asyncio.wait({answering}, timeout=2 * _GRACE_S)
+        for server, _ in servers:
+            server.should_exit = True
+        await asyncio.wait(answering, timeout=2 * _GRACE_S)
         await agent.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+def _settings(app: FastAPI, **more: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S, **more
+    )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ from compute import nodes as acts
 from compute.api import views
 from compute.api.context import Context, Ctx
 from compute.api.history import add_events, add_metadata
-from compute.errors import NotFound
+from compute.errors import Conflict, NotFound
+from compute.joining import TOKEN_S, certificate
+from compute.joining import make_token as make_join_token
 from compute.objects import Node, Stored
 
 router = APIRouter(tags=["nodes"])
@@ -42,6 +44,19 @@ def list_nodes(ctx: Ctx) -> Response:
     return JSONResponse([_view(ctx, n) for n in ctx.read().list(Node) if n.state != "deleted"])
 
 
+@router.post("/nodes/token")
+def make_token(ctx: Ctx) -> Response:
+    """A single-use token for `sf agent --join`."""
+    ctx.admin()
+    config = ctx.services.config
+    if not config.agent_listen:
+        hint = "set agent_listen = host:port (SF_AGENT_LISTEN) where other machines reach this one"
+        raise Conflict("this server does not listen for agents", hint=hint)
+    *_, fingerprint = certificate(config.state_dir / "auth")
+    token = ctx.act(lambda txn: make_join_token(txn, fingerprint))
+    return JSONResponse({"token": str(token), "url": f"https://{config.agent_listen}", "expires_in": TOKEN_S})
+
+
 @router.get("/nodes/{ref}")
 def get_node(ctx: Ctx, ref: str) -> Response:
     item = _find(ctx, ref)
@@ -55,7 +70,10 @@ def remove_node(ctx: Ctx, ref: str) -> Response:
     known = _find(ctx, ref)
     controller = ctx.services.controller
     others = [name for name, why_not in controller.usable().items() if not why_not]
-    gone = ctx.act(lambda txn: acts.remove(txn, known.name, server=controller.server, router_nodes=others))
+    alive = controller.alive(known.name)
+    gone = ctx.act(
+        lambda txn: acts.remove(txn, known.name, server=controller.server, alive=alive, router_nodes=others)
+    )
     controller.forget(known.name)
     return JSONResponse(_view(ctx, gone))
 

@@ -1,0 +1,166 @@
+"""What agents on other machines call, on an HTTPS listener of its own: the verbs of `Controller`, as JSON.
+
+    POST /agent/v1/join       {token, name}                  → {node, identity, installation}
+    POST /agent/v1/register   {facts}                        → null
+    GET  /agent/v1/desired    ?after=REVISION&wait=SECONDS   → NodeDesired, as codec.to_plain has it; waits for a change
+    POST /agent/v1/report     {statuses, events}             → null, once it is kept
+    POST /agent/v1/renew                                     → {fence_s}: without another renewal the node fences itself
+    GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
+    POST /agent/v1/operations/ID {result} or {error, hint}   → null; `result` of `console` is base64
+
+All but `join` carry `Authorization: Node NAME:IDENTITY`. Errors are those of the API; 401 means: join again.
+"""
+
+import asyncio
+import base64
+import itertools
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from compute import joining
+from compute.api import problems
+from compute.api.context import Body, Services
+from compute.api.edge import Edge, Metrics
+from compute.codec import from_plain, to_plain
+from compute.errors import NotFound, Unauthenticated, Unavailable
+from compute.objects import Transaction, transact
+from compute.spec import InstanceStatus, NodeEvent, NodeFacts
+
+_ANSWER_S = 15.0
+_LONGEST_WAIT_S = 25.0
+
+
+class JoinBody(Body):
+    token: str
+    """The token's secret part."""
+    name: str
+
+
+class RegisterBody(Body):
+    facts: dict[str, Any]
+
+
+class ReportBody(Body):
+    statuses: list[dict[str, Any]] = Field(default_factory=list, max_length=10_000)
+    events: list[dict[str, Any]] = Field(default_factory=list, max_length=10_000)
+
+
+class AnswerBody(Body):
+    result: Any = None
+    error: str = ""
+    hint: str = ""
+
+
+class Mailbox:
+    """`NodeOperations` of a node that fetches its orders: each call waits for the node's answer."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._numbers = itertools.count(1)
+        self._orders: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+
+    async def console(self, instance_uuid: str, length: int) -> bytes:
+        return base64.b64decode(await self._ask("console", instance_uuid, length))
+
+    async def clear_console(self, instance_uuid: str) -> None:
+        await self._ask("clear_console", instance_uuid)
+
+    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+        stdout, stderr = await self._ask("ping", network_uuid, address)
+        return list(stdout), list(stderr)
+
+    async def _ask(self, verb: str, *arguments: Any) -> Any:
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self._orders.put_nowait({"id": number, "verb": verb, "arguments": arguments})
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await answer
+        except TimeoutError as err:
+            raise Unavailable(f"node {self._node} did not answer within {_ANSWER_S:.0f} s") from err
+        finally:
+            del self._answers[number]
+
+    async def fetch(self, wait_s: float) -> list[dict[str, Any]]:
+        """Orders that nobody gave up on meanwhile."""
+        found: list[dict[str, Any]] = []
+        try:
+            async with asyncio.timeout(wait_s):
+                found.append(await self._orders.get())
+        except TimeoutError:
+            return []
+        while not self._orders.empty():
+            found.append(self._orders.get_nowait())
+        return [order for order in found if order["id"] in self._answers]
+
+    def answer(self, number: int, body: AnswerBody) -> None:
+        waiting = self._answers.get(number)
+        if waiting is None or waiting.done():
+            return
+        if body.error:
+            waiting.set_exception(NotFound(body.error, hint=body.hint))
+        else:
+            waiting.set_result(body.result)
+
+
+def build(services: Services) -> FastAPI:
+    """The ASGI application for the agents' listener."""
+    app = FastAPI(title="sf agents", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Edge, metrics=Metrics())
+    problems.install(app)
+    controller, store = services.controller, services.store
+    mailboxes: dict[str, Mailbox] = {}
+
+    async def caller(request: Request) -> str:
+        scheme, _, rest = request.headers.get("authorization", "").partition(" ")
+        name, _, identity = rest.partition(":")
+        if scheme != "Node":
+            raise Unauthenticated("no node identity")
+        joining.check_identity(Transaction(store), name, identity)
+        if name not in mailboxes:
+            mailboxes[name] = Mailbox(name)
+            controller.attach(name, mailboxes[name])
+        return name
+
+    Caller = Annotated[str, Depends(caller)]
+
+    @app.post("/agent/v1/join")
+    def join(body: JoinBody) -> Response:
+        node, identity = transact(store, lambda txn: joining.join(txn, body.token, body.name), body.name)
+        answer = {"node": node.name, "identity": identity, "installation": controller.installation}
+        return JSONResponse(answer)
+
+    @app.post("/agent/v1/register")
+    async def register(node: Caller, body: RegisterBody) -> Response:
+        await controller.register(node, from_plain(NodeFacts, body.facts), mailboxes[node])
+        await controller.renew(node)
+        return JSONResponse(None)
+
+    @app.get("/agent/v1/desired")
+    async def desired(node: Caller, after: int = 0, wait: float = 0) -> Response:
+        return JSONResponse(to_plain(await controller.desired(node, after, min(wait, _LONGEST_WAIT_S))))
+
+    @app.post("/agent/v1/report")
+    async def report(node: Caller, body: ReportBody) -> Response:
+        statuses = [from_plain(InstanceStatus, one) for one in body.statuses]
+        await controller.report(node, statuses, [from_plain(NodeEvent, one) for one in body.events])
+        return JSONResponse(None)
+
+    @app.post("/agent/v1/renew")
+    async def renew(node: Caller) -> Response:
+        return JSONResponse({"fence_s": await controller.renew(node)})
+
+    @app.get("/agent/v1/operations")
+    async def operations(node: Caller, wait: float = 0) -> Response:
+        return JSONResponse(await mailboxes[node].fetch(min(wait, _LONGEST_WAIT_S)))
+
+    @app.post("/agent/v1/operations/{number}")
+    async def answer(node: Caller, number: int, body: AnswerBody) -> Response:
+        mailboxes[node].answer(number, body)
+        return JSONResponse(None)
+
+    return app
