@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from net import ipam
+from net.kernel import Netns
 from net.model import Network, NodeNetworks, Peer, Port
 from net.plane import Plane
 
@@ -98,6 +99,25 @@ class Space:
             time.sleep(0.2)
             process.terminate()
             sources |= {line.split()[2] for line in process.stdout.read().splitlines() if " IP " in line}
+
+    @contextmanager
+    def sniffing_inside(self, namespace: str, dev: str) -> Iterator[bytearray]:
+        """Afterwards: every byte that a device of a namespace on this machine saw."""
+        seen = bytearray()
+        with self.call(Netns, namespace) as space:
+
+            def opened() -> socket.socket:
+                with space.entered():
+                    raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+                    raw.bind((dev, 0))
+                    return raw
+
+            with self.call(opened) as raw:
+                raw.setblocking(False)
+                yield seen
+                with suppress(BlockingIOError):
+                    while True:
+                        seen += raw.recv(65536)
 
     def processes(self) -> list[int]:
         """Of this machine, this process excepted."""
