@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,14 +104,17 @@ def open_disk(path: Path, format_: str | None = None) -> Iterator[Disk]:
     """Open an image file that nobody writes to.
 
     format_: raw, qcow2, vmdk, vhdx or vdi; None looks at the file, and refuses what it does not know.
-    Raises NotFound-like Invalid for a path that cannot be read, Invalid for a bad image, Conflict when in use.
+    Raises Invalid for a path that cannot be read and for a bad image, Conflict when in use.
     """
     with contextlib.ExitStack() as stack:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise Invalid(f"cannot read {path}: {os.strerror(error.errno or errno.EIO)}") from error
         stack.callback(os.close, descriptor)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise Invalid(f"cannot read {path}: neither a file nor a block device")
         check_unused(descriptor, str(path))
         disk: Disk
         match sniff(descriptor, str(path), format_):

@@ -38,7 +38,7 @@ from imagestore.store import Store, derived_key
 from imagestore.windows import Special, Window, Windows, in_order
 
 PACK_BYTES = 32 << 20
-_AHEAD_WINDOWS = 8
+_AHEAD_WINDOWS = 10
 """How far unknown chunks are looked up in the hooks before they count as new."""
 _PARTS_BYTES = 10 << 20
 """Most index parts that one push reads."""

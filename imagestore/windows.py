@@ -15,7 +15,7 @@ from imagestore.columns import Ids
 from imagestore.digest import Digest
 from imagestore.disk import Disk
 
-WINDOW_BYTES = 8 << 20
+WINDOW_BYTES = 4 << 20
 """Also the granularity of the disk id: changing it changes every disk id."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -74,7 +74,7 @@ class Windows:
 
     @property
     def disk_id(self) -> Digest:
-        """BLAKE3 over the size and, of each 8 MiB that is not all zero, its number and the BLAKE3 of a bitmap of its
+        """BLAKE3 over the size and, of each 4 MiB that is not all zero, its number and the BLAKE3 of a bitmap of its
         non-zero blocks and of these blocks."""
         return Digest(self._disk_id.digest())
 
