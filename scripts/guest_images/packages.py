@@ -62,3 +62,6 @@ def unpack(files: Iterable[Path], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for file in files:
         subprocess.run(["dpkg-deb", "-x", file, directory], check=True)
+    for name in ("bin", "lib", "sbin"):  # newer packages hold these below /usr only
+        if not (directory / name).exists():
+            (directory / name).symlink_to(f"usr/{name}")

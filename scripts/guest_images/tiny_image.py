@@ -43,7 +43,7 @@ _PASSWD = "root:x:0:0:root:/root:/bin/sh\ndebian:x:0:0:another name of root, as 
 
 
 def _copy_modules(unpacked: Path, root: Path, busybox: Path) -> None:
-    directories = [*unpacked.glob("lib/modules/*"), *unpacked.glob("usr/lib/modules/*")]
+    directories = list(unpacked.glob("lib/modules/*"))
     if len(directories) != 1:
         raise BuildError("the kernel package holds no modules where they were expected")
     source, version = directories[0], directories[0].name
@@ -114,8 +114,7 @@ def _make_root(work: Path) -> tuple[Path, Path]:
     ):
         (root / name).mkdir(parents=True)
     busybox = root / "bin/busybox"
-    found = [*(work / "programs").glob("bin/busybox"), *(work / "programs").glob("usr/bin/busybox")]
-    shutil.copy(found[0], busybox)
+    shutil.copy(work / "programs/bin/busybox", busybox)
     listed = subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True).stdout.split()
     for applet in listed:
         if applet != "busybox":
@@ -139,8 +138,7 @@ def _make_root(work: Path) -> tuple[Path, Path]:
     (root / "etc/acpi/PWRF/00000080").chmod(0o755)
     rawsend = root / "bin/rawsend"
     subprocess.run(["gcc", "-static", "-Os", "-s", "-o", rawsend, SOURCES / "rawsend.c"], check=True)
-    kernels = [path for path in (*kernel_files.glob("boot/vmlinuz-*"),) if path.is_file()]
-    return root, kernels[0]
+    return root, next(kernel_files.glob("boot/vmlinuz-*"))
 
 
 def _pack_initramfs(root: Path, target: Path) -> None:

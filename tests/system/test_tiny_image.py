@@ -249,7 +249,7 @@ def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The very program that runs in the guest."""
     directory = tmp_path_factory.mktemp("busybox")
     unpack(fetch(["busybox-static"], directory / "packages"), directory)
-    return next(path for path in (directory / "bin/busybox", directory / "usr/bin/busybox") if path.exists())
+    return directory / "bin/busybox"
 
 
 def parsed(busybox: Path, text: str) -> subprocess.CompletedProcess[str]:
