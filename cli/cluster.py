@@ -42,6 +42,13 @@ def show(name: str, form: str) -> None:
     show_one(found, (*NODES, *((key, key) for key in rest)), form)
 
 
+@node.add(examples="sf node token")
+def token(form: str) -> None:
+    """Make a single-use token, good for ten minutes, with which another machine joins (sf agent --join)."""
+    columns = (("url", "url"), ("token", "token"), ("expires in (s)", "expires_in"))
+    show_one(Api()("POST", "nodes", "token"), columns, form)
+
+
 @node.add(examples="sf node drain server1")
 @click.option("--undo", is_flag=True, help="Use the node again.")
 def drain(name: str, undo: bool) -> None:

@@ -20,6 +20,7 @@ MEMBERS = {
     "namespace": ("cli.cluster:namespace", "Tenants."),
     "key": ("cli.cluster:key", "Keys of a namespace."),
     "serve": ("cli.serve:serve", "Run the API and this machine's agent."),
+    "agent": ("cli.agent:agent", "Run this machine as a node of a server elsewhere."),
     "imaged": ("cli.cache:imaged", "Run this node's image service."),
     "completion": ("cli.serve:completion", "Print the shell's completion script."),
 }

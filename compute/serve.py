@@ -65,7 +65,7 @@ async def serve(config: Config, say: Say = log.info) -> None:
         state_dir = config.state_dir
         for name in ("", "run", "instances", "cache"):
             (state_dir / name).mkdir(mode=0o711, parents=True, exist_ok=True)
-        stack.enter_context(_only_one(state_dir))
+        stack.enter_context(only_one(state_dir))
         listener = stack.enter_context(_listen(config.host, config.port))
         store = SqliteStore(state_dir / "sf.db")
         stack.callback(store.close)
@@ -73,8 +73,8 @@ async def serve(config: Config, say: Say = log.info) -> None:
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
         installation = installation_id(state_dir)
         images = ImageCache(state_dir / "cache", {})
-        images.stores = _open_stores(config, {})
-        stack.callback(_close_stores, images)
+        images.stores = open_stores(config, {})
+        stack.callback(close_stores, images)
         controller = Controller(
             store, installation, config.node_name, uplink=config.uplink, resolvers=config.resolvers
         )
@@ -121,7 +121,7 @@ async def _run(
         *answering,
         asyncio.create_task(agent.run()),
         asyncio.create_task(controller.keep_up()),
-        asyncio.create_task(_reopen_stores(config, images)),
+        asyncio.create_task(reopen_stores(config, images)),
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -144,7 +144,7 @@ def _settings(app: FastAPI, **more: Any) -> uvicorn.Config:
 
 
 @contextlib.contextmanager
-def _only_one(state_dir: Path) -> Iterator[None]:
+def only_one(state_dir: Path) -> Iterator[None]:
     """One server per state directory: the lock goes with the process, however that ends."""
     with (state_dir / "run" / "serve.lock").open("a+") as lock:
         try:
@@ -187,7 +187,7 @@ def installation_id(state_dir: Path) -> str:
         ) from err
 
 
-def _open_stores(config: Config, opened: Mapping[str, Store]) -> dict[str, Store]:
+def open_stores(config: Config, opened: Mapping[str, Store]) -> dict[str, Store]:
     """All that can be reached, in their order; one that cannot keeps no guest from starting."""
     found = {}
     for name, url in config.stores:
@@ -199,14 +199,14 @@ def _open_stores(config: Config, opened: Mapping[str, Store]) -> dict[str, Store
     return found
 
 
-async def _reopen_stores(config: Config, images: ImageCache) -> None:
+async def reopen_stores(config: Config, images: ImageCache) -> None:
     while True:
         await asyncio.sleep(_REOPEN_S)
         if len(images.stores) < len(config.stores):
-            images.stores = await asyncio.to_thread(_open_stores, config, images.stores)
+            images.stores = await asyncio.to_thread(open_stores, config, images.stores)
 
 
-def _close_stores(images: ImageCache) -> None:
+def close_stores(images: ImageCache) -> None:
     for store in images.stores.values():
         store.backend.close()
 

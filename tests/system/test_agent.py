@@ -124,6 +124,9 @@ class Shelf:
                 raise StoreError("cancelled")
         if digest == BROKEN:
             raise Corrupt("store file:///s: chunk b3:0123 does not match its digest")
+        return self.path(digest)
+
+    def path(self, digest: Digest) -> Path:
         return self.directory / digest.hex()
 
 

@@ -1,0 +1,112 @@
+"""One machine with `sf serve` on it, as a person would have it: namespaces of its own, libvirtd, the command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.private_libvirtd import PrivateHost
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def within(seconds: float, true: Callable[[], object], what: str) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.2)
+
+
+class Machine:
+    """`sf` in namespaces of its own. `start` and `kill` as often as you like; guests do not mind."""
+
+    def __init__(self, host: PrivateHost, home: Path, **settings: str) -> None:
+        self.host, self.home, self.state = host, home, home / "sf"
+        self.settings = {
+            "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}:/usr/sbin:/sbin",
+            "HOME": str(home),
+            "XDG_CACHE_HOME": str(home / ".cache"),
+            "XDG_CONFIG_HOME": str(home / ".config"),
+            "SF_STATE_DIR": str(self.state),
+            "NO_COLOR": "1",
+            **settings,
+        }
+        self.server: subprocess.Popen[bytes] | None = None
+
+    def argv(self, *words: str) -> list[str]:
+        """A command line in the machine with sf's settings."""
+        variables = [f"{name}={value}" for name, value in self.settings.items()]
+        return self.host.inside(["env", *variables, *words])
+
+    def sf(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run `sf` with these arguments."""
+        done = subprocess.run(self.argv("sf", *words), capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0 or not check, f"sf {' '.join(words)}: {done.stderr}\n{self.said()}"
+        return done
+
+    def listed(self, *words: str) -> Any:
+        """The JSON of a list or show."""
+        return json.loads(self.sf(*words, "--format", "json").stdout)
+
+    def start(self, *words: str) -> None:
+        """`sf serve` (or what `words` say), in the background, until it answers."""
+        with (self.home / "serve.log").open("ab") as log:
+            self.server = subprocess.Popen(
+                self.argv("setsid", "-w", "sf", *(words or ("serve",))),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        if not words:
+            within(60, lambda: self.sf("network", "ls", check=False).returncode == 0, "sf serve answers")
+
+    def signal(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to `sf serve` or `sf agent` itself, and wait for its end."""
+        assert self.server is not None
+        if self.server.poll() is None:
+            asked = self.host.run(
+                [
+                    "pgrep",
+                    "-f",
+                    f"^{sys.executable.rsplit('/', 1)[0]}.*/bin/sf (serve|agent)|bin/sf (serve|agent)",
+                ],
+                check=False,
+            )
+            for pid in asked.stdout.split():
+                self.host.run(["kill", f"-{int(number)}", pid], check=False)
+        self.server.wait(30)
+
+    def said(self) -> str:
+        log = self.home / "serve.log"
+        return log.read_text(errors="replace")[-3000:] if log.exists() else ""
+
+    def instance(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.listed("instance", "show", name)
+        return found
+
+    def ready_line(self, name: str) -> str:
+        """The guest's SF-GUEST-READY line, or ""."""
+        text = self.sf("instance", "console", name, check=False).stdout
+        found = re.search(r"SF-GUEST-READY .*", text)
+        return found.group().strip() if found else ""
+
+    def traces(self) -> list[str]:
+        """Everything of this installation that can be seen in the machine's kernel, libvirt, processes and files."""
+        found = [f"namespace {line}" for line in self.host.run(["ip", "netns", "list"]).stdout.splitlines()]
+        links = json.loads(self.host.run(["ip", "-j", "link"]).stdout)
+        found += [f"link {link['ifname']}" for link in links if link["ifname"] not in ("lo", "eth0")]
+        found += self.host.run(["nft", "list", "tables"]).stdout.splitlines()
+        found += [f"domain {name}" for name in self.host.virsh("list", "--all", "--name").stdout.split()]
+        processes = self.host.run(["ps", "-eo", "comm="]).stdout.split()
+        found += [f"process {name}" for name in processes if "dnsmasq" in name or "qemu" in name]
+        for place in ("instances", "net"):
+            directory = self.state / place
+            found += [f"file {path}" for path in directory.rglob("*")] if directory.is_dir() else []
+        return found
