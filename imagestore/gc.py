@@ -21,7 +21,7 @@ from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, NotFound, Unsupported
 from imagestore.inventory import Inventory, Table, named
 from imagestore.layout import Layout
-from imagestore.leases import Condemned, Lease, held, leases
+from imagestore.leases import Condemned, Lease, exists, held, leases
 from imagestore.names import NameRecord, name_key
 from imagestore.store import TRASH, Store, derived_key, layout_key, trashed, untrashed
 from imagestore.transfer import Packer, carry, relaid, wanted_frames
@@ -258,8 +258,11 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
                 inventory.parts[index.publish_part(store, part)] = kept
     hooks, etag = index.read_hooks(store)
     missing = inventory.parts.keys() - stale - set(hooks.parts)
-    if stale or missing:
-        hooks = hooks.without(stale | (set(hooks.parts) - inventory.parts.keys()))
+    # A part that came after the inventory is there; one that a killed run deleted is not.
+    unknown = set(hooks.parts) - inventory.parts.keys()
+    lost = stale | {name for name in unknown if not exists(store, index.part_key(name))}
+    if lost & set(hooks.parts) or missing:
+        hooks = hooks.without(lost)
         for name in missing:
             packs = inventory.parts[name]
             part = index.IndexPart(tuple((pack, inventory.tables[pack].footer) for pack in packs))

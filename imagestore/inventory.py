@@ -75,7 +75,10 @@ class Inventory:
         found = cls(store, dict(named(store, "packs/")))
         for name, stat in named(store, "index/"):
             try:
-                part = IndexPart.decode(store.backend.get(stat.key).data)
+                data = store.backend.get(stat.key).data
+                if Digest.of(data) != name:
+                    raise Corrupt(f"the bytes of index part {name} do not match it")
+                part = IndexPart.decode(data)
             except (Corrupt, NotFound):
                 found.broken_parts.append(stat.key)
                 continue

@@ -156,8 +156,10 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
         mine, theirs = (h.keys[h.part_of_hook == n] for h, n in ((expected, at), (hooks, there)))
         if hooks.sizes[there] != expected.sizes[at] or not np.array_equal(np.sort(mine), np.sort(theirs)):
             report.problems.append(Problem(index.HOOKS_KEY, f"the hooks of index part {name} are wrong"))
-    if hooks.parts and set(hooks.parts).isdisjoint(inventory.parts):
-        report.problems.append(Problem(index.HOOKS_KEY, "none of its index parts is there"))
+    broken = {key.rpartition("/")[2] for key in inventory.broken_parts}
+    for name in set(hooks.parts) - inventory.parts.keys():
+        if name.hex() not in broken:
+            report.problems.append(Problem(index.HOOKS_KEY, f"index part {name} is not there"))
 
 
 def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, report: VerifyReport) -> None:

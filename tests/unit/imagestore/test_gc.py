@@ -1,4 +1,3 @@
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -9,50 +8,10 @@ from imagestore.gc import collect
 from imagestore.leases import CONDEMNED_KEY, Condemned, Lease, hold, release
 from imagestore.names import NameRecord
 from imagestore.publish import tag, undelete
-from imagestore.pull import pull
-from imagestore.push import push
 from imagestore.sealed import seal
 from imagestore.store import Store, manifest_key
 from tests.memory import Memory
-from tests.unit.imagestore.images import make_raw
-
-HOUR = 3600.0
-
-
-@dataclass
-class World:
-    """A store with a clock, and the disks that were pushed into it."""
-
-    directory: Path
-    now_s: float = 1_000_000.0
-    disks: dict[str, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.memory = Memory(clock=lambda: self.now_s)
-        self.store = Store.init(self.memory)
-
-    def push(self, name: str, data: bytes) -> Digest:
-        path = self.directory / "disk"
-        path.write_bytes(data)
-        self.disks[name] = data
-        cache = self.directory / "cache"
-        return push(self.store, path, name, architecture="x86_64", format_="raw", cache=cache).digest
-
-    def check(self, name: str) -> None:
-        digest = self.store.names.get(name).digest("x86_64")
-        self.check_digest(digest, self.disks[name])
-
-    def check_digest(self, digest: Digest, data: bytes) -> None:
-        pull(self.store, digest, self.directory / "out", format_="raw")
-        assert (self.directory / "out").read_bytes() == data
-
-    def stored(self, tree: str) -> int:
-        return sum(len(thing.data) for key, thing in self.memory.objects.items() if key.startswith(tree))
-
-    def collect_for(self, hours: float, **options: float) -> None:
-        for _ in range(8):
-            self.now_s += hours * HOUR / 8
-            collect(self.store, **options)  # type: ignore[arg-type]
+from tests.world import HOUR, World, disk
 
 
 @pytest.fixture
@@ -60,33 +19,29 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def disk(tmp_path: Path, seed: int, size_bytes: int = 2 << 20) -> bytes:
-    return make_raw(tmp_path / "made", seed=seed, size_bytes=size_bytes).read_bytes()
-
-
-def test_what_a_name_points_at_stays(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_what_a_name_points_at_stays(world: World) -> None:
+    world.push("a", disk(1))
     world.collect_for(200, repack_threshold=0)
     world.check("a")
     assert not Condemned.read(world.store).packs
 
 
-def test_a_removed_image_goes_after_two_graces_and_not_before_one(world: World, tmp_path: Path) -> None:
-    digest = world.push("a", disk(tmp_path, 1))
+def test_a_removed_image_goes_after_two_graces_and_not_before_one(world: World) -> None:
+    digest = world.push("a", disk(1))
     world.now_s += 100 * HOUR
     world.store.names.remove("a")
     world.collect_for(23)
-    world.check_digest(digest, world.disks["a"])
+    world.check_digest(digest)
     world.collect_for(23)
-    world.check_digest(digest, world.disks["a"])
+    world.check_digest(digest)
     world.collect_for(30)
     assert [world.stored(tree) for tree in ("packs", "manifests", "layouts", "index", "names")] == [0] * 5
     with pytest.raises(NotFound):
         world.store.names.undelete("a")
 
 
-def test_undelete_within_the_grace_brings_everything_back(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_undelete_within_the_grace_brings_everything_back(world: World) -> None:
+    world.push("a", disk(1))
     world.now_s += 100 * HOUR
     world.store.names.remove("a")
     world.collect_for(23)
@@ -95,19 +50,18 @@ def test_undelete_within_the_grace_brings_everything_back(world: World, tmp_path
     world.check("a")
 
 
-def test_what_a_name_pointed_at_within_the_grace_can_be_tagged_again(world: World, tmp_path: Path) -> None:
-    old = world.push("a", disk(tmp_path, 1))
-    before = world.disks["a"]
+def test_what_a_name_pointed_at_within_the_grace_can_be_tagged_again(world: World) -> None:
+    old = world.push("a", disk(1))
     world.now_s += 100 * HOUR
-    world.push("a", disk(tmp_path, 2))
+    world.push("a", disk(2))
     world.collect_for(23)
     tag(world.store, old, "rescued", "latest", "x86_64")
     world.collect_for(100)
-    world.check_digest(old, before)
+    world.check_digest(old)
 
 
-def test_a_dry_run_says_what_it_would_free_and_changes_nothing(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_a_dry_run_says_what_it_would_free_and_changes_nothing(world: World) -> None:
+    world.push("a", disk(1))
     world.now_s += 100 * HOUR
     world.store.names.remove("a")
     world.now_s += 25 * HOUR
@@ -127,8 +81,8 @@ def test_a_dry_run_says_what_it_would_free_and_changes_nothing(world: World, tmp
     assert would.freed_bytes > 200_000
 
 
-def test_mostly_dead_packs_are_written_anew_and_their_images_stay_whole(world: World, tmp_path: Path) -> None:
-    shared, own = disk(tmp_path, 1), disk(tmp_path, 2, 8 << 20)
+def test_mostly_dead_packs_are_written_anew_and_their_images_stay_whole(world: World) -> None:
+    shared, own = disk(1), disk(2, 3, 4, 5)
     world.push("big", shared + own)
     world.push("small", shared)
     world.now_s += 100 * HOUR
@@ -139,25 +93,24 @@ def test_mostly_dead_packs_are_written_anew_and_their_images_stay_whole(world: W
     assert world.stored("packs/") < before / 2
 
 
-def test_with_threshold_zero_every_unreachable_chunk_goes(world: World, tmp_path: Path) -> None:
-    shared, own = disk(tmp_path, 1), disk(tmp_path, 2)
+def test_with_threshold_zero_every_unreachable_chunk_goes(world: World) -> None:
+    shared, own = disk(1), disk(2)
     world.push("both", own + shared)
     world.push("one", shared)
     world.store.names.remove("both")
     world.collect_for(120, repack_threshold=0)
     world.check("one")
-    fresh = World(tmp_path / "other")
-    fresh.directory.mkdir()
+    fresh = World(world.directory / "other")
     fresh.push("one", shared)
     assert world.stored("packs/") <= fresh.stored("packs/") * 1.02
 
 
-def test_an_instances_image_outlives_its_name(world: World, tmp_path: Path) -> None:
-    digest = world.push("a", disk(tmp_path, 1))
+def test_an_instances_image_outlives_its_name(world: World) -> None:
+    digest = world.push("a", disk(1))
     hold(world.store, "7b8d", [digest])
     world.store.names.remove("a")
     world.collect_for(200, repack_threshold=0)
-    world.check_digest(digest, world.disks["a"])
+    world.check_digest(digest)
     release(world.store, "7b8d")
     world.collect_for(200)
     assert world.stored("packs/") == 0
@@ -166,18 +119,18 @@ def test_an_instances_image_outlives_its_name(world: World, tmp_path: Path) -> N
     assert world.stored("refs/") == 0
 
 
-def test_a_push_that_meets_condemned_packs_stores_them_anew(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_a_push_that_meets_condemned_packs_stores_them_anew(world: World) -> None:
+    world.push("a", disk(1))
     world.store.names.remove("a")
     world.collect_for(60)
     assert Condemned.read(world.store).packs or world.stored("packs/") == 0
-    world.push("a", world.disks["a"])
+    world.push("a", disk(1))
     world.collect_for(100, repack_threshold=0)
     world.check("a")
 
 
-def test_a_live_lease_keeps_its_packs(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_a_live_lease_keeps_its_packs(world: World) -> None:
+    world.push("a", disk(1))
     packs = {Digest.parse(key.rpartition("/")[2]) for key in world.memory.objects if key.startswith("packs/")}
     world.store.names.remove("a")
     world.now_s += 100 * HOUR
@@ -189,8 +142,8 @@ def test_a_live_lease_keeps_its_packs(world: World, tmp_path: Path) -> None:
     assert Condemned.read(world.store).packs.keys() == packs
 
 
-def test_a_lease_that_ran_out_keeps_nothing_and_its_writer_is_told(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_a_lease_that_ran_out_keeps_nothing_and_its_writer_is_told(world: World) -> None:
+    world.push("a", disk(1))
     packs = {Digest.parse(key.rpartition("/")[2]) for key in world.memory.objects if key.startswith("packs/")}
     world.store.names.remove("a")
     with Lease(world.store) as lease:
@@ -202,11 +155,9 @@ def test_a_lease_that_ran_out_keeps_nothing_and_its_writer_is_told(world: World,
 
 
 @pytest.mark.parametrize("key", ["names/a/latest", "leases/x", "refs/x", CONDEMNED_KEY])
-def test_what_is_not_understood_ends_the_run_before_it_changes_anything(
-    world: World, tmp_path: Path, key: str
-) -> None:
-    world.push("a", disk(tmp_path, 1))
-    world.push("b", disk(tmp_path, 2))
+def test_what_is_not_understood_ends_the_run_before_it_changes_anything(world: World, key: str) -> None:
+    world.push("a", disk(1))
+    world.push("b", disk(2))
     world.store.names.remove("b")
     world.now_s += 100 * HOUR
     for data, kind in [(b"what?", Corrupt), (seal({"format": 2}), Unsupported)]:
@@ -217,8 +168,8 @@ def test_what_is_not_understood_ends_the_run_before_it_changes_anything(
         assert world.memory.objects == before
 
 
-def test_an_image_that_is_not_whole_ends_the_run(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_an_image_that_is_not_whole_ends_the_run(world: World) -> None:
+    world.push("a", disk(1))
     key = next(key for key in world.memory.objects if key.startswith("packs/"))
     world.memory.delete(key)
     with pytest.raises(Corrupt):
@@ -245,18 +196,18 @@ def test_grace_counts_from_when_the_list_was_published() -> None:
     assert (after.packs, after.epoch) == ({two: 2000.0}, 1)
 
 
-def test_a_tombstone_of_another_life_is_not_removed_by_an_old_etag(world: World, tmp_path: Path) -> None:
-    world.push("a", disk(tmp_path, 1))
+def test_a_tombstone_of_another_life_is_not_removed_by_an_old_etag(world: World) -> None:
+    world.push("a", disk(1))
     record: NameRecord = world.store.names.remove("a")
-    world.push("a", world.disks["a"])
+    world.push("a", disk(1))
     with pytest.raises(Conflict):
         world.memory.delete("names/a/latest", if_match=record.etag)
 
 
-def test_a_manifest_marked_as_trash_is_still_read(world: World, tmp_path: Path) -> None:
-    digest = world.push("a", disk(tmp_path, 1))
+def test_a_manifest_marked_as_trash_is_still_read(world: World) -> None:
+    digest = world.push("a", disk(1))
     world.store.names.remove("a")
     world.now_s += 60 * HOUR
     collect(world.store)
     assert world.memory.get(manifest_key(digest)).data.startswith(b"sf-trash")
-    world.check_digest(digest, world.disks["a"])
+    world.check_digest(digest)
