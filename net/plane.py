@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from net import dnsmasq, kernel, names, nft
+from net.doctor import Finding, examine
 from net.errors import Conflict, Failed, Invalid, NetError
 from net.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.kernel import NetlinkError, Netns
@@ -82,6 +83,16 @@ class Plane:
                 for path in self._directory.iterdir():
                     dnsmasq.Daemon(self._directory, path.name).forget()
                 self._directory.rmdir()
+
+    def doctor(self, desired: NodeNetworks) -> list[Finding]:
+        """What is not as desired, in words; nothing is changed."""
+        with self._lock, Netns(HOST) as host:
+            return examine(desired, self.observe(desired.underlay), host.nft("list ruleset", json=True))
+
+    def largest_mtu(self, underlay: IPv4Address) -> int:
+        """The largest packet of a guest that the mesh carries unfragmented, 0 where nothing has that address."""
+        room = self.observe(underlay).mtu_bytes
+        return room - VXLAN_OVERHEAD_BYTES if room else 0
 
     def namespace(self, network: Network) -> str:
         """The network's namespace on this node, for `ip netns exec`."""

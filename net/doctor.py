@@ -1,0 +1,168 @@
+"""What differs on a node from what is desired, in words, and what of the host's own firewall is in the way. Pure."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from net import names
+from net.facts import Admission, Dnsmasq, Entry, Kind, Link, Observed
+from net.model import NodeNetworks
+from net.plan import Action, Space, Transaction, Verb, plan
+from net.target import VXLAN_OVERHEAD_BYTES, has_uplink, tap_name
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as it should be; `fix` is what to do, "" where the next reconcile does it."""
+
+    network: str
+    """Its name, or "" for the host."""
+    text: str
+    fix: str = ""
+
+
+def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Finding]:
+    """Everything wrong on this node. `ruleset` is nft's JSON listing of the host."""
+    by_space = {names.namespace(desired.installation, n.vni): n.name for n in desired.networks}
+    findings = [
+        Finding(by_space.get(action.namespace, action.namespace or "host"), _words(action))
+        for action in plan(desired, observed)
+    ]
+    for network in desired.networks:
+        facts = observed.namespaces.get(names.namespace(desired.installation, network.vni))
+        for port in network.ports if facts else ():
+            if facts and port.node == desired.node and tap_name(desired, port) not in facts.links:
+                text = f"{port.hostname or port.uuid} has no tap here: its guest is off, or not started yet"
+                findings.append(Finding(network.name, text))
+        if observed.mtu_bytes and len(desired.peers) > 1:
+            room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
+            if network.mtu_bytes > room:
+                text = f"packets of {network.mtu_bytes} bytes do not fit the mesh, which carries {room}"
+                fix = f"raise the MTU of the device with {desired.underlay} to {network.mtu_bytes + 50}"
+                findings.append(Finding(network.name, text, fix))
+    return findings + list(_firewall(desired, ruleset))
+
+
+def _words(action: Action) -> str:
+    missing = {
+        Verb.ADD: "is missing",
+        Verb.CHANGE: "differs from what is desired",
+        Verb.DELETE: "should not be there",
+    }
+    state = missing.get(action.verb, "is not in its network yet")
+    match action.item:
+        case Space(name=name):
+            return f"the namespace {name} {state}"
+        case Link(name=name, kind=kind):
+            return f"the {'tap' if kind == 'tun' else kind} device {name} {state}{_difference(action)}"
+        case Entry(kind=Kind.SYSCTL, key=key, value=value):
+            return f"{key} is not {value}"
+        case Entry(kind=kind, dev=dev, key=key, value=value):
+            return f"the {kind} {key}{f' to {value}' if value else ''} of {dev} {state}"
+        case Transaction(family=family):
+            return f"the filter table of family {family} {state}"
+        case Admission(table=table, chain=chain):
+            return f"our rule in the host firewall's chain {table} {chain} {state}"
+        case Dnsmasq():
+            return f"the DHCP and DNS server {state if action.had or action.verb is Verb.DELETE else 'does not run'}"
+
+
+def _difference(action: Action) -> str:
+    want, had = action.item, action.had
+    if not isinstance(want, Link) or not isinstance(had, Link):
+        return ""
+    about = [
+        f
+        for f in ("mtu_bytes", "up", "mac", "master", "alias", "suppress", "learning")
+        if f != "mac" or want.mac
+    ]
+    told = [f"{f} is {getattr(had, f)!r}" for f in about if getattr(want, f) != getattr(had, f)]
+    return f": {', '.join(told)}" if told else ""
+
+
+def _firewall(desired: NodeNetworks, ruleset: str) -> Iterator[Finding]:
+    """Rules of other tables that refuse what our uplinks forward, or VXLAN from a node."""
+    objects = json.loads(ruleset)["nftables"] if ruleset.strip() else []
+    rules: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for rule in (o["rule"] for o in objects if "rule" in o):
+        rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule)
+    uplinks = any(has_uplink(desired, network) for network in desired.networks)
+    for chain in (o["chain"] for o in objects if "chain" in o):
+        hook, family, table = chain.get("hook"), chain["family"], chain["table"]
+        if family not in ("ip", "inet") or table == names.table(desired.installation):
+            continue
+        prefix = names.host_uplink_prefix(desired.installation)
+        if hook == "forward" and uplinks:
+            for key, ways in (("iifname", "from"), ("oifname", "to")):
+                verdict = _walk(rules, (family, table, chain["name"]), {key: prefix}, chain["policy"])
+                if verdict:
+                    text = f"the host's firewall refuses packets {ways} our uplinks: {verdict}"
+                    fix = f'nft insert rule {family} {table} {chain["name"]} {key} "{prefix}*" accept'
+                    yield Finding("", text, fix)
+        elif hook == "input" and len(desired.peers) > 1:
+            verdict = _walk(rules, (family, table, chain["name"]), {"dport": "4789"}, chain["policy"])
+            if verdict:
+                text = f"the host's firewall refuses the mesh (UDP 4789): {verdict}"
+                yield Finding(
+                    "", text, f"nft insert rule {family} {table} {chain['name']} udp dport 4789 accept"
+                )
+
+
+def _walk(
+    rules: Mapping[tuple[str, str, str], list[dict[str, Any]]],
+    at: tuple[str, str, str],
+    packet: Mapping[str, str],
+    policy: str,
+    seen: frozenset[tuple[str, str, str]] = frozenset(),
+) -> str:
+    """What refuses such a packet in a chain, in words; "" where nothing does for sure, "accept" never."""
+    verdict = _verdict(rules, at, packet, seen)
+    if verdict is None and policy == "drop":
+        return f"the policy of chain {' '.join(at)} is to drop"
+    return verdict or ""
+
+
+def _verdict(
+    rules: Mapping[tuple[str, str, str], list[dict[str, Any]]],
+    at: tuple[str, str, str],
+    packet: Mapping[str, str],
+    seen: frozenset[tuple[str, str, str]],
+) -> str | None:
+    """None: no rule decides; "": accepted; else the rule that refuses."""
+    for rule in rules.get(at, []) if at not in seen else []:
+        matches = [e["match"] for e in rule["expr"] if "match" in e]
+        extensions = [e["xt"] or {} for e in rule["expr"] if "xt" in e]  # of iptables, in a word each
+        if any(x.get("type") == "match" and x.get("name") != "comment" for x in extensions):
+            continue
+        if not all(_holds(match, packet) for match in matches):
+            continue
+        for expression in rule["expr"]:
+            refused = "drop" in expression or "reject" in expression
+            if refused or (expression.get("xt") or {}).get("name") in ("REJECT", "DROP"):
+                comment = f" ({rule['comment']!r})" if "comment" in rule else ""
+                return f"rule {rule['handle']} of chain {' '.join(at)}{comment}; see nft -a list chain {' '.join(at)}"
+            if "accept" in expression:
+                return ""
+            if "return" in expression:
+                return None
+            if target := expression.get("jump") or expression.get("goto"):
+                inner = _verdict(rules, (*at[:2], target["target"]), packet, seen | {at})
+                if inner is not None:
+                    return inner
+    return None
+
+
+def _holds(match: dict[str, Any], packet: Mapping[str, str]) -> bool:
+    """Whether a match surely holds for such a packet: on the interface or port that we know, nothing else."""
+    left, right = match["left"], match["right"]
+    key = (
+        left.get("meta", {}).get("key") or left.get("payload", {}).get("field")
+        if isinstance(left, dict)
+        else None
+    )
+    if key not in packet or not isinstance(right, str | int):
+        return False
+    known, text = packet[key], str(right)
+    same = known.startswith(text[:-1]) or text.startswith(known) if text.endswith("*") else text == known
+    return same if match["op"] == "==" else not same
