@@ -243,13 +243,16 @@ class Names:
 
     def nearest(self, name: str, count: int = 3) -> list[str]:
         """Existing `name:tag`s that resemble this one, for error messages; none where nothing can be listed."""
-        try:
-            known = [":".join(stat.key.split("/")[1:]) for stat in self._backend.list("names/")]
-        except Unsupported:
-            return []
+        known = self._known()
         same = [text for text in known if text.partition(":")[0] == name.partition(":")[0]]
         close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
         return list(dict.fromkeys([*close, *same]))[:count]
+
+    def _known(self) -> list[str]:
+        try:
+            return [":".join(stat.key.split("/")[1:]) for stat in self._backend.list("names/")]
+        except Unsupported:
+            return []
 
     def _change(
         self, name: str, tag: str, change: Callable[[NameRecord], NameRecord], expect_revision: int | None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 from imagestore.backend import Backend
+from imagestore.digest import Digest
 from imagestore.directory import Directory
 from imagestore.errors import Invalid, NotFound, StoreError
 from imagestore.store import Store
@@ -22,10 +23,16 @@ log = logging.getLogger(__name__)
 def open_store(url: str, *, create: bool = False, single_writer: bool = False) -> Store:
     """Open the store at `url`; with `create` make it where there is none. Close it by `store.backend.close()`.
 
+    A URL may end with `#b3:…`, a signer's fingerprint: then its names are those which that one signed.
     single_writer: nobody else writes to it meanwhile (needed where there are no conditional writes).
     Raises Invalid, NotFound, Denied, Unavailable.
     """
+    url, _, fingerprint = url.partition("#")
     backend = open_backend(url)
+    if fingerprint:
+        from imagestore.trust import open_signed
+
+        return open_signed(backend, Digest.parse(fingerprint))
     try:
         store = Store.open(backend, single_writer=single_writer)
     except NotFound:

@@ -62,10 +62,14 @@ class Store:
     anything needs `single_writer`: the user's word that nobody else writes now.
     """
 
-    def __init__(self, backend: Backend, info: StoreInfo, *, single_writer: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, info: StoreInfo, *, single_writer: bool = False, names: Names | None = None
+    ) -> None:
         self.backend = backend
         self.info = info
         self.single_writer = single_writer
+        self.names = names or Names(backend)
+        """The mutable part; of a store with a pinned signer, what that one signed."""
 
     @classmethod
     def init(
@@ -108,11 +112,6 @@ class Store:
     def url(self) -> str:
         """For messages."""
         return self.backend.url
-
-    @property
-    def names(self) -> Names:
-        """The mutable part."""
-        return Names(self.backend)
 
     def check_writable(self) -> None:
         """Raises Denied on a read-only store, Unsupported where `single_writer` has to be given first."""

@@ -9,8 +9,10 @@ bad or away, names verified before still resolve, with a warning, and nothing ne
 
 import contextlib
 import fcntl
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +24,17 @@ from tuf.ngclient.fetcher import FetcherInterface
 from imagestore.backend import Backend
 from imagestore.digest import Digest
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
-from imagestore.names import check_architecture, check_name
+from imagestore.names import NameRecord, Names, check_architecture, check_name
+from imagestore.store import Store, StoreInfo
 
 TREES = "tuf/"
 HASH = "blake3"
 _PIECE_BYTES = 64 << 10
 _ROOT_BYTES = 512_000
+_FRESH_S = 30.0
+"""How long a program that keeps a store open takes its word before it asks again."""
+Texts = list[str]
+log = logging.getLogger(__name__)
 
 Target = tuple[str, str, str]
 """Name, tag, architecture."""
@@ -184,6 +191,86 @@ class Trust:
             raise Corrupt(f"{self._directory}: {error}", hint="remove and add the remote again") from error
         finally:
             os.close(descriptor)
+
+
+def memory(fingerprint: Digest) -> Path:
+    """Where this machine (root) or user remembers what a signer showed: one memory for all mirrors of one signer."""
+    state = os.environ.get("SF_STATE_DIR") or ("/var/lib/sf" if os.geteuid() == 0 else "")
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+    base = Path(os.environ.get("SF_TRUST_DIR") or (Path(state) if state else Path(data) / "sf") / "trust")
+    return base / fingerprint.hex()[:32]
+
+
+def open_signed(backend: Backend, fingerprint: Digest) -> Store:
+    """The store in `backend` with the names that this signer gives it; from memory while the backend is away.
+
+    Raises Denied where it is not signed by the one expected.
+    """
+    directory = memory(fingerprint)
+    kept = directory / "store.json"
+    try:
+        if not (directory / "anchor.json").exists():
+            Trust.bootstrap(backend, directory, fingerprint=str(fingerprint))
+        info = Store.open(backend).info
+        if not kept.exists() or StoreInfo.decode(kept.read_bytes()) != info:
+            kept.write_bytes(info.encode())
+    except Unavailable:
+        if not kept.exists():
+            raise
+        info = StoreInfo.decode(kept.read_bytes())
+    return Store(backend, info, names=SignedNames(backend, Trust(backend, directory)))
+
+
+class SignedNames(Names):
+    """The names of a store as one signer vouches for them: a draft that was not published is not among them."""
+
+    def __init__(self, backend: Backend, trust: Trust) -> None:
+        super().__init__(backend)
+        self._url, self._trust = backend.url, trust
+        self._refreshed_at_s = -_FRESH_S
+
+    def read(self, name: str, tag: str) -> NameRecord:
+        """The signed images of a name; each architecture that was verified."""
+        reason = self._refresh()
+        images = {
+            arch: digest for (n, t, arch), digest in self._trust.names().items() if (n, t) == (name, tag)
+        }
+        if not images and reason is not None:
+            raise reason
+        if reason is not None:
+            log.warning("%s; taking %s:%s as it was verified before", reason, name, tag)
+        return NameRecord(name, tag, revision=int(bool(images)), images=images)
+
+    def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
+        """What is signed now, or was when the store could last be believed."""
+        reason = self._refresh()
+        known = self._trust.names()
+        if reason is not None:
+            if not known:
+                raise reason
+            log.warning("%s; showing what was verified before", reason)
+        for name, tag in sorted({(n, t) for n, t, _ in known}):
+            images = {arch: digest for (n, t, arch), digest in known.items() if (n, t) == (name, tag)}
+            yield NameRecord(name, tag, revision=1, images=images)
+
+    def _known(self) -> "Texts":
+        return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
+
+    def _refresh(self) -> StoreError | None:
+        if time.monotonic() - self._refreshed_at_s < _FRESH_S:
+            return None
+        try:
+            self._trust.refresh()
+        except StoreError as error:
+            return error
+        self._refreshed_at_s = time.monotonic()
+        return None
+
+    def _change(
+        self, name: str, tag: str, change: Callable[[NameRecord], NameRecord], expect_revision: int | None
+    ) -> NameRecord:
+        hint = "push to the store itself, then `sf mirror publish`"
+        raise Denied(f"the names of {self._url} are signed and cannot be changed from here", hint=hint)
 
 
 def _explain(error: Exception, file: str, url: str) -> StoreError:
