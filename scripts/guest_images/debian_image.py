@@ -12,11 +12,13 @@ The variants are the corpus that pushes are measured with; each of them boots:
     C   A's own disk upgraded in place, with thirty packages more: deleted files' blocks are still in it
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -287,13 +289,21 @@ def build(output: Path, variant: str = "", base: Path | None = None) -> None:
         shutil.rmtree(work / "root", ignore_errors=True)
 
 
-def corpus(directory: Path = Path("/tmp/sf-corpus")) -> dict[str, Path]:
-    """The five variants as sparse raw files in `directory`; builds those that are not there (about 90 s each)."""
+def corpus(directory: Path | None = None, variants: Iterable[str] = VARIANTS) -> dict[str, Path]:
+    """The variants as sparse raw files in `directory` ($SF_CORPUS, else /tmp/sf-corpus).
+
+    Builds those that are not there, about a minute each; E and C need A, which is then built as well.
+    """
+    directory = directory or Path(os.environ.get("SF_CORPUS") or "/tmp/sf-corpus")
     directory.mkdir(parents=True, exist_ok=True)
-    found = {variant: directory / f"{variant}.raw" for variant in VARIANTS}
-    for variant, path in found.items():
-        if not path.exists():
+    wanted = {variant: directory / f"{variant}.raw" for variant in variants}
+    for variant, path in wanted.items():
+        with (directory / f"{variant}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                continue
+            base = corpus(directory, ["A"])["A"] if variant in ("E", "C") else None
             partial = directory / f"{variant}.partial.raw"
-            build(partial, variant, found["A"] if variant in ("E", "C") else None)
+            build(partial, variant, base)
             partial.rename(path)
-    return found
+    return wanted
