@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.command import STORE, Group, settings
-from cli.errors import MISSING, USAGE, Problem
+from cli.errors import MISSING, USAGE, Problem, clean
 from cli.output import progress, say, show_list, show_one, size, when
 
 if TYPE_CHECKING:
     from imagestore.digest import Digest
     from imagestore.names import Reference
     from imagestore.store import Store
+    from imagestore.verify import VerifyReport
 
 COLUMNS = (
     ("name", "name"),
@@ -163,7 +164,7 @@ def push(
     target, machine = written(name), check_architecture(architecture)
     given["labels"] = dict(label.partition("=")[::2] for label in labels)
     given["format_"] = given.pop("input_format")
-    with opened(create=True, alone=single_writer) as store, progress(f"push {name}") as tell:
+    with opened(create=True, alone=single_writer) as store, progress(name) as tell:
         result = push_image(store, file, *target, architecture=machine, progress=tell, **given)
     row = {"name": ":".join(target), "architecture": machine, **asdict(result), "digest": str(result.digest)}
     show_one(row, PUSHED, form)
@@ -192,7 +193,7 @@ def pull(
         with found(image_name, architecture) as (store, _, digest):
             given.append(Seed(store.manifest(digest), Path(file)))
     kind = kind or ("raw" if output.suffix in (".raw", ".img") else "qcow2")
-    with found(name, architecture) as (store, full, digest), progress(f"pull {name}") as tell:
+    with found(name, architecture) as (store, full, digest), progress(name) as tell:
         result = pull_image(store, digest, output, format_=kind, progress=tell, seeds=given)
     row = {"name": full, "output": str(output), "format": kind, **asdict(result), "digest": str(digest)}
     show_one(row, PULLED, form, name="output")
@@ -240,6 +241,27 @@ def show(name: str, architecture: str, form: str) -> None:
         "store": store.url,
     }
     show_one(row, FIELDS, form)
+
+
+@image.add(examples="sf image verify debian:12")
+def verify(name: str, architecture: str) -> None:
+    """Read every byte of an image and check it; exit 1 when anything is wrong."""
+    from imagestore.verify import verify_image
+
+    with found(name, architecture) as (store, full, digest), progress(name) as tell:
+        report = verify_image(store, digest, progress=tell)
+    judge(report, f"{full} {digest}".strip(), "every byte is right")
+
+
+def judge(report: "VerifyReport", what: str, good: str) -> None:
+    """Print what a verification found. Raises Problem if that was anything."""
+    for trouble in report.problems:
+        print(
+            clean(f"{trouble.key}: {trouble.reason}" + (f" (image {trouble.image})" if trouble.image else ""))
+        )
+    if report.problems:
+        raise Problem(f"{what}: {len(report.problems)} problems", hint="sf store verify --full --repair URL")
+    print(f"{what}: {good}")
 
 
 @image.add(examples="sf image tag debian:12 debian:stable")

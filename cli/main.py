@@ -1,5 +1,6 @@
 """The `sf` command. Every group is imported only when it is used, so that help and completion stay quick."""
 
+import logging
 import os
 import sys
 
@@ -50,9 +51,17 @@ def sf(settings: Settings, quiet: bool, debug: bool) -> None:
     settings.flags |= {name: "yes" for name, given in (("quiet", quiet), ("debug", debug)) if given}
 
 
+def _log() -> None:
+    """What our libraries warn of is said; what others log is for --debug only."""
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name.partition(".")[0] in ("imagestore", "compute", "net"))
+    logging.basicConfig(format="sf: %(message)s", level=logging.WARNING, handlers=[handler])
+
+
 def main() -> None:
-    """Entry point: every way out has its code, and at most one line on standard error."""
+    """Entry point: every way out has its code, and an error is one line on standard error."""
     settings = Settings()
+    _log()
     try:
         result = sf.main(prog_name="sf", standalone_mode=False, obj=settings)
         sys.stdout.flush()

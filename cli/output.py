@@ -154,7 +154,11 @@ def _bar(what: str) -> Iterator["Report"]:
     with Bar(TextColumn("{task.description}", markup=False), *shown, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, detail="")
         yield lambda p: bar.update(
-            task, description=what, total=p.total_bytes or None, completed=p.done_bytes, detail=_detail(p)
+            task,
+            description=f"{clean(p.stage)} {what}",
+            total=p.total_bytes or None,
+            completed=p.done_bytes,
+            detail=_detail(p),
         )
 
 
@@ -168,6 +172,6 @@ def _lines(what: str, every_s: float = 5.0) -> "Report":
         last.clear()
         last[p.stage] = time.monotonic()
         share = f" {100 * p.done_bytes // p.total_bytes}%" if p.total_bytes else ""
-        say(f"{what}: {p.stage}{share} {_detail(p)}")
+        say(f"{p.stage} {what}{share} {_detail(p)}")
 
     return tell

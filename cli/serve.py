@@ -20,7 +20,7 @@ def serve(listen: str | None, store: str | None) -> None:
     from compute.serve import serve as run
 
     level = logging.DEBUG if settings().flags.get("debug") else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     asyncio.run(run(load(listen=listen, store=store), say))
 
 

@@ -8,8 +8,8 @@ import click
 import imagestore.errors
 from cli.command import STORE, Group, settings
 from cli.errors import Problem
-from cli.image import opened, written
-from cli.output import say, show_list, show_one, size, status
+from cli.image import judge, opened, written
+from cli.output import progress, say, show_list, show_one, size, status
 from cli.settings import add_remote, remove_remote
 
 if TYPE_CHECKING:
@@ -63,6 +63,30 @@ def stats(form: str) -> None:
     show_one({**row, "images": row["images"] if form == "json" else None}, STATS, form)
     if form == "table":
         show_list(row["images"], IMAGES, form)
+
+
+@store.add(
+    examples="sf store verify\nsf store verify --full --rate-limit 50\nsf store verify --full --repair /mnt/copy"
+)
+@click.option("--full", is_flag=True, help="Read and hash every byte, not only the structure.")
+@click.option(
+    "--rate-limit", type=float, default=0.0, metavar="MIB", help="Read at most so many MiB a second."
+)
+@click.option(
+    "--repair", "other", metavar="URL", help="Mend what is wrong with the bytes of this other store."
+)
+def verify(full: bool, rate_limit: float, other: str | None, single_writer: bool) -> None:
+    """Check a store; exit 1 when anything is wrong."""
+    from imagestore.verify import repair, verify_store
+
+    with opened(alone=single_writer) as found, progress("store") as tell:
+        report = verify_store(found, full=full, bytes_s=rate_limit * 2**20, progress=tell)
+        if other and report.problems:
+            with opened(other) as source:
+                report = repair(found, report, source, full=full)
+    mended = f", {report.repaired} objects mended" if report.repaired else ""
+    read = f"every byte of {size(report.checked_bytes)} is right" if full else "the structure is right"
+    judge(report, found.url, f"{read} ({report.images} images, {report.packs} packs{mended})")
 
 
 @store.add(examples="sf store copy /srv/images 's3://images/sf?region=eu-central-1' debian:12 debian:13")

@@ -229,6 +229,7 @@ def _again_and_b(bench: Bench, peers: dict[str, Peer], disks: dict[str, Path], o
     deduplicating = {name: peer for name, peer in peers.items() if name != "qemu_zstd"}
     sizes = {}
     for peer in deduplicating.values():
+        bench.say(f"A into {peer.name}")
         _fresh(peer)
         bench.run(peer.push(disks["A"], "A"), env=peer.env, cwd=peer.cwd)
         sizes[peer.name] = peer.size_bytes()
@@ -267,6 +268,7 @@ def _whole(bench: Bench, peers: dict[str, Peer], disks: dict[str, Path]) -> None
     """The size of each store with all five images; what A2 costs by the way."""
     sizes = {}
     for peer in peers.values():
+        bench.say(f"all five into {peer.name}")
         _fresh(peer)
         last = 0
         for name, disk in disks.items():
@@ -285,6 +287,7 @@ def _extract(bench: Bench, peers: dict[str, Peer], disks: dict[str, Path]) -> No
     """A out of each store to a raw file; then B in part from A."""
     out = bench.dir("out")
     for peer in peers.values():
+        bench.say(f"A into {peer.name}")
         _fresh(peer)
         bench.run(peer.push(disks["A"], "A"), env=peer.env, cwd=peer.cwd)
 

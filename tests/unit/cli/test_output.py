@@ -49,10 +49,10 @@ def test_progress_without_a_terminal_is_a_line_per_stage_and_silent_when_quiet(
         )
 
     for flags, wanted in (
-        ({}, "push a: read 0% 2.0 KiB new\npush a: end 100% 2.0 KiB new\n"),
+        ({}, "read a 0% 2.0 KiB new\nend a 100% 2.0 KiB new\n"),
         ({"quiet": "y"}, ""),
     ):
-        with click.Context(sf, obj=Settings(flags)), progress("push a") as tell:
+        with click.Context(sf, obj=Settings(flags)), progress("a") as tell:
             for now in (step("read", 0), step("read", 1), step("end", 4096)):
                 tell(now)  # type: ignore[arg-type]
         assert capsys.readouterr() == ("", wanted)
