@@ -40,6 +40,8 @@ class VerifyReport:
     """`problems` is empty when all is well. `checked_bytes`: stored bytes that were read and hashed."""
 
     problems: list[Problem] = field(default_factory=list)
+    waste: list[Problem] = field(default_factory=list)
+    """Damage in packs that no image uses and that the collector is about to delete: harmless."""
     images: int = 0
     packs: int = 0
     checked_bytes: int = 0
@@ -69,11 +71,14 @@ def verify_store(
     inventory = Inventory.read(store)
     _verify_index(store, inventory, report)
     manifests = {name: stat for name, stat in named(store, "manifests/") if stat.size_bytes}
+    used: set[Digest] = set()
     for name in manifests:
         with report.about(manifest_key(name), name):
             manifest = store.manifest(name)
             with report.about(layout_key(name), name):
-                _verify_layout(inventory, manifest, store.layout(name), report)
+                layout = store.layout(name)
+                used |= set(layout.packs)
+                _verify_layout(inventory, manifest, layout, report)
         report.images += 1
     for name, stat in named(store, "layouts/"):
         if stat.size_bytes and name not in manifests:  # left by a push that was cut off
@@ -93,6 +98,10 @@ def verify_store(
         report.packs += 1
         report.checked_bytes += stat.size_bytes if full else 0
         progress(Progress("verify", report.checked_bytes if full else 0, total))
+    with contextlib.suppress(Corrupt, Unsupported):
+        doomed = {derived_key("packs", pack) for pack in Condemned.read(store).packs.keys() - used}
+        report.waste = [problem for problem in report.problems if problem.key in doomed]
+        report.problems = [problem for problem in report.problems if problem.key not in doomed]
     return report
 
 
