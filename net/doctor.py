@@ -156,11 +156,9 @@ def _verdict(
 def _holds(match: dict[str, Any], packet: Mapping[str, str]) -> bool:
     """Whether a match surely holds for such a packet: on the interface or port that we know, nothing else."""
     left, right = match["left"], match["right"]
-    key = (
-        left.get("meta", {}).get("key") or left.get("payload", {}).get("field")
-        if isinstance(left, dict)
-        else None
-    )
+    key = ""
+    if isinstance(left, dict):
+        key = str(left.get("meta", {}).get("key") or left.get("payload", {}).get("field"))
     if key not in packet or not isinstance(right, str | int):
         return False
     known, text = packet[key], str(right)

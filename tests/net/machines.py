@@ -85,6 +85,11 @@ class Space:
 
         return self.call(run)
 
+    def popen_quietly(self, command: str) -> subprocess.Popen[str]:
+        """A process that goes on beside the test; `communicate` gives what it printed."""
+        start = lambda: subprocess.Popen(command.split(), stdout=-1, stderr=-2, text=True, cwd="/")  # noqa: E731
+        return self.call(start)
+
     @contextmanager
     def sniffing(self, pattern: str, dev: str = "switch") -> Iterator[set[str]]:
         """Afterwards: the source addresses of packets that came by."""
