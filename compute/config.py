@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from compute.errors import Invalid
+from imagestore.fetcher import Fill
 
 _FILES = (Path("/etc/sf/config.toml"), Path("~/.config/sf/config.toml"))
 
@@ -36,6 +37,14 @@ class Config:
     """Upstream DNS servers of virtual networks; () is the host's own, without loopback."""
     excluded: tuple[IPv4Network, ...] = ()
     """Ranges that no virtual network may overlap."""
+    fill: str = "now"
+    """When the rest of an image that a guest already runs from is fetched: now, idle or never."""
+    fill_rate: str = "0"
+    """Bytes a second for that, such as 20M; 0 for no limit."""
+    read_timeout_s: float = 120.0
+    """A guest's read that no store can serve for so long ends in an I/O error."""
+    cache_size: str = "0"
+    """Above this unused images leave the node's cache, least recently used first; 0 for no limit."""
     cpu_ratio: float = 16.0
     memory_reserve_mib: int = 512
     architecture: str = "x86_64"
@@ -74,6 +83,10 @@ def load(environment: Mapping[str, str] | None = None, **flags: str | None) -> C
             uplink=settings.get("uplink", ""),
             resolvers=tuple(IPv4Address(text) for text in settings.get("resolvers", "").split()),
             excluded=tuple(IPv4Network(text) for text in settings.get("excluded_networks", "").split()),
+            fill=str(Fill(settings.get("fill", "now"))),
+            fill_rate=settings.get("fill_rate", "0"),
+            read_timeout_s=float(settings.get("read_timeout", "120")),
+            cache_size=settings.get("cache_size", "0"),
             cpu_ratio=float(settings.get("cpu_ratio", "16")),
             memory_reserve_mib=int(settings.get("memory_reserve_mib", "512")),
             architecture=settings.get("architecture") or platform.machine(),

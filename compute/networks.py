@@ -64,7 +64,7 @@ def ensure_floating(txn: Transaction, pool: IPv4Network | None) -> None:
 
 
 def find_network(txn: Transaction, uuid: str) -> Network:
-    """A network that can take interfaces. Raises NotFound, NotReady."""
+    """A network that is not deleted. Raises NotFound, NotReady."""
     found = txn.get(Network, uuid)
     if found.state == "deleted":
         raise NotFound(f"network {uuid} not found", hint="see: sf network ls")
@@ -210,7 +210,7 @@ def defloat_interface(txn: Transaction, uuid: str) -> Interface:
 
 def route(txn: Transaction, uuid: str, next_hop: str) -> str:
     """Take a floating address that is routed, not translated, to `next_hop` inside the network."""
-    found = txn.get(Network, uuid)
+    found = find_network(txn, uuid)
     hop = parse_address(next_hop)
     if hop not in IPv4Network(found.netblock):
         raise Invalid(f"{hop} is not in {found.netblock}")
@@ -221,7 +221,7 @@ def route(txn: Transaction, uuid: str, next_hop: str) -> str:
 
 def unroute(txn: Transaction, uuid: str, address: str) -> None:
     """Raises NotFound."""
-    found = txn.get(Network, uuid)
+    found = find_network(txn, uuid)
     if address not in found.routed:
         raise NotFound(f"{address[:80]} is not routed to network {found.name}")
     _unfloat(txn, address)
@@ -230,7 +230,7 @@ def unroute(txn: Transaction, uuid: str, address: str) -> None:
 
 def set_dns(txn: Transaction, uuid: str, name: str, value: str | None) -> None:
     """A name that the network's DNS answers; None removes it."""
-    found = txn.get(Network, uuid)
+    found = find_network(txn, uuid)
     if not _DNS_NAME.fullmatch(name):
         raise Invalid(f"not a DNS name: {name[:80]!r}")
     entries = {k: v for k, v in found.dns_entries.items() if k != name}

@@ -30,6 +30,7 @@ from compute.auth import Authority, ensure_local_key
 from compute.config import Config
 from compute.control import Controller
 from compute.errors import Conflict, Unavailable
+from compute.image_service import ServedImages, Settings
 from compute.joining import certificate
 from compute.networks import ensure_floating
 from compute.objects import Instance, Transaction, transact
@@ -85,7 +86,7 @@ async def serve(config: Config, say: Say = log.info) -> None:
             config.node_name,
             state_dir,
             Plane(installation, state_dir),
-            images,
+            served(config, images),
             config.libvirt_uri,
             address=config.mesh_address,
             release=release(),
@@ -185,6 +186,14 @@ def installation_id(state_dir: Path) -> str:
         raise Unavailable(
             f"cannot read {path}: {err}", hint="restore it: without it nothing of ours is known"
         ) from err
+
+
+def served(config: Config, images: ImageCache) -> ServedImages:
+    """The image service of this node, as its agent sees it."""
+    limits = ("--fill-rate", config.fill_rate, "--cache-size", config.cache_size)
+    urls = tuple(url for _, url in config.stores)
+    settings = Settings(urls, config.fill, config.read_timeout_s, limits)
+    return ServedImages(images, config.state_dir, settings)
 
 
 def open_stores(config: Config, opened: Mapping[str, Store]) -> dict[str, Store]:

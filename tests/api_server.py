@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -216,3 +217,9 @@ def running(
             ready[0].loop.call_soon_threadsafe(stop.set)
         thread.join(30)
         store.close()
+
+
+if __name__ == "__main__":  # a server to be killed: DIRECTORY
+    with running(Path(sys.argv[1])) as server:
+        print(server.url, server.key, flush=True)
+        threading.Event().wait()
