@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ Row = Mapping[str, Any]
 Column = tuple[str, str | Callable[[Any], object]]
 """A heading, and the key in the row (or a function of the row)."""
 
+_DIGEST = re.compile(r"\b(b3:[0-9a-f]{16})[0-9a-f]{48}\b")
 _STYLES = {"created": "green", "on": "green", "error": "bold red", "crashed": "bold red", "off": "dim"}
 
 
@@ -55,7 +57,7 @@ def _cell(row: Row, key: str | Callable[[Any], object]) -> str:
 
 
 def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    """Drawn by rich on a terminal; anywhere else plain text in columns, never cut."""
+    """Drawn by rich on a terminal; anywhere else plain text in columns. Only digests are cut, and only there."""
     if sys.stdout.isatty():
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -66,7 +68,8 @@ def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
         for number, title in enumerate(titles):
             table.add_column(title, overflow="fold", no_wrap=number == 0)
         for row in cells:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+            short = (_DIGEST.sub(r"\1", cell) for cell in row)
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in short))
         Console(highlight=False).print(table)
         return
     lines = [[title.upper() for title in titles], *([c.replace("\n", ",") for c in row] for row in cells)]
@@ -137,21 +140,24 @@ def progress(what: str) -> Iterator["Report"]:
 
 def _detail(p: "Progress") -> str:
     parts = ((p.new_bytes, "new"), (p.known_bytes, "already there"), (p.written_bytes, "written"))
-    return ", ".join(f"{size(count)} {word}" for count, word in parts if count)
+    return ", ".join(f"{count / 2**20:.0f} MiB {word}" for count, word in parts if count)
 
 
 def _bar(what: str) -> Iterator["Report"]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
-    shown = (
-        BarColumn(24),
-        DownloadColumn(True),
+    whole, rest = Column(no_wrap=True, min_width=16), Column(no_wrap=True, overflow="ellipsis")
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=rest),
+        BarColumn(16),
+        DownloadColumn(True, table_column=whole),
         TimeRemainingColumn(True),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False, table_column=rest),
     )
-    with Bar(TextColumn("{task.description}", markup=False), *shown, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, detail="")
         yield lambda p: bar.update(
             task,

@@ -45,11 +45,11 @@ def test_progress_without_a_terminal_is_a_line_per_stage_and_silent_when_quiet(
 ) -> None:
     def step(stage: str, done: int) -> SimpleNamespace:
         return SimpleNamespace(
-            stage=stage, done_bytes=done, total_bytes=4096, new_bytes=2048, known_bytes=0, written_bytes=0
+            stage=stage, done_bytes=done, total_bytes=4096, new_bytes=2 << 20, known_bytes=0, written_bytes=0
         )
 
     for flags, wanted in (
-        ({}, "read a 0% 2.0 KiB new\nend a 100% 2.0 KiB new\n"),
+        ({}, "read a 0% 2 MiB new\nend a 100% 2 MiB new\n"),
         ({"quiet": "y"}, ""),
     ):
         with click.Context(sf, obj=Settings(flags)), progress("a") as tell:
