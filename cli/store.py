@@ -1,13 +1,14 @@
 """`sf store`, `sf cache` and `sf remote`."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 import imagestore.errors
 from cli.command import STORE, Group, settings
-from cli.errors import Problem
+from cli.errors import USAGE, Problem
 from cli.image import judge, opened, written
 from cli.output import progress, say, show_list, show_one, size, status
 from cli.settings import add_remote, remove_remote
@@ -138,13 +139,29 @@ def ls(form: str) -> None:
     show_list([{"name": "local", "url": settings().store_url}, *named], REMOTES, form)
 
 
-@remote.add(examples="sf remote add official https://images.example/")
+@remote.add(
+    examples="""sf remote add official https://images.example/ --fingerprint b3:9f86d081…
+    sf remote add lab s3://images/sf --unsigned"""
+)
 @click.argument("url")
-def add(name: str, url: str) -> None:
+@click.option("--fingerprint", metavar="b3:…", help="Of the signer, as `sf mirror init` printed it.")
+@click.option("--root", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its 1.root.json.")
+@click.option("--unsigned", is_flag=True, help="Believe whoever serves it, without a signature.")
+def add(name: str, url: str, fingerprint: str | None, root: Path | None, unsigned: bool) -> None:
     """Ask the store at URL too, after those that are there."""
-    from imagestore.open import open_backend
+    from imagestore.digest import Digest
+    from imagestore.open import open_backend, open_store
 
-    open_backend(url).close()
+    if root:
+        fingerprint = str(Digest.of(root.read_bytes()))
+    if fingerprint:
+        url = f"{url}#{Digest.parse(fingerprint)}"
+        open_store(url).backend.close()
+    elif not unsigned and not url.startswith(("/", "file:")):
+        hint = "--fingerprint b3:… of its signer, or --unsigned if you believe whoever serves it"
+        raise Problem(f"{url} may be anybody's", hint=hint, code=USAGE)
+    else:
+        open_backend(url).close()
     say(f"{name} is in {add_remote(name, {'url': url})}")
 
 

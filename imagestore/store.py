@@ -28,6 +28,8 @@ class StoreInfo:
     id: str
     chunker: ChunkerParams
     requires: tuple[str, ...] = ()
+    private: bool = False
+    """Never published, never served as a mirror: who may read a store may read all of it."""
     conditional: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
@@ -38,6 +40,7 @@ class StoreInfo:
                 "chunker": self.chunker.as_dict(),
                 "requires": list(self.requires),
                 "conditional": dict(self.conditional),
+                "private": self.private,
             }
         )
 
@@ -50,7 +53,9 @@ class StoreInfo:
                 needs = ", ".join(body["requires"])
                 raise Unsupported(f"the store needs {needs}", hint="a newer sf made it: upgrade")
             chunker = ChunkerParams.from_dict(body["chunker"])
-            return cls(str(body["id"]), chunker, conditional=dict(body["conditional"]))
+            conditional = dict(body["conditional"])
+            private = body.get("private", False) is not False
+            return cls(str(body["id"]), chunker, conditional=conditional, private=private)
         except (ValueError, KeyError, TypeError, Invalid) as err:
             raise Corrupt(f"not a store.json: {err}") from err
 
@@ -79,9 +84,12 @@ class Store:
         *,
         probed: Mapping[str, str] | None = None,
         single_writer: bool = False,
+        private: bool = False,
     ) -> "Store":
         """Make a new store. Raises Conflict when there is one already."""
-        info = StoreInfo(secrets.token_hex(16), params or ChunkerParams(), conditional=probed or {})
+        info = StoreInfo(
+            secrets.token_hex(16), params or ChunkerParams(), conditional=probed or {}, private=private
+        )
         exists = Conflict(f"there is a store in {backend.url} already")
         try:
             if backend.conditional:
@@ -120,6 +128,13 @@ class Store:
         if not self.backend.conditional and not self.single_writer:
             hint = "with --single-writer it works as long as nobody else writes at the same time"
             raise Unsupported(f"{self.url} has no conditional writes, which keep writers apart", hint=hint)
+
+    def check_public(self) -> None:
+        """Raises Denied for a private store."""
+        if self.info.private:
+            raise Denied(
+                f"{self.url} is private", hint="`sf store copy` its images into a store for everybody"
+            )
 
     def manifest(self, digest: Digest) -> "Manifest":
         """Raises NotFound, Corrupt."""

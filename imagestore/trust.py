@@ -218,14 +218,15 @@ def open_signed(backend: Backend, fingerprint: Digest) -> Store:
         if not kept.exists():
             raise
         info = StoreInfo.decode(kept.read_bytes())
-    return Store(backend, info, names=SignedNames(backend, Trust(backend, directory)))
+    return Store(backend, info, names=SignedNames(backend, Trust(backend, directory), fingerprint))
 
 
 class SignedNames(Names):
     """The names of a store as one signer vouches for them: a draft that was not published is not among them."""
 
-    def __init__(self, backend: Backend, trust: Trust) -> None:
+    def __init__(self, backend: Backend, trust: Trust, fingerprint: Digest) -> None:
         super().__init__(backend)
+        self.fingerprint = fingerprint
         self._url, self._trust = backend.url, trust
         self._refreshed_at_s = -_FRESH_S
 
@@ -301,10 +302,10 @@ def _explain(error: Exception, file: str, url: str) -> StoreError:
     return Corrupt(f"{url}: {file}: {error}")
 
 
-def signed_targets(backend: Backend) -> dict[Target, set[Digest]]:
-    """What the newest targets of every tree in a store name, unverified: roots for its collector."""
+def signed_targets(backend: Backend, prefix: str = TREES) -> dict[Target, set[Digest]]:
+    """What the newest targets of every tree (or one) in our own store name, unverified: who brought them checked."""
     newest: dict[str, int] = {}
-    for stat in backend.list(TREES):
+    for stat in backend.list(prefix):
         base, _, file = stat.key.rpartition("/")
         version, _, rest = file.partition(".")
         if rest == "targets.json" and version.isdecimal():

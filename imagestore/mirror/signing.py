@@ -90,6 +90,7 @@ class Keyring:
 def init(store: Store, keys: Keyring, *, root_keys: int = 1, threshold: int = 1) -> Digest:
     """Make keys and the first root; returns its digest, which clients compare. Raises Conflict if there is one."""
     store.check_writable()
+    store.check_public()
     if not 1 <= threshold <= root_keys:
         raise Invalid(f"a threshold of {threshold} of {root_keys} root keys cannot be")
     if (keys.directory / "fingerprint").exists():

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -81,7 +82,7 @@ def sync(
     wanted: Iterable[Source],
     work: Path,
     *,
-    progress: Callable[[str], Report] = lambda title: silent,
+    progress: Callable[[str], AbstractContextManager[Report]] = lambda title: nullcontext(silent),
 ) -> list[Outcome]:
     """Bring the newest build of every source into the store. `work`: where downloads lie, also between runs.
 
@@ -96,7 +97,8 @@ def sync(
                 image = _Image(store, web, source, architecture, work)
                 started = time.monotonic()
                 try:
-                    outcome = image.sync(progress(f"{source.title} {architecture}"))
+                    with progress(f"{source.title} {architecture}") as report:
+                        outcome = image.sync(report)
                 except StoreError as error:
                     words = f"{error} ({error.hint})" if error.hint else str(error)
                     outcome = Outcome(source.title, architecture, "failed", words)

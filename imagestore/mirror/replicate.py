@@ -1,0 +1,146 @@
+"""A mirror of a mirror: images by name, and the signatures of their owner as they are. To and from disks as well.
+
+Images come first, then the owner's metadata, its timestamp last: who reads in the middle of it sees the former
+publication, whose images are all here. `adopt` puts one's own signature on what an owner left behind.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Snapshot, Timestamp
+
+from imagestore.backend import Backend
+from imagestore.copy import copy_image
+from imagestore.digest import Digest
+from imagestore.errors import Corrupt, NotFound, StoreError
+from imagestore.mirror.signing import Publisher, check_complete
+from imagestore.store import Store, derived_key
+from imagestore.trust import TREES, SignedNames, Target, signed_targets, tree
+
+_MOST_ROOTS = 1024
+_BESIDE = ("provenance", "sums", "traces")
+"""Objects about an image that are not part of it: copied where they are, missed nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """What became of one name. `result`: new, unchanged or failed."""
+
+    name: str
+    result: str
+    message: str = ""
+    written_bytes: int = 0
+
+
+def replicate(
+    source: Store,
+    target: Store,
+    patterns: Iterable[str] = (),
+    *,
+    report: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+) -> Iterator[Replicated]:
+    """Copy names that match any of the patterns (`debian:*`; none: all), each with all it needs before its name is set.
+
+    A name that fails stops no other. The owner's signatures come last, and only when no name has failed.
+    """
+    target.check_writable()
+    source.check_public()
+    wanted, failed = list(patterns), False
+    for record in source.names.list():
+        text = f"{record.name}:{record.tag}"
+        if wanted and not any(fnmatchcase(text, pattern) for pattern in wanted):
+            continue
+        here = target.names.read(record.name, record.tag)
+        for architecture, digest in sorted(record.images.items()):
+            title = f"{text} {architecture}"
+            if not here.removed and here.images.get(architecture) == digest:
+                yield Replicated(title, "unchanged")
+                continue
+            try:
+                with report(title):
+                    result = copy_image(source, target, digest)
+                    _copy_beside(source.backend, target.backend, digest)
+                    target.names.set(record.name, record.tag, architecture, digest)
+                yield Replicated(title, "new", written_bytes=result.written_bytes)
+            except StoreError as error:
+                failed = True
+                yield Replicated(title, "failed", str(error))
+    if not failed:
+        for fingerprint in signers(source):
+            try:
+                copy_tree(source.backend, target.backend, fingerprint)
+            except StoreError as error:
+                yield Replicated(f"signatures of {str(fingerprint)[:15]}…", "failed", str(error))
+
+
+def _copy_beside(source: Backend, target: Backend, digest: Digest) -> None:
+    for kind in _BESIDE:
+        key = derived_key(kind, digest)
+        try:
+            data = source.get(key).data
+        except NotFound:
+            continue
+        target.put(key, data)
+
+
+def signers(store: Store) -> list[Digest]:
+    """Whose metadata a store carries; of a store that cannot be listed, the one that its URL names."""
+    if isinstance(store.names, SignedNames):
+        return [store.names.fingerprint]
+    if store.backend.read_only:
+        return []
+    keys = (stat.key.split("/") for stat in store.backend.list(TREES))
+    return [Digest.parse(parts[1]) for parts in keys if parts[-1] == "1.root.json"]
+
+
+def copy_tree(source: Backend, target: Backend, fingerprint: Digest) -> None:
+    """One signer's metadata, what is referred to before what refers to it. Files that are there already stay."""
+    base = tree(fingerprint)
+    for version in range(1, _MOST_ROOTS):
+        try:
+            _copy_once(source, target, f"{base}{version}.root.json")
+        except NotFound:
+            if version == 1:
+                raise
+            break
+    stamp = source.get(f"{base}timestamp.json").data
+    try:
+        number = Metadata[Timestamp].from_bytes(stamp).signed.snapshot_meta.version
+        snapshot = source.get(f"{base}{number}.snapshot.json").data
+        targets = Metadata[Snapshot].from_bytes(snapshot).signed.meta["targets.json"].version
+    except (RepositoryError, ValueError, KeyError) as error:
+        raise Corrupt(f"{source.url}/{base}: {error}") from error
+    _copy_once(source, target, f"{base}{targets}.targets.json")
+    _copy_once(source, target, f"{base}{number}.snapshot.json")
+    target.put(f"{base}timestamp.json", stamp)
+
+
+def _copy_once(source: Backend, target: Backend, key: str) -> None:
+    try:
+        target.stat(key)
+    except NotFound:
+        target.put(key, source.get(key).data)
+
+
+def adopt(store: Store, publisher: Publisher, fingerprint: Digest) -> Mapping[Target, Digest]:
+    """Name and sign what a former owner signed, as far as it is whole here; returns what was adopted.
+
+    The owner's last metadata is believed although it may have expired: the adopter vouches for it from now on.
+    Raises NotFound where nothing of it is here.
+    """
+    adopted = {}
+    for target, digests in sorted(signed_targets(store.backend, tree(fingerprint)).items()):
+        digest = min(digests)
+        try:
+            check_complete(store, {digest})
+        except NotFound:
+            continue
+        store.names.set(*target, digest)
+        adopted[target] = digest
+    if not adopted:
+        raise NotFound(f"{store.url} has no whole image that {fingerprint} signed", hint="sync from it first")
+    publisher.publish()
+    return adopted
