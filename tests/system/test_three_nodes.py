@@ -1,0 +1,255 @@
+"""Three machines on one: joined with the real commands, with real libvirtd, dnsmasq, nftables, and guests in qemu.
+
+All of them have a firewall that forwards nothing, and bridge-nf-call-iptables on. n1 is the server; the world is a
+fourth machine, which is also the switch between them.
+"""
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from scripts.private_libvirtd import PrivateHost
+from tests.system.machine import Machine, within
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+WORLD = "10.77.0.254"
+FULL_MTU_PING = "ping -c 3 -W 5 -s 1422"  # 1450 with the headers of IPv4 and ICMP
+
+
+class Cluster:
+    """n1 (server), n2 and n3 on one switch; networks `lan` and `other` use the same addresses."""
+
+    def __init__(self, stack: ExitStack, directory: Path, image: Path) -> None:
+        self.world = stack.enter_context(PrivateHost(libvirtd=False))
+        self._net(self.world, "ip link add br0 type bridge; ip link set br0 up")
+        self._net(self.world, f"ip address add {WORLD}/24 dev br0")
+        self.key = directory / "key"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.key], check=True)
+        self.nodes: dict[str, Machine] = {}
+        for name in ("n1", "n2", "n3"):
+            home = directory / name
+            home.mkdir()
+            settings = {
+                "SF_ACCEL": "tcg",
+                "SF_NODE_NAME": name,
+                "SF_MESH_ADDRESS": f"10.77.0.{name[1]}",
+                "SF_UPLINK": "eth0",
+                "SF_FLOATING_POOL": "10.77.0.192/28",
+                "SF_STORE": f"file://{directory}/n1/sf/store",
+                "SF_AGENT_LISTEN": "10.77.0.1:13001",
+            }
+            self.nodes[name] = Machine(stack.enter_context(PrivateHost()), home, **settings)
+            self.plug(name)
+            stack.callback(self._stop, name)
+        self.server = self.nodes["n1"]
+        self.server.sf("image", "push", str(image), "tiny:1")
+        self.server.start()
+        for name in ("n2", "n3"):
+            (token,) = [self.server.listed("node", "token")]
+            self.nodes[name].start("agent", "--join", token["url"], "--token", token["token"])
+        within(60, lambda: len(self.alive()) == 3, "three nodes are there")
+
+    def _stop(self, name: str) -> None:
+        if self.nodes[name].server is not None and (self.nodes[name].host.directory / "pid").exists():
+            self.nodes[name].signal()
+
+    @staticmethod
+    def _net(host: PrivateHost, script: str) -> None:
+        """A shell script in a machine's network namespace, with this machine's processes in sight."""
+        command = ["nsenter", "-t", str(host.pid), "-n", "sh", "-ec", script]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+    def plug(self, name: str) -> None:
+        """Give a machine that was just switched on its cable and its firewall."""
+        node = self.nodes[name].host
+        self._net(
+            self.world,
+            f"ip link del {name} 2>/dev/null || true\n"
+            f"ip link add {name} type veth peer name eth0 netns /proc/{node.pid}/ns/net\n"
+            f"ip link set {name} master br0 up",
+        )
+        self._net(
+            node,
+            f"ip address add 10.77.0.{name[1]}/24 dev eth0; ip link set eth0 up\n"
+            f"ip route add default via {WORLD}\n"
+            "sysctl -qw net.bridge.bridge-nf-call-iptables=1 || true\n"
+            "iptables -P FORWARD DROP",
+        )
+
+    def alive(self) -> list[str]:
+        return [node["name"] for node in self.server.listed("node", "ls") if node["state"] == "created"]
+
+    def create(self, name: str, node: str, network: str) -> None:
+        words = ["--image", "tiny:1", "--network", network, "--memory", "128", "--on", node]
+        self.server.sf("instance", "create", name, *words, "--ssh-key", f"{self.key}.pub")
+
+    def ready(self, *names: str) -> None:
+        for name in names:
+            address = self.server.instance(name)["interfaces"][0]["ipv4"]
+            within(150, lambda n=name: self.server.ready_line(n), f"{name} is ready")  # type: ignore[misc]
+            assert self.server.ready_line(name).split()[2:] == [name, address]
+
+    def router(self, network: str = "lan") -> str:
+        """The node that the server lets route."""
+        return str(self.server.listed("network", "show", network)["router_node"])
+
+    def gateways(self, network: str = "lan") -> list[str]:
+        """The nodes whose namespace of the network really has the gateway's address."""
+        vni = self.server.listed("network", "show", network)["vxlan_id"]
+        found = []
+        for name, node in self.nodes.items():
+            if not (node.host.directory / "pid").exists():
+                continue
+            listed = node.host.run(["ip", "netns", "list"]).stdout.split()
+            (space,) = [space for space in listed if space.endswith(f"-{vni:06x}")] or [""]
+            if space:
+                shown = node.host.run(["ip", "-n", space, "-4", "-o", "address"]).stdout
+                found += [name] if " 10.42.0.1/" in shown else []
+        return found
+
+    def inside(self, name: str, command: str, network: str = "lan") -> subprocess.CompletedProcess[str]:
+        """Run a command in a guest, by ssh from its network's router."""
+        vni = self.server.listed("network", "show", network)["vxlan_id"]
+        node = self.nodes[self.router(network)].host
+        (space,) = [s for s in node.run(["ip", "netns", "list"]).stdout.split() if s.endswith(f"-{vni:06x}")]
+        address = self.server.instance(name)["interfaces"][0]["ipv4"]
+        options = [
+            "StrictHostKeyChecking=no",
+            "UserKnownHostsFile=/dev/null",
+            "ConnectTimeout=20",
+            "LogLevel=ERROR",
+        ]
+        ssh = ["ssh", "-i", str(self.key), *(word for o in options for word in ("-o", o)), f"root@{address}"]
+        return node.run(["ip", "netns", "exec", space, *ssh, command], check=False)
+
+    def from_world(self, address: str) -> bool:
+        return self.world.run(["ping", "-c", "1", "-W", "1", address], check=False).returncode == 0
+
+    def floating(self, name: str) -> str:
+        return str(self.server.instance(name)["interfaces"][0]["floating"])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        made = Cluster(stack, tmp_path_factory.mktemp("cluster"), tiny_image)
+        made.server.sf("network", "create", "lan", "10.42.0.0/24")
+        made.server.sf("network", "create", "other", "10.42.0.0/24")
+        made.create("a", "n2", "lan,address=10.42.0.5,float")
+        made.create("b", "n3", "lan,address=10.42.0.7")
+        made.create("c", "n2", "other,address=10.42.0.7")
+        made.ready("a", "b", "c")
+        yield made
+
+
+def says(done: subprocess.CompletedProcess[str]) -> str:
+    return f"{done.stdout}{done.stderr}"
+
+
+def test_guests_reach_each_other_across_nodes_by_name_and_with_full_packets(cluster: Cluster) -> None:
+    done = cluster.inside("a", f"{FULL_MTU_PING} b && cat /sys/class/net/eth0/mtu")
+    assert done.returncode == 0, says(done)
+    assert "1450" in done.stdout.splitlines()[-1]
+
+
+def test_a_guest_reaches_the_world_and_the_world_its_floating_address_and_so_does_its_neighbour(
+    cluster: Cluster,
+) -> None:
+    for name in ("a", "b"):
+        done = cluster.inside(name, f"ping -c 3 -W 5 {WORLD}")
+        assert done.returncode == 0, says(done)
+    floating = cluster.floating("a")
+    assert IPv4Address(floating) in IPv4Network("10.77.0.192/28")
+    within(30, lambda: cluster.from_world(floating), f"{floating} answers the world")
+    for name in ("a", "b"):  # hair-pin: by the way of the router, back to the network it came from
+        done = cluster.inside(name, f"ping -c 3 -W 5 {floating}")
+        assert done.returncode == 0, f"{name}: {says(done)}"
+
+
+def test_two_networks_with_the_same_addresses_do_not_meet(cluster: Cluster) -> None:
+    names = {net: cluster.inside(guest, "hostname", net) for guest, net in (("b", "lan"), ("c", "other"))}
+    assert [names["lan"].stdout.strip(), names["other"].stdout.strip()] == ["b", "c"]
+    assert cluster.inside("c", "ping -c 2 -W 2 10.42.0.5", "other").returncode != 0
+    assert cluster.inside("c", "ping -c 2 -W 2 10.42.0.1", "other").returncode == 0
+
+
+def test_consoles_and_pings_of_other_nodes_come_through_the_server(cluster: Cluster) -> None:
+    assert "SF-GUEST-READY" in cluster.server.sf("instance", "console", "b").stdout
+    assert " 0% packet loss" in cluster.server.sf("network", "ping", "lan", "10.42.0.7").stdout
+
+
+def test_a_restart_of_the_server_is_noticed_by_no_guest(cluster: Cluster) -> None:
+    running = {name: cluster.nodes[name].host.run(["pgrep", "qemu"]).stdout for name in ("n2", "n3")}
+    routes_elsewhere, floating = cluster.router() != "n1", cluster.floating("a")
+    cluster.server.signal()
+    assert not routes_elsewhere or cluster.from_world(floating)
+    time.sleep(10)  # longer than the agents' leases: those that route stop, guests run on
+    cluster.server.start()
+    within(60, lambda: cluster.server.instance("a")["power_state"] == "on", "a is on")
+    assert {n: cluster.nodes[n].host.run(["pgrep", "qemu"]).stdout for n in running} == running
+    assert cluster.inside("a", "ping -c 2 -W 5 b").returncode == 0
+    assert len(cluster.gateways()) == 1
+
+
+def move_router_off_the_server(cluster: Cluster) -> str:
+    if cluster.router() == "n1":
+        cluster.server.sf("node", "drain", "n1")
+        within(30, lambda: cluster.router() != "n1" and cluster.gateways() == [cluster.router()], "drained")
+    return cluster.router()
+
+
+def never_two_until(cluster: Cluster, true: Callable[[], bool], what: str) -> float:
+    """Wait up to 60 s, looking all the time that no two nodes route. How long it took."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < 60, what
+        assert len(cluster.gateways()) <= 1
+    return time.monotonic() - began
+
+
+def test_a_partitioned_router_stops_by_itself_and_another_takes_over(cluster: Cluster) -> None:
+    old, floating = move_router_off_the_server(cluster), cluster.floating("a")
+    cluster._net(cluster.world, f"ip link set {old} down")
+    never_two_until(cluster, lambda: cluster.gateways() not in ([], [old]), "another node routes")
+    assert cluster.router() != old
+    cluster._net(cluster.world, f"ip link set {old} up")
+    never_two_until(cluster, lambda: cluster.from_world(floating), "the floating address answers again")
+    within(60, lambda: cluster.inside("a", "ping -c 1 -W 3 b").returncode == 0, "the mesh is whole again")
+    assert cluster.gateways() == [cluster.router()]
+
+
+def test_a_node_that_lost_power_is_replaced_as_router_and_comes_back_as_it_should_be(
+    cluster: Cluster,
+) -> None:
+    cluster.server.sf("network", "create", "brief", "10.43.0.0/24")
+    cluster.create("d", "n2", "brief")
+    cluster.ready("d")
+    brief = cluster.server.listed("network", "show", "brief")["vxlan_id"]
+    while cluster.router() != "n2":  # put the router where the power will fail
+        other = cluster.router()
+        cluster.server.sf("node", "drain", other)
+        within(30, lambda o=other: cluster.router() != o, f"{other} is drained")  # type: ignore[misc]
+    floating = cluster.floating("a")
+    node = cluster.nodes["n2"]
+    node.host.stop()
+    cluster.server.sf("node", "drain", "n1", "--undo")
+    cluster.server.sf("instance", "delete", "d")
+    never_two_until(cluster, lambda: cluster.gateways() not in ([], ["n2"]), "another node routes")
+    within(30, lambda: cluster.inside("b", f"ping -c 2 -W 5 {WORLD}").returncode == 0, "b reaches the world")
+    node.host.start()
+    cluster.plug("n2")
+    node.start("agent")
+    within(90, lambda: cluster.server.instance("a")["power_state"] == "on", "a runs again")
+    cluster.ready("a", "c")
+    never_two_until(cluster, lambda: cluster.from_world(floating), "the floating address answers")
+    assert cluster.gateways() == [cluster.router()]
+    assert cluster.inside("a", "ping -c 2 -W 5 b").returncode == 0
+    within(60, lambda: "d" not in [i["name"] for i in cluster.server.listed("instance", "ls")], "d is gone")
+    within(60, lambda: f"-{brief:06x}" not in node.host.run(["ip", "netns"]).stdout, "its network as well")
+    assert len(node.host.virsh("list", "--all", "--name").stdout.split()) == 2

@@ -1,0 +1,92 @@
+"""The config drive, read back from the ISO as a guest would."""
+
+import io
+import json
+import shutil
+import subprocess
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import pycdlib
+import pytest
+
+from compute import config_drive
+from compute.spec import DiskSpec, InstanceSpec, InterfaceSpec
+from net.model import Network
+
+LAN = Network("lan-uuid", 7, "lan", IPv4Network("10.42.0.0/24"), IPv4Address("10.42.0.1"), mtu_bytes=1450)
+STATIC = Network(
+    "static-uuid",
+    8,
+    "st",
+    IPv4Network("10.43.0.0/22"),
+    IPv4Address("10.43.0.1"),
+    mtu_bytes=1400,
+    provide_dhcp=False,
+)
+SPEC = InstanceSpec(
+    "6b1f9d1e-7a77-4f0e-9a54-0f6a5f0e2f11",
+    "web",
+    "system",
+    1,
+    512,
+    (DiskSpec("vda"),),
+    (
+        InterfaceSpec("if-1", "static-uuid", "02:00:00:00:00:01", "10.43.0.9"),
+        InterfaceSpec("if-2", "lan-uuid", "02:00:00:00:00:02", "10.42.0.9"),
+    ),
+    ssh_keys=("ssh-ed25519 AAAA me@here",),
+    user_data=b"#cloud-config\n\xff",
+    metadata=(("role", "web"),),
+)
+NETWORKS = {"lan-uuid": LAN, "static-uuid": STATIC}
+
+
+def read(volume: bytes, path: str) -> bytes:
+    iso, out = pycdlib.PyCdlib(), io.BytesIO()
+    iso.open_fp(io.BytesIO(volume))
+    iso.get_file_from_iso_fp(out, rr_path=f"/{path}")
+    iso.close()
+    return out.getvalue()
+
+
+def test_a_guest_finds_name_keys_user_data_and_label(tmp_path: Path) -> None:
+    volume = config_drive.iso(config_drive.files(SPEC, NETWORKS))
+    assert volume[32808:32816] == b"config-2"
+    meta = json.loads(read(volume, "openstack/latest/meta_data.json"))
+    assert (meta["uuid"], meta["hostname"], meta["meta"]) == (SPEC.uuid, "web", {"role": "web"})
+    assert list(meta["public_keys"].values()) == ["ssh-ed25519 AAAA me@here"]
+    assert read(volume, "openstack/latest/user_data") == SPEC.user_data
+    if shutil.which("isoinfo"):
+        (tmp_path / "i").write_bytes(volume)
+        listed = subprocess.run(
+            ["isoinfo", "-J", "-f", "-i", tmp_path / "i"], capture_output=True, text=True
+        ).stdout
+        assert "/openstack/latest/network_data.json" in listed
+
+
+def test_addresses_are_dhcp_where_it_is_on_and_static_elsewhere_with_mac_and_mtu_always() -> None:
+    data = config_drive.network_data(SPEC, NETWORKS)
+    assert [(link["ethernet_mac_address"], link["mtu"]) for link in data["links"]] == [
+        ("02:00:00:00:00:01", 1400),
+        ("02:00:00:00:00:02", 1450),
+    ]
+    static, dhcp = data["networks"]
+    assert dhcp["type"] == "ipv4_dhcp" and "ip_address" not in dhcp
+    assert (static["type"], static["ip_address"], static["netmask"]) == ("ipv4", "10.43.0.9", "255.255.252.0")
+    assert static["routes"][0]["gateway"] == "10.43.0.1"
+    assert data["services"] == [{"type": "dns", "address": "10.43.0.1"}]
+
+
+def test_only_the_first_interface_brings_a_default_route() -> None:
+    both = InstanceSpec(
+        SPEC.uuid, "web", "system", 1, 64, (),
+        (SPEC.interfaces[0], InterfaceSpec("if-3", "static-uuid", "02:00:00:00:00:03", "10.43.0.10")),
+    )  # fmt: skip
+    first, second = config_drive.network_data(both, NETWORKS)["networks"]
+    assert first["routes"] and not second["routes"]
+
+
+def test_a_network_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        config_drive.network_data(SPEC, {})

@@ -1,0 +1,90 @@
+"""Domain XML as a function of values."""
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from compute import domain
+
+BASE = domain.Domain(
+    installation="0badcafe",
+    uuid="6b1f9d1e-7a77-4f0e-9a54-0f6a5f0e2f11",
+    title="system/<web> & more",
+    cpus=2,
+    memory_mib=512,
+    accel="tcg",
+    disks=(
+        domain.Disk("vda", Path("/s/vda.qcow2"), Path("/c/image.raw")),
+        domain.Disk("vdb", Path("/s/vdb.qcow2")),
+    ),
+    nics=(domain.Nic("1d6a0c7e-0000-4000-8000-000000000001", "02:00:00:00:00:01", "sfu0abc", 1450),),
+    config_drive=Path("/s/config.iso"),
+    console_log=Path("/s/console.log"),
+)
+
+
+def tree(value: domain.Domain) -> ElementTree.Element:
+    return ElementTree.fromstring(domain.domain_xml(value))
+
+
+@pytest.mark.skipif(shutil.which("xmllint") is None, reason="no xmllint here")
+@pytest.mark.parametrize(
+    "value",
+    [
+        BASE,
+        replace(BASE, uefi=True, nvram=Path("/s/nvram.fd")),
+        replace(BASE, accel="kvm", cpu="qemu64", graphics=domain.Graphics("vnc", "192.0.2.1", "secret")),
+    ],
+)
+def test_it_fits_libvirts_schema(tmp_path: Path, value: domain.Domain) -> None:
+    path = tmp_path / "domain.xml"
+    path.write_text(domain.domain_xml(value))
+    done = subprocess.run(["virt-xml-validate", path, "domain"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_carries_the_installations_id_and_finds_it_again() -> None:
+    assert domain.installation_of(domain.domain_xml(BASE)) == (BASE.installation, BASE.uuid)
+    assert domain.installation_of("<domain><name>theirs</name></domain>") == ("", "")
+
+
+def test_no_file_is_ever_relabelled_and_formats_are_named() -> None:
+    root = tree(
+        replace(BASE, disks=(*BASE.disks, domain.Disk("vdc", Path("/s/c.qcow2"), Path("/c/i"), bus="scsi")))
+    )
+    sources = [*root.iterfind("devices/disk/source"), *root.iterfind("devices/disk/backingStore/source")]
+    assert len(sources) == 6
+    for source in sources:
+        label = source.find("seclabel")
+        assert label is not None and label.attrib == {"model": "dac", "relabel": "no"}
+    assert [d.get("type") for d in root.iterfind("devices/disk/driver")] == ["qcow2", "qcow2", "qcow2", "raw"]
+    assert [f.get("type") for f in root.iterfind("devices/disk/backingStore/format")] == ["raw", "raw"]
+
+
+def test_nothing_listens_without_a_password() -> None:
+    assert tree(BASE).find("devices/graphics") is None
+    assert {s.get("type") for s in tree(BASE).iterfind("devices/serial")} == {"pty"}
+    shown = tree(replace(BASE, graphics=domain.Graphics("spice", "192.0.2.1", "secret"))).find(
+        "devices/graphics"
+    )
+    assert shown is not None and shown.get("passwd") == "secret"
+    listen = shown.find("listen")
+    assert listen is not None and listen.attrib == {"type": "address", "address": "192.0.2.1"}
+
+
+def test_there_are_free_ports_for_hot_plug_however_full_the_guest_is() -> None:
+    disks = tuple(domain.Disk(f"vd{letter}", Path(f"/s/{letter}")) for letter in "abcdefghijklmnop")
+    root = tree(replace(BASE, disks=disks))
+    ports = [c for c in root.iterfind("devices/controller") if c.get("model") == "pcie-root-port"]
+    assert len(ports) >= len(disks) + len(BASE.nics) + 5 + domain.SPARE_PORTS
+
+
+def test_live_interfaces_of_ours_are_recognised_by_their_alias() -> None:
+    found = domain.live_interfaces(domain.domain_xml(BASE))
+    assert found == (domain.LiveInterface(BASE.nics[0].uuid, "02:00:00:00:00:01", "sfu0abc"),)
+    stranger = "<domain><devices><interface type='user'><mac address='x'/></interface></devices></domain>"
+    assert domain.live_interfaces(stranger) == ()

@@ -1,0 +1,92 @@
+"""When a node on another machine may route: its lease, and the Plane behind it."""
+
+import time
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from compute import remote
+from net.model import Network, NodeNetworks, Port
+
+MINE = Network("u", 7, "lan", IPv4Network("10.0.0.0/24"), IPv4Address("10.0.0.1"), router_node="n2")
+DESIRED = NodeNetworks("0badcafe", "n2", (MINE,))
+
+
+class Wires:
+    """Writes down what a Plane was told."""
+
+    def __init__(self) -> None:
+        self.applied: list[NodeNetworks] = []
+        self.dropped = 0
+
+    def apply(self, desired: NodeNetworks) -> list[str]:
+        self.applied.append(desired)
+        return []
+
+    def drop_routers(self) -> None:
+        self.dropped += 1
+
+    def create_tap(self, port: Port) -> str:
+        return f"tap of {port.uuid}"
+
+    def adopt_tap(self, network: Network, port: Port) -> None: ...
+
+    def remove_tap(self, port: Port) -> None: ...
+
+    def namespace(self, network: Network) -> str:
+        return network.name
+
+
+def routers(plane: Wires) -> list[str]:
+    return [network.router_node for network in plane.applied[-1].networks]
+
+
+def test_without_a_lease_a_node_has_its_networks_and_no_router() -> None:
+    plane, lease = Wires(), remote.Lease()
+    fenced = remote.Fenced(plane, lease, "n2")
+    fenced.apply(DESIRED)
+    assert routers(plane) == [""] and plane.dropped == 1
+
+
+def test_routers_come_with_the_first_desired_state_that_was_asked_for_under_the_lease() -> None:
+    plane, lease = Wires(), remote.Lease()
+    fenced = remote.Fenced(plane, lease, "n2", uplink="eth1")
+    before = time.monotonic()
+    lease.confirm(before)  # without a lease it counts for nothing
+    lease.renewed(time.monotonic(), 60)
+    fenced.apply(DESIRED)
+    assert routers(plane) == [""]
+    lease.confirm(before)  # asked for before the lease was gained: another node may route by now
+    fenced.apply(DESIRED)
+    assert routers(plane) == [""]
+    lease.confirm(time.monotonic())
+    fenced.apply(DESIRED)
+    assert routers(plane) == ["n2"] and plane.applied[-1].uplink == "eth1"
+    assert plane.dropped == 0
+
+
+def test_a_lease_that_ran_out_needs_a_new_desired_state_even_when_it_is_renewed() -> None:
+    lease = remote.Lease()
+    lease.renewed(time.monotonic(), 60)
+    lease.confirm(time.monotonic())
+    assert lease.may_route()
+    lease._until = time.monotonic() - 1
+    assert not lease.may_route()
+    lease.renewed(time.monotonic(), 60)
+    assert lease.held() and not lease.may_route()
+
+
+def test_a_renewal_counts_from_when_it_was_asked_for() -> None:
+    lease = remote.Lease()
+    lease.renewed(time.monotonic() - 9, 8)
+    assert not lease.held()
+
+
+def test_other_nodes_routers_are_none_of_its_business() -> None:
+    plane = Wires()
+    elsewhere = Network("v", 8, "far", IPv4Network("10.1.0.0/24"), IPv4Address("10.1.0.1"), router_node="n3")
+    remote.Fenced(plane, remote.Lease(), "n2").apply(NodeNetworks("0badcafe", "n2", (elsewhere,)))
+    assert routers(plane) == ["n3"]
+
+
+def test_a_machine_that_never_joined_has_no_identity(tmp_path: Path) -> None:
+    assert remote.load(tmp_path) is None
