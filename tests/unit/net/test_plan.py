@@ -1,0 +1,160 @@
+"""The plan: pure, complete, and nothing to do where all is as desired."""
+
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from net import names, nft
+from net.facts import HOST, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed
+from net.model import Network, NodeNetworks, Peer, Port
+from net.plan import Space, Transaction, Verb, diff, plan
+from net.target import target, transits, without_routers
+
+INSTALLATION = "1a2b3c4d"
+NODES = ("n1", "n2", "n3")
+
+
+@st.composite
+def networks(draw: st.DrawFn, number: int) -> Network:
+    block = IPv4Network(f"10.{number}.0.0/24")
+    hosts = draw(st.sets(st.integers(2, 200), max_size=4))
+    ports = tuple(
+        Port(
+            f"port-{number}-{host}",
+            f"02:00:00:00:{number:02x}:{host:02x}",
+            block[host],
+            f"guest{host}",
+            draw(st.sampled_from(NODES)),
+            floating=IPv4Address(f"192.0.2.{host}") if draw(st.booleans()) else None,
+        )
+        for host in sorted(hosts)
+    )
+    routed = (
+        ((IPv4Address(f"203.0.113.{number}"), block[min(hosts)]),) if hosts and draw(st.booleans()) else ()
+    )
+    return Network(
+        uuid=f"network-{number}",
+        vni=1000 + number,
+        name=f"lan{number}",
+        netblock=block,
+        gateway=block[1],
+        provide_dhcp=draw(st.booleans()),
+        provide_nat=draw(st.booleans()),
+        provide_dns=draw(st.booleans()),
+        router_node=draw(st.sampled_from(NODES)),
+        router_floating=draw(st.sampled_from([None, IPv4Address(f"198.51.100.{number}")])),
+        ports=ports,
+        routed=routed,
+    )
+
+
+@st.composite
+def states(draw: st.DrawFn) -> NodeNetworks:
+    numbers = draw(st.sets(st.integers(1, 9), max_size=4))
+    peers = tuple(Peer(node, IPv4Address(f"172.16.0.{n}")) for n, node in enumerate(NODES, 1))
+    made = tuple(draw(networks(number)) for number in sorted(numbers))
+    return NodeNetworks(INSTALLATION, draw(st.sampled_from(NODES)), made, peers, IPv4Address("172.16.0.1"))
+
+
+EMPTY = Observed({HOST: Facts()}, uplink="eth0", resolvers=(IPv4Address("192.0.2.53"),))
+
+
+def _as_desired(desired: NodeNetworks, observed: Observed) -> Observed:
+    """What a kernel would hold that did all that the plan says: taps are made by others, so there are none."""
+    spaces = {}
+    for name, facts in target(desired, observed).items():
+        links = {
+            n: replace(link, mac=link.mac or "02:11:11:11:11:11", peer="")
+            for n, link in facts.links.items()
+            if link.kind != "tun"
+        }
+        entries = frozenset(e for e in facts.entries if not e.dev or e.dev in links or e.kind is Kind.PROXY)
+        spaces[name] = replace(facts, links=links, entries=entries)
+    return replace(observed, namespaces=spaces)
+
+
+@given(states())
+def test_a_second_plan_finds_nothing_to_do(desired: NodeNetworks) -> None:
+    assert plan(desired, _as_desired(desired, EMPTY)) == []
+
+
+@given(states(), states())
+def test_whatever_was_there_before_the_plan_names_every_difference_once(
+    old: NodeNetworks, new: NodeNetworks
+) -> None:
+    before = _as_desired(replace(old, node="n1"), EMPTY)
+    actions = plan(replace(new, node="n1"), before)
+    assert len({(a.namespace, a.verb, repr(a.item)) for a in actions}) == len(actions)
+    kept = {names.namespace(INSTALLATION, network.vni) for network in new.networks}
+    for action in actions:
+        if action.verb is Verb.DELETE and isinstance(action.item, Space):
+            assert action.namespace not in kept
+    gone = set(before.namespaces) - kept - {HOST}
+    removed = {a.namespace for a in actions if isinstance(a.item, Space) and a.verb is Verb.DELETE}
+    assert removed == gone
+
+
+@given(states())
+def test_filters_are_in_place_before_any_link_and_servers_come_last(desired: NodeNetworks) -> None:
+    actions = plan(desired, EMPTY)
+    filters = [n for n, a in enumerate(actions) if isinstance(a.item, Transaction)]
+    links = [n for n, a in enumerate(actions) if isinstance(a.item, Link)]
+    servers = [n for n, a in enumerate(actions) if isinstance(a.item, Dnsmasq)]
+    assert max(filters, default=-1) < min(links, default=len(actions))
+    assert servers == list(range(len(actions) - len(servers), len(actions)))
+
+
+@given(states())
+def test_a_node_without_its_lease_keeps_its_guests_ports_and_drops_what_routes(desired: NodeNetworks) -> None:
+    observed = _as_desired(desired, EMPTY)
+    wanted = without_routers(observed)
+    for name, facts in wanted.items():
+        assert not [e for e in facts.entries if e.kind in (Kind.ADDRESS, Kind.ROUTE, Kind.PROXY)]
+        assert facts.dnsmasq is None
+        assert not [link for link in facts.links.values() if link.kind == "veth"]
+        assert facts.tables == observed.namespaces[name].tables
+    assert diff(wanted, replace(observed, namespaces=wanted)) == []
+
+
+@given(states())
+def test_uplinks_keep_their_addresses_and_meet_nobodys(desired: NodeNetworks) -> None:
+    first = transits(desired, EMPTY)
+    assert len(set(first.values())) == len(first)
+    assert transits(desired, _as_desired(desired, EMPTY)) == first
+    taken = replace(EMPTY, host_addresses=frozenset(first.values()))
+    assert not set(transits(desired, taken).values()) & set(first.values())
+
+
+def test_a_dead_tap_goes_and_one_that_waits_for_its_guest_stays() -> None:
+    block = IPv4Network("10.1.0.0/24")
+    port = Port("p", "02:00:00:00:00:01", block[2], "web", "n1")
+    network = Network("u", 5, "lan", block, block[1], router_node="n2", ports=(port,))
+    desired = NodeNetworks(INSTALLATION, "n1", (network,))
+    observed = _as_desired(desired, EMPTY)
+    waits = Link(names.tap(INSTALLATION, "p"), "tun", "sf-1a2b3c4d port p", 1500, up=False, carrier=False)
+    dead = replace(waits, name="sftdead", alias="sf-1a2b3c4d port q")
+    host = replace(observed.namespaces[HOST], links={waits.name: waits, dead.name: dead})
+    observed = replace(observed, namespaces={**observed.namespaces, HOST: host})
+    (action,) = plan(desired, observed)
+    assert (action.verb, action.item) == (Verb.DELETE, dead)
+    held = replace(host, links={waits.name: replace(waits, carrier=True)})
+    (action,) = plan(desired, replace(observed, namespaces={**observed.namespaces, HOST: held}))
+    assert (action.verb, action.item.name) == (Verb.ADOPT, waits.name)  # type: ignore[union-attr]
+
+
+def test_only_a_firewall_that_drops_by_policy_gets_a_rule_of_ours() -> None:
+    chains = [
+        ForeignChain("ip", "filter", "FORWARD", "forward", "drop"),
+        ForeignChain("inet", "filter", "forward", "forward", "accept"),
+        ForeignChain("inet", "filter", "input", "input", "drop"),
+    ]
+    made = nft.admissions(INSTALLATION, chains, [IPv4Address("172.16.0.2")], uplinks=True)
+    assert sorted((a.table, a.chain) for a in made) == [
+        ("filter", "FORWARD"),
+        ("filter", "FORWARD"),
+        ("filter", "input"),
+    ]
+    assert all(a.rule.mark.startswith("sf-1a2b3c4d:") for a in made)
+    assert nft.admissions(INSTALLATION, chains, [], uplinks=False) == frozenset()
