@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from cli.command import Command, settings
-from cli.errors import USAGE, Problem
 from cli.image import found
 from cli.output import show_list, size, when
 from cli.store import cache
@@ -57,17 +56,6 @@ def _digest(name: str, architecture: str) -> str:
         return str(digest)
 
 
-def _bytes(text: str) -> int:
-    number, unit = text.rstrip("iB"), 1
-    for letter, factor in (("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40)):
-        if number.upper().endswith(letter):
-            number, unit = number[:-1], factor
-    try:
-        return int(float(number) * unit)
-    except ValueError as error:
-        raise Problem(f"not a size: {text!r}", hint="such as 20G or 500M", code=USAGE) from error
-
-
 @cache.add("ls", examples="sf cache ls")
 def ls(form: str) -> None:
     """List the images on this node, and what part of each is present."""
@@ -102,7 +90,9 @@ def prefetch(name: str, architecture: str) -> None:
 )
 def prune(limit: str) -> None:
     """Forget unused images, least recently used first."""
-    for digest in _ask("prune", limit_bytes=_bytes(limit)):
+    from imagestore.imaged import parse_size
+
+    for digest in _ask("prune", limit_bytes=parse_size(limit)):
         print(digest)
 
 
@@ -149,14 +139,14 @@ def top(interval_s: float) -> None:
 )
 def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str) -> None:
     """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
-    from imagestore.imaged import run
+    from imagestore.imaged import parse_size, run
     from imagestore.service import Options
 
     state, get = settings().state_dir, settings().get
     stores = tuple(get("store").split()) or ((state / "store").as_uri(),)
     options = Options(
-        fill_bytes_s=_bytes(fill_rate or get("fill_rate", "0")),
-        cache_bytes=_bytes(cache_size or get("cache_size", "0")),
+        fill_bytes_s=parse_size(fill_rate or get("fill_rate", "0")),
+        cache_bytes=parse_size(cache_size or get("cache_size", "0")),
         read_ahead=int(get("read_ahead", "1")),
     )
     run(state, stores, options, user=user, group=group)

@@ -65,7 +65,7 @@ class Agent:
         node_name: str,
         state_dir: Path,
         plane: Plane,
-        images: Cache,
+        images: Cache | ImageJobs,
         libvirt_uri: str = "qemu:///system",
         *,
         address: IPv4Address = IPv4Address("127.0.0.1"),
@@ -73,7 +73,8 @@ class Agent:
         release: str = "",
     ) -> None:
         self._controller, self._node, self._state_dir = controller, node_name, state_dir
-        self._plane, self._images, self._libvirt_uri = plane, ImageJobs(images), libvirt_uri
+        self._plane, self._libvirt_uri = plane, libvirt_uri
+        self._images = images if isinstance(images, ImageJobs) else ImageJobs(images)
         self._address, self._mtu_bytes, self._release = address, mtu_bytes, release
         self._pool = ThreadPoolExecutor(16, thread_name_prefix="agent")
         self._plane_lock = asyncio.Lock()
@@ -81,6 +82,7 @@ class Agent:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._deleted: set[str] = set()
         self._networks: NodeNetworks | None = None
+        self._trouble = ""
         self._statuses: list[InstanceStatus] = []
         self._events: deque[NodeEvent] = deque(maxlen=_KEPT_EVENTS)
         self._to_report = asyncio.Event()
@@ -121,6 +123,7 @@ class Agent:
                 group.create_task(self._reporting())
                 group.create_task(self._connecting(hypervisor))
                 group.create_task(self._cutting())
+                group.create_task(self._images.listen(self._heard))
                 await self._follow(host, desired)
         finally:
             self._images.close()
@@ -130,6 +133,7 @@ class Agent:
             with contextlib.suppress(ComputeError, TimeoutError):
                 async with asyncio.timeout(2):
                     await self._report_once()
+            await self._images.leave()
             hypervisor.close()
             self._pool.shutdown(wait=False)
 
@@ -152,26 +156,30 @@ class Agent:
 
     async def _follow(self, host: Host, desired: NodeDesired) -> None:
         """Act on each desired state, and look again at intervals."""
-        orphans_known = False
+        orphans_known, quiet = False, 0
         while True:
-            applied = await self._apply_networks(desired.networks)
+            # A neighbour ignores a second gratuitous ARP within a second: look again soon after a change.
+            quiet = quiet + 1 if await self._apply_networks(desired.networks) else 0
             if not orphans_known:
                 orphans_known = await self._adopt_orphans(host, desired)
             self._apply_instances(host, desired)
-            wait_s = _WAIT_S if applied and orphans_known else _RETRY_S
+            wait_s = _WAIT_S if quiet > 1 and orphans_known else _RETRY_S
             desired = await self._patiently(self._controller.desired, self._node, desired.revision, wait_s)
 
     async def _apply_networks(self, networks: NodeNetworks) -> bool:
-        """Bring the data plane to `networks`; a failure is reported and tried again."""
+        """Bring the data plane to `networks`; True if it was so already. A failure is reported and tried again."""
         async with self._plane_lock:
             try:
-                await asyncio.get_running_loop().run_in_executor(self._pool, self._plane.apply, networks)
+                apply = self._plane.apply
+                done = await asyncio.get_running_loop().run_in_executor(self._pool, apply, networks)
             except NetError as err:
-                log.error("networks: %s", err)
-                self._note(NodeEvent("node", self._node, time.time(), "status", f"networks: {err}"))
+                if str(err) != self._trouble:  # said once, tried every second
+                    log.error("networks: %s", err)
+                    self._note(NodeEvent("node", self._node, time.time(), "status", f"networks: {err}"))
+                self._trouble = str(err)
                 return False
-        self._networks = networks
-        return True
+        self._networks, self._trouble = networks, ""
+        return not done
 
     async def _adopt_orphans(self, host: Host, desired: NodeDesired) -> bool:
         """What carries our id and is no longer wanted is removed by an owner as if it were deleted now."""
@@ -184,6 +192,8 @@ class Agent:
         wanted = {spec.uuid for spec in desired.instances}
         for uuid in {*domains, *(path.name for path in host.directory.iterdir())} - wanted:
             self._own(host, InstanceSpec(uuid, uuid, "", 1, 16, (), delete=True), desired)
+        disks = ((spec.uuid, disk) for spec in desired.instances for disk in spec.disks)
+        await self._images.only([f"{uuid}-{disk.device}" for uuid, disk in disks if disk.image])
         return True
 
     def _apply_instances(self, host: Host, desired: NodeDesired) -> None:
@@ -216,6 +226,14 @@ class Agent:
         finally:
             if self._guests.get(uuid) is guest:
                 del self._guests[uuid], self._tasks[uuid]
+
+    def _heard(self, reader: str, message: str) -> None:
+        """The image service speaks of the disk `<uuid>-<device>`; "" is everybody's."""
+        uuid, device = reader[:36], reader[37:]
+        if uuid in self._guests:
+            self._guests[uuid].heard(device, message)
+        elif not reader:
+            self._notified("", "")
 
     # libvirt
 
@@ -299,6 +317,14 @@ class Agent:
     async def clear_console(self, instance_uuid: str) -> None:
         """Forget what the console said so far."""
         await asyncio.to_thread(self._guest(instance_uuid).console.clear)
+
+    async def doctor(self) -> list[tuple[str, str, str]]:
+        """What of this node's networks is not as desired, in words."""
+        if self._networks is None:
+            return []
+        async with self._plane_lock:
+            found = await asyncio.to_thread(self._plane.doctor, self._networks)
+        return [(one.network, one.text, one.fix) for one in found]
 
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
         """Ping from inside a network's namespace: three packets, at most five seconds."""

@@ -18,11 +18,13 @@ SPARE_PORTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A qcow2 overlay (or blank qcow2) and the read-only raw file behind it."""
+    """A qcow2 overlay (or blank qcow2) and what is behind it."""
 
     device: str
     path: Path
     backing: Path | None = None
+    socket: Path | None = None
+    """An NBD export that stands in for `backing` until that is complete."""
     bus: str = "virtio"
     serial: str = ""
 
@@ -90,16 +92,42 @@ def _unlabelled(source: ET.Element) -> None:
     _add(source, "seclabel", model="dac", relabel="no")
 
 
+def _backing(element: ET.Element, disk: Disk) -> None:
+    backing = _add(element, "backingStore")
+    if disk.backing is not None:
+        backing.set("type", "network" if disk.socket else "file")
+        _add(backing, "format", type="raw")
+        if disk.socket:
+            source = _add(backing, "source", protocol="nbd")
+            _add(source, "host", transport="unix", socket=str(disk.socket))
+        else:
+            _unlabelled(_add(backing, "source", file=str(disk.backing)))
+        _add(backing, "backingStore")
+
+
+def overlay_xml(disk: Disk) -> str:
+    """A disk's file and backing chain alone: the destination of a block copy."""
+    element = ET.Element("disk", {"type": "file", "device": "disk"})
+    _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
+    _unlabelled(_add(element, "source", file=str(disk.path)))
+    _backing(element, disk)
+    return ET.tostring(element, encoding="unicode")
+
+
+def source_of(xml: str, device: str) -> str:
+    """The file that a domain's disk is on; "" if it has no such disk."""
+    for element in _read(xml).iterfind("devices/disk"):
+        target, source = element.find("target"), element.find("source")
+        if target is not None and source is not None and target.get("dev") == device:
+            return source.get("file", "")
+    return ""
+
+
 def _disk(devices: ET.Element, disk: Disk) -> None:
     element = _add(devices, "disk", type="file", device="disk")
     _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
     _unlabelled(_add(element, "source", file=str(disk.path)))
-    backing = _add(element, "backingStore")
-    if disk.backing is not None:
-        backing.set("type", "file")
-        _add(backing, "format", type="raw")
-        _unlabelled(_add(backing, "source", file=str(disk.backing)))
-        _add(backing, "backingStore")
+    _backing(element, disk)
     _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
     if disk.serial:
         _add(element, "serial", disk.serial)

@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -30,17 +30,30 @@ from compute import config_drive, domain, overlay
 from compute.accel import Verdict
 from compute.codec import from_plain, to_plain
 from compute.console import ConsoleLog
-from compute.errors import ComputeError, NotFound, Unavailable
-from compute.image_jobs import ImageJobs
+from compute.errors import ComputeError, Conflict, NotFound, Unavailable
+from compute.image_jobs import Backing, ImageJobs
 from compute.libvirt_adapter import DomainState, Hypervisor
-from compute.spec import InstanceSpec, InstanceState, InstanceStatus, InterfaceSpec, NodeEvent, Power
+from compute.spec import (
+    DiskSpec,
+    InstanceSpec,
+    InstanceState,
+    InstanceStatus,
+    InterfaceSpec,
+    NodeEvent,
+    Power,
+)
 from imagestore.errors import StoreError
+from net.doctor import Finding
 from net.errors import NetError
 from net.model import Network, NodeNetworks, Port
 
 T = TypeVar("T")
 
 _RETRY_S = 1.0
+_MOVE_BYTES = 256 << 20
+"""A disk is moved while its guest runs only if its overlay holds less: the move copies it."""
+_RECONNECT_S = 3600
+"""For how long a guest waits for an image service that is away."""
 
 
 class Plane(Protocol):
@@ -55,6 +68,8 @@ class Plane(Protocol):
     def remove_tap(self, port: Port) -> object: ...
 
     def namespace(self, network: Network) -> str: ...
+
+    def doctor(self, desired: NodeNetworks) -> Sequence[Finding]: ...
 
 
 class Phase(StrEnum):
@@ -91,6 +106,16 @@ class Record:
     reboot_soft: int = 0
     reboot_hard: int = 0
     taps: tuple[Tap, ...] = ()
+    served: tuple[str, ...] = ()
+    """Devices that were started on the image service's export."""
+    moving: str = ""
+    """The device that is being moved to its second overlay: written before the move begins."""
+    moved: tuple[str, ...] = ()
+    """Devices that are on their second overlay."""
+    deferred: tuple[str, ...] = ()
+    """Devices whose move waits for the next stop, said once."""
+    arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """From where the bytes of each device's image came during the newest boot."""
     vdi_password: str = field(default_factory=lambda: secrets.token_hex(4))
 
 
@@ -200,10 +225,13 @@ class Guest:
             return
         if self._record.phase is Phase.NEW and not await self._prepare():
             return
+        unpaused = self._record.spec.power is Power.PAUSED and spec.power is Power.ON
         if spec != self._record.spec:
             await self._save(spec=spec)
         if spec.reboot_hard > self._record.reboot_hard:
             await self._save(phase=Phase.STARTING, reboot_hard=spec.reboot_hard, reboot_soft=spec.reboot_soft)
+        if self._record.moving:
+            await self._end_move()
         state = await self._observe()
         if spec.power is Power.OFF:
             if state.power != "off" or self._record.phase is not Phase.OFF:
@@ -211,7 +239,7 @@ class Guest:
         elif self._record.phase in (Phase.STARTING, Phase.OFF):
             await self._power_on()
         elif self._record.phase is Phase.UP:
-            await self._keep(state)
+            await self._keep(state if not unpaused else replace(state, reason=""))
         await self._report()
 
     async def _observe(self) -> DomainState:
@@ -244,6 +272,8 @@ class Guest:
             await self.host.do(hypervisor.reboot, uuid)
             self._event("asked the guest to reboot")
         await self._plug()
+        for device in self._record.served:
+            await self._move(device)
         if self.spec.power is Power.PAUSED and state.power == "on":
             await self.host.do(hypervisor.suspend, uuid)
         elif self.spec.power is Power.ON and state.power == "paused" and not state.reason:
@@ -256,28 +286,37 @@ class Guest:
         self._stage = InstanceState.PREFLIGHT
         self._publish(self._stage, DomainState("off"))
         await self._save()
-        images: dict[str, Path] = {}
+        images: dict[str, Backing] = {}
         for disk in self.spec.disks:
-            if disk.image and disk.image not in images:
-                path = await self._image(disk.image)
-                if path is None:
+            if disk.image:
+                found = await self._image(disk)
+                if found is None:
                     return False
-                images[disk.image] = path
+                images[disk.device] = found
         self._stage = InstanceState.CREATING
         self._publish(self._stage, DomainState("off"))
         for disk in self.spec.disks:
-            path = self.directory / f"{disk.device}.qcow2"
-            await self.host.do(overlay.create, path, disk.size_bytes, images.get(disk.image))
+            path, backing = self._overlay(disk.device), images.get(disk.device)
+            under = (backing.path, backing.size_bytes) if backing else (None, 0)
+            await self.host.do(overlay.create, path, disk.size_bytes, *under)
         await self._save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
         return True
 
-    async def _image(self, digest: str) -> Path | None:
-        """The image's complete raw file, or None if the instance is to be deleted before it is there."""
+    def _overlay(self, device: str, *, second: bool | None = None) -> Path:
+        """The file that a disk is on now, or its first or second one."""
+        moved = device in self._record.moved if second is None else second
+        return self.directory / f"{device}{'.2' if moved else ''}.qcow2"
+
+    def _reader(self, device: str) -> str:
+        return f"{self.spec.uuid}-{device}"
+
+    async def _image(self, disk: DiskSpec) -> Backing | None:
+        """What the disk's image is read from, or None if the instance is to be deleted before it is there."""
 
         def say(progress: str) -> None:
             self._publish(self._stage, DomainState("off"), progress=progress)
 
-        fetch = asyncio.ensure_future(self.host.images.path(digest, say))
+        fetch = asyncio.ensure_future(self.host.images.backing(self._reader(disk.device), disk.image, say))
         leaving = asyncio.ensure_future(self._leaving.wait())
         try:
             await asyncio.wait({fetch, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -301,8 +340,15 @@ class Guest:
             undo.push_async_callback(self._remove_taps)
             undo.push_async_callback(host.do, hypervisor.destroy, uuid)
             nics = [await self._tap(interface) for interface in self.spec.interfaces]
-            await host.do(self._materialise, tuple(nics))
+            disks = [await self._disk(disk) for disk in self.spec.disks]
+            await self._save(
+                served=tuple(disk.device for disk in disks if disk.socket), deferred=(), arrived={}
+            )
+            await host.do(self._materialise, tuple(nics), tuple(disks))
             await host.do(hypervisor.start_paused, uuid)
+            for disk in disks:
+                if disk.socket:
+                    await host.do(hypervisor.keep_reconnecting, uuid, disk, _RECONNECT_S)
             await self._adopt()
             if self.spec.power is Power.ON:
                 await host.do(hypervisor.resume, uuid)
@@ -310,7 +356,16 @@ class Guest:
         await self._save(phase=Phase.UP, created=True, message="", crashed=False)
         self._event("started", duration_s=time.monotonic() - began, accel=str(host.verdict))
 
-    def _materialise(self, nics: tuple[domain.Nic, ...]) -> None:
+    async def _disk(self, disk: DiskSpec) -> domain.Disk:
+        backing = await self._image(disk) if disk.image else None
+        if disk.image and backing is None:
+            raise Conflict("the instance is to be deleted")
+        path = self._overlay(disk.device)
+        if backing is None:
+            return domain.Disk(disk.device, path, bus=disk.bus)
+        return domain.Disk(disk.device, path, backing.path, backing.socket, disk.bus)
+
+    def _materialise(self, nics: tuple[domain.Nic, ...], disks: tuple[domain.Disk, ...]) -> None:
         """Config drive and domain definition from the newest spec."""
         spec, host = self.spec, self.host
         drive = self.directory / "config.iso"
@@ -318,11 +373,6 @@ class Guest:
         half.write_bytes(config_drive.iso(config_drive.files(spec, dict(self._networks))))
         half.replace(drive)
         self.console.cut()
-        disks = []
-        for disk in spec.disks:
-            path = self.directory / f"{disk.device}.qcow2"
-            backing = host.images.where(disk.image) if disk.image else None
-            disks.append(domain.Disk(disk.device, path, backing, disk.bus))
         graphics = None
         if spec.vdi:
             graphics = domain.Graphics(spec.vdi, str(host.address), self._record.vdi_password)
@@ -336,7 +386,7 @@ class Guest:
                     memory_mib=spec.memory_mib,
                     accel=host.verdict.accel,
                     cpu=host.verdict.cpu,
-                    disks=tuple(disks),
+                    disks=disks,
                     nics=nics,
                     config_drive=drive,
                     console_log=self.console.path,
@@ -359,10 +409,68 @@ class Guest:
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
         await self.host.do(self.host.hypervisor.undefine, self.spec.uuid)
         await self._remove_taps()
+        for disk in self._record.spec.disks:
+            if disk.image:
+                await self.host.images.gone(self._reader(disk.device))
         if self.directory.exists():
             await self.host.do(shutil.rmtree, self.directory)
         self.gone = True
         self._publish(InstanceState.DELETED, DomainState("off"))
+
+    # From the image service to the complete file
+
+    async def _move(self, device: str) -> None:
+        """Move a running disk to a second overlay over the raw file, once that is complete and if it costs little."""
+        disk = next((d for d in self.spec.disks if d.device == device), None)
+        figures = await self.host.images.figures(self._reader(device))
+        if figures:
+            await self._save(arrived={**self._record.arrived, device: figures})
+        if (
+            disk is None
+            or device in self._record.deferred
+            or figures.get("present_bytes") != figures.get("data_bytes")
+        ):
+            return
+        backing = self.host.images.complete(disk.image)
+        if backing is None:
+            return
+        old, new = self._overlay(device, second=False), self._overlay(device, second=True)
+        if why := await self.host.do(_costly, old):
+            await self._save(deferred=(*self._record.deferred, device))
+            self._event(
+                f"{device}: the image is complete; it is read directly from the next start on, since {why}"
+            )
+            return
+        await self._save(moving=device)
+        began = time.monotonic()
+        new.unlink(missing_ok=True)
+        await self.host.do(overlay.create, new, overlay.virtual_size(old), backing, 0)
+        try:
+            await self.host.do(
+                self.host.hypervisor.move_disk, self.spec.uuid, domain.Disk(device, new, backing)
+            )
+        except ComputeError as err:
+            self._event(f"{device}: not moved to the complete image: {err}")
+            await self._save(deferred=(*self._record.deferred, device))
+        if await self._end_move():
+            self._event(f"{device}: the image is complete and read directly now", time.monotonic() - began)
+
+    async def _end_move(self) -> bool:
+        """Finish or undo a move; what libvirt says the disk is on decides, whatever was meant. True if it was moved."""
+        device, hypervisor, uuid = self._record.moving, self.host.hypervisor, self.spec.uuid
+        await self.host.do(hypervisor.stop_moving, uuid, device)
+        old, new = self._overlay(device, second=False), self._overlay(device, second=True)
+        on = domain.source_of(await self.host.do(hypervisor.xml, uuid), device)
+        if on != str(new):
+            new.unlink(missing_ok=True)
+            await self._save(moving="")
+            return False
+        served = tuple(d for d in self._record.served if d != device)
+        await self._save(moved=(*self._record.moved, device), served=served, moving="")
+        old.unlink(missing_ok=True)
+        await self.host.do(hypervisor.drop_nbd, uuid, device)
+        await self.host.images.settled(self._reader(device))
+        return True
 
     # Interfaces
 
@@ -460,15 +568,20 @@ class Guest:
         if state.power == "off" and self._record.phase is Phase.UP:
             self._wake.set()  # it ended while we were at it
             return
-        port, extra = 0, {}
+        port, extra = 0, dict[str, Any]()
         if state.power != "off":
             if self._agent_ready is None:
                 self._agent_ready = await self.host.do(hypervisor.agent_ready, uuid)
+            if self._agent_ready:
+                for device in self._record.served:
+                    await self.host.images.booted(self._reader(device))
             if self.spec.vdi:
                 port = domain.graphics_port(await self.host.do(hypervisor.xml, uuid))
-                extra = {"vdi_password": self._record.vdi_password}
+                extra["vdi_password"] = self._record.vdi_password
         else:
             self._agent_ready = None
+        if self._record.arrived:
+            extra["image_bytes"] = self._record.arrived
         if self._record.crashed:
             state = DomainState("crashed")
         self._publish(
@@ -488,7 +601,24 @@ class Guest:
             )
         )
 
+    def heard(self, device: str, message: str) -> None:
+        """Something that the image service says of a disk's image."""
+        self._event(f"{device}: {message}")
+        self._wake.set()
+
     def _event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:
         self.host.note(
             NodeEvent("instance", self.spec.uuid, time.time(), "status", message, duration_s, extra)
         )
+
+
+def _costly(path: Path) -> str:
+    """Why the overlay should not be copied while its guest runs; "" if it may be."""
+    used_bytes = path.stat().st_blocks * 512
+    if used_bytes >= _MOVE_BYTES:
+        return f"the disk holds {used_bytes >> 20} MiB of its own"
+    if overlay.snapshots(path):
+        return "the disk has snapshots"
+    if shutil.disk_usage(path.parent).free < 2 * used_bytes + (64 << 20):
+        return "there is not room enough for a copy of the disk"
+    return ""

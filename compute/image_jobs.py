@@ -1,13 +1,16 @@
-"""Images on their way into this node's cache: one fetch per image, however many guests wait for it."""
+"""What guests read their images from: here always complete files, fetched once however many guests wait.
+
+`compute.image_service.ServedImages` gives them before they are complete.
+"""
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from imagestore.digest import Digest
 from imagestore.progress import Progress, Report
@@ -15,12 +18,25 @@ from imagestore.progress import Progress, Report
 _AT_ONCE = 3
 
 Say = Callable[[str], None]
+Heard = Callable[[str, str], None]
+"""Told (reader, message) for each event of an image that the reader uses; ("", ""): look at everything again."""
 
 
 class Cache(Protocol):
     """`imagestore.cache.ImageCache`, as far as guests need it."""
 
     def ensure(self, digest: Digest, progress: Report, cancel: threading.Event) -> Path: ...
+
+    def path(self, digest: Digest) -> Path: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What an overlay stands on: a raw file, complete now, or (with an NBD socket) one day."""
+
+    path: Path
+    size_bytes: int
+    socket: Path | None = None
 
 
 @dataclass(slots=True)
@@ -38,7 +54,29 @@ class ImageJobs:
         self._cache = cache
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="image")
         self._jobs: dict[str, _Job] = {}
-        self._paths: dict[str, Path] = {}
+
+    async def backing(self, reader: str, digest: str, say: Say) -> Backing:
+        """What a guest that is about to start reads its image from; `reader` names its disk."""
+        path = await self.path(digest, say)
+        return Backing(path, path.stat().st_size)
+
+    def complete(self, digest: str) -> Path | None:
+        """The complete raw file of an image, if it is here."""
+        path = self._cache.path(Digest.parse(digest))
+        return path if path.exists() else None
+
+    async def settled(self, reader: str) -> None:
+        """The guest reads the raw file itself now."""
+
+    async def gone(self, reader: str) -> None:
+        """The guest's disk is deleted."""
+
+    async def booted(self, reader: str) -> None:
+        """The guest is up."""
+
+    async def figures(self, reader: str) -> dict[str, Any]:
+        """From where the bytes of its image came."""
+        return {}
 
     async def path(self, digest: str, say: Say) -> Path:
         """The complete raw file of an image; `say` hears "fetching 43%". The last waiter to leave stops the fetch.
@@ -79,15 +117,16 @@ class ImageJobs:
         return job
 
     def _ensure(self, digest: str, heard: Callable[[Progress], None], cancel: threading.Event) -> Path:
-        found = self._cache.ensure(Digest.parse(digest), heard, cancel)
-        self._paths[digest] = found
-        return found
+        return self._cache.ensure(Digest.parse(digest), heard, cancel)
 
-    def where(self, digest: str) -> Path:
-        """The raw file of an image that instances here use already (complete; its directory is the cache's)."""
-        if digest not in self._paths:
-            self._ensure(digest, lambda _: None, threading.Event())
-        return self._paths[digest]
+    async def only(self, readers: Sequence[str]) -> None:
+        """These are all the disks of guests here."""
+
+    async def listen(self, heard: Heard) -> None:
+        """Pass on what happens to images, for ever."""
+
+    async def leave(self) -> None:
+        """The agent ends."""
 
     def close(self) -> None:
         """Stop all fetches; what was fetched so far is kept by the cache."""

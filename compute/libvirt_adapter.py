@@ -6,7 +6,9 @@ Unavailable until `connect` has succeeded again.
 """
 
 import contextlib
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from compute.errors import ComputeError, Conflict, NotFound, Unavailable
 
 Notify = Callable[[str, str], None]
 
+_MOVE_S = 60.0
 _EVENT_THREAD_LOCK = threading.Lock()
 _event_thread: threading.Thread | None = None  # libvirt has one event loop per process, whoever connects
 
@@ -246,6 +249,75 @@ class Hypervisor:
         with self._domain(uuid) as found:
             answer: str = libvirt_qemu.qemuAgentCommand(found, command, timeout_s, 0)
         return answer
+
+    def qmp(self, uuid: str, command: str, **arguments: Any) -> Any:
+        """One command to qemu's own monitor, for what libvirt cannot say. Raises Refused."""
+        asked = json.dumps({"execute": command, "arguments": arguments})
+        with self._domain(uuid) as found:
+            answer = json.loads(libvirt_qemu.qemuMonitorCommand(found, asked, 0))
+        if "error" in answer:
+            raise Refused(f"{command}: {answer['error'].get('desc', answer['error'])}")
+        return answer["return"]
+
+    def keep_reconnecting(self, uuid: str, disk: domain.Disk, reconnect_s: int) -> None:
+        """Have a domain that was started paused read its NBD backing through a connection that is made again.
+
+        libvirt before 9.1 cannot say `reconnect-delay`, without which a restart of the export is an I/O error for
+        ever. So a second connection takes the place of the first below the overlay, before the CPUs run.
+        """
+        node = f"sf-{disk.device}"
+        nodes = self.qmp(uuid, "query-named-block-nodes", flat=True)
+        file = next(n["node-name"] for n in nodes if n["drv"] == "file" and n["file"] == str(disk.path))
+        self.qmp(
+            uuid, "blockdev-add", driver="nbd", **{
+                "node-name": node, "server": {"type": "unix", "path": str(disk.socket)},
+                "read-only": True, "reconnect-delay": reconnect_s, "open-timeout": 30,
+            },
+        )  # fmt: skip
+        overlay: dict[str, Any] = {
+            "driver": "qcow2",
+            "node-name": file.replace("storage", "format"),
+            "file": file,
+        }
+        overlay |= {"backing": node, "read-only": False, "discard": "unmap"}
+        overlay["cache"] = {"direct": True, "no-flush": False}
+        self.qmp(uuid, "blockdev-reopen", options=[overlay])
+
+    def move_disk(self, uuid: str, disk: domain.Disk) -> None:
+        """Move a running guest's disk to another overlay, copying only what the present one holds (66 ms and more).
+
+        Raises Refused; then the guest is where it was.
+        """
+        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+        deadline = time.monotonic() + _MOVE_S
+        with self._domain(uuid) as found:
+            found.blockCopy(
+                disk.device, domain.overlay_xml(disk), {}, flags | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+            )
+            while True:
+                job = found.blockJobInfo(disk.device)
+                try:
+                    if job and job["cur"] == job["end"]:
+                        found.blockJobAbort(disk.device, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+                        return
+                except libvirt.libvirtError:  # all is copied, and the job is not "ready" yet
+                    if time.monotonic() > deadline:
+                        found.blockJobAbort(disk.device)
+                        raise
+                if time.monotonic() > deadline or not job:
+                    found.blockJobAbort(disk.device)
+                    raise Refused(f"moving {disk.device} did not end within {_MOVE_S:.0f} s")
+                time.sleep(0.01)
+
+    def stop_moving(self, uuid: str, device: str) -> None:
+        """End a move that somebody began and did not end; nothing if there is none."""
+        with contextlib.suppress(NotFound, Conflict, Refused), self._domain(uuid) as found:
+            found.blockJobAbort(device)
+
+    def drop_nbd(self, uuid: str, device: str) -> None:
+        """Close the connection that `keep_reconnecting` made; nothing if there is none."""
+        with contextlib.suppress(Refused):
+            self.qmp(uuid, "blockdev-del", **{"node-name": f"sf-{device}"})
 
     def console(self, uuid: str) -> Any:
         """A libvirt stream on the serial console, both ways; the last one to open it wins."""

@@ -66,14 +66,27 @@ def qcow2(size_bytes: int, backing: str = "", backing_format: str = "raw") -> by
     )
 
 
-def create(path: Path, size_bytes: int, image: Path | None) -> None:
+def virtual_size(path: Path) -> int:
+    """The size of the disk in a qcow2 file."""
+    with path.open("rb") as file:
+        return int(_HEADER.unpack(file.read(_HEADER.size))[5])
+
+
+def snapshots(path: Path) -> int:
+    """How many internal snapshots a qcow2 file has."""
+    with path.open("rb") as file:
+        return int(_HEADER.unpack(file.read(_HEADER.size))[11])
+
+
+def create(path: Path, size_bytes: int, image: Path | None, image_bytes: int = 0) -> None:
     """Write a guest's disk unless it is there: a disk that has its final name is never touched again.
 
-    `size_bytes` 0 means the image's size, rounded up to 512. Raises Invalid for a disk smaller than its image.
+    `image` is named in the header and need not be there yet. `size_bytes` 0 means the image's size, rounded up to
+    512. Raises Invalid for a disk smaller than its image.
     """
     if path.exists():
         return
-    needed = -(-image.stat().st_size // 512) * 512 if image is not None else 0
+    needed = -(-image_bytes // 512) * 512
     size = -(-size_bytes // 512) * 512 or needed
     if size < needed:
         raise Invalid(

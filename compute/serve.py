@@ -81,14 +81,19 @@ async def serve(config: Config, say: Say = log.info) -> None:
         )
         stack.callback(controller.stop)
         await controller.start()
+        plane = Plane(installation, state_dir)
+        mtu_bytes = 0
+        if not config.mesh_address.is_loopback:  # which would carry more than any uplink does
+            mtu_bytes = await asyncio.to_thread(plane.largest_mtu, config.mesh_address)
         agent = Agent(
             controller,
             config.node_name,
             state_dir,
-            Plane(installation, state_dir),
+            plane,
             served(config, images),
             config.libvirt_uri,
             address=config.mesh_address,
+            mtu_bytes=mtu_bytes or 1450,
             release=release(),
         )
         services = Services(config, store, controller, Authority(store), images)

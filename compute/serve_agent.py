@@ -11,7 +11,7 @@ from compute import remote
 from compute.agent import Agent
 from compute.config import Config
 from compute.errors import Conflict, Invalid
-from compute.serve import close_stores, only_one, open_stores, release, reopen_stores
+from compute.serve import close_stores, only_one, open_stores, release, reopen_stores, served
 from imagestore.cache import ImageCache
 from net.plane import Plane
 from net.target import VXLAN_OVERHEAD_BYTES
@@ -55,7 +55,7 @@ async def serve_agent(
             identity.node,
             state_dir,
             controller.plane,
-            images,
+            served(config, images),
             config.libvirt_uri,
             address=address,
             mtu_bytes=underlay_mtu - VXLAN_OVERHEAD_BYTES,

@@ -1,13 +1,15 @@
 """The image service's control socket: one JSON object per line each way, `{"op": …}` and `{"ok": …}` or `{"error": …}`.
 
-Operations: attach, settle, detach, sync, booted, pin, unpin, prefetch, prune, ls, watch (waits until an event has
-happened after `after`, at most `wait_s`). Who may connect to the socket may do all of it.
+Operations: attach, settle, detach, sync, booted, figures, pin, unpin, prefetch, prune, ls, leave (end if nobody needs
+you), watch (waits until an event has happened after `after`, at most `wait_s`). Who may connect to the socket may do
+all of it.
 """
 
 import asyncio
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ class ControlServer:
     def __init__(self, service: ImageService, path: Path) -> None:
         self._service, self._path = service, path
         self._clients: set[asyncio.Task[None]] = set()
+        self._heard_s = time.monotonic()
+        self.alone = False
+        """The agent has said that it leaves."""
+
+    @property
+    def silent_s(self) -> float:
+        """For how long nobody was connected."""
+        return 0.0 if self._clients else time.monotonic() - self._heard_s
 
     async def start(self) -> None:
         """Listen, in place of a stale socket. Raises OSError."""
@@ -53,11 +63,13 @@ class ControlServer:
                     await writer.drain()
         finally:
             self._clients.discard(task)
+            self._heard_s = time.monotonic()
             writer.close()
 
     async def _answer(self, line: bytes) -> Request:
         try:
             request = json.loads(line)
+            self.alone = False
             handler = getattr(self, f"_do_{request['op']}")
             return {"ok": await handler(request)}
         except StoreError as error:
@@ -86,6 +98,12 @@ class ControlServer:
 
     async def _do_booted(self, r: Request) -> None:
         self._service.booted(r["reader"])
+
+    async def _do_figures(self, r: Request) -> Request:
+        return self._service.figures(r["reader"])
+
+    async def _do_leave(self, r: Request) -> None:
+        self.alone = True
 
     async def _do_pin(self, r: Request) -> None:
         self._service.pin(Digest.parse(r["image"]), pinned=True)
@@ -127,7 +145,7 @@ class ControlClient:
                 finally:
                     writer.close()
         except (OSError, TimeoutError) as error:
-            hint = "`sf serve` and `sf agent` start it; by hand: sf imaged"
+            hint = "sf serve and sf agent start it; by hand: sf imaged"
             raise Unavailable(f"the image service does not answer on {self.path}", hint=hint) from error
         if not line:
             raise Unavailable("the image service ended in the middle of a question")

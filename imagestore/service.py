@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,6 +62,10 @@ class Options:
     """Frames after a missed one, where nothing else fills."""
     socket_group: int = -1
     """Group id that may connect to the sockets; -1: the owner alone."""
+
+    def for_group(self, group: int) -> "Options":
+        """The same, with sockets for this group."""
+        return replace(self, socket_group=group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +185,18 @@ class ImageService:
     ) -> dict[str, Any]:
         """What an overlay is to be backed by: {kind: "raw", path} if the image is complete, else {kind: "nbd", path}.
 
-        The same reader and image again: the same answer. Raises NotFound, Unavailable, Invalid, Conflict.
+        Asked before its guest starts, so that an image that was completed meanwhile is read without us. Raises
+        NotFound, Unavailable, Invalid, Conflict.
         """
         if not _READER.fullmatch(reader):
             raise Invalid(f"not a reader's name: {reader[:80]!r}")
         known = self._references.get(reader)
         if known and known.image != str(digest):
             raise Conflict(f"{reader} is backed by {known.image}")
-        if not (known and known.nbd) and self._cache.has(digest):
+        if self._cache.has(digest):
             os.utime(self._cache.path(digest))
             self._remember(Reference(reader, str(digest), nbd=False))
+            await self._unexport(reader)
             return {"kind": "raw", "path": str(self._cache.path(digest)), "size_bytes": self._size(digest)}
         reference = Reference(reader, str(digest), True, Fill(fill), patience_s)
         self._remember(reference)
@@ -220,6 +226,27 @@ class ImageService:
         for reader in set(self._references) - set(readers):
             await self.detach(reader)
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody reads through us or waits for an image to become complete."""
+        return any(image.exports or image.filling.fill is Fill.NOW for image in self._images.values())
+
+    def figures(self, reader: str) -> dict[str, Any]:
+        """From where the bytes of a reader's image came so far, and how long its reads waited; {} if it has none."""
+        for image in self._images.values():
+            if reader in image.exports:
+                _, source = image.exports[reader]
+                return {
+                    "present_bytes": image.partial.present_bytes,
+                    "data_bytes": image.manifest.data_bytes,
+                    "received": dict(image.filling.received),
+                    "waited_s": round(source.waited_s, 3),
+                    "reads": source.reads,
+                    "waits": source.waits,
+                    "failures": source.failures,
+                }
+        return {}
+
     def booted(self, reader: str) -> None:
         """The guest is up: its boot trace ends here."""
         for image in self._images.values():
@@ -246,7 +273,8 @@ class ImageService:
             image = await self._opened(digest)
             if reference.reader not in image.exports:
                 reader = Reader(image.filling, patience_s=reference.patience_s)
-                server = NbdServer(reader, self._run / reference.reader, group=self._options.socket_group)
+                name = Digest.of(reference.reader.encode()).hex()[:12]
+                server = NbdServer(reader, self._run / name, group=self._options.socket_group)
                 await server.start()
                 image.exports[reference.reader] = (server, reader)
                 asyncio.get_running_loop().call_later(TRACE_S, self._end_trace, image, reader)

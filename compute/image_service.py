@@ -1,0 +1,156 @@
+"""The node's image service (`sf imaged`) as the agent sees it: kept running, asked for backing files, listened to.
+
+The service is a process of its own: an agent that ends leaves it to the guests that read through it, and the next
+agent finds it by its socket.
+"""
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compute.image_jobs import Backing, Cache, Heard, ImageJobs, Say
+from imagestore.control import ControlClient
+from imagestore.digest import Digest
+from imagestore.errors import NotFound, StoreError, Unavailable
+from imagestore.imaged import control_socket
+
+log = logging.getLogger(__name__)
+_START_S = 15.0
+_WAIT_S = 10.0
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How guests boot from images that are not there yet."""
+
+    stores: tuple[str, ...]
+    fill: str = "now"
+    patience_s: float = 120.0
+    arguments: tuple[str, ...] = ()
+    """More for the service's command line."""
+
+
+class ServedImages(ImageJobs):
+    """Backing files at once, through the image service; complete ones through the cache where there is none."""
+
+    def __init__(self, cache: Cache, state_dir: Path, settings: Settings) -> None:
+        super().__init__(cache)
+        self._state_dir, self._settings = state_dir, settings
+        self._client = ControlClient(control_socket(state_dir))
+        self._starting = asyncio.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def backing(self, reader: str, digest: str, say: Say) -> Backing:
+        """What a guest that is about to start reads its image from. Raises imagestore's errors."""
+        settings = self._settings
+        try:
+            await self._ensure_running()
+            found = await self._client.ask(
+                "attach", image=digest, reader=reader, fill=settings.fill, patience_s=settings.patience_s
+            )
+        except Unavailable as err:
+            log.warning("no image service, so the guest waits for its whole image: %s", err)
+            return await super().backing(reader, digest, say)
+        path = Path(found["path"])
+        return Backing(
+            self._cache.path(Digest.parse(digest)),
+            found["size_bytes"],
+            path if found["kind"] == "nbd" else None,
+        )
+
+    async def settled(self, reader: str) -> None:
+        """The guest reads the raw file itself now."""
+        await self._tell("settle", reader=reader)
+
+    async def gone(self, reader: str) -> None:
+        """The guest's disk is deleted."""
+        await self._tell("detach", reader=reader)
+
+    async def booted(self, reader: str) -> None:
+        """The guest is up: its boot trace is complete."""
+        await self._tell("booted", reader=reader)
+
+    async def figures(self, reader: str) -> dict[str, Any]:
+        """From where the bytes came; {} where nobody knows."""
+        return await self._tell("figures", reader=reader) or {}
+
+    async def only(self, readers: Sequence[str]) -> None:
+        """These are all the disks of guests here."""
+        await self._tell("sync", readers=list(readers))
+
+    async def leave(self) -> None:
+        """The agent ends; the service may too, if no guest needs it."""
+        await self._tell("leave")
+
+    async def _tell(self, op: str, **arguments: Any) -> Any:
+        # What is missed while the service is away it learns from `only`, when the next agent starts.
+        try:
+            return await self._client.ask(op, timeout_s=10, **arguments)
+        except NotFound:
+            return None
+        except StoreError as err:
+            log.info("image service, %s: %s", op, err)
+            return None
+
+    async def listen(self, heard: Heard) -> None:
+        """Keep the service running and pass its events on, for ever. `heard("", "")`: look at everything again."""
+        after = None
+        while True:
+            try:
+                await self._ensure_running()
+                if after is None:
+                    events = await self._client.ask("watch", after=0, wait_s=0)
+                    after = max((event["seq"] for event in events), default=0)
+                    heard("", "")
+                events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
+                if not events:
+                    heard("", "")  # figures have grown meanwhile
+                for event in events:
+                    after = max(after, event["seq"])
+                    for reader in event["readers"]:
+                        heard(reader, event["message"])
+            except StoreError as err:
+                log.warning("%s", err)
+                await asyncio.sleep(_RETRY_S)
+                after = None
+
+    async def _ensure_running(self) -> None:
+        async with self._starting:
+            try:
+                await self._client.ask("figures", reader="", timeout_s=_START_S)
+                return
+            except Unavailable:
+                pass
+            if self._process is None or self._process.poll() is not None:
+                self._process = await asyncio.to_thread(self._spawn)
+            deadline = asyncio.get_running_loop().time() + _START_S
+            while asyncio.get_running_loop().time() < deadline:
+                try:
+                    await self._client.ask("figures", reader="", timeout_s=_START_S)
+                    return
+                except Unavailable:
+                    await asyncio.sleep(0.02)
+        raise Unavailable("the image service does not start", hint=f"see {self._log}")
+
+    @property
+    def _log(self) -> Path:
+        return self._state_dir / "run" / "imaged.log"
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        (self._state_dir / "run").mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "imagestore.imaged", "--while-needed", *self._settings.arguments]
+        # Begun anew each time, so that it stays small.
+        with self._log.open("wb") as log_file:
+            return subprocess.Popen(
+                [*argv, str(self._state_dir), *self._settings.stores],
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+            )

@@ -1,0 +1,282 @@
+"""Guests that run before their image has arrived, and move to it when it has; real libvirtd, qemu and image service."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compute import domain
+from compute import guest as guest_module
+from compute.agent import Agent
+from compute.errors import NotFound
+from compute.image_service import ServedImages, Settings
+from compute.spec import InstanceSpec, Power
+from imagestore.cache import ImageCache
+from imagestore.control import ControlClient
+from imagestore.digest import Digest
+from imagestore.errors import StoreError
+from imagestore.imaged import control_socket
+from imagestore.open import open_store
+from imagestore.push import push
+from scripts.private_libvirtd import PrivateHost
+from tests.drills import rounds
+from tests.system.boot_sector import boot_sector
+from tests.system.test_agent import Bench, NoNetworks, remove, says
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[PrivateHost]:
+    with PrivateHost() as made:
+        yield made
+
+
+class LazyBench(Bench):
+    """A node with a store, and an image service started by its agent."""
+
+    def __init__(self, host: PrivateHost, directory: Path) -> None:
+        super().__init__(host, directory)
+        self.url = (directory / "store").as_uri()
+        # Boots at once and then sits there, however slow the machine is.
+        disk = directory / "sector.raw"
+        disk.write_bytes(boot_sector("HELLO\r\n").ljust(65536, b"\0") + random.Random(1).randbytes(12 << 20))
+        self.digest = self.push(disk)
+        self.client = ControlClient(control_socket(directory))
+        self.arguments: tuple[str, ...] = ()
+        self.fill = "now"
+
+    @contextlib.asynccontextmanager
+    async def agent(self) -> AsyncIterator[Agent]:
+        settings = Settings((self.url,), self.fill, 60.0, self.arguments)
+        images = ServedImages(ImageCache(self.directory / "cache", {}), self.directory, settings)
+        agent = Agent(self.desk, "here", self.directory, NoNetworks(), images, self.host.uri)
+        running = asyncio.create_task(agent.run())
+        try:
+            yield agent
+        finally:
+            await agent.stop()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    def push(self, image: Path) -> Digest:
+        store = open_store(self.url, create=True)
+        digest = push(store, image, image.stem).digest
+        store.backend.close()
+        return digest
+
+    def sector(self) -> InstanceSpec:
+        return self.spec(self.digest)
+
+    async def pid(self) -> int:
+        return int((await self.client.ask("ls"))["pid"])
+
+    async def event(self, text: str) -> None:
+        async with asyncio.timeout(90):
+            while not any(text in event.message for event in self.desk.events):
+                await asyncio.sleep(0.05)
+
+    def live_disk(self, spec: InstanceSpec) -> str:
+        name = domain.name(self.installation, spec.uuid)
+        return domain.source_of(self.host.virsh("dumpxml", name).stdout, "vda")
+
+    async def service_is_gone(self) -> None:
+        async with asyncio.timeout(20):
+            while control_socket(self.directory).exists():
+                await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def bench(host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyBench]:
+    monkeypatch.setenv("SF_ACCEL", "tcg")
+    bench = LazyBench(host, tmp_path)
+    yield bench
+    assert bench.domains() == []
+
+
+def test_a_linux_guest_reads_on_while_it_is_moved_to_the_complete_file(
+    bench: LazyBench, tiny_image: Path
+) -> None:
+    bench.arguments = ("--fill-rate", "4M")
+
+    async def story() -> None:
+        spec = _with(bench.spec(bench.push(tiny_image)), memory_mib=192)
+        async with bench.agent() as agent:
+            bench.desk.want(spec)
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            assert bench.live_disk(spec).endswith("/vda.qcow2")
+            await bench.event("the image is complete and read directly now")
+            directory = bench.directory / "instances" / spec.uuid
+            assert bench.live_disk(spec) == str(directory / "vda.2.qcow2")
+            assert not (directory / "vda.qcow2").exists()
+            assert not list((bench.directory / "run" / "nbd").iterdir())
+            os.kill(await bench.pid(), signal.SIGKILL)
+            async with asyncio.timeout(240):
+                while b"SF-GUEST-READY" not in await agent.console(spec.uuid, -1):
+                    await asyncio.sleep(0.2)
+            status = await bench.desk.seen(lambda s: "image_bytes" in s.extra, spec.uuid)
+            assert status.extra["image_bytes"]["vda"]["received"]["store"] > 1 << 20
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+def test_a_moved_disk_stays_where_it_is_when_its_guest_starts_again(bench: LazyBench) -> None:
+    bench.arguments = ("--fill-rate", "8M")
+
+    async def story() -> None:
+        spec = bench.sector()
+        directory = bench.directory / "instances" / spec.uuid
+        async with bench.agent():
+            bench.desk.want(spec)
+            await bench.event("the image is complete and read directly now")
+            bench.desk.want(_with(spec, power=Power.OFF))
+            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            bench.desk.want(spec)
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            assert bench.live_disk(spec) == str(directory / "vda.2.qcow2")
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+def _with(spec: InstanceSpec, **changes: object) -> InstanceSpec:
+    return replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def test_guests_agent_and_service_end_and_come_back_in_any_order(bench: LazyBench) -> None:
+    bench.fill = "never"
+
+    async def story() -> None:
+        spec = bench.sector()
+        async with bench.agent():
+            bench.desk.want(spec)
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            first = await bench.pid()
+        assert await bench.pid() == first  # it stays for its guest
+        os.kill(first, signal.SIGKILL)
+        async with bench.agent() as agent:
+            await says(agent, spec, b"HELLO")
+            assert await bench.pid() != first
+            figures = await bench.client.ask("figures", reader=f"{spec.uuid}-vda")
+            assert 0 < figures["present_bytes"] < figures["data_bytes"]
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+@pytest.mark.drill
+def test_the_service_is_killed_all_the_time_and_a_linux_guest_comes_up_every_time(
+    bench: LazyBench, tiny_image: Path
+) -> None:
+    async def story() -> None:
+        bench.digest = bench.push(tiny_image)
+        bench.fill = "never"
+        kills = 0
+        async with bench.agent() as agent:
+            while kills < rounds(full=30):
+                spec = _with(bench.sector(), memory_mib=192)
+                bench.desk.want(spec)
+                async with asyncio.timeout(400):
+                    while b"SF-GUEST-READY" not in await _console(agent, spec):
+                        with contextlib.suppress(StoreError, ProcessLookupError):
+                            os.kill(await bench.pid(), signal.SIGKILL)
+                            kills += 1
+                        await asyncio.sleep(random.uniform(0.2, 1.5))
+                await remove(bench, spec)
+                for path in (bench.directory / "cache").glob(f"{bench.digest.hex()}*"):
+                    path.unlink()
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+async def _console(agent: Agent, spec: InstanceSpec) -> bytes:
+    with contextlib.suppress(NotFound):
+        return await agent.console(spec.uuid, -1)
+    return b""
+
+
+def test_a_disk_that_holds_too_much_is_moved_at_the_next_start_and_the_event_says_so(
+    bench: LazyBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.arguments = ("--fill-rate", "4M")
+    monkeypatch.setattr(guest_module, "_MOVE_BYTES", 1000)
+
+    async def story() -> None:
+        spec = bench.sector()
+        async with bench.agent() as agent:
+            bench.desk.want(spec)
+            await says(agent, spec, b"HELLO")
+            await bench.event("read directly from the next start on, since the disk holds")
+            directory = bench.directory / "instances" / spec.uuid
+            assert bench.live_disk(spec) == str(directory / "vda.qcow2")
+            bench.desk.want(_with(spec, power=Power.OFF))
+            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            bench.desk.want(spec)
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            assert bench.live_disk(spec) == str(directory / "vda.qcow2")
+            assert not list((bench.directory / "run" / "nbd").iterdir())
+            xml = bench.host.virsh("dumpxml", domain.name(bench.installation, spec.uuid)).stdout
+            assert f"{bench.digest.hex()}.raw" in xml and "nbd" not in xml
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_agent_that_dies_around_the_move_leaves_one_overlay_the_right_one(
+    bench: LazyBench, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    bench.arguments = ("--fill-rate", "4M")
+    real = guest_module.Hypervisor.move_disk
+
+    class Died(BaseException):
+        pass
+
+    def dying(self: object, uuid: str, disk: domain.Disk) -> None:
+        if moment == "after":
+            real(self, uuid, disk)  # type: ignore[arg-type]
+        raise Died
+
+    async def story() -> None:
+        spec = bench.sector()
+        directory = bench.directory / "instances" / spec.uuid
+        with monkeypatch.context() as dies:
+            dies.setattr(guest_module.Hypervisor, "move_disk", dying)
+            async with bench.agent():
+                bench.desk.want(spec)
+                async with asyncio.timeout(60):
+                    while '"moving": "vda"' not in _record(directory):
+                        await asyncio.sleep(0.02)
+                await asyncio.sleep(1)
+        assert len(list(directory.glob("vda*.qcow2"))) == 2
+        async with bench.agent() as agent:
+            await bench.event(
+                "the image is complete and read directly now" if moment == "before" else "started"
+            )
+            async with asyncio.timeout(60):
+                while '"moved": ["vda"]' not in _record(directory):
+                    await asyncio.sleep(0.02)
+            await says(agent, spec, b"HELLO")
+            assert [path.name for path in directory.glob("vda*.qcow2")] == ["vda.2.qcow2"]
+            assert bench.live_disk(spec) == str(directory / "vda.2.qcow2")
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+def _record(directory: Path) -> str:
+    path = directory / "record.json"
+    return path.read_text() if path.exists() else ""
