@@ -48,7 +48,7 @@ class Agent:
         self.plane = Plane(installation, directory)
         self.file = directory / "desired"
         self.done = directory / "done"
-        self.lock = threading.Lock()
+        self.lock, self.applying = threading.Lock(), threading.Lock()
         self.random = random.Random(seed)
         self.installation = installation
         self.unlucky = True
@@ -90,8 +90,14 @@ class Agent:
             beside = self.file.with_suffix(".new")
             beside.write_bytes(pickle.dumps(self.networks))
             beside.rename(self.file)
-            wanted = self.desired()
-        self.insist(self.plane.apply, wanted)
+        self.insist(self.apply)
+
+    def apply(self) -> Any:
+        """What is desired now: one at a time, so that nobody applies what is no longer true."""
+        with self.applying:
+            with self.lock:
+                wanted = self.desired()
+            return self.plane.apply(wanted)
 
     def insist(self, function: Callable[..., Any], *arguments: Any) -> Any:
         for tries_left in range(20, -1, -1):
@@ -130,7 +136,7 @@ def main() -> int:
     directory, installation, seed, cycles = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     agent = Agent(directory, installation, seed)
     agent.jinx()
-    agent.insist(agent.plane.apply, agent.desired())
+    agent.insist(agent.apply)
     start = agent.done.stat().st_size if agent.done.exists() else 0
 
     def work(slot: int) -> None:
@@ -140,8 +146,8 @@ def main() -> int:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(work, range(AT_ONCE)))
     agent.unlucky = False
-    agent.plane.apply(agent.desired())
-    return 0 if agent.plane.apply(agent.desired()) == [] else 3
+    agent.apply()
+    return 0 if agent.apply() == [] else 3
 
 
 if __name__ == "__main__":

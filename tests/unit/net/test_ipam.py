@@ -1,5 +1,6 @@
 """Address allocation as a state machine, and what the rules refuse."""
 
+import itertools
 import json
 from ipaddress import IPv4Address, IPv4Network
 
@@ -136,7 +137,7 @@ def test_the_smallest_block_is_allowed() -> None:
 
 @given(st.sets(st.integers(1, 2**24 - 1), max_size=30))
 def test_a_vni_is_none_of_those_taken(taken: set[int]) -> None:
-    numbers = iter([*(vni - 1 for vni in taken), *range(2**24)])
+    numbers = itertools.chain((vni - 1 for vni in taken), itertools.count())
     vni = ipam.random_vni(taken, choose=lambda below: next(numbers) % below)
     assert vni not in taken
     assert 1 <= vni < 2**24
