@@ -194,6 +194,10 @@ def power(txn: Transaction, uuid: str, verb: str) -> Instance:
             raise Conflict(f"instance {found.name} is {found.power}", hint="power it on first")
         soft, hard = (verb == "rebootsoft"), (verb == "reboothard")
         found = replace(found, reboot_soft=found.reboot_soft + soft, reboot_hard=found.reboot_hard + hard)
+    elif verb == "poweron" and found.power == Power.ON and found.power_state in ("off", "crashed"):
+        found = replace(
+            found, reboot_hard=found.reboot_hard + 1
+        )  # it ended by itself; nobody asked it to be off
     else:
         wanted = {"poweron": Power.ON, "poweroff": Power.OFF, "pause": Power.PAUSED, "unpause": Power.ON}[
             verb

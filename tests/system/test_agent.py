@@ -431,3 +431,25 @@ def test_a_guest_that_floods_its_console_fills_no_disk(bench: Bench) -> None:
             await remove(bench, spec)
 
     asyncio.run(story())
+
+
+def test_every_kind_of_disk_firmware_and_display_starts(bench: Bench) -> None:
+    async def story() -> None:
+        buses = tuple(
+            DiskSpec(f"vd{letter}", size_bytes=1 << 20, bus=bus)
+            for letter, bus in zip("bcdef", ("scsi", "sata", "ide", "usb", "virtio"), strict=True)
+        )
+        spec = bench.spec()
+        busy = replace(spec, disks=(*spec.disks, *buses), vdi="vnc")
+        uefi = bench.spec(uefi=True, vdi="spice")
+        async with bench.agent() as agent:
+            bench.desk.want(busy, uefi)
+            for each in (busy, uefi):
+                status = await bench.desk.seen(lambda s: s.power_state == "on", each.uuid)
+                assert status.vdi_port >= 5900 and len(status.extra["vdi_password"]) == 8
+            await says(agent, busy, b"HELLO")
+            listening = bench.host.run(["ss", "-ltnH"]).stdout.split("\n")
+            assert {line.split()[3].rpartition(":")[0] for line in listening if line} == {"127.0.0.1"}
+            await remove(bench, busy, uefi)
+
+    asyncio.run(story())

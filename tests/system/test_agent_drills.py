@@ -83,6 +83,55 @@ def test_ctrl_c_and_kill_of_sf_serve_leave_three_guests_running(machine: Machine
     remove_everything(machine)
 
 
+def test_interfaces_are_plugged_into_a_running_guest_and_out_again(
+    machine: Machine, tiny_image: Path
+) -> None:
+    machine.sf("image", "push", str(tiny_image), "tiny:1")
+    machine.sf("network", "create", "back", "10.43.0.0/24")
+    create(machine, "web", "tiny:1")
+    within(120, lambda: machine.ready_line("web"), "web is ready")
+    (qemu,) = qemus(machine)
+    for number in (1, 2):
+        machine.sf("instance", "add-interface", "web", "back,address=10.43.0.9")
+        within(
+            60,
+            lambda: machine.sf("network", "ping", "back", "10.43.0.9", check=False).stdout.count(
+                " 0% packet loss"
+            ),
+            f"it answers on the second network, round {number}",
+        )
+        if number == 1:
+            machine.signal()  # the next server knows what was plugged in
+            machine.start()
+            within(30, lambda: power(machine, "web") == "on", "web is adopted")
+        machine.sf("instance", "remove-interface", "web", "10.43.0.9")
+        within(60, lambda: len(machine.instance("web")["interfaces"]) == 1, "it is taken out")
+        plugged = ("domiflist", machine.instance("web")["uuid"])
+        within(60, lambda: machine.host.virsh(*plugged).stdout.count("ethernet") == 1, "the guest has let go")  # noqa: B023
+    assert qemus(machine) == [qemu]
+    remove_everything(machine)
+
+
+def test_a_guest_that_ended_by_itself_stays_off_until_somebody_powers_it_on(
+    machine: Machine, tiny_image: Path
+) -> None:
+    machine.sf("image", "push", str(tiny_image), "tiny:1")
+    script = machine.home / "halt"
+    script.write_text("#!/bin/sh\n[ -e /run/stay ] || poweroff\n")
+    words = ("--image", "tiny:1", "--network", "lan", "--memory", "128", "--user-data", str(script))
+    machine.sf("instance", "create", "brief", *words)
+    within(120, lambda: machine.ready_line("brief"), "brief is ready")
+    within(60, lambda: power(machine, "brief") == "off", "it powered itself off")
+    assert "powered itself off" in machine.instance("brief")["error_message"]
+    machine.signal()
+    machine.start()
+    within(30, lambda: machine.instance("brief")["state"] == "created", "it is known again")
+    assert (power(machine, "brief"), qemus(machine)) == ("off", [])
+    machine.sf("instance", "start", "brief")
+    within(60, lambda: power(machine, "brief") == "on", "it is on")
+    remove_everything(machine)
+
+
 @pytest.mark.drill
 def test_a_create_cut_off_by_kill_9_at_any_moment_ends_created_or_in_an_error_with_its_reason(
     machine: Machine,
