@@ -11,7 +11,7 @@ from cli.output import say
 @click.option("--token", metavar="T", help="Single-use join token of that server.")
 @click.option("--name", "node_name", metavar="NAME", help="This node's name; default: the host's.")
 def agent(url: str | None, token: str | None, node_name: str | None) -> None:
-    """Run this machine as a node of a server elsewhere, as root, until Ctrl-C; guests go on running without it."""
+    """Run this machine as a node of a server elsewhere, as root, until Ctrl-C; guests go on without it."""
     import asyncio
     import logging
 
@@ -19,6 +19,6 @@ def agent(url: str | None, token: str | None, node_name: str | None) -> None:
     from compute.serve_agent import serve_agent
 
     level = logging.DEBUG if settings().flags.get("debug") else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     asyncio.run(serve_agent(load(node_name=node_name), url or "", token or "", say))

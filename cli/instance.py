@@ -309,12 +309,25 @@ def add_interface(name: str, network: str, form: str) -> None:
 @click.argument("which", metavar="ADDRESS|MAC|UUID")
 def remove_interface(name: str, which: str) -> None:
     """Unplug an interface from a running guest."""
-    api = Api()
-    links = api("GET", "instances", name, "interfaces")
-    uuids = [link["uuid"] for link in links if which in (link["uuid"], link["ipv4"], link["macaddr"])]
+    Api()("DELETE", "interfaces", _link(name, which))
+
+
+@instance.add("float", examples="sf instance float web 10.42.0.9\nsf instance float web 10.42.0.9 --undo")
+@click.argument("which", metavar="ADDRESS|MAC|UUID")
+@click.option("--undo", is_flag=True, help="Give the floating address back.")
+def float_(name: str, which: str, form: str, undo: bool) -> None:
+    """Make an interface reachable from outside, by an address of the floating pool."""
+    made = Api()("POST", "interfaces", _link(name, which), "defloat" if undo else "float")
+    show_one(made, (*LINKS, ("floating", "floating")), form, name="uuid")
+
+
+def _link(name: str, which: str) -> str:
+    """The uuid of a guest's interface."""
+    links = Api()("GET", "instances", name, "interfaces")
+    uuids = [str(link["uuid"]) for link in links if which in (link["uuid"], link["ipv4"], link["macaddr"])]
     if len(uuids) != 1:
         raise Problem(f"{name} has no interface {which}", hint=f"sf instance show {name}", code=MISSING)
-    api("DELETE", "interfaces", uuids[0])
+    return uuids[0]
 
 
 @instance.add(examples="sf instance reboot web\nsf instance reboot web --hard")

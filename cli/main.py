@@ -16,7 +16,7 @@ MEMBERS = {
     "network": ("cli.network:network", "Virtual networks for guests."),
     "store": ("cli.store:store", "Make, check and copy image stores."),
     "cache": ("cli.cache:cache", "Images that this node holds."),
-    "mirror": ("cli.mirror:mirror", "Carry images for others, sign and serve them."),
+    "mirror": ("cli.mirror:mirror", "Carry images for others, sign their names, serve them."),
     "remote": ("cli.store:remote", "Other stores to look names up in."),
     "node": ("cli.cluster:node", "Machines of the cluster."),
     "namespace": ("cli.cluster:namespace", "Tenants."),

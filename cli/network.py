@@ -22,6 +22,7 @@ FIELDS = (
     ("namespace", "namespace"),
     ("addresses", lambda n: [_interface(i) for i in n.get("interfaces", [])]),
 )
+FINDINGS = (("node", "node"), ("problem", "problem"), ("fix", "fix"))
 EVENTS = (
     ("time", lambda e: when(e.get("timestamp"))),
     ("type", "type"),
@@ -82,6 +83,17 @@ def ping(name: str, address: str) -> None:
     print("\n".join(answer["stdout"]))
     if not any("bytes from" in line for line in answer["stdout"]):
         raise Problem(f"{address} does not answer on {name}", hint=" ".join(answer["stderr"]))
+
+
+@network.add(examples="sf network doctor lan")
+def doctor(name: str, form: str) -> None:
+    """Compare a network with what it should be, on every node; exit 1 when anything differs."""
+    found = Api()("GET", "networks", name, "doctor")
+    if found or form != "table":
+        show_list(found, FINDINGS, form, name="problem")
+    if found:
+        raise Problem(f"{name}: {len(found)} findings")
+    say(f"{name} is as it should be, on every node")
 
 
 @network.add(examples="sf network events lan")

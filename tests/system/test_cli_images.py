@@ -138,7 +138,7 @@ def test_remotes_are_asked_in_their_order_and_by_name(user: User, disk: Path) ->
 def test_an_unreachable_remote_does_not_let_the_next_one_answer(user: User, disk: Path) -> None:
     user.types("store", "init")
     user.types("image", "push", disk, "a", "--store", user.home / "last")
-    user.types("remote", "add", "gone", "https://127.0.0.1:9/")
+    user.types("remote", "add", "gone", "https://127.0.0.1:9/", "--unsigned")
     user.types("remote", "add", "last", user.home / "last")
     user.fails("image", "show", "a", code=8)
     user.types("remote", "rm", "gone")
