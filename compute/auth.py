@@ -21,7 +21,7 @@ from typing import Any
 import bcrypt
 import jwt
 
-from compute.errors import Conflict, Invalid, NotFound, Unauthenticated
+from compute.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavailable
 from compute.objects import Instance, KeyHash, Namespace, Network, Taken, Transaction, transact
 from compute.spec import InstanceState
 from compute.state_store import StateStore
@@ -33,6 +33,7 @@ TOKEN_S = 900
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
 _BCRYPT_ROUNDS = 10
+_LINE = 16
 _ISSUER = "sf"
 
 
@@ -81,8 +82,8 @@ class Authority:
         self._pepper = secrets.token_bytes(32)
         self._known: dict[bytes, str] = {}
         """HMAC of a key that was right → the nonce of the record that it matched."""
-        self._slow = threading.BoundedSemaphore(1)
-        """One bcrypt at a time: guessing keys must not take both cores from the guests."""
+        self._slow, self._line = threading.Lock(), threading.BoundedSemaphore(_LINE)
+        """One bcrypt at a time, few in line: guessing keys takes neither the cores nor the API's threads."""
 
         def secret(txn: Transaction) -> str:
             found = txn.find(Taken, "jwt-secret")
@@ -116,8 +117,13 @@ class Authority:
         raise Unauthenticated(f"wrong key for namespace {namespace[:80]}")
 
     def _matches(self, key: str, known: KeyHash) -> bool:
-        with self._slow:
-            return bcrypt.checkpw(_digest(key), known.hash.encode())
+        if not self._line.acquire(blocking=False):
+            raise Unavailable("too many logins at once", hint="try again in a moment")
+        try:
+            with self._slow:
+                return bcrypt.checkpw(_digest(key), known.hash.encode())
+        finally:
+            self._line.release()
 
     def caller(self, authorization: str) -> Caller:
         """Whom an Authorization header stands for. Raises Unauthenticated."""

@@ -130,7 +130,9 @@ def delete_network(txn: Transaction, uuid: str) -> Network:
     txn.delete(Ipam, uuid)
     txn.delete(Taken, f"vni/{found.vni}")
     txn.delete(Taken, _name_key(found))
-    found = replace(found, state="deleted", router_node="", router_floating="", routed={})
+    found = replace(
+        found, state="deleted", deleted_s=time.time(), router_node="", router_floating="", routed={}
+    )
     txn.update(found)
     txn.event(Network.KIND, uuid, "deleted", type="audit")
     return found

@@ -22,7 +22,10 @@ def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[
 
 
 def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_nodes: Sequence[str]) -> Node:
-    """Forget it, and the instances that were on it. Raises Conflict for the server, or while it lives and has some."""
+    """Forget it, and the instances that were on it. Raises Conflict for the server, or while it lives and has some.
+
+    Its identity stays: a machine that comes back is told that it has nothing to run, and clears up.
+    """
     found = txn.get(Node, name)
     if name == server:
         raise Conflict(f"{name} is the server itself")
@@ -34,7 +37,7 @@ def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_node
         finish_delete(txn, txn.get(Instance, instance.uuid))
     move_routers(txn, name, router_nodes)
     txn.delete(Claims, name)
-    found = replace(found, state="deleted", identity="", lastseen_s=time.time())
+    found = replace(found, state="deleted", lastseen_s=time.time())
     txn.update(found)
     txn.event(Node.KIND, name, "removed", type="audit")
     return found

@@ -131,6 +131,7 @@ class Network(Stored):
     dns_entries: dict[str, str] = field(default_factory=dict)
     state: str = "created"
     created_s: float = 0
+    deleted_s: float = 0
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

@@ -61,10 +61,13 @@ class SqliteStore:
         self._leases: dict[int, tuple[float, float]] = {}
         """id → (ttl_s, monotonic time at which it dies)"""
         try:
+            path.touch(
+                mode=0o600
+            )  # tokens are signed with what it holds; SQLite gives its other files the same mode
             self._write = self._connect()
             self._write.executescript(_SCHEMA)
             self._read = self._connect()
-        except sqlite3.Error as err:
+        except (sqlite3.Error, OSError) as err:
             raise Unavailable(
                 f"cannot open {path}: {err}", hint="check the file's owner and free space"
             ) from err

@@ -16,7 +16,7 @@ from compute.control import events_of
 from compute.errors import Invalid, NotFound
 from compute.objects import Event, Stored, Transaction
 
-METADATA_KEYS = 128
+METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
 
 Lookup = Callable[[Context, str], Stored]
@@ -47,8 +47,8 @@ def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
             ctx.check_match(item)
             metadata = dict(item.metadata)  # type: ignore[attr-defined]
             edit(metadata)
-            if len(metadata) > METADATA_KEYS:
-                raise Invalid(f"an object has at most {METADATA_KEYS} metadata keys")
+            if len(json.dumps(metadata)) > METADATA_BYTES:
+                raise Invalid(f"an object has at most {METADATA_BYTES} bytes of metadata")
             txn.update(replace(item, metadata=metadata))  # type: ignore[call-arg]
             txn.event(item.KIND, item.id, f"metadata {key} changed", type="audit")
             return metadata

@@ -260,6 +260,7 @@ def test_sqlite_runs_with_a_journal_that_survives_power_loss(tmp_path: Path) -> 
     link = store._connect()
     assert link.execute("pragma journal_mode").fetchone() == ("wal",)
     assert link.execute("pragma synchronous").fetchone() == (2,)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
     link.close()
     store.close()
 

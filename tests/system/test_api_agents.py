@@ -246,8 +246,11 @@ def test_a_removed_node_is_forgotten_with_its_guests_and_may_join_again(
     assert server.get(f"/instances/{uuid}")["state"] == "deleted"
     assert server.get("/networks/lan/interfaces") == []
     assert [n["name"] for n in server.get("/nodes")] == ["node1"]
-    assert agent.call("GET", "desired")[0] == 401
+    nothing = agent.desired()
+    assert (nothing.instances, nothing.networks.networks) == ((), ())
+    assert agent.call("POST", "register", {"facts": to_plain(NodeFacts(1, 1))})[0] == 404
     joined(server, address)
+    assert agent.call("GET", "desired")[0] == 401
     assert [n["name"] for n in server.get("/nodes")] == ["node1", "node2"]
 
 
