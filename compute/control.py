@@ -226,6 +226,21 @@ class Controller:
             )
         return found
 
+    async def examine(self, network: str) -> list[dict[str, str]]:
+        """Every node's findings about a network and about the node itself; a silent node is one."""
+        rows: list[dict[str, str]] = []
+        for node in self.usable():
+            try:
+                found = await self.operations(node).doctor()
+            except Unavailable as err:
+                found = [("", str(err), err.hint)]
+            rows += [
+                {"node": node, "problem": text, "fix": fix}
+                for name, text, fix in found
+                if name in ("", network)
+            ]
+        return rows
+
     def alive(self, node: str) -> bool:
         """The server's own agent registered, or the node renewed its lease in time."""
         return node in self._operations and (
@@ -334,7 +349,7 @@ def _sweep(txn: Transaction) -> None:
         if instance.state == InstanceState.DELETED and instance.updated_s < now - _KEEP_DELETED_S:
             txn.purge(instance)
     for network in txn.list(Network):
-        if network.state == "deleted" and network.created_s < now - _KEEP_DELETED_S:
+        if network.state == "deleted" and network.deleted_s < now - _KEEP_DELETED_S:
             txn.purge(network)
     for taken in txn.list(Taken, "request/"):
         if taken.created_s < now - _KEEP_REQUEST_S:

@@ -32,6 +32,7 @@ from compute.codec import from_plain, to_plain
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.joining import JoinToken
 from compute.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
+from net.doctor import Finding
 from net.model import Network, NodeNetworks, Port
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,9 @@ class Fenced:
     def namespace(self, network: Network) -> str:
         return self._plane.namespace(network)
 
+    def doctor(self, desired: NodeNetworks) -> Sequence[Finding]:
+        return self._plane.doctor(desired)
+
 
 class RemoteController:
     """`agent.Controller` over HTTPS. `run` keeps the lease and answers the server's questions."""
@@ -314,7 +318,7 @@ class RemoteController:
     async def _answer(self, order: dict[str, Any]) -> None:
         body: dict[str, Any]
         try:
-            if order["verb"] not in ("console", "clear_console", "ping") or self._operations is None:
+            if order["verb"] not in ("console", "clear_console", "ping", "doctor") or self._operations is None:
                 raise Invalid(f"this node's agent knows no {order['verb']}")
             result = await getattr(self._operations, order["verb"])(*order["arguments"])
             body = {"result": base64.b64encode(result).decode() if isinstance(result, bytes) else result}

@@ -162,3 +162,7 @@ class NodeOperations(Protocol):
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
         """Lines of standard output and standard error of a ping from inside the network."""
         ...
+
+    async def doctor(self) -> list[tuple[str, str, str]]:
+        """What of the node's networks is not as desired: (network's name or "", what is wrong, how to mend it)."""
+        ...

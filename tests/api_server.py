@@ -90,6 +90,9 @@ class PlayedAgent:
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
         return [f"PING {address}", "3 packets transmitted"], []
 
+    async def doctor(self) -> list[tuple[str, str, str]]:
+        return [("lan", "the bridge is missing", ""), ("other", "x", ""), ("", "ufw drops", "allow it")]
+
     async def events(self, events: Sequence[NodeEvent]) -> None:
         await self.controller.report(self.node, [], events)
 

@@ -73,6 +73,9 @@ class Mailbox:
         stdout, stderr = await self._ask("ping", network_uuid, address)
         return list(stdout), list(stderr)
 
+    async def doctor(self) -> list[tuple[str, str, str]]:
+        return [(network, text, fix) for network, text, fix in await self._ask("doctor")]
+
     async def _ask(self, verb: str, *arguments: Any) -> Any:
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()

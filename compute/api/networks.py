@@ -149,6 +149,13 @@ async def ping(ctx: Ctx, ref: str, address: str) -> Response:
     return JSONResponse({"stdout": stdout, "stderr": stderr})
 
 
+@router.get("/networks/{ref}/doctor")
+async def doctor(ctx: Ctx, ref: str) -> Response:
+    """What is not as it should be, on every node: `[{node, problem, fix}]`."""
+    known = ctx.find(Network, ref)
+    return JSONResponse(await ctx.services.controller.examine(known.name))
+
+
 @router.post("/networks/{ref}/route")
 def route(ctx: Ctx, ref: str, body: RouteBody) -> Response:
     known = ctx.find(Network, ref)

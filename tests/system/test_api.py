@@ -182,6 +182,12 @@ def test_metadata_is_kept_under_every_object(server: Running) -> None:
     assert network["metadata"] == {}
 
 
+def test_metadata_is_limited(server: Running) -> None:
+    server.network()
+    answer = server.call("PUT", "/networks/lan/metadata/a", {"value": "x" * 2**16})
+    assert (answer.status, "65536 bytes" in answer.body["error"]) == (400, True)
+
+
 def test_console_data_is_raw_bytes_and_can_be_cleared(server: Running) -> None:
     created(server)
     assert server.get("/instances/web/consoledata", {"length": 6}) == b"READY\n"
@@ -194,6 +200,15 @@ def test_ping_answers_with_lists_of_lines(server: Running) -> None:
     server.network()
     assert server.get("/networks/lan/ping/10.42.0.2")["stdout"][0] == "PING 10.42.0.2"
     assert server.call("GET", "/networks/lan/ping/10.43.0.2").status == 400
+
+
+def test_the_doctor_tells_what_concerns_the_network_and_its_nodes(server: Running) -> None:
+    server.network()
+    found = server.get("/networks/lan/doctor")
+    assert [(f["node"], f["problem"]) for f in found] == [
+        ("node1", "the bridge is missing"),
+        ("node1", "ufw drops"),
+    ]
 
 
 def test_events_are_newest_first_and_filtered(server: Running) -> None:
