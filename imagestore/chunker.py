@@ -2,8 +2,8 @@
 
 Every 4 KiB block has a hash: the sum of its little-endian 64-bit words, mixed by a multiplication. A chunk ends after
 a block whose hash meets the mask, between a minimum and a maximum size; zero blocks belong to no chunk; forced cuts
-(file boundaries) start and end chunks. The cuts depend on the blocks since the chunk's start only, so that windows of
-any size give the same chunks as the whole disk.
+(boundaries of large files) start and end chunks, hints (those of small ones) may. The cuts depend on the blocks since
+the chunk's start only, so that windows of any size give the same chunks as the whole disk.
 """
 
 from bisect import bisect_left
@@ -87,6 +87,7 @@ def cut(
     zero: npt.NDArray[np.bool_],
     first_block: int,
     cuts: npt.NDArray[np.int64],
+    hints: npt.NDArray[np.int64],
     params: ChunkerParams,
     *,
     final: bool,
@@ -95,14 +96,16 @@ def cut(
 
     first_block: where on the disk the window starts (a chunk must start there, or a zero block).
     cuts: sorted block numbers of the disk at which a chunk must start.
+    hints: sorted block numbers at which one may start, as after a block whose hash meets the mask.
     final: nothing but zero blocks follows; otherwise an undecided last chunk is left for the next window.
     """
     shift = np.uint64(64 - (params.average_bytes // BLOCK).bit_length() + 1)
     met = ((sums * _MIX) >> shift == 0) if params.average_bytes > BLOCK else np.ones(len(sums), np.bool_)
-    ends: list[int] = (np.flatnonzero(met & ~zero) + 1).tolist()
+    ends: list[int] = np.union1d(
+        np.flatnonzero(met & ~zero) + 1, _inside(hints, first_block, len(sums))
+    ).tolist()
     smallest, largest = params.min_bytes // BLOCK, params.max_bytes // BLOCK
-    low, high = np.searchsorted(cuts, [first_block, first_block + len(sums) + 1])
-    forced: list[int] = (cuts[low:high] - first_block).tolist()
+    forced: list[int] = _inside(cuts, first_block, len(sums)).tolist()
     chunks: list[tuple[int, int]] = []
     for start, stop in runs(~zero):
         inner = forced[bisect_left(forced, start + 1) : bisect_left(forced, stop)]
@@ -116,6 +119,13 @@ def cut(
                 chunks.append((at, end))
                 at = end
     return chunks, len(sums)
+
+
+def _inside(blocks: npt.NDArray[np.int64], first: int, count: int) -> npt.NDArray[np.int64]:
+    """Those of sorted block numbers that lie in or at the end of a window, counted from its start."""
+    low, high = np.searchsorted(blocks, [first, first + count + 1])
+    inside: npt.NDArray[np.int64] = blocks[low:high] - first
+    return inside
 
 
 def _decided(at: int, end: int, found: int, ends: list[int], forced: list[int], largest: int) -> bool:

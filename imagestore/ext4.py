@@ -32,15 +32,21 @@ def look(disk: Disk, *, sparsify: bool) -> Special:
 
     Raises Invalid when free blocks are wanted of a file system whose journal was not replayed.
     """
-    cuts, free = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
+    cuts, hints, free = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
     for start, end in _partitions(disk):
         system = _Ext4.open(disk, start, end)
         if system is not None:
-            cuts.append(system.cuts() + start)
+            large, every = system.boundaries()
+            cuts.append(large + start)
+            hints.append(every + start)
             if sparsify:
                 free.append(system.free() + start)
     together = np.concatenate(free)
-    return Special(np.unique(np.concatenate(cuts)), together[np.argsort(together[:, 0], kind="stable")])
+    return Special(
+        np.unique(np.concatenate(cuts)),
+        np.unique(np.concatenate(hints)),
+        together[np.argsort(together[:, 0], kind="stable")],
+    )
 
 
 def _partitions(disk: Disk) -> Iterator[tuple[int, int]]:
@@ -121,9 +127,9 @@ class _Ext4:
         unused = table[:, 0x1C // 2] | (table[:, 0x32 // 2] << 16 if size == 64 else 0)
         return np.stack([wide(0x0, 0x20), wide(0x8, 0x28), table[:, 0x12 // 2], unused], axis=1)
 
-    def cuts(self) -> npt.NDArray[np.int64]:
-        """Where the larger extents of the larger files start and end, in blocks."""
-        found, count, read = [np.zeros(0, np.int64)], 0, 0
+    def boundaries(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where extents start and end, in blocks: the larger ones of the larger files, and all."""
+        found, count, read = [np.zeros((0, 3), np.int64)], 0, 0
         for _, table, flags, unused in self._groups().tolist():
             inodes = 0 if flags & 1 else self._group_inodes - min(unused, self._group_inodes)
             read += inodes * self._inode_bytes
@@ -133,10 +139,11 @@ class _Ext4:
                 raw = read_range(self._disk, (self._start + table) * BLOCK, inodes * self._inode_bytes)
                 found.append(self._extents(raw))
                 count += len(found[-1])
-        return np.concatenate(found)
+        extents = np.concatenate(found)
+        return extents[extents[:, 2] == 1, :2].ravel(), extents[:, :2].ravel()
 
     def _extents(self, raw: bytes) -> npt.NDArray[np.int64]:
-        """Starts and ends of the extents of the files in a stretch of the inode table."""
+        """Rows of (start, end, whether it is large) of the extents of the files in a stretch of the inode table."""
         table = np.frombuffer(raw, np.uint8, len(raw) // self._inode_bytes * self._inode_bytes)
         table = table.reshape(-1, self._inode_bytes)
         mode = table[:, 0:2].copy().view("<u2")[:, 0]
@@ -145,9 +152,9 @@ class _Ext4:
             table[:, 0x6C:0x70].copy().view("<u4")[:, 0].astype(np.int64) << 32
         )
         flags = table[:, 0x20:0x24].copy().view("<u4")[:, 0]
-        chosen = (mode & 0xF000 == 0x8000) & (links > 0) & (size >= FILE_BYTES) & (flags & 0x80000 != 0)
-        nodes = np.ascontiguousarray(table[chosen, 0x28:0x64])
-        found = [np.zeros(0, np.int64)]
+        chosen = (mode & 0xF000 == 0x8000) & (links > 0) & (size > 0) & (flags & 0x80000 != 0)
+        nodes, large = np.ascontiguousarray(table[chosen, 0x28:0x64]), size[chosen] >= FILE_BYTES
+        found = [np.zeros((0, 3), np.int64)]
         seen: set[int] = set()
         while len(nodes):
             header = nodes[:, :8].copy().view("<u2")
@@ -155,21 +162,27 @@ class _Ext4:
             good = (header[:, 0] == 0xF30A) & (header[:, 1] <= entries) & (header[:, 3] <= 5)
             body = np.ascontiguousarray(nodes[:, 12 : 12 + entries * 12])
             used = np.arange(entries) < header[:, 1:2]
-            leaves = body.view(_LEAF)[used & (good & (header[:, 3] == 0))[:, None]]
+            chosen = used & (good & (header[:, 3] == 0))[:, None]
+            leaves = body.view(_LEAF)[chosen]
             length = leaves["length"].astype(np.int64)
             first = leaves["low"].astype(np.int64) | leaves["high"].astype(np.int64) << 32
             # Longer than 32768 means allocated, not written: nothing of the file is there.
-            kept = (
-                (length >= _MIN_EXTENT) & (length <= 32768) & (first > 0) & (first + length <= self._blocks)
-            )
-            found += [first[kept], (first + length)[kept]]
-            inner = body.view(_NODE)[used & (good & (header[:, 3] > 0))[:, None]]
-            below = np.unique(inner["low"].astype(np.int64) | inner["high"].astype(np.int64) << 32)
-            following = [at for at in below[(below > 0) & (below < self._blocks)].tolist() if at not in seen]
-            seen.update(following)
+            kept = (length >= 1) & (length <= 32768) & (first > 0) & (first + length <= self._blocks)
+            cut = np.broadcast_to(large[:, None], chosen.shape)[chosen] & (length >= _MIN_EXTENT)
+            found.append(np.stack([first, first + length, cut], axis=1)[kept])
+            chosen = used & (good & (header[:, 3] > 0))[:, None]
+            inner = body.view(_NODE)[chosen]
+            below = inner["low"].astype(np.int64) | inner["high"].astype(np.int64) << 32
+            below, first_use = np.unique(below, return_index=True)
+            large = np.broadcast_to(large[:, None], chosen.shape)[chosen][first_use]
+            fresh = np.array([0 < at < self._blocks and at not in seen for at in below.tolist()], np.bool_)
+            below, large = below[fresh], large[fresh]
+            seen.update(below.tolist())
             if len(seen) > _MAX_NODES:
                 break
-            pages = b"".join(read_range(self._disk, (self._start + at) * BLOCK, BLOCK) for at in following)
+            pages = b"".join(
+                read_range(self._disk, (self._start + at) * BLOCK, BLOCK) for at in below.tolist()
+            )
             nodes = np.frombuffer(pages, np.uint8).reshape(-1, BLOCK)
         return np.concatenate(found)
 

@@ -41,7 +41,9 @@ class Special:
     """What the file system on a disk tells the chunker, in blocks of 4 KiB of the disk."""
 
     cuts: npt.NDArray[np.int64]
-    """Sorted: where files start and end."""
+    """Sorted: where large files start and end."""
+    hints: npt.NDArray[np.int64]
+    """Sorted: where any file starts and ends."""
     free: npt.NDArray[np.int64]
     """Sorted (start, end) rows that are to be read as zeros."""
 
@@ -134,8 +136,8 @@ class Windows:
             sums = np.concatenate([carried_sums, read.sums])
             zero = np.concatenate([carried_zero, read.zero])
             final = read.following != read.offset + WINDOW_BYTES
-            cuts = self._special.cuts
-            chunks, used = cut(sums, zero, first // BLOCK, cuts, self._params, final=final)
+            told = (self._special.cuts, self._special.hints)
+            chunks, used = cut(sums, zero, first // BLOCK, *told, self._params, final=final)
             carried, carried_sums, carried_zero = data[used * BLOCK :], sums[used:], zero[used:]
             yield _Cut(first, data, np.array(chunks, np.int64).reshape(-1, 2) * BLOCK, first + used * BLOCK)
 

@@ -20,7 +20,7 @@ from imagestore.disk import open_disk
 from imagestore.windows import Special, Windows
 
 KIB = 1 << 10
-_PLAIN = Special(np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
+_PLAIN = Special(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
 
 
 def _chunks(path: Path, params: ChunkerParams, cuts: bool) -> Iterator[tuple[bytes, memoryview]]:

@@ -17,14 +17,21 @@ def disk(kinds, seed=1):
     return table[np.array(kinds, dtype=np.int64)].reshape(-1)
 
 
-def whole(data, cuts=(), params=SMALL):
+def whole(data, cuts=(), hints=(), params=SMALL):
     sums = block_sums(data)
-    chunks, used = cut(sums, zero_blocks(data, sums), 0, np.array(cuts, np.int64), params, final=True)
+    chunks, used = cut(
+        sums,
+        zero_blocks(data, sums),
+        0,
+        *(np.array(told, np.int64) for told in (cuts, hints)),
+        params,
+        final=True,
+    )
     assert used == len(sums)
     return chunks
 
 
-def windowed(data, window, cuts=(), params=SMALL):
+def windowed(data, window, cuts=(), hints=(), params=SMALL):
     blocks, at, found = len(data) // BLOCK, 0, []
     end = 0
     while at < blocks:
@@ -32,7 +39,12 @@ def windowed(data, window, cuts=(), params=SMALL):
         part = data[at * BLOCK : end * BLOCK]
         sums = block_sums(part)
         chunks, used = cut(
-            sums, zero_blocks(part, sums), at, np.array(cuts, np.int64), params, final=end == blocks
+            sums,
+            zero_blocks(part, sums),
+            at,
+            *(np.array(told, np.int64) for told in (cuts, hints)),
+            params,
+            final=end == blocks,
         )
         found += [(at + start, at + stop) for start, stop in chunks]
         at += used
@@ -42,10 +54,16 @@ def windowed(data, window, cuts=(), params=SMALL):
 layouts = st.lists(st.integers(0, 15), min_size=1, max_size=200)
 
 
-@given(layouts, st.integers(1, 40), st.sets(st.integers(0, 200)))
-def test_windows_of_any_size_give_the_chunks_of_the_whole_disk(kinds, window, cuts):
+@given(layouts, st.integers(1, 40), st.sets(st.integers(0, 200)), st.sets(st.integers(0, 200)))
+def test_windows_of_any_size_give_the_chunks_of_the_whole_disk(kinds, window, cuts, hints):
     data = disk(kinds)
-    assert windowed(data, window, sorted(cuts)) == whole(data, sorted(cuts))
+    assert windowed(data, window, sorted(cuts), sorted(hints)) == whole(data, sorted(cuts), sorted(hints))
+
+
+@given(layouts, st.sets(st.integers(0, 200)))
+def test_a_hint_ends_a_chunk_unless_that_would_be_too_small(kinds, hints):
+    for start, end in whole(disk(kinds), hints=sorted(hints)):
+        assert not any(start + SMALL.min_bytes // BLOCK <= at < end for at in hints)
 
 
 @given(layouts, st.sets(st.integers(0, 200)))
