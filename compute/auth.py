@@ -8,7 +8,6 @@ this process as an HMAC under a secret of the process, so that only its first us
 import base64
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 import bcrypt
 import jwt
 
+from compute import durable
 from compute.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavailable
 from compute.objects import Instance, KeyHash, Namespace, Network, Taken, Transaction, transact
 from compute.spec import InstanceState
@@ -201,14 +201,7 @@ def ensure_local_key(store: StateStore, path: Path) -> None:
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        beside = path.with_suffix(".new")
-        beside.unlink(missing_ok=True)
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
+        durable.write(path, secrets.token_urlsafe(32).encode())
     key = path.read_text().strip()
     found = Transaction(store).find(Namespace, SYSTEM)
     known = found.keys.get("local") if found else None

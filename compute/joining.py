@@ -10,7 +10,6 @@ import base64
 import datetime
 import hashlib
 import hmac
-import os
 import secrets
 import ssl
 import time
@@ -21,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from compute import durable
 from compute.auth import check_name
 from compute.errors import Conflict, Denied, Unauthenticated
 from compute.objects import Claims, Node, Taken, Transaction, new_uuid
@@ -120,17 +120,7 @@ def certificate(directory: Path) -> tuple[Path, Path, bytes]:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         # The key first: a certificate without its key would be believed.
-        _write(key_path, private)
-        _write(cert_path, made.public_bytes(serialization.Encoding.PEM))
+        durable.write(key_path, private)
+        durable.write(cert_path, made.public_bytes(serialization.Encoding.PEM))
     der = ssl.PEM_cert_to_DER_cert(cert_path.read_text())
     return cert_path, key_path, hashlib.sha256(der).digest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_suffix(path.suffix + ".new")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)

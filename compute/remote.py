@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import socket
 import ssl
 import time
@@ -27,10 +26,11 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from compute import guest
+from compute import durable
 from compute.codec import from_plain, to_plain
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.joining import JoinToken
+from compute.owner import Plane
 from compute.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
 from net.doctor import Finding
 from net.model import Network, NodeNetworks, Port
@@ -94,19 +94,8 @@ async def join(state_dir: Path, url: str, token_text: str, node: str) -> Identit
         answer = await _ask(client, "POST", "join", json={"token": token.secret, "name": node})
     identity = replace(unknown, secret=answer["identity"], installation=answer["installation"])
     state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
-    _write(state_dir / "agent.json", to_plain(identity))
+    durable.write(state_dir / "agent.json", json.dumps(to_plain(identity)).encode())
     return identity
-
-
-def _write(path: Path, plain: Any) -> None:
-    """For root's eyes, complete or not at all."""
-    half = path.with_suffix(".new")
-    half.unlink(missing_ok=True)
-    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(plain, file)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
 
 
 def _client(identity: Identity) -> httpx.AsyncClient:
@@ -161,7 +150,7 @@ class Lease:
         return self.held() and self._confirmed
 
 
-class Droppable(guest.Plane, Protocol):
+class Droppable(Plane, Protocol):
     """A Plane that can stop routing by itself; `net.plane.Plane` in the product."""
 
     def drop_routers(self) -> object: ...
@@ -198,7 +187,7 @@ class Fenced:
         return self._plane.namespace(network)
 
     def doctor(self, desired: NodeNetworks) -> Sequence[Finding]:
-        return self._plane.doctor(desired)
+        return self._plane.doctor(replace(desired, uplink=self._uplink or desired.uplink))
 
 
 class RemoteController:
@@ -242,7 +231,7 @@ class RemoteController:
                 await asyncio.sleep(min(wait_s, 1.0))
             return self._last
         if self._last is None or found != self._last:
-            await asyncio.to_thread(_write, self._kept, plain)
+            await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())
         self._last = found
         self._lease.confirm(asked)
         return found
@@ -318,7 +307,10 @@ class RemoteController:
     async def _answer(self, order: dict[str, Any]) -> None:
         body: dict[str, Any]
         try:
-            if order["verb"] not in ("console", "clear_console", "ping", "doctor") or self._operations is None:
+            if (
+                order["verb"] not in ("console", "clear_console", "ping", "doctor")
+                or self._operations is None
+            ):
                 raise Invalid(f"this node's agent knows no {order['verb']}")
             result = await getattr(self._operations, order["verb"])(*order["arguments"])
             body = {"result": base64.b64encode(result).decode() if isinstance(result, bytes) else result}

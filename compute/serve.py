@@ -22,6 +22,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from compute import durable
 from compute.agent import Agent
 from compute.api import agents
 from compute.api import app as api
@@ -180,12 +181,7 @@ def installation_id(state_dir: Path) -> str:
     try:
         return str(json.loads(path.read_text())["id"])
     except FileNotFoundError:
-        beside = path.with_suffix(".new")
-        with beside.open("w") as file:
-            json.dump({"id": secrets.token_hex(4)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
+        durable.write(path, json.dumps({"id": secrets.token_hex(4)}).encode(), 0o644)
         return installation_id(state_dir)
     except (ValueError, KeyError, TypeError) as err:
         raise Unavailable(
