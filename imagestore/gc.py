@@ -100,7 +100,11 @@ class _Run:
             pack: table
             for pack, table in marked.items()
             if pack in condemned.packs
-            or (pack not in roots.packs and self._sparse(inventory.packs[pack], table))
+            or (
+                pack not in roots.packs
+                and pack in inventory.packs
+                and self._sparse(inventory.packs[pack], table)
+            )
         }
         if sparse:
             self._repack(sparse)

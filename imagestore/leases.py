@@ -91,13 +91,15 @@ class Lease:
         self._store, self._what, self._duration_s = store, what, duration_s
         self._packs: set[Digest] = set()
         self._images: set[Digest] = set()
-        self._epoch: int | None = None
+        self._epoch = -1
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
         self._write()
+        # Before anything is made or reused: the list as it is now is what later ones are compared with.
+        self._epoch = Condemned.read(self._store).epoch
         self._thread.start()
         return self
 
@@ -137,11 +139,9 @@ class Lease:
         """Which of `packs` must not be used: condemned or gone. One request, unless packs were deleted meanwhile."""
         condemned, wanted = Condemned.read(self._store), set(packs)
         bad = wanted & condemned.packs.keys()
-        if self._epoch not in (None, condemned.epoch):
-            # The list forgot some packs since it was read first: those that it names no longer are gone.
+        if self._epoch != condemned.epoch:
+            # The list forgot some packs since the lease began: those that it names no longer are gone.
             bad |= {pack for pack in wanted - bad if not exists(self._store, derived_key("packs", pack))}
-        else:
-            self._epoch = condemned.epoch
         return bad
 
     def _write(self) -> None:
