@@ -1,8 +1,8 @@
 """From what is observed to what is desired: a list of actions. Pure; run on its own result, it gives none.
 
 Order, so that nothing is ever open that should be shut, and whoever is killed at any point leaves only what the next
-plan can see: servers stop and entries go; links and namespaces go; filters change; links come, then what hangs on
-them; servers start last.
+plan can see: the host's filters come first and its ends of uplinks last; in each namespace servers stop and entries go;
+links and the namespace go; filters change; links come, then what hangs on them; servers start last.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ def diff(wanted: Mapping[str, Facts], observed: Observed) -> list[Action]:
     expected = {n for facts in wanted.values() for n in facts.links}
     dead = [link for n, link in host.links.items() if link.kind == "tun" and n not in expected]
     actions += [Action(Verb.DELETE, HOST, link) for link in dead]
-    return sorted(actions, key=lambda action: (_phase(action), action.namespace == HOST))
+    return sorted(actions, key=_order)
 
 
 def _renewed(wanted: Mapping[str, Facts], observed: Observed) -> set[str]:
@@ -151,6 +151,13 @@ def _must_be_new(want: Link, have: Link, host: Facts) -> bool:
     if want.kind == "veth" and want.peer and want.peer not in host.links:
         return True
     return (want.kind, want.vni, want.local) != (have.kind, have.vni, have.local)
+
+
+def _order(action: Action) -> tuple[int, str, int]:
+    """The host's filters, then each namespace, then the host's links to them."""
+    phase = _phase(action)
+    stage = 1 if action.namespace != HOST else 0 if phase <= 4 else 2
+    return stage, action.namespace, phase
 
 
 def _phase(action: Action) -> int:

@@ -5,6 +5,7 @@ and finishes. One lock per Plane, so that calls from several threads come one af
 """
 
 import errno
+import itertools
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -202,34 +203,35 @@ class Plane:
             space.nft(nft.script(want, have))
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
+        """One namespace after the other; what fails in one does not hinder the others."""
         failed: dict[str, NetError] = {}
-        with ExitStack() as opened:
-            spaces: dict[str, Netns] = {HOST: opened.enter_context(Netns(HOST))}
-            for action in actions:
-                name = action.namespace
-                if name in failed:
-                    continue
-                try:
-                    if isinstance(action.item, Space):
-                        if action.verb is Verb.DELETE:
-                            kernel.remove_namespace(name)
-                            dnsmasq.Daemon(self._directory, name).forget()
-                        else:
-                            kernel.create_namespace(name)
-                            spaces[name] = opened.enter_context(Netns(name))
-                            spaces[name].change_link("lo", up=True)
-                    elif isinstance(action.item, Dnsmasq) and action.verb is Verb.DELETE:
-                        self._stop(name)
-                    else:
-                        if name not in spaces:
-                            spaces[name] = opened.enter_context(Netns(name))
-                        self._do(action, spaces[name], spaces[HOST])
-                except (NetError, NetlinkError, OSError) as error:
-                    failed[name] = _explained(action, error)
+        with Netns(HOST) as host:
+            for name, group in itertools.groupby(actions, key=lambda action: action.namespace):
+                if name not in failed and (error := self._carry_out_in(name, group, host)):
+                    failed[name] = error
         if failed:
             first = next(iter(failed.values()))
             said = "; ".join(f"{name or 'host'}: {error}" for name, error in failed.items())
             raise Failed(said, hint=first.hint) from first
+
+    def _carry_out_in(self, name: str, actions: Iterable[Action], host: Netns) -> NetError | None:
+        with ExitStack() as opened:
+            space = host if name == HOST else None
+            for action in actions:
+                try:
+                    if isinstance(action.item, Space) and action.verb is Verb.DELETE:
+                        kernel.remove_namespace(name)
+                        dnsmasq.Daemon(self._directory, name).forget()
+                        space = None
+                        continue
+                    if isinstance(action.item, Space):
+                        kernel.create_namespace(name)
+                    if space is None:
+                        space = opened.enter_context(Netns(name))
+                    self._do(action, space, host)
+                except (NetError, NetlinkError, OSError) as error:
+                    return _explained(action, error)
+        return None
 
     def _do(self, action: Action, space: Netns, host: Netns) -> None:
         add = action.verb is not Verb.DELETE
@@ -253,6 +255,10 @@ class Plane:
                 space.nft(item.commands)
             case Admission() as item:
                 space.nft(nft.admit(item) if add else nft.dismiss(item))
+            case Space():
+                space.change_link("lo", up=True)
+            case Dnsmasq() if not add:
+                self._stop(space.name)
             case Dnsmasq() as item:
                 self._serve(space, item, action.had if isinstance(action.had, Dnsmasq) else None)
 

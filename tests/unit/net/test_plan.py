@@ -97,13 +97,20 @@ def test_whatever_was_there_before_the_plan_names_every_difference_once(
 
 
 @given(states())
-def test_filters_are_in_place_before_any_link_and_servers_come_last(desired: NodeNetworks) -> None:
+def test_in_each_namespace_filters_come_before_any_link_and_the_server_last(desired: NodeNetworks) -> None:
     actions = plan(desired, EMPTY)
-    filters = [n for n, a in enumerate(actions) if isinstance(a.item, Transaction)]
-    links = [n for n, a in enumerate(actions) if isinstance(a.item, Link)]
-    servers = [n for n, a in enumerate(actions) if isinstance(a.item, Dnsmasq)]
-    assert max(filters, default=-1) < min(links, default=len(actions))
-    assert servers == list(range(len(actions) - len(servers), len(actions)))
+    for name in {action.namespace for action in actions}:
+        items = [action.item for action in actions if action.namespace == name]
+        filters = [n for n, item in enumerate(items) if isinstance(item, Transaction)]
+        links = [n for n, item in enumerate(items) if isinstance(item, Link)]
+        assert max(filters) < min(links, default=len(items))
+        assert not [item for item in items[:-1] if isinstance(item, Dnsmasq)]
+    spaces = [action.namespace for action in actions]
+    assert spaces == sorted(spaces, key=lambda name: name != HOST) or spaces[-1] == HOST
+    up = [n for n, a in enumerate(actions) if a.namespace == HOST and isinstance(a.item, Link)]
+    assert min(up, default=len(actions)) > max(
+        (n for n, name in enumerate(spaces) if name != HOST), default=-1
+    )
 
 
 @given(states())

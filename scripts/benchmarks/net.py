@@ -1,0 +1,188 @@
+"""Networks: iperf3 over the mesh beside a hand-made VXLAN, and what making and checking networks costs.
+
+All of it in namespaces that are made for it (tests/net/machines.py): two nodes and a switch. The guests are veth
+ends in place of taps, so that what is measured is the kernel's path with our filters and without, and no copying of
+frames in Python. Figures of times are medians of what one process did, in turns where there is a peer.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from benchmarks._harness import ROOT, Bench
+
+sys.path.insert(0, str(ROOT))
+
+from net import names
+from net.facts import HOST, Facts, Observed
+from net.model import Network, NodeNetworks, Peer, Port
+from net.plan import plan
+from net.target import target
+from tests.net.machines import Cluster, Node, Space, make_network, make_port
+
+_SECONDS = 3
+_MANY = 200
+
+
+def run(bench: Bench) -> None:
+    _throughput(bench)
+    _making(bench)
+    _planning(bench)
+    _reconciling(bench)
+
+
+def _throughput(bench: Bench) -> None:
+    one, two = make_port(2, "n1"), make_port(3, "n2")
+    network = make_network(one, two)
+    with Cluster(bench.dir("mesh"), 2) as cluster:
+        cluster.apply(network)
+        with (
+            _veth_guest(cluster.nodes[0], network, one) as left,
+            _veth_guest(cluster.nodes[1], network, two) as right,
+            _by_hand(cluster) as (plain_left, plain_right),
+        ):
+            ours, theirs = [], []
+            for _ in range(5):
+                ours.append(_iperf(left, right, str(two.address)))
+                theirs.append(_iperf(plain_left, plain_right, "10.99.0.2"))
+    bench.number("mesh_gbits", statistics.median(ours), "Gbit/s")
+    bench.number("handmade_vxlan_gbits", statistics.median(theirs), "Gbit/s")
+    bench.ratio("mesh_vs_handmade", statistics.median(ours), statistics.median(theirs), at_least=0.95)
+
+
+@contextmanager
+def _veth_guest(node: Node, network: Network, port: Port) -> Iterator[Space]:
+    """A guest whose port is a veth end with the tap's name."""
+    name = names.tap(node.plane.installation, port.uuid)
+    with Space() as guest:
+        guest.sh(
+            f"ip link add eth0 address {port.mac} mtu 1450 type veth peer name {name} netns {node.space.tid}"
+        )
+        guest.sh(f"ip addr add {port.address}/24 dev eth0 && ip link set eth0 up")
+        node.space.sh(f"ip link set {name} alias '{names.owned(node.plane.installation)}port {port.uuid}'")
+        node.space.call(node.plane.adopt_tap, network, port)
+        yield guest
+
+
+@contextmanager
+def _by_hand(cluster: Cluster) -> Iterator[tuple[Space, Space]]:
+    """What a person types: bridge, VXLAN with learning and a remote end, a guest on a veth; no filters."""
+    with Space() as left, Space() as right:
+        for number, (guest, node) in enumerate(((left, cluster.nodes[0]), (right, cluster.nodes[1])), 1):
+            far = cluster.nodes[2 - number].address
+            node.space.sh(
+                "ip link add hand type bridge && ip link set hand mtu 1450 up"
+                f" && ip link add handvx mtu 1450 type vxlan id 77 local {node.address} remote {far} dstport 4789"
+                " && ip link set handvx master hand up"
+            )
+            guest.sh(f"ip link add eth0 mtu 1450 type veth peer name hand0 netns {node.space.tid}")
+            node.space.sh("ip link set hand0 mtu 1450 master hand up")
+            guest.sh(f"ip addr add 10.99.0.{number}/24 dev eth0 && ip link set eth0 up")
+        yield left, right
+
+
+def _iperf(client: Space, server: Space, address: str) -> float:
+    """Gbit/s of one TCP stream."""
+    listening = server.popen_quietly("iperf3 -s -1")
+    for _ in range(100):
+        if ":5201" in server.sh("ss -Hltn"):
+            break
+        time.sleep(0.05)
+    printed = client.sh(f"iperf3 -c {address} -t {_SECONDS} -J | grep bits_per_second | tail -1")
+    listening.communicate(timeout=60)
+    return float(printed.split(":")[1].strip().rstrip(",")) / 1e9
+
+
+def _timed(node: Node, function: Callable[..., Any], *arguments: Any) -> float:
+    """Wall clock in ms, in the node's own thread."""
+
+    def call() -> float:
+        started = time.perf_counter()
+        function(*arguments)
+        return (time.perf_counter() - started) * 1000
+
+    return node.space.call(call)
+
+
+def _making(bench: Bench) -> None:
+    network_ms, tap_ms = [], []
+    with Cluster(bench.dir("making"), 1) as cluster:
+        node = cluster.nodes[0]
+        for number in range(1, 16):
+            port = make_port(2, "n1")
+            network = make_network(port, vni=number)
+            desired = replace(cluster.desired(network), node="n1", underlay=node.address)
+            network_ms.append(_timed(node, node.plane.apply, desired))
+            tap_ms.append(
+                _timed(node, lambda: (node.plane.create_tap(port), node.plane.adopt_tap(network, port)))  # noqa: B023
+            )
+            node.apply(replace(desired, networks=()))
+    bench.number("network_create_ms", statistics.median(network_ms), "ms", at_most=60)
+    bench.number("tap_with_filters_ms", statistics.median(tap_ms), "ms", at_most=15)
+
+
+def _many() -> NodeNetworks:
+    """200 networks over 10 nodes, five guests each, all of them on the first node."""
+    networks = []
+    for number in range(_MANY):
+        block = IPv4Network(f"10.{number}.0.0/24")
+        ports = tuple(
+            Port(
+                f"{number}-{n}",
+                f"02:00:00:00:{number:02x}:{n:02x}",
+                block[n + 2],
+                f"guest{n}",
+                f"n{n * 2 + 1}",
+            )
+            for n in range(5)
+        )
+        networks.append(
+            Network(
+                f"u{number}", 1000 + number, f"lan{number}", block, block[1], router_node="n1", ports=ports
+            )
+        )
+    peers = tuple(Peer(f"n{n}", IPv4Address(f"10.9.9.{n}")) for n in range(1, 11))
+    return NodeNetworks("1a2b3c4d", "n1", tuple(networks), peers, IPv4Address("10.9.9.1"))
+
+
+def _planning(bench: Bench) -> None:
+    desired = _many()
+    empty = Observed({HOST: Facts()}, uplink="eth0")
+    spaces = {
+        name: replace(
+            facts,
+            links={n: replace(k, mac=k.mac or "02:00:00:00:00:01", peer="") for n, k in facts.links.items()},
+        )
+        for name, facts in target(desired, empty).items()
+    }
+    there = replace(empty, namespaces=spaces)
+    took = []
+    for observed in (empty, there) * 5:
+        started = time.perf_counter()
+        plan(desired, observed)
+        took.append((time.perf_counter() - started) * 1000)
+    bench.number("plan_200_from_nothing_ms", statistics.median(took[::2]), "ms", at_most=100)
+    bench.number("plan_200_unchanged_ms", statistics.median(took[1::2]), "ms", at_most=100)
+
+
+def _reconciling(bench: Bench) -> None:
+    with Cluster(bench.dir("reconciling"), 1) as cluster:
+        node = cluster.nodes[0]
+        desired = replace(_many(), installation=cluster.installation)
+        bench.say(f"making {_MANY} networks on one node")
+        bench.number("create_200_networks_s", _timed(node, node.plane.apply, desired) / 1000, "s")
+
+        def reconcile() -> float:
+            started = time.process_time()
+            assert node.plane.apply(desired) == []
+            return time.process_time() - started
+
+        cpu_s = [node.space.call(reconcile) for _ in range(5)]
+        bench.number("reconcile_200_unchanged_cpu_s", statistics.median(cpu_s), "s", at_most=1)
+        bench.say("removing them")
+        node.space.call(node.plane.remove_all)
