@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,21 @@ FIELDS = (
     ("disks", lambda i: [f"{d.get('device', '')} {d.get('base') or 'blank'}" for d in i.get("disks") or []]),
     ("accelerator", "accel"),
     ("progress", "progress"),
+    ("image", lambda i: [_arrived(*d) for d in sorted((i.get("image_bytes") or {}).items())]),
     ("agent", "agent_state"),
     ("error", "error_message"),
 )
+
+
+def _arrived(device: str, figures: Mapping[str, Any]) -> str:
+    """What part of a disk's image is here, from where it came, and how long the guest waited for it."""
+    here, whole = figures.get("present_bytes", 0), figures.get("data_bytes", 0)
+    came = ", ".join(
+        f"{size(count)} from {origin}" for origin, count in sorted(figures.get("received", {}).items())
+    )
+    share = f"{100 * here // whole}%" if whole else ""
+    return f"{device} {share} here ({came or 'nothing fetched'}; reads waited {figures.get('waited_s', 0):.1f} s)"
+
 
 LINKS = (("address", "ipv4"), ("mac", "macaddr"), ("network", "network_uuid"), ("uuid", "uuid"))
 

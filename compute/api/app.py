@@ -45,12 +45,29 @@ class _Objects(Collector):
     def collect(self) -> Iterable[Metric]:
         read = Transaction(self._store)
         gauge = GaugeMetricFamily("sf_objects", "Objects by kind and state", labels=["kind", "state"])
-        counted = Counter(("instance", str(i.state)) for i in read.list(Instance))
+        instances = read.list(Instance)
+        counted = Counter(("instance", str(i.state)) for i in instances)
         counted.update(("network", n.state) for n in read.list(Network))
         counted.update(("node", n.state) for n in read.list(Node))
         for labels, count in sorted(counted.items()):
             gauge.add_metric(labels, count)
         yield gauge
+        came = GaugeMetricFamily(
+            "sf_boot_bytes",
+            "Bytes of running guests' images by where they came from",
+            labels=["instance", "origin"],
+        )
+        waited = GaugeMetricFamily(
+            "sf_boot_waited_seconds", "What guests' reads waited for them", labels=["instance"]
+        )
+        for one in instances:
+            disks = list(one.extra.get("image_bytes", {}).values())
+            total = sum((Counter(figures.get("received", {})) for figures in disks), Counter[str]())
+            for origin, count in total.items():
+                came.add_metric([one.uuid, origin], count)
+            if disks:
+                waited.add_metric([one.uuid], sum(figures.get("waited_s", 0) for figures in disks))
+        yield from (came, waited)
         yield GaugeMetricFamily("sf_state_revision", "Commits of the state store", self._store.revision())
 
 

@@ -99,6 +99,7 @@ def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
         error_message=item.error_message or None,
         progress=item.progress or None,
         accel=item.accel,
+        image_bytes=item.extra.get("image_bytes"),
         created=item.created_s,
         updated=item.updated_s,
         interfaces=[interface(i) for i in sorted(interfaces, key=lambda i: i.order)],
