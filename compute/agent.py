@@ -19,9 +19,10 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from compute import accel
 from compute.errors import ComputeError, NotFound, Unavailable
-from compute.guest import Guest, Host, Plane
+from compute.guest import Guest
 from compute.image_jobs import Cache, ImageJobs
 from compute.libvirt_adapter import Hypervisor
+from compute.owner import Host, Plane
 from compute.spec import (
     InstanceSpec,
     InstanceState,

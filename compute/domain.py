@@ -222,15 +222,6 @@ def domain_xml(domain: Domain) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-@dataclass(frozen=True, slots=True)
-class LiveInterface:
-    """An interface as a running domain has it."""
-
-    uuid: str
-    mac: str
-    tap: str
-
-
 def _read(xml: str) -> ET.Element:
     return ET.fromstring(xml)  # noqa: S314 - libvirt wrote it
 
@@ -241,16 +232,10 @@ def installation_of(xml: str) -> tuple[str, str]:
     return ("", "") if ours is None else (ours.get("installation", ""), ours.get("uuid", ""))
 
 
-def live_interfaces(xml: str) -> tuple[LiveInterface, ...]:
-    """The interfaces of ours in a running domain's XML."""
-    found = []
-    for element in _read(xml).iterfind("devices/interface"):
-        alias, mac, target = element.find("alias"), element.find("mac"), element.find("target")
-        if alias is None or mac is None or target is None or not alias.get("name", "").startswith("ua-"):
-            continue
-        uuid = alias.get("name", "").removeprefix("ua-")
-        found.append(LiveInterface(uuid, mac.get("address", ""), target.get("dev", "")))
-    return tuple(found)
+def live_interfaces(xml: str) -> frozenset[str]:
+    """Uuids of our interfaces in a running domain's XML."""
+    names = (alias.get("name", "") for alias in _read(xml).iterfind("devices/interface/alias"))
+    return frozenset(name.removeprefix("ua-") for name in names if name.startswith("ua-"))
 
 
 def graphics_port(xml: str) -> int:

@@ -244,12 +244,6 @@ class Hypervisor:
             return domain.agent_connected(found.XMLDesc())
         return False
 
-    def agent_command(self, uuid: str, command: str, timeout_s: int = 10) -> str:
-        """One JSON command to qemu-guest-agent and its answer."""
-        with self._domain(uuid) as found:
-            answer: str = libvirt_qemu.qemuAgentCommand(found, command, timeout_s, 0)
-        return answer
-
     def qmp(self, uuid: str, command: str, **arguments: Any) -> Any:
         """One command to qemu's own monitor, for what libvirt cannot say. Raises Refused."""
         asked = json.dumps({"execute": command, "arguments": arguments})
@@ -318,10 +312,3 @@ class Hypervisor:
         """Close the connection that `keep_reconnecting` made; nothing if there is none."""
         with contextlib.suppress(Refused):
             self.qmp(uuid, "blockdev-del", **{"node-name": f"sf-{device}"})
-
-    def console(self, uuid: str) -> Any:
-        """A libvirt stream on the serial console, both ways; the last one to open it wins."""
-        with self._calling() as connection, self._domain(uuid) as found:
-            stream = connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
-            found.openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
-        return stream

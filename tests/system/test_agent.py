@@ -419,9 +419,9 @@ def test_a_guest_that_floods_its_console_fills_no_disk(bench: Bench) -> None:
             bench.desk.want(spec)
             await says(agent, spec, b"FLOOD")
             log = bench.directory / "instances" / spec.uuid
-            base, largest = log / "console.log.base", 0
+            old, largest = log / "console.log.old", 0
             async with asyncio.timeout(50):
-                while not base.exists():
+                while not old.exists():
                     await asyncio.sleep(0.2)
                     largest = max(largest, sum(f.stat().st_size for f in log.glob("console.log*")))
             assert largest < 64 << 20

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compute import domain
-from compute import guest as guest_module
+from compute import disks, domain, libvirt_adapter
 from compute.agent import Agent
 from compute.errors import NotFound
 from compute.image_service import ServedImages, Settings
@@ -210,7 +209,7 @@ def test_a_disk_that_holds_too_much_is_moved_at_the_next_start_and_the_event_say
     bench: LazyBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.arguments = ("--fill-rate", "4M")
-    monkeypatch.setattr(guest_module, "_MOVE_BYTES", 1000)
+    monkeypatch.setattr(disks, "_MOVE_BYTES", 1000)
 
     async def story() -> None:
         spec = bench.sector()
@@ -239,7 +238,7 @@ def test_an_agent_that_dies_around_the_move_leaves_one_overlay_the_right_one(
     bench: LazyBench, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     bench.arguments = ("--fill-rate", "4M")
-    real = guest_module.Hypervisor.move_disk
+    real = libvirt_adapter.Hypervisor.move_disk
 
     class Died(BaseException):
         pass
@@ -253,7 +252,7 @@ def test_an_agent_that_dies_around_the_move_leaves_one_overlay_the_right_one(
         spec = bench.sector()
         directory = bench.directory / "instances" / spec.uuid
         with monkeypatch.context() as dies:
-            dies.setattr(guest_module.Hypervisor, "move_disk", dying)
+            dies.setattr(libvirt_adapter.Hypervisor, "move_disk", dying)
             async with bench.agent():
                 bench.desk.want(spec)
                 async with asyncio.timeout(60):

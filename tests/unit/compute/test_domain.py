@@ -85,6 +85,6 @@ def test_there_are_free_ports_for_hot_plug_however_full_the_guest_is() -> None:
 
 def test_live_interfaces_of_ours_are_recognised_by_their_alias() -> None:
     found = domain.live_interfaces(domain.domain_xml(BASE))
-    assert found == (domain.LiveInterface(BASE.nics[0].uuid, "02:00:00:00:00:01", "sfu0abc"),)
+    assert found == {BASE.nics[0].uuid}
     stranger = "<domain><devices><interface type='user'><mac address='x'/></interface></devices></domain>"
-    assert domain.live_interfaces(stranger) == ()
+    assert domain.live_interfaces(stranger) == frozenset()

@@ -1,0 +1,100 @@
+"""An instance's disks: an overlay each, on an image that is complete or, at first, on the image service's export."""
+
+import shutil
+import time
+from pathlib import Path
+
+from compute import domain, overlay
+from compute.errors import ComputeError
+from compute.owner import Owner
+
+_MOVE_BYTES = 256 << 20
+"""A disk is moved while its guest runs only if its overlay holds less: the move copies it."""
+
+
+class Disks:
+    """Works for the owner's task. A disk that was moved to its complete image is on its second overlay."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+
+    def overlay(self, device: str, *, second: bool | None = None) -> Path:
+        """The file that a disk is on now, or its first or second one."""
+        moved = device in self._owner.record.moved if second is None else second
+        return self._owner.directory / f"{device}{'.2' if moved else ''}.qcow2"
+
+    def reader(self, device: str) -> str:
+        return f"{self._owner.spec.uuid}-{device}"
+
+    async def move(self, device: str) -> None:
+        """Move a running disk to a second overlay over the raw file, once that is complete and if it costs little."""
+        disk = next((d for d in self._owner.spec.disks if d.device == device), None)
+        figures = await self._owner.host.images.figures(self.reader(device))
+        if figures:
+            await self._owner.save(arrived={**self._owner.record.arrived, device: figures})
+        if (
+            disk is None
+            or device in self._owner.record.deferred
+            or figures.get("present_bytes") != figures.get("data_bytes")
+        ):
+            return
+        backing = self._owner.host.images.complete(disk.image)
+        if backing is None:
+            return
+        old, new = self.overlay(device, second=False), self.overlay(device, second=True)
+        if why := await self._owner.host.do(_costly, old):
+            await self._owner.save(deferred=(*self._owner.record.deferred, device))
+            self._owner.event(
+                f"{device}: the image is complete; it is read directly from the next start on, since {why}"
+            )
+            return
+        await self._owner.save(moving=device)
+        began = time.monotonic()
+        new.unlink(missing_ok=True)
+        await self._owner.host.do(overlay.create, new, overlay.virtual_size(old), backing, 0)
+        try:
+            await self._owner.host.do(
+                self._owner.host.hypervisor.move_disk,
+                self._owner.spec.uuid,
+                domain.Disk(device, new, backing),
+            )
+        except ComputeError as err:
+            self._owner.event(f"{device}: not moved to the complete image: {err}")
+            await self._owner.save(deferred=(*self._owner.record.deferred, device))
+        if await self.end_move():
+            self._owner.event(
+                f"{device}: the image is complete and read directly now", time.monotonic() - began
+            )
+
+    async def end_move(self) -> bool:
+        """Finish or undo a move; what libvirt says the disk is on decides, whatever was meant. True if it was moved."""
+        device, hypervisor, uuid = (
+            self._owner.record.moving,
+            self._owner.host.hypervisor,
+            self._owner.spec.uuid,
+        )
+        await self._owner.host.do(hypervisor.stop_moving, uuid, device)
+        old, new = self.overlay(device, second=False), self.overlay(device, second=True)
+        on = domain.source_of(await self._owner.host.do(hypervisor.xml, uuid), device)
+        if on != str(new):
+            new.unlink(missing_ok=True)
+            await self._owner.save(moving="")
+            return False
+        served = tuple(d for d in self._owner.record.served if d != device)
+        await self._owner.save(moved=(*self._owner.record.moved, device), served=served, moving="")
+        old.unlink(missing_ok=True)
+        await self._owner.host.do(hypervisor.drop_nbd, uuid, device)
+        await self._owner.host.images.settled(self.reader(device))
+        return True
+
+
+def _costly(path: Path) -> str:
+    """Why the overlay should not be copied while its guest runs; "" if it may be."""
+    used_bytes = path.stat().st_blocks * 512
+    if used_bytes >= _MOVE_BYTES:
+        return f"the disk holds {used_bytes >> 20} MiB of its own"
+    if overlay.snapshots(path):
+        return "the disk has snapshots"
+    if shutil.disk_usage(path.parent).free < 2 * used_bytes + (64 << 20):
+        return "there is not room enough for a copy of the disk"
+    return ""
