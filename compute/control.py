@@ -5,6 +5,7 @@ the same verbs. Reports are facts about the past and may arrive late or twice: w
 """
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import TypeVar
 
 from compute.codec import to_plain
 from compute.desired import build
-from compute.errors import Compacted, LeaseLost, NotFound, Unavailable
+from compute.errors import Compacted, ComputeError, LeaseLost, NotFound, Unavailable
 from compute.instances import finish_delete
 from compute.networks import move_routers, router_candidates
 from compute.objects import (
@@ -35,6 +36,8 @@ from compute.objects import (
 )
 from compute.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
 from compute.state_store import StateStore
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -228,18 +231,19 @@ class Controller:
 
     async def examine(self, network: str) -> list[dict[str, str]]:
         """Every node's findings about a network and about the node itself; a silent node is one."""
-        rows: list[dict[str, str]] = []
-        for node in self.usable():
+
+        async def ask(node: str) -> list[dict[str, str]]:
             try:
                 found = await self.operations(node).doctor()
             except Unavailable as err:
                 found = [("", str(err), err.hint)]
-            rows += [
+            return [
                 {"node": node, "problem": text, "fix": fix}
                 for name, text, fix in found
                 if name in ("", network)
             ]
-        return rows
+
+        return [row for rows in await asyncio.gather(*map(ask, self.usable())) for row in rows]
 
     def alive(self, node: str) -> bool:
         """The server's own agent registered, or the node renewed its lease in time."""
@@ -260,10 +264,14 @@ class Controller:
         swept_s = 0.0
         while True:
             seen = self.feed.revision
-            if time.monotonic() - swept_s > _SWEEP_S:
-                await self._act(_sweep, self.server)
-                swept_s = time.monotonic()
-            await self._act(self._move_routers, self.server)
+            try:
+                await self._act(self._move_routers, self.server)
+                if time.monotonic() - swept_s > _SWEEP_S:
+                    await self._act(_sweep, self.server)
+                    swept_s = time.monotonic()
+            except ComputeError as err:  # a full disk must not end the server
+                log.error("upkeep: %s", err)
+                await asyncio.sleep(1)
             await self.feed.moved(("alive", Network.KIND), seen, _SWEEP_S)
 
     def _move_routers(self, txn: Transaction) -> None:

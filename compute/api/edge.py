@@ -16,6 +16,7 @@ BODY_BYTES = 2**20
 DRAINED_BYTES = 2**26
 
 _TOO_LARGE = f"the body has more than {BODY_BYTES} bytes"
+_METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -76,6 +77,7 @@ class Edge:
                 return
             await self.app(scope, limited, marked)
         finally:
+            method = scope["method"] if scope["method"] in _METHODS else "other"
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(scope["method"], route, str(status)).inc()
-            self.metrics.seconds.labels(scope["method"]).observe(time.perf_counter() - started)
+            self.metrics.requests.labels(method, route, str(status)).inc()
+            self.metrics.seconds.labels(method).observe(time.perf_counter() - started)
