@@ -1,0 +1,114 @@
+"""What `sf serve` is told, and what it refuses before it starts anything."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from compute import joining
+from compute.auth import Authority, ensure_local_key
+from compute.config import load
+from compute.desired import build
+from compute.errors import Conflict, Denied, Invalid, Unauthenticated, Unavailable
+from compute.objects import Network, Node
+from compute.serve import _listen, installation_id, only_one
+from compute.sqlite_store import SqliteStore
+
+
+def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(
+        'listen = "127.0.0.1:1"\nuplink = "eth9"\nexcluded_networks = ["10.0.0.0/16", "172.16.0.0/12"]\n'
+        '[remotes.official]\nurl = "https://images.example/"\n'
+    )
+    env = {"SF_CONFIG": str(file), "SF_LISTEN": "127.0.0.1:2", "SF_STATE_DIR": str(tmp_path)}
+    config = load(env, listen="[::1]:3")
+    assert (config.host, config.port, config.uplink) == ("::1", 3, "eth9")
+    assert [str(block) for block in config.excluded] == ["10.0.0.0/16", "172.16.0.0/12"]
+    assert config.stores == (("local", f"file://{tmp_path}/store"), ("official", "https://images.example/"))
+    assert load(env).port == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"SF_LISTEN": "host:port"}, {"SF_FLOATING_POOL": "10.0.0.1/24"}, {"SF_MESH_ADDRESS": "here"}]
+)
+def test_a_setting_that_makes_no_sense_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(Invalid, match="configuration"):
+        load(wrong)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("listen = ")
+    with pytest.raises(Invalid, match=r"c\.toml"):
+        load({"SF_CONFIG": str(tmp_path / "c.toml")})
+
+
+def test_one_server_per_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with only_one(tmp_path), pytest.raises(Conflict, match="another sf serve"), only_one(tmp_path):
+        pass
+    with only_one(tmp_path):
+        pass
+
+
+def test_a_taken_address_is_a_conflict() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(Conflict, match="cannot listen"):
+        _listen("127.0.0.1", other.getsockname()[1])
+
+
+def test_the_installations_id_is_made_once_and_never_made_up_again(tmp_path: Path) -> None:
+    first = installation_id(tmp_path)
+    assert installation_id(tmp_path) == first
+    assert json.loads((tmp_path / "installation.json").read_text()) == {"id": first}
+    (tmp_path / "installation.json").write_text("{}")
+    with pytest.raises(Unavailable, match="cannot read"):
+        installation_id(tmp_path)
+
+
+def test_a_lost_hash_of_the_local_key_is_made_again_from_its_file(tmp_path: Path) -> None:
+    key_file = tmp_path / "auth/local-key"
+    store = SqliteStore(tmp_path / "a.db")
+    ensure_local_key(store, key_file)
+    store.close()
+    fresh = SqliteStore(tmp_path / "b.db")
+    ensure_local_key(fresh, key_file)
+    ensure_local_key(fresh, key_file)
+    authority = Authority(fresh)
+    token = authority.login("system", key_file.read_text())["access_token"]
+    assert authority.caller(f"Bearer {token}").admin
+    with pytest.raises(Unauthenticated):
+        Authority(fresh).login("system", key_file.read_text() + "x")
+    fresh.close()
+
+
+@pytest.mark.parametrize("text", ["", "sfj1", "sfj1.x.y", "sfj2.AAAA.b", "sfj1.QUFBQQ==.secret"])
+def test_what_is_no_join_token_is_refused(text: str) -> None:
+    with pytest.raises(Denied, match="join token"):
+        joining.JoinToken.parse(text)
+
+
+def test_the_servers_certificate_is_made_once_and_its_key_is_roots_alone(tmp_path: Path) -> None:
+    cert, key, fingerprint = joining.certificate(tmp_path)
+    assert joining.certificate(tmp_path) == (cert, key, fingerprint)
+    assert key.stat().st_mode & 0o777 == 0o600
+    token = joining.JoinToken(fingerprint, "s")
+    assert joining.JoinToken.parse(str(token)) == token
+
+
+def test_a_node_hears_only_of_networks_that_it_has_to_do_with() -> None:
+    networks = [
+        Network(uuid=f"u{n}", name=f"n{n}", namespace="s", netblock="10.0.0.0/24", vni=n, router_node=node)
+        for n, node in ((1, "here"), (2, "there"), (3, ""))
+    ]
+    nodes = [
+        Node(uuid="1", name="here", facts={"address": "192.0.2.1", "mtu_bytes": 8950}),
+        Node(uuid="2", name="there", facts={"address": "192.0.2.2", "mtu_bytes": 1450}),
+        Node(uuid="3", name="silent"),
+        Node(uuid="4", name="gone", state="deleted", facts={"address": "192.0.2.4", "mtu_bytes": 576}),
+    ]
+    found = build("here", "0123abcd", instances=[], interfaces=[], networks=networks, nodes=nodes).networks
+    assert [n.name for n in found.networks] == ["n1"]
+    assert found.networks[0].mtu_bytes == 1450
+    assert [(p.node, str(p.address)) for p in found.peers] == [("there", "192.0.2.2")]
+    assert str(found.underlay) == "192.0.2.1"
