@@ -152,6 +152,7 @@ def test_a_guest_is_shown_listed_pinged_and_its_history_told(site: Site, web: st
     assert "bytes from" in site.types("network", "ping", "lan", address)
     assert "does not answer" in site.run("network", "ping", "lan", "10.42.0.250").stderr
     assert "created" in site.types("instance", "events", web)
+    assert site.types("network", "doctor", "lan", "--format", "json") == "[]\n"
     assert site.json("network", "events", "lan")
     assert "SF-GUEST-READY" in site.types("instance", "console", web)
 
@@ -191,6 +192,8 @@ def test_power_follows_the_commands(site: Site, web: str) -> None:
 
 def test_an_interface_is_plugged_in_and_taken_out(site: Site, web: str) -> None:
     site.types("network", "create", "second", "10.43.0.0/24")
+    address = site.json("instance", "show", web)["interfaces"][0]["ipv4"]
+    assert "pool" in site.fails(6, "instance", "float", web, address)
     plugged = site.json("instance", "add-interface", web, "second,address=10.43.0.77")
     assert plugged["ipv4"] == "10.43.0.77"
     assert "10.43.0.77" in site.types("instance", "show", web)
@@ -225,6 +228,8 @@ WRONG = {
     "network with host bits": (2, ("network", "create", "n", "10.50.0.7/24"), "10.50.0.7"),
     "network of nonsense": (2, ("network", "create", "n", "everything"), "everything"),
     "network in use": (5, ("network", "delete", "lan"), "lan"),
+    "float of nothing": (3, ("instance", "float", "web", "10.9.9.9"), "10.9.9.9"),
+    "token without a listener": (5, ("node", "token"), "SF_AGENT_LISTEN"),
     "unknown instance": (3, ("instance", "show", "nobody"), "nobody"),
     "unknown network to show": (3, ("network", "show", "nowhere"), "nowhere"),
     "ping outside": (2, ("network", "ping", "lan", "192.0.2.1"), "192.0.2.1"),
