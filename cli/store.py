@@ -39,13 +39,15 @@ remote = Group("remote", help="Other stores to look names up in.")
 
 @store.add(examples="sf store init /srv/images\nsf store init 's3://images/sf?region=eu-central-1'")
 @click.argument("url", required=False)
-def init(url: str | None, single_writer: bool) -> None:
+@click.option("--private", is_flag=True, help="Never to be published or served as a mirror.")
+def init(url: str | None, single_writer: bool, private: bool) -> None:
     """Make an empty store at URL."""
     from imagestore.open import open_backend, settle
     from imagestore.store import Store
 
     backend = open_backend(url or settings().store_url)
-    made = Store.init(backend, probed=settle(backend), single_writer=single_writer)
+    probed = settle(backend)
+    made = Store.init(backend, probed=probed, single_writer=single_writer, private=private)
     print(f"{made.url} {made.info.id}")
     backend.close()
 

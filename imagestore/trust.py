@@ -257,6 +257,12 @@ class SignedNames(Names):
     def _known(self) -> "Texts":
         return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
 
+    def require_fresh(self) -> None:
+        """Raises the StoreError for which names would be answered from memory."""
+        reason = self._refresh()
+        if reason is not None:
+            raise reason
+
     def _refresh(self) -> StoreError | None:
         if time.monotonic() - self._refreshed_at_s < _FRESH_S:
             return None
@@ -287,7 +293,7 @@ def _explain(error: Exception, file: str, url: str) -> StoreError:
         cause = error.__cause__ or error
         return cause if isinstance(cause, StoreError) else Unavailable(f"{url}: {file}: {cause}")
     if isinstance(error, tuf.ExpiredMetadataError):
-        if role == "timestamp":
+        if "timestamp" in str(error):
             hint = "somebody holds newer names back, or its owner's `sf mirror refresh` does not run"
             return Denied(f"{url} is frozen: its timestamp is past its date", hint=hint)
         return Denied(f"{url} has expired: {file} is past its date", hint="its owner has to sign anew")

@@ -5,6 +5,7 @@ Format of the streams: https://git.launchpad.net/simplestreams/tree/doc and, for
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,30 +156,28 @@ def added_bytes(manifest: Manifest, older: Manifest | None) -> int:
 
 def streams_index(images: list[Image]) -> dict[str, Any]:
     """`streams/v1/index.json`."""
-    products = sorted({_product(image) for image in images if image.sums})
     entry = {
         "datatype": "image-downloads",
         "format": "products:1.0",
         "path": "streams/v1/images.json",
-        "products": products,
+        "products": sorted(_products(images)),
     }
     return {"format": "index:1.0", "index": {"images": entry}}
 
 
-def streams_images(images: list[Image], manifest: Any) -> dict[str, Any]:
-    """`streams/v1/images.json`: each published image as a product with one version. manifest: Digest to Manifest."""
+def streams_images(images: list[Image], manifest: Callable[[Digest], Manifest]) -> dict[str, Any]:
+    """`streams/v1/images.json`: each published image as a product with one version, its names as aliases."""
     products: dict[str, Any] = {}
-    for image in images:
-        if image.sums is None:
-            continue
+    for product, same in _products(images).items():
+        image, sums = same[0], same[0].sums
+        assert sums is not None
         document = manifest(image.digest)
-        archive = simplestreams_archive(document, image.sums.created_s)
-        sha256 = hashlib.sha256(archive).hexdigest()
+        archive = simplestreams_archive(document, sums.created_s)
         items: dict[str, Any] = {
             "disk.qcow2": {
                 "ftype": "disk-kvm.img",
                 "path": f"{image.path}/disk.qcow2",
-                "sha256": image.sums.qcow2,
+                "sha256": sums.qcow2,
                 "size": plan(document).size_bytes,
             }
         }
@@ -186,19 +185,21 @@ def streams_images(images: list[Image], manifest: Any) -> dict[str, Any]:
             items[file] = {
                 "ftype": file,
                 "path": f"{image.path}/{file}",
-                "sha256": sha256,
+                "sha256": hashlib.sha256(archive).hexdigest(),
                 "size": len(archive),
-                "combined_disk-kvm-img_sha256": image.sums.combined,
+                "combined_disk-kvm-img_sha256": sums.combined,
             }
-        aliases = [f"{image.name}/{image.tag}"] + ([image.name] if image.tag == "latest" else [])
-        products[_product(image)] = {
+        aliases = [f"{one.name}/{one.tag}" for one in same] + [
+            one.name for one in same if one.tag == "latest"
+        ]
+        products[product] = {
             "aliases": ",".join(aliases),
             "arch": image.arch,
             "os": image.os or image.name,
             "release": image.tag,
             "release_title": image.tag,
             "variant": "default",
-            "versions": {version_date(image.sums.created_s): {"items": items}},
+            "versions": {version_date(sums.created_s): {"items": items}},
         }
     return {
         "content_id": "images",
@@ -208,5 +209,10 @@ def streams_images(images: list[Image], manifest: Any) -> dict[str, Any]:
     }
 
 
-def _product(image: Image) -> str:
-    return f"{image.name}:{image.tag}:{image.arch}:default"
+def _products(images: list[Image]) -> dict[str, list[Image]]:
+    """Names of one image together: its clients know images by their checksums and want each once."""
+    found: dict[tuple[str, Digest], list[Image]] = {}
+    for image in images:
+        if image.sums is not None:
+            found.setdefault((image.arch, image.digest), []).append(image)
+    return {f"{same[0].name}:{same[0].tag}:{same[0].arch}:default": same for same in found.values()}

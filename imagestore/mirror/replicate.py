@@ -48,6 +48,8 @@ def replicate(
     """
     target.check_writable()
     source.check_public()
+    if isinstance(source.names, SignedNames):
+        source.names.require_fresh()
     wanted, failed = list(patterns), False
     for record in source.names.list():
         text = f"{record.name}:{record.tag}"
