@@ -209,7 +209,7 @@ def ls(form: str, removed: bool) -> None:
                 "name": f"{r.name}:{r.tag}",
                 "architecture": architecture,
                 "digest": str(digest),
-                "size_bytes": None if form == "name" else store.manifest(digest).size_bytes,
+                "size_bytes": None if form == "name" else store.size_bytes(digest),
                 "removed": r.removed,
                 "modified_s": r.modified_s,
             }

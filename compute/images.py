@@ -105,7 +105,7 @@ def named_images(stores: Iterable[Store]) -> Iterator[NamedImage]:
                 store_url=store.url,
                 revision=record.revision,
                 digests=tuple(str(d) for d in digests),
-                sizes_bytes=tuple(store.manifest(d).size_bytes for d in digests),
+                sizes_bytes=tuple(store.size_bytes(d) for d in digests),
             )
 
 

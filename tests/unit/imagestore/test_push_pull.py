@@ -229,3 +229,11 @@ def test_manifests_survive_their_encoding(store, tmp_path):
     manifest = store.manifest(result.digest)
     assert Manifest.decode(manifest.encode()).digest == result.digest
     assert manifest.labels == (("a", "ü"), ("b", "2"))
+
+
+def test_the_size_of_a_disk_is_read_from_the_first_bytes_of_its_manifest(store, tmp_path):
+    lies = {"size_bytes": "5", 'x"size_bytes":7,': '"size_bytes":9}'}
+    for size, labels in ((6 << 20, {}), (6 << 20, lies), (1 << 20, {"k": "v" * 1000, "l": "w" * 1000})):
+        path = make_raw(tmp_path / "disk.raw", size_bytes=size)
+        digest = push(store, path, "a", labels=labels).digest
+        assert store.size_bytes(digest) == store.manifest(digest).size_bytes == size
