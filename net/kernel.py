@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, Self
@@ -124,6 +124,7 @@ class Netns:
             raise
         self._changing: IPRoute | None = None  # made when first needed: most namespaces are only read
         self._names: dict[int, str] = {}
+        self._indices: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -151,20 +152,27 @@ class Netns:
 
     def links(self) -> dict[str, Link]:
         """Every device but loopback."""
-        self._names = {}
         found = rtnetlink.links(self._reading)
         self._names = {index: link.name for index, link in found.items()}
         return {link.name: link for link in found.values() if link.name != "lo"}
+
+    def link(self, name: str) -> Link | None:
+        """One device, without its master."""
+        found = rtnetlink.find(self._reading, name)
+        return found[1] if found else None
 
     def entries(self, sysctls: Iterable[str]) -> Iterator[Entry]:
         """What `rtnetlink.entries` says, and those sysctls (one that this kernel lacks reads "0")."""
         if not self._names:
             self.links()
         yield from rtnetlink.entries(self._reading, self._names)
+        texts = dict.fromkeys(sysctls, "0")
         with self.entered():
-            texts = {key: path.read_text() for key in sysctls if (path := Path("/proc/sys") / key).exists()}
-        for key in sysctls:
-            yield Entry(Kind.SYSCTL, "", key, texts.get(key, "0").strip())
+            for key in sysctls:
+                with suppress(FileNotFoundError):
+                    texts[key] = Path(f"/proc/sys/{key}").read_text().strip()
+        for key, text in texts.items():
+            yield Entry(Kind.SYSCTL, "", key, text)
 
     def proxies(self) -> Iterator[Entry]:
         if not self._names:
@@ -207,7 +215,7 @@ class Netns:
 
     def move_link(self, name: str, target: "Netns") -> None:
         self._ip.link("set", index=self.index(name), net_ns_fd=target.fd)
-        self._names = {}
+        self._indices.pop(name, None)
 
     def change_link(self, name: str, **attributes: Any) -> None:
         """alias, mtu_bytes, mac, master (name or ""), suppress, learning, up: those that are given."""
@@ -221,14 +229,16 @@ class Netns:
             changes["address"] = attributes["mac"]
         if "master" in attributes:
             changes["master"] = self.index(attributes["master"]) if attributes["master"] else 0
-        if changes:
-            self._ip.link("set", index=index, **changes)
+        state = {"state": "up" if attributes["up"] else "down"} if "up" in attributes else {}
         if "suppress" in attributes or "learning" in attributes:
+            # A port's flags hang on its bridge, and must be there before it is up.
+            self._ip.link("set", index=index, **changes)
             flags = {"neigh_suppress": attributes.get("suppress"), "learning": attributes.get("learning")}
             given = {key: int(value) for key, value in flags.items() if value is not None}
             self._ip.brport("set", index=index, **given)
-        if "up" in attributes:
-            self._ip.link("set", index=index, state="up" if attributes["up"] else "down")
+            changes = {}
+        if changes or state:
+            self._ip.link("set", index=index, **changes, **state)
 
     def delete_link(self, name: str) -> None:
         """Twice is once."""
@@ -237,7 +247,7 @@ class Netns:
         except (NetlinkError, Failed) as error:
             if isinstance(error, NetlinkError) and error.code != errno.ENODEV:
                 raise
-        self._names = {}
+        self._indices.pop(name, None)
 
     def entry(self, item: Entry, *, add: bool) -> None:
         if item.kind is Kind.SYSCTL:
@@ -275,13 +285,12 @@ class Netns:
             self._ip.neigh("replace" if add else "del", ifindex=index, dst=item.key, flags=_PROXY)
 
     def index(self, name: str) -> int:
-        for index, known in self._names.items():
-            if known == name:
-                return index
-        self.links()
-        if name not in self._names.values():
-            raise Failed(f"there is no device {name} in {self.name or 'the host'}")
-        return self.index(name)
+        if name not in self._indices:
+            found = rtnetlink.find(self._reading, name)
+            if not found:
+                raise Failed(f"there is no device {name} in {self.name or 'the host'}")
+            self._indices[name] = found[0]
+        return self._indices[name]
 
     @property
     def _ip(self) -> IPRoute:

@@ -33,14 +33,12 @@ class Plane:
         self._directory = state_dir.resolve() / "net"
         self._lock = threading.RLock()
         self._announce: dict[Entry, int] = {}
+        self._taps: dict[str, str] | None = None  # tap to namespace, from the last look
 
     def observe(self, underlay: IPv4Address = IPv4Address("127.0.0.1")) -> Observed:
         """What is there of ours."""
         with self._lock:
-            try:
-                return observe(self.installation, self._directory, underlay, self._running())
-            except (NetlinkError, OSError) as error:
-                raise Failed(f"the state of the network cannot be read: {error}") from error
+            return self._look(underlay, self._running())
 
     def apply(self, desired: NodeNetworks) -> list[Action]:
         """Makes this node what it must be and says what that took; nothing when it was so already.
@@ -51,8 +49,7 @@ class Plane:
             raise Invalid(f"desired state is {desired.installation}'s, this is {self.installation}")
         with self._lock:
             self._announce_again()
-            self._end_strays()
-            observed = self.observe(desired.underlay)
+            observed = self._look(desired.underlay, self._end_strays())
             refused = too_large(desired, observed)
             kept = tuple(network for network in desired.networks if network not in refused)
             actions = plan(replace(desired, networks=kept), observed)
@@ -109,18 +106,15 @@ class Plane:
         name = port.tap or names.tap(self.installation, port.uuid)
         alias = f"{names.owned(self.installation)}port {port.uuid}"
         with self._lock:
-            for space_name in [*kernel.list_namespaces(names.namespace_prefix(self.installation)), HOST]:
+            for space_name in {self._tap_space(name), HOST}:
                 with Netns(space_name) as space:
-                    held = space.links().get(name)
+                    held = space.link(name)
                     if held is None:
                         continue
-                    link = held
-                    if link.alias not in ("", alias):
-                        raise Conflict(f"there is a device {name} which is not this port's: {link.alias!r}")
-                    if link.carrier:
+                    if held.alias not in ("", alias):
+                        raise Conflict(f"there is a device {name} which is not this port's: {held.alias!r}")
+                    if held.carrier:
                         raise Conflict(f"{name} is held by a running guest", hint="stop the guest first")
-                    if space_name == HOST and link.alias:
-                        return name
                     space.delete_link(name)
             kernel.create_tap(name, alias)
             return name
@@ -130,12 +124,13 @@ class Plane:
         name = port.tap or names.tap(self.installation, port.uuid)
         desired = NodeNetworks(self.installation, port.node)
         with self._lock, Netns(HOST) as host, Netns(self.namespace(network)) as space:
-            there = space.links()
-            if names.bridge(network.vni) not in there:
+            if space.link(names.bridge(network.vni)) is None:
                 raise Failed(f"network {network.name} is not on this node yet", hint="apply it first")
             self._pin(space, network, port, name)
-            if name not in there:
+            if space.link(name) is None:
                 host.move_link(name, space)
+            if self._taps is not None:
+                self._taps[name] = space.name
             link = port_link(desired, network, replace(port, tap=name))
             _change(space, link)
             space.entry(Entry(Kind.FDB, name, port.mac), add=True)
@@ -144,9 +139,9 @@ class Plane:
         """Removes a port's tap wherever it is, held or not, and its filters. Twice is once."""
         name = port.tap or names.tap(self.installation, port.uuid)
         with self._lock:
-            for space_name in [HOST, *kernel.list_namespaces(names.namespace_prefix(self.installation))]:
+            for space_name in {self._tap_space(name), HOST}:
                 with Netns(space_name) as space:
-                    held = space.links().get(name)
+                    held = space.link(name)
                     if held is None:
                         continue
                     if not held.alias.startswith(names.owned(self.installation)):
@@ -154,7 +149,6 @@ class Plane:
                     space.delete_link(name)
                     if space_name != HOST:
                         self._unpin(space, name)
-                    return
 
     def counters(self, network: Network) -> dict[str, dict[str, int]]:
         """Dropped frames by tap and reason (net.nft.REASONS)."""
@@ -271,16 +265,37 @@ class Plane:
                     if running.namespace == space.name:
                         daemon.reload(wanted, running.pid)
                         return
-        self._stop(space.name)
+        if had is not None:
+            self._stop(space.name)
         with space.entered():
             daemon.start(wanted)
 
-    def _end_strays(self) -> None:
+    def _look(self, underlay: IPv4Address, processes: list[dnsmasq.Running]) -> Observed:
+        try:
+            seen = observe(self.installation, self._directory, underlay, processes)
+        except (NetlinkError, OSError) as error:
+            raise Failed(f"the state of the network cannot be read: {error}") from error
+        spaces = ((name, facts.links.values()) for name, facts in seen.namespaces.items())
+        self._taps = {link.name: name for name, links in spaces for link in links if link.kind == "tun"}
+        return seen
+
+    def _end_strays(self) -> list[dnsmasq.Running]:
         """A dnsmasq that outlived the name of its namespace holds it, with the VNI of its mesh device."""
+        kept = []
         for running in self._running():
             path = kernel.DIRECTORY / running.namespace
-            if not path.exists() or path.stat().st_ino != running.netns:
+            if path.exists() and path.stat().st_ino == running.netns:
+                kept.append(running)
+            else:
                 dnsmasq.stop(running.pid)
+        return kept
+
+    def _tap_space(self, name: str) -> str:
+        """Where a tap was seen last: in which namespace, else HOST."""
+        if self._taps is None:
+            self.observe()
+        found = (self._taps or {}).get(name, HOST)
+        return found if found == HOST or (kernel.DIRECTORY / found).exists() else HOST
 
     def _stop(self, namespace: str) -> None:
         for running in self._running():

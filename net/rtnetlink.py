@@ -7,12 +7,11 @@ loop and in attributes that nobody asked for. A reconcile reads hundreds of name
 import socket
 import struct
 from collections.abc import Iterator
-from ipaddress import IPv4Address
 
 from net.errors import Failed
 from net.facts import Entry, Kind, Link
 
-_REQUEST_DUMP, _ERROR, _DONE = 0x301, 2, 3
+_REQUEST, _REQUEST_DUMP, _ERROR, _DONE = 1, 0x301, 2, 3
 _GETLINK, _GETADDR, _GETROUTE, _GETNEIGH = 18, 22, 26, 30
 _MAIN_TABLE, _PROTO_KERNEL = 254, 2
 _NOARP, _PERMANENT = 0x40, 0x80
@@ -57,7 +56,7 @@ def _number(value: bytes | None) -> int:
 
 
 def _ip(value: bytes | None) -> str:
-    return str(IPv4Address(value)) if value else ""
+    return socket.inet_ntoa(value) if value else ""
 
 
 def links(asking: socket.socket) -> dict[int, Link]:
@@ -66,6 +65,19 @@ def links(asking: socket.socket) -> dict[int, Link]:
     messages = [(struct.unpack("=BxHiII", h), a) for h, a in _dump(asking, _GETLINK, header)]
     names = {fixed[2]: _text(attributes.get(3)) for fixed, attributes in messages}
     return {fixed[2]: _link(fixed[3], attributes, names) for fixed, attributes in messages}
+
+
+def find(asking: socket.socket, name: str) -> tuple[int, Link] | None:
+    """One device by its name, with its index but without its master's name."""
+    wanted = name.encode() + b"\0"
+    attribute = struct.pack("=HH", 4 + len(wanted), 3) + wanted + b"\0" * (-len(wanted) % 4)
+    body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + _SKIP_STATS + attribute
+    asking.send(struct.pack("=LHHLL", 16 + len(body), _GETLINK, _REQUEST, 1, 0) + body)
+    answer = asking.recv(1 << 16)
+    if struct.unpack_from("=H", answer, 4)[0] == _ERROR:
+        return None
+    _, _, index, flags, _ = struct.unpack_from("=BxHiII", answer, 16)
+    return index, _link(flags, _attributes(answer, 32, len(answer)), {})
 
 
 def _link(flags: int, attributes: Attributes, names: dict[int, str]) -> Link:
@@ -99,7 +111,7 @@ def entries(asking: socket.socket, names: dict[int, str]) -> Iterator[Entry]:
     for fixed, a in _dump(asking, _GETROUTE, struct.pack("=B11x", socket.AF_INET)):
         length, table, protocol = struct.unpack("=xBxxBB6x", fixed)
         if table == _MAIN_TABLE and protocol != _PROTO_KERNEL:
-            destination = f"{_ip(a.get(1)) or IPv4Address(0)}/{length}"
+            destination = f"{_ip(a.get(1, bytes(4)))}/{length}"
             yield Entry(Kind.ROUTE, names.get(_number(a.get(4)), ""), destination, _ip(a.get(5)))
         elif table == _MAIN_TABLE:
             connected.add((_number(a.get(4)), _ip(a.get(7))))
