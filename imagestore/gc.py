@@ -28,6 +28,7 @@ from imagestore.transfer import Packer, carry, relaid, wanted_frames
 
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
+_ATTEMPTS = 5
 _SIDE_TREES = ("traces", "provenance")
 
 
@@ -260,12 +261,14 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
             if kept:
                 part = index.IndexPart(tuple((pack, inventory.tables[pack].footer) for pack in kept))
                 inventory.parts[index.publish_part(store, part)] = kept
-    hooks, etag = index.read_hooks(store)
-    missing = inventory.parts.keys() - stale - set(hooks.parts)
-    # A part that came after the inventory is there; one that a killed run deleted is not.
-    unknown = set(hooks.parts) - inventory.parts.keys()
-    lost = stale | {name for name in unknown if not exists(store, index.part_key(name))}
-    if lost & set(hooks.parts) or missing:
+    for _ in range(_ATTEMPTS):
+        hooks, etag = index.read_hooks(store)
+        missing = inventory.parts.keys() - stale - set(hooks.parts)
+        # A part that came after the inventory is there; one that a killed run deleted is not.
+        unknown = set(hooks.parts) - inventory.parts.keys()
+        lost = stale | {name for name in unknown if not exists(store, index.part_key(name))}
+        if not (lost & set(hooks.parts) or missing):
+            break
         hooks = hooks.without(lost)
         for name in missing:
             packs = inventory.parts[name]
@@ -273,6 +276,9 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
             hooks = hooks.with_part(name, part, len(part.encode()))
         with contextlib.suppress(Conflict):
             store.backend.put(index.HOOKS_KEY, hooks.encode(), if_match=etag, if_none_match=etag is None)
+            break
+    else:
+        return
     for name in stale:
         store.backend.delete(index.part_key(name))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from imagestore.digest import Digest
 from imagestore.errors import Conflict, NotFound
 from imagestore.layout import Layout
-from imagestore.leases import Condemned, Lease
+from imagestore.leases import LEASE_S, Condemned, Lease
 from imagestore.names import LATEST, NameRecord
 from imagestore.store import Store, derived_key, layout_key, manifest_key, untrashed
 
@@ -35,6 +35,7 @@ def publish(
     etags: dict[str, str] = {}
     named = False
     for _ in range(_ATTEMPTS):
+        began_s = store.backend.now()
         bad = lease.unusable(layout.packs)
         if bad:
             layout = repair(bad)
@@ -47,6 +48,10 @@ def publish(
                 return layout
             for key in lost:
                 etags[key] = store.backend.put(key, objects[key]).etag
+            if store.backend.now() - began_s > LEASE_S:
+                # Suspended for long: what was just written may have been collected. Look again before it is named.
+                etags.clear()
+                continue
             if not named:
                 if set_name is not None:
                     set_name()

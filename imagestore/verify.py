@@ -41,7 +41,7 @@ class VerifyReport:
 
     problems: list[Problem] = field(default_factory=list)
     waste: list[Problem] = field(default_factory=list)
-    """Damage in packs that no image uses and that the collector is about to delete: harmless."""
+    """Damage in what no name, instance or signature needs and the collector will delete: harmless."""
     images: int = 0
     packs: int = 0
     checked_bytes: int = 0
@@ -71,13 +71,13 @@ def verify_store(
     inventory = Inventory.read(store)
     _verify_index(store, inventory, report)
     manifests = {name: stat for name, stat in named(store, "manifests/") if stat.size_bytes}
-    used: set[Digest] = set()
+    packs_of: dict[Digest, set[Digest]] = {name: set() for name in manifests}
     for name in manifests:
         with report.about(manifest_key(name), name):
             manifest = store.manifest(name)
             with report.about(layout_key(name), name):
                 layout = store.layout(name)
-                used |= set(layout.packs)
+                packs_of[name] = set(layout.packs)
                 _verify_layout(inventory, manifest, layout, report)
         report.images += 1
     for name, stat in named(store, "layouts/"):
@@ -99,10 +99,20 @@ def verify_store(
         report.checked_bytes += stat.size_bytes if full else 0
         progress(Progress("verify", report.checked_bytes if full else 0, total))
     with contextlib.suppress(Corrupt, Unsupported):
+        needed = _needed(store)
+        spare = packs_of.keys() - needed
+        used = set().union(*(packs_of[name] for name in packs_of.keys() & needed))
         doomed = {derived_key("packs", pack) for pack in Condemned.read(store).packs.keys() - used}
-        report.waste = [problem for problem in report.problems if problem.key in doomed]
-        report.problems = [problem for problem in report.problems if problem.key not in doomed]
+        for problem in list(report.problems):
+            if problem.key in doomed or problem.image in spare:
+                report.problems.remove(problem)
+                report.waste.append(problem)
     return report
+
+
+def _needed(store: Store) -> set[Digest]:
+    roots = find_roots(store, 0.0, float("inf"))
+    return roots.must | roots.may
 
 
 def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> VerifyReport:
@@ -168,7 +178,8 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
     broken = {key.rpartition("/")[2] for key in inventory.broken_parts}
     for name in set(hooks.parts) - inventory.parts.keys():
         if name.hex() not in broken:
-            report.problems.append(Problem(index.HOOKS_KEY, f"index part {name} is not there"))
+            # A hint that leads nowhere; collectors that meet can leave one.
+            report.waste.append(Problem(index.HOOKS_KEY, f"index part {name} is not there"))
 
 
 def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, report: VerifyReport) -> None:
