@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -351,3 +352,36 @@ def test_no_path_leads_out_of_the_tree(origin: Origin, url: str) -> None:
             text=True,
         )
         assert done.stdout == "404", path
+
+
+def test_every_command_of_the_how_to_works(origin: Origin, tmp_path: Path) -> None:
+    """docs/howto/mirror.md, block by block; a word after `sh` names the machine it is typed on."""
+    text = (Path(__file__).parents[2] / "docs/howto/mirror.md").read_text()
+    blocks = re.findall(r"```sh ?(\w*)\n(.*?)```", text, re.DOTALL)
+    machines = {name: machine(tmp_path / (name or "mirror")) for name in {name for name, _ in blocks}}
+    lists = tmp_path / "lists.toml"
+    lists.write_text(
+        origin.sources.read_text().replace('"tiny"', '"debian"').replace('["1", "latest"]', '["12"]')
+    )
+    words = {"DISK": str(tmp_path / "disk")}
+    done = []
+    with contextlib.ExitStack() as stack:
+        for name, block in blocks:
+            for line in block.splitlines():
+                for placeholder, value in words.items():
+                    line = line.replace(placeholder, value)
+                command = shlex.split(line)[1:]
+                if command[:2] == ["mirror", "serve"]:
+                    url = stack.enter_context(machines[name].serving(*command[2:]))
+                    words.setdefault("URL", url)
+                    continue
+                if command[:2] == ["mirror", "sync"] and "--from" not in command:
+                    command += ["--sources", str(lists)]
+                if "-o" in command:
+                    command[-1] = str(tmp_path / command[-1])
+                out = machines[name].sf(*command).stdout
+                if command == ["mirror", "init"]:
+                    words["FINGERPRINT"] = out.strip()
+                done.append(command[1])
+    assert {"init", "sync", "publish", "refresh", "rotate", "export", "import", "pull", "add"} <= set(done)
+    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", tmp_path / "debian-12.qcow2", origin.raw)
