@@ -8,6 +8,7 @@ Debian's cloud kernel has no AHCI: the config drive must be a virtio-blk disk or
 """
 
 import gzip
+import lzma
 import os
 import re
 import shutil
@@ -47,7 +48,13 @@ def _copy_modules(unpacked: Path, root: Path, busybox: Path) -> None:
     if len(directories) != 1:
         raise BuildError("the kernel package holds no modules where they were expected")
     source, version = directories[0], directories[0].name
-    by_name = {re.sub(r"\.ko.*$", "", path.name): path for path in source.rglob("*.ko*")}
+    for path in source.rglob("*.ko.*"):  # busybox, which will load them, reads neither
+        if path.suffix == ".xz":
+            path.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
+        else:
+            subprocess.run(["zstd", "-qd", path], check=True)
+        path.unlink()
+    by_name = {path.stem: path for path in source.rglob("*.ko")}
     subprocess.run([busybox, "depmod", "-b", unpacked, version], check=True, capture_output=True)
     needs: dict[str, list[str]] = {}
     for line in (source / "modules.dep").read_text().splitlines():
@@ -64,10 +71,7 @@ def _copy_modules(unpacked: Path, root: Path, busybox: Path) -> None:
         waiting.extend(needs.get(name, []))
         target = root / "lib/modules" / version / files[name].relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".zst"):  # Ubuntu compresses modules, which busybox cannot load
-            subprocess.run(["zstd", "-qd", files[name], "-o", target.with_suffix("")], check=True)
-        else:
-            shutil.copy(files[name], target)
+        shutil.copy(files[name], target)
     subprocess.run([busybox, "depmod", "-b", root, version], check=True, capture_output=True)
 
 
