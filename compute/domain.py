@@ -1,8 +1,8 @@
 """A guest as libvirt's domain XML: a pure function of values (https://libvirt.org/formatdomain.html).
 
-q35 with virtio devices. Every disk and backing file says `relabel='no'`, so that libvirt never changes the owner of a
-file that several guests share. The serial console is a pty (reached through libvirt alone, so by nobody without
-rights) whose output qemu also appends to a log file.
+q35 with virtio devices. Images say `relabel='no'`, so that libvirt never changes the owner of a file that several
+guests share; what belongs to one guest it gives to the user that qemu runs as. The serial console is a pty (reached
+through libvirt alone, so by nobody without rights) whose output qemu also appends to a log file.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def overlay_xml(disk: Disk) -> str:
     """A disk's file and backing chain alone: the destination of a block copy."""
     element = ET.Element("disk", {"type": "file", "device": "disk"})
     _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
-    _unlabelled(_add(element, "source", file=str(disk.path)))
+    _add(element, "source", file=str(disk.path))
     _backing(element, disk)
     return ET.tostring(element, encoding="unicode")
 
@@ -126,7 +126,7 @@ def source_of(xml: str, device: str) -> str:
 def _disk(devices: ET.Element, disk: Disk) -> None:
     element = _add(devices, "disk", type="file", device="disk")
     _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
-    _unlabelled(_add(element, "source", file=str(disk.path)))
+    _add(element, "source", file=str(disk.path))
     _backing(element, disk)
     _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
     if disk.serial:
@@ -137,7 +137,7 @@ def _config_drive(devices: ET.Element, path: Path) -> None:
     # virtio-blk, not a SATA CD-ROM: the cloud kernels of distributions have no AHCI.
     element = _add(devices, "disk", type="file", device="disk")
     _add(element, "driver", name="qemu", type="raw")
-    _unlabelled(_add(element, "source", file=str(path)))
+    _add(element, "source", file=str(path))
     _add(element, "target", dev="vdz", bus="virtio")
     _add(element, "readonly")
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 _OWN_DIRECTORIES = ("run", "etc/libvirt", "var/lib/libvirt", "var/log/libvirt", "var/cache/libvirt")
 
-_QEMU_CONF = """\
+QEMU_CONF = """\
 stdio_handler = "file"
 security_driver = "none"
 namespaces = []
@@ -69,12 +69,14 @@ class PrivateHost:
         network: bool = True,
         linger: bool = False,
         libvirtd: bool = True,
+        settings: str = QEMU_CONF,
     ) -> None:
         self._made = directory is None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="sf-host-"))
         self._network = network
         self._linger = linger
         self._with_libvirtd = libvirtd
+        self._settings = settings
         self._holder: subprocess.Popen[str] | None = None
         self.uri = f"qemu:///system?socket={self.directory}/run/libvirt/libvirt-sock"
 
@@ -102,7 +104,7 @@ class PrivateHost:
         for name in _OWN_DIRECTORIES:
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         etc = self.directory / "etc/libvirt"
-        (etc / "qemu.conf").write_text(_QEMU_CONF)
+        (etc / "qemu.conf").write_text(self._settings)
         if not (etc / "libvirtd.conf").exists():
             (etc / "libvirtd.conf").write_text(f'auth_unix_rw = "none"\nhost_uuid = "{uuid.uuid4()}"\n')
         argv = ["unshare", "-m", "-p", *(["-n"] if self._network else [])]

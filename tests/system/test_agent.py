@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import os
+import pwd
+import tempfile
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -28,7 +30,7 @@ from imagestore.digest import Digest
 from imagestore.errors import Corrupt, StoreError
 from imagestore.progress import Progress, Report
 from net.model import Network, NodeNetworks, Port
-from scripts.private_libvirtd import PrivateHost
+from scripts.private_libvirtd import QEMU_CONF, PrivateHost
 from tests.system.boot_sector import boot_sector
 
 pytestmark = pytest.mark.system
@@ -162,6 +164,15 @@ class Bench:
         """The process id of a guest, as the private host numbers it."""
         name = f"sf-{self.installation}-{spec.uuid}"
         return int((self.host.directory / f"run/libvirt/qemu/{name}.pid").read_text())
+
+    def outside(self, pid: int) -> str:
+        """A process of the private host as this machine numbers it."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                text = status.read_text()
+                if f"\nNSpid:\t{status.parent.name}\t{pid}\n" in text and "qemu" in text:
+                    return status.parent.name
+        raise AssertionError(pid)
 
     async def boot(self, agent: Agent, *specs: InstanceSpec) -> None:
         self.desk.want(*specs)
@@ -453,3 +464,34 @@ def test_every_kind_of_disk_firmware_and_display_starts(bench: Bench) -> None:
             await remove(bench, busy, uefi)
 
     asyncio.run(story())
+
+
+def test_a_qemu_that_is_not_root_runs_guests_and_the_shared_image_keeps_its_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As libvirt of Debian and Ubuntu is set up; in the other tests qemu is root."""
+    monkeypatch.setenv("SF_ACCEL", "tcg")
+    conf = QEMU_CONF.replace('"root"', '"nobody"', 1).replace('group = "root"', 'group = "nogroup"')
+    conf = conf.replace("dynamic_ownership = 0", "dynamic_ownership = 1")
+
+    async def story(bench: Bench) -> None:
+        spec = bench.spec(disks=(DiskSpec("vda", str(HELLO)), DiskSpec("vdb", size_bytes=1 << 20)))
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            owner = pwd.getpwnam("nobody").pw_uid
+            assert Path(f"/proc/{bench.outside(bench.qemu(spec))}").stat().st_uid == owner
+            assert (bench.directory / "instances" / spec.uuid / "vda.qcow2").stat().st_uid == owner
+            assert (bench.shelf.directory / HELLO.hex()).stat().st_uid == 0
+            spec = replace(spec, reboot_hard=1)
+            await agent.clear_console(spec.uuid)
+            bench.desk.want(spec)
+            await says(agent, spec, b"HELLO")
+            await remove(bench, spec)
+
+    with PrivateHost(settings=conf, libvirtd=False) as host, tempfile.TemporaryDirectory() as directory:
+        # libvirt asks qemu anew at each call while a /dev/kvm is there that qemu's user may not open.
+        mine = "mknod -m 666 /run/kvm c 10 232 && mount --bind /run/kvm /dev/kvm"
+        host.run(["sh", "-c", f"[ ! -e /dev/kvm ] || {{ {mine}; }}"])
+        host.start_libvirtd()
+        Path(directory).chmod(0o711)
+        asyncio.run(story(Bench(host, Path(directory))))

@@ -52,17 +52,14 @@ def test_it_carries_the_installations_id_and_finds_it_again() -> None:
     assert domain.installation_of("<domain><name>theirs</name></domain>") == ("", "")
 
 
-def test_no_file_is_ever_relabelled_and_formats_are_named() -> None:
-    root = tree(
-        replace(BASE, disks=(*BASE.disks, domain.Disk("vdc", Path("/s/c.qcow2"), Path("/c/i"), bus="scsi")))
-    )
-    sources = [*root.iterfind("devices/disk/source"), *root.iterfind("devices/disk/backingStore/source")]
-    assert len(sources) == 6
-    for source in sources:
-        label = source.find("seclabel")
-        assert label is not None and label.attrib == {"model": "dac", "relabel": "no"}
-    assert [d.get("type") for d in root.iterfind("devices/disk/driver")] == ["qcow2", "qcow2", "qcow2", "raw"]
-    assert [f.get("type") for f in root.iterfind("devices/disk/backingStore/format")] == ["raw", "raw"]
+def test_an_image_that_guests_share_is_never_relabelled_and_formats_are_named() -> None:
+    root = tree(BASE)
+    (shared,) = root.iterfind("devices/disk/backingStore/source")
+    label = shared.find("seclabel")
+    assert label is not None and label.attrib == {"model": "dac", "relabel": "no"}
+    assert len(list(root.iter("seclabel"))) == 1
+    assert [d.get("type") for d in root.iterfind("devices/disk/driver")] == ["qcow2", "qcow2", "raw"]
+    assert [f.get("type") for f in root.iterfind("devices/disk/backingStore/format")] == ["raw"]
 
 
 def test_nothing_listens_without_a_password() -> None:
