@@ -159,10 +159,13 @@ def _wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:
                 raise Problem(f"{name} was deleted meanwhile", hint=hint, code=MISSING)
             up = (_up(api, found) if boot else "created") if state == "created" else ""
             if up:
-                tell(f"{name}: {up} after {gone_s:.1f} s")
-                return found
+                ready = f"{name}: {up} after {gone_s:.1f} s"
+                break
             tell(f"{name}: {found.get('progress') or ('booting' if state == 'created' else state)}")
-    raise Problem(f"{uuid} is not up after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
+        else:
+            raise Problem(f"{uuid} is not up after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
+    say(ready)
+    return found
 
 
 def _up(api: Api, found: Row) -> str:
