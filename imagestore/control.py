@@ -1,8 +1,8 @@
 """The image service's control socket: one JSON object per line each way, `{"op": …}` and `{"ok": …}` or `{"error": …}`.
 
-Operations: attach, settle, detach, sync, booted, figures, pin, unpin, prefetch, prune, ls, leave (end if nobody needs
-you), watch (waits until an event has happened after `after`, at most `wait_s`). Who may connect to the socket may do
-all of it.
+Operations: attach, settle, detach, sync, booted, figures, join (peers), pin, unpin, prefetch, prune, ls, leave (end if
+nobody needs you), watch (waits until an event has happened after `after`, at most `wait_s`). Who may connect to the
+socket may do all of it.
 """
 
 import asyncio
@@ -104,6 +104,9 @@ class ControlServer:
 
     async def _do_leave(self, r: Request) -> None:
         self.alone = True
+
+    async def _do_join(self, r: Request) -> None:
+        await self._service.join(r["me"], r["listen"], r["peers"], bytes.fromhex(r["secret"]))
 
     async def _do_pin(self, r: Request) -> None:
         self._service.pin(Digest.parse(r["image"]), pinned=True)

@@ -119,7 +119,7 @@ class Filling:
 
     # -- asking (event loop)
 
-    async def obtain(self, chunks: range, patience_s: float) -> dict[int, Buffer]:
+    async def obtain(self, chunks: Sequence[int], patience_s: float) -> dict[int, Buffer]:
         """Wait until every one of these chunks is present, except those returned, which could not be kept.
 
         Raises OSError (EIO) when that took longer than `patience_s`.

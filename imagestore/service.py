@@ -17,12 +17,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from imagestore.backend import Buffer
 from imagestore.cache import ImageCache
 from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError, Unsupported
@@ -33,6 +34,7 @@ from imagestore.nbd import NbdServer
 from imagestore.open import open_store
 from imagestore.origin import LocalOrigin, Origin, StoreOrigin
 from imagestore.partial import PartialImage
+from imagestore.peer import PATIENCE_S, PeerOrigin, PeerServer, Site
 from imagestore.reader import Reader
 from imagestore.store import Store
 from imagestore.trace import Recorder, Trace, trace_key
@@ -44,6 +46,8 @@ TRACE_S = 600.0
 """A boot that nobody reported as over ends its trace after this time."""
 _STORE_AGAIN_S = 5.0
 _KEPT_EVENTS = 256
+_RELAY_S = 60.0
+"""An image that is open for peers alone is closed when they have asked nothing for so long."""
 _RELATED = 0.5
 """Share of another image's trace that must be chunks of this one before it is used."""
 _READER = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -89,7 +93,16 @@ class Image:
     local: LocalOrigin
     filling: Filling
     exports: dict[str, tuple[NbdServer, Reader]] = field(default_factory=dict)
-    used_s: float = field(default_factory=time.time)
+    asked_s: float = 0.0
+    """When a peer last wanted something of it."""
+    chunks: dict[bytes, int] = field(default_factory=dict)
+    """Chunk by id, made when a peer asks for the first time."""
+
+    def chunk_of(self, id_: bytes) -> int | None:
+        """The (first) chunk with this id."""
+        if not self.chunks:
+            self.chunks.update((self.partial.id(c), c) for c in range(len(self.partial.starts) - 1, -1, -1))
+        return self.chunks.get(id_)
 
 
 class Stores:
@@ -146,6 +159,8 @@ class ImageService:
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.newest = 0
+        self.site = Site()
+        self._peers = PeerServer(self.site, self._give)
 
     async def start(self) -> None:
         """Open again what guests were reading when the last service ended."""
@@ -175,6 +190,7 @@ class ImageService:
         for image in self._images.values():
             for server, _ in image.exports.values():
                 await server.close()
+        await self._peers.close()
         await self._fetcher.close()
         self.stores.close()
 
@@ -310,7 +326,7 @@ class ImageService:
         layout: Layout | None = None
         if not whole:
             stored = [StoreOrigin(u, partial(self.stores.get, u), digest, manifest) for u in self.stores.urls]
-            origins += stored
+            origins += [PeerOrigin(self.site, digest, manifest), *stored]
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
         image: Image
@@ -332,6 +348,24 @@ class ImageService:
             self._later(self._replay(image))
             self._later(self.prune())
         return image
+
+    async def _give(self, digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
+        """Chunks for a peer, fetched if need be, also of an image that no guest here uses: we own a part of it."""
+        async with self._lock:
+            image = await self._opened(digest)
+        image.asked_s = time.monotonic()
+        asyncio.get_running_loop().call_later(_RELAY_S + 1, lambda: self._later(self._release_unasked(image)))
+        wanted = [ids[at : at + 32] for at in range(0, len(ids), 32)]
+        chunks = [image.chunk_of(one) for one in wanted]
+        if None in chunks:
+            return None
+        loose = await image.filling.obtain([c for c in chunks if c is not None], PATIENCE_S)
+        return [loose.get(c) or image.partial.read_chunk(c) for c in chunks if c is not None]
+
+    async def join(self, me: str, listen: str, peers: Mapping[str, str], secret: bytes) -> None:
+        """Share with these nodes (name to host:port), listening on an address of ours. Raises OSError."""
+        self.site.me, self.site.addresses, self.site.secret = me, dict(peers), secret
+        await self._peers.listen(listen)
 
     def _manifest(self, digest: Digest) -> Manifest:
         with contextlib.suppress(NotFound, Corrupt):
@@ -363,6 +397,12 @@ class ImageService:
             self._event(str(image.digest), "the image is complete", complete=str(path))
         async with self._lock:
             if not image.exports:
+                await self._release(image)
+
+    async def _release_unasked(self, image: Image) -> None:
+        async with self._lock:
+            idle = not image.exports and image.filling.fill is not Fill.NOW
+            if idle and time.monotonic() - image.asked_s > _RELAY_S:
                 await self._release(image)
 
     async def _release(self, image: Image) -> None:

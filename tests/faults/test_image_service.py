@@ -1,5 +1,6 @@
 """The image service as a process: killed, restarted, without its store, with little room."""
 
+import contextlib
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from imagestore.store import Store
 from imagestore.trace import Trace, trace_key
 from tests.drills import rounds, seed
 from tests.imaged import Imaged
+from tests.servers import free_ports
 from tests.tiny_store import CHUNK, disk, put_image
 
 DATA = disk(11, 600)
@@ -235,3 +237,44 @@ def test_a_suspended_client_and_one_that_hammers_leave_the_others_alone(tmp_path
             for process in greedy:
                 process.kill()
                 process.wait()
+
+
+def join(nodes: list[Imaged], secret: str = "5e" * 32) -> None:
+    base = free_ports(len(nodes), first=28000)
+    peers = {f"node{n}": f"127.0.0.1:{base + n}" for n in range(len(nodes))}
+    for number, node in enumerate(nodes):
+        node.ask("join", me=f"node{number}", listen=peers[f"node{number}"], peers=peers, secret=secret)
+
+
+def test_a_crowd_draws_an_image_from_the_store_once(tmp_path: Path) -> None:
+    data = disk(13, 1500)
+    url, (digest,) = make_store(tmp_path / "store", data)
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(Imaged(tmp_path / f"n{n}", url)) for n in range(4)]
+        join(nodes)
+        for node in nodes:
+            node.ask("attach", image=str(digest), reader="vda", fill="now")
+        rows = list[dict[str, int]]()
+        for node in nodes:
+            node.wait_complete(digest)
+            rows.append(node.row(digest)["received"])
+            assert (node.state / "cache" / f"{digest.hex()}.raw").read_bytes() == data
+        stored = sum(
+            path.stat().st_size for path in (tmp_path / "store" / "packs").rglob("*") if path.is_file()
+        )
+        assert sum(row["store"] for row in rows) <= 1.2 * stored
+        assert all(row["peer"] > 0 for row in rows)
+
+
+def test_peers_that_are_away_or_know_another_secret_cost_time_and_nothing_else(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with contextlib.ExitStack() as stack:
+        one, other = (stack.enter_context(Imaged(tmp_path / f"n{n}", url)) for n in range(2))
+        join([one, other])
+        other.ask("join", me="node1", listen="127.0.0.1:0", peers={}, secret="00")
+        other.ask("prefetch", image=str(digest))
+        other.wait_complete(digest)
+        socket = one.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
+        copy_by_nbd(socket, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == DATA
+        assert "peer" not in one.row(digest)["received"]

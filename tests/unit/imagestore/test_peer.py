@@ -1,0 +1,107 @@
+"""Peers that lie, and peers that are asked by strangers."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from imagestore.backend import Buffer
+from imagestore.digest import Digest
+from imagestore.peer import OWNED_CHUNKS, PeerOrigin, PeerServer, Site, sign
+from tests.servers import free_ports
+from tests.tiny_store import disk
+from tests.unit.imagestore.test_fetcher import Node, read
+
+DATA = disk(21, 120)
+SECRET = b"s" * 32
+
+
+def site(me: str, **addresses: str) -> Site:
+    found = Site()
+    found.me, found.addresses, found.secret = me, addresses, SECRET
+    return found
+
+
+def test_all_nodes_agree_on_an_owner_and_each_owns_a_share() -> None:
+    names = {f"n{n}": "" for n in range(5)}
+    sites = [site(name, **names) for name in names]
+    digest = Digest(b"d" * 32)
+    owners = [{one.owner(digest, stretch * OWNED_CHUNKS) for one in sites} for stretch in range(200)]
+    assert all(len(found) == 1 for found in owners)
+    assert len(set().union(*owners)) == 5
+
+
+@pytest.mark.parametrize("lie", ["zeros", "short", "endless", "other", "silence", "refuses"])
+def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
+    tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagestore.peer.PATIENCE_S", -1)  # with its 2 s of grace: a client waits 1 s
+    port = free_ports(1, first=28100)
+
+    async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
+        size = 32768 * (len(ids) // 32)
+        if lie == "silence":
+            await asyncio.sleep(30)
+        return {
+            "zeros": [bytes(size)],
+            "short": [b"x" * 10],
+            "endless": [b"y" * size * 20],
+            "other": [DATA[:size]],
+        }.get(lie)
+
+    async def test() -> None:
+        server = PeerServer(site("liar"), give)
+        await server.listen(f"127.0.0.1:{port}")
+        node = Node(tmp_path, DATA)
+        # All chunks are the liar's, as far as this node knows.
+        ours = site("liar2", liar=f"127.0.0.1:{port}")
+        monkeypatch.setattr(ours, "owner", lambda digest, chunk: "liar", raising=False)
+        async with node.reading(before=[PeerOrigin(ours, node.digest, node.manifest)]) as reader:
+            for offset in range(0, len(DATA), 900_000):
+                assert await read(reader, offset, 5000) == DATA[offset : offset + 5000]
+        assert all(
+            node.partial.check(c, node.partial.read_chunk(c))
+            for c, there in enumerate(node.partial.present)
+            if there
+        )
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(test(), 100))
+
+
+def test_strangers_and_nonsense_get_nothing_from_a_peer(tmp_path: Path) -> None:
+    port = free_ports(1, first=28200)
+    asked: list[bytes] = []
+
+    async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
+        asked.append(ids)
+        return [b"ok"]
+
+    async def test() -> None:
+        server = PeerServer(site("me"), give)
+        await server.listen(f"127.0.0.1:{port}")
+        path, ids = "/chunks/" + "ab" * 32, b"i" * 32
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            for headers in ({}, {"Authorization": sign(b"other", path, ids)}, {"Authorization": "SF é"}):
+                with contextlib.suppress(UnicodeEncodeError):
+                    assert (await client.post(path, content=ids, headers=headers)).status_code == 401
+            good = {"Authorization": sign(SECRET, path, ids)}
+            assert (await client.post(path, content=ids, headers=good)).content == b"ok"
+            with pytest.raises(httpx.HTTPError):
+                await client.get(path)
+            with pytest.raises(httpx.HTTPError):
+                await client.post(path, content=b"x" * 31, headers=good)
+            with pytest.raises(httpx.HTTPError):
+                await client.post(path, content=b"x" * (32 << 20), headers=good)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"\0" * 200_000 + b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+        assert asked == [ids]
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
