@@ -116,10 +116,10 @@ def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
                 readdressed.add(n)
         elif link.kind != "tun":
             actions.append(Action(Verb.ADD, name, link))
+        elif n in host.links and host.links[n].carrier:
+            actions.append(Action(Verb.ADOPT, name, link))
         else:
             absent.add(n)
-            if n in host.links and host.links[n].carrier:
-                actions.append(Action(Verb.ADOPT, name, link))
     # Entries of a device that goes are gone with it, and a new MAC flushes its neighbours; those of a tap that is
     # not there yet come with it.
     held_entries = {

@@ -1,0 +1,142 @@
+"""dnsmasq over the life of a network: adopted, reloaded, started anew; ports that come and go while guests run."""
+
+import os
+import signal
+from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from net import dnsmasq, names
+from net.errors import Conflict
+from net.model import Network
+from net.plane import Plane
+from tests.net.machines import OUTSIDE, Cluster, Node, make_network, make_port
+
+pytestmark = pytest.mark.system
+
+
+def _server(node: Node, network: Network) -> int:
+    prefix = names.namespace(node.plane.installation, network.vni)
+    (running,) = node.space.call(dnsmasq.running, prefix)
+    return running.pid
+
+
+def test_the_server_outlives_its_maker_and_is_adopted_by_the_next(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        node = cluster.nodes[0]
+        network = make_network(make_port(2, "n1"))
+        desired = cluster.apply(network)
+        pid = _server(node, network)
+        assert os.getpgid(pid) != os.getpgid(0)
+        assert os.getsid(pid) != os.getsid(0)
+        node.plane = Plane(cluster.installation, tmp_path / "n1")
+        assert node.apply(desired) == []
+        assert _server(node, network) == pid
+
+
+def test_a_port_that_comes_is_served_by_the_same_process_and_one_that_goes_frees_its_address(
+    tmp_path: Path,
+) -> None:
+    with Cluster(tmp_path) as cluster:
+        node = cluster.nodes[0]
+        one, two = make_port(2, "n1"), make_port(3, "n1")
+        network = make_network(one)
+        cluster.apply(network)
+        pid = _server(node, network)
+        with cluster.guest(network, one) as guest:
+            guest.dhcp()
+            both = replace(network, ports=(one, two))
+            cluster.apply(both)
+            assert _server(node, network) == pid
+            with cluster.guest(both, two) as late:
+                assert IPv4Address(late.dhcp()[0]) == two.address
+                assert late.pings(one.address)
+                node.space.call(node.plane.remove_tap, two)
+                assert not late.pings(one.address, tries=2)
+                node.space.call(node.plane.remove_tap, two)
+            # The address that is free now goes to another MAC, which must get it in spite of the first lease.
+            heir = replace(two, uuid="heir", mac="02:00:00:00:0a:03")
+            cluster.apply(network)
+            desired = cluster.apply(replace(network, ports=(one, heir)))
+            with cluster.guest(replace(network, ports=(one, heir)), heir) as successor:
+                assert IPv4Address(successor.dhcp()[0]) == two.address
+                assert successor.pings(one.address)
+                assert guest.pings(OUTSIDE)
+                assert node.apply(desired) == []
+
+
+def test_a_server_killed_between_its_files_and_its_signal_is_started_anew(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        node = cluster.nodes[0]
+        network = make_network(make_port(2, "n1"))
+        desired = cluster.apply(network)
+        directory = tmp_path / "n1" / "net" / node.plane.namespace(network)
+        for half_done in (
+            lambda: (directory / "loaded").unlink(),
+            lambda: (directory / "hosts").write_text("02:00:00:00:00:66,10.42.0.66\n"),
+            lambda: os.kill(_server(node, network), signal.SIGKILL),
+        ):
+            half_done()
+            assert node.apply(desired) != []
+            assert node.apply(desired) == []
+            assert "02:00:00:00:00:02,10.42.0.2" in (directory / "hosts").read_text()
+            _server(node, network)
+
+
+def test_a_tap_is_never_taken_from_a_running_guest_nor_a_strangers_device_from_anybody(
+    tmp_path: Path,
+) -> None:
+    with Cluster(tmp_path) as cluster:
+        node = cluster.nodes[0]
+        port = make_port(2, "n1")
+        network = make_network(port)
+        desired = cluster.apply(network)
+        with cluster.guest(network, port) as guest, pytest.raises(Conflict, match="held"):
+            node.space.call(node.plane.create_tap, port)
+        # The guest is off now; its tap lies in the network and is made anew for the next start.
+        assert node.space.call(node.plane.create_tap, port) == guest.name
+        assert guest.name in node.space.sh("ip -o link show type tun")
+        assert node.apply(desired) == []
+        node.space.call(node.plane.remove_tap, port)
+        node.space.sh(f"ip tuntap add {guest.name} mode tap && ip link set {guest.name} alias mine")
+        with pytest.raises(Conflict, match="mine"):
+            node.space.call(node.plane.create_tap, port)
+        with pytest.raises(Conflict, match="mine"):
+            node.space.call(node.plane.remove_tap, port)
+
+
+def test_a_tap_whose_agent_died_before_it_was_moved_is_brought_home_by_the_next_reconcile(
+    tmp_path: Path,
+) -> None:
+    with Cluster(tmp_path) as cluster:
+        node = cluster.nodes[0]
+        one, two = make_port(2, "n1"), make_port(3, "n1")
+        network = make_network(one, two)
+        desired = cluster.apply(network)
+        with cluster.guest(network, one) as guest, cluster.guest(network, two) as other:
+            guest.static()
+            other.static()
+            # As it was after the domain's start: held by the guest, in the host's namespace.
+            node.inside(network, f"ip link set {guest.name} netns {node.space.tid}")
+            assert guest.reaches_not(two.address)
+            assert node.apply(desired) != []
+            assert node.apply(desired) == []
+            assert guest.pings(two.address)
+
+
+def test_the_routers_own_floating_address_is_what_the_world_sees(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        port = make_port(2, "n1")
+        network = make_network(port, router_floating=IPv4Address("10.9.9.50"))
+        cluster.apply(network)
+        with cluster.guest(network, port) as guest:
+            guest.static()
+            with cluster.world.sniffing("icmp and dst host 10.9.9.254") as sources:
+                assert guest.pings("10.9.9.254")
+            assert sources == {"10.9.9.50"}
+            assert cluster.world.works("ping -n -c 3 -W 2 10.9.9.50")
+            assert not cluster.world.works(
+                f"ip route add 10.42.0.0/24 via 10.9.9.50 && ping -n -c 2 -W 1 {port.address}"
+            )
