@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from net import names, nft
-from net.facts import HOST, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed
+from net.facts import HOST, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed
 from net.model import Network, NodeNetworks, Peer, Port
 from net.plan import Space, Transaction, Verb, diff, plan
 from net.target import target, transits, without_routers
@@ -147,8 +147,9 @@ def test_a_dead_tap_goes_and_one_that_waits_for_its_guest_stays() -> None:
     (action,) = plan(desired, observed)
     assert (action.verb, action.item) == (Verb.DELETE, dead)
     held = replace(host, links={waits.name: replace(waits, carrier=True)})
-    (action,) = plan(desired, replace(observed, namespaces={**observed.namespaces, HOST: held}))
-    assert (action.verb, action.item.name) == (Verb.ADOPT, waits.name)  # type: ignore[union-attr]
+    adopted, entry = plan(desired, replace(observed, namespaces={**observed.namespaces, HOST: held}))
+    assert (adopted.verb, adopted.item.name) == (Verb.ADOPT, waits.name)  # type: ignore[union-attr]
+    assert entry.item == Entry(Kind.FDB, waits.name, port.mac)
 
 
 def test_only_a_firewall_that_drops_by_policy_gets_a_rule_of_ours() -> None:
