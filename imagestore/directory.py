@@ -21,6 +21,7 @@ _KINDS: dict[int, type[StoreError]] = {
     errno.EISDIR: NotFound,
     errno.ENOSPC: NoSpace,
     errno.EDQUOT: NoSpace,
+    errno.EFBIG: NoSpace,
     errno.EACCES: Denied,
     errno.EPERM: Denied,
     errno.EROFS: Denied,
