@@ -151,7 +151,8 @@ async def ping(ctx: Ctx, ref: str, address: str) -> Response:
 
 @router.get("/networks/{ref}/doctor")
 async def doctor(ctx: Ctx, ref: str) -> Response:
-    """What is not as it should be, on every node: `[{node, problem, fix}]`."""
+    """What is not as it should be, on every node: `[{node, problem, fix}]`. It tells of the hosts: not for tenants."""
+    ctx.admin()
     known = ctx.find(Network, ref)
     return JSONResponse(await ctx.services.controller.examine(known.name))
 
