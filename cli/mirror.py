@@ -1,5 +1,6 @@
 """`sf mirror`: carry images for others, sign their names, serve them."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -304,20 +305,23 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
 @click.option("--keep-gib", default=20.0, show_default=True, help="How much of the upstream is kept.")
 @click.option("--requests", default=512, show_default=True, help="Requests at once.")
 @click.option("--rate", default=0.0, show_default=True, help="Requests a second of one address; 0: any.")
-def serve(host: str, port: int, upstream: str | None, keep_gib: float, requests: int, rate: float) -> None:
+@click.option("--workers", default=min(4, os.cpu_count() or 1), show_default=True, help="Processes.")
+def serve(
+    host: str, port: int, upstream: str | None, keep_gib: float, requests: int, rate: float, workers: int
+) -> None:
     """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""
     from imagestore.mirror import serve as server
-    from imagestore.mirror.pull_through import PullThrough
-    from imagestore.open import open_backend
-    from imagestore.store import Store
 
-    with opened(create=settings().store_is_default) if not upstream else nullcontext() as store:
-        if upstream:
-            keep = settings().state_dir / "mirror" / "pull-through"
-            behind = PullThrough(open_backend(upstream.partition("#")[0]), keep, int(keep_gib * (1 << 30)))
-            store = Store.open(behind)
-        assert store is not None
-        store.check_public()
-        app = server.make_app(store, most_requests=requests, per_second=rate)
-        say(f"serving {store.url} at http://{host}:{port}/")
-        server.serve(app, host, port)
+    if not upstream:
+        with opened(create=settings().store_is_default) as store:
+            store.check_public()
+    options = server.Options(
+        settings().store_url,
+        upstream or "",
+        str(settings().state_dir / "mirror" / "pull-through"),
+        int(keep_gib * (1 << 30)),
+        requests,
+        rate,
+    )
+    say(f"serving {upstream or settings().store_url} at http://{host}:{port}/")
+    server.serve(options, host, port, workers)

@@ -1,11 +1,15 @@
 """`sf mirror serve`: the store's tree for sf, whole disks, simplestreams and pages for everybody else."""
 
 import asyncio
+import json
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -14,12 +18,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from jinja2 import Environment, PackageLoader
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from imagestore.backend import Backend, Buffer
+from imagestore.backend import Buffer
 from imagestore.errors import NotFound, StoreError
 from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_index
 from imagestore.mirror.content import Content, GroupCache, simplestreams_archive
+from imagestore.mirror.pull_through import PullThrough
 from imagestore.mirror.sync import read_provenance
 from imagestore.mirror.tree import Limits, Receive, Scope, Send, Tree, headers_of, key_of, prepare
+from imagestore.open import open_backend, open_store
 from imagestore.qcow2_writer import WRITER, plan
 from imagestore.store import Store
 
@@ -28,6 +34,7 @@ T = TypeVar("T")
 _DISKS = {"disk.raw": "raw", "disk.qcow2": "qcow2"}
 _ARCHIVES = ("incus.tar.xz", "lxd.tar.xz")
 _OPEN_IMAGES = 16
+_OPTIONS = "SF_MIRROR_OPTIONS"
 _SECURITY = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'",
     "x-content-type-options": "nosniff",
@@ -52,16 +59,10 @@ def _environment() -> Environment:
     return environment
 
 
-def make_app(
-    store: Store,
-    *,
-    backend: Backend | None = None,
-    most_requests: int = 512,
-    per_second: float = 0.0,
-) -> Any:
-    """The ASGI application. backend: where the tree is read from, if not from the store's own (a pull-through)."""
+def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0) -> Any:
+    """The ASGI application."""
     app = FastAPI(title="sf mirror", docs_url=None, redoc_url=None, openapi_url=None)
-    tree = Tree(backend or store.backend)
+    tree = Tree(store.backend)
     site = _Site(store)
     registry = CollectorRegistry()
     requests = Counter("sf_mirror_requests", "Requests by kind", ["kind"], registry=registry)
@@ -212,8 +213,49 @@ async def _streamed(first: Buffer, rest: Iterator[Buffer]) -> AsyncIterator[byte
         piece = await asyncio.to_thread(next, rest, None)
 
 
-def serve(app: Any, host: str, port: int) -> None:
-    """Run until interrupted."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to serve. `upstream`: be a cache of that mirror, in `keep`, of `keep_bytes`; else `store` is served."""
+
+    store: str
+    upstream: str = ""
+    keep: str = ""
+    keep_bytes: int = 0
+    most_requests: int = 512
+    per_second: float = 0.0
+
+
+def app_of(options: Options) -> Any:
+    """Opens what is to be served. Raises StoreError, Denied for a private store."""
+    if options.upstream:
+        behind = PullThrough(
+            open_backend(options.upstream.partition("#")[0]), Path(options.keep), options.keep_bytes
+        )
+        store = Store.open(behind)
+    else:
+        store = open_store(options.store)
+    store.check_public()
+    return make_app(store, most_requests=options.most_requests, per_second=options.per_second)
+
+
+def worker() -> Any:
+    """The application of one worker process, which knows its options by the environment."""
+    return app_of(Options(**json.loads(os.environ[_OPTIONS])))
+
+
+def serve(options: Options, host: str, port: int, workers: int) -> None:
+    """Run until interrupted. A pull-through has one worker: only there is each frame fetched once."""
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False, timeout_keep_alive=30)
+    app_of(options)  # what is wrong is said here, not by each worker
+    os.environ[_OPTIONS] = json.dumps(asdict(options))
+    uvicorn.run(
+        "imagestore.mirror.serve:worker",
+        factory=True,
+        workers=1 if options.upstream else workers,
+        host=host,
+        port=port,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=30,
+    )
