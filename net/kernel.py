@@ -49,7 +49,9 @@ def _check(result: int, what: str) -> None:
 
 
 def list_namespaces(prefix: str) -> list[str]:
-    return sorted(p.name for p in DIRECTORY.glob(f"{prefix}*")) if DIRECTORY.is_dir() else []
+    """Those that are a prefix and a VNI in hex."""
+    pattern = prefix + "[0-9a-f]" * 6
+    return sorted(path.name for path in DIRECTORY.glob(pattern)) if DIRECTORY.is_dir() else []
 
 
 def is_namespace(name: str) -> bool:
@@ -165,7 +167,7 @@ class Netns:
         """What `rtnetlink.entries` says, and those sysctls (one that this kernel lacks reads "0")."""
         if not self._names:
             self.links()
-        yield from rtnetlink.entries(self._reading, self._names)
+        yield from rtnetlink.entries(self._reading, self._names, connected_only=bool(self.name))
         texts = dict.fromkeys(sysctls, "0")
         with self.entered():
             for key in sysctls:

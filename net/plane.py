@@ -4,11 +4,10 @@ Every method is synchronous and may be repeated; what was half done by a call th
 and finishes. One lock per Plane, so that calls from several threads come one after the other.
 """
 
-import errno
 import itertools
 import threading
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -105,7 +104,7 @@ class Plane:
         """
         name = port.tap or names.tap(self.installation, port.uuid)
         alias = f"{names.owned(self.installation)}port {port.uuid}"
-        with self._lock:
+        with self._lock, _refusals(f"the tap {name} cannot be made"):
             for space_name in {self._tap_space(name), HOST}:
                 with Netns(space_name) as space:
                     held = space.link(name)
@@ -123,7 +122,12 @@ class Plane:
         """Moves a port's tap into its network's namespace: filters first, then the bridge, then up."""
         name = port.tap or names.tap(self.installation, port.uuid)
         desired = NodeNetworks(self.installation, port.node)
-        with self._lock, Netns(HOST) as host, Netns(self.namespace(network)) as space:
+        with (
+            self._lock,
+            _refusals(f"the tap {name} cannot be moved"),
+            Netns(HOST) as host,
+            Netns(self.namespace(network)) as space,
+        ):
             if space.link(names.bridge(network.vni)) is None:
                 raise Failed(f"network {network.name} is not on this node yet", hint="apply it first")
             self._pin(space, network, port, name)
@@ -136,9 +140,9 @@ class Plane:
             space.entry(Entry(Kind.FDB, name, port.mac), add=True)
 
     def remove_tap(self, port: Port) -> None:
-        """Removes a port's tap wherever it is, held or not, and its filters. Twice is once."""
+        """Removes a port's tap wherever it is, held or not. Twice is once. Its filters go when it is not desired."""
         name = port.tap or names.tap(self.installation, port.uuid)
-        with self._lock:
+        with self._lock, _refusals(f"the tap {name} cannot be removed"):
             for space_name in {self._tap_space(name), HOST}:
                 with Netns(space_name) as space:
                     held = space.link(name)
@@ -147,8 +151,6 @@ class Plane:
                     if not held.alias.startswith(names.owned(self.installation)):
                         raise Conflict(f"the device {name} is not ours: alias {held.alias!r}")
                     space.delete_link(name)
-                    if space_name != HOST:
-                        self._unpin(space, name)
 
     def counters(self, network: Network) -> dict[str, dict[str, int]]:
         """Dropped frames by tap and reason (net.nft.REASONS)."""
@@ -167,32 +169,14 @@ class Plane:
         return dnsmasq.running(names.namespace_prefix(self.installation))
 
     def _pin(self, space: Netns, network: Network, port: Port, tap: str) -> None:
-        """This port's filters on top of those that are there; the next apply finds the table as it wants it."""
-        whole = nft.ports_table(self.installation, network, {tap: port})
-        table = f"list table bridge {names.table(self.installation)}"
-        have = nft.parse(space.nft(table, json=True))["bridge", whole.name]
-        taps = have.elements[nft.TAPS]
-        chains = {**have.chains, **whole.chains}
-        items = frozenset((key, value) for key, value in taps.items if key != tap)
-        want = replace(
-            whole,
-            chains=chains,
-            elements={nft.TAPS: replace(whole.elements[nft.TAPS], items=items | {(tap, f"goto p-{tap}")})},
-            counters=have.counters | whole.counters,
+        """This port's filters, where the last apply did not know the port yet."""
+        own = nft.ports_table(self.installation, network, {tap: port})
+        have = nft.parse(space.nft(f"list table bridge {own.name}", json=True))["bridge", own.name]
+        taps = replace(
+            have.elements[nft.TAPS], items=have.elements[nft.TAPS].items | own.elements[nft.TAPS].items
         )
-        if want != have:
-            space.nft(nft.script(want, have))
-
-    def _unpin(self, space: Netns, tap: str) -> None:
-        name = names.table(self.installation)
-        have = nft.parse(space.nft(f"list table bridge {name}", json=True))["bridge", name]
-        taps = have.elements[nft.TAPS]
-        want = replace(
-            have,
-            chains={n: chain for n, chain in have.chains.items() if n != f"p-{tap}"},
-            elements={nft.TAPS: replace(taps, items=frozenset(i for i in taps.items if i[0] != tap))},
-            counters=frozenset(c for c in have.counters if c.rpartition("-")[0] != tap),
-        )
+        chains, counters = {**have.chains, **own.chains}, have.counters | own.counters
+        want = replace(own, chains=chains, elements={nft.TAPS: taps}, counters=counters)
         if want != have:
             space.nft(nft.script(want, have))
 
@@ -243,8 +227,8 @@ class Plane:
                 if item.kind is Kind.PROXY:
                     self._announce.pop(item, None)
                     if add:
-                        kernel.announce(item.dev, item.key)
-                        self._announce[item] = 2
+                        self._announce[item] = 3
+                        self._announce_again(item)
             case Transaction() as item:
                 space.nft(item.commands)
             case Admission() as item:
@@ -271,10 +255,8 @@ class Plane:
             daemon.start(wanted)
 
     def _look(self, underlay: IPv4Address, processes: list[dnsmasq.Running]) -> Observed:
-        try:
+        with _refusals("the state of the network cannot be read"):
             seen = observe(self.installation, self._directory, underlay, processes)
-        except (NetlinkError, OSError) as error:
-            raise Failed(f"the state of the network cannot be read: {error}") from error
         spaces = ((name, facts.links.values()) for name, facts in seen.namespaces.items())
         self._taps = {link.name: name for name, links in spaces for link in links if link.kind == "tun"}
         return seen
@@ -303,18 +285,24 @@ class Plane:
                 dnsmasq.stop(running.pid)
         dnsmasq.Daemon(self._directory, namespace).forget()
 
-    def _announce_again(self) -> None:
-        """A neighbour ignores a second MAC within a second of the first, so floating IPs are announced at the
-        next two reconciles as well."""
-        for proxy, left in list(self._announce.items()):
-            try:
+    def _announce_again(self, *proxies: Entry) -> None:
+        """A neighbour ignores a second MAC within a second of the first, so floating IPs are announced when they
+        come and at the next two reconciles."""
+        for proxy in proxies or tuple(self._announce):
+            with suppress(OSError):  # a device that is down or gone has nobody to tell
                 kernel.announce(proxy.dev, proxy.key)
-            except OSError as error:
-                if error.errno not in (errno.ENODEV, errno.ENETDOWN):
-                    raise
-            self._announce[proxy] = left - 1
-            if left <= 1:
+            self._announce[proxy] -= 1
+            if not self._announce[proxy]:
                 del self._announce[proxy]
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """The kernel's errors as ours."""
+    try:
+        yield
+    except (NetlinkError, OSError) as error:
+        raise Failed(f"{what}: {error}") from error
 
 
 def _create(link: Link, space: Netns, host: Netns) -> None:

@@ -102,10 +102,10 @@ def _link(flags: int, attributes: Attributes, names: dict[int, str]) -> Link:
     )
 
 
-def entries(asking: socket.socket, names: dict[int, str]) -> Iterator[Entry]:
+def entries(asking: socket.socket, names: dict[int, str], *, connected_only: bool) -> Iterator[Entry]:
     """Addresses, routes, FDB and neighbours (IPv4) without what the kernel put there itself.
 
-    An address whose subnet's route was taken away does not count.
+    `connected_only`: an address does not count whose subnet's route was taken away.
     """
     connected = set()
     for fixed, a in _dump(asking, _GETROUTE, struct.pack("=B11x", socket.AF_INET)):
@@ -117,7 +117,7 @@ def entries(asking: socket.socket, names: dict[int, str]) -> Iterator[Entry]:
             connected.add((_number(a.get(4)), _ip(a.get(7))))
     for fixed, a in _dump(asking, _GETADDR, struct.pack("=BxxxI", socket.AF_INET, 0)):
         length, index = struct.unpack("=xBxxI", fixed)
-        if length == 32 or (index, _ip(a.get(2))) in connected:
+        if not connected_only or length == 32 or (index, _ip(a.get(2))) in connected:
             yield Entry(Kind.ADDRESS, names.get(index, ""), f"{_ip(a.get(2))}/{length}")
     for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=B11x", socket.AF_BRIDGE)):
         index, state = struct.unpack("=xxxxiHxx", fixed)

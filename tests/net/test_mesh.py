@@ -1,5 +1,6 @@
 """Several nodes: guests that meet across the mesh, routers that move, nodes that lose their lease or all they had."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -208,6 +209,8 @@ def test_what_a_hand_changed_on_the_host_is_repaired(cluster: Cluster, command: 
     if "dnsmasq" in command:
         for pid in node.space.processes():
             node.space.sh(f"kill -9 {pid}")
+        while node.space.processes():
+            time.sleep(0.01)
     else:
         node.space.sh(command.format(**words))
     assert node.apply(replace(desired, networks=(network,))) != []
