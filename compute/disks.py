@@ -28,63 +28,59 @@ class Disks:
 
     async def move(self, device: str) -> None:
         """Move a running disk to a second overlay over the raw file, once that is complete and if it costs little."""
-        disk = next((d for d in self._owner.spec.disks if d.device == device), None)
-        figures = await self._owner.host.images.figures(self.reader(device))
+        owner = self._owner
+        disk = next((d for d in owner.spec.disks if d.device == device), None)
+        figures = await owner.host.images.figures(self.reader(device))
         if figures:
-            await self._owner.save(arrived={**self._owner.record.arrived, device: figures})
+            await owner.save(arrived={**owner.record.arrived, device: figures})
         if (
             disk is None
-            or device in self._owner.record.deferred
+            or device in owner.record.deferred
             or figures.get("present_bytes") != figures.get("data_bytes")
         ):
             return
-        backing = self._owner.host.images.complete(disk.image)
+        backing = owner.host.images.complete(disk.image)
         if backing is None:
             return
         old, new = self.overlay(device, second=False), self.overlay(device, second=True)
-        if why := await self._owner.host.do(_costly, old):
-            await self._owner.save(deferred=(*self._owner.record.deferred, device))
-            self._owner.event(
+        if why := await owner.host.do(_costly, old):
+            await owner.save(deferred=(*owner.record.deferred, device))
+            owner.event(
                 f"{device}: the image is complete; it is read directly from the next start on, since {why}"
             )
             return
-        await self._owner.save(moving=device)
+        await owner.save(moving=device)
         began = time.monotonic()
         new.unlink(missing_ok=True)
-        await self._owner.host.do(overlay.create, new, overlay.virtual_size(old), backing, 0)
+        await owner.host.do(overlay.create, new, overlay.virtual_size(old), backing, 0)
         try:
-            await self._owner.host.do(
-                self._owner.host.hypervisor.move_disk,
-                self._owner.spec.uuid,
+            await owner.host.do(
+                owner.host.hypervisor.move_disk,
+                owner.spec.uuid,
                 domain.Disk(device, new, backing),
             )
         except ComputeError as err:
-            self._owner.event(f"{device}: not moved to the complete image: {err}")
-            await self._owner.save(deferred=(*self._owner.record.deferred, device))
+            owner.event(f"{device}: not moved to the complete image: {err}")
+            await owner.save(deferred=(*owner.record.deferred, device))
         if await self.end_move():
-            self._owner.event(
-                f"{device}: the image is complete and read directly now", time.monotonic() - began
-            )
+            owner.event(f"{device}: the image is complete and read directly now", time.monotonic() - began)
 
     async def end_move(self) -> bool:
         """Finish or undo a move; what libvirt says the disk is on decides, whatever was meant. True if it was moved."""
-        device, hypervisor, uuid = (
-            self._owner.record.moving,
-            self._owner.host.hypervisor,
-            self._owner.spec.uuid,
-        )
-        await self._owner.host.do(hypervisor.stop_moving, uuid, device)
+        owner = self._owner
+        device, hypervisor, uuid = owner.record.moving, owner.host.hypervisor, owner.spec.uuid
+        await owner.host.do(hypervisor.stop_moving, uuid, device)
         old, new = self.overlay(device, second=False), self.overlay(device, second=True)
-        on = domain.source_of(await self._owner.host.do(hypervisor.xml, uuid), device)
+        on = domain.source_of(await owner.host.do(hypervisor.xml, uuid), device)
         if on != str(new):
             new.unlink(missing_ok=True)
-            await self._owner.save(moving="")
+            await owner.save(moving="")
             return False
-        served = tuple(d for d in self._owner.record.served if d != device)
-        await self._owner.save(moved=(*self._owner.record.moved, device), served=served, moving="")
+        served = tuple(d for d in owner.record.served if d != device)
+        await owner.save(moved=(*owner.record.moved, device), served=served, moving="")
         old.unlink(missing_ok=True)
-        await self._owner.host.do(hypervisor.drop_nbd, uuid, device)
-        await self._owner.host.images.settled(self.reader(device))
+        await owner.host.do(hypervisor.drop_nbd, uuid, device)
+        await owner.host.images.settled(self.reader(device))
         return True
 
 
