@@ -1,0 +1,280 @@
+"""The read-only backend: what the contract says of reading, against nginx; and servers that lie."""
+
+import contextlib
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from imagestore.directory import Directory
+from imagestore.errors import Corrupt, Denied, NotFound, Unavailable, Unsupported
+from imagestore.http import Http
+from imagestore.open import open_backend, open_store
+from imagestore.store import Store
+from imagestore.wrappers import Retried
+from tests.web import nginx
+from tests.world import World, disk
+
+DATA = bytes(range(256)) * 40
+Answer = Callable[[socket.socket, bytes], None]
+
+
+PLACES = """
+location /moved/ { rewrite ^/moved/(.*)$ /$1 redirect; }
+location /down/ { return 302 ftp://127.0.0.1/; }
+location /secret/ { return 403; }
+location /busy/ { return 503; }
+"""
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Directory, str]]:
+    directory = Directory(tmp_path / "store")
+    directory.put("packs/ab/cd", DATA)
+    directory.put("a/empty", b"")
+    with nginx(tmp_path / "store", tmp_path / "nginx", PLACES) as url:
+        yield directory, url
+
+
+def test_reading_keeps_the_contract(served: tuple[Directory, str]) -> None:
+    http = Http(served[1])
+    whole = http.get("packs/ab/cd")
+    assert whole.data == DATA and whole.stat == http.stat("packs/ab/cd")
+    assert whole.stat.size_bytes == len(DATA)
+    assert http.get("packs/ab/cd", 10, 5).data == DATA[10:15]
+    assert http.get("packs/ab/cd", 10, 5).stat == whole.stat
+    assert http.get("packs/ab/cd", len(DATA) - 3).data == DATA[-3:]
+    assert http.get("a/empty").data == b""
+    assert abs(whole.stat.modified_s - served[0].stat("packs/ab/cd").modified_s) < 2
+    for start, length in [(0, len(DATA) + 1), (len(DATA), 1), (len(DATA) + 9, 1)]:
+        with pytest.raises(Corrupt):
+            http.get("packs/ab/cd", start, length)
+    for ask in (http.get, http.stat):
+        with pytest.raises(NotFound):
+            ask("names/debian/12")
+    served[0].put("packs/ab/cd", b"other")
+    assert http.stat("packs/ab/cd").etag != whole.stat.etag
+
+
+def test_it_writes_and_lists_nothing(served: tuple[Directory, str]) -> None:
+    http = Http(served[1])
+    for act in (lambda: http.put("a", b""), lambda: http.delete("a"), lambda: list(http.list(""))):
+        with pytest.raises(Unsupported):
+            act()
+
+
+def test_statuses_have_their_kinds_and_redirects_go_to_web_servers_only(
+    served: tuple[Directory, str],
+) -> None:
+    assert Http(f"{served[1]}/moved").get("packs/ab/cd", 1, 2).data == DATA[1:3]
+    for place, kind in [("secret", Denied), ("busy", Unavailable), ("down", Denied)]:
+        with pytest.raises(kind):
+            Http(f"{served[1]}/{place}").get("packs/ab/cd")
+
+
+def test_a_store_on_a_web_server_is_read_like_any_other(tmp_path: Path) -> None:
+    world = World(tmp_path / "world", backend=Directory(tmp_path / "store"))
+    digest = world.push("a", disk(1))
+    with nginx(tmp_path / "store", tmp_path / "nginx") as url:
+        world.store = open_store(url)
+        assert world.store.names.get("a").digest("x86_64") == digest
+        world.check("a")
+        with pytest.raises(NotFound):
+            world.store.names.get("b")
+        with pytest.raises(Denied):
+            world.store.check_writable()
+        with pytest.raises(NotFound):
+            open_store(f"{url}/nothing")
+
+
+@contextlib.contextmanager
+def liar(answer: Answer) -> Iterator[str]:
+    """A server whose every connection is answered by `answer(connection, request)`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection, contextlib.suppress(OSError):
+                    answer(connection, connection.recv(65536))
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def sends(status: str, body: bytes, *headers: str, after: Answer | None = None) -> Answer:
+    head = "\r\n".join([f"HTTP/1.1 {status}", "Connection: close", *headers]) + "\r\n\r\n"
+
+    def answer(connection: socket.socket, request: bytes) -> None:
+        connection.sendall(head.encode() + body)
+        if after is not None:
+            after(connection, request)
+
+    return answer
+
+
+def drip(connection: socket.socket, _: bytes) -> None:
+    for _ in range(200):
+        connection.sendall(b"x")
+        time.sleep(0.02)
+
+
+RANGE = "Content-Range: bytes 10-14/100"
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (sends("200 OK", bytes(100), "Content-Length: 100"), Corrupt),
+        (
+            sends("206 Partial Content", bytes(5), "Content-Length: 5", "Content-Range: bytes 0-4/100"),
+            Corrupt,
+        ),
+        (sends("206 Partial Content", bytes(5), "Content-Length: 5"), Corrupt),
+        (
+            sends("206 Partial Content", bytes(9), "Content-Length: 9", "Content-Range: bytes 10-18/100"),
+            Corrupt,
+        ),
+        (sends("206 Partial Content", bytes(3), "Content-Length: 5", RANGE), Unavailable),
+        (sends("206 Partial Content", bytes(3), RANGE), Unavailable),
+        (sends("206 Partial Content", bytes(50), RANGE), Corrupt),
+        (sends("206 Partial Content", bytes(5), "Content-Encoding: gzip", RANGE), Corrupt),
+        (sends("206 Partial Content", b"", "Content-Length: 99999999999", RANGE), Corrupt),
+        (sends("302 Found", b"", "Location: /again"), Unavailable),
+        (lambda connection, _: None, Unavailable),
+        (sends("rubbish", b""), Unavailable),
+    ],
+    ids=[
+        *[
+            "range ignored",
+            "another range",
+            "no content-range",
+            "too long a range",
+            "truncated",
+            "truncated at close",
+        ],
+        *["endless body", "re-encoded", "huge length", "redirect loop", "hangs up", "no http"],
+    ],
+)
+def test_a_lying_server_is_found_out(answer: Answer, kind: type[Exception]) -> None:
+    with liar(answer) as url, pytest.raises(kind):
+        Http(url, patience_s=2).get("packs/ab/cd", 10, 5)
+
+
+def test_a_body_that_drips_is_given_up() -> None:
+    drips = sends(
+        "206 Partial Content",
+        b"",
+        "Content-Length: 100000",
+        "Content-Range: bytes 0-99999/100000",
+        after=drip,
+    )
+    with liar(drips) as url, pytest.raises(Unavailable, match="in time"):
+        Http(url, patience_s=0.3).get("packs/ab/cd", 0, 100_000)
+
+
+def test_a_server_that_says_nothing_is_given_up() -> None:
+    with liar(lambda connection, _: time.sleep(3)) as url, pytest.raises(Unavailable):
+        Http(url, patience_s=0.2).get("packs/ab/cd")
+
+
+def test_a_passing_fault_is_retried_and_a_lie_is_not() -> None:
+    asked: list[bytes] = []
+
+    def answer(connection: socket.socket, request: bytes) -> None:
+        asked.append(request)
+        good = sends("206 Partial Content", b"hello", "Content-Length: 5", RANGE)
+        bad = sends("503 Busy", b"", "Content-Length: 0")
+        (good if len(asked) > 2 else bad)(connection, request)
+
+    with liar(answer) as url:
+        assert Retried(Http(url), sleep=lambda _: None).get("packs/ab/cd", 10, 5).data == b"hello"
+        assert len(asked) == 3
+        assert b"range: bytes=10-14" in asked[0].lower()
+        with pytest.raises(Corrupt):
+            Retried(Http(url), sleep=lambda _: None).get("packs/ab/cd", 11, 5)
+        assert len(asked) == 4
+
+
+def test_a_wrong_byte_in_a_manifest_is_found(tmp_path: Path) -> None:
+    world = World(tmp_path / "world", backend=Directory(tmp_path / "store"))
+    digest = world.push("a", disk(1))
+    path = next((tmp_path / "store" / "manifests").rglob("*/*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with nginx(tmp_path / "store", tmp_path / "nginx") as url, pytest.raises(Corrupt):
+        open_store(url).manifest(digest)
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+
+    def proxy(connection: socket.socket, request: bytes) -> None:
+        asked.append(request)
+        sends("200 OK", b"hi", "Content-Length: 2")(connection, request)
+
+    with liar(proxy) as url:
+        monkeypatch.setenv("HTTP_PROXY", url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        assert Http("http://images.example/sf").get("store.json").data == b"hi"
+        assert asked[0].startswith(b"GET http://images.example/sf/store.json ")
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        with pytest.raises(Unavailable):
+            Http("https://images.example/sf").get("store.json")
+        assert asked[1].startswith(b"CONNECT images.example:443 ")
+
+
+def test_a_private_authority_is_believed_only_when_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    def answer(connection: socket.socket, _: bytes) -> None:
+        raise AssertionError("not without TLS")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                    with context.wrap_socket(connection, server_side=True) as tls:
+                        sends("200 OK", b"hi", "Content-Length: 2")(tls, tls.recv(65536))
+                except (ssl.SSLError, ConnectionError):
+                    continue
+                except OSError:
+                    return
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(Denied, match="certificate"):
+            Http(url).get("store.json")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert Http(url).get("store.json").data == b"hi"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_credentials_in_a_url_are_not_shown(served: tuple[Directory, str]) -> None:
+    backend = open_backend(served[1].replace("http://", "http://me:secret@"))
+    assert "secret" not in backend.url
+    with pytest.raises(NotFound) as caught:
+        Store.open(backend)
+    assert "secret" not in str(caught.value)
