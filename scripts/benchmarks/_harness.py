@@ -187,6 +187,10 @@ class Bench:
             )
         return done.stdout
 
+    def apart(self, work: Callable[[], Any]) -> Any:
+        """Run a callable in a forked child, unmeasured: what it allocates is in nobody's peak."""
+        return _measure(Contestant("a preparation", work)).result
+
     def contest(self, contestants: Sequence[Contestant], rounds: int = 3) -> list[Measurement]:
         """Measure all of them `rounds` times each (--rounds wins), taking turns; in their order."""
         rounds = self._rounds or rounds
