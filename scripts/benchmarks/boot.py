@@ -1,7 +1,7 @@
 """Booting before the image has arrived: a boot's reads over a slow link, present reads, versions, a whole guest.
 
-The link is a veth between two network namespaces with `tc netem` on both ends; nginx serves the store on the far
-side, the image service runs on the near one. The reads are those of real boots of the Debian image (variant A), noted
+nginx serves the store behind a link of a given rate and round trip (benchmarks._link: the test machine's kernel has no
+netem). The reads are those of real boots of the Debian image (variant A), noted
 once per image under the corpus; the trace that is replayed comes from another boot than the reads.
 
     SF_BENCH_BOOT="replay nbd versions guest"    which parts (default: all)
@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +29,22 @@ from compute import overlay
 from imagestore.control import ControlClient
 from imagestore.digest import Digest
 from imagestore.errors import StoreError
+from imagestore.imaged import control_socket
 from imagestore.manifest import Manifest
 from imagestore.nbd import NbdServer
 from imagestore.open import open_store
 from imagestore.push import push
 from imagestore.trace import Trace, trace_key
+from tests.servers import free_ports
 
 LINKS = ((1000, 20), (100, 50))
 """Mbit/s and round trip in ms."""
-PORT = 28080
 BOOT_S = 1800
 Read = tuple[int, int]
 
 
 def run(bench: Bench) -> None:
-    parts = os.environ.get("SF_BENCH_BOOT", "nbd replay versions guest").split()
+    parts = os.environ.get("SF_BENCH_BOOT", "nbd replay crowd versions guest").split()
     disks = corpus()
     bench.version("qemu", ["qemu-img", "--version"])
     bench.version("nginx", ["nginx", "-v"])
@@ -57,6 +58,8 @@ def run(bench: Bench) -> None:
         for rate, delay in LINKS:
             with Link(bench, store, rate, delay) as link:
                 _replays(bench, link, store, digest, reads, other)
+    if "crowd" in parts:
+        _crowd(bench, store, digest, _reads(bench, disks["A"], 0))
     if "versions" in parts:
         _versions(bench, store, digest, disks["E"], disks["B"])
     if "guest" in parts:
@@ -74,8 +77,12 @@ class Service:
     state: Path
     process: "subprocess.Popen[bytes]"
 
+    @property
+    def client(self) -> ControlClient:
+        return ControlClient(control_socket(self.state))
+
     def ask(self, op: str, **arguments: Any) -> Any:
-        return asyncio.run(ControlClient(self.state / "run" / "imaged.sock").ask(op, **arguments))
+        return asyncio.run(self.client.ask(op, **arguments))
 
     def row(self, digest: Digest) -> dict[str, Any]:
         found: dict[str, Any] = next(row for row in self.ask("ls")["images"] if row["digest"] == str(digest))
@@ -88,9 +95,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(bench: Bench, state: Path, store: str, *prefix: str) -> Iterator[Service]:
+def service(bench: Bench, state: Path, store: str) -> Iterator[Service]:
     with (bench.dir("log") / "imaged").open("ab") as log:
-        argv = [*prefix, sys.executable, "-m", "imagestore.imaged", str(state), store]
+        argv = [sys.executable, "-m", "imagestore.imaged", str(state), store]
         process = subprocess.Popen(argv, stdout=log, stderr=log)
     found = Service(state, process)
     try:
@@ -110,56 +117,42 @@ def service(bench: Bench, state: Path, store: str, *prefix: str) -> Iterator[Ser
 
 
 class Link:
-    """Two namespaces with a shaped veth between them, and nginx on the far side."""
+    """nginx with the store, behind a link of some rate and round trip."""
 
-    def __init__(self, bench: Bench, store: Path, rate_mbit: int, delay_ms: int) -> None:
+    def __init__(self, bench: Bench, store: Path, rate_mbit: float, delay_ms: float) -> None:
         self.bench, self.store = bench, store
         self.rate_mbit, self.delay_ms = rate_mbit, delay_ms
-        token = secrets.token_hex(3)
-        self.near, self.far = f"sfb{token}n", f"sfb{token}f"
-        self.url = f"http://10.213.0.2:{PORT}/"
-        self.name = f"{rate_mbit}mbit_{delay_ms}ms"
+        self.name = f"{rate_mbit:g}mbit_{delay_ms:g}ms"
 
     def __enter__(self) -> "Link":
         self._stack = contextlib.ExitStack()
-        for namespace, other, address in ((self.near, self.far, 1), (self.far, self.near, 2)):
-            self._ip("netns", "add", namespace)
-            self._stack.callback(self._ip, "netns", "del", namespace)
-            del other, address
-        self._ip(
-            "link", "add", "v0", "netns", self.near, "type", "veth", "peer", "name", "v0", "netns", self.far
-        )
-        for namespace, address in ((self.near, 1), (self.far, 2)):
-            self._ip("-n", namespace, "addr", "add", f"10.213.0.{address}/30", "dev", "v0")
-            self._ip("-n", namespace, "link", "set", "v0", "up")
-            shape = [
-                "netem",
-                "delay",
-                f"{self.delay_ms / 2}ms",
-                "rate",
-                f"{self.rate_mbit}mbit",
-                "limit",
-                "20000",
-            ]
-            self.bench.run(["tc", "-n", namespace, "qdisc", "add", "dev", "v0", "root", *shape])
+        port = free_ports(2, first=28300)
+        self.url = f"http://127.0.0.1:{port}/"
         conf = self.bench.dir("nginx") / f"{self.name}.conf"
         conf.write_text(
             f"daemon off; worker_processes 1; pid {conf}.pid; error_log {conf}.log; user root;\n"
             "events { worker_connections 256; }\n"
-            f"http {{ access_log off; sendfile on; server {{ listen 10.213.0.2:{PORT}; root {self.store}; }} }}\n"
+            f"http {{ access_log off; sendfile on; keepalive_requests 100000; "
+            f"server {{ listen 127.0.0.1:{port + 1}; root {self.store}; }} }}\n"
         )
-        argv = ["ip", "netns", "exec", self.far, "nginx", "-e", f"{conf}.log", "-c", str(conf)]
-        nginx = subprocess.Popen(argv)
-        self._stack.callback(nginx.wait)
-        self._stack.callback(nginx.terminate)
-        time.sleep(1)
+        link = [sys.executable, "-m", "benchmarks._link", port, port + 1, self.rate_mbit, self.delay_ms]
+        for argv in (["nginx", "-e", f"{conf}.log", "-c", conf], link):
+            process = subprocess.Popen([str(word) for word in argv])
+            self._stack.callback(process.wait)
+            self._stack.callback(process.terminate)
+        self._wait(port)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _ip(self, *arguments: str) -> None:
-        self.bench.run(["ip", *arguments])
+    def _wait(self, port: int) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}store.json", timeout=5):
+                return
+            time.sleep(0.1)
+        raise Failed(f"nginx does not answer on {port}")
 
     def bare_s(self, size_bytes: int) -> float:
         """What so many bytes need on the bare link: their time at full rate and one round trip."""
@@ -281,6 +274,35 @@ def _touched(manifest: Manifest, reads: list[Read]) -> list[int]:
 # The parts
 
 
+def _crowd(bench: Bench, store: Path, digest: Digest, reads: list[Read], nodes: int = 10) -> None:
+    """Many nodes replay a boot at once; what leaves the store, against what one of them would have fetched."""
+    opened = open_store(store.as_uri())
+    manifest, layout = opened.manifest(digest), opened.layout(digest)
+    frames = set(layout.chunk_frames[_touched(manifest, reads)].tolist())
+    needed = sum(int(layout.frame_sizes[frame]) for frame in frames)
+    port, secret = free_ports(10, first=28600), "5e" * 32
+    peers = {f"n{number}": f"127.0.0.1:{port + number}" for number in range(nodes)}
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(Link(bench, store, 200, 20))
+        states = [bench.fresh(f"crowd{number}") for number in range(nodes)]
+        there = [stack.enter_context(service(bench, state, link.url)) for state in states]
+        for (name, address), one in zip(peers.items(), there, strict=True):
+            one.ask("join", me=name, listen=address, peers=peers, secret=secret)
+
+        async def all_of_them() -> float:
+            asked = (one.client.ask("attach", image=str(digest), reader="vda", fill="never") for one in there)
+            sockets = [Path(found["path"]) for found in await asyncio.gather(*asked)]
+            return max(await asyncio.gather(*(_replay(socket, reads, 4) for socket in sockets)))
+
+        took = asyncio.run(all_of_them())
+        rows = [one.row(digest)["received"] for one in there]
+    left = sum(row.get("store", 0) for row in rows)
+    bench.number("crowd_slowest_s", took, "s")
+    bench.number("crowd_from_store", left / 2**20, "MiB")
+    bench.number("crowd_from_peers", sum(row.get("peer", 0) for row in rows) / 2**20, "MiB")
+    bench.ratio("crowd_store_vs_one_boot", left, needed, at_most=1.2)
+
+
 def _replays(
     bench: Bench, link: Link, store: Path, digest: Digest, reads: list[Read], other: list[Read]
 ) -> None:
@@ -303,7 +325,7 @@ def _replays(
             samples = []
             for _ in range(3):
                 state = bench.fresh("state")
-                with service(bench, state, link.url, "ip", "netns", "exec", link.near) as imaged:
+                with service(bench, state, link.url) as imaged:
                     socket = Path(imaged.ask("attach", image=str(digest), reader="vda", fill="now")["path"])
                     took = asyncio.run(_replay(socket, reads, depth))
                     row = imaged.row(digest)
@@ -376,7 +398,7 @@ def _guest(bench: Bench, link: Link, digest: Digest, disk: Path) -> None:
     row: dict[str, Any] = {}
     for number in range(2):
         state = bench.fresh("state")
-        with service(bench, state, link.url, "ip", "netns", "exec", link.near) as imaged:
+        with service(bench, state, link.url) as imaged:
             socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
             nbd = f"nbd+unix:///?socket={socket}"
             lazy_s.append(_boot(bench, work / "lazy.qcow2", nbd, "raw", size_bytes))
