@@ -268,12 +268,13 @@ def judge(report: "VerifyReport", what: str, good: str) -> None:
 @click.argument("new")
 def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
     """Give an image of the store another name as well."""
+    from imagestore import publish
     from imagestore.names import check_architecture, parse_reference
 
     target, machine = written(new), check_architecture(architecture)
     with opened(write=True, alone=single_writer) as store:
         digest = _digest(store, parse_reference(name), machine)
-        store.names.set(*target, machine, digest)
+        publish.tag(store, digest, *target, machine)
     print(f"{':'.join(target)} {digest}")
 
 
@@ -300,8 +301,10 @@ def untag(name: str, single_writer: bool, only: str | None) -> None:
 @image.add(examples="sf image undelete debian:11")
 def undelete(name: str, single_writer: bool) -> None:
     """Bring back a name that was removed, as long as gc has not collected it."""
+    from imagestore import publish
+
     with opened(write=True, alone=single_writer) as store:
-        record = store.names.undelete(*written(name))
+        record = publish.undelete(store, *written(name))
     print(" ".join([f"{record.name}:{record.tag}", *map(str, record.images.values())]))
 
 
