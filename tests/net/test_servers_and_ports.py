@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -21,6 +22,12 @@ def _server(node: Node, network: Network) -> int:
     prefix = names.namespace(node.plane.installation, network.vni)
     (running,) = node.space.call(dnsmasq.running, prefix)
     return running.pid
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        time.sleep(0.01)
 
 
 def test_the_server_outlives_its_maker_and_is_adopted_by_the_next(tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_a_server_killed_between_its_files_and_its_signal_is_started_anew(tmp_pa
         for half_done in (
             lambda: (directory / "loaded").unlink(),
             lambda: (directory / "hosts").write_text("02:00:00:00:00:66,10.42.0.66\n"),
-            lambda: os.kill(_server(node, network), signal.SIGKILL),
+            lambda: _kill(_server(node, network)),
         ):
             half_done()
             assert node.apply(desired) != []
