@@ -191,6 +191,8 @@ class Names:
             found = self._backend.get(key)
         except NotFound:
             return NameRecord(name, tag)
+        if not found.data:  # deleted, where deletes know no conditions
+            return NameRecord(name, tag, etag=found.stat.etag)
         record = NameRecord.decode(found.data, etag=found.stat.etag, modified_s=found.stat.modified_s)
         if (record.name, record.tag) != (name, tag):
             raise Corrupt(f"{self._backend.url}/{key} holds the name {record.name}:{record.tag}")

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from imagestore.backend import Backend
 from imagestore.digest import Digest
@@ -51,9 +51,9 @@ def open_backend(url: str) -> Backend:
     parts = urlsplit(url)
     wrong = Invalid(f"not a store's URL: {url[:200]!r}", hint=_FORMS)
     if parts.scheme in ("", "file"):
-        if parts.netloc or not parts.path or parts.query or not (parts.scheme == "" or parts.path[0] == "/"):
+        if parts.netloc or not parts.path or (parts.scheme and (parts.query or parts.path[0] != "/")):
             raise wrong
-        return Counted(Directory(Path(parts.path)))
+        return Counted(Directory(Path(unquote(parts.path) if parts.scheme else url)))
     if not parts.hostname:
         raise wrong
     if parts.scheme == "s3":

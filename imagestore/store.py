@@ -141,7 +141,7 @@ class Store:
         """Raises NotFound, Corrupt."""
         from imagestore.manifest import Manifest
 
-        data = untrashed(self.backend.get(manifest_key(digest)).data)
+        data = self._content(manifest_key(digest))
         if Digest.of(data) != digest:
             raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
         return Manifest.decode(data)
@@ -159,16 +159,21 @@ class Store:
     def has_manifest(self, digest: Digest) -> bool:
         """One request without a body."""
         try:
-            self.backend.stat(manifest_key(digest))
+            return self.backend.stat(manifest_key(digest)).size_bytes > 0
         except NotFound:
             return False
-        return True
 
     def layout(self, manifest: Digest) -> "Layout":
         """Where the chunks of a manifest lie, as of now. Raises NotFound, Corrupt."""
         from imagestore.layout import Layout
 
-        return Layout.decode(untrashed(self.backend.get(layout_key(manifest)).data), manifest)
+        return Layout.decode(self._content(layout_key(manifest)), manifest)
+
+    def _content(self, key: str) -> bytes:
+        data = untrashed(self.backend.get(key).data)
+        if not data:  # deleted, where deletes know no conditions
+            raise NotFound(f"{self.url}/{key}: no such object")
+        return data
 
 
 def trashed(data: bytes) -> bytes:

@@ -204,6 +204,34 @@ def test_a_tombstone_of_another_life_is_not_removed_by_an_old_etag(world: World)
         world.memory.delete("names/a/latest", if_match=record.etag)
 
 
+class NoConditionalDeletes(Memory):
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        if if_match is not None:
+            raise Unsupported("no conditional deletes here")
+        super().delete(key)
+
+
+def test_where_deletes_know_no_conditions_objects_are_emptied(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.memory = NoConditionalDeletes(clock=lambda: world.now_s)
+    world.store = Store.init(world.memory)
+    digest = world.push("a", disk(1))
+    world.store.names.remove("a")
+    world.collect_for(120)
+    assert [world.stored(tree) for tree in ("packs", "manifests", "layouts", "index", "names")] == [0] * 5
+    assert not world.store.has_manifest(digest)
+    for ask in (world.store.manifest, world.store.layout):
+        with pytest.raises(NotFound):
+            ask(digest)
+    with pytest.raises(NotFound):
+        world.store.names.get("a")
+    world.check_all()
+    world.push("a", disk(1))
+    world.check_all()
+    world.collect_for(120)
+    world.check_all()
+
+
 def test_a_manifest_marked_as_trash_is_still_read(world: World) -> None:
     digest = world.push("a", disk(1))
     world.store.names.remove("a")
