@@ -9,7 +9,7 @@ from net import names
 from net.facts import Admission, Dnsmasq, Entry, Kind, Link, Observed
 from net.model import NodeNetworks
 from net.plan import Action, Space, Transaction, Verb, plan
-from net.target import VXLAN_OVERHEAD_BYTES, has_uplink, tap_name
+from net.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, tap_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Finding:
 
 def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Finding]:
     """Everything wrong on this node. `ruleset` is nft's JSON listing of the host."""
+    meshed = is_meshed(desired)
     by_space = {names.namespace(desired.installation, n.vni): n.name for n in desired.networks}
     findings = [
         Finding(by_space.get(action.namespace, action.namespace or "host"), _words(action))
@@ -35,7 +36,7 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
             if facts and port.node == desired.node and tap_name(desired, port) not in facts.links:
                 text = f"{port.hostname or port.uuid} has no tap here: its guest is off, or not started yet"
                 findings.append(Finding(network.name, text))
-        if observed.mtu_bytes and len(desired.peers) > 1:
+        if observed.mtu_bytes and meshed:
             room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
             if network.mtu_bytes > room:
                 text = f"packets of {network.mtu_bytes} bytes do not fit the mesh, which carries {room}"
@@ -83,84 +84,78 @@ def _difference(action: Action) -> str:
 
 def _firewall(desired: NodeNetworks, ruleset: str) -> Iterator[Finding]:
     """Rules of other tables that refuse what our uplinks forward, or VXLAN from a node."""
-    objects = json.loads(ruleset)["nftables"] if ruleset.strip() else []
-    rules: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for rule in (o["rule"] for o in objects if "rule" in o):
-        rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule)
+    own, prefix = names.table(desired.installation), names.host_uplink_prefix(desired.installation)
+    firewall = _Firewall(ruleset, own)
     uplinks = any(has_uplink(desired, network) for network in desired.networks)
-    for chain in (o["chain"] for o in objects if "chain" in o):
-        hook, family, table = chain.get("hook"), chain["family"], chain["table"]
-        if family not in ("ip", "inet") or table == names.table(desired.installation):
+    forwarded = [("packets from our uplinks", "iifname"), ("packets to our uplinks", "oifname")]
+    for chain in firewall.chains:
+        at = (chain["family"], chain["table"], chain["name"])
+        if at[0] not in ("ip", "inet") or at[1] == own:
             continue
-        prefix = names.host_uplink_prefix(desired.installation)
-        if hook == "forward" and uplinks:
-            for key, ways in (("iifname", "from"), ("oifname", "to")):
-                verdict = _walk(rules, (family, table, chain["name"]), {key: prefix}, chain["policy"])
-                if verdict:
-                    text = f"the host's firewall refuses packets {ways} our uplinks: {verdict}"
-                    fix = f'nft insert rule {family} {table} {chain["name"]} {key} "{prefix}*" accept'
-                    yield Finding("", text, fix)
-        elif hook == "input" and len(desired.peers) > 1:
-            verdict = _walk(rules, (family, table, chain["name"]), {"dport": "4789"}, chain["policy"])
-            if verdict:
-                text = f"the host's firewall refuses the mesh (UDP 4789): {verdict}"
-                yield Finding(
-                    "", text, f"nft insert rule {family} {table} {chain['name']} udp dport 4789 accept"
-                )
+        packets = []
+        if chain.get("hook") == "forward" and uplinks:
+            packets = [(what, {key: prefix}, f'{key} "{prefix}*"') for what, key in forwarded]
+        elif chain.get("hook") == "input" and is_meshed(desired):
+            packets = [("the mesh's packets", {"dport": "4789"}, "udp dport 4789")]
+        for what, packet, match in packets:
+            if why := firewall.refusal(at, packet, chain["policy"]):
+                fix = f"nft insert rule {' '.join(at)} {match} accept"
+                yield Finding("", f"the host's firewall refuses {what}: {why}", fix)
 
 
-def _walk(
-    rules: Mapping[tuple[str, str, str], list[dict[str, Any]]],
-    at: tuple[str, str, str],
-    packet: Mapping[str, str],
-    policy: str,
-    seen: frozenset[tuple[str, str, str]] = frozenset(),
-) -> str:
-    """What refuses such a packet in a chain, in words; "" where nothing does for sure, "accept" never."""
-    verdict = _verdict(rules, at, packet, seen)
-    if verdict is None and policy == "drop":
-        return f"the policy of chain {' '.join(at)} is to drop"
-    return verdict or ""
+class _Firewall:
+    """A ruleset, walked by a packet of which we know a device or a port."""
+
+    def __init__(self, ruleset: str, own: str) -> None:
+        objects = json.loads(ruleset)["nftables"] if ruleset.strip() else []
+        self.chains = [o["chain"] for o in objects if "chain" in o]
+        self._own = own
+        self._rules: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for rule in (o["rule"] for o in objects if "rule" in o):
+            self._rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule)
+
+    def refusal(self, at: tuple[str, ...], packet: Mapping[str, str], policy: str) -> str:
+        """What surely refuses the packet in a base chain, in words, or ""."""
+        verdict = self._verdict(at, packet)
+        if verdict is None and policy == "drop":
+            return f"the policy of chain {' '.join(at)} is to drop"
+        return verdict or ""
+
+    def _verdict(self, at: tuple[str, ...], packet: Mapping[str, str]) -> str | None:
+        """None: no rule decides; "": accepted; else the rule that refuses. The kernel allows no loops."""
+        for rule in self._rules.get(at, []):
+            # An accept of ours also asks for the sender's address, which we do not know.
+            ours = rule.get("comment", "").startswith(f"{self._own}:")
+            matches = [e["match"] for e in rule["expr"] if "match" in e]
+            extensions = [e["xt"] or {} for e in rule["expr"] if "xt" in e]  # of iptables, in a word each
+            if any(x.get("type") == "match" and x.get("name") != "comment" for x in extensions):
+                continue
+            if not all(_holds(match, packet, unknown=ours) for match in matches):
+                continue
+            for expression in rule["expr"]:
+                target = (expression.get("xt") or {}).get("name")
+                if "drop" in expression or "reject" in expression or target in ("DROP", "REJECT"):
+                    where = " ".join(at)
+                    return f"rule {rule['handle']} of chain {where} (nft -a list chain {where})"
+                if "accept" in expression:
+                    return ""
+                if "return" in expression:
+                    return None
+                if called := expression.get("jump") or expression.get("goto"):
+                    inner = self._verdict((*at[:2], called["target"]), packet)
+                    if inner is not None:
+                        return inner
+        return None
 
 
-def _verdict(
-    rules: Mapping[tuple[str, str, str], list[dict[str, Any]]],
-    at: tuple[str, str, str],
-    packet: Mapping[str, str],
-    seen: frozenset[tuple[str, str, str]],
-) -> str | None:
-    """None: no rule decides; "": accepted; else the rule that refuses."""
-    for rule in rules.get(at, []) if at not in seen else []:
-        matches = [e["match"] for e in rule["expr"] if "match" in e]
-        extensions = [e["xt"] or {} for e in rule["expr"] if "xt" in e]  # of iptables, in a word each
-        if any(x.get("type") == "match" and x.get("name") != "comment" for x in extensions):
-            continue
-        if not all(_holds(match, packet) for match in matches):
-            continue
-        for expression in rule["expr"]:
-            refused = "drop" in expression or "reject" in expression
-            if refused or (expression.get("xt") or {}).get("name") in ("REJECT", "DROP"):
-                comment = f" ({rule['comment']!r})" if "comment" in rule else ""
-                return f"rule {rule['handle']} of chain {' '.join(at)}{comment}; see nft -a list chain {' '.join(at)}"
-            if "accept" in expression:
-                return ""
-            if "return" in expression:
-                return None
-            if target := expression.get("jump") or expression.get("goto"):
-                inner = _verdict(rules, (*at[:2], target["target"]), packet, seen | {at})
-                if inner is not None:
-                    return inner
-    return None
-
-
-def _holds(match: dict[str, Any], packet: Mapping[str, str]) -> bool:
-    """Whether a match surely holds for such a packet: on the interface or port that we know, nothing else."""
+def _holds(match: dict[str, Any], packet: Mapping[str, str], *, unknown: bool) -> bool:
+    """Whether a match holds for such a packet; `unknown` where that cannot be said."""
     left, right = match["left"], match["right"]
     key = ""
     if isinstance(left, dict):
         key = str(left.get("meta", {}).get("key") or left.get("payload", {}).get("field"))
     if key not in packet or not isinstance(right, str | int):
-        return False
+        return unknown
     known, text = packet[key], str(right)
     same = known.startswith(text[:-1]) or text.startswith(known) if text.endswith("*") else text == known
     return same if match["op"] == "==" else not same

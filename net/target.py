@@ -34,6 +34,11 @@ def routes_here(desired: NodeNetworks, network: Network) -> bool:
     return network.router_node == desired.node
 
 
+def is_meshed(desired: NodeNetworks) -> bool:
+    """Whether there is any other node; the list of peers may hold this one or not."""
+    return any(peer.node != desired.node for peer in desired.peers)
+
+
 def outer_addresses(network: Network) -> list[IPv4Address]:
     """Addresses of the uplink's side that this network's router answers for."""
     own = [network.router_floating] if network.router_floating else []
@@ -184,7 +189,7 @@ def _unrouted(name: str, facts: Facts) -> Facts:
 
 def too_large(desired: NodeNetworks, observed: Observed) -> list[Network]:
     """Networks that are not here yet and whose packets the mesh's underlay cannot carry."""
-    if not observed.mtu_bytes or all(peer.node == desired.node for peer in desired.peers):
+    if not observed.mtu_bytes or not is_meshed(desired):
         return []
     limit = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
     return [

@@ -67,6 +67,18 @@ def test_a_host_rule_that_blocks_the_uplink_is_named_and_its_fix_works(tmp_path:
             assert _asked(node, desired) == []
 
 
+def test_a_firewall_that_drops_by_policy_is_no_finding_once_our_rules_are_in_it(tmp_path: Path) -> None:
+    with Cluster(tmp_path, 2) as cluster:
+        network = make_network(make_port(2, "n2"))
+        node = cluster.nodes[0]
+        node.space.sh("iptables -P FORWARD DROP; iptables -P INPUT DROP; nft add table inet strict")
+        node.space.sh('nft "add chain inet strict in { type filter hook input priority 0; policy drop; }"')
+        desired = cluster.desired(network)
+        assert len([f for f in _asked(node, desired) if "host's firewall" in f.text]) > 3
+        cluster.apply(network)
+        assert _asked(node, desired) == []
+
+
 def test_rules_about_other_devices_are_not_blamed(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         network = make_network()
