@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 from compute import accel
-from compute.errors import ComputeError, NotFound, Unavailable
+from compute.errors import ComputeError, Unavailable
 from compute.guest import Guest
 from compute.image_jobs import Cache, ImageJobs
 from compute.libvirt_adapter import Hypervisor
+from compute.operations import Operations
 from compute.owner import Host, Plane
 from compute.spec import (
     InstanceSpec,
@@ -82,8 +83,9 @@ class Agent:
         self._guests: dict[str, Guest] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._deleted: set[str] = set()
-        self._networks: NodeNetworks | None = None
+        self._registered: NodeFacts | None = None
         self._trouble = ""
+        self.operations = Operations(node_name, plane, self._plane_lock, self._guests)
         self._statuses: list[InstanceStatus] = []
         self._events: deque[NodeEvent] = deque(maxlen=_KEPT_EVENTS)
         self._to_report = asyncio.Event()
@@ -96,7 +98,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         self._state_dir.mkdir(parents=True, exist_ok=True)
         verdict = await loop.run_in_executor(self._pool, accel.find, self._state_dir)
-        await self._patiently(self._controller.register, self._node, self._facts(verdict), self)
+        await self._register(verdict)
         desired = await self._patiently(self._controller.desired, self._node, 0, 0)
 
         def notified(uuid: str, what: str) -> None:
@@ -155,6 +157,13 @@ class Agent:
                 log.warning("the server does not answer: %s", err)
                 await asyncio.sleep(_RETRY_S)
 
+    async def _register(self, verdict: accel.Verdict) -> None:
+        """Say what this machine is, if that changed: images come and go."""
+        facts = await asyncio.to_thread(self._facts, verdict)
+        if facts != self._registered:
+            await self._patiently(self._controller.register, self._node, facts, self.operations)
+            self._registered = facts
+
     async def _follow(self, host: Host, desired: NodeDesired) -> None:
         """Act on each desired state, and look again at intervals."""
         orphans_known, quiet = False, 0
@@ -164,6 +173,7 @@ class Agent:
             if not orphans_known:
                 orphans_known = await self._adopt_orphans(host, desired)
             self._apply_instances(host, desired)
+            await self._register(host.verdict)
             wait_s = _WAIT_S if quiet > 1 and orphans_known else _RETRY_S
             desired = await self._patiently(self._controller.desired, self._node, desired.revision, wait_s)
 
@@ -179,7 +189,7 @@ class Agent:
                     self._note(NodeEvent("node", self._node, time.time(), "status", f"networks: {err}"))
                 self._trouble = str(err)
                 return False
-        self._networks, self._trouble = networks, ""
+        self.operations.networks, self._trouble = networks, ""
         return not done
 
     async def _adopt_orphans(self, host: Host, desired: NodeDesired) -> bool:
@@ -294,7 +304,7 @@ class Agent:
             with contextlib.suppress(ValueError):
                 self._events.remove(event)
 
-    # Consoles, and what the server asks (spec.NodeOperations)
+    # Looking after
 
     async def _cutting(self) -> None:
         """Keep console logs within their limit: with stdio_handler = "file" nobody else does."""
@@ -304,42 +314,6 @@ class Agent:
             await asyncio.get_running_loop().run_in_executor(
                 self._pool, lambda ls: [c.cut() for c in ls], logs
             )
-
-    def _guest(self, uuid: str) -> Guest:
-        found = self._guests.get(uuid)
-        if found is None:
-            raise NotFound(f"no instance {uuid} on node {self._node}")
-        return found
-
-    async def console(self, instance_uuid: str, length: int) -> bytes:
-        """The last `length` bytes of the serial console; -1 for all that is kept."""
-        return await asyncio.to_thread(self._guest(instance_uuid).console.tail, length)
-
-    async def clear_console(self, instance_uuid: str) -> None:
-        """Forget what the console said so far."""
-        await asyncio.to_thread(self._guest(instance_uuid).console.clear)
-
-    async def doctor(self) -> list[tuple[str, str, str]]:
-        """What of this node's networks is not as desired, in words."""
-        if self._networks is None:
-            return []
-        async with self._plane_lock:
-            found = await asyncio.to_thread(self._plane.doctor, self._networks)
-        return [(one.network, one.text, one.fix) for one in found]
-
-    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
-        """Ping from inside a network's namespace: three packets, at most five seconds."""
-        networks = self._networks.networks if self._networks else ()
-        network = next((n for n in networks if n.uuid == network_uuid), None)
-        if network is None:
-            raise NotFound(f"network {network_uuid} is not on node {self._node}")
-        argv = ["ip", "netns", "exec", self._plane.namespace(network)]
-        argv += ["ping", "-c", "3", "-i", "0.3", "-w", "5", str(IPv4Address(address))]
-        done = await asyncio.create_subprocess_exec(
-            *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-        out, err = await done.communicate()
-        return out.decode().splitlines(), err.decode().splitlines()
 
     def _facts(self, verdict: accel.Verdict) -> NodeFacts:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -351,4 +325,5 @@ class Agent:
             release=self._release,
             accel=str(verdict),
             mtu_bytes=self._mtu_bytes,
+            images=self._images.here(),
         )

@@ -147,7 +147,7 @@ class Controller:
     # What agents call
 
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
-        """Say what the machine is, at every start of its agent. A node that was never joined is the server's own."""
+        """Say what the machine is, at every start of its agent and when its images change."""
 
         def action(txn: Transaction) -> None:
             known = txn.find(Node, node)
@@ -156,7 +156,8 @@ class Controller:
             plain = to_plain(facts)
             if (known.facts, known.state) != (plain, "created"):
                 txn.update(replace(known, facts=plain, state="created", lastseen_s=time.time()))
-            txn.event(Node.KIND, node, "its agent started", type="status", **plain)
+            if known.facts == plain or {**known.facts, "images": plain["images"]} != plain:
+                txn.event(Node.KIND, node, "its agent started", type="status", **plain)
 
         await self._act(action, node)
         self.attach(node, operations)

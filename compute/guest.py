@@ -69,7 +69,7 @@ class Guest(Owner):
         self._wake.set()
 
     async def run(self) -> None:
-        """Own the instance until nothing of it is left, or until cancelled (the guest runs on)."""
+        """Until nothing of it is left, or until cancelled: then the guest runs on."""
         await self.host.do(self.load)
         self._wake.set()
         while not self.gone:
@@ -125,15 +125,16 @@ class Guest(Owner):
         if state.power == "off" and self.record.phase is Phase.UP:
             if state.ended == "unknown":  # libvirtd knows nothing of its end: the machine was rebooted
                 await self.save(phase=Phase.STARTING)
-            elif state.ended == "halted":
-                await self._end("the guest powered itself off", crashed=False)
-            elif state.ended == "destroyed":
-                await self._end("somebody else stopped the guest", crashed=False)
-            else:
-                name = domain.name(self.host.installation, self.spec.uuid)
-                await self._end(
-                    f"qemu was killed or crashed; see /var/log/libvirt/qemu/{name}.log", crashed=True
+            elif state.ended in ("halted", "destroyed"):
+                who = (
+                    "the guest powered itself off"
+                    if state.ended == "halted"
+                    else "somebody stopped the guest"
                 )
+                await self._end(who, crashed=False)
+            else:
+                log_file = f"{domain.name(self.host.installation, self.spec.uuid)}.log"
+                await self._end(f"qemu was killed or crashed; see {log_file} of libvirt", crashed=True)
         return state
 
     async def _end(self, why: str, *, crashed: bool) -> None:
@@ -294,10 +295,7 @@ class Guest(Owner):
         return InstanceState.CREATED if self.record.created else InstanceState.CREATING
 
     def _stage_error(self) -> InstanceState:
-        return {
-            InstanceState.PREFLIGHT: InstanceState.PREFLIGHT_ERROR,
-            InstanceState.CREATING: InstanceState.CREATING_ERROR,
-        }.get(self._stage, InstanceState.CREATED_ERROR)
+        return InstanceState(f"{self._stage}-error")
 
     async def _failed(self, err: Exception) -> None:
         """Say why. Before the first start it is an error for good; later the instance stays, with its reason."""
@@ -341,15 +339,11 @@ class Guest(Owner):
         )
 
     def _publish(self, stage: InstanceState, state: DomainState, message: str = "", **more: Any) -> None:
+        ready = "ready" if self._agent_ready else ""
+        accel = str(self.host.verdict)
         self.host.publish(
             InstanceStatus(
-                uuid=self.spec.uuid,
-                state=stage,
-                power_state=state.power,
-                error_message=message,
-                accel=str(self.host.verdict),
-                agent_state="ready" if self._agent_ready else "",
-                **more,
+                self.spec.uuid, stage, state.power, message, accel=accel, agent_state=ready, **more
             )
         )
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from imagestore.cache import Cached
 from imagestore.digest import Digest
 from imagestore.progress import Progress, Report
 
@@ -28,6 +29,8 @@ class Cache(Protocol):
     def ensure(self, digest: Digest, progress: Report, cancel: threading.Event) -> Path: ...
 
     def path(self, digest: Digest) -> Path: ...
+
+    def list(self) -> Sequence[Cached]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,10 @@ class ImageJobs:
         """What a guest that is about to start reads its image from; `reader` names its disk."""
         path = await self.path(digest, say)
         return Backing(path, path.stat().st_size)
+
+    def here(self) -> tuple[str, ...]:
+        """Digests of the images that are complete."""
+        return tuple(str(image.digest) for image in self._cache.list())
 
     def complete(self, digest: str) -> Path | None:
         """The complete raw file of an image, if it is here."""

@@ -26,6 +26,7 @@ from compute.spec import (
     NodeOperations,
     Power,
 )
+from imagestore.cache import Cached
 from imagestore.digest import Digest
 from imagestore.errors import Corrupt, StoreError
 from imagestore.progress import Progress, Report
@@ -52,7 +53,7 @@ class Desk:
         self._changed.set()
 
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
-        assert facts.cpus > 0 and facts.memory_mib > 0
+        assert facts.cpus > 0 and facts.memory_mib > 0 and facts.images
 
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
         if self.now.revision == after_revision:
@@ -131,6 +132,9 @@ class Shelf:
     def path(self, digest: Digest) -> Path:
         return self.directory / digest.hex()
 
+    def list(self) -> list[Cached]:
+        return [Cached(HELLO, self.path(HELLO), 1 << 20, 4096)]
+
 
 class Bench:
     """One node: a private libvirtd that outlives agents, which come and go."""
@@ -185,7 +189,7 @@ async def says(agent: Agent, spec: InstanceSpec, text: bytes) -> None:
     async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(NotFound):  # the agent has not heard of it yet
-                if text in await agent.console(spec.uuid, -1):
+                if text in await agent.operations.console(spec.uuid, -1):
                     return
             await asyncio.sleep(0.05)
 
@@ -328,7 +332,7 @@ def test_power_verbs_pause_off_on_and_hard_reboot(bench: Bench) -> None:
                 await bench.desk.seen(lambda s, shown=shown: s.power_state == shown, spec.uuid)  # type: ignore[misc]
             first = bench.qemu(spec)
             spec = replace(spec, reboot_hard=1)
-            await agent.clear_console(spec.uuid)
+            await agent.operations.clear_console(spec.uuid)
             bench.desk.want(spec)
             await says(agent, spec, b"HELLO")
             await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
@@ -436,9 +440,9 @@ def test_a_guest_that_floods_its_console_fills_no_disk(bench: Bench) -> None:
                     await asyncio.sleep(0.2)
                     largest = max(largest, sum(f.stat().st_size for f in log.glob("console.log*")))
             assert largest < 64 << 20
-            assert (await agent.console(spec.uuid, 70)).count(b"FLOOD") >= 8
+            assert (await agent.operations.console(spec.uuid, 70)).count(b"FLOOD") >= 8
             with pytest.raises(NotFound):
-                await agent.console("nobody", -1)
+                await agent.operations.console("nobody", -1)
             await remove(bench, spec)
 
     asyncio.run(story())
@@ -483,7 +487,7 @@ def test_a_qemu_that_is_not_root_runs_guests_and_the_shared_image_keeps_its_owne
             assert (bench.directory / "instances" / spec.uuid / "vda.qcow2").stat().st_uid == owner
             assert (bench.shelf.directory / HELLO.hex()).stat().st_uid == 0
             spec = replace(spec, reboot_hard=1)
-            await agent.clear_console(spec.uuid)
+            await agent.operations.clear_console(spec.uuid)
             bench.desk.want(spec)
             await says(agent, spec, b"HELLO")
             await remove(bench, spec)

@@ -117,7 +117,7 @@ def test_a_linux_guest_reads_on_while_it_is_moved_to_the_complete_file(
             assert not list((bench.directory / "run" / "nbd").iterdir())
             os.kill(await bench.pid(), signal.SIGKILL)
             async with asyncio.timeout(240):
-                while b"SF-GUEST-READY" not in await agent.console(spec.uuid, -1):
+                while b"SF-GUEST-READY" not in await agent.operations.console(spec.uuid, -1):
                     await asyncio.sleep(0.2)
             status = await bench.desk.seen(lambda s: "image_bytes" in s.extra, spec.uuid)
             assert status.extra["image_bytes"]["vda"]["received"]["store"] > 1 << 20
@@ -201,7 +201,7 @@ def test_the_service_is_killed_all_the_time_and_a_linux_guest_comes_up_every_tim
 
 async def _console(agent: Agent, spec: InstanceSpec) -> bytes:
     with contextlib.suppress(NotFound):
-        return await agent.console(spec.uuid, -1)
+        return await agent.operations.console(spec.uuid, -1)
     return b""
 
 
