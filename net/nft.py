@@ -50,6 +50,8 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
 
     own, local = _set(addresses), link_local(mac)
     yield drop(f"ether saddr != {mac}", "mac")
+    # The way of nearly every packet; DHCP and VXLAN are UDP. A tagged frame has another type.
+    yield f"ether type ip ip saddr {own} ip protocol != udp accept"
     yield drop("ether type { 8021q, 8021ad }", "other")
     # The sender address 0.0.0.0 is a probe for a duplicate (RFC 5227).
     yield (
