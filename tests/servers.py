@@ -66,16 +66,11 @@ class Server:
         deadline = time.monotonic() + 60
         while True:
             assert self.process is not None and self.process.poll() is None, self.log.read_text()[-2000:]
-            try:
-                client.create_bucket(Bucket="ready")
+            with contextlib.suppress(botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+                with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                    client.create_bucket(Bucket="ready")
                 client.put_object(Bucket="ready", Key="x", Body=b"x")
                 return
-            except client.exceptions.BucketAlreadyOwnedByYou:
-                with contextlib.suppress(botocore.exceptions.ClientError):
-                    client.put_object(Bucket="ready", Key="x", Body=b"x")
-                    return
-            except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-                pass
             assert time.monotonic() < deadline, f"{self.command[0]} does not become ready"
             time.sleep(0.1)
 
@@ -88,7 +83,7 @@ class Server:
             self.process = None
 
     def client(self) -> "boto3.client":
-        config = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=20)
+        config = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=10)
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,

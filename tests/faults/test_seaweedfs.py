@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def pusher(url: str, cache: Path, disks: dict[str, Path]) -> subprocess.Popen[st
         text=True,
         env=os.environ | servers.credentials(),
     )
+
+
+@contextlib.contextmanager
+def killed(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Not left behind, whatever the test comes to."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def make_disks(directory: Path, names: list[str], blocks: int) -> dict[str, Path]:
@@ -89,7 +100,7 @@ def test_two_machines_push_at_once_while_a_collector_runs_all_the_time(
 def test_a_push_survives_the_death_of_its_server_or_resumes(tmp_path: Path) -> None:
     rng = random.Random(drills.seed())
     os.environ |= servers.credentials()
-    with servers.seaweedfs(tmp_path) as server:
+    with servers.seaweedfs(tmp_path) as server, contextlib.ExitStack() as stack:
         url = server.url("store")
         store = open_store(url, create=True)
         before = tmp_path / "before.raw"
@@ -100,7 +111,7 @@ def test_a_push_survives_the_death_of_its_server_or_resumes(tmp_path: Path) -> N
             path = tmp_path / "disk.raw"
             # Random bytes: packs fill and are sent while the rest is still read.
             path.write_bytes(random.Random(number).randbytes(96 << 20))
-            process = pusher(url, tmp_path / "cache", {f"image{number}": path})
+            process = stack.enter_context(killed(pusher(url, tmp_path / "cache", {f"image{number}": path})))
             time.sleep(rng.uniform(0.5, 2.5))
             server.kill()
             # Longer than all retries, every other time.
@@ -110,7 +121,7 @@ def test_a_push_survives_the_death_of_its_server_or_resumes(tmp_path: Path) -> N
             codes.append(process.returncode)
             assert process.returncode in (0, 8), errors
             if process.returncode:
-                again = pusher(url, tmp_path / "cache", {f"image{number}": path})
+                again = stack.enter_context(killed(pusher(url, tmp_path / "cache", {f"image{number}": path})))
                 _, errors = again.communicate(timeout=200)
                 assert again.returncode == 0, errors
             digest = Names(store.backend).get(f"image{number}").digest("x86_64")
