@@ -1,7 +1,7 @@
 """What a writer knows of the chunks that a store holds: never needed to read, never trusted without a look.
 
 An index part (`index/ab/<hex>`, named by its BLAKE3) holds the footers of the packs of one push. `hooks/all` lists
-for every part the ids that begin with a zero byte and the first of each pack; a writer loads the parts whose hooks it
+for every part the ids that begin with a zero byte, and at least sixteen; a writer loads the parts whose hooks it
 meets. What was read or written once is kept in files under SF_CACHE_DIR. A miss costs a duplicate, never correctness.
 """
 
@@ -31,6 +31,7 @@ _MAX_PACKS = 1 << 16
 _MAX_PARTS = 1 << 24
 _CACHE_BYTES = 256 << 20
 _ATTEMPTS = 5
+_MIN_HOOKS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +60,11 @@ class IndexPart:
     @property
     def hooks(self) -> U64:
         """Keys by which a writer recognises that this part is worth loading."""
-        picked = [
-            np.concatenate([footer.ids[:1], footer.ids[footer.ids[:, 0] == 0]]) for _, footer in self.footers
-        ]
-        return np.unique(columns.keys(np.concatenate(picked))) if picked else np.zeros(0, np.uint64)
+        if not self.footers:
+            return np.zeros(0, np.uint64)
+        ids = np.concatenate([footer.ids for _, footer in self.footers])
+        every = np.unique(columns.keys(ids))
+        return np.union1d(every[:_MIN_HOOKS], columns.keys(ids[ids[:, 0] == 0]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

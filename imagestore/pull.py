@@ -24,7 +24,7 @@ from imagestore.digest import Digest
 from imagestore.errors import Cancelled, Conflict, Corrupt, Invalid, NoSpace, NotFound, Unavailable
 from imagestore.layout import Layout
 from imagestore.manifest import Manifest
-from imagestore.pack import expand
+from imagestore.pack import MAX_PACK_BYTES, expand
 from imagestore.progress import Progress, Report, silent
 from imagestore.qcow2_writer import CLUSTER, Qcow2, plan
 from imagestore.store import Store, derived_key
@@ -32,8 +32,8 @@ from imagestore.windows import in_order
 
 REQUEST_BYTES = 8 << 20
 """Stored bytes that one request asks for at most."""
-GAP_BYTES = 64 << 10
-"""Unneeded stored bytes between two frames that are read rather than asked for separately."""
+_WASTE, _SCATTERED = 0.12, 1.3
+"""Gaps are read over while requests are more than so many times the fewest, up to this share of the bytes."""
 _REQUESTS = 4
 _COPY_CHUNKS = 256
 
@@ -248,20 +248,7 @@ class Filling:
         frames = np.unique(layout.chunk_frames[~self._have]).astype(np.int64)
         if not len(frames):
             return
-        packs, starts = layout.frame_packs[frames], layout.frame_offsets[frames].astype(np.int64)
-        order = np.lexsort((starts, packs))
-        frames, packs, starts = frames[order], packs[order], starts[order]
-        ends = starts + layout.frame_sizes[frames]
-        first = 0
-        for at in range(1, len(frames) + 1):
-            if (
-                at == len(frames)
-                or packs[at] != packs[first]
-                or starts[at] - ends[at - 1] > GAP_BYTES
-                or ends[at] - starts[first] > REQUEST_BYTES
-            ):
-                yield frames[first:at]
-                first = at
+        yield from plan_requests(layout, frames)
 
     def unpack(self, layout: Layout, frame: int, data: Buffer, chunks: Sequence[int]) -> None:
         """Verify one frame's stored bytes and the chunks in it that are wanted; write these. Raises Corrupt."""
@@ -309,6 +296,28 @@ class Filling:
             os.pread(self._descriptor, end - start, place)
             for place, start, end in self._pieces(offset, length)
         )
+
+
+def plan_requests(layout: Layout, frames: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Frames grouped into ranges of packs, one request each: the smallest gaps between them are read over."""
+    order = np.lexsort((layout.frame_offsets[frames], layout.frame_packs[frames]))
+    frames = frames[order]
+    packs, starts = layout.frame_packs[frames], layout.frame_offsets[frames].astype(np.int64)
+    ends = starts + layout.frame_sizes[frames]
+    gaps = np.where(packs[1:] == packs[:-1], starts[1:] - ends[:-1], MAX_PACK_BYTES)
+    smallest = np.argsort(gaps, kind="stable")
+    total = int((ends - starts).sum())
+    surplus = int(np.count_nonzero(gaps)) + 1 - int(_SCATTERED * total / REQUEST_BYTES)
+    few = np.cumsum(gaps[smallest] > 0) <= surplus
+    joined = np.zeros(len(frames), np.bool_)
+    joined[1:][smallest[few & (np.cumsum(gaps[smallest]) <= _WASTE * total)]] = True
+    joined[1:] |= gaps == 0
+    requests, first = [], 0
+    for at in range(1, len(frames) + 1):
+        if at == len(frames) or not joined[at] or ends[at] - starts[first] > REQUEST_BYTES:
+            requests.append(frames[first:at])
+            first = at
+    return requests
 
 
 class _Fetch:

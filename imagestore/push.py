@@ -31,9 +31,10 @@ from imagestore.layout import Layout
 from imagestore.leases import Lease
 from imagestore.manifest import Manifest, check_labels
 from imagestore.names import NameRecord, check_architecture, check_name
-from imagestore.pack import FRAME_BYTES, LEVEL, Footer, Frame, PackWriter, compress
+from imagestore.pack import FRAME_BYTES, LEVEL, MAX_PACK_BYTES, Footer, Frame, PackWriter, compress
 from imagestore.progress import Progress, Report, silent
 from imagestore.publish import publish
+from imagestore.pull import REQUEST_BYTES
 from imagestore.store import Store, derived_key
 from imagestore.windows import Special, Window, Windows, in_order
 
@@ -42,8 +43,8 @@ _AHEAD_WINDOWS = 10
 """How far unknown chunks are looked up in the hooks before they count as new."""
 _PARTS_BYTES = 10 << 20
 """Most index parts that one push reads."""
-_SPARSE = 1.25
-"""A pull may fetch this many times the bytes that it needs before frames are stored again."""
+_SPARSE, _SCATTERED = 1.22, 1.6
+"""A pull may fetch this many times the bytes, in this many times the requests, before chunks are stored again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,11 @@ class _Frames:
         self.packs.append(pack)
         self.usable.append(usable)
         return len(self.packs) - 1
+
+    @property
+    def columns(self) -> tuple[index.Column, index.Column, index.Column]:
+        """Pack, offset and stored size."""
+        return self.pack, self.offset, self.size
 
     @property
     def usable_frames(self) -> npt.NDArray[np.bool_]:
@@ -514,19 +520,32 @@ class Writer:
     def _sparse(
         self, frames: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.bool_]:
-        """Frames to leave so that a pull of this image fetches at most _SPARSE times the bytes that it needs."""
-        count = len(self._frames.pack.values)
+        """Frames to leave so that a pull of this image needs few requests and few bytes that it does not use.
+
+        Looked at in zones of packs as large as a request: a zone is left as a whole, for a frame left alone would be a
+        gap that is read or that costs a request.
+        """
         _, once = np.unique(rows, return_index=True)
-        used = np.bincount(frames[once], lengths[once], count)
-        size, plain = self._frames.size.values, np.maximum(self._frames.plain.values, 1)
-        needed = size * (used / plain)
-        waste = np.where(used > 0, size - needed, 0.0)
-        allowed = (_SPARSE - 1) * needed.sum()
-        order = np.argsort(-waste / np.maximum(size, 1), kind="stable")
-        left = waste.sum() - np.cumsum(waste[order])
-        drop = np.zeros(count, np.bool_)
-        if waste.sum() > allowed:
-            drop[order[: int(np.argmax(left <= allowed)) + 1]] = True
+        used = np.bincount(frames[once], lengths[once], len(self._frames.pack.values))
+        of = np.flatnonzero(used)
+        packs, starts, sizes = (column.values[of].astype(np.int64) for column in self._frames.columns)
+        live = sizes * used[of] / np.maximum(self._frames.plain.values[of], 1)
+        _, zone = np.unique(packs * MAX_PACK_BYTES + starts // REQUEST_BYTES, return_inverse=True)
+        count = int(zone.max(initial=-1)) + 1
+        first, last = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
+        np.minimum.at(first, zone, starts)
+        np.maximum.at(last, zone, starts + sizes)
+        needed = np.bincount(zone, live, count)
+        waste = last - first - needed
+        total = needed.sum()
+        order = np.argsort(-waste / np.maximum(needed, 1), kind="stable")
+        too_much = waste.sum() - np.concatenate([[0], np.cumsum(waste[order])]) > (_SPARSE - 1) * total
+        # A zone that is left needs its share of new requests.
+        kept = count - np.arange(count + 1) + np.concatenate([[0], np.cumsum(needed[order])]) / REQUEST_BYTES
+        too_many = kept > _SCATTERED * total / REQUEST_BYTES + 4
+        left = order[: int(np.argmin(too_much | too_many))]
+        drop = np.zeros(len(self._frames.pack.values), np.bool_)
+        drop[of[np.isin(zone, left)]] = True
         return drop
 
     def _layout(self, manifest: Digest, rows: npt.NDArray[np.int64]) -> Layout:

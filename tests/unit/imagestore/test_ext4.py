@@ -1,0 +1,138 @@
+import random
+import subprocess
+
+import numpy as np
+import pytest
+
+from imagestore import ext4
+from imagestore.chunker import BLOCK
+from imagestore.digest import Digest
+from imagestore.directory import Directory
+from imagestore.disk import open_disk
+from imagestore.errors import Invalid
+from imagestore.pull import pull
+from imagestore.push import push
+from imagestore.store import Store
+from tests.drills import rounds, seed
+
+MIB = 1 << 20
+
+
+def filesystem(path, *options, size=64 * MIB, files=(40_000, 1 * MIB, 5_000_001, 3_000), offset=0):
+    """A disk with an ext4 file system at `offset` that holds files of random bytes of these sizes."""
+    tree = path.with_suffix(".tree")
+    tree.mkdir()
+    contents = {}
+    for number, count in enumerate(files):
+        contents[f"file{number}"] = np.random.default_rng(number).bytes(count)
+        (tree / f"file{number}").write_bytes(contents[f"file{number}"])
+    with path.open("wb") as file:
+        file.truncate(size)
+    where = ["-E", f"offset={offset}"] if offset else []
+    command = ["mkfs.ext4", "-q", "-F", "-b", "4096", *where, *options, "-d", str(tree), str(path)]
+    subprocess.run([*command, f"{(size - offset) // 1024}k"], check=True)
+    return path, contents
+
+
+def look(path, *, sparsify=False):
+    with open_disk(path, "raw") as disk:
+        return ext4.look(disk, sparsify=sparsify)
+
+
+def places(path, contents):
+    """Block at which each file starts, found by its bytes."""
+    data = path.read_bytes()
+    return {name: data.index(content[:BLOCK]) // BLOCK for name, content in contents.items()}
+
+
+@pytest.mark.parametrize("options", [(), ("-O", "^64bit"), ("-I", "128"), ("-O", "^metadata_csum")])
+def test_large_files_give_cuts_and_small_ones_hints(tmp_path, options):
+    path, contents = filesystem(tmp_path / "disk", *options)
+    special = look(path)
+    for name, start in places(path, contents).items():
+        blocks = -(-len(contents[name]) // BLOCK)
+        found = special.cuts if blocks >= 8 else special.hints
+        assert {start, start + blocks} <= set(found.tolist())
+
+
+@pytest.mark.parametrize("table", ["gpt", "dos"])
+def test_file_systems_in_partitions_are_found(tmp_path, table):
+    path, contents = filesystem(tmp_path / "disk", offset=MIB)
+    whole = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(whole + MIB)
+    subprocess.run(
+        ["sfdisk", "-q", str(path)],
+        input=f"label: {table}\nstart=2048, size={62 * 2048}\n",
+        text=True,
+        check=True,
+    )
+    assert set(places(path, contents).values()) <= set(look(path).hints.tolist())
+
+
+@pytest.mark.parametrize(
+    "options", [("-b", "1024"), ("-O", "bigalloc,extent"), ("-O", "meta_bg,^resize_inode")]
+)
+def test_file_systems_that_are_not_understood_give_plain_cuts(tmp_path, options):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(32 * MIB))
+    subprocess.run(["mkfs.ext4", "-q", "-F", *options, str(path)], check=True)
+    assert len(look(path, sparsify=True).cuts) == 0
+
+
+def test_the_same_file_elsewhere_on_another_disk_is_the_same_chunks(tmp_path):
+    store = Store.init(Directory(tmp_path / "store"))
+    one, _ = filesystem(tmp_path / "one", files=(5 * MIB, 4 * MIB))
+    two, _ = filesystem(tmp_path / "two", "-O", "^has_journal", files=(5 * MIB, 4 * MIB), size=96 * MIB)
+    push(store, one, "one", format_="raw", cache=tmp_path / "cache")
+    result = push(store, two, "two", format_="raw", cache=tmp_path / "cache")
+    assert result.new_bytes < MIB
+
+
+def test_sparsify_leaves_out_deleted_files_and_keeps_the_others(tmp_path):
+    path, contents = filesystem(tmp_path / "disk")
+    subprocess.run(["debugfs", "-w", "-R", "rm file2", str(path)], check=True, capture_output=True)
+    store = Store.init(Directory(tmp_path / "store"))
+    plain = push(store, path, "plain", format_="raw")
+    thin = push(store, path, "thin", format_="raw", sparsify=True)
+    assert plain.read_bytes - thin.read_bytes >= 5_000_001
+    pull(store, thin.digest, tmp_path / "out", format_="raw")
+    assert (
+        subprocess.run(["e2fsck", "-fn", str(tmp_path / "out")], check=False, capture_output=True).returncode
+        == 0
+    )
+    data = (tmp_path / "out").read_bytes()
+    assert all(content in data for name, content in contents.items() if name != "file2")
+    assert Digest.of(data) != Digest.of(path.read_bytes())
+
+
+def test_free_blocks_of_an_unclean_file_system_are_not_believed(tmp_path):
+    path, _ = filesystem(tmp_path / "disk")
+    with path.open("r+b") as file:
+        file.seek(1024 + 0x60)
+        flags = int.from_bytes(file.read(4), "little")
+        file.seek(1024 + 0x60)
+        file.write((flags | 4).to_bytes(4, "little"))
+    assert len(look(path).cuts)
+    with pytest.raises(Invalid, match="cleanly"):
+        look(path, sparsify=True)
+
+
+@pytest.mark.drill
+def test_hostile_metadata_costs_cuts_and_nothing_else(tmp_path):
+    path, _ = filesystem(tmp_path / "disk", size=24 * MIB, files=(2 * MIB, 40_000))
+    good = bytearray(path.read_bytes())
+    random_ = random.Random(seed())
+    for _ in range(rounds(500)):
+        broken = bytearray(good)
+        for _ in range(random_.randrange(1, 30)):
+            at = random_.choice([1024 + random_.randrange(1024), random_.randrange(BLOCK, 40 * BLOCK)])
+            broken[at : at + 4] = random_.choice([b"\xff" * 4, bytes(4), random_.randbytes(4)])
+        path.write_bytes(broken)
+        special = look(path)
+        assert (np.diff(special.cuts) > 0).all()
+        try:
+            free = look(path, sparsify=True).free
+        except Invalid:
+            continue
+        assert (free[:, 0] < free[:, 1]).all()
