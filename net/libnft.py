@@ -36,7 +36,7 @@ def _library() -> ctypes.CDLL:
 def run(commands: str, *, json: bool = False) -> str:
     """Runs commands as one transaction: all of them hold, or none. Returns what they print; raises Failed."""
     if _descriptors_run_high():
-        argv = ["nft", *(["-j"] if json else []), "-f", "-"]
+        argv = ["nft", "-j", commands] if json else ["nft", "-f", "-"]
         done = subprocess.run(argv, input=commands, capture_output=True, text=True, timeout=60)
         return _result(done.returncode, done.stdout, done.stderr)
     with _lock:

@@ -1,8 +1,11 @@
 """dnsmasq over the life of a network: adopted, reloaded, started anew; ports that come and go while guests run."""
 
 import os
+import resource
 import signal
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -147,3 +150,34 @@ def test_the_routers_own_floating_address_is_what_the_world_sees(tmp_path: Path)
             assert not cluster.world.works(
                 f"ip route add 10.42.0.0/24 via 10.9.9.50 && ping -n -c 2 -W 1 {port.address}"
             )
+
+
+def test_the_server_runs_as_its_own_user_where_that_one_can_read_its_files(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as open_to_all, Cluster(Path(open_to_all)) as cluster:
+        Path(open_to_all).chmod(0o755)
+        node = cluster.nodes[0]
+        one, two = make_port(2, "n1"), make_port(3, "n1")
+        cluster.apply(make_network(one, vni=5))
+        network = make_network(one, two, vni=5)
+        cluster.apply(network)
+        user = next(
+            line for line in Path("/etc/passwd").read_text().splitlines() if line.startswith("dnsmasq:")
+        )
+        assert Path(f"/proc/{_server(node, network)}").stat().st_uid == int(user.split(":")[2])
+        with cluster.guest(network, two) as guest:  # it was added by a reload, after privileges were dropped
+            assert IPv4Address(guest.dhcp()[0]) == two.address
+        node.space.call(node.plane.remove_all)
+
+
+def test_a_process_with_a_thousand_open_files_still_sets_its_filters(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with Cluster(tmp_path) as cluster, ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            opened.enter_context(Path("/dev/null").open("rb"))
+        port = make_port(2, "n1")
+        network = make_network(port)
+        desired = cluster.apply(network)
+        assert cluster.nodes[0].apply(desired) == []
+        assert "sf-" in cluster.nodes[0].inside(network, "nft list tables")
