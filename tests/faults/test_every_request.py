@@ -24,6 +24,7 @@ from tests.faults.faulty import WAYS, Faulty, Killed
 from tests.memory import Memory
 from tests.world import World, disk
 
+pytestmark = pytest.mark.timeout(1800)
 BLOCKS = 4
 AT_ONCE = -5.0
 """A grace that is over at once, also for stores that tell whole seconds."""

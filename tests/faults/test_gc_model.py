@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from imagestore.backend import Backend
@@ -281,4 +282,4 @@ class Cloud(RuleBasedStateMachine):
         assert [self.world.stored(f"{tree}/") for tree in trees] == [0] * len(trees)
 
 
-TestCloud = Cloud.TestCase
+TestCloud = pytest.mark.timeout(3600)(Cloud.TestCase)

@@ -23,6 +23,9 @@ from tests.servers import Server
 from tests.world import disk
 
 
+pytestmark = pytest.mark.timeout(900)
+
+
 def pusher(url: str, cache: Path, disks: dict[str, Path]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.faults.pusher", url, str(cache)]
     command += [f"{name}={path}" for name, path in disks.items()]
