@@ -14,14 +14,14 @@ ROWS = (
     ("digest", "digest"),
     ("disk", lambda row: size(row["size_bytes"])),
     ("on this node", lambda row: size(row["used_bytes"])),
-    ("present", lambda row: _present(row)),
+    ("present", lambda row: present(row)),
     ("pinned", lambda row: "yes" if row["pinned"] else ""),
     ("used by", lambda row: len(row["readers"]) or ""),
     ("last used", lambda row: when(row["used_s"])),
 )
 
 
-def _present(row: dict[str, Any]) -> str:
+def present(row: dict[str, Any]) -> str:
     if row["complete"]:
         return "100%"
     data = row.get("data_bytes")
@@ -34,16 +34,16 @@ def _ask(op: str, **arguments: Any) -> Any:
     return asyncio.run(ControlClient(settings().state_dir / "run" / "imaged.sock").ask(op, **arguments))
 
 
-def _rows() -> list[dict[str, Any]]:
+def rows() -> list[dict[str, Any]]:
     """What the service says, or without one what its directory says."""
     from imagestore.errors import Unavailable
     from imagestore.service import list_images
 
     try:
-        rows: list[dict[str, Any]] = _ask("ls")["images"]
+        told: list[dict[str, Any]] = _ask("ls")["images"]
     except Unavailable:
-        rows = list_images(settings().state_dir / "cache")
-    return rows
+        told = list_images(settings().state_dir / "cache")
+    return told
 
 
 def _digest(name: str, architecture: str) -> str:
@@ -59,7 +59,7 @@ def _digest(name: str, architecture: str) -> str:
 @cache.add("ls", examples="sf cache ls")
 def ls(form: str) -> None:
     """List the images on this node, and what part of each is present."""
-    show_list(_rows(), ROWS, form, name="digest")
+    show_list(rows(), ROWS, form, name="digest")
 
 
 @cache.add(examples="sf cache pin debian:12")
@@ -111,14 +111,14 @@ def top(interval_s: float) -> None:
             table = Table(
                 "image", "present", "clients", "from", "a second", "waited", box=None, pad_edge=False
             )
-            for row in _rows():
+            for row in rows():
                 received = row.get("received", {})
                 total = sum(received.values())
                 rate = (total - last.get(row["digest"], total)) / interval_s
                 last[row["digest"]] = total
                 table.add_row(
                     row["digest"][:15],
-                    _present(row),
+                    present(row),
                     str(sum(e["clients"] for e in row.get("exports", {}).values())),
                     " ".join(f"{kind} {size(count)}" for kind, count in sorted(received.items())),
                     size(rate) if rate else "",

@@ -24,6 +24,7 @@ COLUMNS = (
     ("architecture", "architecture"),
     ("size", lambda i: size(i.get("size_bytes"))),
     ("digest", "digest"),
+    ("on this node", "present"),
     ("changed", lambda i: "removed" if i.get("removed") else when(i.get("modified_s"))),
 )
 FIELDS = (
@@ -203,6 +204,7 @@ def pull(
 @click.option("--removed", is_flag=True, help="Those that undelete can bring back, too.")
 def ls(form: str, removed: bool) -> None:
     """List images."""
+    here = _here()
     with opened(create=settings().store_is_default) as store:
         rows = [
             {
@@ -210,6 +212,7 @@ def ls(form: str, removed: bool) -> None:
                 "architecture": architecture,
                 "digest": str(digest),
                 "size_bytes": None if form == "name" else store.size_bytes(digest),
+                "present": here.get(str(digest), ""),
                 "removed": r.removed,
                 "modified_s": r.modified_s,
             }
@@ -217,6 +220,15 @@ def ls(form: str, removed: bool) -> None:
             for architecture, digest in r.images.items()
         ]
     show_list(rows, COLUMNS, form)
+
+
+def _here() -> dict[str, str]:
+    """What part of which image this node holds."""
+    if not (settings().state_dir / "cache").is_dir():
+        return {}
+    from cli.cache import present, rows
+
+    return {row["digest"]: present(row) for row in rows()}
 
 
 @image.add(examples="sf image show debian:12\nsf image show debian:12 --format json")
@@ -336,3 +348,18 @@ def gc(form: str, single_writer: bool, dry_run: bool, grace: str, repack_thresho
     with opened(alone=single_writer) as store:
         report = collect(store, grace_s=grace_s, repack_threshold=repack_threshold, dry_run=dry_run)
     show_one({**asdict(report), "name": store.url}, COLLECTED, form)
+
+
+@image.add(examples="sf image trace debian:12")
+def trace(name: str, architecture: str) -> None:
+    """Keep in the store what boots on this node read first, for the next node's first boot of the image."""
+    from imagestore.trace import Trace, trace_key
+
+    with found(name, architecture) as (store, full, digest):
+        path = settings().state_dir / "cache" / "traces" / digest.hex()
+        if not path.exists():
+            raise Problem(f"no boot of {full} was traced on this node", hint="boot it once", code=MISSING)
+        boots = Trace.decode(data := path.read_bytes()).boots
+        store.check_writable()
+        store.backend.put(trace_key(digest), data)
+    print(f"{full} {digest}: a trace of {boots:g} boots")

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from imagestore.digest import Digest
 from imagestore.directory import Directory
 from imagestore.store import Store
+from imagestore.trace import Trace, trace_key
 from tests.unit.imagestore.images import convert, identical, make_raw
 
 SF = Path(sys.executable).with_name("sf")
@@ -398,6 +400,19 @@ def test_completion_scripts_are_the_shells_own(user: User) -> None:
     complete = {"_SF_COMPLETE": "bash_complete", "COMP_WORDS": "sf image pu", "COMP_CWORD": "2"}
     done = subprocess.run([SF], env=user.environment | complete, capture_output=True, text=True)
     assert done.stdout.split() == ["plain,push", "plain,pull"]
+
+
+def test_a_boots_trace_of_this_node_is_kept_beside_the_image(user: User, disk: Path) -> None:
+    digest = json.loads(user.types("image", "push", disk, "a", "--format", "json").stdout)["digest"]
+    assert "boot" in user.fails("image", "trace", "a", code=3)
+    manifest = Store.open(Directory(user.store)).manifest(Digest.parse(digest))
+    traces = user.home / "state" / "cache" / "traces"
+    traces.mkdir(parents=True)
+    (traces / digest[3:]).write_bytes(Trace.of(manifest.ids, [3, 1, 2]).encode())
+    assert digest in user.types("image", "trace", "a").stdout
+    kept = Directory(user.store).get(trace_key(Digest.parse(digest))).data
+    assert Trace.decode(kept).chunks(manifest.ids) == [3, 1, 2]
+    user.types("store", "verify")
 
 
 def test_a_store_is_made_once(user: User) -> None:

@@ -291,6 +291,8 @@ def test_nodes_are_listed_shown_and_drained(site: Site, web: str) -> None:
 def test_the_cache_is_listed_and_verified(site: Site, web: str) -> None:
     digest = site.json("image", "show", "tiny:1")["digest"]
     assert digest in site.types("cache", "ls")
+    listed = json.loads(site.types("image", "ls", "--format", "json"))
+    assert [image["present"] for image in listed if image["name"] == "tiny:1"] == ["100%"]
     assert "every byte is right" in site.types("cache", "verify")
 
 
