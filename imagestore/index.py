@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ _MAX_PARTS = 1 << 24
 _CACHE_BYTES = 256 << 20
 _ATTEMPTS = 5
 _MIN_HOOKS = 16
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +70,7 @@ class IndexPart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hooks:
-    """The published list: for each part its name, size in bytes and hooks."""
+    """The published list: for each part its name, size in bytes and hooks; the hooks of all parts are sorted."""
 
     parts: tuple[Digest, ...] = ()
     sizes: tuple[int, ...] = ()
@@ -93,8 +94,8 @@ class Hooks:
         sizes = tuple(read.column("<u4", parts).tolist())
         found = cls(names, sizes, read.column("<u4", hooks), read.column("<u8", hooks))
         read.end()
-        if hooks and found.part_of_hook.max() >= parts:
-            raise Corrupt("hooks: a hook of no part")
+        if hooks and (found.part_of_hook.max() >= parts or (found.keys[1:] < found.keys[:-1]).any()):
+            raise Corrupt("hooks: a hook of no part, or not in order")
         return found
 
     def with_part(self, name: Digest, part: IndexPart, size_bytes: int) -> "Hooks":
@@ -103,9 +104,9 @@ class Hooks:
             return self
         more = part.hooks
         owners = np.concatenate([self.part_of_hook, np.full(len(more), len(self.parts), np.uint32)])
-        return Hooks(
-            (*self.parts, name), (*self.sizes, size_bytes), owners, np.concatenate([self.keys, more])
-        )
+        keys = np.concatenate([self.keys, more])
+        order = np.argsort(keys, kind="stable")
+        return Hooks((*self.parts, name), (*self.sizes, size_bytes), owners[order], keys[order])
 
     def without(self, gone: Iterable[Digest]) -> "Hooks":
         """These less some parts."""
@@ -120,8 +121,10 @@ class Hooks:
 
     def matching(self, ids: Ids) -> list[tuple[Digest, int]]:
         """(part, size) of the parts with a hook among `ids`, those with most first."""
-        hit = self.part_of_hook[np.isin(self.keys, columns.keys(ids))]
-        counts = np.bincount(hit, minlength=len(self.parts))
+        wanted = np.unique(columns.keys(ids))
+        first, last = (np.searchsorted(self.keys, wanted, side) for side in _SIDES)
+        met = [self.part_of_hook[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True) if a < b]
+        counts = np.bincount(np.concatenate([np.zeros(0, np.uint32), *met]), minlength=len(self.parts))
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         return [(self.parts[at], self.sizes[at]) for at in order.tolist()]
 
@@ -282,7 +285,7 @@ class Known:
             return found
         keys = columns.keys(ids)
         for level_keys, level_rows in self._levels:
-            for side in ("left", "right"):  # the oldest and the newest row of an id
+            for side in _SIDES:  # the oldest and the newest row of an id
                 at = np.searchsorted(level_keys, keys, side=side) - (side == "right")
                 at = np.clip(at, 0, len(level_keys) - 1)
                 rows = level_rows[at]
