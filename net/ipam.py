@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any, Self
+from typing import Self
 
 from net.errors import Conflict, Exhausted, Invalid
 
@@ -57,13 +57,6 @@ def check_mac(text: str) -> str:
     return mac
 
 
-def random_mac(taken: Collection[str] = ()) -> str:
-    """A locally administered unicast MAC that is none of those."""
-    while (mac := "02:" + secrets.token_bytes(5).hex(":")) in taken:
-        pass
-    return mac
-
-
 def random_vni(taken: Collection[int], choose: Callable[[int], int] = secrets.randbelow) -> int:
     """A VNI (1 to 2**24-1) that is none of those; `choose(n)` gives a number below n."""
     if len(taken) >= 2**24 - 1:
@@ -98,25 +91,6 @@ class Pool:
         kept = {self.netblock[0], self.netblock[-1], self.gateway}
         kept |= {address for address in self.reserved if address in self.netblock}
         return self.netblock.num_addresses - len(kept)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "netblock": str(self.netblock),
-            "gateway": str(self.gateway),
-            "reserved": sorted(map(str, self.reserved)),
-            "held": {str(address): holder for address, holder in self.held.items()},
-            "quarantined": {str(address): until for address, until in self.quarantined.items()},
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(
-            IPv4Network(data["netblock"]),
-            IPv4Address(data["gateway"]),
-            frozenset(map(IPv4Address, data["reserved"])),
-            {IPv4Address(address): holder for address, holder in data["held"].items()},
-            {IPv4Address(address): float(until) for address, until in data["quarantined"].items()},
-        )
 
 
 def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str) -> None:

@@ -95,7 +95,7 @@ def create_tap(name: str, alias: str) -> None:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
         fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         with Netns(HOST) as host:
-            host.change_link(name, alias=alias, up=False)
+            host.mark(name, alias)
         fcntl.ioctl(device, _TUNSETPERSIST, 1)
 
 
@@ -219,28 +219,28 @@ class Netns:
         self._ip.link("set", index=self.index(name), net_ns_fd=target.fd)
         self._indices.pop(name, None)
 
-    def change_link(self, name: str, **attributes: Any) -> None:
-        """alias, mtu_bytes, mac, master (name or ""), suppress, learning, up: those that are given."""
-        index = self.index(name)
-        changes: dict[str, Any] = {}
-        if "alias" in attributes:
-            changes["ifalias"] = attributes["alias"]
-        if "mtu_bytes" in attributes:
-            changes["mtu"] = attributes["mtu_bytes"]
-        if attributes.get("mac"):
-            changes["address"] = attributes["mac"]
-        if "master" in attributes:
-            changes["master"] = self.index(attributes["master"]) if attributes["master"] else 0
-        state = {"state": "up" if attributes["up"] else "down"} if "up" in attributes else {}
-        if "suppress" in attributes or "learning" in attributes:
+    def change_link(self, link: Link, had: Link | None = None) -> None:
+        """Its attributes as they must be; of an observed one, the MAC only where it differs: setting even the same
+        one flushes the neighbours."""
+        index = self.index(link.name)
+        changes: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu_bytes}
+        if link.mac and (had is None or had.mac != link.mac):
+            changes["address"] = link.mac
+        if self.name:
+            changes["master"] = self.index(link.master) if link.master else 0
+        if link.master:
             # A port's flags hang on its bridge, and must be there before it is up.
             self._ip.link("set", index=index, **changes)
-            flags = {"neigh_suppress": attributes.get("suppress"), "learning": attributes.get("learning")}
-            given = {key: int(value) for key, value in flags.items() if value is not None}
-            self._ip.brport("set", index=index, **given)
+            self._ip.brport("set", index=index, neigh_suppress=int(link.suppress), learning=0)
             changes = {}
-        if changes or state:
-            self._ip.link("set", index=index, **changes, **state)
+        self._ip.link("set", index=index, state="up" if link.up else "down", **changes)
+
+    def mark(self, name: str, alias: str) -> None:
+        """Sets an alias and nothing else."""
+        self._ip.link("set", index=self.index(name), ifalias=alias)
+
+    def raise_loopback(self) -> None:
+        self._ip.link("set", index=self.index("lo"), state="up")
 
     def delete_link(self, name: str) -> None:
         """Twice is once."""

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
 
 from net import dnsmasq, kernel, names, nft
 from net.doctor import Finding, examine
@@ -136,7 +135,7 @@ class Plane:
             if self._taps is not None:
                 self._taps[name] = space.name
             link = port_link(desired, network, replace(port, tap=name))
-            _change(space, link)
+            space.change_link(link)
             space.entry(Entry(Kind.FDB, name, port.mac), add=True)
 
     def remove_tap(self, port: Port) -> None:
@@ -221,7 +220,10 @@ class Plane:
                     host.move_link(link.name, space)
                 elif action.verb is Verb.ADD:
                     _create(link, space, host)
-                _change(space, link, action.had if isinstance(action.had, Link) else None)
+                if space is host:
+                    quiet = f"net/ipv6/conf/{link.name}/disable_ipv6"
+                    host.entry(Entry(Kind.SYSCTL, "", quiet, "1"), add=True)
+                space.change_link(link, action.had if isinstance(action.had, Link) else None)
             case Entry() as item:
                 space.entry(item, add=add)
                 if item.kind is Kind.PROXY:
@@ -234,7 +236,7 @@ class Plane:
             case Admission() as item:
                 space.nft(nft.admit(item) if add else nft.dismiss(item))
             case Space():
-                space.change_link("lo", up=True)
+                space.raise_loopback()
             case Dnsmasq() if not add:
                 self._stop(space.name)
             case Dnsmasq() as item:
@@ -306,7 +308,7 @@ def _refusals(what: str) -> Iterator[None]:
 
 
 def _create(link: Link, space: Netns, host: Netns) -> None:
-    """The device itself; `_change` does the rest."""
+    """The device itself; `change_link` does the rest."""
     if link.kind == "bridge":
         space.create_bridge(link)
     elif link.kind == "vxlan":
@@ -314,17 +316,6 @@ def _create(link: Link, space: Netns, host: Netns) -> None:
     elif space.name != HOST:  # the host's end of a veth pair comes with the other
         host.delete_link(link.peer)
         space.create_veth(link, host)
-
-
-def _change(space: Netns, link: Link, had: Link | None = None) -> None:
-    port: dict[str, Any] = {"suppress": link.suppress, "learning": False} if link.master else {}
-    if space.name == HOST:
-        space.entry(Entry(Kind.SYSCTL, "", f"net/ipv6/conf/{link.name}/disable_ipv6", "1"), add=True)
-    else:
-        port["master"] = link.master
-    if not had or had.mac != link.mac:  # setting even the same MAC flushes the neighbours
-        port["mac"] = link.mac
-    space.change_link(link.name, alias=link.alias, mtu_bytes=link.mtu_bytes, up=link.up, **port)
 
 
 def _explained(action: Action, error: NetError | NetlinkError | OSError) -> NetError:

@@ -1,7 +1,6 @@
 """Address allocation as a state machine, and what the rules refuse."""
 
 import itertools
-import json
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -80,10 +79,6 @@ class Addresses(RuleBasedStateMachine):
     def time_passes(self, passed_s: float) -> None:
         self.now += passed_s
 
-    @rule()
-    def is_stored_and_read_again(self) -> None:
-        self.pool = Pool.from_json(json.loads(json.dumps(self.pool.to_json())))
-
     @invariant()
     def holds_exactly_what_the_model_holds(self) -> None:
         assert dict(self.pool.held) == self.held
@@ -151,11 +146,5 @@ def test_a_mac_that_is_no_unicast_address_is_refused(text: str) -> None:
         ipam.check_mac(text)
 
 
-def test_macs_are_written_in_one_way_and_never_given_twice() -> None:
+def test_macs_are_written_in_one_way() -> None:
     assert ipam.check_mac("02-AB-cd-00-00-01") == "02:ab:cd:00:00:01"
-    taken: set[str] = set()
-    for _ in range(100):
-        mac = ipam.random_mac(taken)
-        assert mac == ipam.check_mac(mac)
-        assert mac not in taken
-        taken.add(mac)
