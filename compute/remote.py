@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _RENEW_S = 2.0
 _ANSWER_S = 5.0
 _LONG_POLL_S = 20.0
+_AWAY_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,8 @@ class RemoteController:
 
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
         """The newest, or the last known one while the server is away. Raises Unavailable before the first."""
+        if not self._lease.may_route():  # a poll that began before the lease was gained cannot confirm it
+            wait_s = min(wait_s, 1.0)
         asked = time.monotonic()
         query = {"after": after_revision, "wait": wait_s}
         try:
@@ -228,7 +231,7 @@ class RemoteController:
                 raise Unavailable(str(err), hint=err.hint) from err
             if after_revision:
                 log.warning("%s", err)
-                await asyncio.sleep(min(wait_s, 1.0))
+                await asyncio.sleep(_AWAY_S)
             return self._last
         if self._last is None or found != self._last:
             await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())

@@ -14,7 +14,6 @@ from compute.errors import Conflict, Invalid
 from compute.serve import close_stores, only_one, open_stores, release, reopen_stores, served
 from imagestore.cache import ImageCache
 from net.plane import Plane
-from net.target import VXLAN_OVERHEAD_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ async def serve_agent(
         stack.callback(close_stores, images)
         plane = Plane(identity.installation, state_dir)
         controller = remote.RemoteController(identity, state_dir, plane, config.uplink)
-        underlay_mtu = (await asyncio.to_thread(plane.observe, address)).mtu_bytes or 1500
+        mtu_bytes = await asyncio.to_thread(plane.largest_mtu, address)
         agent = Agent(
             controller,
             identity.node,
@@ -58,7 +57,7 @@ async def serve_agent(
             served(config, images),
             config.libvirt_uri,
             address=address,
-            mtu_bytes=underlay_mtu - VXLAN_OVERHEAD_BYTES,
+            mtu_bytes=mtu_bytes or 1450,
             release=release(),
         )
         say(f"sf agent {release()}: node {identity.node} of {identity.url}, mesh address {address}")
