@@ -22,7 +22,6 @@ from tests import drills, servers
 from tests.servers import Server
 from tests.world import disk
 
-
 pytestmark = pytest.mark.timeout(900)
 
 
