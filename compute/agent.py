@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,6 +34,7 @@ from compute.spec import (
     NodeFacts,
     NodeOperations,
 )
+from imagestore.errors import StoreError
 from net.errors import NetError
 from net.model import NodeNetworks
 
@@ -44,6 +46,7 @@ _WAIT_S = 20.0
 _CUT_S = 1.0
 _RETRY_S = 1.0
 _KEPT_EVENTS = 10_000
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Controller(Protocol):
@@ -183,7 +186,7 @@ class Agent:
             try:
                 apply = self._plane.apply
                 done = await asyncio.get_running_loop().run_in_executor(self._pool, apply, networks)
-            except NetError as err:
+            except (NetError, OSError) as err:
                 if str(err) != self._trouble:  # said once, tried every second
                     log.error("networks: %s", err)
                     self._note(NodeEvent("node", self._node, time.time(), "status", f"networks: {err}"))
@@ -197,14 +200,15 @@ class Agent:
         try:
             await host.do(host.hypervisor.connect)
             domains = await host.do(host.hypervisor.ours)
-        except Unavailable as err:
+            disks = ((spec.uuid, disk) for spec in desired.instances for disk in spec.disks)
+            await self._images.only([f"{uuid}-{disk.device}" for uuid, disk in disks if disk.image])
+        except (ComputeError, StoreError, OSError) as err:
             log.warning("%s", err)
             return False
         wanted = {spec.uuid for spec in desired.instances}
-        for uuid in {*domains, *(path.name for path in host.directory.iterdir())} - wanted:
+        kept = {path.name for path in host.directory.iterdir() if _UUID.fullmatch(path.name)}
+        for uuid in {*domains, *kept} - wanted:
             self._own(host, InstanceSpec(uuid, uuid, "", 1, 16, (), delete=True), desired)
-        disks = ((spec.uuid, disk) for spec in desired.instances for disk in spec.disks)
-        await self._images.only([f"{uuid}-{disk.device}" for uuid, disk in disks if disk.image])
         return True
 
     def _apply_instances(self, host: Host, desired: NodeDesired) -> None:

@@ -167,9 +167,17 @@ class Hypervisor:
 
     def ours(self) -> list[str]:
         """Uuids of all domains, running or not, whose metadata carries the installation's id."""
+        found = []
         with self._calling() as connection:
-            pairs = [domain.installation_of(found.XMLDesc()) for found in connection.listAllDomains()]
-        return [uuid for installation, uuid in pairs if installation == self._installation]
+            for one in connection.listAllDomains():
+                try:
+                    installation, uuid = domain.installation_of(one.XMLDesc())
+                except libvirt.libvirtError as err:
+                    if err.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # somebody's that has just gone
+                        raise
+                    continue
+                found += [uuid] if installation == self._installation else []
+        return found
 
     def define(self, xml: str) -> None:
         """Define or redefine (3 ms)."""
