@@ -5,15 +5,18 @@ sees a string that a user typed. All implementations pass tests/contract/test_ba
 """
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from imagestore.errors import Invalid
+from imagestore.errors import Corrupt, Invalid, Unavailable
 
 Buffer = bytes | bytearray | memoryview
 Data = Buffer | Sequence[Buffer]
 
+MAX_BYTES = 1 << 30
+"""No object is larger; a server that announces more is not believed."""
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
 
@@ -27,6 +30,33 @@ def check_key(key: str) -> str:
 def pieces(data: Data) -> Sequence[Buffer]:
     """The pieces that a `put` was given."""
     return (data,) if isinstance(data, bytes | bytearray | memoryview) else data
+
+
+def receive(
+    parts: Iterable[bytes],
+    wanted: int | None,
+    where: str,
+    *,
+    patience_s: float = 30.0,
+    slowest_bytes_s: float = 32 << 10,
+) -> bytes:
+    """A body as it comes from a server: exactly `wanted` bytes (None: to its end, at most 1 GiB).
+
+    Raises Corrupt when it goes on, Unavailable when it ends early, or drips: after `patience_s` less than
+    `slowest_bytes_s` a second came. A read that hangs is the client library's to end.
+    """
+    data, started = bytearray(), time.monotonic()
+    limit = MAX_BYTES if wanted is None else wanted
+    for part in parts:
+        data += part
+        if len(data) > limit:
+            raise Corrupt(f"{where}: the server sends more than {limit} bytes")
+        late_s = time.monotonic() - started - patience_s
+        if late_s > 0 and len(data) < min(limit, late_s * slowest_bytes_s):
+            raise Unavailable(f"{where}: only {len(data)} bytes came in time")
+    if wanted is not None and len(data) != wanted:
+        raise Unavailable(f"{where}: the answer ended after {len(data)} of {wanted} bytes")
+    return bytes(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from imagestore.backend import Data, Object, ObjectStat, check_key
+from imagestore.backend import MAX_BYTES, Data, Object, ObjectStat, check_key, receive
 from imagestore.errors import Corrupt, Denied, NotFound, StoreError, Unavailable, Unsupported
 
-_MAX_BYTES = 1 << 30
 _REDIRECTS = 5
 _MUTABLE = ("names", "layouts", "hooks", "gc", "tuf")
 _STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
@@ -125,26 +124,16 @@ class Http:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise Corrupt(f"{self.url}/{key}: the server sends it re-encoded")
         said = response.headers.get("content-length", "")
-        if said.isdigit() and int(said) > _MAX_BYTES:
+        if said.isdigit() and int(said) > MAX_BYTES:
             raise Corrupt(f"{self.url}/{key}: {said} bytes are too many")
         return int(said) if said.isdigit() else None
 
     def _read(self, response: httpx.Response, key: str, wanted: int | None) -> bytes:
-        data, started = bytearray(), time.monotonic()
-        limit = _MAX_BYTES if wanted is None else wanted
+        pace = {"patience_s": self._patience_s, "slowest_bytes_s": self._slowest_bytes_s}
         try:
-            for piece in response.iter_raw():
-                data += piece
-                if len(data) > limit:
-                    raise Corrupt(f"{self.url}/{key}: the server sends more than {limit} bytes")
-                late_s = time.monotonic() - started - self._patience_s
-                if late_s > 0 and len(data) < limit and len(data) < late_s * self._slowest_bytes_s:
-                    raise Unavailable(f"{self.url}/{key}: only {len(data)} bytes came in time")
+            return receive(response.iter_raw(), wanted, f"{self.url}/{key}", **pace)
         except (httpx.HTTPError, OSError) as err:
             raise Unavailable(f"{self.url}/{key}: {err or type(err).__name__}") from err
-        if wanted is not None and len(data) != wanted:
-            raise Unavailable(f"{self.url}/{key}: the answer ended after {len(data)} of {wanted} bytes")
-        return bytes(data)
 
 
 def _stat(key: str, response: httpx.Response, size_bytes: int) -> ObjectStat:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 import botocore.exceptions as failures
+import urllib3.exceptions
 from botocore.config import Config
 
-from imagestore.backend import Data, Object, ObjectStat, check_key, pieces
+from imagestore.backend import MAX_BYTES, Data, Object, ObjectStat, check_key, pieces, receive
 from imagestore.errors import (
     Conflict,
     Corrupt,
@@ -32,7 +33,8 @@ from imagestore.errors import (
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
-_MAX_BYTES = 1 << 30
+_READ_BYTES = 256 << 10
+PATIENCE_S = 30.0
 _STATUS: dict[int, type[StoreError]] = {
     400: Invalid,
     401: Denied,
@@ -71,7 +73,10 @@ class S3:
         region: str | None = None,
         profile: str | None = None,
     ) -> None:
-        session = boto3.session.Session(profile_name=profile, region_name=region)
+        try:
+            session = boto3.session.Session(profile_name=profile, region_name=region)
+        except failures.BotoCoreError as err:
+            raise Invalid(f"s3://{bucket}: {err}") from err
         config = Config(
             signature_version="s3v4",
             # Retrying is Retried's; boto3's checksum trailers are not understood by every server.
@@ -85,9 +90,12 @@ class S3:
         )
         authorities = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
         region = session.region_name or "us-east-1"
-        self._client: S3Client = session.client(
-            "s3", endpoint_url=endpoint_url, region_name=region, config=config, verify=authorities
-        )
+        try:
+            self._client: S3Client = session.client(
+                "s3", endpoint_url=endpoint_url, region_name=region, config=config, verify=authorities
+            )
+        except (failures.BotoCoreError, ValueError) as err:
+            raise Invalid(f"s3://{bucket}: {err}") from err
         self._client.meta.events.register("after-call.s3", self._note_time)
         self._bucket = bucket
         self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
@@ -112,11 +120,15 @@ class S3:
                 if not said.startswith(f"bytes {start}-") or (length is not None and size != length):
                     answer["Body"].close()
                     raise Corrupt(f"{self.url}/{key}: asked for {asked['Range']}, was sent {said}")
-            if size > _MAX_BYTES:
+            if size > MAX_BYTES:
                 raise Corrupt(f"{self.url}/{key}: {size} bytes are too many")
-            data = answer["Body"].read()
-            if len(data) != size:
-                raise Unavailable(f"{self.url}/{key}: the answer ended after {len(data)} of {size} bytes")
+            # botocore's own read() waits for all of it, however slowly it comes.
+            stream: Any = answer["Body"]._raw_stream  # type: ignore[attr-defined]
+            try:
+                parts = iter(lambda: stream.read1(_READ_BYTES), b"")
+                data = receive(parts, size, f"{self.url}/{key}", patience_s=PATIENCE_S)
+            finally:
+                answer["Body"].close()
             return Object(data, ObjectStat(key, total, _etag(answer), answer["LastModified"].timestamp()))
 
     def stat(self, key: str) -> ObjectStat:
@@ -229,7 +241,7 @@ class S3:
             raise Denied(f"{where}: {err}") from err
         except failures.ParamValidationError as err:
             raise Invalid(f"{where}: {err}") from err
-        except (failures.BotoCoreError, OSError) as err:
+        except (failures.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as err:
             raise Unavailable(f"{where}: {err}") from err
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from imagestore.directory import Directory
-from imagestore.errors import Corrupt, Denied, NotFound, Unavailable, Unsupported
+from imagestore.errors import Corrupt, Denied, Invalid, NotFound, Unavailable, Unsupported
 from imagestore.http import Http
 from imagestore.open import open_backend, open_store
+from imagestore.s3 import S3
 from imagestore.store import Store
 from imagestore.wrappers import Retried
+from tests import servers
 from tests.web import nginx
 from tests.world import World, disk
 
@@ -214,6 +216,51 @@ def test_a_wrong_byte_in_a_manifest_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     with nginx(tmp_path / "store", tmp_path / "nginx") as url, pytest.raises(Corrupt):
         open_store(url).manifest(digest)
+
+
+def s3_at(url: str, monkeypatch: pytest.MonkeyPatch) -> S3:
+    for name, value in servers.credentials().items():
+        monkeypatch.setenv(name, value)
+    return S3("bucket", endpoint_url=url, region="us-east-1")
+
+
+S3_HEADERS = ("ETag: e", "Last-Modified: Sun, 22 Nov 2026 12:00:00 GMT")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (sends("200 OK", bytes(100), "Content-Length: 100", *S3_HEADERS), Corrupt),
+        (
+            sends("206 OK", bytes(5), "Content-Length: 5", "Content-Range: bytes 0-4/100", *S3_HEADERS),
+            Corrupt,
+        ),
+        (sends("206 OK", bytes(3), "Content-Length: 5", RANGE, *S3_HEADERS), Unavailable),
+        (sends("206 OK", bytes(9), "Content-Length: 9", RANGE, *S3_HEADERS), Corrupt),
+        (sends("500 Oh", b"", "Content-Length: 0"), Unavailable),
+        (sends("403 No", b"", "Content-Length: 0"), Denied),
+        (lambda connection, _: None, Unavailable),
+    ],
+    ids=["range ignored", "another range", "truncated", "too long a range", "500", "403", "hangs up"],
+)
+def test_a_lying_s3_server_is_found_out(
+    answer: Answer, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with liar(answer) as url, pytest.raises(kind):
+        s3_at(url, monkeypatch).get("packs/ab/cd", 10, 5)
+
+
+def test_a_body_that_drips_is_given_up_whoever_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagestore.s3.PATIENCE_S", 0.3)
+    headers = ("Content-Length: 100000", "Content-Range: bytes 0-99999/100000", *S3_HEADERS)
+    with liar(sends("206 OK", b"", *headers, after=drip)) as url, pytest.raises(Unavailable, match="in time"):
+        s3_at(url, monkeypatch).get("packs/ab/cd", 0, 100_000)
+
+
+def test_a_profile_or_endpoint_that_is_none_is_invalid() -> None:
+    for options in ({"profile": "there-is-no-such-profile"}, {"endpoint_url": "nonsense"}):
+        with pytest.raises(Invalid):
+            S3("bucket", **options)
 
 
 def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
