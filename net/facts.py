@@ -1,10 +1,11 @@
 """What stands in one network namespace, as plain values: the form in which desired and observed are compared."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from ipaddress import IPv4Address
+from typing import Final, NamedTuple
 
 HOST = ""
 """The key of the host's own namespace, of which we look at what is ours only."""
@@ -35,28 +36,27 @@ class Link:
     """Of a tap: whether a process holds it open. Observed only."""
 
 
-class Kind(StrEnum):
-    """What an entry is; in brackets its key and value."""
+class Kind:
+    """What an entry is; in brackets its key and value. Plain strings: an enum's hash is computed in Python."""
 
-    SYSCTL = "sysctl"
+    SYSCTL: Final = "sysctl"
     """(path under /proc/sys, text), of no device."""
-    ADDRESS = "address"
+    ADDRESS: Final = "address"
     """(address with prefix length, "")"""
-    ROUTE = "route"
+    ROUTE: Final = "route"
     """(destination with prefix length, gateway)"""
-    FDB = "forwarding entry"
+    FDB: Final = "forwarding entry"
     """(MAC, where the VXLAN device sends it; "": behind which bridge port it is)"""
-    NEIGHBOUR = "neighbour"
+    NEIGHBOUR: Final = "neighbour"
     """(address, MAC)"""
-    PROXY = "ARP proxy"
+    PROXY: Final = "ARP proxy"
     """(address for which the host answers on its uplink, "")"""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Entry:
-    """One line of one of the kernel's tables."""
+class Entry(NamedTuple):
+    """One line of one of the kernel's tables. A tuple, because a plan hashes ten thousands of them."""
 
-    kind: Kind
+    kind: str
     dev: str
     key: str
     value: str = ""
@@ -72,6 +72,7 @@ class Rule:
     handle: int = field(default=0, compare=False)
 
     @classmethod
+    @functools.lru_cache(maxsize=1 << 16)
     def of(cls, text: str) -> "Rule":
         return cls(hashlib.blake2b(text.encode(), digest_size=6).hexdigest(), text)
 

@@ -4,6 +4,7 @@ An interface name has at most 15 characters (IFNAMSIZ). Names that stand in the 
 32-bit id and the whole 24-bit VNI in base 36, so that two installations on one host cannot collide.
 """
 
+import functools
 import hashlib
 import re
 
@@ -73,6 +74,7 @@ def host_uplink(installation: str, vni: int) -> str:
 TAP_PREFIX = "sft"
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def tap(installation: str, port_uuid: str) -> str:
     """A port's tap device: 15 characters, 62 bits of a hash."""
     digest = hashlib.blake2b(f"{installation}/{port_uuid}".encode(), digest_size=8).digest()
