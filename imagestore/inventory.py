@@ -1,6 +1,7 @@
 """What lies in the packs of a store, for whoever looks at all of it: collector, verify, stats, repair."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from imagestore.backend import ObjectStat
 from imagestore.digest import Digest
 from imagestore.errors import Corrupt, Invalid, NotFound
-from imagestore.index import IndexPart
+from imagestore.index import IndexPart, part_key
 from imagestore.layout import Layout
 from imagestore.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
 from imagestore.store import Store, derived_key
@@ -73,17 +74,14 @@ class Inventory:
     def read(cls, store: Store) -> Self:
         """List packs and index, read the index parts: about one request per push that there was."""
         found = cls(store, dict(named(store, "packs/")))
-        for name, stat in named(store, "index/"):
-            try:
-                data = store.backend.get(stat.key).data
-                if Digest.of(data) != name:
-                    raise Corrupt(f"the bytes of index part {name} do not match it")
-                part = IndexPart.decode(data)
-            except (Corrupt, NotFound):
-                found.broken_parts.append(stat.key)
-                continue
-            found.parts[name] = [pack for pack, _ in part.footers]
-            found.tables |= {pack: Table(footer) for pack, footer in part.footers if pack in found.packs}
+        names = [name for name, _ in named(store, "index/")]
+        with ThreadPoolExecutor(8, "index") as pool:
+            for name, part in zip(names, pool.map(lambda name: _read_part(store, name), names), strict=True):
+                if part is None:
+                    found.broken_parts.append(part_key(name))
+                    continue
+                found.parts[name] = [pack for pack, _ in part.footers]
+                found.tables |= {pack: Table(footer) for pack, footer in part.footers if pack in found.packs}
         return found
 
     def table(self, pack: Digest) -> Table:
@@ -109,6 +107,14 @@ class Inventory:
             if not same.all():
                 raise Corrupt(f"the layout of {layout.manifest} does not fit pack {pack}")
             yield Use(pack, table, chunks, rows)
+
+
+def _read_part(store: Store, name: Digest) -> IndexPart | None:
+    try:
+        data = store.backend.get(part_key(name)).data
+        return IndexPart.decode(data) if Digest.of(data) == name else None
+    except (Corrupt, NotFound):
+        return None
 
 
 def read_footer(store: Store, pack: Digest) -> Footer:

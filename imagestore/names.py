@@ -9,6 +9,7 @@ import difflib
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -294,12 +295,15 @@ class Names:
 
     def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
         """All names, in order; with `removed` the tombstones too."""
-        for stat in self._backend.list("names/"):
-            _, _, rest = stat.key.partition("/")
-            name, _, tag = rest.partition("/")
-            try:
-                record = self.read(name, tag)
-            except Invalid as err:
-                raise Corrupt(f"{self._backend.url}/{stat.key} is no name's object") from err
-            if record.revision and (removed or not record.removed):
-                yield record
+        keys = [stat.key for stat in self._backend.list("names/") if stat.size_bytes]
+        with ThreadPoolExecutor(8, "names") as pool:
+            for record in pool.map(self._read_key, keys):
+                if record.revision and (removed or not record.removed):
+                    yield record
+
+    def _read_key(self, key: str) -> NameRecord:
+        name, _, tag = key.removeprefix("names/").partition("/")
+        try:
+            return self.read(name, tag)
+        except Invalid as err:
+            raise Corrupt(f"{self._backend.url}/{key} is no name's object") from err
