@@ -22,6 +22,7 @@ from imagestore.errors import Corrupt, StoreError, Unavailable
 from imagestore.layout import Layout
 from imagestore.origin import REQUEST_BYTES, Batch, Origin
 from imagestore.partial import PartialImage
+from imagestore.peer import PeerOrigin
 
 log = logging.getLogger(__name__)
 FLUSH_S = 2.0
@@ -86,6 +87,7 @@ class Filling:
         layout: Layout | None,
         fetcher: "Fetcher",
         *,
+        peers: PeerOrigin | None = None,
         fill: Fill = Fill.NEVER,
         read_ahead: int = 1,
         event: Callable[[str], None] = log.info,
@@ -93,6 +95,7 @@ class Filling:
     ) -> None:
         self.partial = partial
         self.origins = list(origins)
+        self.peers = peers
         self.fill = fill
         self.read_ahead = read_ahead
         self.event = event
@@ -267,11 +270,13 @@ class Filling:
 
     # -- bringing (fetcher's threads)
 
-    def bring(self, job: Job) -> Brought:
+    def bring(self, job: Job, origins: Sequence[Origin], brought: Brought) -> None:
         """Fetch, verify and keep; goes on to the next origin where one fails. Never raises StoreError or OSError."""
-        brought, missing = Brought(), dict.fromkeys(job.chunks)
+        missing = dict.fromkeys(c for c in job.chunks if c not in brought.loose)
+        for chunk in brought.kept:
+            missing.pop(chunk, None)
         now = time.monotonic()
-        for origin in sorted(self.origins, key=lambda o: self._down.get(o, 0.0) > now):
+        for origin in sorted(origins, key=lambda o: self._down.get(o, 0.0) > now):
             if not missing:
                 break
             try:
@@ -289,7 +294,6 @@ class Filling:
             brought.error = None
         elif not brought.error:
             brought.error = Unavailable("no store or peer has the missing chunks")
-        return brought
 
     def _keep(self, batch: Batch, origin: Origin, brought: Brought, missing: dict[int, None]) -> None:
         good = [
@@ -349,6 +353,8 @@ class Fetcher:
 
     def __init__(self, *, connections: int = 16, fill_bytes_s: float = 0.0) -> None:
         self._pool = ThreadPoolExecutor(connections, "fetch")
+        self._askers = ThreadPoolExecutor(connections, "peers")
+        self._asking = 0
         self._connections = connections
         self._fill_bytes_s = fill_bytes_s
         """0 for no limit."""
@@ -381,6 +387,7 @@ class Fetcher:
             with contextlib.suppress(OSError):
                 image.partial.flush()
         self._pool.shutdown()
+        self._askers.shutdown()
 
     def pump(self) -> None:
         """Start as many jobs as the limits allow."""
@@ -395,6 +402,8 @@ class Fetcher:
         running = self._running.total()
         for kind in Kind:
             if running >= self._connections - (_RESERVED if kind is not Kind.DEMAND else 0):
+                return None
+            if kind is not Kind.DEMAND and self._asking >= self._connections:
                 return None
             if kind is Kind.FILL and (
                 self._running[kind] >= _FILLING or time.monotonic() < self._fill_from_s
@@ -416,8 +425,24 @@ class Fetcher:
 
     async def _work(self, image: Filling, job: Job) -> None:
         loop = asyncio.get_running_loop()
+        brought = Brought()
         try:
-            brought = await loop.run_in_executor(self._pool, image.bring, job)
+            if image.peers and image.peers.owned_elsewhere(job.chunks):
+                # In other threads and beside the limits: whoever waits for a peer must not keep this node from
+                # fetching what others wait for, or all would wait for each other.
+                self._running[job.kind] -= 1
+                image.running -= 1
+                self._asking += 1
+                try:
+                    await loop.run_in_executor(
+                        self._askers, image.bring, job, [*image.origins[:1], image.peers], brought
+                    )
+                finally:
+                    self._asking -= 1
+                    self._running[job.kind] += 1
+                    image.running += 1
+                brought.error = None
+            await loop.run_in_executor(self._pool, image.bring, job, image.origins, brought)
         except Exception as error:
             # A defect, not a failing store: the readers must hear of it, or they would wait for ever.
             log.exception("fetching failed")

@@ -26,7 +26,7 @@ from imagestore.manifest import Manifest
 from imagestore.origin import Batch
 
 OWNED_CHUNKS = 256
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
 _MAX_CHUNKS = 4096
 _CLIENTS = 64
 _AWAY_S = 15.0
@@ -93,13 +93,17 @@ class PeerOrigin:
     def __init__(self, site: Site, digest: Digest, manifest: Manifest) -> None:
         self._site, self._digest, self._manifest = site, digest, manifest
 
-    def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
+    def owned_elsewhere(self, chunks: Sequence[int]) -> dict[str, list[int]]:
+        """Those of the chunks that are not ours to fetch, by their owners."""
         asked: dict[str, list[int]] = {}
         if self._site.addresses:
             for chunk in chunks:
                 asked.setdefault(self._site.owner(self._digest, chunk), []).append(chunk)
-        asked.pop(self._site.me, None)
-        for node, wanted in asked.items():
+            asked.pop(self._site.me, None)
+        return asked
+
+    def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
+        for node, wanted in self.owned_elsewhere(chunks).items():
             # An owner that is away costs this request its time-out and no error: the store is asked next.
             with contextlib.suppress(Unavailable):
                 body = self._manifest.ids[wanted].tobytes()

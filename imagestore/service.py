@@ -65,7 +65,7 @@ class Options:
     read_ahead: int = 1
     """Frames after a missed one, where nothing else fills."""
     socket_group: int = -1
-    """Group id that may connect to the sockets; -1: the owner alone."""
+    """Group id that may connect to the sockets; -1: the directory's if that is setgid, else the process's own."""
 
     def for_group(self, group: int) -> "Options":
         """The same, with sockets for this group."""
@@ -326,7 +326,7 @@ class ImageService:
         layout: Layout | None = None
         if not whole:
             stored = [StoreOrigin(u, partial(self.stores.get, u), digest, manifest) for u in self.stores.urls]
-            origins += [PeerOrigin(self.site, digest, manifest), *stored]
+            origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
         image: Image
@@ -338,6 +338,7 @@ class ImageService:
         loop = asyncio.get_running_loop()
         filling = Filling(
             file, origins, layout, self._fetcher,
+            peers=PeerOrigin(self.site, digest, manifest),
             read_ahead=self._options.read_ahead, event=tell, complete=lambda: self._later(self._seal(image)),
         )  # fmt: skip
         image = self._images[digest] = Image(digest, manifest, file, local, filling)

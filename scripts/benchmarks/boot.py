@@ -126,7 +126,7 @@ class Link:
 
     def __enter__(self) -> "Link":
         self._stack = contextlib.ExitStack()
-        port = free_ports(2, first=28300)
+        port = free_ports(2, first=28000)
         self.url = f"http://127.0.0.1:{port}/"
         conf = self.bench.dir("nginx") / f"{self.name}.conf"
         conf.write_text(
@@ -140,7 +140,11 @@ class Link:
             process = subprocess.Popen([str(word) for word in argv])
             self._stack.callback(process.wait)
             self._stack.callback(process.terminate)
-        self._wait(port)
+        try:
+            self._wait(port)
+        except Failed:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -280,7 +284,7 @@ def _crowd(bench: Bench, store: Path, digest: Digest, reads: list[Read], nodes: 
     manifest, layout = opened.manifest(digest), opened.layout(digest)
     frames = set(layout.chunk_frames[_touched(manifest, reads)].tolist())
     needed = sum(int(layout.frame_sizes[frame]) for frame in frames)
-    port, secret = free_ports(10, first=28600), "5e" * 32
+    port, secret = free_ports(10, first=28000), "5e" * 32
     peers = {f"n{number}": f"127.0.0.1:{port + number}" for number in range(nodes)}
     with contextlib.ExitStack() as stack:
         link = stack.enter_context(Link(bench, store, 200, 20))

@@ -39,7 +39,7 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
     tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imagestore.peer.PATIENCE_S", -1)  # with its 2 s of grace: a client waits 1 s
-    port = free_ports(1, first=28100)
+    port = free_ports(1, first=28000)
 
     async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
         size = 32768 * (len(ids) // 32)
@@ -59,7 +59,7 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
         # All chunks are the liar's, as far as this node knows.
         ours = site("liar2", liar=f"127.0.0.1:{port}")
         monkeypatch.setattr(ours, "owner", lambda digest, chunk: "liar", raising=False)
-        async with node.reading(before=[PeerOrigin(ours, node.digest, node.manifest)]) as reader:
+        async with node.reading(peers=PeerOrigin(ours, node.digest, node.manifest)) as reader:
             for offset in range(0, len(DATA), 900_000):
                 assert await read(reader, offset, 5000) == DATA[offset : offset + 5000]
         assert all(
@@ -73,7 +73,7 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
 
 
 def test_strangers_and_nonsense_get_nothing_from_a_peer(tmp_path: Path) -> None:
-    port = free_ports(1, first=28200)
+    port = free_ports(1, first=28000)
     asked: list[bytes] = []
 
     async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
