@@ -31,6 +31,7 @@ from compute.auth import Authority, ensure_local_key
 from compute.config import Config
 from compute.control import Controller
 from compute.errors import Conflict, Unavailable
+from compute.holding import Holds
 from compute.image_service import ServedImages, Settings
 from compute.joining import certificate
 from compute.networks import ensure_floating
@@ -105,7 +106,7 @@ async def serve(config: Config, say: Say = log.info) -> None:
             secured = _settings(agents.build(services), ssl_certfile=cert, ssl_keyfile=key)
             servers.append((_Server(secured), stack.enter_context(_listen(host, int(port)))))
         say(f"sf {release()} serves http://{config.host}:{config.port}, state in {state_dir}")
-        await _run(config, servers, controller, agent, images)
+        await _run(config, servers, controller, agent, images, Holds(store, installation))
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
 
@@ -116,6 +117,7 @@ async def _run(
     controller: Controller,
     agent: Agent,
     images: ImageCache,
+    holds: Holds,
 ) -> None:
     """Until a signal comes, or a part fails: then its error."""
     stop = asyncio.Event()
@@ -129,6 +131,7 @@ async def _run(
         asyncio.create_task(agent.run()),
         asyncio.create_task(controller.keep_up()),
         asyncio.create_task(reopen_stores(config, images)),
+        asyncio.create_task(holds.keep(images)),
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
