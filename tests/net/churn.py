@@ -33,6 +33,8 @@ AT_ONCE = 8
 STEPS = (
     "entry",
     "change_link",
+    "mark",
+    "raise_loopback",
     "create_bridge",
     "create_vxlan",
     "create_veth",

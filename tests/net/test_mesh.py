@@ -151,6 +151,26 @@ def test_a_network_whose_packets_do_not_fit_the_underlay_is_refused_with_the_siz
         assert node.space.sh("ls /run/netns").split() == [node.plane.namespace(small)]
 
 
+def test_a_floating_ip_answers_guests_of_other_networks_here_and_on_other_nodes(cluster: Cluster) -> None:
+    served = make_port(2, "n1", floating=FLOATING)
+    near, far = make_port(2, "n1", "10.43.0.0/24"), make_port(2, "n2", "10.44.0.0/24")
+    network = make_network(served)
+    here = make_network(near, name="here", block="10.43.0.0/24")
+    there = make_network(far, name="there", block="10.44.0.0/24", router_node="n2")
+    cluster.apply(network, here, there)
+    with (
+        cluster.guest(network, served) as server,
+        cluster.guest(here, near) as neighbour,
+        cluster.guest(there, far) as stranger,
+    ):
+        for guest in (server, neighbour, stranger):
+            guest.static()
+        assert neighbour.pings(FLOATING)
+        assert stranger.pings(FLOATING)
+        assert neighbour.reaches_not(served.address)
+        assert stranger.reaches_not(served.address)
+
+
 _DAMAGE = {
     "the bridge is down": "ip link set {br} down",
     "a port is off the bridge": "ip link set {vx} nomaster",
