@@ -83,9 +83,9 @@ def settle(backend: Backend, known: Mapping[str, str] | None = None) -> dict[str
     if found is None:
         s3.probe()
         found = "delete" if s3.conditional_delete else "put" if s3.conditional else "none"
+        if found == "none":
+            log.warning("%s has no conditional writes: only one writer at a time may change it", s3.address)
     s3.conditional, s3.conditional_delete = found != "none", found == "delete"
-    if not s3.conditional:
-        log.warning("%s has no conditional writes: only one writer at a time may change it", s3.address)
     return {s3.address: found}
 
 
