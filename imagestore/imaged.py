@@ -85,6 +85,8 @@ async def _serve(state: Path, stores: Sequence[str], options: Options, while_nee
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.5):
                     await ended.wait()
+            if not (state / "cache").is_dir():
+                break  # the installation was removed under us: nobody can reach us any more
             if while_needed and not service.busy and control.silent_s > (0 if control.alone else _LONELY_S):
                 break
         await control.close()
