@@ -6,6 +6,7 @@ from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, NotFound, Unsupported
 from imagestore.gc import collect
 from imagestore.leases import CONDEMNED_KEY, Condemned, Lease, hold, release
+from imagestore.mirror import signing
 from imagestore.names import NameRecord
 from imagestore.publish import tag, undelete
 from imagestore.sealed import seal
@@ -202,6 +203,19 @@ def test_a_tombstone_of_another_life_is_not_removed_by_an_old_etag(world: World)
     world.push("a", disk(1))
     with pytest.raises(Conflict):
         world.memory.delete("names/a/latest", if_match=record.etag)
+
+
+def test_a_signed_target_outlives_its_name(world: World) -> None:
+    digest = world.push("a", disk(1))
+    keys = signing.Keyring(world.directory / "keys")
+    signing.init(world.store, keys)
+    signing.Publisher(world.store, keys).publish()
+    world.store.names.remove("a")
+    world.collect_for(200, repack_threshold=0)
+    world.check_digest(digest)
+    signing.Publisher(world.store, keys).publish({})
+    world.collect_for(200, repack_threshold=0)
+    assert world.stored("packs/") == 0
 
 
 class NoConditionalDeletes(Memory):
