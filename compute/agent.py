@@ -200,6 +200,7 @@ class Agent:
         try:
             await host.do(host.hypervisor.connect)
             domains = await host.do(host.hypervisor.ours)
+            self._images.admit(await host.do(host.hypervisor.qemu_group))
             disks = ((spec.uuid, disk) for spec in desired.instances for disk in spec.disks)
             await self._images.only([f"{uuid}-{disk.device}" for uuid, disk in disks if disk.image])
         except (ComputeError, StoreError, OSError) as err:

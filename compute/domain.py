@@ -238,6 +238,15 @@ def live_interfaces(xml: str) -> frozenset[str]:
     return frozenset(name.removeprefix("ua-") for name in names if name.startswith("ua-"))
 
 
+def qemu_group(capabilities: str) -> int:
+    """The group id in a host's capabilities, `<baselabel type='qemu'>+64055:+109</baselabel>`; 0 without."""
+    for model in _read(capabilities).iterfind("host/secmodel"):
+        label = model.find("baselabel")
+        if model.findtext("model") == "dac" and label is not None and label.text:
+            return int(label.text.rpartition(":")[2])
+    return 0
+
+
 def graphics_port(xml: str) -> int:
     """The port that VNC or SPICE listens on, 0 without."""
     graphics = _read(xml).find("devices/graphics")

@@ -242,6 +242,7 @@ class Guest(Owner):
         spec, host = self.spec, self.host
         drive = self.directory / "config.iso"
         half = drive.with_suffix(".new")
+        half.touch(mode=0o600)
         half.write_bytes(config_drive.iso(config_drive.files(spec, dict(self.networks))))
         half.replace(drive)
         self.console.cut()

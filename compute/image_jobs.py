@@ -72,6 +72,9 @@ class ImageJobs:
         path = self._cache.path(Digest.parse(digest))
         return path if path.exists() else None
 
+    def admit(self, group: int) -> None:
+        """Guests run as this group."""
+
     async def settled(self, reader: str) -> None:
         """The guest reads the raw file itself now."""
 

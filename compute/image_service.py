@@ -6,6 +6,7 @@ agent finds it by its socket.
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,13 @@ class ServedImages(ImageJobs):
             found["size_bytes"],
             path if found["kind"] == "nbd" else None,
         )
+
+    def admit(self, group: int) -> None:
+        """Exports are this group's to connect to, also those that a service makes after a restart."""
+        sockets = self._state_dir / "run" / "nbd"
+        sockets.mkdir(mode=0o711, parents=True, exist_ok=True)
+        os.chown(sockets, -1, group)
+        sockets.chmod(0o2711)
 
     async def settled(self, reader: str) -> None:
         """The guest reads the raw file itself now."""

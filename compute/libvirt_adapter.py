@@ -165,6 +165,11 @@ class Hypervisor:
         with self._calling() as connection:
             yield connection.lookupByName(domain.name(self._installation, uuid))
 
+    def qemu_group(self) -> int:
+        """The group that qemu runs as, which may be nobody's but libvirt's (security model dac); 0 is root."""
+        with self._calling() as connection:
+            return domain.qemu_group(connection.getCapabilities())
+
     def ours(self) -> list[str]:
         """Uuids of all domains, running or not, whose metadata carries the installation's id."""
         found = []

@@ -95,6 +95,7 @@ def create(path: Path, size_bytes: int, image: Path | None, image_bytes: int = 0
         )
     half = path.with_suffix(".new")
     with half.open("wb") as file:
+        os.fchmod(file.fileno(), 0o600)  # libvirt gives it to qemu's user
         file.write(qcow2(size, str(image) if image is not None else ""))
         file.flush()
         os.fsync(file.fileno())

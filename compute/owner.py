@@ -131,9 +131,10 @@ class Owner:
         self.record = from_plain(Record, plain)
 
     def _write(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         half = self.directory / "record.new"
         with half.open("w") as file:
+            os.fchmod(file.fileno(), 0o600)
             json.dump(to_plain(self.record), file)
             file.flush()
             os.fsync(file.fileno())

@@ -382,7 +382,10 @@ def _counted(data: bytes) -> tuple[bytes | None, bytes]:
 
 
 class NbdServer:
-    """Serves `source` on the Unix socket `path` until `close`; for its owner alone, or also for a group id."""
+    """Serves `source` on the Unix socket `path` until `close`; for its owner and its group.
+
+    group: which; -1 is the directory's if that is setgid, else the process's own.
+    """
 
     def __init__(self, source: Source, path: Path, name: str = "", *, group: int = -1) -> None:
         self.source = source
@@ -403,7 +406,7 @@ class NbdServer:
         fresh.unlink(missing_ok=True)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: Connection(self), str(fresh))
-        fresh.chmod(0o600 if self._group < 0 else 0o660)
+        fresh.chmod(0o660)
         os.chown(fresh, -1, self._group)
         fresh.rename(self.path)
 

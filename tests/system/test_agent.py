@@ -31,8 +31,9 @@ from imagestore.digest import Digest
 from imagestore.errors import Corrupt, StoreError
 from imagestore.progress import Progress, Report
 from net.model import Network, NodeNetworks, Port
-from scripts.private_libvirtd import QEMU_CONF, PrivateHost
+from scripts.private_libvirtd import PrivateHost
 from tests.system.boot_sector import boot_sector
+from tests.system.machine import give_kvm_to_everybody, qemu_as_nobody
 
 pytestmark = pytest.mark.system
 
@@ -475,8 +476,6 @@ def test_a_qemu_that_is_not_root_runs_guests_and_the_shared_image_keeps_its_owne
 ) -> None:
     """As libvirt of Debian and Ubuntu is set up; in the other tests qemu is root."""
     monkeypatch.setenv("SF_ACCEL", "tcg")
-    conf = QEMU_CONF.replace('"root"', '"nobody"', 1).replace('group = "root"', 'group = "nogroup"')
-    conf = conf.replace("dynamic_ownership = 0", "dynamic_ownership = 1")
 
     async def story(bench: Bench) -> None:
         spec = bench.spec(disks=(DiskSpec("vda", str(HELLO)), DiskSpec("vdb", size_bytes=1 << 20)))
@@ -492,10 +491,11 @@ def test_a_qemu_that_is_not_root_runs_guests_and_the_shared_image_keeps_its_owne
             await says(agent, spec, b"HELLO")
             await remove(bench, spec)
 
-    with PrivateHost(settings=conf, libvirtd=False) as host, tempfile.TemporaryDirectory() as directory:
-        # libvirt asks qemu anew at each call while a /dev/kvm is there that qemu's user may not open.
-        mine = "mknod -m 666 /run/kvm c 10 232 && mount --bind /run/kvm /dev/kvm"
-        host.run(["sh", "-c", f"[ ! -e /dev/kvm ] || {{ {mine}; }}"])
+    with (
+        PrivateHost(settings=qemu_as_nobody(), libvirtd=False) as host,
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        give_kvm_to_everybody(host)
         host.start_libvirtd()
         Path(directory).chmod(0o711)
         asyncio.run(story(Bench(host, Path(directory))))

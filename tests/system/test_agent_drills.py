@@ -2,7 +2,9 @@
 
 import contextlib
 import random
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from scripts.private_libvirtd import PrivateHost
 from tests import drills
 from tests.system.boot_sector import boot_sector
-from tests.system.machine import Machine, within
+from tests.system.machine import Machine, give_kvm_to_everybody, qemu_as_nobody, within
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
@@ -130,6 +132,26 @@ def test_a_guest_that_ended_by_itself_stays_off_until_somebody_powers_it_on(
     machine.sf("instance", "start", "brief")
     within(60, lambda: power(machine, "brief") == "on", "it is on")
     remove_everything(machine)
+
+
+def test_a_qemu_that_is_not_root_boots_from_the_image_service_too(tmp_path: Path, tiny_image: Path) -> None:
+    """As on Debian and Ubuntu: exports, overlays and config drive are for qemu's user, and for nobody else."""
+    home = Path(tempfile.mkdtemp(prefix="sf-", dir="/var/tmp"))
+    home.chmod(0o711)
+    with PrivateHost(settings=qemu_as_nobody(), libvirtd=False) as host, contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, home)
+        give_kvm_to_everybody(host)
+        host.start_libvirtd()
+        machine = Machine(host, home, SF_ACCEL="tcg")
+        machine.start()
+        stack.callback(machine.signal)
+        machine.sf("image", "push", str(tiny_image), "tiny:1")
+        machine.sf("network", "create", "lan", "10.42.0.0/24")
+        create(machine, "web", "tiny:1")
+        within(150, lambda: machine.ready_line("web"), "web is ready")
+        mine = [path for path in (machine.state / "instances").rglob("*") if path.is_file()]
+        assert mine and not [path for path in mine if path.stat().st_mode & 0o077]
+        remove_everything(machine)
 
 
 @pytest.mark.drill

@@ -85,3 +85,10 @@ def test_live_interfaces_of_ours_are_recognised_by_their_alias() -> None:
     assert found == {BASE.nics[0].uuid}
     stranger = "<domain><devices><interface type='user'><mac address='x'/></interface></devices></domain>"
     assert domain.live_interfaces(stranger) == frozenset()
+
+
+def test_the_group_that_qemu_runs_as_is_in_libvirts_capabilities() -> None:
+    label = "<baselabel type='qemu'>+64055:+109</baselabel>"
+    models = f"<secmodel><model>apparmor</model></secmodel><secmodel><model>dac</model>{label}</secmodel>"
+    assert domain.qemu_group(f"<capabilities><host>{models}</host></capabilities>") == 109
+    assert domain.qemu_group("<capabilities><host/></capabilities>") == 0
