@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from imagestore import index
 from imagestore.backend import ObjectStat
 from imagestore.digest import Digest
-from imagestore.errors import Conflict, Corrupt, NotFound, Unsupported
-from imagestore.inventory import Inventory, Table, named
+from imagestore.errors import Conflict, Corrupt, NotFound, StoreError, Unsupported
+from imagestore.inventory import Inventory, Table, named, read_layouts
 from imagestore.layout import Layout
 from imagestore.leases import Condemned, Lease, exists, held, leases
 from imagestore.names import NameRecord, name_key
@@ -126,9 +126,10 @@ class _Run:
         return self._old(stat) and table.dead_share > self._threshold + 1e-9
 
     def _mark(self, inventory: Inventory, roots: "Roots") -> None:
-        for digest in roots.must | roots.may:
+        for digest, layout in read_layouts(self._store, sorted(roots.must | roots.may)):
             try:
-                layout = self._store.layout(digest)
+                if isinstance(layout, StoreError):
+                    raise layout
                 for use in inventory.uses(layout):
                     use.table.live[use.rows] = True
             except (NotFound, Corrupt) as err:

@@ -1,6 +1,6 @@
 """What lies in the packs of a store, for whoever looks at all of it: collector, verify, stats, repair."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from imagestore.backend import ObjectStat
 from imagestore.digest import Digest
-from imagestore.errors import Corrupt, Invalid, NotFound
+from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
 from imagestore.index import IndexPart, part_key
 from imagestore.layout import Layout
 from imagestore.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
 from imagestore.store import Store, derived_key
+from imagestore.windows import in_order
 
 _SHIFT = (MAX_FRAME_BYTES - 1).bit_length()
 _TAIL_BYTES = 256 << 10
@@ -115,6 +116,19 @@ def _read_part(store: Store, name: Digest) -> IndexPart | None:
         return IndexPart.decode(data) if Digest.of(data) == name else None
     except (Corrupt, NotFound):
         return None
+
+
+def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Digest, Layout | StoreError]]:
+    """The layout of each image, or why there is none (NotFound, Corrupt); eight at a time."""
+
+    def read(digest: Digest) -> tuple[Digest, Layout | StoreError]:
+        try:
+            return digest, store.layout(digest)
+        except (NotFound, Corrupt) as err:
+            return digest, err
+
+    with ThreadPoolExecutor(8, "layouts") as pool:
+        yield from in_order(pool, read, images, 16)
 
 
 def read_footer(store: Store, pack: Digest) -> Footer:

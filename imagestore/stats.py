@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from imagestore.digest import Digest
+from imagestore.errors import StoreError
 from imagestore.gc import find_roots
-from imagestore.inventory import Inventory, Table
+from imagestore.inventory import Inventory, Table, read_layouts
 from imagestore.store import Store
 
 
@@ -44,9 +45,11 @@ def store_stats(store: Store) -> StoreStats:
             names.setdefault(digest, []).append(f"{record.name}:{record.tag}")
     uses: dict[Digest, list[tuple[Digest, npt.NDArray[np.int32], int]]] = {}
     counts: dict[Digest, npt.NDArray[np.int32]] = {}
-    for digest in find_roots(store, 0.0, float("inf")).must:
+    for digest, layout in read_layouts(store, find_roots(store, 0.0, float("inf")).must):
+        if isinstance(layout, StoreError):
+            raise layout
         uses[digest] = []
-        for pack, table, _, rows in inventory.uses(store.layout(digest)):
+        for pack, table, _, rows in inventory.uses(layout):
             data_bytes = int(table.footer.lengths[rows].sum(dtype=np.int64))
             unique = np.unique(rows).astype(np.int32)
             uses[digest].append((pack, unique, data_bytes))
