@@ -22,7 +22,7 @@ from imagestore.errors import Corrupt, StoreError, Unavailable
 from imagestore.layout import Layout
 from imagestore.origin import REQUEST_BYTES, Batch, Origin
 from imagestore.partial import PartialImage
-from imagestore.peer import PeerOrigin
+from imagestore.peer import Peers
 
 log = logging.getLogger(__name__)
 FLUSH_S = 2.0
@@ -74,6 +74,8 @@ class Job:
 
     kind: Kind
     chunks: list[int]
+    owner: str
+    """The other node that fetches them for the whole site; "" for ourselves."""
     done: asyncio.Future[Brought]
 
 
@@ -87,7 +89,7 @@ class Filling:
         layout: Layout | None,
         fetcher: "Fetcher",
         *,
-        peers: PeerOrigin | None = None,
+        peers: Peers | None = None,
         fill: Fill = Fill.NEVER,
         read_ahead: int = 1,
         event: Callable[[str], None] = log.info,
@@ -174,14 +176,19 @@ class Filling:
         self._cursor = self._group_of[missing[-1]] + 1
         return jobs
 
+    def _owner(self, group: int) -> str:
+        # Of a whole group, so that no two nodes can hold a half each and wait for the other's.
+        return self.peers.owner(self._groups[group][0]) if self.peers and self._groups[group] else ""
+
     def _run(self, first: int, wanted: dict[int, None]) -> list[int]:
         """Take out of `wanted` the group `first` and those after it that fit into the same request."""
-        run, size = [first], self._bytes[first]
+        run, size, owner = [first], self._bytes[first], self._owner(first)
         wanted.pop(first, None)
         while (
             (after := run[-1] + 1) in wanted
             and self._adjoins[after]
             and size + self._bytes[after] <= REQUEST_BYTES
+            and self._owner(after) == owner
         ):
             wanted.pop(after)
             run.append(after)
@@ -193,7 +200,7 @@ class Filling:
         chunks = sorted(
             c for group in groups for c in self._groups[group] if not present[c] and c not in busy
         )
-        job = Job(kind, chunks, asyncio.get_running_loop().create_future())
+        job = Job(kind, chunks, self._owner(groups[0]), asyncio.get_running_loop().create_future())
         for chunk in chunks:
             busy[chunk] = job
         for group in groups:
@@ -427,7 +434,7 @@ class Fetcher:
         loop = asyncio.get_running_loop()
         brought = Brought()
         try:
-            if image.peers and image.peers.owned_elsewhere(job.chunks):
+            if image.peers and job.owner:
                 # In other threads and beside the limits: whoever waits for a peer must not keep this node from
                 # fetching what others wait for, or all would wait for each other.
                 self._running[job.kind] -= 1
@@ -435,7 +442,11 @@ class Fetcher:
                 self._asking += 1
                 try:
                     await loop.run_in_executor(
-                        self._askers, image.bring, job, [*image.origins[:1], image.peers], brought
+                        self._askers,
+                        image.bring,
+                        job,
+                        [*image.origins[:1], image.peers.at(job.owner)],
+                        brought,
                     )
                 finally:
                     self._asking -= 1

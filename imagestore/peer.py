@@ -85,35 +85,44 @@ class Site:
         raise Unavailable(f"node {node} does not answer")
 
 
-class PeerOrigin:
-    """Asks the owners of chunks that are not ours to fetch."""
-
-    name, kind = "other nodes", "peer"
+class Peers:
+    """The site, for one image."""
 
     def __init__(self, site: Site, digest: Digest, manifest: Manifest) -> None:
-        self._site, self._digest, self._manifest = site, digest, manifest
+        self.site, self.digest, self.manifest = site, digest, manifest
 
-    def owned_elsewhere(self, chunks: Sequence[int]) -> dict[str, list[int]]:
-        """Those of the chunks that are not ours to fetch, by their owners."""
-        asked: dict[str, list[int]] = {}
-        if self._site.addresses:
-            for chunk in chunks:
-                asked.setdefault(self._site.owner(self._digest, chunk), []).append(chunk)
-            asked.pop(self._site.me, None)
-        return asked
+    def owner(self, chunk: int) -> str:
+        """The other node that fetches this chunk for all; "" where we do."""
+        if not self.site.addresses:
+            return ""
+        found = self.site.owner(self.digest, chunk)
+        return "" if found == self.site.me else found
+
+    def at(self, node: str) -> "PeerOrigin":
+        """That node as an origin."""
+        return PeerOrigin(self, node)
+
+
+class PeerOrigin:
+    """One other node."""
+
+    kind = "peer"
+
+    def __init__(self, peers: Peers, node: str) -> None:
+        self.name = f"node {node}"
+        self._peers, self._node = peers, node
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
-        for node, wanted in self.owned_elsewhere(chunks).items():
-            # An owner that is away costs this request its time-out and no error: the store is asked next.
-            with contextlib.suppress(Unavailable):
-                body = self._manifest.ids[wanted].tobytes()
-                data = memoryview(self._site.ask(node, f"/chunks/{self._digest.hex()}", body))
-                pieces, at = [], 0
-                for chunk in wanted:
-                    length = int(self._manifest.lengths[chunk])
-                    pieces.append(data[at : at + length])
-                    at += length
-                yield Batch(wanted, pieces, len(data))
+        lengths, ids = self._peers.manifest.lengths, self._peers.manifest.ids
+        # One that is away costs this request its time-out and is no error: the store is asked next.
+        with contextlib.suppress(Unavailable):
+            path = f"/chunks/{self._peers.digest.hex()}"
+            data = memoryview(self._peers.site.ask(self._node, path, ids[list(chunks)].tobytes()))
+            pieces, at = [], 0
+            for chunk in chunks:
+                pieces.append(data[at : at + int(lengths[chunk])])
+                at += int(lengths[chunk])
+            yield Batch(chunks, pieces, len(data))
 
 
 class PeerServer:

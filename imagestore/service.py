@@ -34,7 +34,7 @@ from imagestore.nbd import NbdServer
 from imagestore.open import open_store
 from imagestore.origin import LocalOrigin, Origin, StoreOrigin
 from imagestore.partial import PartialImage
-from imagestore.peer import PATIENCE_S, PeerOrigin, PeerServer, Site
+from imagestore.peer import PATIENCE_S, Peers, PeerServer, Site
 from imagestore.reader import Reader
 from imagestore.store import Store
 from imagestore.trace import Recorder, Trace, trace_key
@@ -338,7 +338,7 @@ class ImageService:
         loop = asyncio.get_running_loop()
         filling = Filling(
             file, origins, layout, self._fetcher,
-            peers=PeerOrigin(self.site, digest, manifest),
+            peers=Peers(self.site, digest, manifest),
             read_ahead=self._options.read_ahead, event=tell, complete=lambda: self._later(self._seal(image)),
         )  # fmt: skip
         image = self._images[digest] = Image(digest, manifest, file, local, filling)

@@ -18,7 +18,7 @@ from imagestore.fetcher import Fetcher, Fill, Filling
 from imagestore.manifest import Manifest
 from imagestore.origin import LocalOrigin, Origin, StoreOrigin
 from imagestore.partial import PartialImage
-from imagestore.peer import PeerOrigin
+from imagestore.peer import Peers
 from imagestore.reader import Reader
 from imagestore.store import Store
 from imagestore.trace import Trace
@@ -56,7 +56,7 @@ class Node:
         read_ahead: int = 0,
         before: Sequence[Origin] = (),
         patience_s: float = 20,
-        peers: PeerOrigin | None = None,
+        peers: Peers | None = None,
     ) -> AsyncIterator[Reader]:
         self.fetcher = Fetcher()
         origins = [*before, *(_origin(store, self.digest, self.manifest) for store in self.stores)]

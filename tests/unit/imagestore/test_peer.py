@@ -10,7 +10,7 @@ import pytest
 
 from imagestore.backend import Buffer
 from imagestore.digest import Digest
-from imagestore.peer import OWNED_CHUNKS, PeerOrigin, PeerServer, Site, sign
+from imagestore.peer import OWNED_CHUNKS, Peers, PeerServer, Site, sign
 from tests.servers import free_ports
 from tests.tiny_store import disk
 from tests.unit.imagestore.test_fetcher import Node, read
@@ -59,7 +59,7 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
         # All chunks are the liar's, as far as this node knows.
         ours = site("liar2", liar=f"127.0.0.1:{port}")
         monkeypatch.setattr(ours, "owner", lambda digest, chunk: "liar", raising=False)
-        async with node.reading(peers=PeerOrigin(ours, node.digest, node.manifest)) as reader:
+        async with node.reading(peers=Peers(ours, node.digest, node.manifest)) as reader:
             for offset in range(0, len(DATA), 900_000):
                 assert await read(reader, offset, 5000) == DATA[offset : offset + 5000]
         assert all(
