@@ -38,7 +38,7 @@ from imagestore.pull import REQUEST_BYTES
 from imagestore.store import Store, derived_key
 from imagestore.windows import Special, Window, Windows, in_order
 
-PACK_BYTES = 32 << 20
+PACK_BYTES = 16 << 20
 _AHEAD_WINDOWS = 10
 """How far unknown chunks are looked up in the hooks before they count as new."""
 _PARTS_BYTES = 10 << 20
