@@ -21,7 +21,7 @@ from imagestore.pack import FRAME_BYTES, LEVEL, Codec, Footer, Frame, PackWriter
 from imagestore.store import Store, derived_key
 from imagestore.windows import in_order
 
-PACK_BYTES = 32 << 20
+PACK_BYTES = 16 << 20
 _REQUEST_BYTES = 8 << 20
 _GAP_BYTES = 64 << 10
 
