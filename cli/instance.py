@@ -101,7 +101,7 @@ def _ssh_key(path: Path) -> str:
     sf instance create db --image debian:12 --network lan,address=10.42.0.9 --disk 20G --disk 100G
     sf instance create ci --image debian:12 --network lan --ssh-key ~/.ssh/id_ed25519.pub --user-data init.yaml"""
 )
-@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], or a URL.")
+@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST].")
 @click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--memory", type=click.IntRange(min=16), default=1024, show_default=True, help="In MiB.")
