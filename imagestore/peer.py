@@ -28,7 +28,7 @@ from imagestore.origin import Batch
 OWNED_CHUNKS = 256
 PATIENCE_S = 20.0
 _MAX_CHUNKS = 4096
-_CLIENTS = 64
+_CLIENTS = 1024
 _AWAY_S = 15.0
 """For so long a node that did not answer is not asked again."""
 _ID = 32
