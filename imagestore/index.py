@@ -285,13 +285,15 @@ class Known:
             return found
         keys = columns.keys(ids)
         for level_keys, level_rows in self._levels:
-            for side in _SIDES:  # the oldest and the newest row of an id
-                at = np.searchsorted(level_keys, keys, side=side) - (side == "right")
-                at = np.clip(at, 0, len(level_keys) - 1)
+            first, last = (np.searchsorted(level_keys, keys, side) for side in _SIDES)
+            hit = np.flatnonzero(last > first)
+            for at in (
+                (first[hit], last[hit] - 1) if len(hit) else ()
+            ):  # the oldest and the newest row of an id
                 rows = level_rows[at]
-                good = (level_keys[at] == keys) & (self.ids.values[rows] == ids).all(axis=1)
+                good = (self.ids.values[rows] == ids[hit]).all(axis=1)
                 if usable is not None:
                     frames = self.frames.values[rows]
                     good &= (frames < 0) | usable[np.maximum(frames, 0)]
-                found = np.where(good, rows, found)
+                found[hit] = np.where(good, rows, found[hit])
         return found
