@@ -12,7 +12,7 @@ from imagestore.backend import Backend
 from imagestore.copy import copy_name
 from imagestore.digest import Digest
 from imagestore.directory import Directory
-from imagestore.errors import Conflict, StoreError
+from imagestore.errors import StoreError
 from imagestore.gc import collect
 from imagestore.names import Names
 from imagestore.open import open_backend, settle
@@ -134,7 +134,7 @@ def attempt(
     try:
         operation(world, store)
     except (StoreError, Killed) as err:
-        if retried and not isinstance(err, Killed | Conflict):
+        if retried and not isinstance(err, Killed):
             raise
     return faulty
 
