@@ -196,6 +196,8 @@ class ImageCache:
     def remove(self, digest: Digest) -> None:
         """Forget an image; who has the file open keeps it. Raises Conflict while it is being fetched."""
         with self._lock(digest, None, wait=False):
+            for unfinished in self.directory.glob(f".{digest.hex()}.incoming.*"):
+                unfinished.unlink(missing_ok=True)
             self.path(digest).unlink(missing_ok=True)
             (self.directory / f"{digest.hex()}.manifest").unlink(missing_ok=True)
 

@@ -21,7 +21,16 @@ from blake3 import blake3
 from imagestore import columns
 from imagestore.backend import Buffer
 from imagestore.digest import Digest
-from imagestore.errors import Cancelled, Conflict, Corrupt, Invalid, NoSpace, NotFound, Unavailable
+from imagestore.errors import (
+    Cancelled,
+    Conflict,
+    Corrupt,
+    Invalid,
+    NoSpace,
+    NotFound,
+    StoreError,
+    Unavailable,
+)
 from imagestore.layout import Layout
 from imagestore.manifest import Manifest
 from imagestore.pack import MAX_PACK_BYTES, expand
@@ -90,7 +99,12 @@ def pull(
         try:
             qcow2 = plan(manifest) if format_ == "qcow2" else None
             filling = Filling(descriptor, manifest, digest, qcow2, progress, cancel)
-            result = filling.fill(store, seeds, fallbacks)
+            try:
+                result = filling.fill(store, seeds, fallbacks)
+            except StoreError:
+                if not filling.began:
+                    beside.unlink(missing_ok=True)
+                raise
             if durable:
                 os.fsync(descriptor)
             beside.rename(output)
@@ -159,6 +173,11 @@ class Filling:
             counts["resumed"],
             counts["requests"],
         )
+
+    @property
+    def began(self) -> bool:
+        """Whether the file holds anything that a later pull could use."""
+        return bool(self._have.any())
 
     def _report(self) -> None:
         if self._cancel is not None and self._cancel.is_set():
