@@ -62,6 +62,11 @@ def unpack(files: Iterable[Path], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for file in files:
         subprocess.run(["dpkg-deb", "-x", file, directory], check=True)
-    for name in ("bin", "lib", "sbin"):  # newer packages hold these below /usr only
-        if not (directory / name).exists():
-            (directory / name).symlink_to(f"usr/{name}")
+
+
+def place(directory: Path, name: str) -> Path:
+    """Where unpacked packages hold `name`, such as bin/busybox: newer ones hold it below /usr."""
+    found = next((path for path in (directory / name, directory / "usr" / name) if path.exists()), None)
+    if found is None:
+        raise BuildError(f"no package holds /{name}")
+    return found

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from guest_images.packages import BuildError, closure, fetch, kernel_packages, unpack
+from guest_images.packages import BuildError, closure, fetch, kernel_packages, place, unpack
 
 SOURCES = Path(__file__).parent / "tiny"
 DISK_MIB = 40
@@ -44,10 +44,9 @@ _PASSWD = "root:x:0:0:root:/root:/bin/sh\ndebian:x:0:0:another name of root, as 
 
 
 def _copy_modules(unpacked: Path, root: Path, busybox: Path) -> None:
-    directories = list(unpacked.glob("lib/modules/*"))
-    if len(directories) != 1:
-        raise BuildError("the kernel package holds no modules where they were expected")
-    source, version = directories[0], directories[0].name
+    source = next(place(unpacked, "lib/modules").iterdir())
+    version = source.name
+    base = source.parents[2]  # what holds lib/modules/VERSION
     for path in source.rglob("*.ko.*"):  # busybox, which will load them, reads neither
         if path.suffix == ".xz":
             path.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
@@ -55,7 +54,7 @@ def _copy_modules(unpacked: Path, root: Path, busybox: Path) -> None:
             subprocess.run(["zstd", "-qd", path], check=True)
         path.unlink()
     by_name = {path.stem: path for path in source.rglob("*.ko")}
-    subprocess.run([busybox, "depmod", "-b", unpacked, version], check=True, capture_output=True)
+    subprocess.run([busybox, "depmod", "-b", base, version], check=True, capture_output=True)
     needs: dict[str, list[str]] = {}
     for line in (source / "modules.dep").read_text().splitlines():
         module, _, needed = line.partition(":")
@@ -118,7 +117,7 @@ def _make_root(work: Path) -> tuple[Path, Path]:
     ):
         (root / name).mkdir(parents=True)
     busybox = root / "bin/busybox"
-    shutil.copy(work / "programs/bin/busybox", busybox)
+    shutil.copy(place(work / "programs", "bin/busybox"), busybox)
     listed = subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True).stdout.split()
     for applet in listed:
         if applet != "busybox":

@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from guest_images.packages import fetch, unpack
+from guest_images.packages import fetch, place, unpack
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +249,7 @@ def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The very program that runs in the guest."""
     directory = tmp_path_factory.mktemp("busybox")
     unpack(fetch(["busybox-static"], directory / "packages"), directory)
-    return directory / "bin/busybox"
+    return place(directory, "bin/busybox")
 
 
 def parsed(busybox: Path, text: str) -> subprocess.CompletedProcess[str]:
