@@ -47,6 +47,7 @@ class Desk:
         self.now = NodeDesired(1, NodeNetworks(installation, "here"))
         self.statuses: list[InstanceStatus] = []
         self.events: list[NodeEvent] = []
+        self.images: tuple[str, ...] = ()
         self._changed = asyncio.Event()
 
     def want(self, *instances: InstanceSpec) -> None:
@@ -54,7 +55,8 @@ class Desk:
         self._changed.set()
 
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
-        assert facts.cpus > 0 and facts.memory_mib > 0 and facts.images
+        assert facts.cpus > 0 and facts.memory_mib > 0
+        self.images = facts.images
 
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
         if self.now.revision == after_revision:
@@ -228,6 +230,7 @@ def test_a_guest_boots_says_so_and_is_removed_without_a_trace(bench: Bench) -> N
                 InstanceState.CREATED,
             ]
             assert bench.desk.statuses[-1].accel == "tcg (by SF_ACCEL)"
+            assert bench.desk.images == (str(HELLO),)
             await remove(bench, spec)
             bench.desk.want()
 
