@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from imagestore.errors import Corrupt, Invalid, Unavailable
+from imagestore.errors import Corrupt, Invalid, Unavailable, Unsupported
 
 Buffer = bytes | bytearray | memoryview
 Data = Buffer | Sequence[Buffer]
@@ -146,3 +146,28 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class ReadOnly:
+    """The changing verbs of a backend that has none."""
+
+    read_only = True
+    conditional = False
+    url: str
+
+    def put(
+        self,
+        key: str,
+        data: Buffer | Sequence[Buffer],
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> ObjectStat:
+        raise Unsupported(f"{self.url} is read-only")
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        raise Unsupported(f"{self.url} is read-only")
+
+    def now(self) -> float:
+        """This machine's clock: nothing is judged by a server that takes no writes."""
+        return time.time()

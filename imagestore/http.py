@@ -5,14 +5,13 @@ environment. What a server says of itself is not believed: lengths and ranges ar
 """
 
 import ssl
-import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 import httpx
 
-from imagestore.backend import MAX_BYTES, Data, Object, ObjectStat, check_key, receive
+from imagestore.backend import MAX_BYTES, Object, ObjectStat, ReadOnly, check_key, receive
 from imagestore.errors import Corrupt, Denied, NotFound, StoreError, Unavailable, Unsupported
 
 _REDIRECTS = 5
@@ -20,11 +19,8 @@ _MUTABLE = ("names", "layouts", "hooks", "gc", "tuf")
 _STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
 
 
-class Http:
+class Http(ReadOnly):
     """Objects below a URL. A body that comes slower than `slowest_bytes_s` after `patience_s` is given up."""
-
-    read_only = True
-    conditional = False
 
     def __init__(self, url: str, *, patience_s: float = 30.0, slowest_bytes_s: float = 32 << 10) -> None:
         self._base = url.rstrip("/")
@@ -73,18 +69,6 @@ class Http:
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         raise Unsupported(f"{self.url}: a web server lists nothing")
-
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
-        raise Unsupported(f"{self.url} is read-only")
-
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
-        raise Unsupported(f"{self.url} is read-only")
-
-    def now(self) -> float:
-        """This machine's clock: nothing is judged by a server that takes no writes."""
-        return time.time()
 
     def close(self) -> None:
         self._client.close()

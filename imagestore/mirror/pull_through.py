@@ -8,18 +8,17 @@ for every time, and their last copy is the answer while upstream is away.
 
 import os
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from imagestore.backend import Backend, Buffer, Object, ObjectStat
+from imagestore.backend import Backend, Object, ObjectStat, ReadOnly
 from imagestore.digest import Digest
 from imagestore.directory import Directory
-from imagestore.errors import Corrupt, NotFound, Unavailable, Unsupported
+from imagestore.errors import Corrupt, NotFound, Unavailable
 from imagestore.pack import TRAILER, Footer, split_pack
 from imagestore.store import untrashed
 
@@ -43,11 +42,8 @@ class _Pack:
     ends: Frames
 
 
-class PullThrough:
+class PullThrough(ReadOnly):
     """A read-only Backend. Thread-safe. `limit_bytes`: of frames kept; packs unused for longest go first."""
-
-    read_only = True
-    conditional = False
 
     def __init__(self, upstream: Backend, directory: Path, limit_bytes: int) -> None:
         self.url = upstream.url
@@ -75,22 +71,6 @@ class PullThrough:
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         yield from self._upstream.list(prefix)
-
-    def put(
-        self,
-        key: str,
-        data: Buffer | Sequence[Buffer],
-        *,
-        if_match: str | None = None,
-        if_none_match: bool = False,
-    ) -> ObjectStat:
-        raise Unsupported(f"{self.url} is read-only")
-
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
-        raise Unsupported(f"{self.url} is read-only")
-
-    def now(self) -> float:
-        return time.time()
 
     def close(self) -> None:
         self._upstream.close()
