@@ -29,7 +29,7 @@ from imagestore.transfer import Packer, carry, relaid, wanted_frames
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
 _ATTEMPTS = 5
-_SIDE_TREES = ("traces", "provenance")
+_SIDE_TREES = ("traces", "provenance", "sums")
 
 
 @dataclass(slots=True)
