@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from compute.codec import from_plain, to_plain
 from compute.errors import Conflict, Invalid, NotFound
 from compute.spec import DiskSpec, InstanceState, Power
-from compute.state_store import ABSENT, StateStore, retry_stale
+from compute.state_store import ABSENT, Record, StateStore, retry_stale
 
 T = TypeVar("T")
 
@@ -270,14 +270,18 @@ class Transaction:
         """Who writes: the `fqdn` of its events."""
         self.expect: dict[str, int] = {}
         self.writes: dict[str, bytes | None] = {}
+        self.reads: dict[str, Record | None] = {}
 
     def find(self, cls: type[O], identity: str) -> O | None:
         key = f"{cls.KIND}/{identity}"
         if key in self.writes:
             value = self.writes[key]
             return None if value is None else cls.decode(value, self.expect.get(key, ABSENT))
-        record = self.store.get(key)
-        self.expect[key] = record.revision if record else ABSENT
+        # Read once: a second look would expect a newer revision than the one that was decided on.
+        if key not in self.reads:
+            record = self.reads[key] = self.store.get(key)
+            self.expect[key] = record.revision if record else ABSENT
+        record = self.reads[key]
         return cls.decode(record.value, record.revision) if record else None
 
     def get(self, cls: type[O], identity: str) -> O:

@@ -155,7 +155,8 @@ def test_what_is_not_read_is_refused_with_the_reason(tmp_path, offset, format_, 
 def test_images_that_need_another_file_or_a_key_are_refused(tmp_path, arguments):
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "base.qcow2", "1M"], check=True, cwd=tmp_path)
     command = ["qemu-img", "create", "-q", "-f", "qcow2", *arguments, "image.qcow2", "1M"]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    # LUKS measures the CPU to choose its iterations, and gives up where the clock is too coarse for that.
+    assert any(subprocess.run(command, cwd=tmp_path).returncode == 0 for _ in range(20))
     with pytest.raises(Invalid):
         content(tmp_path / "image.qcow2")
 
