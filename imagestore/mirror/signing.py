@@ -21,6 +21,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timest
 
 from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
+from imagestore.pull import fsync_directory
 from imagestore.store import Store, manifest_key
 from imagestore.trust import Target, make_target, parse_targets, tree
 
@@ -106,8 +107,12 @@ def init(store: Store, keys: Keyring, *, root_keys: int = 1, threshold: int = 1)
     store.backend.put(f"{tree(fingerprint)}1.root.json", data)
     # Last: without this file the keys are nobody's, and the next `init` makes others.
     temporary = keys.directory / ".fingerprint"
-    temporary.write_text(f"{fingerprint}\n")
+    with temporary.open("w") as file:
+        file.write(f"{fingerprint}\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(keys.directory / "fingerprint")
+    fsync_directory(keys.directory)
     return fingerprint
 
 
