@@ -24,7 +24,7 @@ from imagestore.errors import Corrupt
 
 MAGIC = b"sf-footer 1\n"
 TRAILER = b"sf-pack1"
-FRAME_BYTES = 256 << 10
+FRAME_BYTES = 512 << 10
 """A frame is closed before it would grow past this many plain bytes."""
 MAX_FRAME_BYTES = 4 << 20
 MAX_PACK_BYTES = 256 << 20

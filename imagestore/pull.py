@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ REQUEST_BYTES = 8 << 20
 _WASTE, _SCATTERED = 0.12, 1.3
 """Gaps are read over while requests are more than so many times the fewest, up to this share of the bytes."""
 _REQUESTS = 4
+_SYNC_BYTES = 64 << 20
+"""The file is synced in the background each time that so much was written: the disk works while the rest arrives."""
 _COPY_CHUNKS = 256
 
 
@@ -98,7 +100,7 @@ def pull(
             raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
         try:
             qcow2 = plan(manifest) if format_ == "qcow2" else None
-            filling = Filling(descriptor, manifest, digest, qcow2, progress, cancel)
+            filling = Filling(descriptor, manifest, digest, qcow2, progress, cancel, durable=durable)
             try:
                 result = filling.fill(store, seeds, fallbacks)
             except StoreError:
@@ -138,6 +140,8 @@ class Filling:
         qcow2: Qcow2 | None,
         progress: Report,
         cancel: Event | None,
+        *,
+        durable: bool,
     ) -> None:
         self._descriptor, self._manifest, self._digest = descriptor, manifest, digest
         self._qcow2, self._progress, self._cancel = qcow2, progress, cancel
@@ -149,6 +153,8 @@ class Filling:
             last = np.append(np.flatnonzero(np.diff(qcow2.clusters) != 1), len(qcow2.clusters) - 1)
             self._run_ends = np.repeat(qcow2.clusters[last] + 1, np.diff(last, prepend=-1))
         self._counts = {"resumed": 0, "seeded": 0, "fetched": 0, "requests": 0}
+        self._unsynced: int | None = 0 if durable else None
+        self._sync: Future[None] | None = None
 
     def fill(self, store: Store, seeds: Sequence[Seed], fallbacks: Sequence[Store]) -> PullResult:
         """Until the file is whole."""
@@ -157,12 +163,17 @@ class Filling:
         os.ftruncate(self._descriptor, size)
         if self._qcow2:
             _write(self._descriptor, self._qcow2.metadata, 0)
-        with ThreadPoolExecutor(_REQUESTS, "sf-pull") as pool:
+        with (
+            ThreadPoolExecutor(_REQUESTS, "sf-pull") as pool,
+            ThreadPoolExecutor(1, "sf-sync") as self._syncer,
+        ):
             if resumed:
                 self._counts["resumed"] = self._copy(pool, None, np.arange(len(self._have)), self._offsets)
             for seed in seeds:
                 self._copy_seed(pool, seed)
             self._fetch_all(pool, store, fallbacks)
+            if self._sync is not None:
+                self._sync.result()  # an error is told once: the last fsync would not know of it
         if not self._have.all():
             raise Corrupt(f"the image {self._digest} is not whole after all")
         counts = self._counts
@@ -185,6 +196,16 @@ class Filling:
         done, total = int(self._lengths[self._have].sum()), int(self._lengths.sum())
         known = self._counts["resumed"] + self._counts["seeded"]
         self._progress(Progress("pull", done, total, done - known, known, self._counts["fetched"]))
+
+    def _written(self, count: int) -> None:
+        """So many bytes more are in the file."""
+        if self._unsynced is None:
+            return
+        self._unsynced += count
+        if self._unsynced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
+            if self._sync is not None:
+                self._sync.result()
+            self._sync, self._unsynced = self._syncer.submit(os.fdatasync, self._descriptor), 0
 
     # What is here already
 
@@ -233,7 +254,9 @@ class Filling:
         total = 0
         for good in in_order(pool, work, batches, _REQUESTS):
             self._have[good] = True
-            total += int(self._lengths[good].sum())
+            count = int(self._lengths[good].sum())
+            total += count
+            self._written(count if source is not None else 0)
             self._report()
         return total
 
@@ -247,6 +270,7 @@ class Filling:
             try:
                 for chunks, fetched in in_order(pool, work, self._ranges(layout), _REQUESTS):
                     self._have[chunks] = True
+                    self._written(int(self._lengths[chunks].sum()))
                     self._counts["fetched"] += fetched
                     self._counts["requests"] += 1
                     self._report()
