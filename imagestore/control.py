@@ -16,7 +16,7 @@ from typing import Any
 from imagestore import errors
 from imagestore.digest import Digest
 from imagestore.errors import Invalid, StoreError, Unavailable
-from imagestore.service import ImageService
+from imagestore.service import SETTLE_S, ImageService
 
 _LINE_BYTES = 1 << 20
 Request = dict[str, Any]
@@ -97,7 +97,7 @@ class ControlServer:
         await self._service.sync(r["readers"])
 
     async def _do_booted(self, r: Request) -> None:
-        self._service.booted(r["reader"])
+        self._service.booted(r["reader"], float(r.get("settle_s", SETTLE_S)))
 
     async def _do_figures(self, r: Request) -> Request:
         return self._service.figures(r["reader"])

@@ -44,6 +44,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 TRACE_S = 600.0
 """A boot that nobody reported as over ends its trace after this time."""
+SETTLE_S = 20.0
+"""A trace goes on for so long after the guest is up: what starts beside the login prompt belongs to the boot."""
 _STORE_AGAIN_S = 5.0
 _KEPT_EVENTS = 256
 _RELAY_S = 60.0
@@ -263,11 +265,12 @@ class ImageService:
                 }
         return {}
 
-    def booted(self, reader: str) -> None:
-        """The guest is up: its boot trace ends here."""
+    def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
+        """The guest is up: its boot trace ends soon."""
         for image in self._images.values():
             if reader in image.exports:
-                self._end_trace(image, image.exports[reader][1])
+                source = image.exports[reader][1]
+                asyncio.get_running_loop().call_later(settle_s, self._end_trace, image, source)
 
     def _remember(self, reference: Reference) -> None:
         self._references[reference.reader] = reference

@@ -1,8 +1,8 @@
 """Booting before the image has arrived: a boot's reads over a slow link, present reads, versions, a whole guest.
 
 nginx serves the store behind a link of a given rate and round trip (benchmarks._link: the test machine's kernel has no
-netem). The reads are those of real boots of the Debian image (variant A), noted
-once per image under the corpus; the trace that is replayed comes from another boot than the reads.
+netem). The reads are those of real boots of the Debian image (variant A), noted once per image under the corpus; the
+trace that is replayed comes from another boot, which went on past its prompt as long as the service's own traces do.
 
     SF_BENCH_BOOT="replay nbd versions guest"    which parts (default: all)
 """
@@ -34,6 +34,7 @@ from imagestore.manifest import Manifest
 from imagestore.nbd import NbdServer
 from imagestore.open import open_store
 from imagestore.push import push
+from imagestore.service import SETTLE_S
 from imagestore.trace import Trace, trace_key
 from tests.servers import free_ports
 
@@ -54,12 +55,12 @@ def run(bench: Bench) -> None:
     if "nbd" in parts:
         _present(bench, store, digest, disks["A"])
     if "replay" in parts:
-        reads, other = (_reads(bench, disks["A"], number) for number in range(2))
+        reads, other = _reads(bench, disks["A"]), _reads(bench, disks["A"], for_trace=True)
         for rate, delay in LINKS:
             with Link(bench, store, rate, delay) as link:
                 _replays(bench, link, store, digest, reads, other)
     if "crowd" in parts:
-        _crowd(bench, store, digest, _reads(bench, disks["A"], 0))
+        _crowd(bench, store, digest, _reads(bench, disks["A"]))
     if "versions" in parts:
         _versions(bench, store, digest, disks["E"], disks["B"])
     if "guest" in parts:
@@ -185,8 +186,10 @@ class _Noting:
         pass
 
 
-def _boot(bench: Bench, overlay_path: Path, backing: str, kind: str, size_bytes: int) -> float:
-    """Seconds until the login prompt of a guest on a new overlay over `backing`."""
+def _boot(
+    bench: Bench, overlay_path: Path, backing: str, kind: str, size_bytes: int, settle_s: float = 0.0
+) -> float:
+    """Seconds until the login prompt of a guest on a new overlay over `backing`; it goes on for `settle_s` more."""
     overlay_path.write_bytes(overlay.qcow2(size_bytes, backing, kind))
     console = overlay_path.with_suffix(".console")
     console.unlink(missing_ok=True)
@@ -203,17 +206,19 @@ def _boot(bench: Bench, overlay_path: Path, backing: str, kind: str, size_bytes:
             if qemu.poll() is not None or time.monotonic() - began > BOOT_S:
                 raise Failed(f"the guest did not come up: {console.read_bytes()[-500:]!r}")
             time.sleep(0.1)
-        return time.monotonic() - began
+        took = time.monotonic() - began
+        time.sleep(settle_s)
+        return took
     finally:
         qemu.kill()
         qemu.wait()
 
 
-def _reads(bench: Bench, disk: Path, number: int) -> list[Read]:
-    """The reads of a boot, in order; kept beside the image."""
-    kept = disk.with_name(f"{disk.stem}.reads{number}.json")
+def _reads(bench: Bench, disk: Path, *, for_trace: bool = False) -> list[Read]:
+    """The reads of a boot to its prompt (and as long after it as a trace goes on), in order; kept beside the image."""
+    kept = disk.with_name(f"{disk.stem}.{'trace' if for_trace else 'reads'}.json")
     if not kept.exists() or kept.stat().st_mtime < disk.stat().st_mtime:
-        bench.say(f"booting {disk.name} to note its reads ({number + 1}/2)")
+        bench.say(f"booting {disk.name} to note its reads")
         socket = bench.dir("note") / "nbd"
 
         async def note() -> list[Read]:
@@ -222,7 +227,8 @@ def _reads(bench: Bench, disk: Path, number: int) -> list[Read]:
             await server.start()
             nbd = f"nbd+unix:///?socket={socket}"
             path = bench.dir("note") / "disk.qcow2"
-            await asyncio.to_thread(_boot, bench, path, nbd, "raw", source.size_bytes)
+            settle_s = SETTLE_S if for_trace else 0.0
+            await asyncio.to_thread(_boot, bench, path, nbd, "raw", source.size_bytes, settle_s)
             await server.close()
             return source.noted
 

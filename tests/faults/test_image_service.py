@@ -174,7 +174,7 @@ def test_a_boot_leaves_a_trace_in_the_store_that_the_next_node_replays(tmp_path:
         socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
         places = [5, 400, 90, 300]
         assert qemu_io(socket, *(f"read {at * CHUNK} 4k" for at in places)).wait(20) == 0
-        imaged.ask("booted", reader="vda")
+        imaged.ask("booted", reader="vda", settle_s=0)
         store = Store.open(Directory(tmp_path / "store"))
         deadline = time.monotonic() + 10
         while not (tmp_path / "store" / trace_key(digest)).exists():
