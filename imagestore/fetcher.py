@@ -124,16 +124,21 @@ class Filling:
 
     # -- asking (event loop)
 
-    async def obtain(self, chunks: Sequence[int], patience_s: float) -> dict[int, Buffer]:
+    async def obtain(
+        self, chunks: Sequence[int], patience_s: float, *, for_peer: bool = False
+    ) -> dict[int, Buffer]:
         """Wait until every one of these chunks is present, except those returned, which could not be kept.
 
-        Raises OSError (EIO) when that took longer than `patience_s`.
+        Raises OSError (EIO) when that took longer than `patience_s`. for_peer: no other peer is asked or waited for,
+        and the first failure ends it.
         """
         loose: dict[int, Buffer] = {}
         deadline, failures = time.monotonic() + patience_s, 0
         while missing := [c for c in chunks if not self.partial.present[c] and c not in loose]:
             self._last_demand_s = time.monotonic()
-            jobs = self._demanded(missing)
+            jobs = self._demanded(missing, for_peer=for_peer)
+            if for_peer and any(job.owner for job in jobs):
+                raise OSError(errno.EIO, "another peer is being asked for it")
             self._fetcher.pump()
             left = deadline - time.monotonic()
             if left > 0:
@@ -146,6 +151,8 @@ class Filling:
                     failed = failed or brought.error is not None
             if time.monotonic() >= deadline:
                 self._tell(f"gave up a read after {patience_s:.0f} s: {self.last_error or 'no answer'}")
+                raise OSError(errno.EIO, self.last_error)
+            if failed and for_peer:
                 raise OSError(errno.EIO, self.last_error)
             if failed:
                 pause = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
@@ -160,12 +167,13 @@ class Filling:
                 self._prefetch.setdefault(self._group_of[chunk])
         self._fetcher.pump()
 
-    def _demanded(self, missing: list[int]) -> set[Job]:
+    def _demanded(self, missing: list[int], *, for_peer: bool) -> set[Job]:
         """The jobs that bring these chunks: those under way, and new ones for the others."""
         jobs = {self._busy[c] for c in missing if c in self._busy}
         wanted = dict.fromkeys(self._group_of[c] for c in missing if c not in self._busy)
         while wanted:
             job = self._job(Kind.DEMAND, self._run(next(iter(wanted)), wanted))
+            job.owner = "" if for_peer else job.owner
             self._demand.append(job)
             jobs.add(job)
         if self.read_ahead and jobs and self.fill is not Fill.NOW:
@@ -178,7 +186,11 @@ class Filling:
 
     def _owner(self, group: int) -> str:
         # Of a whole group, so that no two nodes can hold a half each and wait for the other's.
-        return self.peers.owner(self._groups[group][0]) if self.peers and self._groups[group] else ""
+        if not self.peers or not self._groups[group]:
+            return ""
+        now = time.monotonic()
+        helpless = all(self._down.get(o, 0.0) > now for o in self.origins if o.kind == "store")
+        return self.peers.owner(self._groups[group][0], others=helpless)
 
     def _run(self, first: int, wanted: dict[int, None]) -> list[int]:
         """Take out of `wanted` the group `first` and those after it that fit into the same request."""
@@ -252,8 +264,8 @@ class Filling:
             self._tell("the cache's disk is full: reads go on without being kept, filling waits for room")
         if brought.error:
             self.last_error = str(brought.error)
-            if job.kind is not Kind.DEMAND:
-                # Whoever needs it asks again; filling starts again after a while.
+            if job.kind is not Kind.DEMAND and (job.owner or not self._owner(self._group_of[job.chunks[0]])):
+                # Whoever needs it asks again; filling starts again after a while, unless a peer may know more.
                 self._full_until_s = time.monotonic() + _DOWN_S
         job.done.set_result(brought)
         if self.partial.complete:

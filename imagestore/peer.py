@@ -6,7 +6,8 @@
 Whoever can name a chunk by its id has read the manifest that lists it, so a node gets from its peers only what its own
 stores would give it. Bytes are verified by the fetcher as always; they are not encrypted, like the guests' own traffic
 between nodes. Each stretch of OWNED_CHUNKS chunks has an owner among the nodes, the same on all of them (rendezvous
-hashing): the owner asks the store, the others ask the owner, and the store only when the owner cannot help.
+hashing): the owner asks the store, the others ask the owner, and the store only when the owner cannot help. A node whose
+stores do not answer asks the next in that order. Who is asked never asks a peer for it: no two nodes wait for each other.
 """
 
 import asyncio
@@ -52,11 +53,17 @@ class Site:
         self._local = threading.local()
         self._away: dict[str, float] = {}
 
-    def owner(self, digest: Digest, chunk: int) -> str:
-        """The node that fetches this chunk for all; ours where there are no peers."""
+    def owner(self, digest: Digest, chunk: int, *, others: bool = False) -> str:
+        """The node that fetches this chunk for all; ours where there are no peers.
+
+        others: the first of the others that answer ("" if none does), since our stores do not.
+        """
         stretch = digest + (chunk // OWNED_CHUNKS).to_bytes(8, "little")
         nodes = {*self.addresses, self.me}
-        return max(nodes, key=lambda node: blake3(stretch + node.encode()).digest())
+        if others:
+            now = time.monotonic()
+            nodes = {node for node in nodes - {self.me} if self._away.get(node, 0) <= now}
+        return max(nodes, key=lambda node: blake3(stretch + node.encode()).digest(), default="")
 
     def ask(self, node: str, path: str, body: bytes) -> bytes:
         """One request, over this thread's connection to that node. Raises Unavailable."""
@@ -73,8 +80,9 @@ class Site:
                 connection.request("POST", path, body, {"Authorization": sign(self.secret, path, body)})
                 answer = connection.getresponse()
                 data = answer.read()
-                if answer.status == 200:
+                if answer.status in (200, 404):
                     kept[address] = connection
+                if answer.status == 200:
                     return data
                 raise Unavailable(f"node {node} answered {answer.status}")
             except (OSError, http.client.HTTPException) as error:
@@ -91,11 +99,11 @@ class Peers:
     def __init__(self, site: Site, digest: Digest, manifest: Manifest) -> None:
         self.site, self.digest, self.manifest = site, digest, manifest
 
-    def owner(self, chunk: int) -> str:
-        """The other node that fetches this chunk for all; "" where we do."""
+    def owner(self, chunk: int, *, others: bool = False) -> str:
+        """The other node that fetches this chunk for all; "" where we do. others: as in `Site.owner`."""
         if not self.site.addresses:
             return ""
-        found = self.site.owner(self.digest, chunk)
+        found = self.site.owner(self.digest, chunk, others=others)
         return "" if found == self.site.me else found
 
     def at(self, node: str) -> "PeerOrigin":

@@ -363,7 +363,7 @@ class ImageService:
         chunks = [image.chunk_of(one) for one in wanted]
         if None in chunks:
             return None
-        loose = await image.filling.obtain([c for c in chunks if c is not None], PATIENCE_S)
+        loose = await image.filling.obtain([c for c in chunks if c is not None], PATIENCE_S, for_peer=True)
         return [loose.get(c) or image.partial.read_chunk(c) for c in chunks if c is not None]
 
     async def join(self, me: str, listen: str, peers: Mapping[str, str], secret: bytes) -> None:
