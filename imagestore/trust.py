@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tuf.api import exceptions as tuf
@@ -23,6 +22,7 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from imagestore.backend import Backend
 from imagestore.digest import Digest
+from imagestore.directory import Directory
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.names import NameRecord, Names, check_architecture, check_name
 from imagestore.store import Store, StoreInfo
@@ -38,14 +38,6 @@ log = logging.getLogger(__name__)
 
 Target = tuple[str, str, str]
 """Name, tag, architecture."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signed:
-    """A name that a signature vouches for. `warning`: why it could only be answered from what was verified before."""
-
-    digest: Digest
-    warning: str = ""
 
 
 def tree(fingerprint: Digest) -> str:
@@ -102,21 +94,17 @@ class Trust:
         self._anchor = directory / "anchor.json"
 
     @classmethod
-    def bootstrap(
-        cls, backend: Backend, directory: Path, *, root: bytes | None = None, fingerprint: str = ""
-    ) -> "Trust":
-        """Start to trust a signer by its first root or by that root's digest. Raises Denied, Invalid."""
-        if root is None:
-            expected = Digest.parse(fingerprint)
-            key = f"{tree(expected)}1.root.json"
-            try:
-                size = backend.stat(key).size_bytes
-                root = backend.get(key, 0, min(size, _ROOT_BYTES)).data
-            except NotFound as error:
-                hint = "compare the fingerprint with its owner's"
-                raise Denied(f"{backend.url} is not signed by {expected}", hint=hint) from error
-            if Digest.of(root) != expected:
-                raise Denied(f"the root of {backend.url} is {Digest.of(root)}, not {expected}")
+    def bootstrap(cls, backend: Backend, directory: Path, fingerprint: Digest) -> "Trust":
+        """Start to trust a signer by the digest of its first root. Raises Denied, Invalid."""
+        key = f"{tree(fingerprint)}1.root.json"
+        try:
+            size = backend.stat(key).size_bytes
+            root = backend.get(key, 0, min(size, _ROOT_BYTES)).data
+        except NotFound as error:
+            hint = "compare the fingerprint with its owner's"
+            raise Denied(f"{backend.url} is not signed by {fingerprint}", hint=hint) from error
+        if Digest.of(root) != fingerprint:
+            raise Denied(f"the root of {backend.url} is {Digest.of(root)}, not {fingerprint}")
         try:
             metadata = Metadata[Root].from_bytes(root)
             metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
@@ -126,12 +114,8 @@ class Trust:
             raise Invalid(
                 "not a first root", hint="give 1.root.json: newer ones are found and checked from there"
             )
-        trust = cls(backend, directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = trust._anchor.with_suffix(".new")
-        temporary.write_bytes(root)
-        temporary.replace(trust._anchor)
-        return trust
+        Directory(directory).put("anchor.json", root)
+        return cls(backend, directory)
 
     def refresh(self) -> None:
         """Fetch and verify what the remote signs now. Raises StoreError: its message says which rule was broken."""
@@ -141,31 +125,13 @@ class Trust:
                 anchor = self._anchor.read_bytes()
                 base = tree(Digest.of(anchor))
                 updater = Updater(str(self._directory), base, fetcher=fetcher, bootstrap=anchor)
-                updater.refresh()
+                try:
+                    updater.refresh()
+                finally:
+                    self._make_durable()
                 parse_targets(self._targets())
             except (tuf.RepositoryError, tuf.DownloadError) as error:
                 raise _explain(error, fetcher.last.rpartition("/")[2], self._backend.url) from error
-
-    def resolve(self, name: str, tag: str, architecture: str, *, refresh: bool = True) -> Signed:
-        """The manifest that the remote's signature gives for a name now.
-
-        Where the remote breaks a rule or is away: what was verified before, with a warning, else that error.
-        """
-        reason: StoreError | None = None
-        if refresh:
-            try:
-                self.refresh()
-            except StoreError as error:
-                reason = error
-        known = self.names()
-        digest = known.get((name, tag, check_architecture(architecture)))
-        if digest is None and reason is not None:
-            raise reason
-        if digest is None:
-            has = sorted(f"{n}:{t}" for n, t, a in known if n == name or a == architecture)[:3]
-            hint = f"it has {', '.join(has)}" if has else ""
-            raise NotFound(f"{self._backend.url} has no signed {name}:{tag} for {architecture}", hint=hint)
-        return Signed(digest, f"{reason}; taking what was verified before" if reason else "")
 
     def names(self) -> dict[Target, Digest]:
         """Every name that was verified last; empty before the first refresh."""
@@ -179,16 +145,28 @@ class Trust:
         # python-tuf writes this file only after its whole chain of signatures held.
         return Metadata[Targets].from_bytes((self._directory / "targets.json").read_bytes()).signed
 
+    def _make_durable(self) -> None:
+        """python-tuf renames without fsync: versions that a power cut took back could be rolled back unnoticed."""
+        history = self._directory / "root_history"
+        for path in (*self._directory.glob("*.json"), *history.glob("*.json"), history, self._directory):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """python-tuf wants one user of its directory at a time."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self._directory / ".tuf.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         except tuf.RepositoryError as error:
-            raise Corrupt(f"{self._directory}: {error}", hint="remove and add the remote again") from error
+            raise Corrupt(
+                f"{self._directory}: {error}", hint="delete it: sf then starts from the fingerprint again"
+            ) from error
         finally:
             os.close(descriptor)
 
@@ -210,10 +188,10 @@ def open_signed(backend: Backend, fingerprint: Digest) -> Store:
     kept = directory / "store.json"
     try:
         if not (directory / "anchor.json").exists():
-            Trust.bootstrap(backend, directory, fingerprint=str(fingerprint))
+            Trust.bootstrap(backend, directory, fingerprint)
         info = Store.open(backend).info
         if not kept.exists() or StoreInfo.decode(kept.read_bytes()) != info:
-            kept.write_bytes(info.encode())
+            Directory(directory).put(kept.name, info.encode())
     except Unavailable:
         if not kept.exists():
             raise

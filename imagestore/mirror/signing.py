@@ -20,6 +20,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
 from imagestore.digest import Digest
+from imagestore.directory import Directory
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
 from imagestore.pull import fsync_directory
 from imagestore.store import Store, manifest_key
@@ -68,6 +69,7 @@ class Keyring:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(signer.private_bytes)
             os.fsync(file.fileno())
+        fsync_directory(self.directory)
         return signer
 
     def signers(self, role: str, root: Root) -> list[CryptoSigner]:
@@ -106,13 +108,7 @@ def init(store: Store, keys: Keyring, *, root_keys: int = 1, threshold: int = 1)
     fingerprint = Digest.of(data)
     store.backend.put(f"{tree(fingerprint)}1.root.json", data)
     # Last: without this file the keys are nobody's, and the next `init` makes others.
-    temporary = keys.directory / ".fingerprint"
-    with temporary.open("w") as file:
-        file.write(f"{fingerprint}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(keys.directory / "fingerprint")
-    fsync_directory(keys.directory)
+    Directory(keys.directory).put("fingerprint", f"{fingerprint}\n".encode())
     return fingerprint
 
 
@@ -127,22 +123,21 @@ class Publisher:
         self._base = tree(keys.fingerprint)
 
     def rotate(self, role: str) -> int:
-        """Give a role a new key and take its old ones away; returns the new root's version.
+        """Give a role new keys, as many as it had, and take its old ones away; returns the new root's version.
 
         A root is signed by the old root's keys and by the new ones, so that clients of any age follow.
         """
         self._store.check_writable()
         metadata = self._root()
         old = self._root_keys.signers("root", metadata.signed)
-        fresh = (self._root_keys if role == "root" else self._keys).create(role)
+        fresh = []
         for keyid in list(metadata.signed.roles[role].keyids):
             metadata.signed.revoke_key(keyid, role)
-        metadata.signed.add_key(fresh.public_key, role)
-        if role == "root":
-            metadata.signed.roles[role].threshold = 1
+            fresh.append((self._root_keys if role == "root" else self._keys).create(role))
+            metadata.signed.add_key(fresh[-1].public_key, role)
         metadata.signed.version += 1
         metadata.signed.expires = _expiry("root")
-        data = _sign(metadata, [*old, fresh] if role == "root" else old)
+        data = _sign(metadata, [*old, *fresh] if role == "root" else old)
         key = f"{self._base}{metadata.signed.version}.root.json"
         self._backend.put(key, data, if_none_match=self._backend.conditional)
         return metadata.signed.version

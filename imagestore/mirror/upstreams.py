@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from imagestore.directory import Directory
+
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """URL to {seen_s, gone_since_s (0 while it is there), error}; empty where nothing was noted or it is damaged."""
@@ -32,7 +34,4 @@ def note(path: Path, url: str, error: str) -> None:
         "gone_since_s": (before["gone_since_s"] or now) if error else 0.0,
         "error": error,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(known, indent=1))
-    fresh.replace(path)
+    Directory(path.parent).put(path.name, json.dumps(known, indent=1).encode())

@@ -1,7 +1,10 @@
 """What a signed store's client refuses, each with its own words, and what still resolves when the store goes bad."""
 
+import logging
+import os
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from imagestore.manifest import Manifest
 from imagestore.mirror import signing
 from imagestore.mirror.signing import Publisher
 from imagestore.store import Store, layout_key, manifest_key
-from imagestore.trust import Trust, signed_targets, tree
+from imagestore.trust import SignedNames, Trust, open_signed, signed_targets, tree
 
 EMPTY_U4 = np.zeros(0, np.uint32)
 NO_IDS = np.zeros((0, 32), np.uint8)
@@ -42,6 +45,11 @@ def add_image(store: Store, name: str, size_bytes: int, tag: str = "latest") -> 
     return digest
 
 
+class Resolved(NamedTuple):
+    digest: Digest
+    warning: str
+
+
 class Mirror:
     """A signed store in a directory, and one client of it."""
 
@@ -50,10 +58,23 @@ class Mirror:
         self.store = Store.init(self.backend)
         self.keys = signing.Keyring(path / "keys")
         self.fingerprint = signing.init(self.store, self.keys)
-        self.client = Trust.bootstrap(self.backend, path / "client", fingerprint=str(self.fingerprint))
+        self.client = Trust.bootstrap(self.backend, path / "client", self.fingerprint)
         self.publisher = Publisher(self.store, self.keys)
         self.base = tree(self.fingerprint)
         self.path = path
+
+    def resolve(self, name: str, client: Trust | None = None) -> "Resolved":
+        """What a client that has just started finds under a name, and what it warns of."""
+        said: list[str] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        logger = logging.getLogger("imagestore.trust")
+        logger.addHandler(handler)
+        try:
+            names = SignedNames(self.backend, client or self.client, self.fingerprint)
+            return Resolved(names.get(name).digest("amd64"), " ".join(said))
+        finally:
+            logger.removeHandler(handler)
 
     def files(self) -> dict[str, bytes]:
         return {stat.key: self.backend.get(stat.key).data for stat in self.backend.list("tuf/")}
@@ -73,12 +94,12 @@ def test_a_published_name_resolves_and_a_draft_does_not(mirror: Mirror) -> None:
     published = mirror.publisher.publish()
     assert published.added == (("debian", "latest", "x86_64"),)
     draft = add_image(mirror.store, "debian", 2 << 20)
-    signed = mirror.client.resolve("debian", "latest", "amd64")
+    signed = mirror.resolve("debian")
     assert (signed.digest, signed.warning) == (debian, "")
     assert mirror.publisher.publish().changed == (("debian", "latest", "x86_64"),)
-    assert mirror.client.resolve("debian", "latest", "x86_64").digest == draft
-    with pytest.raises(NotFound, match="no signed ubuntu"):
-        mirror.client.resolve("ubuntu", "latest", "x86_64")
+    assert mirror.resolve("debian").digest == draft
+    with pytest.raises(NotFound, match="ubuntu:latest"):
+        mirror.resolve("ubuntu")
 
 
 def test_a_name_without_its_layout_is_not_published(mirror: Mirror) -> None:
@@ -87,18 +108,19 @@ def test_a_name_without_its_layout_is_not_published(mirror: Mirror) -> None:
     with pytest.raises(NotFound):
         mirror.publisher.publish()
     with pytest.raises(Denied, match="unsigned"):
-        mirror.client.resolve("debian", "latest", "x86_64")
+        mirror.resolve("debian")
 
 
 def test_another_root_than_the_one_that_was_expected_is_refused(mirror: Mirror, tmp_path: Path) -> None:
     other = Digest.of(b"x")
     with pytest.raises(Denied, match="not signed by"):
-        Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint=str(other))
+        Trust.bootstrap(mirror.backend, tmp_path / "other", other)
     mirror.backend.put(tree(other) + "1.root.json", mirror.backend.get(mirror.base + "1.root.json").data)
     with pytest.raises(Denied, match="the root of"):
-        Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint=str(other))
+        Trust.bootstrap(mirror.backend, tmp_path / "other", other)
+    mirror.backend.put(tree(Digest.of(b"{}")) + "1.root.json", b"{}")
     with pytest.raises(Invalid, match="not a TUF root"):
-        Trust.bootstrap(mirror.backend, tmp_path / "other", root=b"{}")
+        Trust.bootstrap(mirror.backend, tmp_path / "other", Digest.of(b"{}"))
 
 
 def test_a_rollback_is_refused_and_what_was_verified_still_resolves(mirror: Mirror) -> None:
@@ -107,14 +129,14 @@ def test_a_rollback_is_refused_and_what_was_verified_still_resolves(mirror: Mirr
     old = mirror.files()
     newer = add_image(mirror.store, "debian", 2 << 20)
     mirror.publisher.publish()
-    assert mirror.client.resolve("debian", "latest", "x86_64").digest == newer
+    assert mirror.resolve("debian").digest == newer
     mirror.restore(old)
     with pytest.raises(Denied, match="rolled back"):
         mirror.client.refresh()
-    signed = mirror.client.resolve("debian", "latest", "x86_64")
+    signed = mirror.resolve("debian")
     assert signed.digest == newer and "rolled back" in signed.warning
     with pytest.raises(Denied, match="rolled back"):
-        mirror.client.resolve("ubuntu", "latest", "x86_64")
+        mirror.resolve("ubuntu")
 
 
 def test_a_freeze_is_noticed_when_the_timestamp_expires(
@@ -128,10 +150,10 @@ def test_a_freeze_is_noticed_when_the_timestamp_expires(
         mirror.publisher.refresh()
     with pytest.raises(Denied, match="frozen"):
         mirror.client.refresh()
-    assert "frozen" in mirror.client.resolve("debian", "latest", "x86_64").warning
-    assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
+    assert "frozen" in mirror.resolve("debian").warning
+    assert mirror.resolve("debian").digest == debian
     mirror.publisher.refresh()
-    assert mirror.client.resolve("debian", "latest", "x86_64").warning == ""
+    assert mirror.resolve("debian").warning == ""
 
 
 def test_expired_targets_are_refused(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +161,7 @@ def test_expired_targets_are_refused(mirror: Mirror, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(signing.LIFETIMES, "targets", timedelta(seconds=-1))
     mirror.publisher.publish()
     with pytest.raises(Denied, match=r"expired.*targets"):
-        mirror.client.resolve("debian", "latest", "x86_64")
+        mirror.resolve("debian")
 
 
 def test_metadata_of_different_publications_do_not_mix(mirror: Mirror) -> None:
@@ -165,7 +187,7 @@ def test_a_wrong_key_is_refused(mirror: Mirror, tmp_path: Path) -> None:
             data = thief_store.backend.get(stat.key).data
             mirror.backend.put(mirror.base + stat.key.removeprefix(theirs), data)
     with pytest.raises(Denied, match="wrong key"):
-        mirror.client.resolve("debian", "latest", "x86_64")
+        mirror.resolve("debian")
 
 
 def test_endless_metadata_is_cut_off(mirror: Mirror) -> None:
@@ -191,7 +213,7 @@ def test_every_role_can_be_rotated_and_a_client_of_any_age_follows(mirror: Mirro
     for role in (*signing.ROLES, "root"):
         mirror.publisher.rotate(role)
     mirror.publisher.publish()
-    assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
+    assert mirror.resolve("debian").digest == debian
 
 
 def test_a_rotated_timestamp_key_is_taken_up_by_refresh(mirror: Mirror) -> None:
@@ -202,7 +224,7 @@ def test_a_rotated_timestamp_key_is_taken_up_by_refresh(mirror: Mirror) -> None:
     with pytest.raises(Denied, match="wrong key"):
         mirror.client.refresh()
     mirror.publisher.refresh()
-    assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
+    assert mirror.resolve("debian").digest == debian
 
 
 def test_root_keys_can_be_kept_elsewhere_and_are_only_needed_to_rotate(mirror: Mirror) -> None:
@@ -232,9 +254,9 @@ def test_two_signers_live_side_by_side_in_one_store(mirror: Mirror, tmp_path: Pa
     keys = signing.Keyring(tmp_path / "adopter")
     fingerprint = signing.init(mirror.store, keys)
     Publisher(mirror.store, keys).publish()
-    other = Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint=str(fingerprint))
-    assert other.resolve("debian", "latest", "x86_64").digest == debian
-    assert mirror.client.resolve("debian", "latest", "x86_64").digest == debian
+    other = Trust.bootstrap(mirror.backend, tmp_path / "other", fingerprint)
+    assert mirror.resolve("debian", other).digest == debian
+    assert mirror.resolve("debian").digest == debian
     assert signed_targets(mirror.backend) == {("debian", "latest", "x86_64"): {debian}}
 
 
@@ -253,7 +275,67 @@ def test_when_the_store_is_away_verified_names_resolve_with_a_warning(
         raise Unavailable("the store does not answer")
 
     monkeypatch.setattr(mirror.backend, "stat", away)
-    signed = mirror.client.resolve("debian", "latest", "x86_64")
+    signed = mirror.resolve("debian")
     assert signed.digest == debian and "does not answer" in signed.warning
     with pytest.raises(Unavailable):
-        mirror.client.resolve("ubuntu", "latest", "x86_64")
+        mirror.resolve("ubuntu")
+
+
+def test_what_was_verified_is_on_the_disk_before_anybody_relies_on_it(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    add_image(mirror.store, "debian", 1 << 20)
+    mirror.publisher.rotate("timestamp")
+    mirror.publisher.publish()
+    monkeypatch.setattr(os, "fsync", noting)
+    mirror.client.refresh()
+    kept = [
+        path
+        for path in (mirror.path / "client").rglob("*")
+        if path.name not in (".tmp", ".tuf.lock", ".lock")
+    ]
+    assert {"timestamp.json", "snapshot.json", "targets.json", "2.root.json"} <= {path.name for path in kept}
+    anchor = mirror.path / "client" / "anchor.json"  # of an earlier run
+    assert [path.name for path in kept if path.stat().st_ino not in synced | {anchor.stat().st_ino}] == []
+
+
+def test_a_memory_that_was_never_finished_is_begun_again(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SF_TRUST_DIR", str(tmp_path / "memory"))
+    debian = add_image(mirror.store, "debian", 1 << 20)
+    mirror.publisher.publish()
+    put = Directory.put
+
+    def dies(self: Directory, key: str, *rest: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr(Directory, "put", dies)
+        with pytest.raises(KeyboardInterrupt):
+            open_signed(mirror.backend, mirror.fingerprint)
+        monkeypatch.setattr(Directory, "put", put)
+        store = open_signed(mirror.backend, mirror.fingerprint)
+        assert store.names.get("debian").digest("amd64") == debian
+        next((tmp_path / "memory").rglob("store.json")).unlink()
+
+
+def test_a_root_of_several_keys_keeps_their_number_and_threshold_when_it_is_rotated(tmp_path: Path) -> None:
+    store, keys = Store.init(Directory(tmp_path / "store")), signing.Keyring(tmp_path / "keys")
+    fingerprint = signing.init(store, keys, root_keys=3, threshold=2)
+    debian = add_image(store, "debian", 1 << 20)
+    publisher = Publisher(store, keys)
+    assert publisher.rotate("root") == 2
+    role = publisher._root().signed.roles["root"]
+    assert (len(role.keyids), role.threshold) == (3, 2)
+    publisher.publish()
+    client = Trust.bootstrap(store.backend, tmp_path / "client", fingerprint)
+    client.refresh()
+    assert set(client.names().values()) == {debian}
