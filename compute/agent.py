@@ -176,6 +176,7 @@ class Agent:
             if not orphans_known:
                 orphans_known = await self._adopt_orphans(host, desired)
             self._apply_instances(host, desired)
+            await self._images.share(desired.image_site)
             await self._register(host.verdict)
             wait_s = _WAIT_S if quiet > 1 and orphans_known else _RETRY_S
             desired = await self._patiently(self._controller.desired, self._node, desired.revision, wait_s)
@@ -331,4 +332,6 @@ class Agent:
             accel=str(verdict),
             mtu_bytes=self._mtu_bytes,
             images=self._images.here(),
+            peer_address=self._images.peer_address,
+            stores=self._images.stores,
         )

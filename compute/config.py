@@ -45,6 +45,8 @@ class Config:
     """A guest's read that no store can serve for so long ends in an I/O error."""
     cache_size: str = "0"
     """Above this unused images leave the node's cache, least recently used first; 0 for no limit."""
+    peer_port: int = 13002
+    """Where, on the mesh address, the image service serves nodes with the same stores; 0 for not at all."""
     cpu_ratio: float = 16.0
     memory_reserve_mib: int = 512
     architecture: str = "x86_64"
@@ -87,6 +89,7 @@ def load(environment: Mapping[str, str] | None = None, **flags: str | None) -> C
             fill_rate=settings.get("fill_rate", "0"),
             read_timeout_s=float(settings.get("read_timeout", "120")),
             cache_size=settings.get("cache_size", "0"),
+            peer_port=int(settings.get("peer_port", "13002")),
             cpu_ratio=float(settings.get("cpu_ratio", "16")),
             memory_reserve_mib=int(settings.get("memory_reserve_mib", "512")),
             architecture=settings.get("architecture") or platform.machine(),

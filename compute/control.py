@@ -16,8 +16,9 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import TypeVar
 
+from compute import joining
 from compute.codec import to_plain
-from compute.desired import build
+from compute.desired import build, image_site
 from compute.errors import Compacted, ComputeError, LeaseLost, NotFound, Unavailable
 from compute.instances import finish_delete
 from compute.networks import move_routers, router_candidates
@@ -47,7 +48,7 @@ LEASE_S = 12.0
 FENCE_S = 8.0
 """A node that could not renew for so long removes its own routers: before anybody else may take them."""
 
-_PLANNED = frozenset({Instance.KIND, Interface.KIND, Network.KIND, Node.KIND})
+_PLANNED = frozenset({Instance.KIND, Interface.KIND, Network.KIND, Node.KIND, "alive"})
 _WATCH_S = 1.0
 _SWEEP_S = 60.0
 _KEEP_DELETED_S = 3600.0
@@ -138,6 +139,7 @@ class Controller:
                 txn.create(Node(uuid=new_uuid(), name=self.server, facts=facts))
             if txn.find(Claims, self.server) is None:
                 txn.create(Claims(name=self.server))
+            joining.site_secret(txn)
 
         await self._act(action, self.server)
 
@@ -277,15 +279,18 @@ class Controller:
 
     def _move_routers(self, txn: Transaction) -> None:
         """A network without a living router gets one. A node's lease outlives a restart of the server."""
-        alive = [
+        alive = self._alive(txn)
+        lost = {n.router_node for n in txn.list(Network) if n.state == "created"} - set(alive)
+        for name in sorted(lost) if alive else ():
+            move_routers(txn, name, router_candidates(txn, alive))
+
+    def _alive(self, txn: Transaction) -> list[str]:
+        return [
             n.name
             for n in txn.list(Node)
             if n.state == "created"
             and (n.name == self.server or txn.store.get(f"alive/{n.name}") is not None)
         ]
-        lost = {n.router_node for n in txn.list(Network) if n.state == "created"} - set(alive)
-        for name in sorted(lost) if alive else ():
-            move_routers(txn, name, router_candidates(txn, alive))
 
     def forget(self, node: str) -> None:
         """The node was removed."""
@@ -302,17 +307,20 @@ class Controller:
         read = Transaction(self.store)
         revision = self.store.revision()
         last = self._last.get(node)
+        nodes = read.list(Node)
         now = build(
             node,
             self.installation,
             instances=read.list(Instance),
             interfaces=read.list(Interface),
             networks=read.list(Network),
-            nodes=read.list(Node),
+            nodes=nodes,
             revision=last.revision if last else revision,
             uplink=self._uplink,
             resolvers=self._resolvers,
         )
+        site = image_site(node, nodes, self._alive(read), joining.site_secret(read))
+        now = replace(now, image_site=site)
         if last is None or now != last:
             self._last[node] = replace(now, revision=max(revision, last.revision + 1 if last else 0))
         return self._last[node]

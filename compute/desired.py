@@ -1,11 +1,12 @@
 """From records to what one node must be: a pure function of them."""
 
+import hmac
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network
 
 from compute.objects import Instance, Interface, Network, Node
-from compute.spec import InstanceSpec, InstanceState, InterfaceSpec, NodeDesired
+from compute.spec import ImageSite, InstanceSpec, InstanceState, InterfaceSpec, NodeDesired
 from net.model import Network as NetNetwork
 from net.model import NodeNetworks, Peer, Port
 from net.names import tap
@@ -71,6 +72,20 @@ def build(
             if alive[uuid].node == node
         ),
     )
+
+
+def image_site(node: str, nodes: Iterable[Node], alive: Collection[str], secret: bytes) -> ImageSite:
+    """With which of the living nodes the image service of `node` shares. Other stores, another key."""
+    there = (n for n in nodes if n.state != "deleted" and (n.name == node or n.name in alive))
+    facts = {n.name: n.facts for n in there}
+    here = facts.pop(node, {})
+    stores = here.get("stores", [])
+    same = {n: f["peer_address"] for n, f in sorted(facts.items()) if f.get("stores") == stores}
+    peers = {name: address for name, address in same.items() if address}
+    if not peers or not here.get("peer_address"):
+        return ImageSite()
+    key = hmac.digest(secret, "\n".join(stores).encode(), "sha256")
+    return ImageSite(node, here["peer_address"], peers, key)
 
 
 def _address(node: Node | None) -> IPv4Address:

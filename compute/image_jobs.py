@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from compute.spec import ImageSite
 from imagestore.cache import Cached
 from imagestore.digest import Digest
 from imagestore.progress import Progress, Report
@@ -52,6 +53,10 @@ class _Job:
 
 class ImageJobs:
     """Fetches in threads of their own, so that a slow store does not hold up the rest of the agent."""
+
+    peer_address = ""
+    stores: tuple[str, ...] = ()
+    """Both as in `NodeFacts`."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -128,6 +133,9 @@ class ImageJobs:
 
     def _ensure(self, digest: str, heard: Callable[[Progress], None], cancel: threading.Event) -> Path:
         return self._cache.ensure(Digest.parse(digest), heard, cancel)
+
+    async def share(self, site: ImageSite) -> None:
+        """With whom to share what is here, from now on."""
 
     async def only(self, readers: Sequence[str]) -> None:
         """These are all the disks of guests here."""

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from compute.image_jobs import Backing, Cache, Heard, ImageJobs, Say
+from compute.spec import ImageSite
 from imagestore.control import ControlClient
 from imagestore.digest import Digest
 from imagestore.errors import NotFound, StoreError, Unavailable
@@ -35,6 +37,18 @@ class Settings:
     patience_s: float = 120.0
     arguments: tuple[str, ...] = ()
     """More for the service's command line."""
+    peer_address: str = ""
+    """host:port where other nodes may be served."""
+
+
+def called(url: str) -> str:
+    """What a store is called wherever it is used: its URL without credentials, signer and way of access."""
+    parts = urlsplit(url)
+    if parts.scheme in ("", "file"):
+        return f"file://{parts.path.rstrip('/')}"
+    endpoint = dict(parse_qsl(parts.query)).get("endpoint_url")
+    host = parts.netloc.rpartition("@")[2].lower()
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}{f'?{called(endpoint)}' if endpoint else ''}"
 
 
 class ServedImages(ImageJobs):
@@ -46,6 +60,10 @@ class ServedImages(ImageJobs):
         self._client = ControlClient(control_socket(state_dir))
         self._starting = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self.peer_address = settings.peer_address
+        self.stores = tuple(sorted({called(url) for url in settings.stores}))
+        self._site: ImageSite | None = None
+        self._trouble = ""
 
     async def backing(self, reader: str, digest: str, say: Say) -> Backing:
         """What a guest that is about to start reads its image from. Raises imagestore's errors."""
@@ -88,6 +106,25 @@ class ServedImages(ImageJobs):
         """From where the bytes came; {} where nobody knows."""
         return await self._tell("figures", reader=reader) or {}
 
+    async def share(self, site: ImageSite) -> None:
+        """With whom to share what is here, from now on."""
+        if site != self._site:
+            self._site = site
+            await self._join(logging.INFO)  # a service that is not there yet hears it when it is
+
+    async def _join(self, level: int) -> None:
+        site, told = self._site, self._trouble
+        self._trouble = ""
+        if site is None:
+            return
+        try:
+            more = {"peers": site.peers, "secret": site.secret.hex()}
+            await self._client.ask("join", timeout_s=10, me=site.me, listen=site.listen, **more)
+        except StoreError as err:
+            self._trouble = str(err)
+            if self._trouble != told:  # tried again and again
+                log.log(level, "sharing images with %s: %s", ", ".join(site.peers), err)
+
     async def only(self, readers: Sequence[str]) -> None:
         """These are all the disks of guests here."""
         await self._tell("sync", readers=list(readers))
@@ -116,6 +153,7 @@ class ServedImages(ImageJobs):
                     events = await self._client.ask("watch", after=0, wait_s=0)
                     after = max((event["seq"] for event in events), default=0)
                     heard("", "")
+                await self._join(logging.WARNING)  # it may be another service than a moment ago
                 events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
                 if not events:
                     heard("", "")  # figures have grown meanwhile

@@ -86,6 +86,15 @@ def join(txn: Transaction, secret: str, name: str) -> tuple[Node, str]:
     return node, identity
 
 
+def site_secret(txn: Transaction, *, renew: bool = False) -> bytes:
+    """What the nodes' image services know each other by; made at the first start, and anew when a node was removed."""
+    found = txn.find(Taken, "site-secret")
+    if found is None or renew:
+        found = Taken(name="site-secret", owner=secrets.token_hex(32), created_s=time.time())
+        txn.update(found)
+    return bytes.fromhex(found.owner)
+
+
 def check_identity(txn: Transaction, name: str, identity: str) -> Node:
     """Raises Unauthenticated, also for a node that was removed."""
     node = txn.find(Node, name)

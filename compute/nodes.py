@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from compute import joining
 from compute.errors import Conflict
 from compute.instances import finish_delete
 from compute.networks import move_routers
@@ -39,5 +40,6 @@ def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_node
     txn.delete(Claims, name)
     found = replace(found, state="deleted", lastseen_s=time.time())
     txn.update(found)
+    joining.site_secret(txn, renew=True)
     txn.event(Node.KIND, name, "removed", type="audit")
     return found

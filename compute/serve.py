@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ async def serve(config: Config, say: Say = log.info) -> None:
             config.node_name,
             state_dir,
             plane,
-            served(config, images),
+            served(config, images, config.mesh_address),
             config.libvirt_uri,
             address=config.mesh_address,
             mtu_bytes=mtu_bytes or 1450,
@@ -192,11 +193,12 @@ def installation_id(state_dir: Path) -> str:
         ) from err
 
 
-def served(config: Config, images: ImageCache) -> ServedImages:
-    """The image service of this node, as its agent sees it."""
+def served(config: Config, images: ImageCache, address: IPv4Address) -> ServedImages:
+    """The image service of this node, as its agent sees it. `address`: where other nodes reach this one."""
     limits = ("--fill-rate", config.fill_rate, "--cache-size", config.cache_size)
     urls = tuple(url for _, url in config.stores)
-    settings = Settings(urls, config.fill, config.read_timeout_s, limits)
+    peers = f"{address}:{config.peer_port}" if config.peer_port and not address.is_loopback else ""
+    settings = Settings(urls, config.fill, config.read_timeout_s, limits, peers)
     return ServedImages(images, config.state_dir, settings)
 
 

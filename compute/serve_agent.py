@@ -54,7 +54,7 @@ async def serve_agent(
             identity.node,
             state_dir,
             controller.plane,
-            served(config, images),
+            served(config, images, address),
             config.libvirt_uri,
             address=address,
             mtu_bytes=mtu_bytes or 1450,

@@ -90,12 +90,25 @@ class InstanceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSite:
+    """With whom a node's image service shares what it holds (`imagestore.peer`); without peers it does not listen."""
+
+    me: str = ""
+    listen: str = ""
+    """host:port"""
+    peers: dict[str, str] = field(default_factory=dict)
+    """Node → host:port, of those that live and have the same stores."""
+    secret: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class NodeDesired:
     """The whole of what one node must be. `revision` only grows."""
 
     revision: int
     networks: NodeNetworks
     instances: tuple[InstanceSpec, ...] = ()
+    image_site: ImageSite = ImageSite()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +161,10 @@ class NodeFacts:
     """What fits into VXLAN on its underlay: the underlay's MTU less 50."""
     images: tuple[str, ...] = ()
     """Digests of the images that its cache holds completely."""
+    peer_address: str = ""
+    """host:port where its image service can serve other nodes; "" if it is not to."""
+    stores: tuple[str, ...] = ()
+    """What its stores are called (sorted, without credentials): only nodes with the same ones share."""
 
 
 class NodeOperations(Protocol):

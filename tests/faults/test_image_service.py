@@ -278,3 +278,36 @@ def test_peers_that_are_away_or_know_another_secret_cost_time_and_nothing_else(t
         copy_by_nbd(socket, tmp_path / "copy.raw")
         assert (tmp_path / "copy.raw").read_bytes() == DATA
         assert "peer" not in one.row(digest)["received"]
+
+
+def test_a_node_whose_store_is_away_reads_on_from_its_peers(tmp_path: Path) -> None:
+    data = disk(14, 1500)
+    first, (digest,) = make_store(tmp_path / "store", data)
+    second, _ = make_store(tmp_path / "mirror", data)
+    with Imaged(tmp_path / "n0", first) as one, Imaged(tmp_path / "n1", second) as other:
+        join([one, other])
+        socket = other.ask("attach", image=str(digest), reader="vda", fill="now")["path"]
+        (tmp_path / "mirror" / "packs").rename(tmp_path / "away")
+        copy_by_nbd(socket, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == data
+        other.wait_complete(digest)  # the fill went on as well
+        received = other.row(digest)["received"]
+        assert received["peer"] > received.get("store", 0)
+
+
+def test_nodes_that_all_lost_their_stores_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(Imaged(tmp_path / f"n{n}", url)) for n in range(3)]
+        join(nodes)
+        asked = {"image": str(digest), "reader": "vda", "fill": "never", "patience_s": 5}
+        sockets = [node.ask("attach", **asked)["path"] for node in nodes]
+        (tmp_path / "store" / "packs").rename(tmp_path / "away")
+        places = [f"read {at * CHUNK} 4k" for at in (0, 150, 300, 450)]
+        readers = [qemu_io(socket, *places) for socket in sockets]
+        for reader in readers:  # a node that waited for a node's time-out would need four times 20 s
+            assert reader.communicate(timeout=60)[0].count("Input/output error") == len(places)
+        (tmp_path / "away").rename(tmp_path / "store" / "packs")
+        for socket in sockets:
+            copy_by_nbd(socket, tmp_path / "copy.raw")
+            assert (tmp_path / "copy.raw").read_bytes() == DATA

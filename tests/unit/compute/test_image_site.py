@@ -1,0 +1,137 @@
+"""With which other nodes a node's image service shares what it holds: what the server tells it, and when."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compute import control, nodes
+from compute.api.agents import Mailbox
+from compute.codec import from_plain, to_plain
+from compute.control import Controller
+from compute.desired import image_site
+from compute.image_service import called
+from compute.objects import Node, transact
+from compute.spec import ImageSite, NodeDesired, NodeFacts
+from compute.sqlite_store import SqliteStore
+
+STORES = ("file:///srv/images", "s3://images")
+
+
+def node(name: str, address: str = "", stores: tuple[str, ...] = STORES) -> Node:
+    facts = {"peer_address": address or f"192.0.2.{name[1]}:13002", "stores": list(stores)}
+    return Node(uuid=name, name=name, facts=facts, state="created")
+
+
+def site(name: str, *others: Node, alive: str = "n1 n2 n3 n4") -> ImageSite:
+    return image_site(name, others, alive.split(), b"secret")
+
+
+def test_living_nodes_with_the_same_stores_share_and_know_each_other_by_the_same_key() -> None:
+    known = [node("n1"), node("n2"), node("n3")]
+    one, two = (site(name, *known) for name in ("n1", "n2"))
+    assert (one.me, one.listen) == ("n1", "192.0.2.1:13002")
+    assert one.peers == {"n2": "192.0.2.2:13002", "n3": "192.0.2.3:13002"}
+    assert one.secret == two.secret and len(one.secret) == 32
+    assert site("n1", *known, alive="n1 n3").peers == {"n3": "192.0.2.3:13002"}
+    assert from_plain(ImageSite, to_plain(one)) == one
+
+
+def test_nodes_with_other_stores_are_no_peers_and_have_another_key() -> None:
+    private = STORES[:1]
+    known = [node("n1"), node("n2"), node("n3", stores=private), node("n4", stores=private)]
+    assert list(site("n1", *known).peers) == ["n2"]
+    assert list(site("n3", *known).peers) == ["n4"]
+    assert site("n1", *known).secret != site("n3", *known).secret
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        [node("n1")],
+        [node("n1"), node("n2", stores=())],
+        [Node(uuid="1", name="n1", facts={"peer_address": "", "stores": list(STORES)}), node("n2")],
+        [node("n1"), Node(uuid="2", name="n2", facts={"peer_address": "", "stores": list(STORES)})],
+        [node("n1"), Node(uuid="2", name="n2", facts={})],
+        [node("n2"), node("n3")],
+    ],
+)
+def test_a_node_on_its_own_listens_nowhere_and_learns_no_secret(known: list[Node]) -> None:
+    assert site("n1", *known) == ImageSite()
+
+
+def test_a_secret_is_not_shown_where_a_desired_state_is() -> None:
+    found = site("n1", node("n1"), node("n2"))
+    assert found.secret and str(found.secret) not in str(found) and found.secret.hex() not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("/srv/images/", "file:///srv/images"),
+        ("file:///srv/images", "file:///srv/images"),
+        ("s3://images/sf/", "s3://images/sf"),
+        (
+            "s3://images?endpoint_url=https://key:word@S3.example:9000/&profile=mine",
+            "s3://images?https://s3.example:9000",
+        ),
+        ("https://user:word@images.example/a/#b3:0123", "https://images.example/a"),
+    ],
+)
+def test_a_store_is_called_the_same_by_whoever_reaches_it(url: str, name: str) -> None:
+    assert called(url) == name
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    opened = SqliteStore(tmp_path / "sf.db")
+    yield opened
+    opened.close()
+
+
+def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_know_the_next_key(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LEASE_S", 1.0)
+
+    async def register(controller: Controller, name: str) -> None:
+        facts = NodeFacts(4, 4096, peer_address=f"192.0.2.{name[1]}:13002", stores=STORES)
+        await controller.register(name, facts, Mailbox(name))
+
+    async def story() -> None:
+        controller = Controller(store, "0123abcd", "n1")
+        await controller.start()
+        transact(store, lambda txn: txn.create(Node(uuid="2", name="n2")))
+        seen: list[NodeDesired] = []
+
+        async def told(peers: list[str]) -> ImageSite:
+            async with asyncio.timeout(30):
+                while not seen or sorted(seen[-1].image_site.peers) != peers:
+                    after = seen[-1].revision if seen else 0
+                    seen.append(await controller.desired("n1", after, 20))
+            return seen[-1].image_site
+
+        try:
+            await register(controller, "n1")
+            assert await told([]) == ImageSite()
+            await register(controller, "n2")
+            await controller.renew("n2")
+            first = await told(["n2"])
+            assert (await controller.desired("n2")).image_site.secret == first.secret
+            await told([])  # its lease ran out
+            await controller.renew("n2")
+            assert await told(["n2"]) == first
+            remove = lambda txn: nodes.remove(txn, "n2", server="n1", alive=False, router_nodes=[])  # noqa: E731
+            transact(store, remove)
+            await told([])
+            assert (await controller.desired("n2")).image_site == ImageSite()
+            transact(store, lambda txn: txn.create(Node(uuid="3", name="n3")))
+            await register(controller, "n3")
+            await controller.renew("n3")
+            assert (await told(["n3"])).secret != first.secret
+            assert [d.revision for d in seen] == sorted({d.revision for d in seen})
+        finally:
+            controller.stop()
+
+    asyncio.run(story())
