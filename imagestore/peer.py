@@ -6,8 +6,9 @@
 Whoever can name a chunk by its id has read the manifest that lists it, so a node gets from its peers only what its own
 stores would give it. Bytes are verified by the fetcher as always; they are not encrypted, like the guests' own traffic
 between nodes. Each stretch of OWNED_CHUNKS chunks has an owner among the nodes, the same on all of them (rendezvous
-hashing): the owner asks the store, the others ask the owner, and the store only when the owner cannot help. A node whose
-stores do not answer asks the next in that order. Who is asked never asks a peer for it: no two nodes wait for each other.
+hashing): the owner asks the store, the others ask the owner, and the store only when the owner cannot help. A node
+whose stores do not answer asks the next in that order. Who is asked asks no peer itself: no two nodes wait for each
+other. A request that is recorded and sent again brings only what its answer, unencrypted, showed already.
 """
 
 import asyncio

@@ -300,13 +300,13 @@ def test_nodes_that_all_lost_their_stores_do_not_wait_for_each_other(tmp_path: P
     with contextlib.ExitStack() as stack:
         nodes = [stack.enter_context(Imaged(tmp_path / f"n{n}", url)) for n in range(3)]
         join(nodes)
-        asked = {"image": str(digest), "reader": "vda", "fill": "never", "patience_s": 5}
+        asked = {"image": str(digest), "reader": "vda", "fill": "never", "patience_s": 2}
         sockets = [node.ask("attach", **asked)["path"] for node in nodes]
         (tmp_path / "store" / "packs").rename(tmp_path / "away")
         places = [f"read {at * CHUNK} 4k" for at in (0, 150, 300, 450)]
         readers = [qemu_io(socket, *places) for socket in sockets]
         for reader in readers:  # a node that waited for a node's time-out would need four times 20 s
-            assert reader.communicate(timeout=60)[0].count("Input/output error") == len(places)
+            assert reader.communicate(timeout=40)[0].count("Input/output error") == len(places)
         (tmp_path / "away").rename(tmp_path / "store" / "packs")
         for socket in sockets:
             copy_by_nbd(socket, tmp_path / "copy.raw")
