@@ -30,8 +30,9 @@ def present(row: dict[str, Any]) -> str:
 
 def _ask(op: str, **arguments: Any) -> Any:
     from imagestore.control import ControlClient
+    from imagestore.imaged import control_socket
 
-    return asyncio.run(ControlClient(settings().state_dir / "run" / "imaged.sock").ask(op, **arguments))
+    return asyncio.run(ControlClient(control_socket(settings().state_dir)).ask(op, **arguments))
 
 
 def rows() -> list[dict[str, Any]]:

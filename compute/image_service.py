@@ -20,7 +20,7 @@ from compute.spec import ImageSite
 from imagestore.control import ControlClient
 from imagestore.digest import Digest
 from imagestore.errors import NotFound, StoreError, Unavailable
-from imagestore.imaged import control_socket
+from imagestore.imaged import control_socket, unprivileged
 
 log = logging.getLogger(__name__)
 _START_S = 15.0
@@ -64,6 +64,7 @@ class ServedImages(ImageJobs):
         self.stores = tuple(sorted({called(url) for url in settings.stores}))
         self._site: ImageSite | None = None
         self._trouble = ""
+        self._closed: Path | None = None
 
     async def backing(self, reader: str, digest: str, say: Say) -> Backing:
         """What a guest that is about to start reads its image from. Raises imagestore's errors."""
@@ -174,7 +175,10 @@ class ServedImages(ImageJobs):
             except Unavailable:
                 pass
             if self._process is None or self._process.poll() is not None:
-                self._process = await asyncio.to_thread(self._spawn)
+                try:
+                    self._process = await asyncio.to_thread(self._spawn)
+                except OSError as err:
+                    raise Unavailable(f"the image service cannot be started: {err}") from err
             deadline = asyncio.get_running_loop().time() + _START_S
             while asyncio.get_running_loop().time() < deadline:
                 try:
@@ -191,6 +195,11 @@ class ServedImages(ImageJobs):
     def _spawn(self) -> "subprocess.Popen[bytes]":
         (self._state_dir / "run").mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "imagestore.imaged", "--while-needed", *self._settings.arguments]
+        if os.geteuid() == 0:
+            prefix, closed = unprivileged(self._state_dir, self._settings.stores)
+            if closed and not self._closed:
+                log.warning("%s is closed to other users: the image service keeps the right to read", closed)
+            argv, self._closed = [*prefix, *argv], closed
         # Begun anew each time, so that it stays small.
         with self._log.open("wb") as log_file:
             return subprocess.Popen(

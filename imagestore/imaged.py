@@ -13,8 +13,11 @@ import os
 import pwd
 import re
 import signal
+import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from imagestore.control import ControlServer
 from imagestore.errors import Conflict, Invalid
@@ -25,7 +28,51 @@ _LONELY_S = 3.0
 
 def control_socket(state: Path) -> Path:
     """Where the service of a state directory listens."""
-    return state / "run" / "imaged.sock"
+    return state / "run" / "imaged" / "sock"
+
+
+def prepare(state: Path, uid: int = -1) -> None:
+    """Make the service's directories; give them, and what another user's service left there, to this user.
+
+    Nothing here follows a link: the directories may have been the user's before. The group of run/nbd is qemu's.
+    """
+    for name in ("cache", "cache/readers", "cache/traces", "run/imaged", "run/nbd"):
+        (state / name).mkdir(mode=0o711, parents=True, exist_ok=True)
+        if uid >= 0:
+            directory = os.open(state / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                os.fchown(directory, uid, -1)
+                for entry in os.listdir(directory):  # noqa: PTH208 - of what is open, whatever its name is now
+                    os.chown(entry, uid, -1, dir_fd=directory, follow_symlinks=False)
+            finally:
+                os.close(directory)
+
+
+def unprivileged(state: Path, stores: Sequence[str]) -> tuple[list[str], Path | None]:
+    """What root puts before the service's command line so that it runs as a user of its own, one without a name.
+
+    What this user may not read (a program below /root, a private store, root's S3 keys) is returned: then it keeps the
+    right to read everything, and nothing else of root's. Raises OSError.
+    """
+    # A number that neither adduser nor systemd gives away, nor a container's 16 bits leave out.
+    uid = 60706 + zlib.crc32(os.fsencode(state.resolve())) % 478
+    prepare(state, uid)
+    needed = [Path(sys.executable), Path(sys.prefix), Path(__file__).parent, state / "cache"]
+    for parts in map(urlsplit, stores):
+        if parts.scheme in ("", "file"):
+            needed.append(Path(unquote(parts.path)) / "packs")
+        elif parts.scheme == "s3":
+            needed += [Path("~/.aws/config").expanduser(), Path("~/.aws/credentials").expanduser()]
+    closed = next((path for path in needed if path.exists() and not _open_to_all(path)), None)
+    rights = "-all,+dac_read_search" if closed else "-all"
+    argv = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs"]
+    return [*argv, *(f"--{kind}={rights}" for kind in ("inh-caps", "ambient-caps", "bounding-set"))], closed
+
+
+def _open_to_all(path: Path) -> bool:
+    path = path.resolve()
+    readable = path.is_dir() or path.stat().st_mode & 0o004
+    return bool(readable) and all(p.stat().st_mode & 0o001 for p in (path, *path.parents) if p.is_dir())
 
 
 def parse_size(text: str) -> int:
@@ -51,11 +98,7 @@ def run(
         entry = pwd.getpwnam(user) if user else None
     except KeyError as error:
         raise Invalid(f"there is no user {user!r} or no group {group!r}") from error
-    directories = (state / "cache", state / "run", state / "run" / "nbd")
-    for directory in directories:
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        if entry:
-            os.chown(directory, entry.pw_uid, entry.pw_gid)
+    prepare(state, entry.pw_uid if entry else -1)
     if entry:
         os.setgroups([options.socket_group] if group else [])
         os.setgid(entry.pw_gid)

@@ -212,7 +212,8 @@ class ImageService:
         if known and known.image != str(digest):
             raise Conflict(f"{reader} is backed by {known.image}")
         if self._cache.has(digest):
-            os.utime(self._cache.path(digest))
+            with contextlib.suppress(PermissionError):  # somebody else put it there
+                os.utime(self._cache.path(digest))
             self._remember(Reference(reader, str(digest), nbd=False))
             await self._unexport(reader)
             return {"kind": "raw", "path": str(self._cache.path(digest)), "size_bytes": self._size(digest)}

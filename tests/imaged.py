@@ -11,6 +11,7 @@ from typing import Any
 
 from imagestore.control import ControlClient
 from imagestore.errors import StoreError
+from imagestore.imaged import control_socket
 
 SF = [sys.executable, "-c", "from cli.main import main; main()"]
 
@@ -19,7 +20,7 @@ class Imaged:
     def __init__(self, state: Path, *stores: str, **settings: str) -> None:
         self.state, self.process = state, None
         self.environment = os.environ | {"SF_STATE_DIR": str(state), "SF_STORE": " ".join(stores)} | settings
-        self.client = ControlClient(state / "run" / "imaged.sock")
+        self.client = ControlClient(control_socket(state))
         self.log = state / "imaged.log"
 
     def start(self) -> "Imaged":
