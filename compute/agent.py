@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
@@ -313,13 +314,15 @@ class Agent:
     # Looking after
 
     async def _cutting(self) -> None:
-        """Keep console logs within their limit: with stdio_handler = "file" nobody else does."""
+        """Look at console logs, and keep them within their limit: with stdio_handler = "file" nobody else does."""
         while True:
             await asyncio.sleep(_CUT_S)
-            logs = [guest.console for guest in self._guests.values()]
-            await asyncio.get_running_loop().run_in_executor(
-                self._pool, lambda ls: [c.cut() for c in ls], logs
-            )
+            guests = list(self._guests.values())
+            look: partial[list[bool]] = partial(list, map(Guest.look, guests))
+            looked = await asyncio.get_running_loop().run_in_executor(self._pool, look)
+            for guest, up in zip(guests, looked, strict=True):
+                if up:
+                    guest.wake("up")
 
     def _facts(self, verdict: accel.Verdict) -> NodeFacts:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

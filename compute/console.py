@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 
 LIMIT_BYTES = 4 << 20
+_UP = (b"login:", b"SF-GUEST-READY")
+"""A getty, and the tiny guest."""
+_LOOKED_AT_BYTES = 64 << 10
 
 
 class ConsoleLog:
@@ -16,6 +19,7 @@ class ConsoleLog:
     def __init__(self, path: Path, limit_bytes: int = LIMIT_BYTES) -> None:
         self.path, self._limit = path, limit_bytes
         self._old = path.with_suffix(".log.old")
+        self._begun = 0
 
     def cut(self) -> bool:
         """If the log has more than half the limit, keep its last quarter of the limit. Whether it was cut."""
@@ -34,6 +38,22 @@ class ConsoleLog:
             new.replace(self._old)
             log.truncate(0)
         return True
+
+    def begin(self) -> None:
+        """A boot begins: what is there says nothing of it."""
+        self._begun = self.path.stat().st_size if self.path.exists() else 0
+
+    def up(self) -> bool:
+        """Whether somebody could log in by now, as far as a console can tell."""
+        try:
+            with self.path.open("rb") as log:
+                size = os.fstat(log.fileno()).st_size
+                begun = self._begun if self._begun <= size else 0  # it was cut or cleared meanwhile
+                log.seek(max(begun, size - _LOOKED_AT_BYTES))
+                shown = log.read()
+        except FileNotFoundError:
+            return False
+        return any(mark in shown for mark in _UP)
 
     def clear(self) -> None:
         """Forget everything written so far."""

@@ -50,6 +50,8 @@ class Guest(Owner):
         self._wake = asyncio.Event()
         self._leaving = asyncio.Event()
         self._agent_ready: bool | None = None
+        self._up = False
+        """Its console said so."""
         self._interfaces, self._disks = Interfaces(self), Disks(self)
         self._stage = InstanceState.PREFLIGHT
 
@@ -66,7 +68,13 @@ class Guest(Owner):
         """Something happened: look again. `what` as libvirt_adapter notifies it."""
         if what.startswith("agent "):
             self._agent_ready = what == "agent ready"
+        self._up = self._up or what == "up"
         self._wake.set()
+
+    def look(self) -> bool:
+        """Keep the console's log within its limit; True if it shows that the guest has come up. From any thread."""
+        self.console.cut()
+        return not self._up and bool(self.record.served) and self.console.up()
 
     async def run(self) -> None:
         """Until nothing of it is left, or until cancelled: then the guest runs on."""
@@ -246,6 +254,8 @@ class Guest(Owner):
         half.write_bytes(config_drive.iso(config_drive.files(spec, dict(self.networks))))
         half.replace(drive)
         self.console.cut()
+        self.console.begin()
+        self._up = False
         graphics = None
         if spec.vdi:
             graphics = domain.Graphics(spec.vdi, str(host.address), self.record.vdi_password)
@@ -323,7 +333,7 @@ class Guest(Owner):
         if state.power != "off":
             if self._agent_ready is None:
                 self._agent_ready = await self.host.do(hypervisor.agent_ready, uuid)
-            if self._agent_ready:
+            if self._agent_ready or self._up:
                 for device in self.record.served:
                     await self.host.images.booted(self._disks.reader(device))
             if self.spec.vdi:

@@ -22,12 +22,13 @@ class Imaged:
         self.environment = os.environ | {"SF_STATE_DIR": str(state), "SF_STORE": " ".join(stores)} | settings
         self.client = ControlClient(control_socket(state))
         self.log = state / "imaged.log"
+        self.prefix: list[str] = []
 
     def start(self) -> "Imaged":
         self.state.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                [*SF, "imaged"], env=self.environment, stdout=log, stderr=log
+                [*self.prefix, *SF, "imaged"], env=self.environment, stdout=log, stderr=log
             )
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:

@@ -13,6 +13,7 @@ import pytest
 from imagestore.digest import Digest
 from imagestore.directory import Directory
 from imagestore.errors import Conflict, Invalid, NotFound
+from imagestore.imaged import unprivileged
 from imagestore.store import Store
 from imagestore.trace import Trace, trace_key
 from tests.drills import rounds, seed
@@ -237,6 +238,29 @@ def test_a_suspended_client_and_one_that_hammers_leave_the_others_alone(tmp_path
             for process in greedy:
                 process.kill()
                 process.wait()
+
+
+@pytest.mark.system
+def test_started_by_root_it_runs_as_a_user_who_may_read_everything_only_where_he_must(tmp_path: Path) -> None:
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    (tmp_path / "store").chmod(0o700)
+    state = tmp_path / "state"
+    with Imaged(state, url) as imaged:  # what root's service left is its own from then on
+        imaged.ask("attach", image=str(digest), reader="vda", fill="never")
+    imaged.prefix, closed = unprivileged(state, [url])
+    assert closed
+    with imaged:
+        assert imaged.process
+        lines = Path(f"/proc/{imaged.process.pid}/status").read_text().splitlines()
+        status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+        assert len(set(status["Uid"])) == 1 and status["Uid"] == status["Gid"] != ["0"] * 4
+        assert status["Groups"] == [] and status["NoNewPrivs"] == ["1"]
+        assert {int(status[kind][0], 16) for kind in ("CapEff", "CapPrm", "CapBnd")} == {1 << 2}
+        socket = imaged.ask("attach", image=str(digest), reader="vda", fill="now")["path"]
+        copy_by_nbd(socket, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == DATA
+        imaged.wait_complete(digest)
+        assert imaged.ask("attach", image=str(digest), reader="vda")["kind"] == "raw"
 
 
 def join(nodes: list[Imaged], secret: str = "5e" * 32) -> None:

@@ -184,6 +184,39 @@ def test_consoles_and_pings_of_other_nodes_come_through_the_server(cluster: Clus
     assert " 0% packet loss" in cluster.server.sf("network", "ping", "lan", "10.42.0.7").stdout
 
 
+def test_a_node_that_reaches_no_store_boots_from_its_neighbours_whose_services_are_not_root(
+    cluster: Cluster,
+) -> None:
+    """Its image service knows what the image consists of, and none of its bytes."""
+
+    def peers(node: str) -> str:
+        return cluster.nodes[node].host.run(["ss", "-ltnH", "sport = :13002"]).stdout
+
+    def services(node: str) -> list[list[str]]:
+        shown = cluster.nodes[node].host.run(["ps", "-eo", "uid=,pid=,args="]).stdout.splitlines()
+        return [line.split(None, 2)[:2] for line in shown if "imagestore.imaged" in line]
+
+    for name in cluster.nodes:
+        within(30, lambda n=name: f"10.77.0.{n[1]}:13002" in peers(n), f"{name} serves")  # type: ignore[misc]
+    ((user, pid),) = services("n2")
+    assert int(user) != 0
+    cluster.nodes["n2"].host.run(["kill", "-9", pid])
+    within(30, lambda: "10.77.0.2:13002" in peers("n2"), "another service of n2 was told its peers")
+    packs = str(cluster.server.state / "store" / "packs")
+    cluster.server.host.run(["mount", "-t", "tmpfs", "none", packs])
+    try:
+        words = ["--image", "tiny:1", "--memory", "128", "--on", "n1"]
+        cluster.server.sf("instance", "create", "e", *words)
+        within(150, lambda: cluster.server.ready_line("e"), "e is ready")
+        events = lambda: [e["message"] for e in cluster.server.listed("instance", "events", "e")]  # noqa: E731
+        within(60, lambda: any("read directly now" in line for line in events()), "e's image is complete")
+        received = cluster.server.instance("e")["image_bytes"]["vda"]["received"]
+        assert received["peer"] > 1 << 20 and "store" not in received
+    finally:
+        cluster.server.host.run(["umount", packs])
+    cluster.server.sf("instance", "delete", "e")
+
+
 def test_a_restart_of_the_server_is_noticed_by_no_guest(cluster: Cluster) -> None:
     running = {name: cluster.nodes[name].host.run(["pgrep", "qemu"]).stdout for name in ("n2", "n3")}
     routes_elsewhere, floating = cluster.router() != "n1", cluster.floating("a")

@@ -43,3 +43,24 @@ def test_files_that_virtlogd_rolled_over_are_removed(tmp_path: Path) -> None:
     (tmp_path / "console.log.0").write_bytes(b"before")
     ConsoleLog(tmp_path / "console.log").cut()
     assert not (tmp_path / "console.log.0").exists()
+
+
+def test_a_guest_is_up_when_this_boot_shows_a_login_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "console.log"
+    log = ConsoleLog(path, limit_bytes=1000)
+    assert not log.up()
+    with path.open("ab", buffering=0) as qemu:
+        qemu.write(b"Loading Linux 6.1 ...\r\n")
+        assert not log.up()
+        qemu.write(b"\r\nDebian GNU/Linux 12 web ttyS0\r\n\r\nweb login: ")
+        assert log.up()
+        log.begin()
+        qemu.write(b"\r\nThe system is going down\r\n")
+        assert not log.up()
+        qemu.write(b"SF-GUEST-READY 0 web -\r\n")
+        assert log.up()
+        qemu.write(b"x" * 1000)
+        log.begin()
+        assert log.cut() and not log.up()
+        qemu.write(b"web login: ")
+        assert log.up()
