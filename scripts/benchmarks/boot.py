@@ -4,7 +4,7 @@ nginx serves the store behind a link of a given rate and round trip (benchmarks.
 netem). The reads are those of real boots of the Debian image (variant A), noted once per image under the corpus; the
 trace that is replayed comes from another boot, which went on past its prompt as long as the service's own traces do.
 
-    SF_BENCH_BOOT="replay nbd versions guest"    which parts (default: all)
+    SF_BENCH_BOOT="nbd replay crowd versions pivot guest"    which parts (default: all)
 """
 
 import asyncio
@@ -45,7 +45,7 @@ Read = tuple[int, int]
 
 
 def run(bench: Bench) -> None:
-    parts = os.environ.get("SF_BENCH_BOOT", "nbd replay crowd versions guest").split()
+    parts = os.environ.get("SF_BENCH_BOOT", "nbd replay crowd versions pivot guest").split()
     disks = corpus()
     bench.version("qemu", ["qemu-img", "--version"])
     bench.version("nginx", ["nginx", "-v"])
@@ -63,6 +63,10 @@ def run(bench: Bench) -> None:
         _crowd(bench, store, digest, _reads(bench, disks["A"]))
     if "versions" in parts:
         _versions(bench, store, digest, disks["E"], disks["B"])
+    if "pivot" in parts:
+        from benchmarks import _pivot
+
+        _pivot.measure(bench)
     if "guest" in parts:
         with Link(bench, store, *LINKS[0]) as link:
             _guest(bench, link, digest, disks["A"])
