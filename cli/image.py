@@ -159,9 +159,11 @@ def push(
     **given: Any,
 ) -> None:
     """Keep the disk in FILE (qcow2, raw, VMDK, VHDX or VDI) under NAME[:TAG]."""
+    from imagestore.allocator import keep_buffers
     from imagestore.names import check_architecture
     from imagestore.push import push as push_image
 
+    keep_buffers()
     target, machine = written(name), check_architecture(architecture)
     given["labels"] = dict(label.partition("=")[::2] for label in labels)
     given["format_"] = given.pop("input_format")
@@ -185,9 +187,11 @@ def pull(
     name: str, architecture: str, form: str, output: Path, kind: str | None, seeds: tuple[str, ...]
 ) -> None:
     """Write an image to a file."""
+    from imagestore.allocator import keep_buffers
     from imagestore.pull import Seed
     from imagestore.pull import pull as pull_image
 
+    keep_buffers()
     given: list[Seed] = []
     for text in seeds:
         image_name, _, file = text.partition("=")

@@ -2,7 +2,7 @@
 
     frame | frame | … | footer | footer length (u32) | "sf-pack1"
 
-A frame is up to about 256 KiB of plain chunks, compressed together; its codec is named, its stored bytes have a
+A frame is up to about 640 KiB of plain chunks, compressed together; its codec is named, its stored bytes have a
 hash, so that a cache or a mirror can check one frame alone. The pack's name is the BLAKE3 of its footer. Byte format:
 docs/formats.md.
 """
@@ -10,6 +10,7 @@ docs/formats.md.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from threading import local
 from typing import Self
 
 import numpy as np
@@ -24,13 +25,14 @@ from imagestore.errors import Corrupt
 
 MAGIC = b"sf-footer 1\n"
 TRAILER = b"sf-pack1"
-FRAME_BYTES = 512 << 10
+FRAME_BYTES = 640 << 10
 """A frame is closed before it would grow past this many plain bytes."""
 MAX_FRAME_BYTES = 4 << 20
 MAX_PACK_BYTES = 256 << 20
 MAX_FRAMES = 1 << 16
 MAX_CHUNKS = 1 << 20
 LEVEL = 3
+_kept = local()
 
 
 class Codec(IntEnum):
@@ -58,6 +60,14 @@ def compress(compressor: zstandard.ZstdCompressor, plain: Buffer) -> tuple[Codec
     return (Codec.RAW, plain) if len(packed) > len(plain) - len(plain) // 64 else (Codec.ZSTD, packed)
 
 
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own."""
+    if not hasattr(_kept, "decompressor"):
+        _kept.decompressor = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _kept.decompressor
+    return found
+
+
 def expand(codec: int, data: Buffer, plain_bytes: int) -> Buffer:
     """The plain bytes of a frame: exactly `plain_bytes`, never more memory than that. Raises Corrupt."""
     if plain_bytes > MAX_FRAME_BYTES:
@@ -68,7 +78,7 @@ def expand(codec: int, data: Buffer, plain_bytes: int) -> Buffer:
         try:
             if zstandard.frame_content_size(data) != plain_bytes:
                 raise Corrupt("a frame's content size is not the one its footer says")
-            plain = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+            plain = _decompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise Corrupt(f"a frame does not decompress: {error}") from error
     else:

@@ -315,6 +315,7 @@ def _memory_gib() -> float:
 def _measure(contestant: Contestant) -> Sample:
     """Run it once in a process of its own. Raises Failed."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.sync()  # what the one before left to be written is not for this one's fsync to wait for
         started = time.perf_counter()
         if callable(contestant.work):
             pid = _fork(contestant, out.fileno(), err.fileno())
