@@ -34,6 +34,22 @@ def test_all_nodes_agree_on_an_owner_and_each_owns_a_share() -> None:
     assert len(set().union(*owners)) == 5
 
 
+def test_a_node_without_its_stores_asks_the_first_of_the_others_that_answer() -> None:
+    names = {f"n{n}": "" for n in range(4)}
+    digest = Digest(b"d" * 32)
+    one = site("n0", **names)
+    for stretch in range(50):
+        chunk = stretch * OWNED_CHUNKS
+        owner, second = one.owner(digest, chunk), one.owner(digest, chunk, others=True)
+        assert second != "n0" and (owner == "n0" or owner == second)
+        without = site("n0", **{name: "" for name in names if name != second})
+        one._away[second] = float("inf")
+        assert one.owner(digest, chunk, others=True) == without.owner(digest, chunk, others=True) != second
+        del one._away[second]
+    one._away = dict.fromkeys(names, float("inf"))
+    assert one.owner(digest, 0, others=True) == ""
+
+
 @pytest.mark.parametrize("lie", ["zeros", "short", "endless", "other", "silence", "refuses"])
 def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
     tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
@@ -58,7 +74,7 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
         node = Node(tmp_path, DATA)
         # All chunks are the liar's, as far as this node knows.
         ours = site("liar2", liar=f"127.0.0.1:{port}")
-        monkeypatch.setattr(ours, "owner", lambda digest, chunk: "liar", raising=False)
+        monkeypatch.setattr(ours, "owner", lambda digest, chunk, others: "liar", raising=False)
         async with node.reading(peers=Peers(ours, node.digest, node.manifest)) as reader:
             for offset in range(0, len(DATA), 900_000):
                 assert await read(reader, offset, 5000) == DATA[offset : offset + 5000]
