@@ -32,7 +32,7 @@ def flip(memory: Memory, key: str, bit: int) -> None:
 
 
 def test_a_sound_store_verifies(world: World) -> None:
-    packs = sum(1 for _ in world.backend.list("packs/"))
+    packs = sum(1 for _ in world.store.backend.list("packs/"))
     for full in (False, True):
         report = verify_store(world.store, full=full)
         assert (report.problems, report.images, report.packs) == ([], 2, packs)
