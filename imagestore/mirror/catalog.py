@@ -25,7 +25,7 @@ from imagestore.mirror.content import (
 from imagestore.names import Change
 from imagestore.qcow2_writer import plan
 from imagestore.store import Store
-from imagestore.trust import TREES, signed_targets
+from imagestore.trust import TREES, Target, signed_targets, tree
 
 _FRESH_S = 5.0
 _MOST_MANIFESTS = 64
@@ -44,6 +44,8 @@ class Image:
     os: str
     labels: tuple[tuple[str, str], ...]
     sums: Sums | None
+    signer: Digest | None
+    """Fingerprint of who signed it; of several who showed a sign of life last."""
 
     @property
     def arch(self) -> str:
@@ -71,8 +73,6 @@ class Catalog:
     """Reads the store at most every few seconds. Not thread-safe: one thread at a time asks."""
 
     store: Store
-    signers: list[Digest] = field(default_factory=list)
-    """Fingerprints of those whose signatures the store carries."""
     _images: list[Image] = field(default_factory=list)
     _read_at_s: float = 0.0
     _manifests: dict[Digest, Manifest] = field(default_factory=dict)
@@ -93,9 +93,11 @@ class Catalog:
             for record in self.store.names.list()
             for architecture, digest in record.images.items()
         }
-        signed = signed_targets(self.store.backend)
-        roots = [stat.key.split("/")[1] for stat in self.store.backend.list(TREES) if "/1.root." in stat.key]
-        self.signers = [Digest.parse(root) for root in roots]
+        signed: dict[Target, dict[Digest, Digest]] = {}
+        for owner in self._signers():
+            for key, digests in signed_targets(self.store.backend, tree(owner)).items():
+                for digest in digests:
+                    signed.setdefault(key, {}).setdefault(digest, owner)
         if signed:
             # Of several signers' images the one that our own name has, if any.
             named = {
@@ -109,8 +111,17 @@ class Catalog:
             except (NotFound, Corrupt):
                 continue
             facts = (manifest.size_bytes, manifest.data_bytes, manifest.os, manifest.labels)
-            found.append(Image(name, tag, architecture, digest, *facts, read_sums(self.store, digest)))
+            signer = signed.get((name, tag, architecture), {}).get(digest)
+            found.append(
+                Image(name, tag, architecture, digest, *facts, read_sums(self.store, digest), signer)
+            )
         return found
+
+    def _signers(self) -> list[Digest]:
+        """Whose publications the store carries; an owner who is gone comes after one who still signs."""
+        stamps = [stat for stat in self.store.backend.list(TREES) if stat.key.endswith("/timestamp.json")]
+        stamps.sort(key=lambda stat: stat.modified_s, reverse=True)
+        return [Digest.parse(stat.key.split("/")[1]) for stat in stamps]
 
     def find(self, name: str, tag: str, arch: str) -> Image:
         """By the words of a URL. Raises NotFound."""

@@ -7,8 +7,8 @@ import tarfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,39 +21,36 @@ from imagestore.origin import StoreOrigin
 from imagestore.progress import Progress, Report, silent
 from imagestore.qcow2_writer import WRITER, plan
 from imagestore.store import Store, derived_key
-from imagestore.windows import in_order
 
 _GROUP_BYTES = 2 << 20
-_AHEAD = 3
+AHEAD = 3
 _ZEROS = bytes(1 << 20)
 DEBIAN_WORDS = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 class GroupCache:
-    """Groups of chunks that were decompressed lately, for all images together. Thread-safe."""
+    """Groups of chunks that were asked for lately, for all images together: each is read once however many ask.
+
+    Thread-safe. Clients come and go with pieces of these: what they hold themselves is what they are being sent.
+    """
 
     def __init__(self, limit_bytes: int = 128 << 20) -> None:
-        self._limit_bytes, self._size_bytes = limit_bytes, 0
-        self._groups: OrderedDict[tuple[Digest, int], list[Buffer]] = OrderedDict()
+        self._most = limit_bytes // _GROUP_BYTES
+        self._groups: OrderedDict[tuple[Digest, int], Future[list[Buffer]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[Digest, int]) -> list[Buffer] | None:
-        """Its chunks, if they are still here."""
+    def load(
+        self, key: tuple[Digest, int], start: Callable[[], Future[list[Buffer]]]
+    ) -> Future[list[Buffer]]:
+        """Its chunks: those that are here or on their way, else what `start` begins to bring."""
         with self._lock:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-            return self._groups.get(key)
-
-    def put(self, key: tuple[Digest, int], pieces: list[Buffer]) -> None:
-        """Keep it; the oldest go."""
-        with self._lock:
-            if key in self._groups:
-                return
-            self._groups[key] = pieces
-            self._size_bytes += sum(len(piece) for piece in pieces)
-            while self._size_bytes > self._limit_bytes and len(self._groups) > 1:
-                _, gone = self._groups.popitem(last=False)
-                self._size_bytes -= sum(len(piece) for piece in gone)
+            found = self._groups.get(key)
+            if found is None or (found.done() and found.exception()):
+                found = self._groups[key] = start()
+            self._groups.move_to_end(key)
+            if len(self._groups) > self._most:
+                self._groups.popitem(last=False)
+            return found
 
 
 class Content:
@@ -76,10 +73,10 @@ class Content:
         """Of the whole file, `raw` or `qcow2`."""
         return self.manifest.size_bytes if format_ == "raw" else self.qcow2.size_bytes
 
-    def read(self, format_: str, start: int, length: int) -> Iterator[Buffer]:
-        """Bytes `start` to `start + length` of the file, in pieces."""
+    def read(self, format_: str, start: int, length: int, ahead: int = 0) -> Iterator[Buffer]:
+        """Bytes `start` to `start + length` of the file, in pieces; `ahead` groups after them are begun as well."""
         if format_ == "raw":
-            yield from self._disk(start, length)
+            yield from self._disk(start, length, ahead)
             return
         for segment in self.qcow2.segments(start, length):
             if isinstance(segment, bytes):
@@ -87,19 +84,19 @@ class Content:
             elif isinstance(segment, int):
                 yield from _zeros(segment)
             else:
-                yield from self._disk(*segment)
+                yield from self._disk(*segment, ahead)
 
-    def _disk(self, offset: int, length: int) -> Iterator[Buffer]:
+    def _disk(self, offset: int, length: int, ahead: int) -> Iterator[Buffer]:
         end = offset + length
         first, last = np.searchsorted(self._ends, offset, "right"), np.searchsorted(self._starts, end)
         groups = range(0)
         if first < last:
             bounds = np.searchsorted(self._firsts, [first, last - 1], "right") - 1
             groups = range(int(bounds[0]), int(bounds[1]) + 1)
-        at = offset
-        for group, pieces in in_order(self._pool, self._load, groups, _AHEAD if len(groups) > 1 else 0):
-            base = int(self._firsts[group])
-            for number, piece in enumerate(pieces, base):
+        at, last_group = offset, min(groups.stop + ahead, len(self._firsts) - 1)
+        for group in groups:
+            near = [self._begin(one) for one in range(group, min(group + 1 + AHEAD, last_group))]
+            for number, piece in enumerate(near[0].result(), int(self._firsts[group])):
                 start, stop = max(int(self._starts[number]), offset), min(int(self._ends[number]), end)
                 if start >= stop:
                     continue
@@ -109,22 +106,22 @@ class Content:
                 at = stop
         yield from _zeros(end - at)
 
-    def _load(self, group: int) -> tuple[int, list[Buffer]]:
-        found = self._cache.get((self.digest, group))
-        if found is None:
-            chunks = range(int(self._firsts[group]), int(self._firsts[group + 1]))
-            by_chunk: dict[int, Buffer] = {}
-            for batch in self._origin.fetch(chunks):
-                by_chunk.update(zip(batch.chunks, batch.pieces, strict=True))
-            found = []
-            for chunk in chunks:
-                piece = by_chunk[chunk]
-                if Digest.of(piece) != self.manifest.ids[chunk].tobytes():
-                    raise Corrupt(f"a chunk of {self.digest} does not match its id")
-                # A copy: a view would keep the whole frame in memory.
-                found.append(bytes(piece))
-            self._cache.put((self.digest, group), found)
-        return group, found
+    def _begin(self, group: int) -> Future[list[Buffer]]:
+        return self._cache.load((self.digest, group), lambda: self._pool.submit(self._load, group))
+
+    def _load(self, group: int) -> list[Buffer]:
+        chunks = range(int(self._firsts[group]), int(self._firsts[group + 1]))
+        by_chunk: dict[int, Buffer] = {}
+        for batch in self._origin.fetch(chunks):
+            by_chunk.update(zip(batch.chunks, batch.pieces, strict=True))
+        found: list[Buffer] = []
+        for chunk in chunks:
+            piece = by_chunk[chunk]
+            if Digest.of(piece) != self.manifest.ids[chunk].tobytes():
+                raise Corrupt(f"a chunk of {self.digest} does not match its id")
+            # A copy: a view would keep the whole frame in memory.
+            found.append(bytes(piece))
+        return found
 
 
 def _zeros(count: int) -> Iterator[Buffer]:

@@ -22,7 +22,6 @@ from imagestore.errors import Corrupt, NotFound, Unavailable
 from imagestore.pack import TRAILER, Footer, split_pack
 from imagestore.store import untrashed
 
-_TAIL_BYTES = 256 << 10
 _REQUEST_BYTES = 4 << 20
 _NAMED = ("manifests", "index")
 _MOST_PACKS = 4096
@@ -112,14 +111,12 @@ class PullThrough(ReadOnly):
                 tail = kept[8:]
             except NotFound:
                 stat = self._upstream.stat(key)
-                size = min(_TAIL_BYTES, stat.size_bytes)
-                tail = self._upstream.get(key, stat.size_bytes - size, size).data
-                needed = int.from_bytes(tail[-12:-8], "little") + 12
-                if tail[-8:] != TRAILER or needed > min(stat.size_bytes, 64 << 20):
+                # Exactly the footer: a guess at its length would bring frames a second time.
+                end = self._upstream.get(key, max(0, stat.size_bytes - 12), 12).data
+                needed = int.from_bytes(end[:4], "little") + 12
+                if end[4:] != TRAILER or needed > min(stat.size_bytes, 64 << 20):
                     raise Corrupt(f"{self.url}/{key} is no pack") from None
-                if needed > size:
-                    tail = self._upstream.get(key, stat.size_bytes - needed, needed).data
-                tail = tail[-needed:]
+                tail = self._upstream.get(key, stat.size_bytes - needed, needed).data
             encoded = split_pack(tail)
             if Digest.of(encoded).hex() != key[-64:]:
                 raise Corrupt(f"{self.url}/{key}: the footer does not match the name")

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from jinja2 import Environment, PackageLoader
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from imagestore.backend import Buffer
+from imagestore.digest import Digest
 from imagestore.errors import NotFound, StoreError
 from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_index
-from imagestore.mirror.content import Content, GroupCache, simplestreams_archive
+from imagestore.mirror.content import AHEAD, Content, GroupCache, simplestreams_archive
 from imagestore.mirror.pull_through import PullThrough
 from imagestore.mirror.sync import read_provenance
-from imagestore.mirror.tree import Limits, Receive, Scope, Send, Tree, headers_of, key_of, prepare
+from imagestore.mirror.tree import Limits, Receive, Scope, Send, Span, Tree, headers_of, key_of, prepare
 from imagestore.open import open_backend, open_store
 from imagestore.qcow2_writer import WRITER, plan
 from imagestore.store import Store
@@ -34,7 +34,11 @@ T = TypeVar("T")
 _DISKS = {"disk.raw": "raw", "disk.qcow2": "qcow2"}
 _ARCHIVES = ("incus.tar.xz", "lxd.tar.xz")
 _OPEN_IMAGES = 16
-_BATCH_BYTES = 1 << 20
+_FIRST_BYTES, _BATCH_BYTES = 256 << 10, 1 << 20
+_KERNEL_BYTES = 16 << 20
+"""More than the kernel keeps for a client who does not read: who took so much gets large batches."""
+_STREAMS_AHEAD = 12
+"""While there are no more of them the cache of groups has room for what each will want next."""
 _OPTIONS = "SF_MIRROR_OPTIONS"
 _SECURITY = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'",
@@ -125,6 +129,7 @@ class _Site:
         self._pool = ThreadPoolExecutor(4, "sf-content")
         self._cache = GroupCache()
         self._open: OrderedDict[bytes, Content] = OrderedDict()
+        self._streams = 0
         self._environment = _environment()
 
     async def run(self, function: Callable[[], T]) -> T:
@@ -136,8 +141,8 @@ class _Site:
     async def find(self, name: str, tag: str, arch: str) -> Image:
         return await self.run(lambda: self.catalog.find(name, tag, arch))
 
-    def _render(self, template: str, base: str, **values: Any) -> HTMLResponse:
-        signed = "".join(f" --fingerprint {signer}" for signer in self.catalog.signers[:1])
+    def _render(self, template: str, base: str, signer: Digest | None, **values: Any) -> HTMLResponse:
+        signed = f"--fingerprint {signer}" if signer else "--unsigned"
         text = self._environment.get_template(template).render(base=base, root="/", signed=signed, **values)
         return HTMLResponse(text, headers=_SECURITY | {"cache-control": "no-cache"})
 
@@ -148,10 +153,12 @@ class _Site:
             image
             for image in images
             if all(
-                word in f"{image.name}:{image.tag} {image.arch} {image.os} {image.digest}" for word in words
+                word in f"{image.name}:{image.tag} {image.arch} {image.os} {image.digest}".lower()
+                for word in words
             )
         ]
-        return self._render("index.html", base, images=found, total=len(images), query=query)
+        signer = next((image.signer for image in images), None)
+        return self._render("index.html", base, signer, images=found, total=len(images), query=query)
 
     async def page(self, base: str, image: Image) -> HTMLResponse:
         def read() -> tuple[Any, ...]:
@@ -165,7 +172,7 @@ class _Site:
 
         files, steps, provenance = await self.run(read)
         values = {"image": image, "files": files, "steps": steps, "provenance": provenance}
-        return self._render("image.html", base, **values)
+        return self._render("image.html", base, image.signer, **values)
 
     def _content(self, image: Image) -> Content:
         content = self._open.get(image.digest)
@@ -201,28 +208,34 @@ class _Site:
             return Response(status_code=304, headers=plain)
         if request.method == "HEAD" or found.status == 416:
             return Response(status_code=found.status, headers=plain)
-        pieces = content.read(format_, found.start, found.length)
-        first = await asyncio.to_thread(_batch, pieces)
-        return StreamingResponse(_streamed(first, pieces), found.status, plain)
+        first = await asyncio.to_thread(_join, content, format_, found.start, min(_FIRST_BYTES, found.length))
+        return StreamingResponse(self._streamed(content, format_, found, first), found.status, plain)
+
+    async def _streamed(
+        self, content: Content, format_: str, found: Span, data: bytes
+    ) -> AsyncIterator[bytes]:
+        """In batches from threads; the first was read before the status was sent, for it may have failed.
+
+        A slow client holds one of them, a small one, and nothing is read ahead for it.
+        """
+        done = len(data)
+        self._streams += 1
+        try:
+            yield data
+            while left := found.length - done:
+                yield b""  # waits until the batch is taken, with none in our hands
+                size = min(_BATCH_BYTES if done >= _KERNEL_BYTES else _FIRST_BYTES, left)
+                ahead = AHEAD if self._streams <= _STREAMS_AHEAD and left > _BATCH_BYTES else 0
+                data = await asyncio.to_thread(_join, content, format_, found.start + done, size, ahead)
+                done += size
+                yield data
+        finally:
+            self._streams -= 1
 
 
-def _batch(pieces: Iterator[Buffer]) -> bytes:
-    """Chunks together: a hop between threads for each would cost more than the chunk. Empty at the end."""
-    found, size = [], 0
-    for piece in pieces:
-        found.append(piece)
-        size += len(piece)
-        if size >= _BATCH_BYTES:
-            break
-    return b"".join(found)
-
-
-async def _streamed(first: bytes, rest: Iterator[Buffer]) -> AsyncIterator[bytes]:
-    """From a thread; the first was read before the status was sent, for it may have failed."""
-    data = first
-    while data:
-        yield data
-        data = await asyncio.to_thread(_batch, rest)
+def _join(content: Content, format_: str, start: int, length: int, ahead: int = 0) -> bytes:
+    """Chunks together: a hop between threads for each would cost more than the chunk."""
+    return b"".join(content.read(format_, start, length, ahead))
 
 
 @dataclass(frozen=True, slots=True)

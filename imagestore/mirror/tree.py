@@ -31,6 +31,8 @@ _KEY = re.compile(
 )
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _PIECE_BYTES = 256 << 10
+_FAR_PIECE_BYTES = 512 << 10
+"""Of what is not in a directory here: each piece is a request to somebody."""
 _OPEN_FILES = 256
 _FOREVER = b"public, max-age=31536000, immutable"
 
@@ -162,11 +164,17 @@ class Tree:
         return stat
 
     async def _body(self, send: Send, key: str, found: Span, out: Headers) -> None:
-        """In pieces, so that a slow client holds one of them; the first before the status, for it may fail."""
+        """In pieces; the first is read before the status is sent, for it may fail.
+
+        A slow client holds one piece of memory, the server's: an empty send waits until that is taken, where
+        the next piece would wait in our hands.
+        """
         end, at = found.start + found.length, found.start
-        started = False
+        started, most = False, _PIECE_BYTES if self._root else _FAR_PIECE_BYTES
         while at < end:
-            size = min(_PIECE_BYTES, end - at)
+            size = min(most, end - at)
+            if started:
+                await send({"type": "http.response.body", "body": b"", "more_body": True})
             data = self._local(key, at, size)
             if data is None:
                 data = (await asyncio.to_thread(self._backend.get, key, at, size)).data
