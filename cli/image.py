@@ -117,6 +117,7 @@ def _digest(store: "Store", wanted: "Reference", architecture: str) -> "Digest":
 
     if whole := wanted.digest:
         store.manifest(whole)
+        store.names.warn(whole)
         return whole
     digits = wanted.digest_prefix
     if not digits:

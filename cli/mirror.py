@@ -103,10 +103,7 @@ def sync(
         rows = _replicate(origin, store, patterns) if origin else _from_sources(store, sources, patterns)
         if publish and (_keyring(keys).directory / "fingerprint").exists():
             _publish(store, keys)
-    show_list(rows, SYNCED, form)
-    bad = [row for row in rows if row["result"] == "failed"]
-    if bad:
-        raise Problem(f"{len(bad)} of {len(rows)} failed", hint="the others are done", code=ERROR)
+    _show(rows, form)
 
 
 def _from_sources(store: "Store", given: Path | None, patterns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -140,35 +137,47 @@ def _from_sources(store: "Store", given: Path | None, patterns: tuple[str, ...])
 
 
 def _replicate(origin: str, store: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
-    from imagestore.errors import Denied, StoreError, Unavailable
+    from imagestore.errors import Denied, Unavailable
     from imagestore.mirror import upstreams
-    from imagestore.mirror.replicate import replicate
 
     memory = settings().state_dir / "mirror" / "upstreams.json"
     try:
-        with opened(origin) as source, status() as tell:
-
-            def report(name: str) -> AbstractContextManager[None]:
-                tell(name)
-                return nullcontext()
-
-            rows = [
-                {
-                    "name": r.name,
-                    "result": r.result,
-                    "bytes": r.written_bytes,
-                    "seconds": "",
-                    "message": r.message,
-                }
-                for r in replicate(source, store, patterns, report=report)
-            ]
+        with opened(origin) as source:
+            rows = _copied(source, store, patterns)
     except (Unavailable, Denied) as error:
         upstreams.note(memory, origin, str(error))
         raise
-    except StoreError:
-        raise
     upstreams.note(memory, origin, "")
     return rows
+
+
+def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
+    from imagestore.mirror.replicate import replicate
+
+    with status() as tell:
+
+        def report(name: str) -> AbstractContextManager[None]:
+            tell(name)
+            return nullcontext()
+
+        return [
+            {
+                "name": r.name,
+                "result": r.result,
+                "bytes": r.written_bytes,
+                "seconds": "",
+                "message": r.message,
+            }
+            for r in replicate(source, target, patterns, report=report)
+        ]
+
+
+def _show(rows: list[dict[str, Any]], form: str) -> None:
+    """What became of each. Raises Problem if any failed."""
+    show_list(rows, SYNCED, form)
+    bad = [row for row in rows if row["result"] == "failed"]
+    if bad:
+        raise Problem(f"{len(bad)} of {len(rows)} failed", hint="the others are done", code=ERROR)
 
 
 @mirror.add(examples="sf mirror export /media/disk 'debian:*'")
@@ -178,7 +187,7 @@ def export(target: Path, patterns: tuple[str, ...], form: str) -> None:
     """Write names, images and signatures to a directory; what is there already is not written again."""
     with opened() as store, opened(str(target.absolute()), create=True) as disk:
         rows = _copied(store, disk, patterns)
-    show_list(rows, SYNCED, form)
+    _show(rows, form)
 
 
 @mirror.add("import", examples="sf mirror import /media/disk")
@@ -188,26 +197,7 @@ def import_(source: Path, patterns: tuple[str, ...], form: str) -> None:
     """Read names, images and signatures from a directory that export wrote."""
     with opened(create=True) as store, opened(str(source.absolute())) as disk:
         rows = _copied(disk, store, patterns)
-    show_list(rows, SYNCED, form)
-
-
-def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
-    from imagestore.mirror.replicate import replicate
-
-    with status() as tell:
-        rows = []
-        for r in replicate(source, target, patterns):
-            tell(f"{r.name} {r.result}")
-            rows.append(
-                {
-                    "name": r.name,
-                    "result": r.result,
-                    "bytes": r.written_bytes,
-                    "seconds": "",
-                    "message": r.message,
-                }
-            )
-    return rows
+    _show(rows, form)
 
 
 @mirror.add(examples="sf mirror publish")
@@ -231,7 +221,7 @@ def refresh(keys: Path | None) -> None:
 @keys_option
 @click.option("--root-keys", type=directory, help="Where the root's keys are, if elsewhere.")
 def rotate(role: str, keys: Path | None, root_keys: Path | None) -> None:
-    """Give a role a new key and sign with it; the old key counts no more."""
+    """Give a role new keys, as many as it had, and sign with them; the old ones count no more."""
     with opened() as store:
         publisher = _publisher(store, keys, root_keys)
         print(f"root version {publisher.rotate(role)}")
@@ -257,7 +247,7 @@ def adopt(fingerprint: str, keys: Path | None) -> None:
 @mirror.add("status", examples="sf mirror status --format json")
 @keys_option
 def show_status(keys: Path | None, form: str) -> None:
-    """What is published, until when, what is not yet, and since when an upstream is gone."""
+    """What is published and until when, what is a draft, and since when an upstream is gone."""
     from imagestore.errors import NotFound
     from imagestore.mirror import upstreams
     from imagestore.mirror.replicate import signers
@@ -299,13 +289,25 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
     sf mirror serve --host 0.0.0.0 --port 8080 --store 's3://images/sf?region=eu-central-1'
     sf mirror serve --upstream https://images.example/#b3:… --keep-gib 50"""
 )
-@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every address of this machine."
+)
 @click.option("--port", default=8000, show_default=True)
 @click.option("--upstream", metavar="URL", help="Be a cache of this mirror instead of serving the store.")
 @click.option("--keep-gib", default=20.0, show_default=True, help="How much of the upstream is kept.")
-@click.option("--requests", default=512, show_default=True, help="Requests at once.")
-@click.option("--rate", default=0.0, show_default=True, help="Requests a second of one address; 0: any.")
-@click.option("--workers", default=min(4, os.cpu_count() or 1), show_default=True, help="Processes.")
+@click.option("--requests", default=512, show_default=True, help="Requests at once, in each process.")
+@click.option(
+    "--rate",
+    default=0.0,
+    show_default=True,
+    help="Requests a second of one address, in each process; 0: any.",
+)
+@click.option(
+    "--workers",
+    default=min(4, os.cpu_count() or 1),
+    show_default=True,
+    help="Processes; with --upstream it is one.",
+)
 def serve(
     host: str, port: int, upstream: str | None, keep_gib: float, requests: int, rate: float, workers: int
 ) -> None:

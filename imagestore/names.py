@@ -244,6 +244,9 @@ class Names:
             return [*self.get(name, tag).history]
         return [Change(record.revision, record.images, record.removed, record.modified_s), *record.history]
 
+    def warn(self, digest: Digest) -> None:
+        """Log why names cannot be believed now, for whom a digest is enough; a store's own always can."""
+
     def nearest(self, name: str, count: int = 3) -> list[str]:
         """Existing `name:tag`s that resemble this one, for error messages; none where nothing can be listed."""
         known = self._known()

@@ -235,6 +235,11 @@ class SignedNames(Names):
     def _known(self) -> "Texts":
         return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
 
+    def warn(self, digest: Digest) -> None:
+        reason = self._refresh()
+        if reason is not None:
+            log.warning("%s; %s needs no name", reason, digest)
+
     def require_fresh(self) -> None:
         """Raises the StoreError for which names would be answered from memory."""
         reason = self._refresh()
@@ -274,7 +279,7 @@ def _explain(error: Exception, file: str, url: str) -> StoreError:
         if "timestamp" in str(error):
             hint = "somebody holds newer names back, or its owner's `sf mirror refresh` does not run"
             return Denied(f"{url} is frozen: its timestamp is past its date", hint=hint)
-        return Denied(f"{url} has expired: {file} is past its date", hint="its owner has to sign anew")
+        return Denied(f"{url} has expired: {error}", hint="its owner has to sign anew")
     if isinstance(error, tuf.BadVersionNumberError):
         if role in ("timestamp", "root") or "targets.json" in str(error):
             return Denied(f"{url} was rolled back: {error}", hint="it shows older names than it did before")

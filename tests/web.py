@@ -12,10 +12,11 @@ from pathlib import Path
 from tests.servers import free_ports
 
 _NGINX = """
-daemon off; master_process off; pid {state}/pid; error_log {state}/error.log; worker_processes 1;
+daemon off; pid {state}/pid; error_log {state}/error.log; {processes}
 events {{ worker_connections 256; }}
 http {{
-  access_log {state}/access.log; default_type application/octet-stream; sendfile on;
+  log_format sent '$request_method $uri $status $http_range'; access_log {state}/access.log sent;
+  default_type application/octet-stream; sendfile on;
   client_body_temp_path {state}/t; proxy_temp_path {state}/t; fastcgi_temp_path {state}/t;
   uwsgi_temp_path {state}/t; scgi_temp_path {state}/t;
   server {{ listen 127.0.0.1:{port}; root {root}; autoindex on; {extra} }}
@@ -24,12 +25,20 @@ http {{
 
 
 @contextlib.contextmanager
-def nginx(root: Path, state: Path, extra: str = "") -> Iterator[str]:
-    """URL of an nginx that serves `root`, with directory listings; `state` is its own directory."""
+def nginx(root: Path, state: Path, extra: str = "", *, workers: int = 0) -> Iterator[str]:
+    """URL of an nginx that serves `root`, with directory listings; `state` is its own directory.
+
+    workers: processes besides its master, which run as we do; 0: one process does it all.
+    """
     port = free_ports(1, 23000)
     state.mkdir(parents=True, exist_ok=True)
     configuration = state / "nginx.conf"
-    configuration.write_text(_NGINX.format(root=root, state=state, port=port, extra=extra))
+    processes = "master_process off; worker_processes 1;"
+    if workers:
+        processes = f"worker_processes {workers};" + " user root;" * (os.geteuid() == 0)
+    configuration.write_text(
+        _NGINX.format(root=root, state=state, port=port, extra=extra, processes=processes)
+    )
     process = subprocess.Popen(["nginx", "-e", str(state / "error.log"), "-c", str(configuration)])
     try:
         for _ in range(100):

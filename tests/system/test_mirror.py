@@ -9,7 +9,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,58 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests import web
+from tests.machines import BIN, Machine, machine, run
 from tests.servers import free_ports
-
-BIN = Path(sys.executable).parent
-SF = BIN / "sf"
-
-
-@dataclass
-class Machine:
-    """A state directory and settings of its own."""
-
-    path: Path
-    faketime: str = ""
-
-    def sf(self, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([SF, *words], env=self.environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == code, f"sf {words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    @property
-    def environment(self) -> dict[str, str]:
-        own = {
-            "SF_STATE_DIR": str(self.path / "state"),
-            "SF_CACHE_DIR": str(self.path / "cache"),
-            "SF_CONFIG": str(self.path / "config.toml"),
-            "HOME": str(self.path),
-        }
-        if self.faketime:
-            library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-            own |= {
-                "LD_PRELOAD": str(library),
-                "FAKETIME": self.faketime,
-            }
-        return {k: v for k, v in os.environ.items() if not k.startswith("SF_") or "TEST" in k} | own
-
-    @contextlib.contextmanager
-    def serving(self, *words: str) -> Iterator[str]:
-        port = free_ports(1, 24000)
-        process = subprocess.Popen(
-            [SF, "-q", "mirror", "serve", "--port", str(port), *words], env=self.environment
-        )
-        url = f"http://127.0.0.1:{port}/"
-        try:
-            for _ in range(300):
-                with contextlib.suppress(OSError), urllib.request.urlopen(url + "livez", timeout=2):
-                    break
-                time.sleep(0.1)
-            else:
-                raise AssertionError("the mirror does not come up")
-            yield url
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 @dataclass
@@ -81,11 +30,6 @@ class Origin:
     fingerprint: str
     raw: Path
     sources: Path
-
-
-def machine(path: Path) -> Machine:
-    path.mkdir()
-    return Machine(path)
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +58,6 @@ def origin(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterat
 def url(origin: Origin) -> Iterator[str]:
     with origin.machine.serving() as url:
         yield url
-
-
-def run(*words: str | Path, cwd: Path | None = None) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=cwd)
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def test_from_nothing_to_a_pull_by_another_machine(origin: Origin, url: str, tmp_path: Path) -> None:
@@ -306,6 +244,8 @@ def test_the_origin_goes_away_and_a_year_passes(origin: Origin, tmp_path: Path) 
         assert "tiny:1" in second.sf("mirror", "adopt", origin.fingerprint).stdout
         newcomer.sf("remote", "add", "adopted", theirs, "--fingerprint", mine)
         newcomer.sf("image", "pull", "adopted/tiny:1", "-o", tmp_path / "new.raw")
+        page = urllib.request.urlopen(f"{theirs}images/tiny/1/amd64/", timeout=30).read().decode()
+        assert mine in page and origin.fingerprint not in page
     run("cmp", tmp_path / "old.raw", origin.raw)
     run("cmp", tmp_path / "new.raw", origin.raw)
 
