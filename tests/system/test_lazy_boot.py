@@ -2,20 +2,25 @@
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import random
+import re
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from compute import disks, domain, libvirt_adapter
+from compute import domain, libvirt_adapter
 from compute.agent import Agent
 from compute.errors import NotFound
 from compute.image_service import ServedImages, Settings
-from compute.spec import InstanceSpec, Power
+from compute.overlay import snapshots
+from compute.spec import DiskSpec, InstanceSpec, Power
 from imagestore.cache import ImageCache
 from imagestore.control import ControlClient
 from imagestore.digest import Digest
@@ -70,6 +75,14 @@ class LazyBench(Bench):
         store.backend.close()
         return digest
 
+    def push_larger(self, image: Path) -> Digest:
+        """With 4 MiB that no boot reads: it stays incomplete until somebody fills it."""
+        larger = self.directory / "larger.raw"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", image, larger], check=True)
+        with larger.open("ab") as file:
+            file.write(random.Random(2).randbytes(4 << 20))
+        return self.push(larger)
+
     def sector(self) -> InstanceSpec:
         return self.spec(self.digest)
 
@@ -77,9 +90,12 @@ class LazyBench(Bench):
         return int((await self.client.ask("ls"))["pid"])
 
     async def event(self, text: str) -> None:
-        async with asyncio.timeout(90):
-            while not any(text in event.message for event in self.desk.events):
-                await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(90):
+                while not any(text in event.message for event in self.desk.events):
+                    await asyncio.sleep(0.05)
+            return
+        raise AssertionError(f"no event {text!r}: {[event.message for event in self.desk.events]}")
 
     def live_disk(self, spec: InstanceSpec) -> str:
         name = domain.name(self.installation, spec.uuid)
@@ -205,28 +221,118 @@ async def _console(agent: Agent, spec: InstanceSpec) -> bytes:
     return b""
 
 
-def test_a_disk_that_holds_too_much_is_moved_at_the_next_start_and_the_event_says_so(
-    bench: LazyBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench.arguments = ("--fill-rate", "4M")
-    monkeypatch.setattr(disks, "_MOVE_BYTES", 1000)
+def test_a_disk_with_a_snapshot_is_moved_at_the_next_start_and_keeps_it(bench: LazyBench) -> None:
+    bench.fill = "never"
 
     async def story() -> None:
         spec = bench.sector()
+        name = domain.name(bench.installation, spec.uuid)
+        overlay = bench.directory / "instances" / spec.uuid / "vda.qcow2"
         async with bench.agent() as agent:
             bench.desk.want(spec)
             await says(agent, spec, b"HELLO")
-            await bench.event("read directly from the next start on, since the disk holds")
-            directory = bench.directory / "instances" / spec.uuid
-            assert bench.live_disk(spec) == str(directory / "vda.qcow2")
-            bench.desk.want(_with(spec, power=Power.OFF))
-            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            nodes = bench.host.virsh("qemu-monitor-command", name, '{"execute": "query-named-block-nodes"}')
+            found = json.loads(nodes.stdout)["return"]
+            file = next(n["node-name"] for n in found if n["drv"] == "file" and n["file"] == str(overlay))
+            asked = {"device": file.replace("storage", "format"), "name": "before"}
+            command = {"execute": "blockdev-snapshot-internal-sync", "arguments": asked}
+            bench.host.virsh("qemu-monitor-command", name, json.dumps(command))
+            await bench.client.ask("prefetch", image=str(bench.digest))
+            await bench.event("read directly from the next start on, since the disk has snapshots")
+            assert bench.live_disk(spec) == str(overlay) and list((bench.directory / "run" / "nbd").iterdir())
+            await restart(bench, spec)
+            assert bench.live_disk(spec) == str(overlay) and reads_the_raw_file(bench, spec)
+            assert snapshots(overlay) == 1
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+async def restart(bench: LazyBench, spec: InstanceSpec) -> None:
+    bench.desk.want(_with(spec, power=Power.OFF))
+    await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+    bench.desk.want(spec)
+    await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+
+
+def reads_the_raw_file(bench: LazyBench, spec: InstanceSpec) -> bool:
+    xml = bench.host.virsh("dumpxml", domain.name(bench.installation, spec.uuid)).stdout
+    nothing_served = not list((bench.directory / "run" / "nbd").iterdir())
+    return f"{bench.digest.hex()}.raw" in xml and "nbd" not in xml and nothing_served
+
+
+LINE = b"what the guest wrote\n"
+WRITES = """#!/bin/sh
+yes 'what the guest wrote' | dd of=/dev/vda bs=1M seek=64 count={mib} iflag=fullblock 2>/dev/null
+sync
+while :; do
+    echo 3 >/proc/sys/vm/drop_caches
+    echo "SUM $(dd if=/dev/vda bs=1M skip=64 count={mib} 2>/dev/null | md5sum)"
+done
+"""
+
+
+@pytest.mark.parametrize("mib", [200, 300])
+def test_what_a_guest_wrote_goes_with_it_up_to_256_mib_and_keeps_it_where_it_is_beyond(
+    bench: LazyBench, tiny_image: Path, mib: int
+) -> None:
+    bench.fill = "never"
+
+    async def story() -> None:
+        bench.digest = bench.push_larger(tiny_image)
+        disk = DiskSpec("vda", str(bench.digest), size_bytes=1 << 30)
+        user_data = WRITES.format(mib=mib).encode()
+        spec = _with(bench.sector(), memory_mib=192, disks=(disk,), user_data=user_data)
+        directory = bench.directory / "instances" / spec.uuid
+        async with bench.agent() as agent:
             bench.desk.want(spec)
-            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
-            assert bench.live_disk(spec) == str(directory / "vda.qcow2")
-            assert not list((bench.directory / "run" / "nbd").iterdir())
-            xml = bench.host.virsh("dumpxml", domain.name(bench.installation, spec.uuid)).stdout
-            assert f"{bench.digest.hex()}.raw" in xml and "nbd" not in xml
+
+            async def sums(count: int) -> set[bytes]:
+                async with asyncio.timeout(300):
+                    while len(found := re.findall(rb"SUM (\w{32})", await _console(agent, spec))) < count:
+                        await asyncio.sleep(0.2)
+                return set(found)
+
+            written = (LINE * ((mib << 20) // len(LINE) + 1))[: mib << 20]
+            right = {hashlib.md5(written, usedforsecurity=False).hexdigest().encode()}
+            assert await sums(1) == right
+            assert (directory / "vda.qcow2").stat().st_blocks >= mib << 11
+            await bench.client.ask("prefetch", image=str(bench.digest))
+            if mib < 256:
+                await bench.event("the image is complete and read directly now")
+                assert [path.name for path in directory.glob("*.qcow2")] == ["vda.2.qcow2"]
+                assert bench.live_disk(spec) == str(directory / "vda.2.qcow2")
+            else:
+                await bench.event(f"read directly from the next start on, since the disk holds {mib}")
+                assert bench.live_disk(spec) == str(directory / "vda.qcow2")
+            assert (
+                await sums((await _console(agent, spec)).count(b"SUM ") + 2) == right
+            )  # one more read since
+            if mib >= 256:
+                await restart(bench, spec)
+            assert reads_the_raw_file(bench, spec)
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+def test_a_boots_trace_ends_when_the_console_says_that_the_guest_is_up(
+    bench: LazyBench, tiny_image: Path
+) -> None:
+    bench.fill = "never"
+
+    async def story() -> None:
+        bench.digest = bench.push_larger(tiny_image)
+        spec = _with(bench.sector(), memory_mib=192)
+        async with bench.agent() as agent:
+            bench.desk.want(spec)
+            await says(agent, spec, b"SF-GUEST-READY")
+            async with asyncio.timeout(60):
+                while not (bench.directory / "cache" / "traces" / bench.digest.hex()).exists():
+                    await asyncio.sleep(0.1)
+            assert list((bench.directory / "run" / "nbd").iterdir())
             await remove(bench, spec)
         await bench.service_is_gone()
 
