@@ -52,10 +52,10 @@ def _stored(chunks: Iterator[tuple[bytes, memoryview]], known: set[bytes], frame
 def run(bench: Bench) -> None:
     disks = corpus()
     settings = [
-        ("c16", 16, 512, 3, True), ("c32", 32, 512, 3, True), ("c64", 64, 512, 3, True),
-        ("c32_nocuts", 32, 512, 3, False), ("c16_nocuts", 16, 512, 3, False), ("f64", 32, 64, 3, True),
-        ("f128", 32, 128, 3, True), ("f256", 32, 256, 3, True), ("f1024", 32, 1024, 3, True),
-        ("z1", 32, 512, 1, True), ("z2", 32, 512, 2, True), ("z5", 32, 512, 5, True),
+        ("c16", 16, 640, 3, True), ("c32", 32, 640, 3, True), ("c64", 64, 640, 3, True),
+        ("c32_nocuts", 32, 640, 3, False), ("c16_nocuts", 16, 640, 3, False), ("f128", 32, 128, 3, True),
+        ("f256", 32, 256, 3, True), ("f512", 32, 512, 3, True), ("f1024", 32, 1024, 3, True),
+        ("z1", 32, 640, 1, True), ("z2", 32, 640, 2, True), ("z5", 32, 640, 5, True),
     ]  # fmt: skip
     only = os.environ.get("SF_BENCH_ONLY", "").split()
     for name, average, frame, level, cuts in settings:
