@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from cli.command import Command, settings
-from cli.image import found
-from cli.output import show_list, size, when
-from cli.store import cache
+from cli.command import Command, Group, settings
+from cli.errors import Problem
+from cli.output import show_list, size, status, when
+from cli.stores import found
 
 ROWS = (
     ("digest", "digest"),
@@ -19,6 +19,8 @@ ROWS = (
     ("used by", lambda row: len(row["readers"]) or ""),
     ("last used", lambda row: when(row["used_s"])),
 )
+
+cache = Group("cache", help="Images that this node holds.")
 
 
 def present(row: dict[str, Any]) -> str:
@@ -57,7 +59,28 @@ def _digest(name: str, architecture: str) -> str:
         return str(digest)
 
 
-@cache.add("ls", examples="sf cache ls")
+@cache.add(examples="sf cache verify")
+def verify() -> None:
+    """Hash every image on this node again; what is damaged is removed, and fetched anew when it is used."""
+    from imagestore.cache import ImageCache
+    from imagestore.errors import Corrupt
+
+    held = ImageCache(settings().state_dir / "cache", {})
+    images, bad = held.list(), 0
+    with status() as tell:
+        for one in images:
+            tell(f"verify {one.digest}")
+            try:
+                held.verify(one.digest)
+            except Corrupt as error:
+                bad += 1
+                print(error)
+    if bad:
+        raise Problem(f"{bad} of {len(images)} images were damaged")
+    print(f"{len(images)} images, every byte is right")
+
+
+@cache.add(examples="sf cache ls")
 def ls(form: str) -> None:
     """List the images on this node, and what part of each is present."""
     show_list(rows(), ROWS, form, name="digest")

@@ -53,7 +53,8 @@ _SHARED: dict[str, tuple[str, dict[str, Any]]] = {
 """What many commands have: an argument of that name, or the option whose flags stand here."""
 
 
-def _shared(name: str) -> click.Parameter:
+def shared(name: str) -> click.Parameter:
+    """The parameter that a name stands for."""
     flags, attributes = _SHARED[name]
     return Option([*flags.split(), name], **attributes) if flags else Argument([name], **attributes)
 
@@ -67,8 +68,8 @@ class Command(click.Command):
         declared = {str(p.name): p for p in self.params}
         asked = inspect.signature(self.callback).parameters if self.callback else {}
         names = [name for name in asked if name in declared or name in _SHARED]
-        wanted = [declared.pop(name) if name in declared else _shared(name) for name in names]
-        self.params = [*wanted, *declared.values(), *map(_shared, (*needs, "quiet", "debug"))]
+        wanted = [declared.pop(name) if name in declared else shared(name) for name in names]
+        self.params = [*wanted, *declared.values(), *map(shared, (*needs, "quiet", "debug"))]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):

@@ -4,8 +4,6 @@ import base64
 import json
 import os
 import re
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,11 @@ import click
 
 from cli.api import Api, Object, poll
 from cli.command import API, Group, settings
+from cli.console import print_console, up
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.network import EVENTS
 from cli.output import Row, say, show_list, show_one, size, status
 from cli.settings import user_config
-
-UP = re.compile(rb"SF-GUEST-READY [^\r\n]+|^[^\r\n]*\blogin: ?$", re.MULTILINE)
-"""What a guest's serial console says when it is up."""
-
-_ESCAPES = re.compile(
-    rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]"
-)
 
 COLUMNS = (
     ("name", "name"),
@@ -157,23 +149,15 @@ def _wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:
                 raise Problem(f"{name}: {found.get('error_message') or 'the guest crashed'}", hint=hint)
             if state in ("delete-wait", "deleted"):
                 raise Problem(f"{name} was deleted meanwhile", hint=hint, code=MISSING)
-            up = (_up(api, found) if boot else "created") if state == "created" else ""
-            if up:
-                ready = f"{name}: {up} after {gone_s:.1f} s"
+            sign = (up(api, found) if boot else "created") if state == "created" else ""
+            if sign:
+                ready = f"{name}: {sign} after {gone_s:.1f} s"
                 break
             tell(f"{name}: {found.get('progress') or ('booting' if state == 'created' else state)}")
         else:
             raise Problem(f"{uuid} is not up after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
     say(ready)
     return found
-
-
-def _up(api: Api, found: Row) -> str:
-    """How one sees that the guest is up; "" while it is not."""
-    if str(found.get("agent_state") or "").startswith("ready"):
-        return "its agent answers"
-    match = UP.search(_console(api, str(found["uuid"]), 20_000))
-    return match[0].decode(errors="replace").strip() if match else ""
 
 
 @instance.add(examples="sf instance ls --format name")
@@ -194,36 +178,11 @@ def events(name: str, limit: int, form: str) -> None:
     show_list(Api()("GET", "instances", name, "events", limit=limit), EVENTS, form, name="message")
 
 
-def _console(api: Api, name: str, length: int) -> bytes:
-    return bytes(api("GET", "instances", name, "consoledata", length=length))
-
-
 @instance.add(examples="sf instance console web\nsf instance console web -f")
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what comes, until Ctrl-C.")
 def console(name: str, follow: bool) -> None:
     """Print what the guest wrote to its serial console."""
-    api = Api()
-    seen = _console(api, name, -1)
-    _emit(seen)
-    while follow:
-        time.sleep(0.5)
-        now = _console(api, name, -1)
-        _emit(_beyond(seen, now))
-        seen = now
-
-
-def _beyond(seen: bytes, now: bytes) -> bytes:
-    """What `now` has after `seen`, where both are the tail of one log whose head is cut now and then."""
-    if now.startswith(seen):
-        return now[len(seen) :]
-    at = now.rfind(seen[-256:])
-    return now[at + len(seen[-256:]) :] if at >= 0 else now
-
-
-def _emit(data: bytes) -> None:
-    """A guest may write anything: its escape sequences do not reach a terminal."""
-    sys.stdout.buffer.write(_ESCAPES.sub(b"", data) if sys.stdout.isatty() else data)
-    sys.stdout.flush()
+    print_console(Api(), name, follow=follow)
 
 
 @instance.add(

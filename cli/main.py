@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from cli.command import Group
+from cli.command import Group, shared
 from cli.errors import INTERRUPTED, OK, USAGE, exit_code, one_line
 from cli.settings import Settings
 
@@ -22,7 +22,7 @@ MEMBERS = {
     "namespace": ("cli.cluster:namespace", "Tenants."),
     "key": ("cli.cluster:key", "Keys of a namespace."),
     "serve": ("cli.serve:serve", "Run the API and this machine's agent."),
-    "agent": ("cli.agent:agent", "Run this machine as a node of a server elsewhere."),
+    "agent": ("cli.serve:agent", "Run this machine as a node of a server elsewhere."),
     "imaged": ("cli.cache:imaged", "Run this node's image service."),
     "completion": ("cli.serve:completion", "Print the shell's completion script."),
 }
@@ -42,14 +42,10 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 authentication,
 """
 
 
-@click.group(cls=Group, lazy=MEMBERS, epilog=EPILOG)
+@click.group(cls=Group, lazy=MEMBERS, epilog=EPILOG, params=[shared("quiet"), shared("debug")])
 @click.version_option(package_name="sf-cloud", prog_name="sf", message="%(prog)s %(version)s")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, only results and errors.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.pass_obj
-def sf(settings: Settings, quiet: bool, debug: bool) -> None:
+def sf() -> None:
     """Keep disk images in a content-addressed store; boot guests from them by name."""
-    settings.flags |= {name: "yes" for name, given in (("quiet", quiet), ("debug", debug)) if given}
 
 
 def _log() -> None:

@@ -9,8 +9,8 @@ import click
 
 from cli.command import STORE, Group, settings
 from cli.errors import ERROR, Problem
-from cli.image import opened
 from cli.output import progress, say, show_list, show_one, size, status, when
+from cli.stores import opened
 
 if TYPE_CHECKING:
     from imagestore.mirror.signing import Keyring, Publisher

@@ -1,9 +1,18 @@
-"""`sf serve` and `sf completion`."""
+"""`sf serve`, `sf agent` and `sf completion`."""
 
 import click
 
 from cli.command import Command, settings
 from cli.output import say
+
+
+def _log() -> None:
+    """Lines for the journal; with --debug all of ours."""
+    import logging
+
+    level = logging.DEBUG if settings().flags.get("debug") else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @click.command(cls=Command, examples="sf serve\nsf serve --listen 127.0.0.1:13001 --store /srv/images")
@@ -14,14 +23,27 @@ from cli.output import say
 def serve(listen: str | None, store: str | None) -> None:
     """Run the API and this machine's agent, as root, until Ctrl-C; guests go on running without it."""
     import asyncio
-    import logging
 
     from compute.config import load
     from compute.serve import serve as run
 
-    level = logging.DEBUG if settings().flags.get("debug") else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    _log()
     asyncio.run(run(load(listen=listen, store=store), say))
+
+
+@click.command(cls=Command, examples="sf agent --join https://10.0.0.1:13001 --token TOKEN\nsf agent")
+@click.option("--join", "url", metavar="URL", help="The server to belong to, once; sf node token prints it.")
+@click.option("--token", metavar="T", help="Single-use join token of that server.")
+@click.option("--name", "node_name", metavar="NAME", help="This node's name; default: the host's.")
+def agent(url: str | None, token: str | None, node_name: str | None) -> None:
+    """Run this machine as a node of a server elsewhere, as root, until Ctrl-C; guests go on without it."""
+    import asyncio
+
+    from compute.config import load
+    from compute.serve_agent import serve_agent
+
+    _log()
+    asyncio.run(serve_agent(load(node_name=node_name), url or "", token or "", say))
 
 
 @click.command(cls=Command, examples='eval "$(sf completion bash)"\nsf completion zsh > ~/.zfunc/_sf')

@@ -1,20 +1,15 @@
-"""`sf store`, `sf cache` and `sf remote`."""
+"""`sf store` and `sf remote`."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-import imagestore.errors
 from cli.command import STORE, Group, settings
 from cli.errors import USAGE, Problem
-from cli.image import judge, opened, written
 from cli.output import progress, say, show_list, show_one, size, status
 from cli.settings import add_remote, remove_remote
-
-if TYPE_CHECKING:
-    from imagestore.cache import ImageCache
+from cli.stores import judge, opened, written
 
 STATS = (
     ("store", "name"),
@@ -33,7 +28,6 @@ IMAGES = (
 REMOTES = (("name", "name"), ("url", "url"))
 
 store = Group("store", needs=STORE, help="Make, check and copy image stores.")
-cache = Group("cache", help="Images that this node holds.")
 remote = Group("remote", help="Other stores to look names up in.")
 
 
@@ -108,30 +102,6 @@ def copy(source: str, target: str, images: tuple[str, ...], single_writer: bool)
                 done = copy_name(old, new, record)
                 count = sum(result.written_bytes for result in done)
                 print(f"{record.name}:{record.tag} {size(count)} written", flush=True)
-
-
-def _cache() -> "ImageCache":
-    from imagestore.cache import ImageCache
-
-    return ImageCache(settings().state_dir / "cache", {})
-
-
-@cache.add("verify", examples="sf cache verify")
-def cache_verify() -> None:
-    """Hash every image on this node again; what is damaged is removed, and fetched anew when it is used."""
-    held = _cache()
-    images, bad = held.list(), 0
-    with status() as tell:
-        for one in images:
-            tell(f"verify {one.digest}")
-            try:
-                held.verify(one.digest)
-            except imagestore.errors.Corrupt as error:
-                bad += 1
-                print(error)
-    if bad:
-        raise Problem(f"{bad} of {len(images)} images were damaged")
-    print(f"{len(images)} images, every byte is right")
 
 
 @remote.add(examples="sf remote ls")

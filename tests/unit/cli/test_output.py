@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import click
 import pytest
 
+from cli.console import beyond
 from cli.errors import Problem
-from cli.instance import _beyond, _gigabytes
+from cli.instance import _gigabytes
 from cli.main import sf
 from cli.output import progress, show_list, show_one, size, status, when
 from cli.settings import Settings
@@ -86,7 +87,7 @@ def test_disk_sizes_are_whole_gigabytes() -> None:
 
 def test_a_followed_console_prints_each_byte_once_though_its_head_is_cut() -> None:
     log = b"".join(b"line %d\n" % n for n in range(1000))
-    assert _beyond(log[:500], log[:700]) == log[500:700]
-    assert _beyond(log[:5000], log[3000:6000]) == log[5000:6000]
-    assert _beyond(b"", log) == log
-    assert _beyond(log, b"rebooted\n") == b"rebooted\n"
+    assert beyond(log[:500], log[:700]) == log[500:700]
+    assert beyond(log[:5000], log[3000:6000]) == log[5000:6000]
+    assert beyond(b"", log) == log
+    assert beyond(log, b"rebooted\n") == b"rebooted\n"
