@@ -85,13 +85,6 @@ class Pool:
         """A pool with nothing given out; the gateway is the first host."""
         return cls(netblock, netblock[1], frozenset(reserved))
 
-    @property
-    def capacity(self) -> int:
-        """How many addresses can be held at once."""
-        kept = {self.netblock[0], self.netblock[-1], self.gateway}
-        kept |= {address for address in self.reserved if address in self.netblock}
-        return self.netblock.num_addresses - len(kept)
-
 
 def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str) -> None:
     if wanted not in pool.netblock:
