@@ -11,7 +11,7 @@ from imagestore.digest import Digest
 from imagestore.directory import Directory
 from imagestore.errors import Invalid, NotFound, StoreError
 from imagestore.store import Store
-from imagestore.wrappers import Counted, Retried, Verified, Wrapper
+from imagestore.wrappers import Retried, Verified, Wrapper
 
 if TYPE_CHECKING:  # boto3: half a second
     from imagestore.s3 import S3
@@ -53,7 +53,7 @@ def open_backend(url: str) -> Backend:
     if parts.scheme in ("", "file"):
         if parts.netloc or not parts.path or (parts.scheme and (parts.query or parts.path[0] != "/")):
             raise wrong
-        return Counted(Directory(Path(unquote(parts.path) if parts.scheme else url)))
+        return Directory(Path(unquote(parts.path) if parts.scheme else url))
     if not parts.hostname:
         raise wrong
     if parts.scheme == "s3":
@@ -66,11 +66,11 @@ def open_backend(url: str) -> Backend:
             raise wrong
         from imagestore.s3 import S3
 
-        return Retried(Counted(S3(parts.netloc, parts.path, **options)))
+        return Retried(S3(parts.netloc, parts.path, **options))
     if parts.scheme in ("http", "https") and not parts.query:
         from imagestore.http import Http
 
-        return Retried(Verified(Counted(Http(url))))
+        return Retried(Verified(Http(url)))
     raise wrong
 
 

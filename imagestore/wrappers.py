@@ -113,41 +113,6 @@ class Retried(Wrapper):
         self._sleep(min(self._first_s * 2**attempt, 10.0) * random.uniform(0.5, 1.0))  # noqa: S311
 
 
-class Counted(Wrapper):
-    """Counts requests and bytes, as a store that charges for them would."""
-
-    def __init__(self, inner: Backend) -> None:
-        super().__init__(inner)
-        self.requests = 0
-        self.received_bytes = 0
-        self._lock = threading.Lock()
-
-    def _do(self, verb: str, key: str, action: Callable[[], T]) -> T:
-        with self._lock:
-            self.requests += verb != "now"
-        found = action()
-        if isinstance(found, Object):
-            with self._lock:
-                self.received_bytes += len(found.data)
-        return found
-
-    def list(self, prefix: str) -> Iterator[ObjectStat]:
-        for number, stat in enumerate(self.inner.list(prefix)):
-            if number % 1000 == 0:
-                with self._lock:
-                    self.requests += 1
-            yield stat
-
-
-def counter(backend: Backend) -> Counted:
-    """The Counted among a backend's wrappers, or a new one that counts nothing."""
-    while isinstance(backend, Wrapper):
-        if isinstance(backend, Counted):
-            return backend
-        backend = backend.inner
-    return Counted(backend)
-
-
 class Verified(Wrapper):
     """Raises Corrupt for whole objects that are named by their BLAKE3 and do not match it.
 

@@ -15,7 +15,8 @@ from imagestore.backend import Backend, ObjectStat
 from imagestore.directory import Directory
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
 from imagestore.open import open_backend, settle
-from imagestore.wrappers import Counted, RateLimited, Retried, Verified
+from imagestore.wrappers import RateLimited, Retried, Verified
+from tests.counted import Counted
 from tests.memory import Memory
 
 SERVERS = ["seaweedfs", "moto", "rclone"]

@@ -16,7 +16,7 @@ from imagestore.gc import collect
 from imagestore.push import push
 from imagestore.store import Store
 from imagestore.verify import verify_image
-from imagestore.wrappers import Counted
+from tests.counted import Counted
 from tests.unit.imagestore.images import make_raw
 
 

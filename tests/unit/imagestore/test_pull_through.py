@@ -13,7 +13,7 @@ from imagestore.mirror.pull_through import PullThrough
 from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store import Store
-from imagestore.wrappers import Counted
+from tests.counted import Counted
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from imagestore.backend import Object, ObjectStat
 from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, NotFound, Unavailable
 from imagestore.store import manifest_key
-from imagestore.wrappers import Counted, RateLimited, Retried, Verified, counter
+from imagestore.wrappers import RateLimited, Retried, Verified
 from tests.faults.faulty import Faulty
 from tests.memory import Memory
 
@@ -66,18 +66,6 @@ def test_a_listing_that_breaks_off_goes_on_without_repeating_itself() -> None:
     keys = [stat.key for stat in Retried(breaks, sleep=lambda _: None).list("a/")]
     assert keys == [f"a/{number}" for number in range(9)]
     assert breaks.left == 0
-
-
-def test_requests_and_bytes_are_counted_below_the_retries() -> None:
-    memory = Memory()
-    backend = Retried(Counted(Faulty(memory, 1, "error")), sleep=lambda _: None)
-    backend.put("a/b", b"12345")
-    backend.get("a/b", 1, 3)
-    list(backend.list(""))
-    backend.now()
-    assert counter(backend).requests == 4
-    assert counter(backend).received_bytes == 3
-    assert counter(memory).requests == 0
 
 
 def test_whole_objects_named_by_their_digest_are_verified() -> None:
