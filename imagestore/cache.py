@@ -18,12 +18,13 @@ from threading import Event
 
 from blake3 import blake3
 
+from imagestore import durable
 from imagestore.digest import Digest
 from imagestore.errors import Cancelled, Conflict, Corrupt, NotFound
 from imagestore.manifest import Manifest
 from imagestore.names import parse_reference
 from imagestore.progress import Report, silent
-from imagestore.pull import Seed, fsync_directory, pull
+from imagestore.pull import Seed, pull
 from imagestore.store import Store
 
 _POLL_S = 0.1
@@ -135,9 +136,9 @@ class ImageCache:
                     failure = failure or error
                     continue
                 part.chmod(0o444)
-                self._write_manifest(digest, manifest)
+                durable.write(path.with_suffix(".manifest"), manifest.encode(), 0o666)
                 part.rename(path)
-                fsync_directory(self.directory)
+                durable.fsync_directory(self.directory)
                 return path
             raise failure or NotFound(f"no image {digest}", hint="no remote is configured")
 
@@ -211,15 +212,6 @@ class ImageCache:
             return self.manifest(digest)
         except (NotFound, Corrupt):
             return store.manifest(digest)
-
-    def _write_manifest(self, digest: Digest, manifest: Manifest) -> None:
-        path = self.directory / f"{digest.hex()}.manifest"
-        beside = path.with_suffix(".manifest-incoming")
-        with beside.open("wb") as file:
-            file.write(manifest.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
 
     @contextmanager
     def _lock(self, digest: Digest, cancel: Event | None, *, wait: bool = True) -> Iterator[None]:

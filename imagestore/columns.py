@@ -83,6 +83,12 @@ class Reader:
             raise Corrupt(f"{self._what}: {len(self._data) - self._at} bytes too long")
 
 
+def first_of_each(ids: Ids) -> npt.NDArray[np.int64]:
+    """Where each different digest stands first."""
+    rows = np.ascontiguousarray(ids).view(f"V{SIZE_BYTES}").ravel()
+    return np.unique(rows, return_index=True)[1]
+
+
 def keys(ids: Ids) -> npt.NDArray[np.uint64]:
     """The first eight bytes of each digest as a number, to sort and search by; never proof of equality."""
     first: npt.NDArray[np.uint64] = np.ascontiguousarray(ids).view("<u8").reshape(-1, 4)[:, 0]

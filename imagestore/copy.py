@@ -1,20 +1,22 @@
 """Images from one store to another: only the chunks that the other one does not hold, frames as they are."""
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from imagestore import index
+from imagestore.columns import first_of_each
 from imagestore.digest import Digest
-from imagestore.errors import Corrupt, NotFound
+from imagestore.errors import NotFound
 from imagestore.inventory import Inventory
 from imagestore.layout import Layout
-from imagestore.leases import Lease, exists
+from imagestore.leases import Lease
+from imagestore.lookup import Lookup
 from imagestore.manifest import Manifest
 from imagestore.names import NameRecord
+from imagestore.packing import Packer
+from imagestore.placement import Placement
 from imagestore.publish import check_present, publish
-from imagestore.store import Store, derived_key
-from imagestore.transfer import Packer, carry, frames_of, relaid
+from imagestore.store import Store
+from imagestore.transfer import carry, frames_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +24,14 @@ class CopyResult:
     """What copying an image took. Bytes: of the disk, and stored bytes written to the target."""
 
     data_bytes: int
-    copied_chunks: int
-    known_chunks: int
     written_bytes: int
 
 
-def copy_name(
-    source: Store, target: Store, record: NameRecord, *, name: str = "", tag: str = ""
-) -> list[CopyResult]:
-    """Copy every architecture of a name, and set the name (or another one) in the target."""
-    name, tag = name or record.name, tag or record.tag
+def copy_name(source: Store, target: Store, record: NameRecord) -> list[CopyResult]:
+    """Copy every architecture of a name, and set the name in the target."""
 
     def setter(architecture: str, digest: Digest) -> Callable[[], object]:
-        return lambda: target.names.set(name, tag, architecture, digest)
+        return lambda: target.names.set(record.name, record.tag, architecture, digest)
 
     return [
         copy_image(source, target, digest, set_name=setter(architecture, digest))
@@ -58,44 +55,39 @@ def copy_image(
     """
     target.check_writable()
     manifest = _manifest(source, target, digest)
-    total = len(manifest.lengths)
     if inventory is None and target.has_manifest(digest):
         try:
             check_present(target, digest)
             if set_name is not None:
                 set_name()
                 check_present(target, digest)
-            return CopyResult(manifest.data_bytes, 0, total, 0)
+            return CopyResult(manifest.data_bytes, 0)
         except NotFound:
             pass
-    raw = manifest.ids.tobytes()
-    rows: dict[bytes, int] = {}
-    for at in range(total):
-        rows.setdefault(raw[at * 32 : at * 32 + 32], at)
-    with Lease(target, "copy") as lease:
-        packer = Packer(target, lease)
-        if inventory is not None:
-            footers = {pack: table.footer for pack, table in inventory.tables.items() if pack not in avoid}
+    each = first_of_each(manifest.ids)
+    placement, lease = Placement(), Lease(target, "copy")
+    with Lookup(target, lease, placement) as lookup, Packer(target, lease, placement) as packer:
+        lookup.engage()
+        if inventory is None:
+            lookup.load_parts(manifest.ids)
         else:
-            footers = dict(pair for part in _parts(target, manifest) for pair in part.footers)
-        usable = lease.reuse(footers) if footers else set()
-        for pack, footer in footers.items():
-            if pack in usable and (inventory is not None or exists(target, derived_key("packs", pack))):
-                packer.adopt(pack, footer, rows.keys())
-        copied = 0
+            footers = {pack: table.footer for pack, table in inventory.tables.items() if pack not in avoid}
+            for pack in lease.reuse(footers):
+                placement.add_footer(pack, footers[pack])
 
         def repair(bad: set[Digest]) -> Layout:
-            nonlocal copied
-            packer.forget(bad)
-            missing = [at for id_, at in rows.items() if id_ not in packer.places]
-            if missing:
-                copied += len(missing)
-                carry(source, frames_of(manifest, source.layout(digest), missing), packer)
+            packer.avoid(bad)
+            missing = each[placement.find(manifest.ids[each]) < 0]
+            if len(missing):
+                carry(source, frames_of(manifest, source.layout(digest), missing.tolist()), packer)
                 packer.publish_index()
-            return relaid(manifest, digest, packer)
+            rows = placement.find(manifest.ids)
+            if (rows < 0).any():
+                raise NotFound(f"a chunk of image {digest} is in no store that was asked")
+            return placement.layout(digest, rows)
 
         publish(target, lease, manifest.encode(), repair(set()), repair, set_name)
-        return CopyResult(manifest.data_bytes, copied, len(rows) - copied, packer.written_bytes)
+        return CopyResult(manifest.data_bytes, packer.written_bytes)
 
 
 def _manifest(source: Store, target: Store, digest: Digest) -> Manifest:
@@ -103,10 +95,3 @@ def _manifest(source: Store, target: Store, digest: Digest) -> Manifest:
         return source.manifest(digest)
     except NotFound:
         return target.manifest(digest)
-
-
-def _parts(store: Store, manifest: Manifest) -> Iterable[index.IndexPart]:
-    """The index parts of a store that hold chunks of an image, by their hooks."""
-    for name, _ in index.read_hooks(store)[0].matching(manifest.ids):
-        with contextlib.suppress(NotFound, Corrupt):
-            yield index.IndexPart.decode(store.backend.get(index.part_key(name)).data)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from imagestore.backend import Data, Object, ObjectStat, check_key, pieces
+from imagestore.durable import fsync_directory
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
 
 _TEMPORARY = ".tmp"
@@ -117,7 +118,7 @@ class Directory:
                     temporary.rename(path)
                     undo.pop_all()
                     status = os.fstat(file.fileno())
-                _fsync_directory(path.parent)
+                fsync_directory(path.parent)
         return _stat(key, status)
 
     def delete(self, key: str, *, if_match: str | None = None) -> None:
@@ -128,7 +129,7 @@ class Directory:
                     path.lstat()
                     self._check(key, if_match, False)
                     path.unlink()
-                _fsync_directory(path.parent)
+                fsync_directory(path.parent)
             except (FileNotFoundError, NotADirectoryError):
                 return
 
@@ -191,7 +192,7 @@ class Directory:
             return
         self._make_directories(path.parent)
         path.mkdir(exist_ok=True)
-        _fsync_directory(path.parent)
+        fsync_directory(path.parent)
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -206,11 +207,3 @@ class Directory:
 def _stat(key: str, status: os.stat_result) -> ObjectStat:
     etag = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
     return ObjectStat(key, status.st_size, etag, status.st_mtime)
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

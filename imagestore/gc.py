@@ -12,7 +12,7 @@ decided for good before. Everything that cannot be understood ends the run befor
 """
 
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from imagestore import index
@@ -23,8 +23,10 @@ from imagestore.inventory import Inventory, Table, named, read_layouts
 from imagestore.layout import Layout
 from imagestore.leases import Condemned, Lease, exists, held, leases
 from imagestore.names import NameRecord, name_key
+from imagestore.packing import Packer
+from imagestore.placement import Placement
 from imagestore.store import TRASH, Store, derived_key, layout_key, trashed, untrashed
-from imagestore.transfer import Packer, carry, relaid, wanted_frames
+from imagestore.transfer import carry, wanted_frames
 
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
@@ -59,7 +61,6 @@ def collect(
     grace_s: float = GRACE_S,
     repack_threshold: float = REPACK_THRESHOLD,
     dry_run: bool = False,
-    extra_roots: Collection[Digest] = (),
 ) -> GcReport:
     """One run. `grace_s` has to be longer than any cache in front of the store keeps layouts and names.
 
@@ -68,7 +69,7 @@ def collect(
     """
     if not dry_run:
         store.check_writable()
-    return _Run(store, grace_s, repack_threshold, dry_run).run(extra_roots)
+    return _Run(store, grace_s, repack_threshold, dry_run).run()
 
 
 class _Run:
@@ -79,7 +80,7 @@ class _Run:
         self._before_s = self._now_s - grace_s
         self._image_packs: dict[Digest, tuple[Digest, ...]] = {}
 
-    def run(self, extra_roots: Collection[Digest]) -> GcReport:
+    def run(self) -> GcReport:
         # What may be deleted is what was condemned before the roots are read: whoever sets a root later has to
         # look at the list and at the objects' etags after it, and helps himself.
         condemned = Condemned.read(self._store)
@@ -87,7 +88,7 @@ class _Run:
             tree: dict(named(self._store, f"{tree}/")) for tree in ("manifests", "layouts", *_SIDE_TREES)
         }
         inventory = Inventory.read(self._store)
-        roots = find_roots(self._store, self._now_s, self._before_s, extra_roots)
+        roots = find_roots(self._store, self._now_s, self._before_s)
         self._mark(inventory, roots)
         images = roots.must | roots.may
         marked = {pack: table for pack, table in inventory.tables.items() if table.live.any()}
@@ -219,13 +220,13 @@ class _Run:
         affected = [
             digest for digest, packs in self._image_packs.items() if not sparse.keys().isdisjoint(packs)
         ]
-        with Lease(self._store, "gc") as lease:
+        placement = Placement()
+        with Lease(self._store, "gc") as lease, Packer(self._store, lease, placement) as packer:
             lease.reuse(sparse)
-            packer = Packer(self._store, lease)
             frames = (wanted_frames(p, t, t.live, split_above=self._threshold) for p, t in sparse.items())
             carry(self._store, [frame for found in frames for frame in found], packer)
             packer.publish_index()
-            new = {pack for pack, _ in packer.footers}
+            new = packer.made
             replaced: list[tuple[str, bytes, str]] = []
             for digest in affected:
                 key = layout_key(digest)
@@ -234,7 +235,9 @@ class _Run:
                 with contextlib.suppress(NotFound, Conflict):
                     found = self._store.backend.get(key)
                     layout = Layout.decode(untrashed(found.data), digest)
-                    moved = relaid(self._store.manifest(digest), digest, packer, layout, sparse)
+                    moved = placement.moved(layout, self._store.manifest(digest).ids, sparse)
+                    if moved is None:
+                        continue
                     stat = self._store.backend.put(key, moved.encode(), if_match=found.stat.etag)
                     replaced.append((key, found.data, stat.etag))
             try:
@@ -260,8 +263,7 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
         if len(kept) < len(packs):
             stale.add(name)
             if kept:
-                part = index.IndexPart(tuple((pack, inventory.tables[pack].footer) for pack in kept))
-                inventory.parts[index.publish_part(store, part)] = kept
+                inventory.parts[index.publish_part(store, inventory.part(kept))] = kept
     for _ in range(_ATTEMPTS):
         hooks, etag = index.read_hooks(store)
         missing = inventory.parts.keys() - stale - set(hooks.parts)
@@ -272,8 +274,7 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
             break
         hooks = hooks.without(lost)
         for name in missing:
-            packs = inventory.parts[name]
-            part = index.IndexPart(tuple((pack, inventory.tables[pack].footer) for pack in packs))
+            part = inventory.part(inventory.parts[name])
             hooks = hooks.with_part(name, part, len(part.encode()))
         with contextlib.suppress(Conflict):
             store.backend.put(index.HOOKS_KEY, hooks.encode(), if_match=etag, if_none_match=etag is None)
@@ -296,9 +297,9 @@ class Roots:
     dead_leases: list[str] = field(default_factory=list)
 
 
-def find_roots(store: Store, now_s: float, before_s: float, extra: Iterable[Digest] = ()) -> Roots:
+def find_roots(store: Store, now_s: float, before_s: float) -> Roots:
     """Everything in use at `now_s`, and what was in use at `before_s` or later. Raises Corrupt, Unsupported."""
-    roots = Roots(may=set(extra))
+    roots = Roots()
     for record in store.names.list(removed=True):
         if not record.removed:
             roots.must |= set(record.images.values())

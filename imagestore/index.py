@@ -8,10 +8,10 @@ meets. What was read or written once is kept in files under SF_CACHE_DIR. A miss
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,6 @@ _MAX_PARTS = 1 << 24
 _CACHE_BYTES = 256 << 20
 _ATTEMPTS = 5
 _MIN_HOOKS = 16
-_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +121,7 @@ class Hooks:
     def matching(self, ids: Ids) -> list[tuple[Digest, int]]:
         """(part, size) of the parts with a hook among `ids`, those with most first."""
         wanted = np.unique(columns.keys(ids))
-        first, last = (np.searchsorted(self.keys, wanted, side) for side in _SIDES)
+        first, last = np.searchsorted(self.keys, wanted), np.searchsorted(self.keys, wanted, "right")
         met = [self.part_of_hook[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True) if a < b]
         counts = np.bincount(np.concatenate([np.zeros(0, np.uint32), *met]), minlength=len(self.parts))
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
@@ -143,6 +142,15 @@ def read_hooks(store: Store) -> tuple[Hooks, str | None]:
         return Hooks(), None
     except Corrupt:
         return Hooks(), found.stat.etag
+
+
+def read_part(store: Store, name: Digest) -> IndexPart | None:
+    """A published part; None when it is not there, or is not what its name says: a hint."""
+    try:
+        data = store.backend.get(part_key(name)).data
+        return IndexPart.decode(data) if Digest.of(data) == name else None
+    except (NotFound, Corrupt):
+        return None
 
 
 def publish_part(store: Store, part: IndexPart) -> Digest:
@@ -173,18 +181,15 @@ class LocalIndex:
 
     def get(self, name: Digest) -> IndexPart | None:
         """A copy of a published part."""
-        path = self._directory / f"{name.hex()}.part"
         try:
-            data = path.read_bytes()
-            if Digest.of(data) == name:
-                return IndexPart.decode(data)
+            data = (self._directory / f"{name.hex()}.part").read_bytes()
+            return IndexPart.decode(data) if Digest.of(data) == name else None
         except (OSError, Corrupt):
             return None
-        return None
 
-    def keep(self, name: Digest, data: bytes) -> None:
+    def keep(self, name: Digest, part: IndexPart) -> None:
         """Remember a published part."""
-        self._write(f"{name.hex()}.part", data)
+        self._write(f"{name.hex()}.part", part.encode())
 
     def keep_pack(self, pack: Digest, footer: Footer) -> None:
         """Remember a pack that arrived before its index part was published."""
@@ -216,84 +221,9 @@ class LocalIndex:
 
     def _shrink(self) -> None:
         """Drop the oldest parts past a total of 256 MiB."""
-        stats = sorted(
-            (
-                (entry.stat().st_mtime, entry.stat().st_size, entry.path)
-                for entry in os.scandir(self._directory)
-            ),
-            reverse=True,
-        )
+        found = [(path, path.stat()) for path in self._directory.iterdir()]
         total = 0
-        for _, size, path in stats:
-            total += size
+        for path, stat in sorted(found, key=lambda one: -one[1].st_mtime):
+            total += stat.st_size
             if total > _CACHE_BYTES:
-                Path(path).unlink(missing_ok=True)
-
-
-class Column:
-    """A numpy array that grows."""
-
-    def __init__(self, dtype: str, width: int = 0) -> None:
-        self._data: npt.NDArray[Any] = np.empty((64, width) if width else 64, dtype)
-        self._used = 0
-
-    @property
-    def values(self) -> npt.NDArray[Any]:
-        """All rows so far; valid until the next `extend`."""
-        return self._data[: self._used]
-
-    def extend(self, rows: npt.NDArray[Any] | Sequence[int]) -> int:
-        """Append rows; the number of the first."""
-        first, end = self._used, self._used + len(rows)
-        if end > len(self._data):
-            grown = np.empty((max(end, 2 * len(self._data)), *self._data.shape[1:]), self._data.dtype)
-            grown[:first] = self._data[:first]
-            self._data = grown
-        self._data[first:end] = rows
-        self._used = end
-        return first
-
-
-class Known:
-    """Chunks and where they lie: rows of id, frame and offset in the frame, found by id."""
-
-    def __init__(self) -> None:
-        self.ids = Column("u1", 32)
-        self.frames = Column("<i8")
-        self.offsets = Column("<u4")
-        self._levels: list[tuple[U64, npt.NDArray[np.int64]]] = []
-
-    def add(self, ids: Ids, frames: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> int:
-        """Append rows; the number of the first."""
-        first = self.ids.extend(ids)
-        self.frames.extend(frames)
-        self.offsets.extend(offsets)
-        rows = np.arange(first, first + len(ids), dtype=np.int64)
-        keys = columns.keys(ids)
-        # Sorted runs of growing size, merged when a newer one is as large: cheap appends, few searches.
-        while self._levels and len(self._levels[-1][0]) <= len(keys):
-            old_keys, old_rows = self._levels.pop()
-            keys, rows = np.concatenate([old_keys, keys]), np.concatenate([old_rows, rows])
-        order = np.argsort(keys, kind="stable")
-        self._levels.append((keys[order], rows[order]))
-        return first
-
-    def find(self, ids: Ids, usable: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64]:
-        """The row of each id, or -1. usable: by frame, whether its rows count."""
-        found = np.full(len(ids), -1, np.int64)
-        if not len(ids):
-            return found
-        keys = columns.keys(ids)
-        for level_keys, level_rows in self._levels:
-            first, last = (np.searchsorted(level_keys, keys, side) for side in _SIDES)
-            hit = np.flatnonzero(last > first)
-            for at in (
-                (first[hit], last[hit] - 1) if len(hit) else ()
-            ):  # the oldest and the newest row of an id
-                rows = level_rows[at]
-                good = (self.ids.values[rows] == ids[hit]).all(axis=1)
-                if usable is not None:
-                    frames = self.frames.values[rows]
-                    good &= (frames < 0) | usable[np.maximum(frames, 0)]
-                found[hit] = np.where(good, rows, found[hit])
-        return found
+                path.unlink(missing_ok=True)

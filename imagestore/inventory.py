@@ -11,7 +11,7 @@ import numpy.typing as npt
 from imagestore.backend import ObjectStat
 from imagestore.digest import Digest
 from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
-from imagestore.index import IndexPart, part_key
+from imagestore.index import IndexPart, part_key, read_part
 from imagestore.layout import Layout
 from imagestore.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
 from imagestore.store import Store, derived_key
@@ -77,7 +77,7 @@ class Inventory:
         found = cls(store, dict(named(store, "packs/")))
         names = [name for name, _ in named(store, "index/")]
         with ThreadPoolExecutor(8, "index") as pool:
-            for name, part in zip(names, pool.map(lambda name: _read_part(store, name), names), strict=True):
+            for name, part in zip(names, pool.map(lambda name: read_part(store, name), names), strict=True):
                 if part is None:
                     found.broken_parts.append(part_key(name))
                     continue
@@ -90,6 +90,10 @@ class Inventory:
         if pack not in self.tables:
             self.tables[pack] = Table(read_footer(self.store, pack))
         return self.tables[pack]
+
+    def part(self, packs: Iterable[Digest]) -> IndexPart:
+        """An index part of packs whose footers are known."""
+        return IndexPart(tuple((pack, self.tables[pack].footer) for pack in packs))
 
     def uses(self, layout: Layout) -> Iterator[Use]:
         """The packs of a layout. Raises NotFound for a lost pack, Corrupt where layout and footer differ."""
@@ -108,14 +112,6 @@ class Inventory:
             if not same.all():
                 raise Corrupt(f"the layout of {layout.manifest} does not fit pack {pack}")
             yield Use(pack, table, chunks, rows)
-
-
-def _read_part(store: Store, name: Digest) -> IndexPart | None:
-    try:
-        data = store.backend.get(part_key(name)).data
-        return IndexPart.decode(data) if Digest.of(data) == name else None
-    except (Corrupt, NotFound):
-        return None
 
 
 def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Digest, Layout | StoreError]]:

@@ -70,19 +70,8 @@ class Layout:
         names = tuple(Digest(row.tobytes()) for row in read.ids(packs))
         frame_packs, offsets, sizes, plain_sizes = (read.column("<u4", frames) for _ in range(4))
         chunk_frames, chunk_offsets = (read.column("<u4", chunks) for _ in range(2))
-        codecs, hashes = read.column("u1", frames), read.ids(frames)
-        layout = cls(
-            manifest,
-            names,
-            frame_packs,
-            offsets,
-            sizes,
-            plain_sizes,
-            codecs,
-            hashes,
-            chunk_frames,
-            chunk_offsets,
-        )
+        of_frames = (frame_packs, offsets, sizes, plain_sizes, read.column("u1", frames), read.ids(frames))
+        layout = cls(manifest, names, *of_frames, chunk_frames, chunk_offsets)
         read.end()
         layout._check()
         return layout

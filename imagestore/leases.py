@@ -14,7 +14,6 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from imagestore.digest import Digest
@@ -90,11 +89,10 @@ class Lease:
     condemned nor deleted before, and a collector that was paused cannot delete it for what it once was.
     """
 
-    def __init__(self, store: Store, what: str = "push", *, duration_s: float = LEASE_S) -> None:
+    def __init__(self, store: Store, what: str = "push") -> None:
         self.id = secrets.token_hex(16)
-        self._store, self._what, self._duration_s = store, what, duration_s
+        self._store, self._what = store, what
         self._packs: set[Digest] = set()
-        self._images: set[Digest] = set()
         self._epoch = -1
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -107,9 +105,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
         # Best effort: a lease that stays behind runs out.
@@ -121,23 +117,16 @@ class Lease:
         with self._lock:
             self._packs.add(pack)
 
-    def reuse(self, packs: Iterable[Digest], images: Iterable[Digest] = ()) -> set[Digest]:
-        """Say that this writer counts on packs (and manifests); returns those packs that it may use. Two requests.
+    def reuse(self, packs: Iterable[Digest]) -> set[Digest]:
+        """Say that this writer counts on packs; returns those that it may use. Two requests.
 
         A pack known from a hint, and not from a layout just read, may be gone: that is the caller's to ask, after.
         """
         wanted = set(packs)
         with self._lock:
             self._packs |= wanted
-            self._images |= set(images)
         self._write()
         return wanted - self.unusable(wanted)
-
-    def check(self) -> set[Digest]:
-        """Those of this writer's packs that must not be used any more."""
-        with self._lock:
-            packs = set(self._packs)
-        return self.unusable(packs)
 
     def unusable(self, packs: Iterable[Digest]) -> set[Digest]:
         """Which of `packs` must not be used: condemned or gone. One request, unless packs were deleted meanwhile."""
@@ -152,14 +141,14 @@ class Lease:
         with self._lock:
             body = {
                 "what": self._what,
-                "duration_s": self._duration_s,
+                "duration_s": LEASE_S,
                 "packs": sorted(pack.hex() for pack in self._packs),
-                "images": sorted(image.hex() for image in self._images),
+                "images": [],  # a writer may also hold manifests: none of ours does
             }
         self._store.backend.put(_key(self.id), seal(body))
 
     def _keep(self) -> None:
-        while not self._ended.wait(self._duration_s / 4):
+        while not self._ended.wait(LEASE_S / 4):
             try:
                 self._write()
             except StoreError as err:

@@ -8,19 +8,19 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
 import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
 
 from imagestore import columns
 from imagestore.backend import Buffer
 from imagestore.digest import Digest
+from imagestore.durable import fsync_directory
 from imagestore.errors import (
     Cancelled,
     Conflict,
@@ -33,19 +33,15 @@ from imagestore.errors import (
 )
 from imagestore.layout import Layout
 from imagestore.manifest import Manifest
-from imagestore.pack import MAX_PACK_BYTES, expand
+from imagestore.output import Output
+from imagestore.pack import expand
 from imagestore.progress import Progress, Report, silent
-from imagestore.qcow2_writer import CLUSTER, Qcow2, plan
+from imagestore.qcow2_writer import plan
+from imagestore.ranges import Numbers, plan_requests
 from imagestore.store import Store, derived_key
 from imagestore.windows import in_order
 
-REQUEST_BYTES = 8 << 20
-"""Stored bytes that one request asks for at most."""
-_WASTE, _SCATTERED = 0.12, 1.3
-"""Gaps are read over while requests are more than so many times the fewest, up to this share of the bytes."""
 _REQUESTS = 4
-_SYNC_BYTES = 32 << 20
-"""The file is synced in the background each time that so much was written: the disk works while the rest arrives."""
 _COPY_CHUNKS = 256
 
 
@@ -100,15 +96,16 @@ def pull(
             raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
         try:
             qcow2 = plan(manifest) if format_ == "qcow2" else None
-            filling = Filling(descriptor, manifest, digest, qcow2, progress, cancel, durable=durable)
+            file = Output(descriptor, manifest.size_bytes, qcow2, durable=durable)
+            stack.callback(file.close)
+            filling = _Filling(file, manifest, digest, progress, cancel)
             try:
                 result = filling.fill(store, seeds, fallbacks)
             except StoreError:
                 if not filling.began:
                     beside.unlink(missing_ok=True)
                 raise
-            if durable:
-                os.fsync(descriptor)
+            file.finish()
             beside.rename(output)
             if durable:
                 fsync_directory(output.parent)
@@ -120,70 +117,31 @@ def pull(
     return result
 
 
-def fsync_directory(path: Path) -> None:
-    """Make a rename in it durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class Filling:
-    """Brings the chunks of one manifest into one open file."""
+class _Filling:
+    """Brings the chunks of one manifest into one file."""
 
     def __init__(
-        self,
-        descriptor: int,
-        manifest: Manifest,
-        digest: Digest,
-        qcow2: Qcow2 | None,
-        progress: Report,
-        cancel: Event | None,
-        *,
-        durable: bool,
+        self, file: Output, manifest: Manifest, digest: Digest, progress: Report, cancel: Event | None
     ) -> None:
-        self._descriptor, self._manifest, self._digest = descriptor, manifest, digest
-        self._qcow2, self._progress, self._cancel = qcow2, progress, cancel
+        self._file, self._manifest, self._digest = file, manifest, digest
+        self._progress, self._cancel = progress, cancel
         self._offsets, self._lengths = manifest.offsets, manifest.lengths.astype(np.int64)
         self._ids = manifest.ids
         self._have = np.zeros(len(self._lengths), np.bool_)
-        if qcow2 is not None and len(qcow2.clusters):
-            # For each cluster of the file, the guest's cluster at which its run of neighbours ends.
-            last = np.append(np.flatnonzero(np.diff(qcow2.clusters) != 1), len(qcow2.clusters) - 1)
-            self._run_ends = np.repeat(qcow2.clusters[last] + 1, np.diff(last, prepend=-1))
-        self._counts = {"resumed": 0, "seeded": 0, "fetched": 0, "requests": 0}
-        self._unsynced: int | None = 0 if durable else None
-        self._sync: Future[None] | None = None
+        self._resumed = self._seeded = self._fetched = self._requests = 0
 
     def fill(self, store: Store, seeds: Sequence[Seed], fallbacks: Sequence[Store]) -> PullResult:
         """Until the file is whole."""
-        resumed = os.fstat(self._descriptor).st_size > 0
-        size = self._qcow2.size_bytes if self._qcow2 else self._manifest.size_bytes
-        os.ftruncate(self._descriptor, size)
-        if self._qcow2:
-            _write(self._descriptor, self._qcow2.metadata, 0)
-        with (
-            ThreadPoolExecutor(_REQUESTS, "sf-pull") as pool,
-            ThreadPoolExecutor(1, "sf-sync") as self._syncer,
-        ):
-            if resumed:
-                self._counts["resumed"] = self._copy(pool, None, np.arange(len(self._have)), self._offsets)
+        with ThreadPoolExecutor(_REQUESTS, "sf-pull") as pool:
+            if self._file.resumed:
+                self._resumed = self._copy(pool, None, np.arange(len(self._have)), self._offsets)
             for seed in seeds:
                 self._copy_seed(pool, seed)
             self._fetch_all(pool, store, fallbacks)
-            if self._sync is not None:
-                self._sync.result()  # an error is told once: the last fsync would not know of it
         if not self._have.all():
             raise Corrupt(f"the image {self._digest} is not whole after all")
-        counts = self._counts
-        return PullResult(
-            int(self._lengths.sum()),
-            counts["fetched"],
-            counts["seeded"],
-            counts["resumed"],
-            counts["requests"],
-        )
+        data_bytes = int(self._lengths.sum())
+        return PullResult(data_bytes, self._fetched, self._seeded, self._resumed, self._requests)
 
     @property
     def began(self) -> bool:
@@ -194,18 +152,8 @@ class Filling:
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled("the pull was cancelled")
         done, total = int(self._lengths[self._have].sum()), int(self._lengths.sum())
-        known = self._counts["resumed"] + self._counts["seeded"]
-        self._progress(Progress("pull", done, total, done - known, known, self._counts["fetched"]))
-
-    def _written(self, count: int) -> None:
-        """So many bytes more are in the file."""
-        if self._unsynced is None:
-            return
-        self._unsynced += count
-        if self._unsynced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
-            if self._sync is not None:
-                self._sync.result()
-            self._sync, self._unsynced = self._syncer.submit(os.fdatasync, self._descriptor), 0
+        known = self._resumed + self._seeded
+        self._progress(Progress("pull", done, total, done - known, known, self._fetched))
 
     # What is here already
 
@@ -223,19 +171,11 @@ class Filling:
         except OSError:
             return
         try:
-            self._counts["seeded"] += self._copy(
-                pool, descriptor, missing[same], seed.manifest.offsets[at[same]]
-            )
+            self._seeded += self._copy(pool, descriptor, missing[same], seed.manifest.offsets[at[same]])
         finally:
             os.close(descriptor)
 
-    def _copy(
-        self,
-        pool: ThreadPoolExecutor,
-        source: int | None,
-        chunks: npt.NDArray[np.int64],
-        froms: npt.NDArray[np.int64],
-    ) -> int:
+    def _copy(self, pool: ThreadPoolExecutor, source: int | None, chunks: Numbers, froms: Numbers) -> int:
         """Take chunks from another file, or (None) see which are in place; only those with the right hash."""
         batches = [slice(at, at + _COPY_CHUNKS) for at in range(0, len(chunks), _COPY_CHUNKS)]
         ids = self._ids
@@ -244,10 +184,10 @@ class Filling:
             good = []
             for chunk, start in zip(chunks[batch].tolist(), froms[batch].tolist(), strict=True):
                 length = int(self._lengths[chunk])
-                data = self._read_back(start, length) if source is None else os.pread(source, length, start)
+                data = self._file.read(start, length) if source is None else os.pread(source, length, start)
                 if len(data) == length and blake3(data).digest() == ids[chunk].tobytes():
                     if source is not None:
-                        self._put(int(self._offsets[chunk]), memoryview(data))
+                        self._file.put(int(self._offsets[chunk]), memoryview(data))
                     good.append(chunk)
             return good
 
@@ -256,37 +196,24 @@ class Filling:
             self._have[good] = True
             count = int(self._lengths[good].sum())
             total += count
-            self._written(count if source is not None else 0)
+            self._file.written(count if source is not None else 0)
             self._report()
         return total
 
     # What comes from the store
 
-    def _allocate(self) -> None:
-        """Room for what is missing, run by run: a full disk is known before a byte is fetched, writing is cheaper."""
-        chunks = np.flatnonzero(~self._have)
-        if self._qcow2 is not None or not len(chunks):
-            return
-        starts = self._offsets[chunks]
-        ends = starts + self._lengths[chunks]
-        firsts = np.flatnonzero(np.append(True, starts[1:] != ends[:-1]))
-        for start, end in zip(
-            starts[firsts].tolist(), np.append(ends[firsts[1:] - 1], ends[-1]).tolist(), strict=True
-        ):
-            os.posix_fallocate(self._descriptor, start, end - start)
-
     def _fetch_all(self, pool: ThreadPoolExecutor, store: Store, fallbacks: Sequence[Store]) -> None:
-        self._allocate()
+        missing = np.flatnonzero(~self._have)
+        self._file.allocate(self._offsets[missing], self._lengths[missing])
         layout = self._layout(store)
         for attempt in range(2):
-            stores = [store, *fallbacks]
-            work = _Fetch(self, stores, layout)
+            work = _Fetch(self, [store, *fallbacks], layout)
             try:
                 for chunks, fetched in in_order(pool, work, self._ranges(layout), _REQUESTS):
                     self._have[chunks] = True
-                    self._written(int(self._lengths[chunks].sum()))
-                    self._counts["fetched"] += fetched
-                    self._counts["requests"] += 1
+                    self._file.written(int(self._lengths[chunks].sum()))
+                    self._fetched += fetched
+                    self._requests += 1
                     self._report()
                 return
             except NotFound:
@@ -300,14 +227,14 @@ class Filling:
         layout.check(self._manifest)
         return layout
 
-    def _ranges(self, layout: Layout) -> Iterator[npt.NDArray[np.int64]]:
+    def _ranges(self, layout: Layout) -> Iterator[Numbers]:
         """Frames still needed, grouped into requests; in pack order, which is nearly the disk's."""
         frames = np.unique(layout.chunk_frames[~self._have]).astype(np.int64)
-        if not len(frames):
-            return
-        yield from plan_requests(layout, frames)
+        of_frames = (layout.frame_packs, layout.frame_offsets, layout.frame_sizes)
+        for request in plan_requests(*(column[frames].astype(np.int64) for column in of_frames)):
+            yield frames[request]
 
-    def unpack(self, layout: Layout, frame: int, data: Buffer, chunks: npt.NDArray[np.int64]) -> None:
+    def unpack(self, layout: Layout, frame: int, data: Buffer, chunks: Numbers) -> None:
         """Verify one frame's stored bytes and the chunks in it that are wanted; write these. Raises Corrupt."""
         if Digest.of(data) != layout.frame_hashes[frame].tobytes():
             raise Corrupt("a frame's bytes do not match their hash")
@@ -325,68 +252,21 @@ class Filling:
                 end += length
                 continue
             if end > begin:
-                self._put(place, plain[begin:end])
+                self._file.put(place, plain[begin:end])
             begin, end, place = start, start + length, offset
         if end > begin:
-            self._put(place, plain[begin:end])
-
-    # The file
-
-    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(place in the file, start, end) of each stretch of a disk range that the file keeps in one piece."""
-        if self._qcow2 is None:
-            yield offset, 0, length
-            return
-        done = 0
-        while done < length:
-            number, inner = divmod(offset + done, CLUSTER)
-            at = int(np.searchsorted(self._qcow2.clusters, number))
-            count = min(int(self._run_ends[at]) * CLUSTER - offset - done, length - done)
-            yield len(self._qcow2.metadata) + at * CLUSTER + inner, done, done + count
-            done += count
-
-    def _put(self, offset: int, data: memoryview) -> None:
-        for place, start, end in self._pieces(offset, len(data)):
-            _write(self._descriptor, data[start:end], place)
-
-    def _read_back(self, offset: int, length: int) -> bytes:
-        return b"".join(
-            os.pread(self._descriptor, end - start, place)
-            for place, start, end in self._pieces(offset, length)
-        )
-
-
-def plan_requests(layout: Layout, frames: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    """Frames grouped into ranges of packs, one request each: the smallest gaps between them are read over."""
-    order = np.lexsort((layout.frame_offsets[frames], layout.frame_packs[frames]))
-    frames = frames[order]
-    packs, starts = layout.frame_packs[frames], layout.frame_offsets[frames].astype(np.int64)
-    ends = starts + layout.frame_sizes[frames]
-    gaps = np.where(packs[1:] == packs[:-1], starts[1:] - ends[:-1], MAX_PACK_BYTES)
-    smallest = np.argsort(gaps, kind="stable")
-    total = int((ends - starts).sum())
-    surplus = int(np.count_nonzero(gaps)) + 1 - int(_SCATTERED * total / REQUEST_BYTES)
-    few = np.cumsum(gaps[smallest] > 0) <= surplus
-    joined = np.zeros(len(frames), np.bool_)
-    joined[1:][smallest[few & (np.cumsum(gaps[smallest]) <= _WASTE * total)]] = True
-    joined[1:] |= gaps == 0
-    requests, first = [], 0
-    for at in range(1, len(frames) + 1):
-        if at == len(frames) or not joined[at] or ends[at] - starts[first] > REQUEST_BYTES:
-            requests.append(frames[first:at])
-            first = at
-    return requests
+            self._file.put(place, plain[begin:end])
 
 
 class _Fetch:
     """Callable for the pool: fetch, verify and write one range of frames; (its chunks, bytes fetched)."""
 
-    def __init__(self, filling: Filling, stores: Sequence[Store], layout: Layout) -> None:
+    def __init__(self, filling: _Filling, stores: Sequence[Store], layout: Layout) -> None:
         self._filling, self._stores, self._layout = filling, stores, layout
         self._order = np.argsort(layout.chunk_frames, kind="stable")
         self._sorted = layout.chunk_frames[self._order]
 
-    def __call__(self, frames: npt.NDArray[np.int64]) -> tuple[list[int], int]:
+    def __call__(self, frames: Numbers) -> tuple[list[int], int]:
         layout = self._layout
         pack = layout.packs[int(layout.frame_packs[frames[0]])]
         start = int(layout.frame_offsets[frames[0]])
@@ -404,7 +284,7 @@ class _Fetch:
             ) from failure
         raise failure or Corrupt(key)
 
-    def _unpack(self, data: bytes, frames: npt.NDArray[np.int64], start: int) -> list[int]:
+    def _unpack(self, data: bytes, frames: Numbers, start: int) -> list[int]:
         layout, done = self._layout, list[int]()
         view = memoryview(data)
         low = np.searchsorted(self._sorted, frames, side="left")
@@ -415,10 +295,3 @@ class _Fetch:
             self._filling.unpack(layout, frame, view[at : at + int(layout.frame_sizes[frame])], chunks)
             done += chunks.tolist()
         return done
-
-
-def _write(descriptor: int, data: Buffer, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from imagestore.columns import first_of_each
 from imagestore.digest import Digest
 from imagestore.errors import StoreError
 from imagestore.gc import find_roots
@@ -85,5 +86,4 @@ def _unique_bytes(tables: list[Table]) -> int:
     lengths = np.concatenate(
         [np.zeros(0, np.uint32), *(table.footer.lengths[table.live] for table in tables)]
     )
-    _, first = np.unique(np.ascontiguousarray(ids).view("V32").ravel(), return_index=True)
-    return int(lengths[first].sum(dtype=np.int64))
+    return int(lengths[first_of_each(ids)].sum(dtype=np.int64))

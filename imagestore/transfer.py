@@ -1,29 +1,24 @@
 """Chunks on their way from packs that exist into new ones: out of nearly dead packs, to and from other stores."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
-from imagestore import index
 from imagestore.backend import Buffer
 from imagestore.digest import Digest
-from imagestore.errors import Corrupt, NotFound
+from imagestore.errors import Corrupt
 from imagestore.inventory import Table
 from imagestore.layout import Layout
-from imagestore.leases import Lease
 from imagestore.manifest import Manifest
-from imagestore.pack import FRAME_BYTES, LEVEL, Codec, Footer, Frame, PackWriter, compress, expand
+from imagestore.pack import Codec, Frame, expand
+from imagestore.packing import Framer, Packer
+from imagestore.ranges import Numbers, plan_requests
 from imagestore.store import Store, derived_key
 from imagestore.windows import in_order
-
-PACK_BYTES = 16 << 20
-_REQUEST_BYTES = 8 << 20
-_GAP_BYTES = 64 << 10
 
 
 class Piece(NamedTuple):
@@ -50,60 +45,6 @@ class Source:
     def whole(self) -> bool:
         """Whether all of the frame is wanted."""
         return sum(piece.length for piece in self.pieces) == self.plain_bytes
-
-
-class Packer:
-    """Makes packs of frames, uploads them, and knows where each chunk lies then."""
-
-    def __init__(self, store: Store, lease: Lease) -> None:
-        self._store, self._lease = store, lease
-        self._writer = PackWriter(lease.id)
-        self.footers: list[tuple[Digest, Footer]] = []
-        """Packs of `places`: made here, or there before (`adopt`)."""
-        self._made: list[tuple[Digest, Footer]] = []
-        self.places: dict[bytes, tuple[int, int, int]] = {}
-        """Chunk id to pack (its number in `footers`), frame in it, offset in the frame."""
-        self.written_bytes = 0
-
-    def add(self, frame: Frame) -> None:
-        """Append a frame; uploads whenever a pack is full."""
-        self._writer.add(frame)
-        if self._writer.size_bytes >= PACK_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Upload what is there."""
-        if not self._writer.size_bytes:
-            return
-        digest, footer, pieces = self._writer.finish()
-        self._lease.made(digest)
-        self._store.backend.put(derived_key("packs", digest), pieces)
-        self.written_bytes += sum(len(piece) for piece in pieces)
-        self._made.append((digest, footer))
-        self.adopt(digest, footer)
-        self._writer = PackWriter(self._lease.id)
-
-    def adopt(self, pack: Digest, footer: Footer, ids: Collection[bytes] | None = None) -> None:
-        """Know where the chunks of a pack lie, or those of `ids`."""
-        raw = footer.ids.tobytes()
-        rows = zip(footer.frame_of_chunk.tolist(), footer.offset_in_frame.tolist(), strict=True)
-        for at, (frame, inner) in enumerate(rows):
-            id_ = raw[at * 32 : at * 32 + 32]
-            if ids is None or id_ in ids:
-                self.places.setdefault(id_, (len(self.footers), frame, inner))
-        self.footers.append((pack, footer))
-
-    def forget(self, packs: Collection[Digest]) -> None:
-        """These packs must not be used."""
-        bad = {number for number, (pack, _) in enumerate(self.footers) if pack in packs}
-        self.places = {id_: place for id_, place in self.places.items() if place[0] not in bad}
-        self._made = [(pack, footer) for pack, footer in self._made if pack not in packs]
-
-    def publish_index(self) -> None:
-        """Tell other writers of the packs that were made, once."""
-        if self._made:
-            index.publish_part(self._store, index.IndexPart(tuple(self._made)))
-        self._made = []
 
 
 def wanted_frames(
@@ -148,133 +89,60 @@ def carry(source: Store, frames: Iterable[Source], packer: Packer) -> None:
 
     Raises Corrupt, NotFound.
     """
-    compressor = zstandard.ZstdCompressor(level=LEVEL)
-    pieces: list[Piece] = []
-    loose = bytearray()
+    placement, framer = packer.placement, Framer(packer.placement)
 
-    def close() -> None:
-        if pieces:
-            codec, data = compress(compressor, bytes(loose))
-            lengths, ids = [piece.length for piece in pieces], [piece.id for piece in pieces]
-            packer.add(Frame(codec, bytes(data), Digest.of(data), len(loose), lengths, ids))
-            pieces.clear()
-            loose.clear()
+    def pack_full() -> None:
+        for frame in framer.full():
+            packer.add(*frame.compressed())
 
     for frame, stored in read_frames(source, frames):
-        if Digest.of(stored) != frame.hash:
-            raise Corrupt(
-                f"a frame of pack {frame.pack} in {source.url} is damaged", hint="sf store verify --full"
-            )
+        ids = [piece.id for piece in frame.pieces]
         if frame.whole:
-            lengths, ids = [piece.length for piece in frame.pieces], [piece.id for piece in frame.pieces]
-            packer.add(Frame(frame.codec, bytes(stored), Digest(frame.hash), frame.plain_bytes, lengths, ids))
-            continue
-        for piece, chunk in chunks_of(frame, stored):
-            if Digest.of(chunk) != piece.id:
-                raise Corrupt(f"a chunk in pack {frame.pack} in {source.url} is not what its id says")
-            if loose and len(loose) + piece.length > FRAME_BYTES:
-                close()
-            loose.extend(chunk)
-            pieces.append(piece)
-    close()
+            number, lengths = placement.add_frame(), [piece.length for piece in frame.pieces]
+            places = [(number, piece.offset) for piece in frame.pieces]
+            whole = Frame(frame.codec, bytes(stored), Digest(frame.hash), frame.plain_bytes, lengths, ids)
+            packer.add(number, whole)
+        else:
+            places = [framer.add(chunk, piece.id) for piece, chunk in chunks_of(frame, stored)]
+        rows = np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 32)
+        placement.chunks.add(rows, *np.array(places, np.int64).T)
+        pack_full()
+    framer.close()
+    pack_full()
     packer.flush()
 
 
 def read_frames(store: Store, frames: Iterable[Source]) -> Iterator[tuple[Source, Buffer]]:
-    """Frames in the order of packs, with their stored bytes: as they came, unchecked."""
-    ordered = sorted(frames, key=lambda frame: (frame.pack, frame.offset))
+    """Frames in the order of packs, with their stored bytes. Raises Corrupt where these have another hash."""
+    wanted = sorted(frames, key=lambda frame: (frame.pack, frame.offset))
+    number = {pack: at for at, pack in enumerate(dict.fromkeys(frame.pack for frame in wanted))}
+    rows = [(number[frame.pack], frame.offset, frame.size) for frame in wanted]
+    requests = plan_requests(*np.array(rows, np.int64).reshape(-1, 3).T)
+
+    def read(request: Numbers) -> tuple[list[Source], memoryview]:
+        group = [wanted[at] for at in request.tolist()]
+        start, key = group[0].offset, derived_key("packs", group[0].pack)
+        return group, memoryview(
+            store.backend.get(key, start, group[-1].offset + group[-1].size - start).data
+        )
+
     with ThreadPoolExecutor(4) as pool:
-        for group, data in in_order(pool, lambda group: (group, _read(store, group)), _ranges(ordered), 4):
+        for group, data in in_order(pool, read, requests, 4):
             for frame in group:
-                at = frame.offset - group[0].offset
-                yield frame, data[at : at + frame.size]
+                stored = data[frame.offset - group[0].offset :][: frame.size]
+                if Digest.of(stored) != frame.hash:
+                    raise Corrupt(
+                        f"the frame at byte {frame.offset} of pack {frame.pack} in {store.url} is damaged",
+                        hint="sf store verify --full",
+                    )
+                yield frame, stored
 
 
 def chunks_of(frame: Source, stored: Buffer) -> Iterator[tuple[Piece, Buffer]]:
-    """The wanted chunks of a frame, unchecked. Raises Corrupt where it does not decompress."""
+    """The wanted chunks of a frame. Raises Corrupt where it does not decompress, or to other chunks."""
     plain = memoryview(expand(frame.codec, stored, frame.plain_bytes))
     for piece in frame.pieces:
-        yield piece, plain[piece.offset : piece.offset + piece.length]
-
-
-def _ranges(frames: Iterable[Source]) -> Iterator[list[Source]]:
-    """Neighbouring frames of a pack, read in one request."""
-    group: list[Source] = []
-    for frame in frames:
-        if group:
-            end = group[-1].offset + group[-1].size
-            far = frame.pack != group[0].pack or frame.offset - end > _GAP_BYTES
-            if far or frame.offset + frame.size - group[0].offset > _REQUEST_BYTES:
-                yield group
-                group = []
-        group.append(frame)
-    if group:
-        yield group
-
-
-def _read(store: Store, group: list[Source]) -> memoryview:
-    length = group[-1].offset + group[-1].size - group[0].offset
-    return memoryview(store.backend.get(derived_key("packs", group[0].pack), group[0].offset, length).data)
-
-
-def relaid(
-    manifest: Manifest,
-    digest: Digest,
-    packer: Packer,
-    old: Layout | None = None,
-    avoid: Collection[Digest] = (),
-) -> Layout:
-    """A layout that takes every chunk from where `old` has it, unless that is a pack to avoid, else from `packer`.
-
-    Raises NotFound for a chunk that is in neither.
-    """
-    count = len(manifest.lengths)
-    rows, inner = np.full(count, -1, np.int64), np.zeros(count, np.int64)
-    packs = [*(old.packs if old else ()), *(pack for pack, _ in packer.footers)]
-    columns: list[tuple[npt.NDArray[np.int64], ...]] = []
-    hashes = [np.zeros((0, 32), np.uint8)]
-    first_of: list[int] = []
-    total = 0
-    if old is not None:
-        shunned = np.array([pack in avoid for pack in old.packs], np.bool_)
-        keep = ~shunned[old.frame_packs[old.chunk_frames]]
-        rows[keep], inner[keep] = old.chunk_frames[keep], old.chunk_offsets[keep]
-        columns.append(
-            _wide(
-                old.frame_packs, old.frame_offsets, old.frame_sizes, old.frame_plain_sizes, old.frame_codecs
-            )
-        )
-
-        hashes.append(old.frame_hashes)
-        total = len(old.frame_packs)
-    for number, (_, footer) in enumerate(packer.footers):
-        first_of.append(total)
-        pack = np.full(len(footer.sizes), number + (len(old.packs) if old else 0))
-        columns.append(_wide(pack, footer.offsets, footer.sizes, footer.plain_sizes, footer.codecs))
-        hashes.append(footer.hashes)
-        total += len(footer.sizes)
-    raw = manifest.ids.tobytes()
-    for at in np.flatnonzero(rows < 0).tolist():
-        place = packer.places.get(raw[at * 32 : at * 32 + 32])
-        if place is None:
-            raise NotFound(f"a chunk of image {digest} is in no store that was asked")
-        rows[at], inner[at] = first_of[place[0]] + place[1], place[2]
-    pack_of, offset, size, plain, codec = (np.concatenate(column) for column in zip(*columns, strict=True))
-    frames, chunk_frames = np.unique(rows, return_inverse=True)
-    used, frame_packs = np.unique(pack_of[frames], return_inverse=True)
-    return Layout(
-        manifest=digest,
-        packs=tuple(packs[at] for at in used.tolist()),
-        frame_packs=frame_packs.astype(np.uint32),
-        frame_offsets=offset[frames].astype(np.uint32),
-        frame_sizes=size[frames].astype(np.uint32),
-        frame_plain_sizes=plain[frames].astype(np.uint32),
-        frame_codecs=codec[frames].astype(np.uint8),
-        frame_hashes=np.concatenate(hashes)[frames],
-        chunk_frames=chunk_frames.astype(np.uint32),
-        chunk_offsets=inner.astype(np.uint32),
-    )
-
-
-def _wide(*columns: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.int64], ...]:
-    return tuple(column.astype(np.int64) for column in columns)
+        chunk = plain[piece.offset : piece.offset + piece.length]
+        if Digest.of(chunk) != piece.id:
+            raise Corrupt(f"a chunk in pack {frame.pack} is not what its id says")
+        yield piece, chunk

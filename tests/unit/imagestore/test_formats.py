@@ -10,10 +10,11 @@ from imagestore import columns
 from imagestore.chunker import BLOCK, ChunkerParams
 from imagestore.digest import Digest
 from imagestore.errors import Corrupt
-from imagestore.index import Hooks, IndexPart, Known
+from imagestore.index import Hooks, IndexPart
 from imagestore.layout import Layout
 from imagestore.manifest import MAX_DISK_BYTES, Manifest
 from imagestore.pack import Codec, Footer, Frame, PackWriter, compress, expand, split_pack
+from imagestore.placement import Known
 
 
 def ids(count, seed=0):
@@ -216,14 +217,14 @@ def test_known_chunks_are_found_at_their_newest_usable_place(sizes):
         known.add(everything[:size], np.full(size, frame), np.arange(size))
         place |= dict.fromkeys(range(size), frame)
     found = known.find(everything)
-    assert [int(known.frames.values[row]) if row >= 0 else None for row in found] == [
+    assert [int(known.rows["frame"][row]) if row >= 0 else None for row in found] == [
         place.get(at) for at in range(300)
     ]
     assert (known.find(ids(50, seed=9)) == -1).all()
     if sizes:
         usable = np.arange(len(sizes)) != len(sizes) - 1
         rows = known.find(everything, usable)
-        assert all(known.frames.values[row] != len(sizes) - 1 for row in rows if row >= 0)
+        assert all(known.rows["frame"][row] != len(sizes) - 1 for row in rows if row >= 0)
 
 
 def test_the_first_bytes_alone_prove_nothing():

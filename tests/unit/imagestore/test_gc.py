@@ -152,7 +152,7 @@ def test_a_lease_that_ran_out_keeps_nothing_and_its_writer_is_told(world: World)
         world.now_s += 2 * HOUR
         world.collect_for(200)
         assert world.stored("packs/") == 0 and not Condemned.read(world.store).packs
-        assert lease.check() == packs
+        assert lease.unusable(packs) == packs
 
 
 @pytest.mark.parametrize("key", ["names/a/latest", "leases/x", "refs/x", CONDEMNED_KEY])
