@@ -36,13 +36,11 @@ class GroupCache:
 
     def __init__(self, limit_bytes: int = 128 << 20) -> None:
         self._most = limit_bytes // _GROUP_BYTES
-        self._groups: OrderedDict[tuple[Digest, int], Future[list[Buffer]]] = OrderedDict()
+        self._groups: OrderedDict[tuple[Digest, int], Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def load(
-        self, key: tuple[Digest, int], start: Callable[[], Future[list[Buffer]]]
-    ) -> Future[list[Buffer]]:
-        """Its chunks: those that are here or on their way, else what `start` begins to bring."""
+    def load(self, key: tuple[Digest, int], start: Callable[[], Future[bytes]]) -> Future[bytes]:
+        """The bytes of its chunks: here or on their way, else what `start` begins to bring."""
         with self._lock:
             found = self._groups.get(key)
             if found is None or (found.done() and found.exception()):
@@ -66,7 +64,8 @@ class Content:
         self._starts = self.manifest.offsets
         self._ends = self._starts + lengths
         # Chunks whose data begins in the same _GROUP_BYTES of all data are fetched together.
-        groups = (np.cumsum(lengths) - lengths) // _GROUP_BYTES
+        self._data = np.cumsum(lengths) - lengths
+        groups = self._data // _GROUP_BYTES
         self._firsts = np.append(np.flatnonzero(np.diff(groups, prepend=-1)), len(lengths))
 
     def size_bytes(self, format_: str) -> int:
@@ -96,32 +95,30 @@ class Content:
         at, last_group = offset, min(groups.stop + ahead, len(self._firsts) - 1)
         for group in groups:
             near = [self._begin(one) for one in range(group, min(group + 1 + AHEAD, last_group))]
-            for number, piece in enumerate(near[0].result(), int(self._firsts[group])):
-                start, stop = max(int(self._starts[number]), offset), min(int(self._ends[number]), end)
-                if start >= stop:
-                    continue
+            data, base = memoryview(near[0].result()), int(self._data[self._firsts[group]])
+            chunks = slice(max(first, self._firsts[group]), min(last, self._firsts[group + 1]))
+            starts, ends = self._starts[chunks], self._ends[chunks]
+            shifts = starts - self._data[chunks] + base  # from a place in the group's data to one on the disk
+            breaks = np.flatnonzero(np.diff(shifts)) + 1
+            for one, past in zip([0, *breaks], [*breaks, len(starts)], strict=True):
+                start, stop = max(int(starts[one]), offset), min(int(ends[past - 1]), end)
                 yield from _zeros(start - at)
-                begin = start - int(self._starts[number])
-                yield memoryview(piece)[begin : begin + stop - start]
+                yield data[start - int(shifts[one]) : stop - int(shifts[one])]
                 at = stop
         yield from _zeros(end - at)
 
-    def _begin(self, group: int) -> Future[list[Buffer]]:
+    def _begin(self, group: int) -> Future[bytes]:
         return self._cache.load((self.digest, group), lambda: self._pool.submit(self._load, group))
 
-    def _load(self, group: int) -> list[Buffer]:
+    def _load(self, group: int) -> bytes:
         chunks = range(int(self._firsts[group]), int(self._firsts[group + 1]))
         by_chunk: dict[int, Buffer] = {}
         for batch in self._origin.fetch(chunks):
             by_chunk.update(zip(batch.chunks, batch.pieces, strict=True))
-        found: list[Buffer] = []
         for chunk in chunks:
-            piece = by_chunk[chunk]
-            if Digest.of(piece) != self.manifest.ids[chunk].tobytes():
+            if Digest.of(by_chunk[chunk]) != self.manifest.ids[chunk].tobytes():
                 raise Corrupt(f"a chunk of {self.digest} does not match its id")
-            # A copy: a view would keep the whole frame in memory.
-            found.append(bytes(piece))
-        return found
+        return b"".join(by_chunk[chunk] for chunk in chunks)
 
 
 def _zeros(count: int) -> Iterator[Buffer]:
