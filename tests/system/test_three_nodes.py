@@ -198,10 +198,12 @@ def test_a_node_that_reaches_no_store_boots_from_its_neighbours_whose_services_a
 
     for name in cluster.nodes:
         within(30, lambda n=name: f"10.77.0.{n[1]}:13002" in peers(n), f"{name} serves")  # type: ignore[misc]
-    ((user, pid),) = services("n2")
+    ((user, pid),) = services("n1")
     assert int(user) != 0
-    cluster.nodes["n2"].host.run(["kill", "-9", pid])
-    within(30, lambda: "10.77.0.2:13002" in peers("n2"), "another service of n2 was told its peers")
+    cluster.server.host.run(["kill", "-9", pid])
+    within(30, lambda: "10.77.0.1:13002" in peers("n1"), "another service of n1 was told its peers")
+    cluster.server.sf("cache", "prune")  # what it had fetched for the others
+    assert cluster.server.listed("cache", "ls") == []
     packs = str(cluster.server.state / "store" / "packs")
     cluster.server.host.run(["mount", "-t", "tmpfs", "none", packs])
     try:
