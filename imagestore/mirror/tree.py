@@ -144,7 +144,7 @@ class Tree:
             elif scope["method"] == "HEAD" or not found.length:
                 await answer(send, found.status, out)
             else:
-                await self._body(send, key, found, out)
+                await self._body(receive, send, key, found, out)
         except NotFound:
             await refuse(send, 404, "no such object")
         except StoreError as error:
@@ -163,26 +163,31 @@ class Tree:
                 self._stats.popitem(last=False)
         return stat
 
-    async def _body(self, send: Send, key: str, found: Span, out: Headers) -> None:
+    async def _body(self, receive: Receive, send: Send, key: str, found: Span, out: Headers) -> None:
         """In pieces; the first is read before the status is sent, for it may fail.
 
         A slow client holds one piece of memory, the server's: an empty send waits until that is taken, where
-        the next piece would wait in our hands.
+        the next piece would wait in our hands. Nothing more is read for one that has hung up.
         """
         end, at = found.start + found.length, found.start
-        started, most = False, _PIECE_BYTES if self._root else _FAR_PIECE_BYTES
-        while at < end:
-            size = min(most, end - at)
-            if started:
-                await send({"type": "http.response.body", "body": b"", "more_body": True})
-            data = self._local(key, at, size)
-            if data is None:
-                data = (await asyncio.to_thread(self._backend.get, key, at, size)).data
-            if not started:
-                await send({"type": "http.response.start", "status": found.status, "headers": out})
-                started = True
-            at += size
-            await send({"type": "http.response.body", "body": data, "more_body": at < end})
+        most = _PIECE_BYTES if self._root else _FAR_PIECE_BYTES
+        gone = None
+        try:
+            while at < end and not (gone and gone.done()):
+                size = min(most, end - at)
+                if gone:
+                    await send({"type": "http.response.body", "body": b"", "more_body": True})
+                data = self._local(key, at, size)
+                if data is None:
+                    data = (await asyncio.to_thread(self._backend.get, key, at, size)).data
+                if at == found.start:
+                    await send({"type": "http.response.start", "status": found.status, "headers": out})
+                    gone = asyncio.create_task(_hung_up(receive)) if size < found.length else None
+                at += size
+                await send({"type": "http.response.body", "body": data, "more_body": at < end})
+        finally:
+            if gone:
+                gone.cancel()
 
     def _local(self, key: str, at: int, size: int) -> bytes | None:
         """Of a pack in a directory, without a thread: a pack never changes, so its descriptor may be kept."""
@@ -199,6 +204,11 @@ class Tree:
                 os.close(self._files.popitem(last=False)[1])
         data = os.pread(descriptor, size, at)
         return data if len(data) == size else None
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Limits:

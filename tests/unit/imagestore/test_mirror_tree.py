@@ -1,0 +1,51 @@
+"""The tree over ASGI, with a server that says when it would wait and when the client has hung up."""
+
+import asyncio
+from typing import Any
+
+from imagestore.mirror.tree import Tree
+from tests.counted import Counted
+from tests.memory import Memory
+
+PACK = f"packs/ab/ab{62 * '0'}"
+DATA = bytes(range(256)) * (20 << 10)
+
+
+def ask(hang_up_after: int) -> tuple[Counted, list[dict[str, Any]]]:
+    """GET of a pack by a client who hangs up after so many messages: what was read, and the messages."""
+    backend = Counted(Memory())
+    backend.put(PACK, DATA)
+    messages: list[dict[str, Any]] = []
+    enough = asyncio.Event()
+
+    async def send(message: dict[str, Any]) -> None:
+        messages.append(message)
+        if len(messages) >= hang_up_after:
+            enough.set()
+        await asyncio.sleep(0)
+
+    requests = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if requests:
+            return requests.pop()
+        await enough.wait()
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "GET", "path": f"/{PACK}", "headers": []}
+    asyncio.run(Tree(backend)(scope, receive, send))
+    return backend, messages
+
+
+def test_every_piece_but_the_first_waits_until_the_one_before_is_taken() -> None:
+    _, messages = ask(10_000)
+    bodies = [message["body"] for message in messages if message["type"] == "http.response.body"]
+    assert b"".join(bodies) == DATA
+    assert [bool(body) for body in bodies] == [True, False] * (len(bodies) // 2) + [True]
+    assert [message.get("more_body") for message in messages].count(False) == 1
+
+
+def test_nothing_more_is_read_for_a_client_that_has_hung_up() -> None:
+    backend, messages = ask(4)
+    assert backend.received_bytes < len(DATA) / 2
+    assert messages[-1]["more_body"]
