@@ -162,10 +162,7 @@ def publish_part(store: Store, part: IndexPart) -> Digest:
         hooks, etag = read_hooks(store)
         body = hooks.with_part(name, part, len(data)).encode()
         try:
-            if store.backend.conditional:
-                store.backend.put(HOOKS_KEY, body, if_match=etag, if_none_match=etag is None)
-            else:
-                store.backend.put(HOOKS_KEY, body)
+            store.backend.put(HOOKS_KEY, body, if_match=etag, if_none_match=etag is None)
         except Conflict:
             continue
         return name

@@ -170,9 +170,8 @@ def name_key(name: str, tag: str) -> str:
 class Names:
     """The names of one store. Without conditional writes only one writer at a time may use the changing verbs."""
 
-    def __init__(self, backend: Backend, conditional: bool | None = None) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._conditional = backend.conditional if conditional is None else conditional
 
     def get(self, name: str, tag: str = LATEST) -> NameRecord:
         """Raises NotFound, with the nearest names as the hint, also for a removed one."""
@@ -199,20 +198,15 @@ class Names:
             raise Corrupt(f"{self._backend.url}/{key} holds the name {record.name}:{record.tag}")
         return record
 
-    def set(
-        self, name: str, tag: str, architecture: str, digest: Digest, *, expect_revision: int | None = None
-    ) -> NameRecord:
-        """Point one architecture at a manifest; the others stay.
-
-        expect_revision: only if the name is at this revision (0: not there), else Conflict.
-        """
+    def set(self, name: str, tag: str, architecture: str, digest: Digest) -> NameRecord:
+        """Point one architecture at a manifest; the others stay."""
         architecture = check_architecture(architecture)
 
         def change(old: NameRecord) -> NameRecord:
             kept = {} if old.removed else old.images
             return replace(old, images={**kept, architecture: digest}, removed=False)
 
-        return self._change(name, tag, change, expect_revision)
+        return self._change(name, tag, change)
 
     def remove(self, name: str, tag: str = LATEST, architecture: str | None = None) -> NameRecord:
         """Leave a tombstone, or take one architecture away. Raises NotFound."""
@@ -225,7 +219,7 @@ class Names:
             gone = check_architecture(architecture)
             return replace(old, images={key: value for key, value in old.images.items() if key != gone})
 
-        return self._change(name, tag, change, None)
+        return self._change(name, tag, change)
 
     def undelete(self, name: str, tag: str = LATEST) -> NameRecord:
         """Undo `remove`. Raises NotFound when there is no tombstone (any more)."""
@@ -235,7 +229,7 @@ class Names:
                 raise NotFound(f"{name}:{tag} was not removed, or its grace period is over")
             return replace(old, removed=False)
 
-        return self._change(name, tag, change, None)
+        return self._change(name, tag, change)
 
     def history(self, name: str, tag: str = LATEST) -> list[Change]:
         """Every state still remembered, newest first; a tombstone has one too. Raises NotFound."""
@@ -260,37 +254,25 @@ class Names:
         except Unsupported:
             return []
 
-    def _change(
-        self, name: str, tag: str, change: Callable[[NameRecord], NameRecord], expect_revision: int | None
-    ) -> NameRecord:
+    def _change(self, name: str, tag: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
         nonce = secrets.token_hex(16)
         for _ in range(_ATTEMPTS):
             old = self.read(name, tag)
             if old.nonce == nonce:
                 return old
-            if expect_revision is not None and old.revision != expect_revision:
-                message = f"{name}:{tag} is at revision {old.revision}, not {expect_revision}"
-                raise Conflict(message, hint="somebody else changed it; look and try again")
-            past = (Change(old.revision, old.images, old.removed, old.modified_s), *old.history)
+            history = (Change(old.revision, old.images, old.removed, old.modified_s), *old.history)
             new = change(replace(old, revision=old.revision + 1, nonce=nonce))
             if old.revision and (new.images, new.removed) == (old.images, old.removed):
                 return old
-            new = replace(new, history=past[:_HISTORY_LENGTH] if old.revision else ())
+            new = replace(new, history=history[:_HISTORY_LENGTH] if old.revision else ())
+            key, absent = name_key(name, tag), old.etag is None
             try:
-                if self._conditional:
-                    if_none = old.etag is None
-                    stat = self._backend.put(
-                        name_key(name, tag), new.encode(), if_match=old.etag, if_none_match=if_none
-                    )
-                else:
-                    stat = self._backend.put(name_key(name, tag), new.encode())
+                stat = self._backend.put(key, new.encode(), if_match=old.etag, if_none_match=absent)
             except Conflict:
                 # Another writer was first, or this is the repeat of a write whose answer was lost: the
                 # nonce tells. A later writer may already stand on ours: then its history holds our revision.
                 seen = self.read(name, tag)
-                if any(
-                    entry.revision == new.revision and entry.images == new.images for entry in seen.history
-                ):
+                if any((past.revision, past.images) == (new.revision, new.images) for past in seen.history):
                     return replace(new, etag=None)
                 continue
             return replace(new, etag=stat.etag, modified_s=stat.modified_s)

@@ -109,7 +109,7 @@ def _restore(store: Store, key: str) -> None:
         if data is found.data:
             return
         try:
-            store.backend.put(key, data, if_match=found.stat.etag if store.backend.conditional else None)
+            store.backend.put(key, data, if_match=found.stat.etag)
             return
         except Conflict:
             continue

@@ -256,9 +256,7 @@ class SignedNames(Names):
         self._refreshed_at_s = time.monotonic()
         return None
 
-    def _change(
-        self, name: str, tag: str, change: Callable[[NameRecord], NameRecord], expect_revision: int | None
-    ) -> NameRecord:
+    def _change(self, name: str, tag: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
         hint = "push to the store itself, then `sf mirror publish`"
         raise Denied(f"the names of {self._url} are signed and cannot be changed from here", hint=hint)
 

@@ -135,14 +135,6 @@ def test_setting_a_removed_name_starts_anew_and_remembers() -> None:
     assert [change.removed for change in names.history("debian", "12")] == [False, True, False, False]
 
 
-def test_an_expected_revision_that_is_past_is_a_conflict() -> None:
-    names = Names(Memory())
-    names.set("debian", "12", "x86_64", ONE, expect_revision=0)
-    with pytest.raises(Conflict):
-        names.set("debian", "12", "x86_64", TWO, expect_revision=0)
-    names.set("debian", "12", "x86_64", TWO, expect_revision=1)
-
-
 class LosesAnswers(Memory):
     """Every conditional write arrives, is followed by `then`, and its repeat is refused."""
 
