@@ -20,11 +20,11 @@ from typing import Any
 import bcrypt
 import jwt
 
-from compute import durable
 from compute.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavailable
 from compute.objects import Instance, KeyHash, Namespace, Network, Taken, Transaction, transact
 from compute.spec import InstanceState
 from compute.state_store import StateStore
+from imagestore import durable
 
 SYSTEM = "system"
 """The administrator's namespace: it sees and may do everything."""

@@ -20,10 +20,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from compute import durable
 from compute.auth import check_name
 from compute.errors import Conflict, Denied, Unauthenticated
 from compute.objects import Claims, Node, Taken, Transaction, new_uuid
+from imagestore import durable
 
 TOKEN_S = 600.0
 _PREFIX = "sfj1"

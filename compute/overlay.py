@@ -4,11 +4,11 @@
 are (nearly) zero, so they are written here. Format: docs/interop/qcow2.txt of QEMU.
 """
 
-import os
 import struct
 from pathlib import Path
 
 from compute.errors import Invalid
+from imagestore import durable
 
 _CLUSTER_BITS = 16
 _CLUSTER = 1 << _CLUSTER_BITS
@@ -93,20 +93,5 @@ def create(path: Path, size_bytes: int, image: Path | None, image_bytes: int = 0
             f"the disk {path.stem} has {size} bytes, its image {needed}",
             hint=f"ask for at least {-(-needed // 2**30)}G",
         )
-    half = path.with_suffix(".new")
-    with half.open("wb") as file:
-        os.fchmod(file.fileno(), 0o600)  # libvirt gives it to qemu's user
-        file.write(qcow2(size, str(image) if image is not None else ""))
-        file.flush()
-        os.fsync(file.fileno())
-    half.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Libvirt gives it to qemu's user.
+    durable.write(path, qcow2(size, str(image) if image is not None else ""))

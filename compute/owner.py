@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +13,12 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from compute import overlay
 from compute.accel import Verdict
 from compute.codec import from_plain, to_plain
 from compute.image_jobs import ImageJobs
 from compute.libvirt_adapter import Hypervisor
 from compute.spec import InstanceSpec, InstanceStatus, NodeEvent
+from imagestore import durable
 from net.doctor import Finding
 from net.model import Network, NodeNetworks, Port
 
@@ -132,14 +131,7 @@ class Owner:
 
     def _write(self) -> None:
         self.directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        half = self.directory / "record.new"
-        with half.open("w") as file:
-            os.fchmod(file.fileno(), 0o600)
-            json.dump(to_plain(self.record), file)
-            file.flush()
-            os.fsync(file.fileno())
-        half.rename(self.directory / "record.json")
-        overlay.sync_directory(self.directory)
+        durable.write(self.directory / "record.json", json.dumps(to_plain(self.record)).encode())
 
     async def save(self, **changes: Any) -> None:
         """Change the record; durable when it returns."""

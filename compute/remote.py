@@ -26,12 +26,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from compute import durable
 from compute.codec import from_plain, to_plain
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.joining import JoinToken
 from compute.owner import Plane
 from compute.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
+from imagestore import durable
 from net.doctor import Finding
 from net.model import Network, NodeNetworks, Port
 

@@ -23,7 +23,6 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from compute import durable
 from compute.agent import Agent
 from compute.api import agents
 from compute.api import app as api
@@ -38,6 +37,7 @@ from compute.joining import certificate
 from compute.networks import ensure_floating
 from compute.objects import Instance, Transaction, transact
 from compute.sqlite_store import SqliteStore
+from imagestore import durable
 from imagestore.cache import ImageCache
 from imagestore.errors import StoreError
 from imagestore.open import open_store

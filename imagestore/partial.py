@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
+from imagestore import durable
 from imagestore.backend import Buffer
 from imagestore.digest import Digest
 from imagestore.manifest import Manifest
@@ -102,13 +103,7 @@ class PartialImage:
         self.present[:] = self._durable.tobytes()
         if not ours or magic != self._header:
             # Beside and over it: the old bits go with the old boot id, together or not at all.
-            beside = self._have_path.with_suffix(".have-new")
-            with beside.open("wb") as file:
-                file.write(self._header + np.packbits(self._durable).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            beside.rename(self._have_path)
-            _sync_directory(self._have_path.parent)
+            durable.write(self._have_path, self._header + np.packbits(self._durable).tobytes(), 0o666)
         self._have_fd = os.open(self._have_path, os.O_RDWR | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -261,7 +256,7 @@ class PartialImage:
         self.path.chmod(0o444)
         self.path.rename(path)
         self.path = path
-        _sync_directory(path.parent)
+        durable.fsync_directory(path.parent)
         self._have_path.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -269,11 +264,3 @@ class PartialImage:
         self.close()
         self._have_path.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
