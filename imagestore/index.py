@@ -111,11 +111,9 @@ class Hooks:
         """These less some parts."""
         lost = set(gone)
         keep = np.array([name not in lost for name in self.parts], np.bool_)
-        chosen = keep[self.part_of_hook] if len(self.parts) else np.zeros(0, np.bool_)
-        number = np.cumsum(keep) - 1
-        parts = tuple(name for name in self.parts if name not in lost)
-        sizes = tuple(size for name, size in zip(self.parts, self.sizes, strict=True) if name not in lost)
-        owners = number[self.part_of_hook[chosen]].astype(np.uint32) if len(parts) else np.zeros(0, np.uint32)
+        left, chosen = np.flatnonzero(keep), keep[self.part_of_hook]
+        owners = np.searchsorted(left, self.part_of_hook[chosen]).astype(np.uint32)
+        parts, sizes = tuple(self.parts[at] for at in left), tuple(self.sizes[at] for at in left)
         return Hooks(parts, sizes, owners, self.keys[chosen])
 
     def matching(self, ids: Ids) -> list[tuple[Digest, int]]:

@@ -66,7 +66,6 @@ def push(
     architecture: str = os.uname().machine,
     labels: Mapping[str, str] | None = None,
     os_name: str = "",
-    parent: Digest | None = None,
     source: Mapping[str, str] | None = None,
     format_: str | None = None,
     sparsify: bool = False,
@@ -85,7 +84,6 @@ def push(
         "architecture": check_architecture(architecture),
         "labels": check_labels(dict(labels or {}), "labels"),
         "os": os_name,
-        "parent": parent,
         "source": check_labels(dict(source or {}), "source"),
     }
     with ExitStack() as stack:
