@@ -39,7 +39,7 @@ def test_an_instance_goes_from_created_to_deleted_and_gives_everything_back(serv
     store = server.services.store
     left = {record.key.split("/")[0] for record in store.list("") if not record.key.startswith("event/")}
     assert left == {"namespace", "taken", "node", "claims", "instance", "network"}
-    assert [r.key for r in store.list("taken/")] == ["taken/jwt-secret"]
+    assert [r.key for r in store.list("taken/")] == ["taken/jwt-secret", "taken/site-secret"]
     assert b'"cpus":{}' in store.list("claims/")[0].value
     assert network["uuid"] == server.get(f"/networks/{network['uuid']}")["uuid"]
 
