@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from compute.image_jobs import Backing, Cache, Heard, ImageJobs, Say
 from compute.spec import ImageSite
-from imagestore.control import ControlClient
+from imagestore.control import Away, ControlClient
 from imagestore.digest import Digest
 from imagestore.errors import NotFound, StoreError, Unavailable
 from imagestore.imaged import control_socket, unprivileged
@@ -69,14 +69,19 @@ class ServedImages(ImageJobs):
     async def backing(self, reader: str, digest: str, say: Say) -> Backing:
         """What a guest that is about to start reads its image from. Raises imagestore's errors."""
         settings = self._settings
-        try:
-            await self._ensure_running()
-            found = await self._client.ask(
-                "attach", image=digest, reader=reader, fill=settings.fill, patience_s=settings.patience_s
-            )
-        except Unavailable as err:
-            log.warning("no image service, so the guest waits for its whole image: %s", err)
-            return await super().backing(reader, digest, say)
+        options: dict[str, Any] = {"fill": settings.fill, "patience_s": settings.patience_s}
+        deadline = asyncio.get_running_loop().time() + _START_S
+        while True:
+            try:
+                await self._ensure_running()
+                found = await self._client.ask("attach", image=digest, reader=reader, **options)
+                break
+            except Unavailable as err:
+                # One that was killed over the question is asked again: the next one may answer.
+                if isinstance(err, Away) and asyncio.get_running_loop().time() < deadline:
+                    continue
+                log.warning("no image service, so the guest waits for its whole image: %s", err)
+                return await super().backing(reader, digest, say)
         path = Path(found["path"])
         return Backing(
             self._cache.path(Digest.parse(digest)),

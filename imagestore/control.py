@@ -131,6 +131,10 @@ class ControlServer:
         return [event for event in self._service.events if event["seq"] > after]
 
 
+class Away(Unavailable):
+    """There is no service, or it ended before it answered."""
+
+
 class ControlClient:
     """Asks an image service; a connection per question, since the service may be another one by the next."""
 
@@ -138,7 +142,7 @@ class ControlClient:
         self.path = path
 
     async def ask(self, op: str, *, timeout_s: float = 90.0, **arguments: Any) -> Any:
-        """The answer to one operation. Raises what the service raised; Unavailable when there is none."""
+        """The answer to one operation. Raises what the service raised; Away when there is none."""
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_unix_connection(str(self.path), limit=1 << 26)
@@ -149,9 +153,9 @@ class ControlClient:
                     writer.close()
         except (OSError, TimeoutError) as error:
             hint = "sf serve and sf agent start it; by hand: sf imaged"
-            raise Unavailable(f"the image service does not answer on {self.path}", hint=hint) from error
+            raise Away(f"the image service does not answer on {self.path}", hint=hint) from error
         if not line:
-            raise Unavailable("the image service ended in the middle of a question")
+            raise Away("the image service ended in the middle of a question")
         answer = json.loads(line)
         if "ok" in answer:
             return answer["ok"]
