@@ -33,9 +33,13 @@ def measure(bench: Bench) -> None:
         node = LazyBench(host, bench.dir("pivot"))
         node.fill = "never"
         node.digest = node.push(_disk(bench))
-        for mib, runs in ((2, 5), (200, 5), (1024, 1)):
-            asyncio.run(_gaps(bench, node, mib, runs))
-        asyncio.run(_reads(bench, node))
+        asyncio.run(_measure(bench, node))
+
+
+async def _measure(bench: Bench, node: LazyBench) -> None:
+    for mib, runs in ((2, 5), (200, 5), (1024, 1)):
+        await _gaps(bench, node, mib, runs)
+    await _reads(bench, node)
 
 
 def _disk(bench: Bench) -> Path:
@@ -68,12 +72,17 @@ class _Console:
             now = time.time()
             self.lines += [(now, line.split()) for line in whole.decode(errors="replace").splitlines()]
 
+    def count(self, word: str) -> int:
+        return sum(word in " ".join(words) for _, words in self.lines)
+
     async def until(self, count: int, word: str) -> None:
-        """Until so many lines began with `word`."""
-        async with asyncio.timeout(300):
-            while sum(words[:1] == [word] for _, words in self.lines) < count:
-                await asyncio.sleep(0.05)
-                await self.read()
+        """Until so many lines have had `word`."""
+        deadline = time.monotonic() + 300
+        while self.count(word) < count:
+            if time.monotonic() > deadline:
+                raise Failed(f"the guest does not say {word}: {[words for _, words in self.lines[-5:]]}")
+            await asyncio.sleep(0.05)
+            await self.read()
 
     def longest_ms(self, word: str, start_s: float, end_s: float) -> float:
         """The longest gap said from `start_s` until a little after `end_s`."""
@@ -110,7 +119,7 @@ async def _gaps(bench: Bench, node: LazyBench, mib: int, runs: int) -> None:
             quiet_s = time.time()
             await node.client.ask("prefetch", image=str(node.digest))
             event = await _event(node, spec)
-            await console.until(sum(w[:1] == ["DISK"] for _, w in console.lines) + 6, "DISK")
+            await console.until(console.count("DISK") + 6, "DISK")
             if (_DEFERRED in event.message) != (mib >= 256):
                 raise Failed(f"{mib} MiB written: {event.message}")
             if event.duration_s is not None:
@@ -153,7 +162,7 @@ async def _reads(bench: Bench, node: LazyBench, rounds: int = 7) -> None:
                 console = consoles[running.uuid]
                 await console.read()
                 # The first one may have been under way when the guest was stopped.
-                await console.until(sum(w[:1] == ["READS"] for _, w in console.lines) + 2, "READS")
+                await console.until(console.count("READS") + 2, "READS")
                 found[running.uuid].append([int(word) for word in console.lines[-1][1][1:]])
         await remove(node, moved, plain, again)
     await node.service_is_gone()
