@@ -24,6 +24,12 @@ def qemu_io(path, *commands):
     subprocess.run(["qemu-io", "-f", "qcow2", *lines, str(path)], check=False, capture_output=True)
 
 
+def damaged_by_qemu(path):
+    """Whether QEMU marked it corrupt while it wrote (incompatible feature 1): 7.2 does that to some of its own."""
+    header = path.read_bytes()[:80]
+    return header[7] == 3 and header[79] & 2
+
+
 def as_qemu_sees(path, directory):
     raw = directory / "as-qemu-sees.raw"
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw)], check=True)
@@ -71,6 +77,8 @@ def generate(random_, path):
         if "refcount_bits=1" not in options and random_.random() < 0.1:
             qemu_io(path, *commands)
             commands = []
+            if damaged_by_qemu(path):
+                return
             subprocess.run(["qemu-img", "snapshot", "-c", f"s{at}", str(path)], check=True)
     if commands:
         qemu_io(path, *commands)
@@ -82,6 +90,10 @@ def test_images_of_every_kind_read_as_qemu_reads_them(tmp_path):
         path = tmp_path / "image.qcow2"
         path.unlink(missing_ok=True)
         generate(random.Random(seed() + number), path)
+        if damaged_by_qemu(path):
+            with pytest.raises(Invalid, match="corrupt"):
+                content(path)
+            continue
         assert content(path) == as_qemu_sees(path, tmp_path), f"seed {seed()} + {number}"
 
 
