@@ -39,8 +39,8 @@ def _ask(op: str, **arguments: Any) -> Any:
 
 def rows() -> list[dict[str, Any]]:
     """What the service says, or without one what its directory says."""
+    from imagestore.cache import list_images
     from imagestore.errors import Unavailable
-    from imagestore.service import list_images
 
     try:
         told: list[dict[str, Any]] = _ask("ls")["images"]

@@ -8,6 +8,7 @@ served over NBD beside this (imagestore.partial); whoever completes one calls no
 """
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from blake3 import blake3
 
 from imagestore import durable
 from imagestore.digest import Digest
-from imagestore.errors import Cancelled, Conflict, Corrupt, NotFound
+from imagestore.errors import Cancelled, Conflict, Corrupt, NotFound, StoreError
 from imagestore.manifest import Manifest
 from imagestore.names import parse_reference
 from imagestore.progress import Report, silent
@@ -246,3 +248,28 @@ def _data_between(descriptor: int, start: int, end: int) -> bool:
             return True
         start += 1 << 20
     return False
+
+
+def list_images(directory: Path) -> list[dict[str, Any]]:
+    """What a cache directory holds, complete or not; no service needed."""
+    readers: dict[str, list[str]] = {}
+    for path in sorted((directory / "readers").glob("*.json")):
+        with suppress(OSError, ValueError):
+            readers.setdefault(json.loads(path.read_text())["image"], []).append(path.stem)
+    rows: list[dict[str, Any]] = []
+    for path in sorted([*directory.glob("*.raw"), *directory.glob("*.part")]):
+        with suppress(StoreError, FileNotFoundError):
+            digest, status = Digest.parse(path.stem), path.stat()
+            rows.append(
+                {
+                    "digest": str(digest),
+                    "path": str(path),
+                    "size_bytes": status.st_size,
+                    "used_bytes": status.st_blocks * 512,
+                    "complete": path.suffix == ".raw",
+                    "pinned": path.with_suffix(".pin").exists(),
+                    "used_s": status.st_mtime,
+                    "readers": readers.get(str(digest), []),
+                }
+            )
+    return rows

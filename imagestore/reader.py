@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from imagestore.backend import Buffer
-from imagestore.fetcher import Filling
+from imagestore.filling import Filling
 from imagestore.nbd import MAX_REQUEST_BYTES, STATUS_MAX_EXTENTS
 from imagestore.trace import Recorder
 

@@ -17,28 +17,27 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from imagestore.backend import Buffer
-from imagestore.cache import ImageCache
+from imagestore.cache import ImageCache, list_images
 from imagestore.digest import Digest
-from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError, Unsupported
-from imagestore.fetcher import Fetcher, Fill, Filling
+from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError
+from imagestore.fetcher import Fetcher
+from imagestore.filling import Fill, Filling
 from imagestore.layout import Layout
 from imagestore.manifest import Manifest
 from imagestore.nbd import NbdServer
-from imagestore.open import open_store
+from imagestore.node_stores import Stores
 from imagestore.origin import LocalOrigin, Origin, StoreOrigin
 from imagestore.partial import PartialImage
 from imagestore.peer import PATIENCE_S, Peers, PeerServer, Site
 from imagestore.reader import Reader
-from imagestore.store import Store
-from imagestore.trace import Recorder, Trace, trace_key
-from imagestore.wrappers import Retried
+from imagestore.traces import Traces
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -46,12 +45,9 @@ TRACE_S = 600.0
 """A boot that nobody reported as over ends its trace after this time."""
 SETTLE_S = 20.0
 """A trace goes on for so long after the guest is up: what starts beside the login prompt belongs to the boot."""
-_STORE_AGAIN_S = 5.0
 _KEPT_EVENTS = 256
 _RELAY_S = 60.0
 """An image that is open for peers alone is closed when they have asked nothing for so long."""
-_RELATED = 0.5
-"""Share of another image's trace that must be chunks of this one before it is used."""
 _READER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -107,50 +103,12 @@ class Image:
         return self.chunks.get(id_)
 
 
-class Stores:
-    """Opens stores when they are needed; one that was away is tried again after some seconds."""
-
-    def __init__(self, urls: Sequence[str]) -> None:
-        self.urls = list(urls)
-        self._open: dict[str, Store] = {}
-        self._failed: dict[str, tuple[float, StoreError]] = {}
-
-    def get(self, url: str) -> Store:
-        """The open store, without the wrapper that retries: the fetcher does that, and asks others meanwhile."""
-        if url not in self._open:
-            since, error = self._failed.get(url, (0.0, None))
-            if error and time.monotonic() - since < _STORE_AGAIN_S:
-                raise error
-            try:
-                store = open_store(url)
-            except StoreError as failure:
-                self._failed[url] = (time.monotonic(), failure)
-                raise
-            backend = store.backend.inner if isinstance(store.backend, Retried) else store.backend
-            self._open[url] = Store(backend, store.info)
-        return self._open[url]
-
-    def first(self, ask: Callable[[Store], T]) -> T:
-        """The first answer that is no StoreError, in order. Raises the first store's error."""
-        failure: StoreError = NotFound("no store is configured")
-        for at, url in enumerate(self.urls):
-            try:
-                return ask(self.get(url))
-            except StoreError as error:
-                failure = error if not at else failure
-        raise failure
-
-    def close(self) -> None:
-        """Close all that were opened."""
-        for store in self._open.values():
-            store.backend.close()
-
-
 class ImageService:
     """All methods run on the event loop; `start` before anything else."""
 
     def __init__(self, cache: Path, run: Path, stores: Sequence[str], options: Options = Options()) -> None:
         self.stores = Stores(stores)
+        self._traces = Traces(cache / "traces", self.stores)
         self.events: list[dict[str, Any]] = []
         """The newest lines for people and for the agent, each with a number `seq` that grows."""
         self.happened = asyncio.Condition()
@@ -420,39 +378,14 @@ class ImageService:
     # -- traces
 
     async def _replay(self, image: Image) -> None:
-        trace = await asyncio.to_thread(self._trace, image.digest, image.manifest)
+        trace = await asyncio.to_thread(self._traces.best, image.digest, image.manifest)
         if trace:
             image.filling.prefetch(trace.chunks(image.manifest.ids))
-
-    def _trace(self, digest: Digest, manifest: Manifest) -> Trace | None:
-        """This image's trace from here or a store, else the one here that shares most with it."""
-        directory = self._directory / "traces"
-        own = _read_trace(directory / digest.hex())
-        if own:
-            return own
-        for wanted in (digest, *([manifest.parent] if manifest.parent else [])):
-            with contextlib.suppress(StoreError):
-                return Trace.decode(self.stores.first(partial(_get, trace_key(wanted))))
-        others = [trace for path in directory.iterdir() if (trace := _read_trace(path)) and len(trace.keys)]
-        shares = [len(trace.chunks(manifest.ids)) / len(trace.keys) for trace in others]
-        best = max(range(len(others)), key=shares.__getitem__, default=None)
-        return others[best] if best is not None and shares[best] >= _RELATED else None
 
     def _end_trace(self, image: Image, reader: Reader) -> None:
         recorder, reader.recorder = reader.recorder, None
         if recorder and recorder.order:
-            self._later(asyncio.to_thread(self._keep_trace, image.digest, image.manifest, recorder))
-
-    def _keep_trace(self, digest: Digest, manifest: Manifest, recorder: Recorder) -> None:
-        path = self._directory / "traces" / digest.hex()
-        trace, old = Trace.of(manifest.ids, recorder.order), _read_trace(path)
-        beside = path.with_suffix(".new")
-        beside.write_bytes((old.merged(trace) if old else trace).encode())
-        beside.rename(path)
-        if old is None:
-            # The first boot here: others may have none yet. A store that we may not write to keeps what it has.
-            with contextlib.suppress(StoreError):
-                self.stores.first(lambda store: _publish(store, digest, path.read_bytes()))
+            self._later(asyncio.to_thread(self._traces.keep, image.digest, image.manifest, recorder))
 
     # -- policy
 
@@ -560,50 +493,8 @@ class ImageService:
             log.error("in the background: %s", task.exception(), exc_info=task.exception())
 
 
-def list_images(directory: Path) -> list[dict[str, Any]]:
-    """What a cache directory holds, complete or not; no service needed."""
-    readers: dict[str, list[str]] = {}
-    for path in sorted((directory / "readers").glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            readers.setdefault(json.loads(path.read_text())["image"], []).append(path.stem)
-    rows: list[dict[str, Any]] = []
-    for path in sorted([*directory.glob("*.raw"), *directory.glob("*.part")]):
-        with contextlib.suppress(StoreError, FileNotFoundError):
-            digest, status = Digest.parse(path.stem), path.stat()
-            rows.append(
-                {
-                    "digest": str(digest),
-                    "path": str(path),
-                    "size_bytes": status.st_size,
-                    "used_bytes": status.st_blocks * 512,
-                    "complete": path.suffix == ".raw",
-                    "pinned": path.with_suffix(".pin").exists(),
-                    "used_s": status.st_mtime,
-                    "readers": readers.get(str(digest), []),
-                }
-            )
-    return rows
-
-
 def _first_layout(origins: Sequence[StoreOrigin]) -> Layout | None:
     for origin in origins:
         with contextlib.suppress(StoreError):
             return origin.layout()
     return None
-
-
-def _read_trace(path: Path) -> Trace | None:
-    try:
-        return Trace.decode(path.read_bytes())
-    except (OSError, Corrupt):
-        return None
-
-
-def _publish(store: Store, digest: Digest, data: bytes) -> None:
-    if store.backend.read_only or not store.has_manifest(digest):
-        raise Unsupported("not ours to write to")
-    store.backend.put(trace_key(digest), data)
-
-
-def _get(key: str, store: Store) -> bytes:
-    return store.backend.get(key).data

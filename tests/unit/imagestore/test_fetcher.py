@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from imagestore import fetcher as module
+from imagestore import filling as module
 from imagestore.backend import Buffer
 from imagestore.digest import Digest
 from imagestore.errors import Unavailable
-from imagestore.fetcher import Fetcher, Fill, Filling
+from imagestore.fetcher import Fetcher
+from imagestore.filling import Fill, Filling
 from imagestore.manifest import Manifest
 from imagestore.origin import LocalOrigin, Origin, StoreOrigin
 from imagestore.partial import PartialImage
