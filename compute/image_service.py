@@ -19,7 +19,7 @@ from compute.image_jobs import Backing, Cache, Heard, ImageJobs, Say
 from compute.spec import ImageSite
 from imagestore.control import Away, ControlClient
 from imagestore.digest import Digest
-from imagestore.errors import NotFound, StoreError, Unavailable
+from imagestore.errors import StoreError, Unavailable
 from imagestore.imaged import control_socket, unprivileged
 
 log = logging.getLogger(__name__)
@@ -64,10 +64,12 @@ class ServedImages(ImageJobs):
         self.stores = tuple(sorted({called(url) for url in settings.stores}))
         self._site: ImageSite | None = None
         self._trouble = ""
+        self._missed: dict[str, str] = {}
         self._closed: Path | None = None
 
     async def backing(self, reader: str, digest: str, say: Say) -> Backing:
         """What a guest that is about to start reads its image from. Raises imagestore's errors."""
+        self._missed.pop(reader, None)
         settings = self._settings
         options: dict[str, Any] = {"fill": settings.fill, "patience_s": settings.patience_s}
         deadline = asyncio.get_running_loop().time() + _START_S
@@ -98,11 +100,11 @@ class ServedImages(ImageJobs):
 
     async def settled(self, reader: str) -> None:
         """The guest reads the raw file itself now."""
-        await self._tell("settle", reader=reader)
+        await self._tell_surely("settle", reader)
 
     async def gone(self, reader: str) -> None:
         """The guest's disk is deleted."""
-        await self._tell("detach", reader=reader)
+        await self._tell_surely("detach", reader)
 
     async def booted(self, reader: str) -> None:
         """The guest is up: its boot trace is complete."""
@@ -139,12 +141,26 @@ class ServedImages(ImageJobs):
         """The agent ends; the service may too, if no guest needs it."""
         await self._tell("leave")
 
+    async def _tell_surely(self, op: str, reader: str) -> None:
+        # A service that missed it would serve this reader for ever. For what this agent cannot say any more there is
+        # `only`, when the next one starts.
+        self._missed[reader] = op
+        await self._say_missed()
+
+    async def _say_missed(self) -> None:
+        for reader, op in list(self._missed.items()):
+            try:
+                await self._client.ask(op, timeout_s=10, reader=reader)
+            except Away as err:
+                log.info("image service, %s: %s", op, err)
+                return
+            except StoreError as err:
+                log.info("image service, %s: %s", op, err)
+            self._missed.pop(reader, None)
+
     async def _tell(self, op: str, **arguments: Any) -> Any:
-        # What is missed while the service is away it learns from `only`, when the next agent starts.
         try:
             return await self._client.ask(op, timeout_s=10, **arguments)
-        except NotFound:
-            return None
         except StoreError as err:
             log.info("image service, %s: %s", op, err)
             return None
@@ -160,6 +176,7 @@ class ServedImages(ImageJobs):
                     after = max((event["seq"] for event in events), default=0)
                     heard("", "")
                 await self._join(logging.WARNING)  # it may be another service than a moment ago
+                await self._say_missed()
                 events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
                 if not events:
                     heard("", "")  # figures have grown meanwhile

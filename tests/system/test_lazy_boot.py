@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -102,9 +103,18 @@ class LazyBench(Bench):
         return domain.source_of(self.host.virsh("dumpxml", name).stdout, "vda")
 
     async def service_is_gone(self) -> None:
+        # One that was killed leaves its socket behind, not its lock.
         async with asyncio.timeout(20):
-            while control_socket(self.directory).exists():
+            while control_socket(self.directory).exists() and self.service_runs():
                 await asyncio.sleep(0.05)
+
+    def service_runs(self) -> bool:
+        with (self.directory / "cache" / ".service").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
 
 @pytest.fixture
@@ -187,6 +197,32 @@ def test_guests_agent_and_service_end_and_come_back_in_any_order(bench: LazyBenc
         await bench.service_is_gone()
 
     asyncio.run(story())
+
+
+def test_a_guest_that_is_deleted_while_the_service_is_away_does_not_keep_the_next_one(
+    bench: LazyBench,
+) -> None:
+    bench.fill = "never"
+
+    async def story() -> None:
+        spec = bench.sector()
+        async with bench.agent():
+            bench.desk.want(spec)
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            os.kill(await bench.pid(), signal.SIGKILL)
+            await remove(bench, spec)  # sooner than the service is started again
+            async with asyncio.timeout(60):
+                while not await _answers(bench) or list((bench.directory / "cache" / "readers").iterdir()):
+                    await asyncio.sleep(0.1)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+async def _answers(bench: LazyBench) -> bool:
+    with contextlib.suppress(StoreError):
+        return bool(await bench.pid())
+    return False
 
 
 @pytest.mark.drill
