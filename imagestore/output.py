@@ -1,5 +1,6 @@
 """The file that a pull writes: a raw or qcow2 disk, addressed as the guest sees it, synced while the rest arrives."""
 
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,8 +41,12 @@ class Output:
         ends = starts + lengths
         breaks = np.flatnonzero(starts[1:] != ends[:-1])
         firsts, lasts = np.append(0, breaks + 1), np.append(breaks, -1)
-        for start, end in zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True):
-            os.posix_fallocate(self._descriptor, start, end - start)
+        try:
+            for start, end in zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True):
+                os.posix_fallocate(self._descriptor, start, end - start)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+                raise
 
     def put(self, offset: int, data: memoryview) -> None:
         """Write a range of the disk."""

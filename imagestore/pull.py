@@ -87,7 +87,9 @@ def pull(
     beside = output.with_name(f".{output.name}.{digest.hex()[:16]}.{format_}")
     with ExitStack() as stack:
         try:
-            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # Root may pull into the cache of a service that is not root: no link there is followed.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(beside, flags, 0o644)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
