@@ -45,18 +45,20 @@ def receive(
     Raises Corrupt when it goes on, Unavailable when it ends early, or drips: after `patience_s` less than
     `slowest_bytes_s` a second came. A read that hangs is the client library's to end.
     """
-    data, started = bytearray(), time.monotonic()
+    data: list[bytes] = []
+    size, started = 0, time.monotonic()
     limit = MAX_BYTES if wanted is None else wanted
     for part in parts:
-        data += part
-        if len(data) > limit:
+        data.append(part)
+        size += len(part)
+        if size > limit:
             raise Corrupt(f"{where}: the server sends more than {limit} bytes")
         late_s = time.monotonic() - started - patience_s
-        if late_s > 0 and len(data) < min(limit, late_s * slowest_bytes_s):
-            raise Unavailable(f"{where}: only {len(data)} bytes came in time")
-    if wanted is not None and len(data) != wanted:
-        raise Unavailable(f"{where}: the answer ended after {len(data)} of {wanted} bytes")
-    return bytes(data)
+        if late_s > 0 and size < min(limit, late_s * slowest_bytes_s):
+            raise Unavailable(f"{where}: only {size} bytes came in time")
+    if wanted is not None and size != wanted:
+        raise Unavailable(f"{where}: the answer ended after {size} of {wanted} bytes")
+    return b"".join(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The read-only backend: what the contract says of reading, against nginx; and servers that lie."""
 
+import base64
 import contextlib
 import socket
 import ssl
@@ -279,6 +280,28 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(Unavailable):
             Http("https://images.example/sf").get("store.json")
         assert asked[1].startswith(b"CONNECT images.example:443 ")
+
+
+def test_a_password_goes_to_the_server_that_it_is_for_and_not_where_that_one_sends_us() -> None:
+    asked: list[bytes] = []
+
+    def elsewhere(connection: socket.socket, request: bytes) -> None:
+        asked.append(request)
+        sends("200 OK", b"hi", "Content-Length: 2")(connection, request)
+
+    with liar(elsewhere) as there:
+
+        def moved(connection: socket.socket, request: bytes) -> None:
+            asked.append(request)
+            sends("302 There", b"", "Content-Length: 0", f"Location: {there}/x")(connection, request)
+
+        with liar(moved) as url:
+            http = Http(url.replace("//", "//me:p%40ss@") + "/sf")
+            assert http.url == f"{url}/sf"
+            assert http.get("store.json").data == b"hi"
+    first, second = (request.lower() for request in asked)
+    assert b"authorization: basic " + base64.b64encode(b"me:p@ss").lower() in first
+    assert b"authorization" not in second
 
 
 def test_a_private_authority_is_believed_only_when_it_is_named(
