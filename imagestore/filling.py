@@ -9,6 +9,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 _BLIND_GROUP = 8
 """Chunks that are fetched together where no layout is known yet."""
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+_KEEPING = threading.Lock()
+"""One thread at a time verifies and writes, at 1.5 GB/s. Two would let the interpreter go to each other after every
+chunk, for longer than they hash, and the event loop, which answers the guests, would wait for both."""
 _FULL_S = 5.0
 _DOWN_S = 5.0
 
@@ -111,6 +115,7 @@ class Filling:
         self._settled = bytearray(len(self._groups))
         """1 where a group is present or under way."""
         self.running = 0
+        self._prefetching = 0
         self.failing = False
         self._last_demand_s = 0.0
         self._down: dict[Origin, float] = {}
@@ -189,19 +194,22 @@ class Filling:
         return self.peers.owner(self._groups[group][0], others=helpless)
 
     def _run(self, first: int, wanted: dict[int, None]) -> list[int]:
-        """Take out of `wanted` the group `first` and those after it that fit into the same request."""
-        run, size, owner = [first], self._bytes[first], self._owner(first)
+        """Take out of `wanted` the group `first` and its neighbours on both sides that fit into the same request."""
+        run, size, owner = collections.deque([first]), self._bytes[first], self._owner(first)
         wanted.pop(first, None)
-        while (
-            (after := run[-1] + 1) in wanted
-            and self._adjoins[after]
-            and size + self._bytes[after] <= REQUEST_BYTES
-            and self._owner(after) == owner
-        ):
-            wanted.pop(after)
-            run.append(after)
-            size += self._bytes[after]
-        return run
+        for step, add in ((1, run.append), (-1, run.appendleft)):
+            while (
+                (next_ := first + step) in wanted
+                and self._adjoins[max(first, next_)]
+                and size + self._bytes[next_] <= REQUEST_BYTES
+                and self._owner(next_) == owner
+            ):
+                wanted.pop(next_)
+                add(next_)
+                size += self._bytes[next_]
+                first = next_
+            first = run[0]
+        return list(run)
 
     def _job(self, kind: Kind, groups: list[int]) -> Job:
         present, busy = self.partial.present, self._busy
@@ -230,10 +238,15 @@ class Filling:
             while self._prefetch:
                 group = next(iter(self._prefetch))
                 if not self._settled[group]:
+                    self._prefetching += 1
                     return self._job(kind, self._run(group, self._prefetch))
                 del self._prefetch[group]
             return None
-        if self.fill is Fill.NEVER or (self.fill is Fill.IDLE and time.monotonic() - self._last_demand_s < 1):
+        if (
+            self._prefetching
+            or self.fill is Fill.NEVER
+            or (self.fill is Fill.IDLE and time.monotonic() - self._last_demand_s < 1)
+        ):
             return None
         group = self._settled.find(0, self._cursor)
         if group < 0 and (group := self._settled.find(0)) < 0:
@@ -252,6 +265,7 @@ class Filling:
             del self._busy[chunk]
         self._settle({self._group_of[chunk] for chunk in job.chunks})
         self.running -= 1
+        self._prefetching -= job.kind is Kind.PREFETCH
         self.failing = brought.error is not None
         self.received.update(brought.received)
         self.requests += brought.requests
@@ -300,7 +314,8 @@ class Filling:
                     brought.received[origin.kind] = (
                         brought.received.get(origin.kind, 0) + batch.received_bytes
                     )
-                    self._keep(batch, origin, brought, missing)
+                    with _KEEPING:
+                        self._keep(batch, origin, brought, missing)
             except (StoreError, OSError) as error:
                 brought.error = error if isinstance(error, StoreError) else Unavailable(str(error))
                 self._down[origin] = time.monotonic() + _DOWN_S
