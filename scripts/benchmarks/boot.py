@@ -35,6 +35,7 @@ from imagestore.nbd import NbdServer
 from imagestore.open import open_store
 from imagestore.push import push
 from imagestore.service import SETTLE_S
+from imagestore.store import layout_key, manifest_key
 from imagestore.trace import Trace, trace_key
 from tests.servers import free_ports
 
@@ -60,7 +61,7 @@ def run(bench: Bench) -> None:
             with Link(bench, store, rate, delay) as link:
                 _replays(bench, link, store, digest, reads, other)
     if "crowd" in parts:
-        _crowd(bench, store, digest, _reads(bench, disks["A"]))
+        _crowd(bench, store, digest, _reads(bench, disks["A"]), disks["A"].stat().st_size)
     if "versions" in parts:
         _versions(bench, store, digest, disks["E"], disks["B"])
     if "pivot" in parts:
@@ -288,8 +289,9 @@ def _touched(manifest: Manifest, reads: list[Read]) -> list[int]:
 # The parts
 
 
-def _crowd(bench: Bench, store: Path, digest: Digest, reads: list[Read], nodes: int = 10) -> None:
-    """Many nodes replay a boot at once; what leaves the store, against what one of them alone fetches."""
+def _crowd(bench: Bench, store: Path, digest: Digest, reads: list[Read], size_bytes: int) -> None:
+    """Ten nodes boot at once, two with a real guest, eight by its reads; what leaves the store, against one alone."""
+    nodes, guests = 10, 2
     port, secret = free_ports(10, first=28000), "5e" * 32
     peers = {f"n{number}": f"127.0.0.1:{port + number}" for number in range(nodes)}
     with contextlib.ExitStack() as stack:
@@ -303,15 +305,24 @@ def _crowd(bench: Bench, store: Path, digest: Digest, reads: list[Read], nodes: 
         for (name, address), one in zip(peers.items(), there, strict=True):
             one.ask("join", me=name, listen=address, peers=peers, secret=secret)
 
-        async def all_of_them() -> float:
+        async def all_of_them() -> tuple[float, float]:
             asked = (one.client.ask("attach", image=str(digest), reader="vda", fill="never") for one in there)
             sockets = [Path(found["path"]) for found in await asyncio.gather(*asked)]
-            return max(await asyncio.gather(*(_replay(socket, reads, 4) for socket in sockets)))
+            booting = (
+                asyncio.to_thread(
+                    _boot, bench, state / "vda.qcow2", f"nbd+unix:///?socket={socket}", "raw", size_bytes
+                )
+                for state, socket in zip(states[:guests], sockets[:guests], strict=True)
+            )
+            replaying = (_replay(socket, reads, 4) for socket in sockets[guests:])
+            took = await asyncio.gather(*booting, *replaying)
+            return max(took[:guests]), max(took[guests:])
 
-        took = asyncio.run(all_of_them())
+        booted_s, replayed_s = asyncio.run(all_of_them())
         rows = [one.row(digest)["received"] for one in there]
     left = sum(row.get("store", 0) for row in rows)
-    bench.number("crowd_slowest_s", took, "s")
+    bench.number("crowd_slowest_replay", replayed_s, "s")
+    bench.number("crowd_slowest_guest", booted_s, "s to the login prompt")
     bench.number("crowd_from_store", left / 2**20, "MiB")
     bench.number("crowd_from_peers", sum(row.get("peer", 0) for row in rows) / 2**20, "MiB")
     bench.ratio("crowd_store_vs_one_boot", left, alone, at_most=1.2)
@@ -419,12 +430,15 @@ def _guest(bench: Bench, link: Link, digest: Digest, disk: Path) -> None:
             row = imaged.row(digest)
         if not number:
             raw_s.append(_boot(bench, work / "raw.qcow2", str(disk), "raw", size_bytes))
-    layout = open_store(bench.dir("store").as_uri()).layout(digest)
+    opened = open_store(bench.dir("store").as_uri())
+    layout = opened.layout(digest)
+    metadata = sum(opened.backend.stat(key(digest)).size_bytes for key in (manifest_key, layout_key))
+    fetched = row["received"].get("store", 0) + metadata
     shutil.rmtree(work)
     stored = int(layout.frame_sizes.sum())
     bench.number("guest_raw", min(raw_s), "s to the login prompt")
     bench.number("guest_lazy", min(lazy_s), "s to the login prompt")
     bench.ratio("guest_lazy_vs_raw", min(lazy_s), min(raw_s), at_most=1.1)
-    bench.number("guest_fetched", row["received"].get("store", 0) / 2**20, "MiB")
-    bench.ratio("guest_fetched_share", row["received"].get("store", 0), stored, at_most=0.42)
+    bench.number("guest_fetched", fetched / 2**20, "MiB with the manifest and the layout")
+    bench.ratio("guest_fetched_share", fetched, stored, at_most=0.42)
     bench.number("guest_reads_waited", row["exports"]["vda"]["waited_s"], "s")

@@ -146,6 +146,26 @@ def test_demand_goes_before_prefetch_and_prefetch_before_fill(tmp_path: Path) ->
     run(test)
 
 
+def test_only_a_reader_that_goes_on_gets_the_frame_after_the_one_it_wants(tmp_path: Path) -> None:
+    async def test() -> None:
+        node = Node(tmp_path, DATA)
+        async with node.reading(read_ahead=1) as reader:
+            layout = _origin(node.stores[0], node.digest, node.manifest).layout()
+            firsts = [layout.chunk_frames.tolist().index(frame) for frame in range(6)]
+
+            async def present_after(frame: int) -> list[bool]:
+                await read(reader, node.partial.starts[firsts[frame]], 10)
+                while node.filling.working:
+                    await asyncio.sleep(0.01)
+                return [bool(node.partial.present[chunk]) for chunk in firsts]
+
+            assert await present_after(2) == [False, False, True, False, False, False]
+            assert await present_after(3) == [False, False, True, True, True, False]
+            assert await present_after(0) == [True, False, True, True, True, False]
+
+    run(test)
+
+
 def test_an_image_whose_first_store_fails_goes_on_from_the_second(tmp_path: Path) -> None:
     class Gone(Meddled):
         def get(self, key, start=0, length=None):  # type: ignore[no-untyped-def]
