@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
@@ -232,6 +233,11 @@ def test_the_service_is_killed_all_the_time_and_a_linux_guest_comes_up_every_tim
     async def story() -> None:
         bench.digest = bench.push(tiny_image)
         bench.fill = "never"
+        source, complete = (
+            bench.directory / "source.raw",
+            bench.directory / "cache" / f"{bench.digest.hex()}.raw",
+        )
+        subprocess.run(["qemu-img", "convert", "-O", "raw", tiny_image, source], check=True)
         kills = 0
         async with bench.agent() as agent:
             while kills < rounds(full=30):
@@ -243,6 +249,11 @@ def test_the_service_is_killed_all_the_time_and_a_linux_guest_comes_up_every_tim
                             os.kill(await bench.pid(), signal.SIGKILL)
                             kills += 1
                         await asyncio.sleep(random.uniform(0.2, 1.5))
+                    while not complete.exists():
+                        with contextlib.suppress(StoreError):
+                            await bench.client.ask("prefetch", image=str(bench.digest))
+                        await asyncio.sleep(0.1)
+                assert filecmp.cmp(complete, source, shallow=False)
                 await remove(bench, spec)
                 for path in (bench.directory / "cache").glob(f"{bench.digest.hex()}*"):
                     path.unlink()
