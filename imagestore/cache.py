@@ -218,7 +218,9 @@ class ImageCache:
     @contextmanager
     def _lock(self, digest: Digest, cancel: Event | None, *, wait: bool = True) -> Iterator[None]:
         descriptor = os.open(
-            self.directory / f".{digest.hex()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            self.directory / f".{digest.hex()}.lock",
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
         )
         try:
             while True:
