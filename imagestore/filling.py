@@ -91,7 +91,7 @@ class Filling:
         *,
         peers: Peers | None = None,
         fill: Fill = Fill.NEVER,
-        read_ahead: int = 1,
+        read_ahead: int = 4,
         event: Callable[[str], None] = log.info,
         complete: Callable[[], object] = bool,
     ) -> None:
@@ -177,11 +177,11 @@ class Filling:
             job.owner = "" if for_peer else job.owner
             self._demand.append(job)
             jobs.add(job)
-        before = self._group_of[missing[0]] - 1
-        if self.read_ahead and jobs and self.fill is not Fill.NOW and before >= 0 and self._settled[before]:
-            # Somebody reads on: one in four comes for nothing, behind a read with nothing before it every second one.
-            last = self._group_of[missing[-1]]
-            ahead = range(last + 1, min(last + 1 + self.read_ahead, len(self._groups)))
+        if self.read_ahead and jobs and self.fill is not Fill.NOW:
+            # As many as are there before it: a lonely read gets none, where every second would come for nothing.
+            before, last = self._group_of[missing[0]], self._group_of[missing[-1]]
+            run = before - 1 - self._settled.rfind(0, max(0, before - self.read_ahead), before)
+            ahead = range(last + 1, min(last + 1 + min(run, self.read_ahead), len(self._groups)))
             # In front of what a trace says: the guest is here now.
             self._prefetch = {**dict.fromkeys(ahead), **self._prefetch}
         self._cursor = self._group_of[missing[-1]] + 1

@@ -146,22 +146,25 @@ def test_demand_goes_before_prefetch_and_prefetch_before_fill(tmp_path: Path) ->
     run(test)
 
 
-def test_only_a_reader_that_goes_on_gets_the_frame_after_the_one_it_wants(tmp_path: Path) -> None:
+def test_a_reader_that_goes_on_gets_frames_ahead_and_a_lonely_one_none(tmp_path: Path) -> None:
     async def test() -> None:
         node = Node(tmp_path, DATA)
-        async with node.reading(read_ahead=1) as reader:
+        async with node.reading(read_ahead=2) as reader:
             layout = _origin(node.stores[0], node.digest, node.manifest).layout()
-            firsts = [layout.chunk_frames.tolist().index(frame) for frame in range(6)]
+            frames = layout.chunk_frames.tolist()
+            firsts = [frames.index(frame) for frame in range(12)]
 
-            async def present_after(frame: int) -> list[bool]:
+            async def present_after(frame: int) -> set[int]:
                 await read(reader, node.partial.starts[firsts[frame]], 10)
                 while node.filling.working:
                     await asyncio.sleep(0.01)
-                return [bool(node.partial.present[chunk]) for chunk in firsts]
+                return {frame for frame, chunk in enumerate(firsts) if node.partial.present[chunk]}
 
-            assert await present_after(2) == [False, False, True, False, False, False]
-            assert await present_after(3) == [False, False, True, True, True, False]
-            assert await present_after(0) == [True, False, True, True, True, False]
+            assert await present_after(2) == {2}
+            assert await present_after(3) == {2, 3, 4}
+            assert await present_after(5) == {2, 3, 4, 5, 6, 7}
+            assert await present_after(9) == {2, 3, 4, 5, 6, 7, 9}
+            assert await present_after(0) == {0, 2, 3, 4, 5, 6, 7, 9}
 
     run(test)
 
