@@ -171,6 +171,6 @@ def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str)
     options = Options(
         fill_bytes_s=parse_size(fill_rate or get("fill_rate", "0")),
         cache_bytes=parse_size(cache_size or get("cache_size", "0")),
-        read_ahead=int(get("read_ahead", "4")),
+        read_ahead=int(get("read_ahead", "2")),
     )
     run(state, stores, options, user=user, group=group)

@@ -33,6 +33,7 @@ _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _KEEPING = threading.Lock()
 """One thread at a time verifies and writes, at 1.5 GB/s. Two would let the interpreter go to each other after every
 chunk, for longer than they hash, and the event loop, which answers the guests, would wait for both."""
+_NEAR_BYTES = 192 << 10
 _FULL_S = 5.0
 _DOWN_S = 5.0
 
@@ -91,7 +92,7 @@ class Filling:
         *,
         peers: Peers | None = None,
         fill: Fill = Fill.NEVER,
-        read_ahead: int = 4,
+        read_ahead: int = 2,
         event: Callable[[str], None] = log.info,
         complete: Callable[[], object] = bool,
     ) -> None:
@@ -111,6 +112,8 @@ class Filling:
         self._busy: dict[int, Job] = {}
         self._demand: collections.deque[Job] = collections.deque()
         self._prefetch: dict[int, None] = {}
+        self.ahead: set[int] = set()
+        """Groups that were fetched ahead of a reader who has not come to them yet."""
         self._cursor = 0
         self._settled = bytearray(len(self._groups))
         """1 where a group is present or under way."""
@@ -177,15 +180,33 @@ class Filling:
             job.owner = "" if for_peer else job.owner
             self._demand.append(job)
             jobs.add(job)
-        if self.read_ahead and jobs and self.fill is not Fill.NOW:
-            # As many as are there before it: a lonely read gets none, where every second would come for nothing.
-            before, last = self._group_of[missing[0]], self._group_of[missing[-1]]
-            run = before - 1 - self._settled.rfind(0, max(0, before - self.read_ahead), before)
-            ahead = range(last + 1, min(last + 1 + min(run, self.read_ahead), len(self._groups)))
-            # In front of what a trace says: the guest is here now.
-            self._prefetch = {**dict.fromkeys(ahead), **self._prefetch}
+        self._look_ahead(missing)
         self._cursor = self._group_of[missing[-1]] + 1
         return jobs
+
+    def touched(self, chunks: range) -> None:
+        """A reader found these present. If they are here because they were ahead of it, it goes on being so."""
+        if not self.ahead.isdisjoint(self._group_of[chunk] for chunk in chunks):
+            self._look_ahead(chunks)
+            self._fetcher.pump()
+
+    def _look_ahead(self, chunks: Sequence[int]) -> None:
+        """Want what somebody who reads these reads next, where nothing else fills.
+
+        That is as many frames as are there before it already; one if it is near its frame's end, as files go on; none
+        behind a lonely read, where every second one would come for nothing.
+        """
+        self.ahead.difference_update(self._group_of[chunk] for chunk in chunks)
+        if not self.read_ahead or self.fill is Fill.NOW:
+            return
+        first, last = self._group_of[chunks[0]], self._group_of[chunks[-1]]
+        run = first - 1 - self._settled.rfind(0, max(0, first - self.read_ahead), first)
+        near = self.partial.ends[self._groups[last][-1]] - self.partial.ends[chunks[-1]] < _NEAR_BYTES
+        end = last + 1 + max(min(run, self.read_ahead), near)
+        ahead = [group for group in range(last + 1, min(end, len(self._groups))) if not self._settled[group]]
+        self.ahead.update(ahead)
+        # In front of what a trace says: the guest is here now.
+        self._prefetch = {**dict.fromkeys(ahead), **self._prefetch}
 
     def _owner(self, group: int) -> str:
         # Of a whole group, so that no two nodes can hold a half each and wait for the other's.

@@ -37,6 +37,8 @@ class Reader:
                 self.recorder.touch(chunks)
             if self._partial.present.find(0, chunks.start, chunks.stop) >= 0:
                 return None
+            if self._filling.ahead:
+                self._filling.touched(chunks)
             data = self._partial.read_now(offset, length)
         if data is not None:
             self.reads += 1

@@ -60,7 +60,7 @@ class Options:
     """0 for no limit."""
     cache_bytes: int = 0
     """Size on disk above which unused images are forgotten; 0 for no limit."""
-    read_ahead: int = 4
+    read_ahead: int = 2
     """Frames after a missed one at most, where nothing else fills."""
     socket_group: int = -1
     """Group id that may connect to the sockets; -1: the directory's if that is setgid, else the process's own."""

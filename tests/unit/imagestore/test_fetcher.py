@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from imagestore import filling as module
@@ -146,25 +147,31 @@ def test_demand_goes_before_prefetch_and_prefetch_before_fill(tmp_path: Path) ->
     run(test)
 
 
-def test_a_reader_that_goes_on_gets_frames_ahead_and_a_lonely_one_none(tmp_path: Path) -> None:
+def test_a_reader_that_goes_on_finds_the_next_frames_there_and_a_lonely_one_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test() -> None:
         node = Node(tmp_path, DATA)
         async with node.reading(read_ahead=2) as reader:
             layout = _origin(node.stores[0], node.digest, node.manifest).layout()
-            frames = layout.chunk_frames.tolist()
-            firsts = [frames.index(frame) for frame in range(12)]
+            frames = [np.flatnonzero(layout.chunk_frames == frame).tolist() for frame in range(16)]
 
-            async def present_after(frame: int) -> set[int]:
-                await read(reader, node.partial.starts[firsts[frame]], 10)
+            async def present_after(frame: int, chunk: int = 0) -> set[int]:
+                await read(reader, node.partial.starts[frames[frame][chunk]], 10)
                 while node.filling.working:
                     await asyncio.sleep(0.01)
-                return {frame for frame, chunk in enumerate(firsts) if node.partial.present[chunk]}
+                return {at for at, chunks in enumerate(frames) if node.partial.present[chunks[0]]}
 
+            monkeypatch.setattr(module, "_NEAR_BYTES", 0)
             assert await present_after(2) == {2}
             assert await present_after(3) == {2, 3, 4}
+            assert await present_after(4) == {2, 3, 4, 5, 6}  # it was there already
+            assert await present_after(2) == {2, 3, 4, 5, 6}
             assert await present_after(5) == {2, 3, 4, 5, 6, 7}
-            assert await present_after(9) == {2, 3, 4, 5, 6, 7, 9}
-            assert await present_after(0) == {0, 2, 3, 4, 5, 6, 7, 9}
+            assert await present_after(0) == {0, 2, 3, 4, 5, 6, 7}
+            monkeypatch.setattr(module, "_NEAR_BYTES", CHUNK)
+            assert await present_after(10) == {0, 2, 3, 4, 5, 6, 7, 10}
+            assert await present_after(13, -1) == {0, 2, 3, 4, 5, 6, 7, 10, 13, 14}
 
     run(test)
 
