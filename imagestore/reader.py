@@ -50,7 +50,9 @@ class Reader:
         chunks = self._partial.chunks(offset, length)
         try:
             loose = await self._filling.obtain(chunks, self.patience_s)
-            data = await asyncio.to_thread(self._partial.read, offset, length)
+            data = self._partial.read_now(offset, length)  # what has just come is in memory
+            if data is None:
+                data = await asyncio.to_thread(self._partial.read, offset, length)
         except OSError:
             self.failures += 1
             raise
@@ -61,7 +63,7 @@ class Reader:
         self.read_bytes += length
         return self._overlaid(data, offset, loose) if loose else data
 
-    def _overlaid(self, data: bytes, offset: int, loose: dict[int, Buffer]) -> Buffer:
+    def _overlaid(self, data: Buffer, offset: int, loose: dict[int, Buffer]) -> Buffer:
         """`data` of the file with the chunks in it that the file could not take."""
         whole = bytearray(data)
         for chunk, piece in loose.items():

@@ -431,27 +431,25 @@ def _guest(bench: Bench, link: Link, digest: Digest, disk: Path) -> None:
     work = bench.dir("guest")
     size_bytes = disk.stat().st_size
     subprocess.run(["cat", disk], stdout=subprocess.DEVNULL, check=True)
-    raw_s = [_boot(bench, work / "raw.qcow2", str(disk), "raw", size_bytes)]
-    lazy_s = []
+    raw_s, lazy_s = [], []
     row: dict[str, Any] = {}
-    for number in range(2):
+    for _ in range(3):
+        raw_s.append(_boot(bench, work / "raw.qcow2", str(disk), "raw", size_bytes))
         state = bench.fresh("state")
         with service(bench, state, link.url) as imaged:
             socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
             nbd = f"nbd+unix:///?socket={socket}"
             lazy_s.append(_boot(bench, work / "lazy.qcow2", nbd, "raw", size_bytes))
             row = imaged.row(digest)
-        if not number:
-            raw_s.append(_boot(bench, work / "raw.qcow2", str(disk), "raw", size_bytes))
     opened = open_store(bench.dir("store").as_uri())
     layout = opened.layout(digest)
     metadata = sum(opened.backend.stat(key(digest)).size_bytes for key in (manifest_key, layout_key))
     fetched = row["received"].get("store", 0) + metadata
     shutil.rmtree(work)
     stored = int(layout.frame_sizes.sum())
-    bench.number("guest_raw", min(raw_s), "s to the login prompt")
-    bench.number("guest_lazy", min(lazy_s), "s to the login prompt")
-    bench.ratio("guest_lazy_vs_raw", min(lazy_s), min(raw_s), at_most=1.1)
+    bench.number("guest_raw", sorted(raw_s)[1], "s to the login prompt")
+    bench.number("guest_lazy", sorted(lazy_s)[1], "s to the login prompt")
+    bench.ratio("guest_lazy_vs_raw", sorted(lazy_s)[1], sorted(raw_s)[1], at_most=1.1)
     bench.number("guest_fetched", fetched / 2**20, "MiB with the manifest and the layout")
     bench.ratio("guest_fetched_share", fetched, stored, at_most=0.42)
     bench.number("guest_reads_waited", row["exports"]["vda"]["waited_s"], "s")
