@@ -20,23 +20,11 @@ from compute import joining
 from compute.codec import to_plain
 from compute.desired import build, image_site
 from compute.errors import Compacted, ComputeError, LeaseLost, NotFound, Unavailable
-from compute.instances import finish_delete
 from compute.networks import move_routers, router_candidates
-from compute.objects import (
-    Claims,
-    Event,
-    Instance,
-    Interface,
-    Network,
-    Node,
-    Taken,
-    Transaction,
-    new_uuid,
-    path_to,
-    transact,
-)
+from compute.objects import Claims, Instance, Interface, Network, Node, Taken, Transaction, new_uuid, transact
 from compute.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
 from compute.state_store import StateStore
+from compute.states import settle
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +175,7 @@ class Controller:
         """What an agent saw. When it returns, it is kept."""
         self._seen_s[node] = time.time()
         for status in statuses:
-            await self._act(partial(self._settle, node, status), node)
+            await self._act(partial(settle, node=node, status=status), node)
         if events:
 
             def action(txn: Transaction) -> None:
@@ -325,39 +313,6 @@ class Controller:
             self._last[node] = replace(now, revision=max(revision, last.revision + 1 if last else 0))
         return self._last[node]
 
-    def _settle(self, node: str, status: InstanceStatus, txn: Transaction) -> None:
-        """Bring one report into the record."""
-        found = txn.find(Instance, status.uuid)
-        if found is None or found.node != node:
-            return
-        if status.state == InstanceState.DELETED:
-            if found.state == InstanceState.DELETE_WAIT:
-                finish_delete(txn, found)
-            return
-        steps = path_to(found.state, status.state)
-        if steps and steps[-1].value.endswith("-error"):
-            steps.append(InstanceState.ERROR)
-        now = replace(
-            found,
-            state=steps[-1] if steps else found.state,
-            power_state=status.power_state,
-            error_message=status.error_message or (found.error_message if not steps else ""),
-            progress=status.progress,
-            accel=status.accel or found.accel,
-            console_port=status.console_port,
-            vdi_port=status.vdi_port,
-            agent_state=status.agent_state,
-            extra={**found.extra, **status.extra},
-        )
-        if now == found:
-            return
-        txn.update(replace(now, updated_s=time.time()))
-        for step in steps:
-            why = f": {status.error_message}" if step.value.endswith("error") and status.error_message else ""
-            txn.event(Instance.KIND, found.uuid, f"state is {step.value}{why}", type="mutate")
-        if now.power_state != found.power_state:
-            txn.event(Instance.KIND, found.uuid, f"power is {now.power_state}", type="status")
-
 
 def _sweep(txn: Transaction) -> None:
     """Records of the deleted stay an hour for those who poll, request keys a day, events as long as their object."""
@@ -371,12 +326,3 @@ def _sweep(txn: Transaction) -> None:
     for taken in txn.list(Taken, "request/"):
         if taken.created_s < now - _KEEP_REQUEST_S:
             txn.delete(Taken, taken.name)
-
-
-def events_of(
-    store: StateStore, kind: str, owner: str, *, limit: int, event_type: str = "", after: str = ""
-) -> list[Event]:
-    """Newest first. after: only those whose name sorts behind it."""
-    found = Transaction(store).list(Event, f"{kind}/{owner}/")
-    chosen = [e for e in found if (not event_type or e.type == event_type) and e.name > after]
-    return chosen[::-1][:limit]

@@ -1,17 +1,7 @@
-"""What the cluster remembers: typed objects, their states, and the typed transaction over the state store.
+"""What the cluster remembers: typed objects, and the typed transaction over the state store.
 
-An instance's states (a report that is no edge of this drawing is ignored, a delete is accepted in every state):
-
-    initial ──► preflight ──► creating ──► created ──────┐
-       │            │             │           │          ▼
-       ▼            ▼             ▼           ▼      delete-wait ──► deleted
-    initial-     preflight-    creating-   created-      │    ▲
-     error         error         error       error       ▼    │
-       └────────────┴──────┬──────┴───────────┘     delete-wait-error
-                           ▼                             │
-                         error ◄─────────────────────────┘   (error goes to delete-wait only)
-
-Networks, interfaces, namespaces and nodes know `created`, `deleted` and, for nodes, `missing` and `drained`.
+An instance's states are in `states`. Networks, interfaces, namespaces and nodes know `created`, `deleted` and, for
+nodes, `missing` and `drained`.
 """
 
 import json
@@ -27,38 +17,6 @@ from compute.spec import DiskSpec, InstanceState, Power
 from compute.state_store import ABSENT, Record, StateStore, retry_stale
 
 T = TypeVar("T")
-
-S = InstanceState
-TRANSITIONS: dict[InstanceState, frozenset[InstanceState]] = {
-    S.INITIAL: frozenset({S.PREFLIGHT, S.INITIAL_ERROR, S.DELETE_WAIT}),
-    S.PREFLIGHT: frozenset({S.CREATING, S.PREFLIGHT_ERROR, S.DELETE_WAIT}),
-    S.CREATING: frozenset({S.CREATED, S.CREATING_ERROR, S.DELETE_WAIT}),
-    S.CREATED: frozenset({S.CREATED_ERROR, S.DELETE_WAIT}),
-    S.DELETE_WAIT: frozenset({S.DELETED, S.DELETE_WAIT_ERROR}),
-    S.DELETED: frozenset(),
-    S.INITIAL_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.PREFLIGHT_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.CREATING_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.CREATED_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.DELETE_WAIT_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.ERROR: frozenset({S.DELETE_WAIT}),
-}
-
-
-def path_to(now: InstanceState, reported: InstanceState) -> list[InstanceState]:
-    """The states from `now` (exclusive) to `reported`; [] if a node may not take it there.
-
-    An agent reports the newest state only, so a report may stand for several steps. Only the API starts a deletion.
-    """
-    paths: list[list[InstanceState]] = [[now]]
-    for path in paths:
-        for following in sorted(TRANSITIONS[path[-1]]):
-            if following == S.DELETE_WAIT or following in path:
-                continue
-            if following == reported:
-                return [*path[1:], following]
-            paths.append([*path, following])
-    return []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ from pydantic import Field
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
-from compute.control import events_of
 from compute.errors import Invalid, NotFound
 from compute.objects import Event, Stored, Transaction
 
@@ -95,9 +94,10 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
 
 
 def _read(ctx: Context, item: Stored, query: EventQuery, after: str = "") -> list[Event]:
-    return events_of(
-        ctx.store, item.KIND, item.id, limit=query.limit, event_type=query.event_type or "", after=after
-    )
+    """Newest first. after: only those whose name sorts behind it."""
+    found = Transaction(ctx.store).list(Event, f"{item.key}/")
+    chosen = [e for e in found if query.event_type in (None, "", e.type) and e.name > after]
+    return chosen[::-1][: query.limit]
 
 
 async def _stream(ctx: Context, item: Stored, query: EventQuery) -> AsyncIterator[str]:
