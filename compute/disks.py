@@ -1,11 +1,14 @@
 """An instance's disks: an overlay each, on an image that is complete or, at first, on the image service's export."""
 
+import asyncio
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from compute import domain, overlay
 from compute.errors import ComputeError
+from compute.image_jobs import Backing, Say
 from compute.owner import Owner
 
 _MOVE_BYTES = 256 << 20
@@ -15,8 +18,8 @@ _MOVE_BYTES = 256 << 20
 class Disks:
     """Works for the owner's task. A disk that was moved to its complete image is on its second overlay."""
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+    def __init__(self, owner: Owner, say: Say) -> None:
+        self._owner, self._say = owner, say
 
     def overlay(self, device: str, *, second: bool | None = None) -> Path:
         """The file that a disk is on now, or its first or second one."""
@@ -25,6 +28,48 @@ class Disks:
 
     def reader(self, device: str) -> str:
         return f"{self._owner.spec.uuid}-{device}"
+
+    async def images(self) -> dict[str, Backing] | None:
+        """Device → what its image is read from; None if the instance is to be deleted before that is there."""
+        fetch = asyncio.ensure_future(self._fetch())
+        leaving = asyncio.ensure_future(self._owner.leaving.wait())
+        try:
+            await asyncio.wait({fetch, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return None if self._owner.leaving.is_set() else await fetch
+        finally:
+            fetch.cancel()
+            leaving.cancel()
+
+    async def _fetch(self) -> dict[str, Backing]:
+        backing = self._owner.host.images.backing
+        return {
+            disk.device: await backing(self.reader(disk.device), disk.image, self._say)
+            for disk in self._owner.spec.disks
+            if disk.image
+        }
+
+    async def make(self, images: Mapping[str, Backing]) -> None:
+        """Empty overlays, on the images or on nothing."""
+        for disk in self._owner.spec.disks:
+            path, backing = self.overlay(disk.device), images.get(disk.device)
+            under = (backing.path, backing.size_bytes) if backing else (None, 0)
+            await self._owner.host.do(overlay.create, path, disk.size_bytes, *under)
+
+    def devices(self, images: Mapping[str, Backing]) -> tuple[domain.Disk, ...]:
+        """The disks as the domain has them."""
+        under = ((disk, images.get(disk.device)) for disk in self._owner.spec.disks)
+        return tuple(
+            domain.Disk(
+                d.device, self.overlay(d.device), b.path if b else None, b.socket if b else None, d.bus
+            )
+            for d, b in under
+        )
+
+    async def give_up(self) -> None:
+        """Nothing reads the images any more: the disks are deleted."""
+        for disk in self._owner.record.spec.disks:
+            if disk.image:
+                await self._owner.host.images.gone(self.reader(disk.device))
 
     async def move(self, device: str) -> None:
         """Move a running disk to a second overlay over the raw file, once that is complete and if it costs little."""

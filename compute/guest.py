@@ -19,15 +19,14 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from compute import config_drive, domain, overlay
+from compute import config_drive, domain
 from compute.console import ConsoleLog
 from compute.disks import Disks
 from compute.errors import ComputeError, Conflict, Unavailable
-from compute.image_jobs import Backing
 from compute.interfaces import Interfaces
 from compute.libvirt_adapter import DomainState
 from compute.owner import Host, Owner, Phase
-from compute.spec import DiskSpec, InstanceSpec, InstanceState, InstanceStatus, Power
+from compute.spec import InstanceSpec, InstanceState, InstanceStatus, Power
 from imagestore.errors import StoreError
 from net.errors import NetError
 from net.model import Network
@@ -48,11 +47,10 @@ class Guest(Owner):
         self.gone = False
         """Nothing of it is left."""
         self._wake = asyncio.Event()
-        self._leaving = asyncio.Event()
         self._agent_ready: bool | None = None
         self._up = False
         """Its console said so."""
-        self._interfaces, self._disks = Interfaces(self), Disks(self)
+        self._interfaces, self._disks = Interfaces(self), Disks(self, self._say)
         self._stage = InstanceState.PREFLIGHT
 
     def update(self, spec: InstanceSpec, networks: Mapping[str, Network]) -> None:
@@ -60,7 +58,7 @@ class Guest(Owner):
         changed = spec != self.spec
         self.spec, self.networks = spec, networks
         if spec.delete:
-            self._leaving.set()
+            self.leaving.set()
         if changed:
             self._wake.set()
 
@@ -172,41 +170,14 @@ class Guest(Owner):
         self._stage = InstanceState.PREFLIGHT
         self._publish(self._stage, DomainState("off"))
         await self.save()
-        images: dict[str, Backing] = {}
-        for disk in self.spec.disks:
-            if disk.image:
-                found = await self._image(disk)
-                if found is None:
-                    return False
-                images[disk.device] = found
+        images = await self._disks.images()
+        if images is None:
+            return False
         self._stage = InstanceState.CREATING
         self._publish(self._stage, DomainState("off"))
-        for disk in self.spec.disks:
-            path, backing = self._disks.overlay(disk.device), images.get(disk.device)
-            under = (backing.path, backing.size_bytes) if backing else (None, 0)
-            await self.host.do(overlay.create, path, disk.size_bytes, *under)
+        await self._disks.make(images)
         await self.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
         return True
-
-    async def _image(self, disk: DiskSpec) -> Backing | None:
-        """What the disk's image is read from, or None if the instance is to be deleted before it is there."""
-
-        def say(progress: str) -> None:
-            self._publish(self._stage, DomainState("off"), progress=progress)
-
-        fetch = asyncio.ensure_future(
-            self.host.images.backing(self._disks.reader(disk.device), disk.image, say)
-        )
-        leaving = asyncio.ensure_future(self._leaving.wait())
-        try:
-            await asyncio.wait({fetch, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if self._leaving.is_set():
-                self._wake.set()
-                return None
-            return await fetch
-        finally:
-            fetch.cancel()
-            leaving.cancel()
 
     async def _power_on(self) -> None:
         """Define, start with the CPUs stopped, move the taps into their networks, let the CPUs run."""
@@ -220,11 +191,14 @@ class Guest(Owner):
             undo.push_async_callback(self._interfaces.remove)
             undo.push_async_callback(host.do, hypervisor.destroy, uuid)
             nics = [await self._interfaces.make(interface) for interface in self.spec.interfaces]
-            disks = [await self._disk(disk) for disk in self.spec.disks]
+            images = await self._disks.images()
+            if images is None:
+                raise Conflict("the instance is to be deleted")
+            disks = self._disks.devices(images)
             await self.save(
                 served=tuple(disk.device for disk in disks if disk.socket), deferred=(), arrived={}
             )
-            await host.do(self._materialise, tuple(nics), tuple(disks))
+            await host.do(self._materialise, tuple(nics), disks)
             await host.do(hypervisor.start_paused, uuid)
             for disk in disks:
                 if disk.socket:
@@ -235,15 +209,6 @@ class Guest(Owner):
             undo.pop_all()
         await self.save(phase=Phase.UP, created=True, message="", crashed=False)
         self.event("started", duration_s=time.monotonic() - began, accel=str(host.verdict))
-
-    async def _disk(self, disk: DiskSpec) -> domain.Disk:
-        backing = await self._image(disk) if disk.image else None
-        if disk.image and backing is None:
-            raise Conflict("the instance is to be deleted")
-        path = self._disks.overlay(disk.device)
-        if backing is None:
-            return domain.Disk(disk.device, path, bus=disk.bus)
-        return domain.Disk(disk.device, path, backing.path, backing.socket, disk.bus)
 
     def _materialise(self, nics: tuple[domain.Nic, ...], disks: tuple[domain.Disk, ...]) -> None:
         """Config drive and domain definition from the newest spec."""
@@ -292,9 +257,7 @@ class Guest(Owner):
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
         await self.host.do(self.host.hypervisor.undefine, self.spec.uuid)
         await self._interfaces.remove()
-        for disk in self.record.spec.disks:
-            if disk.image:
-                await self.host.images.gone(self._disks.reader(disk.device))
+        await self._disks.give_up()
         if self.directory.exists():
             await self.host.do(shutil.rmtree, self.directory)
         self.gone = True
@@ -348,6 +311,9 @@ class Guest(Owner):
         self._publish(
             InstanceState.CREATED, state, self.record.message or state.reason, vdi_port=port, extra=extra
         )
+
+    def _say(self, progress: str) -> None:
+        self._publish(self._stage, DomainState("off"), progress=progress)
 
     def _publish(self, stage: InstanceState, state: DomainState, message: str = "", **more: Any) -> None:
         ready = "ready" if self._agent_ready else ""

@@ -117,6 +117,8 @@ class Owner:
 
     def __init__(self, host: Host, spec: InstanceSpec) -> None:
         self.host, self.spec = host, spec
+        self.leaving = asyncio.Event()
+        """It is to be deleted: nothing more needs to be waited for."""
         self.directory = host.directory / spec.uuid
         self.networks: Mapping[str, Network] = {}
         self.record = Record(spec, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
