@@ -13,7 +13,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from imagestore.errors import Unavailable
-from imagestore.filling import Brought, Filling, Job, Kind
+from imagestore.filling import Filling, Job, Kind
+from imagestore.intake import Brought
 
 log = logging.getLogger(__name__)
 FLUSH_S = 2.0
@@ -99,8 +100,7 @@ class Fetcher:
         return self._connections if len(self._images) == 1 else max(2, self._connections // 2)
 
     async def _work(self, image: Filling, job: Job) -> None:
-        loop = asyncio.get_running_loop()
-        brought = Brought()
+        loop, intake, brought = asyncio.get_running_loop(), image.intake, Brought()
         try:
             if image.peers and job.owner:
                 # In other threads and beside the limits: whoever waits for a peer must not keep this node from
@@ -109,19 +109,14 @@ class Fetcher:
                 image.running -= 1
                 self._asking += 1
                 try:
-                    await loop.run_in_executor(
-                        self._askers,
-                        image.bring,
-                        job,
-                        [*image.origins[:1], image.peers.at(job.owner)],
-                        brought,
-                    )
+                    origins = [*intake.origins[:1], image.peers.at(job.owner)]
+                    await loop.run_in_executor(self._askers, intake.bring, job.chunks, origins, brought)
                 finally:
                     self._asking -= 1
                     self._running[job.kind] += 1
                     image.running += 1
                 brought.error = None
-            await loop.run_in_executor(self._pool, image.bring, job, image.origins, brought)
+            await loop.run_in_executor(self._pool, intake.bring, job.chunks, intake.origins, brought)
         except Exception as error:
             # A defect, not a failing store: the readers must hear of it, or they would wait for ever.
             log.exception("fetching failed")

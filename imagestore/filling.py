@@ -1,25 +1,23 @@
-"""One incomplete image: what is wanted of it, what is under way, and bringing it from its origins.
+"""One incomplete image: what is wanted of it, in which order, and what is under way.
 
-State lives on the event loop's thread; `bring` runs in the threads of the process's one `imagestore.fetcher.Fetcher`.
+All of it on the event loop's thread; `imagestore.intake` brings it in the threads of `imagestore.fetcher`.
 """
 
 import asyncio
 import collections
-import contextlib
 import errno
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING
 
 from imagestore.backend import Buffer
-from imagestore.errors import Corrupt, StoreError, Unavailable
+from imagestore.intake import DOWN_S, Brought, Intake
 from imagestore.layout import Layout
-from imagestore.origin import REQUEST_BYTES, Batch, Origin
+from imagestore.origin import REQUEST_BYTES, Origin
 from imagestore.partial import PartialImage
 from imagestore.peer import Peers
 
@@ -30,12 +28,8 @@ log = logging.getLogger(__name__)
 _BLIND_GROUP = 8
 """Chunks that are fetched together where no layout is known yet."""
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
-_KEEPING = threading.Lock()
-"""One thread at a time verifies and writes, at 1.5 GB/s. Two would let the interpreter go to each other after every
-chunk, for longer than they hash, and the event loop, which answers the guests, would wait for both."""
 _NEAR_BYTES = 192 << 10
 _FULL_S = 5.0
-_DOWN_S = 5.0
 
 
 class Fill(StrEnum):
@@ -55,20 +49,6 @@ class Kind(IntEnum):
     FILL = 2
 
 
-@dataclass(slots=True)
-class Brought:
-    """What one job came to."""
-
-    kept: list[int] = field(default_factory=list)
-    loose: dict[int, Buffer] = field(default_factory=dict)
-    """Verified chunks that the disk had no room for."""
-    received: dict[str, int] = field(default_factory=dict)
-    """Bytes by kind of origin."""
-    requests: int = 0
-    error: StoreError | None = None
-    """Why some chunks are in neither."""
-
-
 @dataclass(slots=True, eq=False)
 class Job:
     """Groups of chunks that one request brings."""
@@ -81,7 +61,7 @@ class Job:
 
 
 class Filling:
-    """One incomplete image, its origins in order, and what is wanted of it."""
+    """What is wanted of one incomplete image."""
 
     def __init__(
         self,
@@ -97,7 +77,7 @@ class Filling:
         complete: Callable[[], object] = bool,
     ) -> None:
         self.partial = partial
-        self.origins = list(origins)
+        self.intake = Intake(partial, origins, self._tell)
         self.peers = peers
         self.fill = fill
         self.read_ahead = read_ahead
@@ -121,7 +101,6 @@ class Filling:
         self._prefetching = 0
         self.failing = False
         self._last_demand_s = 0.0
-        self._down: dict[Origin, float] = {}
         self._full_until_s = 0.0
         self._told: dict[str, float] = {}
         self._settle(range(len(self._groups)))
@@ -213,7 +192,8 @@ class Filling:
         if not self.peers or not self._groups[group]:
             return ""
         now = time.monotonic()
-        helpless = all(self._down.get(o, 0.0) > now for o in self.origins if o.kind == "store")
+        down, origins = self.intake.down, self.intake.origins
+        helpless = all(down.get(o, 0.0) > now for o in origins if o.kind == "store")
         return self.peers.owner(self._groups[group][0], others=helpless)
 
     def _run(self, first: int, wanted: dict[int, None]) -> list[int]:
@@ -299,7 +279,7 @@ class Filling:
             self.last_error = str(brought.error)
             if job.kind is not Kind.DEMAND and (job.owner or not self._owner(self._group_of[job.chunks[0]])):
                 # Whoever needs it asks again; filling starts again after a while, unless a peer may know more.
-                self._full_until_s = time.monotonic() + _DOWN_S
+                self._full_until_s = time.monotonic() + DOWN_S
         job.done.set_result(brought)
         if self.partial.complete:
             self._complete()
@@ -319,59 +299,6 @@ class Filling:
         if now - self._told.get(line, -60.0) >= 60:
             self._told[line] = now
             self.event(line)
-
-    # -- bringing (fetcher's threads)
-
-    def bring(self, job: Job, origins: Sequence[Origin], brought: Brought) -> None:
-        """Fetch, verify and keep; goes on to the next origin where one fails. Never raises StoreError or OSError."""
-        missing = dict.fromkeys(c for c in job.chunks if c not in brought.loose)
-        for chunk in brought.kept:
-            missing.pop(chunk, None)
-        now = time.monotonic()
-        for origin in sorted(origins, key=lambda o: self._down.get(o, 0.0) > now):
-            if not missing:
-                break
-            try:
-                for batch in origin.fetch(list(missing)):
-                    brought.requests += batch.clone is None
-                    brought.received[origin.kind] = (
-                        brought.received.get(origin.kind, 0) + batch.received_bytes
-                    )
-                    with _KEEPING:
-                        self._keep(batch, origin, brought, missing)
-            except (StoreError, OSError) as error:
-                brought.error = error if isinstance(error, StoreError) else Unavailable(str(error))
-                self._down[origin] = time.monotonic() + _DOWN_S
-                self._tell(f"{origin.name}: {error}")
-        if not missing:
-            brought.error = None
-        elif not brought.error:
-            brought.error = Unavailable("no store or peer has the missing chunks")
-
-    def _keep(self, batch: Batch, origin: Origin, brought: Brought, missing: dict[int, None]) -> None:
-        good = [
-            (chunk, piece)
-            for chunk, piece in zip(batch.chunks, batch.pieces, strict=True)
-            if chunk in missing and self.partial.check(chunk, piece)
-        ]
-        chunks, pieces = [chunk for chunk, _ in good], [piece for _, piece in good]
-        try:
-            cloned = False
-            if batch.clone and chunks:
-                with contextlib.suppress(OSError):
-                    self.partial.clone(chunks[0], *batch.clone)
-                    cloned = self.partial.check(chunks[0], self.partial.read_chunk(chunks[0]))
-            if not cloned:
-                self.partial.write(chunks, pieces)
-            brought.kept += chunks
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                self._tell(f"{self.partial.path}: {error}")
-            brought.loose.update(good)
-        for chunk in chunks:
-            del missing[chunk]
-        if any(chunk in missing for chunk in batch.chunks):
-            raise Corrupt(f"{origin.name} answered with wrong bytes")
 
 
 def _group(layout: Layout | None, count: int) -> tuple[list[list[int]], list[int], list[int], list[bool]]:

@@ -1,6 +1,6 @@
 """Where missing chunks come from: other images on this node, the node's peers, stores. Tried in that order.
 
-An origin's bytes are not trusted: `imagestore.filling` hashes every chunk before anybody sees it.
+An origin's bytes are not trusted: `imagestore.intake` hashes every chunk before anybody sees it.
 """
 
 import os
