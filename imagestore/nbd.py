@@ -2,8 +2,8 @@
 
 Protocol: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md (fixed newstyle, structured replies,
 `base:allocation`). What a client may cost: one connection holds at most MAX_IN_FLIGHT_BYTES of answers and
-MAX_IN_FLIGHT requests, an export has at most MAX_CONNECTIONS, a handshake is over within HANDSHAKE_S and OPTIONS_MAX
-options. A client that breaks the protocol loses its connection and nothing else.
+MAX_IN_FLIGHT requests, an export has at most MAX_CONNECTIONS, a handshake (`imagestore.nbd_handshake`) is over within
+HANDSHAKE_S. A client that breaks the protocol loses its connection and nothing else.
 """
 
 import asyncio
@@ -15,46 +15,24 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from imagestore.backend import Buffer
+from imagestore.nbd_handshake import CONTEXT_ID, GREETING, MAX_REQUEST_BYTES, Broken, Handshake
 
-MAX_REQUEST_BYTES = 32 << 20
-"""What the protocol lets a client expect without asking (and qemu's own limit)."""
 MAX_IN_FLIGHT_BYTES = 32 << 20
 MAX_IN_FLIGHT = 128
 MAX_CONNECTIONS = 16
 HANDSHAKE_S = 20.0
-OPTIONS_MAX = 64
-OPTION_MAX_BYTES = 8192
-"""A name has up to 4,096 bytes; queries of meta contexts add some."""
 STATUS_MAX_EXTENTS = 1024
 
-_NBDMAGIC = 0x4E42444D41474943
-_IHAVEOPT = 0x49484156454F5054
-_REPLY_MAGIC = 0x0003E889045565A9
 _REQUEST_MAGIC = 0x25609513
 _SIMPLE_MAGIC = 0x67446698
 _STRUCTURED_MAGIC = 0x668E33EF
 
-_EXPORT_NAME, _ABORT, _LIST, _INFO, _GO, _STRUCTURED_REPLY, _LIST_META, _SET_META = 1, 2, 3, 6, 7, 8, 9, 10
-_ACK, _SERVER, _REP_INFO, _META_CONTEXT = 1, 2, 3, 4
-_ERR_UNSUP, _ERR_INVALID, _ERR_UNKNOWN, _ERR_TOO_BIG = (
-    (1 << 31) + 1,
-    (1 << 31) + 3,
-    (1 << 31) + 6,
-    (1 << 31) + 9,
-)
-_INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
-# HAS_FLAGS, READ_ONLY, SEND_DF, CAN_MULTI_CONN, SEND_CACHE
-_EXPORT_FLAGS = 1 | 2 | 128 | 256 | 1024
 _READ, _WRITE, _DISC, _CACHE, _BLOCK_STATUS = 0, 1, 2, 5, 7
 _FLAG_REQ_ONE = 8
 _DONE = 1
 _NONE, _OFFSET_DATA, _STATUS, _ERROR = 0, 1, 5, (1 << 15) + 1
 _HOLE_AND_ZERO = 3
-_CONTEXT = b"base:allocation"
-_CONTEXT_ID = 1
 
-_OPTION = struct.Struct(">QII")
-_OPTION_REPLY = struct.Struct(">QIII")
 _REQUEST = struct.Struct(">IHHQQI")
 _SIMPLE = struct.Struct(">IIQ")
 _CHUNK = struct.Struct(">IHHQI")
@@ -83,10 +61,6 @@ class Source(Protocol):
         ...
 
 
-class _Broken(Exception):
-    """The client broke the protocol: its connection ends."""
-
-
 class Connection(asyncio.Protocol):
     """One client. The phase is the method in `_phase`; each call of it consumes one message or returns False."""
 
@@ -94,10 +68,10 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._source = server.source
         self._buffer = bytearray()
-        self._phase = self._client_flags
+        self._handshake = Handshake(server.name, server.source.size_bytes)
+        self._phase = self._negotiate
         self._skip_bytes = 0
-        self._options = 0
-        self._no_zeroes = self._structured = self._context = False
+        self._structured = self._context = False
         self._paused = False
         self._in_flight: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
@@ -112,8 +86,7 @@ class Connection(asyncio.Protocol):
             return
         self._transport.set_write_buffer_limits(high=4 << 20)
         self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_S, self._transport.abort)
-        # FIXED_NEWSTYLE | NO_ZEROES
-        self._transport.write(struct.pack(">QQH", _NBDMAGIC, _IHAVEOPT, 3))
+        self._transport.write(GREETING)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline:
@@ -142,7 +115,7 @@ class Connection(asyncio.Protocol):
         try:
             while not self._transport.is_closing() and self._room() and self._phase():
                 pass
-        except _Broken:
+        except Broken:
             self._transport.abort()
         if self._transport.is_closing():
             return
@@ -158,130 +131,19 @@ class Connection(asyncio.Protocol):
             and self._in_flight_bytes < MAX_IN_FLIGHT_BYTES
         )
 
-    # -- handshake
-
-    def _client_flags(self) -> bool:
-        if len(self._buffer) < 4:
+    def _negotiate(self) -> bool:
+        answer = self._handshake.step(self._buffer)
+        if answer is None:
             return False
-        (flags,) = struct.unpack_from(">I", self._buffer)
-        if flags & ~3 or not flags & 1:
-            raise _Broken("unknown client flags")
-        self._no_zeroes = bool(flags & 2)
-        del self._buffer[:4]
-        self._phase = self._option
-        return True
-
-    def _option(self) -> bool:
-        if len(self._buffer) < _OPTION.size:
-            return False
-        magic, option, length = _OPTION.unpack_from(self._buffer)
-        self._options += 1
-        if magic != _IHAVEOPT or self._options > OPTIONS_MAX or length > MAX_REQUEST_BYTES:
-            raise _Broken("bad option")
-        if length > OPTION_MAX_BYTES:
-            del self._buffer[: _OPTION.size]
-            self._skip(length)
-            self._answer(option, _ERR_TOO_BIG)
-            return True
-        end = _OPTION.size + length
-        if len(self._buffer) < end:
-            self._options -= 1
-            return False
-        payload = bytes(self._buffer[_OPTION.size : end])
-        del self._buffer[:end]
-        self._choose(option, payload)
-        return True
-
-    def _choose(self, option: int, payload: bytes) -> None:
-        if option == _EXPORT_NAME:
-            if payload not in (b"", self._server.name):
-                raise _Broken("no such export")
-            tail = b"" if self._no_zeroes else bytes(124)
-            self._transport.write(struct.pack(">QH", self._source.size_bytes, _EXPORT_FLAGS) + tail)
-            self._transmit()
-        elif option == _ABORT:
-            self._answer(option, _ACK)
+        self._transport.write(answer)
+        if self._handshake.aborted:
             self._transport.close()
-        elif option == _LIST:
-            if payload:
-                self._answer(option, _ERR_INVALID)
-                return
-            name = self._server.name
-            self._answer(option, _SERVER, struct.pack(">I", len(name)) + name)
-            self._answer(option, _ACK)
-        elif option == _STRUCTURED_REPLY:
-            self._structured = self._structured or not payload
-            self._answer(option, _ERR_INVALID if payload else _ACK)
-        elif option in (_INFO, _GO):
-            self._describe(option, payload)
-        elif option in (_LIST_META, _SET_META):
-            self._contexts(option, payload)
-        else:
-            self._answer(option, _ERR_UNSUP)
-
-    def _describe(self, option: int, payload: bytes) -> None:
-        name, rest = _counted(payload)
-        if name is None or len(rest) < 2 or len(rest) != 2 + 2 * int.from_bytes(rest[:2], "big"):
-            self._answer(option, _ERR_INVALID)
-        elif name not in (b"", self._server.name):
-            self._answer(option, _ERR_UNKNOWN)
-        else:
-            size = self._source.size_bytes
-            self._answer(option, _REP_INFO, struct.pack(">HQH", _INFO_EXPORT, size, _EXPORT_FLAGS))
-            block = struct.pack(">HIII", _INFO_BLOCK_SIZE, 1, 4096, MAX_REQUEST_BYTES)
-            self._answer(option, _REP_INFO, block)
-            self._answer(option, _ACK)
-            if option == _GO:
-                self._transmit()
-
-    def _contexts(self, option: int, payload: bytes) -> None:
-        name, rest = _counted(payload)
-        if option == _SET_META:
-            self._context = False
-        if name is None or len(rest) < 4 or not self._structured:
-            self._answer(option, _ERR_INVALID)
-            return
-        if name not in (b"", self._server.name):
-            self._answer(option, _ERR_UNKNOWN)
-            return
-        count, rest = int.from_bytes(rest[:4], "big"), rest[4:]
-        wanted = option == _LIST_META and not count
-        for _ in range(count):
-            query, rest = _counted(rest)
-            if query is None:
-                self._answer(option, _ERR_INVALID)
-                return
-            wanted = wanted or query == _CONTEXT or (query == b"base:" and option == _LIST_META)
-        if rest:
-            self._answer(option, _ERR_INVALID)
-            return
-        if wanted:
-            self._context = self._context or option == _SET_META
-            self._answer(option, _META_CONTEXT, struct.pack(">I", _CONTEXT_ID) + _CONTEXT)
-        self._answer(option, _ACK)
-
-    def _answer(self, option: int, kind: int, payload: bytes = b"") -> None:
-        self._transport.write(_OPTION_REPLY.pack(_REPLY_MAGIC, option, kind, len(payload)) + payload)
-
-    def _transmit(self) -> None:
-        if self._deadline:
-            self._deadline.cancel()
-        self._phase = self._requests
-
-    def _skip(self, length: int) -> None:
-        """Pass over payload bytes before the phase goes on."""
-        resume = self._phase
-        self._skip_bytes = length
-
-        def skipping() -> bool:
-            step = min(self._skip_bytes, len(self._buffer))
-            del self._buffer[:step]
-            self._skip_bytes -= step
-            if not self._skip_bytes:
-                self._phase = resume
-            return not self._skip_bytes
-
-        self._phase = skipping
+        elif self._handshake.agreed:
+            if self._deadline:
+                self._deadline.cancel()
+            self._structured, self._context = self._handshake.structured, self._handshake.context
+            self._phase = self._requests
+        return True
 
     # -- transmission
 
@@ -295,7 +157,7 @@ class Connection(asyncio.Protocol):
             magic, flags, kind, cookie, offset, length = _REQUEST.unpack_from(buffer, position)
             position += 28
             if magic != _REQUEST_MAGIC:
-                raise _Broken("bad request")
+                raise Broken("bad request")
             if kind == _READ and 0 < length <= MAX_REQUEST_BYTES and offset + length <= size:
                 data = read_now(offset, length)
                 if data is None:
@@ -313,7 +175,7 @@ class Connection(asyncio.Protocol):
             else:
                 out.append(self._other(flags, kind, cookie, offset, length))
                 if kind == _WRITE and length:
-                    self._skip(length)
+                    self._skip_bytes, self._phase = length, self._skip
                     break
         del buffer[:position]
         self._transport.writelines(out)
@@ -323,7 +185,7 @@ class Connection(asyncio.Protocol):
         """Everything but a plain read of a range inside the disk."""
         inside = length > 0 and offset + length <= self._source.size_bytes
         if kind == _WRITE and length > MAX_REQUEST_BYTES:
-            raise _Broken("oversized write")
+            raise Broken("oversized write")
         if kind == _CACHE and inside:
             self._source.prefetch(offset, length)
             return self._done(cookie)
@@ -331,10 +193,20 @@ class Connection(asyncio.Protocol):
             extents = self._source.extents(offset, length)
             extents = extents[: 1 if flags & _FLAG_REQ_ONE else STATUS_MAX_EXTENTS]
             words = [word for run, hole in extents for word in (run, _HOLE_AND_ZERO if hole else 0)]
-            body = struct.pack(f">I{len(words)}I", _CONTEXT_ID, *words)
+            body = struct.pack(f">I{len(words)}I", CONTEXT_ID, *words)
             return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _STATUS, cookie, len(body)) + body
         # Commands 1, 4 and 6 change data.
         return self._failed(cookie, errno.EPERM if kind in (_WRITE, 4, 6) else errno.EINVAL)
+
+    def _skip(self) -> bool:
+        """Pass over the payload of a write."""
+        step = min(self._skip_bytes, len(self._buffer))
+        del self._buffer[:step]
+        self._skip_bytes -= step
+        if self._skip_bytes:
+            return False
+        self._phase = self._requests
+        return True
 
     def _start(self, work: Coroutine[Any, Any, None], length: int) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -371,14 +243,6 @@ class Connection(asyncio.Protocol):
         if self._structured:
             return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _ERROR, cookie, 6) + struct.pack(">IH", number, 0)
         return _SIMPLE.pack(_SIMPLE_MAGIC, number, cookie)
-
-
-def _counted(data: bytes) -> tuple[bytes | None, bytes]:
-    """Split off a string with a 32-bit length before it; None if it is cut short."""
-    length = int.from_bytes(data[:4], "big")
-    if len(data) < 4 + length:
-        return None, data
-    return data[4 : 4 + length], data[4 + length :]
 
 
 class NbdServer:

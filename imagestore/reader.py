@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from imagestore.backend import Buffer
 from imagestore.filling import Filling
-from imagestore.nbd import MAX_REQUEST_BYTES, STATUS_MAX_EXTENTS
+from imagestore.nbd import STATUS_MAX_EXTENTS
+from imagestore.nbd_handshake import MAX_REQUEST_BYTES
 from imagestore.trace import Recorder
 
 # Never written and so never more than the kernel's one page of zeros.
