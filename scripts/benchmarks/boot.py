@@ -34,9 +34,9 @@ from imagestore.imaged import control_socket
 from imagestore.manifest import Manifest
 from imagestore.nbd import NbdServer
 from imagestore.open import open_store
+from imagestore.open_images import SETTLE_S
 from imagestore.partial import PartialImage
 from imagestore.push import push
-from imagestore.service import SETTLE_S
 from imagestore.store import layout_key, manifest_key
 from imagestore.trace import Trace, trace_key
 from tests.servers import free_ports

@@ -96,14 +96,14 @@ def _mirrors() -> tuple[str, str]:
     return main, security.rstrip("/")
 
 
-def sources(updates: bool) -> str:
+def sources(updates: bool, codename: str = CODENAME) -> str:
     main, security = _mirrors()
     keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
     signed = f" [signed-by={keyring}]" if keyring.exists() else ""
-    lines = [f"deb{signed} {main} {CODENAME} main"]
+    lines = [f"deb{signed} {main} {codename} main"]
     if updates:
-        lines.append(f"deb{signed} {main} {CODENAME}-updates main")
-        lines.append(f"deb{signed} {security} {CODENAME}-security main")
+        lines.append(f"deb{signed} {main} {codename}-updates main")
+        lines.append(f"deb{signed} {security} {codename}-security main")
     return "\n".join(lines) + "\n"
 
 
