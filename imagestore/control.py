@@ -16,7 +16,8 @@ from typing import Any
 from imagestore import errors
 from imagestore.digest import Digest
 from imagestore.errors import Invalid, StoreError, Unavailable
-from imagestore.service import SETTLE_S, ImageService
+from imagestore.open_images import SETTLE_S
+from imagestore.service import ImageService
 
 _LINE_BYTES = 1 << 20
 Request = dict[str, Any]
@@ -97,10 +98,10 @@ class ControlServer:
         await self._service.sync(r["readers"])
 
     async def _do_booted(self, r: Request) -> None:
-        self._service.booted(r["reader"], float(r.get("settle_s", SETTLE_S)))
+        self._service.images.booted(r["reader"], float(r.get("settle_s", SETTLE_S)))
 
     async def _do_figures(self, r: Request) -> Request:
-        return self._service.figures(r["reader"])
+        return self._service.images.figures(r["reader"])
 
     async def _do_leave(self, r: Request) -> None:
         self.alone = True
@@ -115,7 +116,7 @@ class ControlServer:
         self._service.pin(Digest.parse(r["image"]), pinned=False)
 
     async def _do_prefetch(self, r: Request) -> None:
-        await self._service.prefetch(Digest.parse(r["image"]))
+        await self._service.images.fetch(Digest.parse(r["image"]))
 
     async def _do_prune(self, r: Request) -> list[str]:
         return await self._service.prune(int(r["limit_bytes"]))
@@ -124,11 +125,7 @@ class ControlServer:
         return {"pid": os.getpid(), "free_bytes": self._service.free_bytes(), "images": self._service.ls()}
 
     async def _do_watch(self, r: Request) -> list[Request]:
-        after = int(r["after"])
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(60.0, float(r.get("wait_s", 20)))), self._service.happened:
-                await self._service.happened.wait_for(lambda: self._service.newest > after)
-        return [event for event in self._service.events if event["seq"] > after]
+        return await self._service.events(int(r["after"]), min(60.0, float(r.get("wait_s", 20))))
 
 
 class Away(Unavailable):

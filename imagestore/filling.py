@@ -305,19 +305,13 @@ def _group(layout: Layout | None, count: int) -> tuple[list[list[int]], list[int
     """Chunks by frame in pack order: groups, group of each chunk, stored bytes, whether it follows its predecessor."""
     if layout is None:
         blind = [list(range(at, min(at + _BLIND_GROUP, count))) for at in range(0, count, _BLIND_GROUP)]
-        return (
-            blind,
-            [c // _BLIND_GROUP for c in range(count)],
-            [REQUEST_BYTES] * len(blind),
-            [True] * len(blind),
-        )
+        groups_of = [c // _BLIND_GROUP for c in range(count)]
+        return blind, groups_of, [REQUEST_BYTES] * len(blind), [True] * len(blind)
     packs, offsets, sizes = (
         column.tolist() for column in (layout.frame_packs, layout.frame_offsets, layout.frame_sizes)
     )
     order = sorted(range(len(packs)), key=lambda f: (packs[f], offsets[f]))
-    rank = [0] * len(order)
-    for at, frame in enumerate(order):
-        rank[frame] = at
+    rank = {frame: at for at, frame in enumerate(order)}
     group_of = [rank[frame] for frame in layout.chunk_frames.tolist()]
     groups: list[list[int]] = [[] for _ in order]
     for chunk, group in enumerate(group_of):

@@ -16,6 +16,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -94,7 +95,7 @@ def run(
 ) -> None:
     """Serve until told to end. Raises Conflict when another one serves this state directory, Invalid."""
     try:
-        options = options if not group else options.for_group(grp.getgrnam(group).gr_gid)
+        options = replace(options, socket_group=grp.getgrnam(group).gr_gid) if group else options
         entry = pwd.getpwnam(user) if user else None
     except KeyError as error:
         raise Invalid(f"there is no user {user!r} or no group {group!r}") from error
@@ -130,7 +131,8 @@ async def _serve(state: Path, stores: Sequence[str], options: Options, while_nee
                     await ended.wait()
             if not (state / "cache").is_dir():
                 break  # the installation was removed under us: nobody can reach us any more
-            if while_needed and not service.busy and control.silent_s > (0 if control.alone else _LONELY_S):
+            lonely = control.silent_s > (0 if control.alone else _LONELY_S)
+            if while_needed and lonely and not service.images.busy:
                 break
         await control.close()
         await service.close()

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ class Brought:
     kept: list[int] = field(default_factory=list)
     loose: dict[int, Buffer] = field(default_factory=dict)
     """Verified chunks that the disk had no room for."""
-    received: dict[str, int] = field(default_factory=dict)
+    received: Counter[str] = field(default_factory=Counter)
     """Bytes by kind of origin."""
     requests: int = 0
     error: StoreError | None = None
@@ -48,9 +49,8 @@ class Intake:
 
     def bring(self, chunks: Sequence[int], origins: Sequence[Origin], brought: Brought) -> None:
         """Fetch, verify and keep; goes on to the next origin where one fails. Never raises StoreError or OSError."""
-        missing = dict.fromkeys(c for c in chunks if c not in brought.loose)
-        for chunk in brought.kept:
-            missing.pop(chunk, None)
+        came = {*brought.kept, *brought.loose}
+        missing = dict.fromkeys(c for c in chunks if c not in came)
         now = time.monotonic()
         for origin in sorted(origins, key=lambda o: self.down.get(o, 0.0) > now):
             if not missing:
@@ -58,9 +58,7 @@ class Intake:
             try:
                 for batch in origin.fetch(list(missing)):
                     brought.requests += batch.clone is None
-                    brought.received[origin.kind] = (
-                        brought.received.get(origin.kind, 0) + batch.received_bytes
-                    )
+                    brought.received[origin.kind] += batch.received_bytes
                     with _KEEPING:
                         self._keep(batch, origin, brought, missing)
             except (StoreError, OSError) as error:

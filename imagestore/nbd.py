@@ -46,19 +46,15 @@ class Source(Protocol):
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """The bytes if they can be had without waiting, else None. Never raises for a range inside the disk."""
-        ...
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes, however long it takes. Raises OSError when they cannot be had."""
-        ...
 
     def extents(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
         """(length, is a hole) pairs that cover the range in order; neighbours differ."""
-        ...
 
     def prefetch(self, offset: int, length: int) -> None:
         """The client will want this range."""
-        ...
 
 
 class Connection(asyncio.Protocol):
@@ -75,22 +71,20 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._in_flight: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
-        self._deadline: asyncio.TimerHandle | None = None
 
     # -- transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_S, self._transport.abort)
         if not self._server.admit(self):
             self._transport.abort()
             return
         self._transport.set_write_buffer_limits(high=4 << 20)
-        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_S, self._transport.abort)
         self._transport.write(GREETING)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._deadline:
-            self._deadline.cancel()
+        self._deadline.cancel()
         for task in self._in_flight:
             task.cancel()
         self._buffer.clear()
@@ -139,8 +133,7 @@ class Connection(asyncio.Protocol):
         if self._handshake.aborted:
             self._transport.close()
         elif self._handshake.agreed:
-            if self._deadline:
-                self._deadline.cancel()
+            self._deadline.cancel()
             self._structured, self._context = self._handshake.structured, self._handshake.context
             self._phase = self._requests
         return True

@@ -258,9 +258,3 @@ class PartialImage:
         self.path = path
         durable.fsync_directory(path.parent)
         self._have_path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Close and delete both files, the bits first."""
-        self.close()
-        self._have_path.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)

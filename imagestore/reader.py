@@ -4,6 +4,7 @@ import asyncio
 import mmap
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from imagestore.backend import Buffer
 from imagestore.filling import Filling
@@ -78,3 +79,8 @@ class Reader:
 
     def prefetch(self, offset: int, length: int) -> None:
         self._filling.prefetch(self._partial.chunks(offset, length))
+
+    def figures(self) -> dict[str, Any]:
+        """How its reads fared."""
+        told = {"reads": self.reads, "waits": self.waits, "failures": self.failures}
+        return told | {"waited_s": round(self.waited_s, 3)}
