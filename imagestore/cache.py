@@ -259,9 +259,17 @@ def list_images(directory: Path) -> list[dict[str, Any]]:
         with suppress(OSError, ValueError):
             readers.setdefault(json.loads(path.read_text())["image"], []).append(path.stem)
     rows: list[dict[str, Any]] = []
-    for path in sorted([*directory.glob("*.raw"), *directory.glob("*.part")]):
+    # Incomplete ones first: one that is completed meanwhile is found under its final name, here or below.
+    paths = [*directory.glob("*.part"), *directory.glob("*.raw")]
+    for path in sorted(paths):
         with suppress(StoreError, FileNotFoundError):
-            digest, status = Digest.parse(path.stem), path.stat()
+            digest, raw = Digest.parse(path.stem), path.with_suffix(".raw")
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                if raw in paths:
+                    continue
+                path, status = raw, raw.stat()
             rows.append(
                 {
                     "digest": str(digest),

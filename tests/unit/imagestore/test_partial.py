@@ -3,13 +3,16 @@
 import itertools
 import os
 import random
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imagestore.cache import list_images
 from imagestore.digest import Digest
 from imagestore.manifest import Manifest
 from imagestore.partial import PartialImage
@@ -181,3 +184,15 @@ def test_a_complete_image_is_sealed_under_its_final_name_and_read_from_there(tmp
     assert bytes(partial.read_now(0, 70_000) or b"") == DATA[:70_000]
     again = PartialImage(raw, DIGEST, MANIFEST, whole=True)
     assert again.complete and bytes(again.read_now(5, 10) or b"") == DATA[5:15]
+
+
+def test_an_image_that_is_completed_while_the_cache_is_listed_is_on_the_list(tmp_path: Path) -> None:
+    part, raw = tmp_path / f"{DIGEST.hex()}.part", tmp_path / f"{DIGEST.hex()}.raw"
+    with ThreadPoolExecutor(1) as pool:
+        for microseconds in range(1000):
+            part.touch()
+            listing = pool.submit(list_images, tmp_path)
+            time.sleep(microseconds % 200 / 1e6)
+            part.rename(raw)
+            assert [row["digest"] for row in listing.result()] == [str(DIGEST)]
+            raw.unlink()
