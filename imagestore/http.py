@@ -19,6 +19,7 @@ from imagestore.backend import MAX_BYTES, Object, ObjectStat, ReadOnly, check_ke
 from imagestore.errors import Corrupt, Denied, NotFound, StoreError, Unavailable, Unsupported
 
 _REDIRECTS = 5
+_CONNECT_S = 10.0
 _PART_BYTES = 64 << 10
 """As much as a socket mostly has, and little enough for malloc to keep."""
 _MUTABLE = ("names", "layouts", "hooks", "gc", "tuf")
@@ -33,7 +34,7 @@ class Http(ReadOnly):
         self._base = self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         self._headers = urllib3.make_headers(accept_encoding="identity", basic_auth=_credentials(url))
         self._patience_s, self._slowest_bytes_s = patience_s, slowest_bytes_s
-        self._timeout = urllib3.Timeout(10.0, patience_s)
+        self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=patience_s)
         self._proxies = getproxies()
         self._pools: dict[str, urllib3.PoolManager] = {}
         """By proxy; "" is none."""

@@ -264,6 +264,16 @@ def test_a_profile_or_endpoint_that_is_none_is_invalid() -> None:
             S3("bucket", **options)
 
 
+def test_a_server_may_think_for_longer_than_it_may_take_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(connection: socket.socket, request: bytes) -> None:
+        time.sleep(0.6)
+        sends("200 OK", b"hi", "Content-Length: 2")(connection, request)
+
+    monkeypatch.setattr("imagestore.http._CONNECT_S", 0.3)
+    with liar(slow) as url:
+        assert Http(url).get("store.json").data == b"hi"
+
+
 def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bytes] = []
 
