@@ -6,8 +6,10 @@ so that neither a crash nor a bad disk needs a record of what is there. Names an
 for every time, and their last copy is the answer while upstream is away.
 """
 
+import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from imagestore.store import untrashed
 _REQUEST_BYTES = 4 << 20
 _NAMED = ("manifests", "index")
 _MOST_PACKS = 4096
+_AWAY_S = 30.0
+"""An upstream that did not answer is left alone for so long where there is a copy: its retries took long enough."""
 Frames = list[int]
 """Numbers of frames, or places in a pack by frame."""
 
@@ -53,6 +57,7 @@ class PullThrough(ReadOnly):
         self._limit_bytes = limit_bytes
         self._packs: dict[str, _Pack] = {}
         self._lock = threading.Lock()
+        self._away_until_s = 0.0
         self._running: dict[tuple[str, int], Future[None]] = {}
         self._kept_bytes = sum(path.stat().st_blocks * 512 for path in self._frames.iterdir())
 
@@ -86,9 +91,13 @@ class PullThrough(ReadOnly):
         with self._alone(key, -1) as first:
             if named and not first:
                 return self._whole(key)
+            if time.monotonic() < self._away_until_s:
+                with contextlib.suppress(NotFound):
+                    return self._kept.get(key)
             try:
                 found = self._upstream.get(key)
             except Unavailable:
+                self._away_until_s = time.monotonic() + _AWAY_S
                 return self._kept.get(key)
             if named and Digest.of(untrashed(found.data)).hex() != key[-64:]:
                 raise Corrupt(f"{self.url}/{key}: the bytes do not match the name")
