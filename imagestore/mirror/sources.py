@@ -24,7 +24,6 @@ from imagestore.errors import Invalid, NotFound
 from imagestore.names import check_architecture, check_name
 
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
-STRONG = ("sha256", "sha384", "sha512")
 _GNU = re.compile(r"^\\?([0-9a-fA-F]{32,128})\s+[ *]?(.+?)\s*$", re.MULTILINE)
 _BSD = re.compile(r"^(MD5|SHA1|SHA256|SHA384|SHA512) \((.+?)\) = ([0-9a-fA-F]+)\s*$", re.MULTILINE)
 _BARE = re.compile(r"\s*([0-9a-fA-F]{32,128})\s*")
