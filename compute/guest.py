@@ -24,7 +24,7 @@ from compute.console import ConsoleLog
 from compute.disks import Disks
 from compute.errors import ComputeError, Conflict, Unavailable
 from compute.interfaces import Interfaces
-from compute.libvirt_adapter import DomainState
+from compute.libvirt_adapter import DomainState, Refused
 from compute.owner import Host, Owner, Phase
 from compute.spec import InstanceSpec, InstanceState, InstanceStatus, Power
 from imagestore.errors import StoreError
@@ -180,11 +180,24 @@ class Guest(Owner):
         return True
 
     async def _power_on(self) -> None:
-        """Define, start with the CPUs stopped, move the taps into their networks, let the CPUs run."""
-        uuid, hypervisor, host = self.spec.uuid, self.host.hypervisor, self.host
         began = time.monotonic()
         self._publish(self._stage_now(), DomainState("transition-to-on"))
         await self.save(phase=Phase.STARTING)
+        for again in (True, True, False):
+            try:
+                await self._start()
+                break
+            except Refused as err:
+                # An image service that is killed between its answer and qemu's connection is there again soon.
+                if not again or not self.record.served:
+                    raise
+                log.warning("instance %s is started once more: %s", self.spec.uuid, err)
+        await self.save(phase=Phase.UP, created=True, message="", crashed=False)
+        self.event("started", duration_s=time.monotonic() - began, accel=str(self.host.verdict))
+
+    async def _start(self) -> None:
+        """Define, start with the CPUs stopped, move the taps into their networks, let the CPUs run."""
+        uuid, hypervisor, host = self.spec.uuid, self.host.hypervisor, self.host
         await host.do(hypervisor.destroy, uuid)  # of an attempt that was cut off before its CPUs ran
         await self._interfaces.remove()
         async with AsyncExitStack() as undo:
@@ -195,9 +208,8 @@ class Guest(Owner):
             if images is None:
                 raise Conflict("the instance is to be deleted")
             disks = self._disks.devices(images)
-            await self.save(
-                served=tuple(disk.device for disk in disks if disk.socket), deferred=(), arrived={}
-            )
+            served = tuple(disk.device for disk in disks if disk.socket)
+            await self.save(served=served, deferred=(), arrived={})
             await host.do(self._materialise, tuple(nics), disks)
             await host.do(hypervisor.start_paused, uuid)
             for disk in disks:
@@ -207,8 +219,6 @@ class Guest(Owner):
             if self.spec.power is Power.ON:
                 await host.do(hypervisor.resume, uuid)
             undo.pop_all()
-        await self.save(phase=Phase.UP, created=True, message="", crashed=False)
-        self.event("started", duration_s=time.monotonic() - began, accel=str(host.verdict))
 
     def _materialise(self, nics: tuple[domain.Nic, ...], disks: tuple[domain.Disk, ...]) -> None:
         """Config drive and domain definition from the newest spec."""

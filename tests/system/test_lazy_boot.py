@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from compute import domain, libvirt_adapter
 from compute.agent import Agent
 from compute.errors import NotFound
+from compute.image_jobs import Backing, Say
 from compute.image_service import ServedImages, Settings
 from compute.overlay import snapshots
 from compute.spec import DiskSpec, InstanceSpec, Power
@@ -215,6 +217,35 @@ def test_a_guest_that_is_deleted_while_the_service_is_away_does_not_keep_the_nex
             async with asyncio.timeout(60):
                 while not await _answers(bench) or list((bench.directory / "cache" / "readers").iterdir()):
                     await asyncio.sleep(0.1)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+def test_a_service_that_is_killed_between_its_answer_and_the_guests_start_fails_no_guest(
+    bench: LazyBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = 0
+
+    class Killed(ServedImages):
+        async def backing(self, reader: str, digest: str, say: Say) -> Backing:
+            nonlocal answers
+            found = await super().backing(reader, digest, say)
+            answers += 1
+            if answers == 2:  # the first one is for making the overlay
+                os.kill(await bench.pid(), signal.SIGKILL)
+            return found
+
+    monkeypatch.setattr(sys.modules[__name__], "ServedImages", Killed)
+    bench.fill = "never"
+
+    async def story() -> None:
+        spec = bench.sector()
+        async with bench.agent() as agent:
+            bench.desk.want(spec)
+            await says(agent, spec, b"HELLO")
+            assert answers == 3
+            await remove(bench, spec)
         await bench.service_is_gone()
 
     asyncio.run(story())
