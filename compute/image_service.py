@@ -72,7 +72,7 @@ class ServedImages(ImageJobs):
         self._missed.pop(reader, None)
         settings = self._settings
         options: dict[str, Any] = {"fill": settings.fill, "patience_s": settings.patience_s}
-        deadline = asyncio.get_running_loop().time() + _START_S
+        deadline = asyncio.get_running_loop().time() + 2 * _START_S
         while True:
             try:
                 await self._ensure_running()
@@ -196,13 +196,15 @@ class ServedImages(ImageJobs):
                 return
             except Unavailable:
                 pass
-            if self._process is None or self._process.poll() is not None:
-                try:
-                    self._process = await asyncio.to_thread(self._spawn)
-                except OSError as err:
-                    raise Unavailable(f"the image service cannot be started: {err}") from err
             deadline = asyncio.get_running_loop().time() + _START_S
             while asyncio.get_running_loop().time() < deadline:
+                if self._process is None or self._process.poll() is not None:
+                    if self._process is not None:
+                        await asyncio.sleep(0.1)  # it may end at once, again and again
+                    try:
+                        self._process = await asyncio.to_thread(self._spawn)
+                    except OSError as err:
+                        raise Unavailable(f"the image service cannot be started: {err}") from err
                 try:
                     await self._client.ask("figures", reader="", timeout_s=_START_S)
                     return
