@@ -20,6 +20,8 @@ from imagestore.errors import Corrupt, Denied, NotFound, StoreError, Unavailable
 
 _REDIRECTS = 5
 _CONNECT_S = 10.0
+_KEPT = 64
+"""Connections: more than any process of ours has threads that read from one store."""
 _PART_BYTES = 64 << 10
 """As much as a socket mostly has, and little enough for malloc to keep."""
 _MUTABLE = ("names", "layouts", "hooks", "gc", "tuf")
@@ -85,7 +87,7 @@ class Http(ReadOnly):
         if proxy and proxy_bypass(parts.netloc.rpartition("@")[2]):
             proxy = ""
         if proxy not in self._pools:
-            more: dict[str, Any] = {"maxsize": 16, "ssl_context": ssl.create_default_context()}
+            more: dict[str, Any] = {"maxsize": _KEPT, "ssl_context": ssl.create_default_context()}
             if proxy:
                 at = proxy if "://" in proxy else f"http://{proxy}"
                 headers = urllib3.make_headers(proxy_basic_auth=_credentials(at))
@@ -99,7 +101,7 @@ class Http(ReadOnly):
         headers = {**self._headers, **headers}
         if key.partition("/")[0] in _MUTABLE:
             headers["Cache-Control"] = "no-cache"
-        url = first = f"{self._base}/{check_key(key)}"
+        url = f"{self._base}/{check_key(key)}"
         try:
             for _ in range(_REDIRECTS + 1):
                 response = self._pool(url).request(
@@ -110,11 +112,11 @@ class Http(ReadOnly):
                 if not location:
                     return self._checked(response, key)
                 response.close()
-                url = urljoin(url, location)
-                scheme, netloc = urlsplit(url)[:2]
-                if scheme not in ("https", urlsplit(first).scheme):
-                    raise Denied(f"{self.url}/{key}: a redirect to {scheme}: is not followed")
-                if netloc != urlsplit(first).netloc:
+                old, url = urlsplit(url), urljoin(url, location)
+                new = urlsplit(url)
+                if new.scheme not in ("https", old.scheme):
+                    raise Denied(f"{self.url}/{key}: a redirect to {new.scheme}: is not followed")
+                if new.netloc != old.netloc:
                     headers.pop("authorization", None)
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as err:
             if "CERTIFICATE_VERIFY_FAILED" in str(err):
