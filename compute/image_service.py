@@ -156,7 +156,8 @@ class ServedImages(ImageJobs):
                 return
             except StoreError as err:
                 log.info("image service, %s: %s", op, err)
-            self._missed.pop(reader, None)
+            if self._missed.get(reader) == op:  # and not something newer
+                del self._missed[reader]
 
     async def _tell(self, op: str, **arguments: Any) -> Any:
         try:
