@@ -11,20 +11,20 @@ from cli.errors import INTERRUPTED, OK, USAGE, exit_code, one_line
 from cli.settings import Settings
 
 MEMBERS = {
-    "image": ("cli.image:image", "Push, pull and manage disk images."),
-    "instance": ("cli.instance:instance", "Create, watch and control guests."),
-    "network": ("cli.network:network", "Virtual networks for guests."),
-    "store": ("cli.store:store", "Make, check and copy image stores."),
-    "cache": ("cli.cache:cache", "Images that this node holds."),
-    "mirror": ("cli.mirror:mirror", "Carry images for others, sign their names, serve them."),
-    "remote": ("cli.store:remote", "Other stores to look names up in."),
-    "node": ("cli.cluster:node", "Machines of the cluster."),
-    "namespace": ("cli.cluster:namespace", "Tenants."),
-    "key": ("cli.cluster:key", "Keys of a namespace."),
-    "serve": ("cli.serve:serve", "Run the API and this machine's agent."),
-    "agent": ("cli.serve:agent", "Run this machine as a node of a server elsewhere."),
-    "imaged": ("cli.cache:imaged", "Run this node's image service."),
-    "completion": ("cli.serve:completion", "Print the shell's completion script."),
+    "image": ("cli.image.image:image", "Push, pull and manage disk images."),
+    "instance": ("cli.cloud.instance:instance", "Create, watch and control guests."),
+    "network": ("cli.cloud.network:network", "Virtual networks for guests."),
+    "store": ("cli.image.store:store", "Make, check and copy image stores."),
+    "cache": ("cli.image.cache:cache", "Images that this node holds."),
+    "mirror": ("cli.image.mirror:mirror", "Carry images for others, sign their names, serve them."),
+    "remote": ("cli.image.store:remote", "Other stores to look names up in."),
+    "node": ("cli.operate.cluster:node", "Machines of the cluster."),
+    "namespace": ("cli.operate.cluster:namespace", "Tenants."),
+    "key": ("cli.operate.cluster:key", "Keys of a namespace."),
+    "serve": ("cli.operate.serve:serve", "Run the API and this machine's agent."),
+    "agent": ("cli.operate.serve:agent", "Run this machine as a node of a server elsewhere."),
+    "imaged": ("cli.image.cache:imaged", "Run this node's image service."),
+    "completion": ("cli.operate.serve:completion", "Print the shell's completion script."),
 }
 
 EPILOG = """\b

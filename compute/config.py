@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from compute.errors import Invalid
-from imagestore.filling import Fill
+from imagestore.cache.filling import Fill
 
 _FILES = (Path("/etc/sf/config.toml"), Path("~/.config/sf/config.toml"))
 

@@ -23,25 +23,25 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from compute.agent import Agent
+from compute.agent.agent import Agent
+from compute.agent.image_service import ServedImages, Settings
 from compute.api import agents
 from compute.api import app as api
 from compute.api.context import Services
-from compute.auth import Authority, ensure_local_key
+from compute.cluster.auth import Authority, ensure_local_key
+from compute.cluster.controller import Controller
+from compute.cluster.holding import Holds
+from compute.cluster.joining import certificate
+from compute.cluster.records.networks import ensure_floating
+from compute.cluster.records.objects import Instance, Transaction, transact
+from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
-from compute.control import Controller
 from compute.errors import Conflict, Unavailable
-from compute.holding import Holds
-from compute.image_service import ServedImages, Settings
-from compute.joining import certificate
-from compute.networks import ensure_floating
-from compute.objects import Instance, Transaction, transact
-from compute.sqlite_store import SqliteStore
 from imagestore import durable
-from imagestore.cache import ImageCache
+from imagestore.cache.images import ImageCache
 from imagestore.errors import StoreError
-from imagestore.open import open_store
-from imagestore.store import Store
+from imagestore.store.open import open_store
+from imagestore.store.store import Store
 from net.plane import Plane
 
 log = logging.getLogger(__name__)

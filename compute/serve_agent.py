@@ -7,12 +7,12 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from compute import remote
-from compute.agent import Agent
+from compute.agent import link as remote
+from compute.agent.agent import Agent
 from compute.config import Config
 from compute.errors import Conflict, Invalid
 from compute.serve import close_stores, only_one, open_stores, release, reopen_stores, served
-from imagestore.cache import ImageCache
+from imagestore.cache.images import ImageCache
 from net.plane import Plane
 
 log = logging.getLogger(__name__)

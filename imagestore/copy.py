@@ -3,20 +3,20 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from imagestore.columns import first_of_each
-from imagestore.digest import Digest
 from imagestore.errors import NotFound
-from imagestore.inventory import Inventory
-from imagestore.layout import Layout
-from imagestore.leases import Lease
-from imagestore.lookup import Lookup
-from imagestore.manifest import Manifest
-from imagestore.names import NameRecord
-from imagestore.packing import Packer
-from imagestore.placement import Placement
-from imagestore.publish import check_present, publish
-from imagestore.store import Store
-from imagestore.transfer import carry, frames_of
+from imagestore.formats.columns import first_of_each
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
+from imagestore.store.inventory import Inventory
+from imagestore.store.leases import Lease
+from imagestore.store.lookup import Lookup
+from imagestore.store.names import NameRecord
+from imagestore.store.packing import Packer
+from imagestore.store.placement import Placement
+from imagestore.store.publish import check_present, publish
+from imagestore.store.store import Store
+from imagestore.store.transfer import carry, frames_of
 
 
 @dataclass(frozen=True, slots=True)

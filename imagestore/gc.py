@@ -15,18 +15,18 @@ import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from imagestore import index
-from imagestore.backend import ObjectStat
-from imagestore.digest import Digest
+from imagestore.backends.protocol import ObjectStat
 from imagestore.errors import Conflict, Corrupt, NotFound, StoreError, Unsupported
-from imagestore.inventory import Inventory, Table, named, read_layouts
-from imagestore.layout import Layout
-from imagestore.leases import Condemned, Lease, exists, held, leases
-from imagestore.names import NameRecord, name_key
-from imagestore.packing import Packer
-from imagestore.placement import Placement
-from imagestore.store import TRASH, Store, derived_key, layout_key, trashed, untrashed
-from imagestore.transfer import carry, wanted_frames
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.store import index
+from imagestore.store.inventory import Inventory, Table, named, read_layouts
+from imagestore.store.leases import Condemned, Lease, exists, held, leases
+from imagestore.store.names import NameRecord, name_key
+from imagestore.store.packing import Packer
+from imagestore.store.placement import Placement
+from imagestore.store.store import TRASH, Store, derived_key, layout_key, trashed, untrashed
+from imagestore.store.transfer import carry, wanted_frames
 
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
@@ -321,7 +321,7 @@ def find_roots(store: Store, now_s: float, before_s: float) -> Roots:
             roots.packs |= lease.packs
             roots.may |= lease.images
     if next(iter(store.backend.list("tuf/")), None) is not None:
-        from imagestore.trust import signed_targets
+        from imagestore.store.trust import signed_targets
 
         for digests in signed_targets(store.backend).values():
             roots.may |= digests

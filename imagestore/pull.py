@@ -17,9 +17,10 @@ from threading import Event
 import numpy as np
 from blake3 import blake3
 
-from imagestore import columns
-from imagestore.backend import Buffer
-from imagestore.digest import Digest
+from imagestore.backends.protocol import Buffer
+from imagestore.disks.output import Output
+from imagestore.disks.qcow2.writer import plan
+from imagestore.disks.windows import in_order
 from imagestore.durable import fsync_directory
 from imagestore.errors import (
     Cancelled,
@@ -31,15 +32,14 @@ from imagestore.errors import (
     StoreError,
     Unavailable,
 )
-from imagestore.layout import Layout
-from imagestore.manifest import Manifest
-from imagestore.output import Output
-from imagestore.pack import expand
+from imagestore.formats import columns
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
+from imagestore.formats.pack import expand
 from imagestore.progress import Progress, Report, silent
-from imagestore.qcow2_writer import plan
-from imagestore.ranges import Numbers, plan_requests
-from imagestore.store import Store, derived_key
-from imagestore.windows import in_order
+from imagestore.store.ranges import Numbers, plan_requests
+from imagestore.store.store import Store, derived_key
 
 _REQUESTS = 4
 _COPY_CHUNKS = 256

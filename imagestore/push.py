@@ -18,24 +18,24 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from imagestore import ext4
-from imagestore.columns import Ids
-from imagestore.digest import Digest
-from imagestore.disk import Disk, open_disk, read_range
+from imagestore.disks import ext4
+from imagestore.disks.open import Disk, open_disk, read_range
+from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
-from imagestore.index import LocalIndex
-from imagestore.layout import Layout
-from imagestore.leases import Lease
-from imagestore.lookup import Lookup
-from imagestore.manifest import Manifest, check_labels
-from imagestore.names import check_architecture, check_name
-from imagestore.packing import Framer, OpenFrame, Packer
-from imagestore.placement import Numbers, Placement
+from imagestore.formats.columns import Ids
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
-from imagestore.publish import publish
-from imagestore.ranges import too_scattered
-from imagestore.store import Store
-from imagestore.windows import Special, Window, Windows, in_order
+from imagestore.store.index import LocalIndex
+from imagestore.store.leases import Lease
+from imagestore.store.lookup import Lookup
+from imagestore.store.names import check_architecture, check_name
+from imagestore.store.packing import Framer, OpenFrame, Packer
+from imagestore.store.placement import Numbers, Placement
+from imagestore.store.publish import publish
+from imagestore.store.ranges import too_scattered
+from imagestore.store.store import Store
 
 _PARTS_BYTES = 10 << 20
 """Most index parts that one push reads."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from imagestore.columns import first_of_each
-from imagestore.digest import Digest
 from imagestore.errors import StoreError
+from imagestore.formats.columns import first_of_each
+from imagestore.formats.digest import Digest
 from imagestore.gc import find_roots
-from imagestore.inventory import Inventory, Table, read_layouts
-from imagestore.store import Store
+from imagestore.store.inventory import Inventory, Table, read_layouts
+from imagestore.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)

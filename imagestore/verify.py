@@ -7,21 +7,29 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from imagestore import index
+from imagestore.backends.wrappers import RateLimited
 from imagestore.copy import copy_image
-from imagestore.digest import Digest
 from imagestore.errors import Corrupt, Invalid, NotFound, StoreError, Unsupported
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
+from imagestore.formats.sealed import unseal
 from imagestore.gc import find_roots, reindex
-from imagestore.inventory import Inventory, Table, named, read_footer
-from imagestore.layout import Layout
-from imagestore.leases import CONDEMNED_KEY, Condemned
-from imagestore.manifest import Manifest
-from imagestore.names import NameRecord
 from imagestore.progress import Progress, Report, silent
-from imagestore.sealed import unseal
-from imagestore.store import INFO_KEY, Store, StoreInfo, derived_key, layout_key, manifest_key, untrashed
-from imagestore.transfer import Source, chunks_of, frames_of, read_frames, wanted_frames
-from imagestore.wrappers import RateLimited
+from imagestore.store import index
+from imagestore.store.inventory import Inventory, Table, named, read_footer
+from imagestore.store.leases import CONDEMNED_KEY, Condemned
+from imagestore.store.names import NameRecord
+from imagestore.store.store import (
+    INFO_KEY,
+    Store,
+    StoreInfo,
+    derived_key,
+    layout_key,
+    manifest_key,
+    untrashed,
+)
+from imagestore.store.transfer import Source, chunks_of, frames_of, read_frames, wanted_frames
 
 _SEALED = ("leases/", "refs/", "gc/")
 

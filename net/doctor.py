@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from net import names
-from net.facts import Admission, Dnsmasq, Entry, Kind, Link, Observed
-from net.model import NodeNetworks
-from net.plan import Action, Space, Transaction, Verb, plan
-from net.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, tap_name
+from net.plan import names
+from net.plan.facts import Admission, Dnsmasq, Entry, Kind, Link, Observed
+from net.plan.model import NodeNetworks
+from net.plan.plan import Action, Space, Transaction, Verb, plan
+from net.plan.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, tap_name
 
 
 @dataclass(frozen=True, slots=True)

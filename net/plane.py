@@ -12,15 +12,16 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from net import dnsmasq, kernel, names, nft
 from net.doctor import Finding, examine
 from net.errors import Conflict, Failed, Invalid, NetError
-from net.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
-from net.kernel import NetlinkError, Netns
-from net.model import Network, NodeNetworks, Port
-from net.observe import observe
-from net.plan import Action, Space, Transaction, Verb, diff, plan
-from net.target import VXLAN_OVERHEAD_BYTES, port_link, too_large, without_routers
+from net.kernel import kernel
+from net.kernel.kernel import NetlinkError, Netns
+from net.kernel.observe import observe
+from net.plan import dnsmasq, names, nft
+from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
+from net.plan.model import Network, NodeNetworks, Port
+from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
+from net.plan.target import VXLAN_OVERHEAD_BYTES, port_link, too_large, without_routers
 
 
 class Plane:

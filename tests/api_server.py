@@ -17,17 +17,17 @@ import uvicorn
 
 from compute.api import app as api
 from compute.api.context import Services
-from compute.auth import Authority, ensure_local_key
+from compute.cluster.auth import Authority, ensure_local_key
+from compute.cluster.controller import Controller
+from compute.cluster.images import Resolved, Resolver
+from compute.cluster.records.networks import ensure_floating
+from compute.cluster.records.objects import transact
+from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
-from compute.control import Controller
-from compute.images import Resolved, Resolver
-from compute.networks import ensure_floating
-from compute.objects import transact
-from compute.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
-from compute.sqlite_store import SqliteStore
-from imagestore.digest import Digest
+from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
 from imagestore.errors import NotFound
-from imagestore.store import Store
+from imagestore.formats.digest import Digest
+from imagestore.store.store import Store
 
 INSTALLATION = "0123abcd"
 

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from imagestore.backend import Backend, Object, ObjectStat
-from imagestore.wrappers import Wrapper
+from imagestore.backends.protocol import Backend, Object, ObjectStat
+from imagestore.backends.wrappers import Wrapper
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imagestore.control import ControlClient
+from imagestore.cache.control import ControlClient
+from imagestore.cache.imaged import control_socket
 from imagestore.errors import StoreError
-from imagestore.imaged import control_socket
 
 SF = [sys.executable, "-c", "from cli.main import main; main()"]
 

@@ -2,10 +2,10 @@
 
 from collections import Counter
 
-from compute.networks import FLOATING, Ipam
-from compute.objects import Claims, Instance, Interface, Network, Taken, Transaction
-from compute.spec import InstanceState
-from compute.state_store import StateStore
+from compute.cluster.records.networks import FLOATING, Ipam
+from compute.cluster.records.objects import Claims, Instance, Interface, Network, Taken, Transaction
+from compute.cluster.state.protocol import StateStore
+from compute.wire.spec import InstanceState
 
 
 def check(store: StateStore) -> None:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from imagestore.backend import Buffer, Object, ObjectStat, check_key, pieces
+from imagestore.backends.protocol import Buffer, Object, ObjectStat, check_key, pieces
 from imagestore.errors import Conflict, Corrupt, NotFound
 
 

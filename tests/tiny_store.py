@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import zstandard
 
-from imagestore.backend import Backend, Buffer, Object, ObjectStat
-from imagestore.chunker import ChunkerParams
-from imagestore.digest import Digest
-from imagestore.layout import Layout
-from imagestore.manifest import Manifest
-from imagestore.pack import Frame, PackWriter, compress
-from imagestore.store import Store, derived_key, layout_key, manifest_key
+from imagestore.backends.protocol import Backend, Buffer, Object, ObjectStat
+from imagestore.disks.chunker import ChunkerParams
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
+from imagestore.formats.pack import Frame, PackWriter, compress
+from imagestore.store.store import Store, derived_key, layout_key, manifest_key
 
 CHUNK = 32 << 10
 

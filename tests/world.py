@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from imagestore.backend import Backend
-from imagestore.digest import Digest
+from imagestore.backends.protocol import Backend
+from imagestore.formats.digest import Digest
 from imagestore.gc import collect
 from imagestore.pull import pull
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 from imagestore.verify import verify_store
 from tests.memory import Memory
 

@@ -20,14 +20,14 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from compute import joining
 from compute.api import problems
 from compute.api.context import Body, Services
 from compute.api.edge import Edge, Metrics
-from compute.codec import from_plain, to_plain
+from compute.cluster import joining
+from compute.cluster.records.objects import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
-from compute.objects import Transaction, transact
-from compute.spec import InstanceStatus, NodeEvent, NodeFacts
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import InstanceStatus, NodeEvent, NodeFacts
 
 _ANSWER_S = 15.0
 _LONGEST_WAIT_S = 25.0

@@ -12,8 +12,8 @@ from prometheus_client.registry import Collector
 from compute.api import artifacts, instances, namespaces, networks, nodes, problems
 from compute.api.context import Services
 from compute.api.edge import Edge, Metrics
-from compute.objects import Instance, Network, Node, Transaction
-from compute.state_store import StateStore
+from compute.cluster.records.objects import Instance, Network, Node, Transaction
+from compute.cluster.state.protocol import StateStore
 
 CAPABILITIES = (
     "artifact-metadata",

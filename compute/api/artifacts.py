@@ -9,9 +9,9 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx
 from compute.api.history import add_events, add_metadata
 from compute.api.instances import DeleteAllBody
+from compute.cluster.images import NamedImage, find_image, named_images
+from compute.cluster.records.objects import Artifact, Instance
 from compute.errors import Invalid
-from compute.images import NamedImage, find_image, named_images
-from compute.objects import Artifact, Instance
 
 router = APIRouter(tags=["artifacts"])
 

@@ -11,13 +11,13 @@ from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from compute.auth import Authority, Caller
+from compute.cluster.auth import Authority, Caller
+from compute.cluster.controller import Controller
+from compute.cluster.images import Resolver
+from compute.cluster.records.objects import Namespace, Stored, Taken, Transaction, transact
+from compute.cluster.state.protocol import StateStore
 from compute.config import Config
-from compute.control import Controller
 from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
-from compute.images import Resolver
-from compute.objects import Namespace, Stored, Taken, Transaction, transact
-from compute.state_store import StateStore
 
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
+from compute.cluster.records.objects import Event, Stored, Transaction
 from compute.errors import Invalid, NotFound
-from compute.objects import Event, Stored, Transaction
 
 METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0

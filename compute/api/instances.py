@@ -9,16 +9,16 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from compute import instances as acts
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, NamespaceBody
 from compute.api.history import add_events, add_metadata
+from compute.cluster.images import resolve_disks
+from compute.cluster.records import instances as acts
+from compute.cluster.records.networks import Want
+from compute.cluster.records.objects import Instance, Interface, Network, Transaction
+from compute.cluster.scheduler import Limits
 from compute.errors import Invalid
-from compute.images import resolve_disks
-from compute.networks import Want
-from compute.objects import Instance, Interface, Network, Transaction
-from compute.scheduler import Limits
-from compute.spec import InstanceState
+from compute.wire.spec import InstanceState
 
 router = APIRouter(tags=["instances"])
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from compute import auth
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, Services
 from compute.api.history import add_metadata
+from compute.cluster import auth
+from compute.cluster.records.objects import Namespace
 from compute.errors import Invalid, NotFound
-from compute.objects import Namespace
 
 router = APIRouter(tags=["auth"])
 

@@ -5,15 +5,15 @@ from ipaddress import IPv4Network
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from compute import networks as acts
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, NamespaceBody
 from compute.api.history import add_events, add_metadata
 from compute.api.instances import DeleteAllBody, ListBody
+from compute.cluster.records import networks as acts
+from compute.cluster.records.instances import remove_interface
+from compute.cluster.records.networks import parse_address
+from compute.cluster.records.objects import Interface, Network, Transaction, new_uuid
 from compute.errors import Conflict, Invalid, Unavailable
-from compute.instances import remove_interface
-from compute.networks import parse_address
-from compute.objects import Interface, Network, Transaction, new_uuid
 
 router = APIRouter(tags=["networks"])
 

@@ -3,14 +3,14 @@
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from compute import nodes as acts
 from compute.api import views
 from compute.api.context import Context, Ctx
 from compute.api.history import add_events, add_metadata
+from compute.cluster.joining import TOKEN_S, certificate
+from compute.cluster.joining import make_token as make_join_token
+from compute.cluster.records import nodes as acts
+from compute.cluster.records.objects import Node, Stored
 from compute.errors import Conflict, NotFound
-from compute.joining import TOKEN_S, certificate
-from compute.joining import make_token as make_join_token
-from compute.objects import Node, Stored
 
 router = APIRouter(tags=["nodes"])
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Network
 from typing import Any
 
-from compute.images import GIB, NamedImage, blob_uuid
-from compute.objects import Event, Instance, Interface, Namespace, Network, Node, Stored
-from compute.spec import InstanceState
+from compute.cluster.images import GIB, NamedImage, blob_uuid
+from compute.cluster.records.objects import Event, Instance, Interface, Namespace, Network, Node, Stored
+from compute.wire.spec import InstanceState
 
 Json = dict[str, Any]
 

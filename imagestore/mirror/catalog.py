@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from imagestore import columns
-from imagestore.digest import Digest
+from imagestore.disks.qcow2.writer import plan
 from imagestore.errors import Corrupt, NotFound, Unsupported
-from imagestore.manifest import Manifest
+from imagestore.formats import columns
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
 from imagestore.mirror.content import (
     DEBIAN_WORDS,
     Sums,
@@ -22,10 +23,9 @@ from imagestore.mirror.content import (
     simplestreams_archive,
     version_date,
 )
-from imagestore.names import Change
-from imagestore.qcow2_writer import plan
-from imagestore.store import Store
-from imagestore.trust import TREES, Target, signed_targets, tree
+from imagestore.store.names import Change
+from imagestore.store.store import Store
+from imagestore.store.trust import TREES, Target, signed_targets, tree
 
 _FRESH_S = 5.0
 _MOST_MANIFESTS = 64

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from imagestore.backend import Buffer
-from imagestore.digest import Digest
+from imagestore.backends.protocol import Buffer
+from imagestore.disks.qcow2.writer import WRITER, plan
 from imagestore.errors import Corrupt, NotFound
-from imagestore.manifest import Manifest
-from imagestore.origin import StoreOrigin
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
 from imagestore.progress import Progress, Report, silent
-from imagestore.qcow2_writer import WRITER, plan
-from imagestore.store import Store, derived_key
+from imagestore.store.frames import StoreOrigin
+from imagestore.store.store import Store, derived_key
 
 _GROUP_BYTES = 2 << 20
 AHEAD = 3

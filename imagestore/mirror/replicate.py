@@ -12,13 +12,13 @@ from fnmatch import fnmatchcase
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Snapshot, Timestamp
 
-from imagestore.backend import Backend
+from imagestore.backends.protocol import Backend
 from imagestore.copy import copy_image
-from imagestore.digest import Digest
 from imagestore.errors import Corrupt, NotFound, StoreError
+from imagestore.formats.digest import Digest
 from imagestore.mirror.signing import Publisher, check_complete
-from imagestore.store import Store, derived_key
-from imagestore.trust import TREES, SignedNames, Target, signed_targets, tree
+from imagestore.store.store import Store, derived_key
+from imagestore.store.trust import TREES, SignedNames, Target, signed_targets, tree
 
 _MOST_ROOTS = 1024
 _BESIDE = ("provenance", "sums", "traces")

@@ -1,4 +1,4 @@
-"""The publisher's side of signed names (the client's is `imagestore.trust`).
+"""The publisher's side of signed names (the client's is `imagestore.store.trust`).
 
 Four roles, each with its own Ed25519 keys, as TUF has them: root says whose keys count and may be kept offline,
 targets signs the names, snapshot the set of metadata, timestamp that it is the newest. Written in that order:
@@ -19,12 +19,12 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
-from imagestore.digest import Digest
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 from imagestore.durable import fsync_directory
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
-from imagestore.store import Store, manifest_key
-from imagestore.trust import Target, make_target, parse_targets, tree
+from imagestore.formats.digest import Digest
+from imagestore.store.store import Store, manifest_key
+from imagestore.store.trust import Target, make_target, parse_targets, tree
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
 LIFETIMES = {

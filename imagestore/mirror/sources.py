@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from imagestore.errors import Invalid, NotFound
-from imagestore.names import check_architecture, check_name
+from imagestore.store.names import check_architecture, check_name
 
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 _GNU = re.compile(r"^\\?([0-9a-fA-F]{32,128})\s+[ *]?(.+?)\s*$", re.MULTILINE)

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from imagestore.digest import Digest
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
+from imagestore.formats.digest import Digest
 from imagestore.mirror import sources
 from imagestore.mirror.download import Downloader, Fetched, hash_file
 from imagestore.mirror.sources import Location, Source
 from imagestore.progress import Report, silent
 from imagestore.push import push
-from imagestore.store import Store, derived_key
+from imagestore.store.store import Store, derived_key
 
 ATTEMPTS = 3
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any
 
-from imagestore.backend import Backend, ObjectStat
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Backend, ObjectStat
+from imagestore.backends.wrappers import Wrapper
 from imagestore.errors import Corrupt, NotFound, StoreError
-from imagestore.wrappers import Wrapper
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]

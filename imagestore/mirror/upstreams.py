@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks._harness import Bench, Failed
-from compute.agent import Agent
+from compute.agent.agent import Agent
 from compute.errors import NotFound
-from compute.spec import DiskSpec, InstanceSpec, NodeEvent, Power
+from compute.wire.spec import DiskSpec, InstanceSpec, NodeEvent, Power
 from scripts.private_libvirtd import PrivateHost
 from tests.system.test_agent import remove
 from tests.system.test_lazy_boot import LazyBench

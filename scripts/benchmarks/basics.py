@@ -22,7 +22,7 @@ from guest_images.debian_image import corpus
 from private_libvirtd import PrivateHost
 
 from benchmarks._harness import ROOT, Bench, Contestant, Failed
-from cli.api import Api
+from cli.cloud.api import Api
 from cli.errors import Problem
 from cli.main import sf as command
 from cli.settings import Settings

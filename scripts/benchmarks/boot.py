@@ -26,19 +26,19 @@ import numpy as np
 from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench, Failed
-from compute import overlay
-from imagestore.control import ControlClient
-from imagestore.digest import Digest
+from compute.agent.guest import overlay
+from imagestore.cache.control import ControlClient
+from imagestore.cache.imaged import control_socket
+from imagestore.cache.nbd.server import NbdServer
+from imagestore.cache.open_images import SETTLE_S
+from imagestore.cache.partial import PartialImage
+from imagestore.cache.trace import Trace, trace_key
 from imagestore.errors import StoreError
-from imagestore.imaged import control_socket
-from imagestore.manifest import Manifest
-from imagestore.nbd import NbdServer
-from imagestore.open import open_store
-from imagestore.open_images import SETTLE_S
-from imagestore.partial import PartialImage
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
 from imagestore.push import push
-from imagestore.store import layout_key, manifest_key
-from imagestore.trace import Trace, trace_key
+from imagestore.store.open import open_store
+from imagestore.store.store import layout_key, manifest_key
 from tests.servers import free_ports
 
 LINKS = ((1000, 20), (100, 50))
@@ -105,7 +105,7 @@ class Service:
 @contextlib.contextmanager
 def service(bench: Bench, state: Path, store: str) -> Iterator[Service]:
     with (bench.dir("log") / "imaged").open("ab") as log:
-        argv = [sys.executable, "-m", "imagestore.imaged", str(state), store]
+        argv = [sys.executable, "-m", "imagestore.cache.imaged", str(state), store]
         process = subprocess.Popen(argv, stdout=log, stderr=log)
     found = Service(state, process)
     try:

@@ -13,17 +13,17 @@ import numpy as np
 from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench, Contestant
-from imagestore import index
-from imagestore.backend import Object
-from imagestore.columns import Ids
-from imagestore.digest import Digest
-from imagestore.directory import Directory
-from imagestore.manifest import Manifest
-from imagestore.pack import Footer
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Object
+from imagestore.backends.wrappers import Wrapper
+from imagestore.formats.columns import Ids
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
+from imagestore.formats.pack import Footer
 from imagestore.pull import pull
 from imagestore.push import push
-from imagestore.store import Store, manifest_key
-from imagestore.wrappers import Wrapper
+from imagestore.store import index
+from imagestore.store.store import Store, manifest_key
 
 IMAGES, CHUNKS, LENGTH = 2000, 2500, 32768
 GENERATIONS, CHANGES = 12, 300

@@ -19,8 +19,8 @@ from pathlib import Path
 from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench, Contestant
-from imagestore.directory import Directory
-from imagestore.store import Store, derived_key
+from imagestore.backends.directory import Directory
+from imagestore.store.store import Store, derived_key
 from tests.servers import free_ports
 from tests.web import nginx
 

@@ -18,11 +18,11 @@ from benchmarks._harness import ROOT, Bench
 
 sys.path.insert(0, str(ROOT))
 
-from net import names
-from net.facts import HOST, Facts, Observed
-from net.model import Network, NodeNetworks, Peer, Port
-from net.plan import plan
-from net.target import target
+from net.plan import names
+from net.plan.facts import HOST, Facts, Observed
+from net.plan.model import Network, NodeNetworks, Peer, Port
+from net.plan.plan import plan
+from net.plan.target import target
 from tests.net.machines import Cluster, Node, Space, make_network, make_port
 
 _SECONDS = 3

@@ -14,10 +14,10 @@ import zstandard
 from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench
-from imagestore import ext4
-from imagestore.chunker import ChunkerParams
-from imagestore.disk import open_disk
-from imagestore.windows import Special, Windows
+from imagestore.disks import ext4
+from imagestore.disks.chunker import ChunkerParams
+from imagestore.disks.open import open_disk
+from imagestore.disks.windows import Special, Windows
 
 KIB = 1 << 10
 _PLAIN = Special(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))

@@ -1,4 +1,4 @@
-"""What every writable backend promises (imagestore/backend.py), asked of each."""
+"""What every writable backend promises (imagestore/backends/protocol.py), asked of each."""
 
 import os
 import secrets
@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from imagestore.backend import Backend, ObjectStat
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Backend, ObjectStat
+from imagestore.backends.wrappers import RateLimited, Retried, Verified
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
-from imagestore.open import open_backend, settle
-from imagestore.wrappers import RateLimited, Retried, Verified
+from imagestore.store.open import open_backend, settle
 from tests.counted import Counted
 from tests.memory import Memory
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.backends.http import Http
+from imagestore.backends.s3 import S3
+from imagestore.backends.wrappers import Retried
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, Unavailable, Unsupported
-from imagestore.http import Http
-from imagestore.open import open_backend, open_store
-from imagestore.s3 import S3
-from imagestore.store import Store
-from imagestore.wrappers import Retried
+from imagestore.store.open import open_backend, open_store
+from imagestore.store.store import Store
 from tests import servers
 from tests.web import nginx
 from tests.world import World, disk
@@ -252,7 +252,7 @@ def test_a_lying_s3_server_is_found_out(
 
 
 def test_a_body_that_drips_is_given_up_whoever_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagestore.s3.PATIENCE_S", 0.3)
+    monkeypatch.setattr("imagestore.backends.s3.PATIENCE_S", 0.3)
     headers = ("Content-Length: 100000", "Content-Range: bytes 0-99999/100000", *S3_HEADERS)
     with liar(sends("206 OK", b"", *headers, after=drip)) as url, pytest.raises(Unavailable, match="in time"):
         s3_at(url, monkeypatch).get("packs/ab/cd", 0, 100_000)
@@ -269,7 +269,7 @@ def test_a_server_may_think_for_longer_than_it_may_take_to_connect(monkeypatch: 
         time.sleep(0.6)
         sends("200 OK", b"hi", "Content-Length: 2")(connection, request)
 
-    monkeypatch.setattr("imagestore.http._CONNECT_S", 0.3)
+    monkeypatch.setattr("imagestore.backends.http._CONNECT_S", 0.3)
     with liar(slow) as url:
         assert Http(url).get("store.json").data == b"hi"
 

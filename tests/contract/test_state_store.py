@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compute.cluster.state.protocol import ABSENT, StateStore
+from compute.cluster.state.sqlite import HISTORY, SqliteStore
 from compute.errors import Compacted, LeaseLost, Stale, Unavailable
-from compute.sqlite_store import HISTORY, SqliteStore
-from compute.state_store import ABSENT, StateStore
 
 Reopen = Callable[[], StateStore]
 

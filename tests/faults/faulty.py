@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from imagestore.backend import Backend, Data, Object, ObjectStat, pieces
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Backend, Data, Object, ObjectStat, pieces
+from imagestore.backends.wrappers import Wrapper
 from imagestore.errors import Unavailable
-from imagestore.wrappers import Wrapper
 
 T = TypeVar("T")
 WAYS = ["error", "torn", "lost", "killed before", "killed after"]

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from imagestore.errors import Unavailable
-from imagestore.open import open_store
 from imagestore.push import push
+from imagestore.store.open import open_store
 
 
 def main() -> int:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.backend import Backend
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Backend
+from imagestore.backends.wrappers import Retried
 from imagestore.copy import copy_name
-from imagestore.digest import Digest
-from imagestore.directory import Directory
 from imagestore.errors import StoreError
+from imagestore.formats.digest import Digest
 from imagestore.gc import collect
-from imagestore.names import Names
-from imagestore.open import open_backend, settle
-from imagestore.publish import tag, undelete
-from imagestore.store import Store
-from imagestore.wrappers import Retried
+from imagestore.store.names import Names
+from imagestore.store.open import open_backend, settle
+from imagestore.store.publish import tag, undelete
+from imagestore.store.store import Store
 from tests import drills
 from tests.faults.faulty import WAYS, Faulty, Killed
 from tests.memory import Memory

@@ -15,17 +15,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from imagestore.backend import Backend
-from imagestore.digest import Digest
+from imagestore.backends.protocol import Backend
+from imagestore.backends.wrappers import Wrapper
 from imagestore.errors import Conflict, Corrupt, NotFound, StoreError
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.sealed import unseal
 from imagestore.gc import collect
-from imagestore.layout import Layout
-from imagestore.leases import hold, release
-from imagestore.publish import tag, undelete
-from imagestore.sealed import unseal
-from imagestore.store import Store, derived_key
+from imagestore.store.leases import hold, release
+from imagestore.store.publish import tag, undelete
+from imagestore.store.store import Store, derived_key
 from imagestore.verify import verify_image, verify_store
-from imagestore.wrappers import Wrapper
 from tests.faults.faulty import Killed
 from tests.world import HOUR, World, disk
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from imagestore.gc import collect
-from imagestore.store import Store
+from imagestore.store.store import Store
 from tests.faults.test_gc_model import GRACE_S, Actor
 from tests.world import HOUR, World, disk
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.digest import Digest
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.cache.imaged import unprivileged
+from imagestore.cache.trace import Trace, trace_key
 from imagestore.errors import Conflict, Invalid, NotFound
-from imagestore.imaged import unprivileged
-from imagestore.store import Store
-from imagestore.trace import Trace, trace_key
+from imagestore.formats.digest import Digest
+from imagestore.store.store import Store
 from tests.drills import rounds, seed
 from tests.imaged import Imaged
 from tests.servers import free_ports

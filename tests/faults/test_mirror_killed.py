@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagestore.digest import Digest
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.formats.digest import Digest
 from imagestore.mirror.content import compute_sums
 from imagestore.mirror.signing import Keyring, Publisher, init
 from imagestore.mirror.sources import load
 from imagestore.mirror.sync import sync
 from imagestore.pull import pull
-from imagestore.store import Store
-from imagestore.trust import open_signed
+from imagestore.store.store import Store
+from imagestore.store.trust import open_signed
 from imagestore.verify import verify_store
 from tests import web
 from tests.drills import rounds, seed
@@ -27,12 +27,12 @@ from tests.drills import rounds, seed
 _MIRROR = """
 import sys
 from pathlib import Path
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 from imagestore.mirror.content import compute_sums
 from imagestore.mirror.signing import Keyring, Publisher
 from imagestore.mirror.sources import load
 from imagestore.mirror.sync import sync
-from imagestore.store import Store
+from imagestore.store.store import Store
 print("started", flush=True)
 path = Path(sys.argv[1])
 store = Store.open(Directory(path / "store"))

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 from imagestore.errors import Denied, Invalid, NotFound, Unavailable
 from imagestore.mirror import sync as sync_module
 from imagestore.mirror.download import Downloader, is_public
 from imagestore.mirror.sources import Source
 from imagestore.mirror.sync import check_signature, read_provenance, sync
-from imagestore.store import Store
+from imagestore.store.store import Store
 from tests import web
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 from imagestore.errors import NotFound
 from imagestore.pull import pull
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 from imagestore.verify import verify_store
 from tests.drills import rounds, seed
 from tests.unit.imagestore.images import identical, make_raw
@@ -23,10 +23,10 @@ from tests.unit.imagestore.images import identical, make_raw
 _PUSH = """
 import sys
 from pathlib import Path
-from imagestore import packing
-from imagestore.directory import Directory
+from imagestore.store import packing
+from imagestore.backends.directory import Directory
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 packing.PACK_BYTES = 1 << 20  # many packs: many moments
 push(Store.open(Directory(Path(sys.argv[1]))), Path(sys.argv[2]), "debian", "12", cache=Path(sys.argv[3]))
 """
@@ -105,10 +105,10 @@ def test_a_store_on_a_full_file_system_still_verifies(tmp_path, disk, size_mib):
     program = f"""
 import sys
 from pathlib import Path
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 from imagestore.errors import NoSpace
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 from imagestore.verify import verify_store
 store = Store.init(Directory(Path({str(mount)!r}) / "store"))
 try:

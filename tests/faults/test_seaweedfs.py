@@ -14,9 +14,9 @@ import pytest
 
 from imagestore.errors import Conflict, Unavailable
 from imagestore.gc import collect
-from imagestore.names import Names
-from imagestore.open import open_store
 from imagestore.pull import pull
+from imagestore.store.names import Names
+from imagestore.store.open import open_store
 from imagestore.verify import verify_store
 from tests import drills, servers
 from tests.servers import Server
@@ -139,6 +139,6 @@ def test_a_dead_server_is_unavailable(tmp_path: Path) -> None:
     port = servers.free_ports()
     os.environ |= servers.credentials()
     with pytest.raises(Unavailable):
-        from imagestore.s3 import S3
+        from imagestore.backends.s3 import S3
 
         S3("bucket", endpoint_url=f"http://127.0.0.1:{port}").stat("x")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compute.sqlite_store import SqliteStore
+from compute.cluster.state.sqlite import SqliteStore
 from tests import drills, invariants
 from tests.api_server import Running
 

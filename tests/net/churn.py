@@ -22,10 +22,11 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from net import dnsmasq, kernel, names
 from net.errors import NetError
-from net.kernel import NetlinkError, Netns
-from net.model import Network, NodeNetworks, Peer
+from net.kernel import kernel
+from net.kernel.kernel import NetlinkError, Netns
+from net.plan import dnsmasq, names
+from net.plan.model import Network, NodeNetworks, Peer
 from net.plane import Plane
 from tests.net.machines import make_network, make_port
 

@@ -24,9 +24,9 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from net import ipam
-from net.kernel import Netns
-from net.model import Network, NodeNetworks, Peer, Port
+from net.kernel.kernel import Netns
+from net.plan import ipam
+from net.plan.model import Network, NodeNetworks, Peer, Port
 from net.plane import Plane
 
 T = TypeVar("T")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from net import names
 from net.doctor import Finding
-from net.model import NodeNetworks
+from net.plan import names
+from net.plan.model import NodeNetworks
 from tests.net.machines import OUTSIDE, Cluster, Node, make_network, make_port
 
 pytestmark = pytest.mark.system

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from net import names
 from net.errors import Invalid
+from net.plan import names
 from tests.net.machines import OUTSIDE, Cluster, make_network, make_port
 
 pytestmark = pytest.mark.system

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from net import dnsmasq, names
 from net.errors import Conflict
-from net.model import Network
+from net.plan import dnsmasq, names
+from net.plan.model import Network
 from net.plane import Plane
 from tests.net.machines import OUTSIDE, Cluster, Node, make_network, make_port
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from net.nft import link_local
+from net.plan.nft import link_local
 from tests.net.machines import (
     Cluster,
     Guest,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from compute.agent import Agent
+from compute.agent.agent import Agent
 from compute.errors import NotFound
-from compute.spec import (
+from compute.wire.spec import (
     DiskSpec,
     InstanceSpec,
     InstanceState,
@@ -26,11 +26,11 @@ from compute.spec import (
     NodeOperations,
     Power,
 )
-from imagestore.cache import Cached
-from imagestore.digest import Digest
+from imagestore.cache.images import Cached
 from imagestore.errors import Corrupt, StoreError
+from imagestore.formats.digest import Digest
 from imagestore.progress import Progress, Report
-from net.model import Network, NodeNetworks, Port
+from net.plan.model import Network, NodeNetworks, Port
 from scripts.private_libvirtd import PrivateHost
 from tests.system.boot_sector import boot_sector
 from tests.system.machine import give_kvm_to_everybody, qemu_as_nobody

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import uvicorn
 
-from compute import control
 from compute.api import agents
-from compute.codec import from_plain, to_plain
+from compute.cluster import controller as control
+from compute.cluster.joining import JoinToken, certificate
+from compute.cluster.records.objects import transact
 from compute.config import Config
-from compute.joining import JoinToken, certificate
-from compute.objects import transact
-from compute.spec import InstanceState, InstanceStatus, NodeDesired, NodeFacts
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeFacts
 from tests.api_server import Running, running
 
 
@@ -136,7 +136,7 @@ def test_an_old_token_is_refused(
     server: Running, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = server.call("POST", "/nodes/token").body["token"]
-    monkeypatch.setattr("compute.joining.TOKEN_S", -1)
+    monkeypatch.setattr("compute.cluster.joining.TOKEN_S", -1)
     assert FarAgent(address, token, "node2").join()[0] == 403
 
 

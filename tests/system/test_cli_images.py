@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.digest import Digest
-from imagestore.directory import Directory
-from imagestore.store import Store
-from imagestore.trace import Trace, trace_key
+from imagestore.backends.directory import Directory
+from imagestore.cache.trace import Trace, trace_key
+from imagestore.formats.digest import Digest
+from imagestore.store.store import Store
 from tests.unit.imagestore.images import convert, identical, make_raw
 
 SF = Path(sys.executable).with_name("sf")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.open import open_store
 from imagestore.push import push
+from imagestore.store.open import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 

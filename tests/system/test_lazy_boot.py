@@ -18,20 +18,21 @@ from pathlib import Path
 
 import pytest
 
-from compute import domain, libvirt_adapter
-from compute.agent import Agent
+from compute.agent.agent import Agent
+from compute.agent.guest.overlay import snapshots
+from compute.agent.hypervisor import domain
+from compute.agent.hypervisor import libvirt as libvirt_adapter
+from compute.agent.image_jobs import Backing, Say
+from compute.agent.image_service import ServedImages, Settings
 from compute.errors import NotFound
-from compute.image_jobs import Backing, Say
-from compute.image_service import ServedImages, Settings
-from compute.overlay import snapshots
-from compute.spec import DiskSpec, InstanceSpec, Power
-from imagestore.cache import ImageCache
-from imagestore.control import ControlClient
-from imagestore.digest import Digest
+from compute.wire.spec import DiskSpec, InstanceSpec, Power
+from imagestore.cache.control import ControlClient
+from imagestore.cache.imaged import control_socket
+from imagestore.cache.images import ImageCache
 from imagestore.errors import StoreError
-from imagestore.imaged import control_socket
-from imagestore.open import open_store
+from imagestore.formats.digest import Digest
 from imagestore.push import push
+from imagestore.store.open import open_store
 from scripts.private_libvirtd import PrivateHost
 from tests.drills import rounds
 from tests.system.boot_sector import boot_sector

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Timestamp
 
-from imagestore.digest import Digest
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.formats.digest import Digest
 from imagestore.mirror.signing import Keyring, Publisher, init
-from imagestore.names import name_key
 from imagestore.push import push
-from imagestore.store import Store, manifest_key
-from imagestore.trust import tree
+from imagestore.store.names import name_key
+from imagestore.store.store import Store, manifest_key
+from imagestore.store.trust import tree
 from tests import web
 from tests.imaged import Imaged
 from tests.machines import Machine, machine, run

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imagestore.open import open_store
 from imagestore.pull import pull
 from imagestore.push import push
+from imagestore.store.open import open_store
 from tests.servers import free_ports
 
 CONFIG = Path(__file__).resolve().parents[2] / "mirror-config"

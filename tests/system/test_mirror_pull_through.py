@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagestore.directory import Directory
-from imagestore.layout import Layout
+from imagestore.backends.directory import Directory
+from imagestore.formats.layout import Layout
 from imagestore.mirror.signing import Keyring, Publisher, init
 from imagestore.push import push
-from imagestore.store import Store, derived_key
+from imagestore.store.store import Store, derived_key
 from tests import web
 from tests.machines import SF, machine, run
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from compute import remote
+from compute.agent import link as remote
+from compute.cluster.joining import JoinToken, certificate, make_token
+from compute.cluster.records.objects import transact
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
-from compute.joining import JoinToken, certificate, make_token
-from compute.objects import transact
-from compute.spec import InstanceState, InstanceStatus, NodeFacts
+from compute.wire.spec import InstanceState, InstanceStatus, NodeFacts
 from tests.api_server import Running, running
 from tests.system.test_api_agents import address, listening, server
 from tests.unit.compute.test_remote import Wires

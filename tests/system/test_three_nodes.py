@@ -194,7 +194,7 @@ def test_a_node_that_reaches_no_store_boots_from_its_neighbours_whose_services_a
 
     def services(node: str) -> list[list[str]]:
         shown = cluster.nodes[node].host.run(["ps", "-eo", "uid=,pid=,args="]).stdout.splitlines()
-        return [line.split(None, 2)[:2] for line in shown if "imagestore.imaged" in line]
+        return [line.split(None, 2)[:2] for line in shown if "imagestore.cache.imaged" in line]
 
     for name in cluster.nodes:
         within(30, lambda n=name: f"10.77.0.{n[1]}:13002" in peers(n), f"{name} serves")  # type: ignore[misc]

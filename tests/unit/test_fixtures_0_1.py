@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from cli.settings import Settings
-from compute import config, remote
-from compute.auth import Authority
-from compute.codec import from_plain
-from compute.joining import certificate, check_identity
-from compute.networks import Ipam
-from compute.objects import (
+from compute import config
+from compute.agent import link as remote
+from compute.agent.guest.owner import Phase, Record
+from compute.cluster.auth import Authority
+from compute.cluster.joining import certificate, check_identity
+from compute.cluster.records.networks import Ipam
+from compute.cluster.records.objects import (
     Artifact,
     Claims,
     Event,
@@ -31,22 +32,22 @@ from compute.objects import (
     Transaction,
     transact,
 )
-from compute.owner import Phase, Record
+from compute.cluster.state.sqlite import SqliteStore
 from compute.serve import installation_id
-from compute.spec import InstanceState, Power
-from compute.sqlite_store import SqliteStore
-from imagestore.cache import ImageCache, list_images
-from imagestore.digest import Digest
-from imagestore.directory import Directory
-from imagestore.leases import Condemned, held
-from imagestore.manifest import Manifest
+from compute.wire.codec import from_plain
+from compute.wire.spec import InstanceState, Power
+from imagestore.backends.directory import Directory
+from imagestore.cache.images import ImageCache, list_images
+from imagestore.cache.partial import PartialImage
+from imagestore.cache.trace import Trace, trace_key
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
 from imagestore.mirror.signing import Keyring, Publisher
-from imagestore.open import open_store
-from imagestore.partial import PartialImage
 from imagestore.pull import pull
-from imagestore.store import Store
-from imagestore.trace import Trace, trace_key
-from imagestore.trust import open_signed
+from imagestore.store.leases import Condemned, held
+from imagestore.store.open import open_store
+from imagestore.store.store import Store
+from imagestore.store.trust import open_signed
 from imagestore.verify import verify_store
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "0.1"

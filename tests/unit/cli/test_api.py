@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from cli.api import Api
+from cli.cloud.api import Api
 from cli.errors import Problem
 from cli.main import sf
 from cli.settings import Settings

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import click
 import pytest
 
-from cli.console import beyond
+from cli.cloud.console import beyond
+from cli.cloud.instance import _gigabytes
 from cli.errors import Problem
-from cli.instance import _gigabytes
 from cli.main import sf
 from cli.output import progress, show_list, show_one, size, status, when
 from cli.settings import Settings

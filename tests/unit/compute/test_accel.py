@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compute import accel
+from compute.agent.hypervisor import accel
 from compute.errors import Invalid
 
 QEMU = "qemu-system-x86_64"

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from compute.errors import ComputeError, Unavailable
-from compute.instances import (
+from compute.cluster.records.instances import (
     Request,
     add_interface,
     create_instance,
@@ -21,7 +20,7 @@ from compute.instances import (
     interfaces_of,
     remove_interface,
 )
-from compute.networks import (
+from compute.cluster.records.networks import (
     Ipam,
     Want,
     create_network,
@@ -34,7 +33,7 @@ from compute.networks import (
     route,
     unroute,
 )
-from compute.objects import (
+from compute.cluster.records.objects import (
     Claims,
     Instance,
     Interface,
@@ -44,9 +43,10 @@ from compute.objects import (
     new_uuid,
     transact,
 )
-from compute.scheduler import Limits
-from compute.spec import DiskSpec, InstanceState
-from compute.sqlite_store import SqliteStore
+from compute.cluster.scheduler import Limits
+from compute.cluster.state.sqlite import SqliteStore
+from compute.errors import ComputeError, Unavailable
+from compute.wire.spec import DiskSpec, InstanceState
 from net.errors import NetError
 from tests import invariants
 

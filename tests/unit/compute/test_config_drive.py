@@ -10,9 +10,9 @@ from pathlib import Path
 import pycdlib
 import pytest
 
-from compute import config_drive
-from compute.spec import DiskSpec, InstanceSpec, InterfaceSpec
-from net.model import Network
+from compute.agent.guest import config_drive
+from compute.wire.spec import DiskSpec, InstanceSpec, InterfaceSpec
+from net.plan.model import Network
 
 LAN = Network("lan-uuid", 7, "lan", IPv4Network("10.42.0.0/24"), IPv4Address("10.42.0.1"), mtu_bytes=1450)
 STATIC = Network(

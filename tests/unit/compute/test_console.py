@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from compute.console import ConsoleLog
+from compute.agent.guest.console import ConsoleLog
 
 
 def test_a_log_is_cut_to_its_newest_part_and_never_grows_beyond_its_limit(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compute import domain
+from compute.agent.hypervisor import domain
 
 BASE = domain.Domain(
     installation="0badcafe",

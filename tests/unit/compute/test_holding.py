@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from compute.holding import Holds
-from compute.objects import Instance, transact
-from compute.spec import DiskSpec, InstanceState
-from compute.sqlite_store import SqliteStore
-from imagestore.digest import Digest
-from imagestore.directory import Directory
+from compute.cluster.holding import Holds
+from compute.cluster.records.objects import Instance, transact
+from compute.cluster.state.sqlite import SqliteStore
+from compute.wire.spec import DiskSpec, InstanceState
+from imagestore.backends.directory import Directory
 from imagestore.errors import NotFound
+from imagestore.formats.digest import Digest
 from imagestore.gc import collect
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 from imagestore.verify import verify_image
 from tests.counted import Counted
 from tests.unit.imagestore.images import make_raw

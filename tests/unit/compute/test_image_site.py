@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from compute import control, nodes
+from compute.agent.image_service import called
 from compute.api.agents import Mailbox
-from compute.codec import from_plain, to_plain
-from compute.control import Controller
-from compute.desired import image_site
-from compute.image_service import called
-from compute.objects import Node, transact
-from compute.spec import ImageSite, NodeDesired, NodeFacts
-from compute.sqlite_store import SqliteStore
+from compute.cluster import controller as control
+from compute.cluster.controller import Controller
+from compute.cluster.desired import image_site
+from compute.cluster.records import nodes
+from compute.cluster.records.objects import Node, transact
+from compute.cluster.state.sqlite import SqliteStore
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import ImageSite, NodeDesired, NodeFacts
 
 STORES = ("file:///srv/images", "s3://images")
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.codec import from_plain, to_plain
+from compute.cluster.records.networks import Ipam
+from compute.cluster.records.objects import Event, Instance, Namespace, Stored, Transaction, transact
+from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, Invalid, NotFound
-from compute.networks import Ipam
-from compute.objects import Event, Instance, Namespace, Stored, Transaction, transact
-from compute.spec import DiskSpec, InstanceState, NodeDesired
-from compute.sqlite_store import SqliteStore
-from net import ipam
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import DiskSpec, InstanceState, NodeDesired
+from net.plan import ipam
 
 
 @pytest.fixture

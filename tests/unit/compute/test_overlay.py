@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute import overlay
+from compute.agent.guest import overlay
 from compute.errors import Invalid
 
 

@@ -4,8 +4,8 @@ import time
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from compute import remote
-from net.model import Network, NodeNetworks, Port
+from compute.agent import link as remote
+from net.plan.model import Network, NodeNetworks, Port
 
 MINE = Network("u", 7, "lan", IPv4Network("10.0.0.0/24"), IPv4Address("10.0.0.1"), router_node="n2")
 DESIRED = NodeNetworks("0badcafe", "n2", (MINE,))

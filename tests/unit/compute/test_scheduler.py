@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compute.cluster.scheduler import Limits, Room, place
 from compute.errors import NoCapacity, NotFound
-from compute.scheduler import Limits, Room, place
 
 LIMITS = Limits(cpu_ratio=2.0, memory_reserve_mib=512)
 

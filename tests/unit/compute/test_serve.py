@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from compute import joining
-from compute.auth import Authority, ensure_local_key
+from compute.cluster import joining
+from compute.cluster.auth import Authority, ensure_local_key
+from compute.cluster.desired import build
+from compute.cluster.records.objects import Network, Node
+from compute.cluster.state.sqlite import SqliteStore
 from compute.config import load
-from compute.desired import build
 from compute.errors import Conflict, Denied, Invalid, Unauthenticated, Unavailable
-from compute.objects import Network, Node
 from compute.serve import _listen, installation_id, only_one
-from compute.sqlite_store import SqliteStore
 
 
 def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from compute.spec import InstanceState
-from compute.states import TRANSITIONS, path_to
+from compute.cluster.states import TRANSITIONS, path_to
+from compute.wire.spec import InstanceState
 
 S = InstanceState
 

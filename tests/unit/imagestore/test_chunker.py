@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore.chunker import BLOCK, ChunkerParams, block_sums, cut, runs, zero_blocks
+from imagestore.disks.chunker import BLOCK, ChunkerParams, block_sums, cut, runs, zero_blocks
 from imagestore.errors import Invalid
 
 PARAMS = ChunkerParams()

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 from imagestore.errors import Corrupt, StoreError
 from imagestore.mirror.content import Content, GroupCache, compute_sums, read_sums, simplestreams_archive
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 
 
 @pytest.fixture

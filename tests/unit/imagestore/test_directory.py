@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
 from imagestore.errors import Conflict, Denied, NoSpace, Unavailable
 
 

@@ -4,15 +4,15 @@ import subprocess
 import numpy as np
 import pytest
 
-from imagestore import ext4
-from imagestore.chunker import BLOCK
-from imagestore.digest import Digest
-from imagestore.directory import Directory
-from imagestore.disk import open_disk
+from imagestore.backends.directory import Directory
+from imagestore.disks import ext4
+from imagestore.disks.chunker import BLOCK
+from imagestore.disks.open import open_disk
 from imagestore.errors import Invalid
+from imagestore.formats.digest import Digest
 from imagestore.pull import pull
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 from tests.drills import rounds, seed
 
 MIB = 1 << 20

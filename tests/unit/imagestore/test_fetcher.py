@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagestore import filling as module
-from imagestore.backend import Buffer
-from imagestore.digest import Digest
+from imagestore.backends.protocol import Buffer
+from imagestore.cache import filling as module
+from imagestore.cache.fetcher import Fetcher
+from imagestore.cache.filling import Fill, Filling
+from imagestore.cache.partial import PartialImage
+from imagestore.cache.peers import Peers
+from imagestore.cache.reader import Reader
+from imagestore.cache.trace import Trace
 from imagestore.errors import Unavailable
-from imagestore.fetcher import Fetcher
-from imagestore.filling import Fill, Filling
-from imagestore.manifest import Manifest
-from imagestore.origin import LocalOrigin, Origin, StoreOrigin
-from imagestore.partial import PartialImage
-from imagestore.peer import Peers
-from imagestore.reader import Reader
-from imagestore.store import Store
-from imagestore.trace import Trace
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
+from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin
+from imagestore.store.store import Store
 from tests.memory import Memory
 from tests.tiny_store import CHUNK, Meddled, disk, put_image
 

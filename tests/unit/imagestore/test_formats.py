@@ -6,15 +6,15 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore import columns
-from imagestore.chunker import BLOCK, ChunkerParams
-from imagestore.digest import Digest
+from imagestore.disks.chunker import BLOCK, ChunkerParams
 from imagestore.errors import Corrupt
-from imagestore.index import Hooks, IndexPart
-from imagestore.layout import Layout
-from imagestore.manifest import MAX_DISK_BYTES, Manifest
-from imagestore.pack import Codec, Footer, Frame, PackWriter, compress, expand, split_pack
-from imagestore.placement import Known
+from imagestore.formats import columns
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import MAX_DISK_BYTES, Manifest
+from imagestore.formats.pack import Codec, Footer, Frame, PackWriter, compress, expand, split_pack
+from imagestore.store.index import Hooks, IndexPart
+from imagestore.store.placement import Known
 
 
 def ids(count, seed=0):

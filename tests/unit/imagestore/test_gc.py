@@ -2,15 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, NotFound, Unsupported
+from imagestore.formats.digest import Digest
+from imagestore.formats.sealed import seal
 from imagestore.gc import collect
-from imagestore.leases import CONDEMNED_KEY, Condemned, Lease, hold, release
 from imagestore.mirror import signing
-from imagestore.names import NameRecord
-from imagestore.publish import tag, undelete
-from imagestore.sealed import seal
-from imagestore.store import Store, manifest_key
+from imagestore.store.leases import CONDEMNED_KEY, Condemned, Lease, hold, release
+from imagestore.store.names import NameRecord
+from imagestore.store.publish import tag, undelete
+from imagestore.store.store import Store, manifest_key
 from tests.memory import Memory
 from tests.world import HOUR, World, disk
 

@@ -6,13 +6,13 @@ import threading
 import numpy as np
 import pytest
 
-from imagestore import index
-from imagestore.digest import Digest
-from imagestore.directory import Directory
-from imagestore.pack import Footer
+from imagestore.backends.directory import Directory
+from imagestore.formats.digest import Digest
+from imagestore.formats.pack import Footer
 from imagestore.pull import pull
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store import index
+from imagestore.store.store import Store
 from tests.drills import everything
 
 from .images import make_raw

@@ -2,10 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore.digest import Digest
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError, Unavailable, Unsupported
-from imagestore.names import NameRecord, Names, Reference, name_key, parse_reference
-from imagestore.sealed import seal
+from imagestore.formats.digest import Digest
+from imagestore.formats.sealed import seal
+from imagestore.store.names import NameRecord, Names, Reference, name_key, parse_reference
 from tests.memory import Memory
 
 ONE, TWO = Digest.of(b"one"), Digest.of(b"two")

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore import nbd
-from imagestore.nbd import NbdServer
+from imagestore.cache.nbd import server as nbd
+from imagestore.cache.nbd.server import NbdServer
 
 MAGIC, IHAVEOPT, REQUEST = 0x4E42444D41474943, 0x49484156454F5054, 0x25609513
 READ, WRITE, DISC, CACHE, BLOCK_STATUS = 0, 1, 2, 5, 7

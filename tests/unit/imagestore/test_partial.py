@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore.cache import list_images
-from imagestore.digest import Digest
-from imagestore.manifest import Manifest
-from imagestore.partial import PartialImage
-from imagestore.store import Store
+from imagestore.cache.images import list_images
+from imagestore.cache.partial import PartialImage
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
+from imagestore.store.store import Store
 from tests.memory import Memory
 from tests.tiny_store import CHUNK, disk, put_image
 

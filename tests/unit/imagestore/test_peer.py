@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imagestore.backend import Buffer
-from imagestore.digest import Digest
-from imagestore.peer import OWNED_CHUNKS, Peers, PeerServer, Site, sign
+from imagestore.backends.protocol import Buffer
+from imagestore.cache.peers import OWNED_CHUNKS, Peers, PeerServer, Site, sign
+from imagestore.formats.digest import Digest
 from tests.servers import free_ports
 from tests.tiny_store import disk
 from tests.unit.imagestore.test_fetcher import Node, read
@@ -54,7 +54,7 @@ def test_a_node_without_its_stores_asks_the_first_of_the_others_that_answer() ->
 def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
     tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imagestore.peer.PATIENCE_S", -1)  # with its 2 s of grace: a client waits 1 s
+    monkeypatch.setattr("imagestore.cache.peers.PATIENCE_S", -1)  # with its 2 s of grace: a client waits 1 s
     port = free_ports(1, first=28000)
 
     async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:

@@ -4,14 +4,14 @@ import threading
 
 import pytest
 
-from imagestore.cache import ImageCache
-from imagestore.digest import Digest
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.cache.images import ImageCache
 from imagestore.errors import Cancelled, Corrupt, Invalid, NotFound
-from imagestore.manifest import Manifest
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
 from imagestore.pull import Seed, pull
 from imagestore.push import push
-from imagestore.store import Store
+from imagestore.store.store import Store
 
 from .images import convert, identical, make_raw
 
@@ -207,8 +207,8 @@ def test_processes_share_a_cache_and_one_of_them_fetches(store, tmp_path):
     digest = push(store, disk, "debian").digest
     program = (
         "import sys; from pathlib import Path\n"
-        "from imagestore.cache import ImageCache; from imagestore.open import open_store\n"
-        "from imagestore.digest import Digest; fetched = []\n"
+        "from imagestore.cache.images import ImageCache; from imagestore.store.open import open_store\n"
+        "from imagestore.formats.digest import Digest; fetched = []\n"
         "cache = ImageCache(Path(sys.argv[1]), {'local': open_store(sys.argv[2])})\n"
         "cache.ensure(Digest.parse(sys.argv[3]), fetched.append)\n"
         "print(len(fetched))"

@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from imagestore.disk import open_disk, read_range
+from imagestore.disks.inspection import FORMATS
+from imagestore.disks.open import open_disk, read_range
 from imagestore.errors import Conflict, Invalid, StoreError
-from imagestore.inspection import FORMATS
 from tests.drills import rounds, seed
 
 from .images import convert, make_raw

@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore import qcow2_writer
-from imagestore.chunker import ChunkerParams
-from imagestore.digest import Digest
-from imagestore.manifest import Manifest
+from imagestore.disks.chunker import ChunkerParams
+from imagestore.disks.qcow2 import writer as qcow2_writer
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
 
 BLOCK = 4096
 

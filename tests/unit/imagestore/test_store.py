@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
-from imagestore.open import open_store
-from imagestore.sealed import seal, unseal
-from imagestore.store import INFO_KEY, Store
+from imagestore.formats.sealed import seal, unseal
+from imagestore.store.open import open_store
+from imagestore.store.store import INFO_KEY, Store
 from tests.memory import Memory
 
 

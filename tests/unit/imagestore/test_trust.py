@@ -9,16 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from imagestore.chunker import ChunkerParams
-from imagestore.digest import Digest
-from imagestore.directory import Directory
+from imagestore.backends.directory import Directory
+from imagestore.disks.chunker import ChunkerParams
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unavailable
-from imagestore.layout import Layout
-from imagestore.manifest import Manifest
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
 from imagestore.mirror import signing
 from imagestore.mirror.signing import Publisher
-from imagestore.store import Store, layout_key, manifest_key
-from imagestore.trust import SignedNames, Trust, open_signed, signed_targets, tree
+from imagestore.store.store import Store, layout_key, manifest_key
+from imagestore.store.trust import SignedNames, Trust, open_signed, signed_targets, tree
 
 EMPTY_U4 = np.zeros(0, np.uint32)
 NO_IDS = np.zeros((0, 32), np.uint8)
@@ -68,7 +68,7 @@ class Mirror:
         said: list[str] = []
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-        logger = logging.getLogger("imagestore.trust")
+        logger = logging.getLogger("imagestore.store.trust")
         logger.addHandler(handler)
         try:
             names = SignedNames(self.backend, client or self.client, self.fingerprint)

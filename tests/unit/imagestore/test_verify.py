@@ -6,11 +6,11 @@ import pytest
 from imagestore.copy import copy_image, copy_name
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.gc import collect
-from imagestore.leases import Lease, hold
-from imagestore.names import name_key
 from imagestore.pull import pull
 from imagestore.stats import store_stats
-from imagestore.store import Store
+from imagestore.store.leases import Lease, hold
+from imagestore.store.names import name_key
+from imagestore.store.store import Store
 from imagestore.verify import repair, verify_image, verify_store
 from tests import drills
 from tests.memory import Memory

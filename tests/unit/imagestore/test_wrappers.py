@@ -1,10 +1,10 @@
 import pytest
 
-from imagestore.backend import Object, ObjectStat
-from imagestore.digest import Digest
+from imagestore.backends.protocol import Object, ObjectStat
+from imagestore.backends.wrappers import RateLimited, Retried, Verified
 from imagestore.errors import Conflict, Corrupt, NotFound, Unavailable
-from imagestore.store import manifest_key
-from imagestore.wrappers import RateLimited, Retried, Verified
+from imagestore.formats.digest import Digest
+from imagestore.store.store import manifest_key
 from tests.faults.faulty import Faulty
 from tests.memory import Memory
 

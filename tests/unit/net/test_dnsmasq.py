@@ -3,8 +3,8 @@
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from net import dnsmasq
-from net.model import Network, Port
+from net.plan import dnsmasq
+from net.plan.model import Network, Port
 
 BLOCK = IPv4Network("10.42.0.0/24")
 PORT = Port("p", "02:00:00:00:00:01", BLOCK[2], "web", "n1")

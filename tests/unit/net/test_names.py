@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from net import names
 from net.errors import Invalid
+from net.plan import names
 
 INSTALLATIONS = st.integers(0, 2**32 - 1).map("{:08x}".format)
 VNIS = st.integers(1, 2**24 - 1)

@@ -6,11 +6,11 @@ from ipaddress import IPv4Address, IPv4Network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from net import names, nft
-from net.facts import HOST, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed
-from net.model import Network, NodeNetworks, Peer, Port
-from net.plan import Space, Transaction, Verb, diff, plan
-from net.target import target, transits, without_routers
+from net.plan import names, nft
+from net.plan.facts import HOST, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed
+from net.plan.model import Network, NodeNetworks, Peer, Port
+from net.plan.plan import Space, Transaction, Verb, diff, plan
+from net.plan.target import target, transits, without_routers
 
 INSTALLATION = "1a2b3c4d"
 NODES = ("n1", "n2", "n3")

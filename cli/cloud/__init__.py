@@ -1,0 +1,1 @@
+"""Instances and networks, over the REST API."""

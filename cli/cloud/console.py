@@ -1,0 +1,52 @@
+"""What a guest writes to its serial console, and how one sees there that it is up."""
+
+import re
+import sys
+import time
+
+from cli.cloud.api import Api
+from cli.output import Row
+
+_UP = re.compile(rb"SF-GUEST-READY [^\r\n]+|^[^\r\n]*\blogin: ?$", re.MULTILINE)
+"""What a guest's serial console says when it is up."""
+
+_ESCAPES = re.compile(
+    rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]"
+)
+
+
+def up(api: Api, found: Row) -> str:
+    """How one sees that the guest is up; "" while it is not."""
+    if str(found.get("agent_state") or "").startswith("ready"):
+        return "its agent answers"
+    match = _UP.search(_read(api, str(found["uuid"]), 20_000))
+    return match[0].decode(errors="replace").strip() if match else ""
+
+
+def _read(api: Api, name: str, length: int) -> bytes:
+    return bytes(api("GET", "instances", name, "consoledata", length=length))
+
+
+def print_console(api: Api, name: str, *, follow: bool) -> None:
+    """All of it; with `follow` what comes, until Ctrl-C."""
+    seen = _read(api, name, -1)
+    _emit(seen)
+    while follow:
+        time.sleep(0.5)
+        now = _read(api, name, -1)
+        _emit(beyond(seen, now))
+        seen = now
+
+
+def beyond(seen: bytes, now: bytes) -> bytes:
+    """What `now` has after `seen`, where both are the tail of one log whose head is cut now and then."""
+    if now.startswith(seen):
+        return now[len(seen) :]
+    at = now.rfind(seen[-256:])
+    return now[at + len(seen[-256:]) :] if at >= 0 else now
+
+
+def _emit(data: bytes) -> None:
+    """A guest may write anything: its escape sequences do not reach a terminal."""
+    sys.stdout.buffer.write(_ESCAPES.sub(b"", data) if sys.stdout.isatty() else data)
+    sys.stdout.flush()

@@ -1,0 +1,312 @@
+"""`sf instance`: guests."""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.cloud.api import Api, Object, poll
+from cli.cloud.console import print_console, up
+from cli.cloud.network import EVENTS
+from cli.command import API, Group, settings
+from cli.errors import MISSING, TIMEOUT, USAGE, Problem
+from cli.output import Row, say, show_list, show_one, size, status
+from cli.settings import user_config
+
+COLUMNS = (
+    ("name", "name"),
+    ("state", "state"),
+    ("power", "power_state"),
+    ("addresses", lambda i: " ".join(link["ipv4"] for link in _links(i))),
+    ("cpus", "cpus"),
+    ("memory", lambda i: size((i.get("memory") or 0) * 2**20)),
+    ("node", "node"),
+    ("uuid", "uuid"),
+)
+FIELDS = (
+    *COLUMNS,
+    ("namespace", "namespace"),
+    ("disks", lambda i: [f"{d.get('device', '')} {d.get('base') or 'blank'}" for d in i.get("disks") or []]),
+    ("accelerator", "accel"),
+    ("progress", "progress"),
+    ("image", lambda i: [_arrived(*d) for d in sorted((i.get("image_bytes") or {}).items())]),
+    ("agent", "agent_state"),
+    ("error", "error_message"),
+)
+
+
+def _arrived(device: str, figures: Mapping[str, Any]) -> str:
+    """What part of a disk's image is here, from where it came, and how long the guest waited for it."""
+    here, whole = figures.get("present_bytes", 0), figures.get("data_bytes", 0)
+    came = ", ".join(
+        f"{size(count)} from {origin}" for origin, count in sorted(figures.get("received", {}).items())
+    )
+    share = f"{100 * here // whole}%" if whole else ""
+    return f"{device} {share} here ({came or 'nothing fetched'}; reads waited {figures.get('waited_s', 0):.1f} s)"
+
+
+LINKS = (("address", "ipv4"), ("mac", "macaddr"), ("network", "network_uuid"), ("uuid", "uuid"))
+
+instance = Group("instance", needs=API, help="Create, watch and control guests.")
+file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def _links(row: Row) -> list[Object]:
+    return [link for link in row.get("interfaces") or [] if isinstance(link, dict) and link.get("ipv4")]
+
+
+def _gigabytes(text: str) -> int:
+    match = re.fullmatch(r"([1-9]\d*)([GT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise Problem(f"not a disk size: {text!r}", hint="whole gigabytes, for example 8G", code=USAGE)
+    return int(match[1]) * (1024 if match[2].upper() == "T" else 1)
+
+
+def _network(api: Api, text: str) -> Object:
+    """`lan`, or `lan,address=10.42.0.9,mac=02:…,model=virtio,float`."""
+    name, *options = text.split(",")
+    keys = {"address": "address", "mac": "macaddress", "model": "model"}
+    found: Object = {"network_uuid": api("GET", "networks", name)["uuid"]}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in (*keys, "float"):
+            hint = f"{name},address=ADDRESS,mac=MAC,model=MODEL,float"
+            raise Problem(f"not an option of --network: {option!r}", hint=hint, code=USAGE)
+        found[keys.get(key, key)] = value if key in keys else True
+    return found
+
+
+def _ssh_key(path: Path) -> str:
+    text = path.read_text(errors="replace").strip()
+    if not re.match(r"(ssh|ecdsa|sk)-\S+ \S+", text):
+        raise Problem(f"{path} is no public ssh key", hint="the file that ends in .pub", code=USAGE)
+    return text
+
+
+@instance.add(
+    examples="""sf instance create web --image debian:12 --network lan --cpus 1 --memory 512 --wait boot
+    sf instance create db --image debian:12 --network lan,address=10.42.0.9 --disk 20G --disk 100G
+    sf instance create ci --image debian:12 --network lan --ssh-key ~/.ssh/id_ed25519.pub --user-data init.yaml"""
+)
+@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST].")
+@click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated.")
+@click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--memory", type=click.IntRange(min=16), default=1024, show_default=True, help="In MiB.")
+@click.option(
+    "--disk", "disks", multiple=True, metavar="8G", help="The first: the image's disk. More: blank ones."
+)
+@click.option("--ssh-key", "ssh_keys", multiple=True, type=file, help="A public key. May be repeated.")
+@click.option("--user-data", type=file, help="For cloud-init.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Metadata. May be repeated.")
+@click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS.")
+@click.option("--vdi", type=click.Choice(["vnc", "spice"]), help="A graphical console as well.")
+@click.option("--on", "node", metavar="NODE", help="The node to run on.")
+@click.option("--wait", type=click.Choice(["no", "created", "boot"]), default="no", show_default=True)
+@click.option("--timeout", type=float, default=900, show_default=True, help="Seconds that --wait waits.")
+def create(name: str, form: str, **given: Any) -> None:
+    """Create a guest and start it."""
+    if not given["image"] and not given["disks"]:
+        raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
+    disks: list[Object] = [{"size": _gigabytes(text), "base": None} for text in given["disks"]] or [
+        {"size": None}
+    ]
+    disks[0]["base"] = given["image"]
+    body: Object = {
+        "name": name,
+        "cpus": given["cpus"],
+        "memory": given["memory"],
+        "disk": disks,
+        "ssh_key": "\n".join(map(_ssh_key, given["ssh_keys"])) or None,
+        "user_data": base64.b64encode(given["user_data"].read_bytes()).decode()
+        if given["user_data"]
+        else None,
+        "placed_on": given["node"],
+        "uefi": given["uefi"] or None,
+        "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
+        "metadata": dict(label.partition("=")[::2] for label in given["labels"]) or None,
+    }
+    api = Api()
+    body["network"] = [_network(api, text) for text in given["networks"]]
+    made = api("POST", "instances", **body)
+    if given["wait"] != "no":
+        made = _wait(api, made["uuid"], given["wait"] == "boot", given["timeout"])
+    show_one(made, COLUMNS, form)
+
+
+def _wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:
+    """Follow an instance until it is created, or up."""
+    hint = f"sf instance events {uuid}"
+    with status() as tell:
+        for gone_s in poll(timeout_s):
+            found: Object = api("GET", "instances", uuid)
+            state, name = found["state"], found["name"]
+            if state.endswith("error") or found.get("power_state") == "crashed":
+                raise Problem(f"{name}: {found.get('error_message') or 'the guest crashed'}", hint=hint)
+            if state in ("delete-wait", "deleted"):
+                raise Problem(f"{name} was deleted meanwhile", hint=hint, code=MISSING)
+            sign = (up(api, found) if boot else "created") if state == "created" else ""
+            if sign:
+                ready = f"{name}: {sign} after {gone_s:.1f} s"
+                break
+            tell(f"{name}: {found.get('progress') or ('booting' if state == 'created' else state)}")
+        else:
+            raise Problem(f"{uuid} is not up after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
+    say(ready)
+    return found
+
+
+@instance.add(examples="sf instance ls --format name")
+def ls(everything: bool, form: str) -> None:
+    """List guests."""
+    show_list(Api()("GET", "instances", all=everything), COLUMNS, form)
+
+
+@instance.add(examples="sf instance show web")
+def show(name: str, form: str) -> None:
+    """Show a guest: its state, addresses and disks, and why it failed."""
+    show_one(Api()("GET", "instances", name), FIELDS, form)
+
+
+@instance.add(examples="sf instance events web")
+def events(name: str, limit: int, form: str) -> None:
+    """What happened to a guest, newest first."""
+    show_list(Api()("GET", "instances", name, "events", limit=limit), EVENTS, form, name="message")
+
+
+@instance.add(examples="sf instance console web\nsf instance console web -f")
+@click.option("-f", "--follow", is_flag=True, help="Go on printing what comes, until Ctrl-C.")
+def console(name: str, follow: bool) -> None:
+    """Print what the guest wrote to its serial console."""
+    print_console(Api(), name, follow=follow)
+
+
+@instance.add(
+    context_settings={"ignore_unknown_options": True},
+    examples="sf instance ssh web\nsf instance ssh web -l debian uptime",
+)
+@click.option("-l", "--user", default="debian", show_default=True)
+@click.option("-i", "--identity", type=file, help="The private key.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -> None:
+    """Log in to a guest through its network's namespace: as root, on a node that has the network."""
+    api = Api()
+    found = api("GET", "instances", name)
+    links = _links(found)
+    if not links:
+        raise Problem(f"{name} has no address", hint=f"sf instance show {name}", code=MISSING)
+    known = user_config().with_name("known_hosts")
+    known.parent.mkdir(parents=True, exist_ok=True)
+    # Networks share addresses, and guests get them one after another: a host key belongs to the uuid.
+    options = (
+        f"HostKeyAlias={found['uuid']}",
+        f"UserKnownHostsFile={known}",
+        "StrictHostKeyChecking=accept-new",
+    )
+    namespace = _namespace(api("GET", "networks", links[0]["network_uuid"])["vxlan_id"])
+    argv = ["ip", "netns", "exec", namespace, "ssh", *(word for o in options for word in ("-o", o))]
+    argv += [*(("-i", str(identity)) if identity else ()), "-l", user, links[0]["ipv4"], *command]
+    os.execvp("ip", argv)  # noqa: S606 - replaces this process; an argument list, no shell
+
+
+def _namespace(vni: int) -> str:
+    """The network's namespace on this machine."""
+    from net.plan.names import namespace
+
+    path = settings().state_dir / "installation.json"
+    try:
+        found = namespace(json.loads(path.read_text())["id"], vni)
+    except FileNotFoundError as error:
+        raise Problem(
+            f"{path} is not there", hint="sf instance ssh works on the nodes only", code=MISSING
+        ) from error
+    if not Path("/run/netns", found).exists():
+        raise Problem(
+            "this node does not have the guest's network", hint="log in on the guest's node", code=MISSING
+        )
+    return found
+
+
+@instance.add(examples="sf instance delete web")
+@click.option("--wait", is_flag=True, help="Until nothing is left of them.")
+def delete(names: tuple[str, ...], wait: bool) -> None:
+    """Delete guests and their disks."""
+    api = Api()
+    doomed = {name: api("GET", "instances", name)["uuid"] for name in names}
+    for uuid in doomed.values():
+        api("DELETE", "instances", uuid)
+    for name, uuid in doomed.items() if wait else ():
+        if not any(_gone(api, uuid) for _ in poll(120, 0.3)):
+            raise Problem(f"{name} is not gone after 120 s", hint=f"sf instance events {uuid}", code=TIMEOUT)
+    say(f"{' '.join(names)} {'deleted' if wait else 'being deleted'}")
+
+
+def _gone(api: Api, uuid: str) -> bool:
+    try:
+        return bool(api("GET", "instances", uuid)["state"] == "deleted")
+    except Problem as error:
+        if error.code != MISSING:
+            raise
+        return True
+
+
+def _power(word: str, path: str, text: str) -> None:
+    """Make a command that posts to /instances/R/<path> for each name."""
+
+    @instance.add(word, help=text, examples=f"sf instance {word} web")
+    def run(names: tuple[str, ...]) -> None:
+        api = Api()
+        for name in names:
+            api("POST", "instances", name, path)
+
+
+_power("start", "poweron", "Switch guests on.")
+_power("stop", "poweroff", "Switch guests off at once, as by holding down the power button.")
+_power("pause", "pause", "Stop guests' processors.")
+_power("unpause", "unpause", "Let paused guests go on.")
+
+
+@instance.add("add-interface", examples="sf instance add-interface web lan,address=10.42.0.9")
+@click.argument("network", metavar="NETWORK[,…]")
+def add_interface(name: str, network: str, form: str) -> None:
+    """Plug an interface into a running guest."""
+    api = Api()
+    show_one(
+        api("POST", "instances", name, "interfaces", network=_network(api, network)), LINKS, form, name="uuid"
+    )
+
+
+@instance.add("remove-interface", examples="sf instance remove-interface web 10.42.0.9")
+@click.argument("which", metavar="ADDRESS|MAC|UUID")
+def remove_interface(name: str, which: str) -> None:
+    """Unplug an interface from a running guest."""
+    Api()("DELETE", "interfaces", _link(name, which))
+
+
+@instance.add("float", examples="sf instance float web 10.42.0.9\nsf instance float web 10.42.0.9 --undo")
+@click.argument("which", metavar="ADDRESS|MAC|UUID")
+@click.option("--undo", is_flag=True, help="Give the floating address back.")
+def float_(name: str, which: str, form: str, undo: bool) -> None:
+    """Make an interface reachable from outside, by an address of the floating pool."""
+    made = Api()("POST", "interfaces", _link(name, which), "defloat" if undo else "float")
+    show_one(made, (*LINKS, ("floating", "floating")), form, name="uuid")
+
+
+def _link(name: str, which: str) -> str:
+    """The uuid of a guest's interface."""
+    links = Api()("GET", "instances", name, "interfaces")
+    uuids = [str(link["uuid"]) for link in links if which in (link["uuid"], link["ipv4"], link["macaddr"])]
+    if len(uuids) != 1:
+        raise Problem(f"{name} has no interface {which}", hint=f"sf instance show {name}", code=MISSING)
+    return uuids[0]
+
+
+@instance.add(examples="sf instance reboot web\nsf instance reboot web --hard")
+@click.option("--hard", is_flag=True, help="A reset, without asking the guest.")
+def reboot(name: str, hard: bool) -> None:
+    """Reboot a guest."""
+    Api()("POST", "instances", name, "reboothard" if hard else "rebootsoft")

@@ -1,0 +1,102 @@
+"""`sf network`: virtual networks."""
+
+import click
+
+from cli.cloud.api import Api
+from cli.command import API, Group
+from cli.errors import Problem
+from cli.output import Row, say, show_list, show_one, when
+
+COLUMNS = (
+    ("name", "name"),
+    ("netblock", "netblock"),
+    ("vni", "vxlan_id"),
+    ("state", "state"),
+    ("services", lambda n: " ".join(s for s in ("dhcp", "dns", "nat") if n.get(f"provide_{s}"))),
+    ("uuid", "uuid"),
+)
+FIELDS = (
+    *COLUMNS,
+    ("router", "router_node"),
+    ("floating gateway", "floating_gateway"),
+    ("namespace", "namespace"),
+    ("addresses", lambda n: [_interface(i) for i in n.get("interfaces", [])]),
+)
+FINDINGS = (("node", "node"), ("problem", "problem"), ("fix", "fix"))
+EVENTS = (
+    ("time", lambda e: when(e.get("timestamp"))),
+    ("type", "type"),
+    ("node", "fqdn"),
+    ("message", "message"),
+)
+
+network = Group("network", needs=API, help="Virtual networks for guests.")
+
+
+def _interface(interface: Row) -> str:
+    floating = f"floating {interface['floating']}" if interface.get("floating") else ""
+    guest = interface.get("instance_uuid") or ""
+    return f"{interface.get('ipv4')} {interface.get('macaddr')} {guest} {floating}"
+
+
+@network.add(
+    examples="sf network create lan 10.42.0.0/24\nsf network create quiet 10.43.0.0/24 --no-nat --no-dhcp"
+)
+@click.argument("netblock")
+@click.option("--dhcp/--no-dhcp", default=True, show_default=True, help="Hand out addresses.")
+@click.option("--nat/--no-nat", default=True, show_default=True, help="Let guests reach the world.")
+@click.option("--dns/--no-dns", default=True, show_default=True, help="Answer for guests' names.")
+def create(name: str, netblock: str, dhcp: bool, nat: bool, dns: bool, form: str) -> None:
+    """Make a network with the IPv4 addresses of NETBLOCK, a /29 or larger."""
+    services = {"provide_dhcp": dhcp, "provide_nat": nat, "provide_dns": dns}
+    show_one(Api()("POST", "networks", name=name, netblock=netblock, **services), COLUMNS, form)
+
+
+@network.add(examples="sf network ls --format json")
+def ls(everything: bool, form: str) -> None:
+    """List networks."""
+    show_list(Api()("GET", "networks", all=everything), COLUMNS, form)
+
+
+@network.add(examples="sf network show lan")
+def show(name: str, form: str) -> None:
+    """Show a network and who has which address on it."""
+    api = Api()
+    found = api("GET", "networks", name)
+    show_one({**found, "interfaces": api("GET", "networks", name, "interfaces")}, FIELDS, form)
+
+
+@network.add(examples="sf network delete lan")
+def delete(names: tuple[str, ...]) -> None:
+    """Delete networks that no guest uses any more."""
+    api = Api()
+    for name in names:
+        api("DELETE", "networks", name)
+        say(f"{name} is being deleted")
+
+
+@network.add(examples="sf network ping lan 10.42.0.17")
+@click.argument("address")
+def ping(name: str, address: str) -> None:
+    """Ping ADDRESS from the router of a network; exit 1 when nothing answers."""
+    answer = Api()("GET", "networks", name, "ping", address)
+    print("\n".join(answer["stdout"]))
+    if not any("bytes from" in line for line in answer["stdout"]):
+        raise Problem(f"{address} does not answer on {name}", hint=" ".join(answer["stderr"]))
+
+
+@network.add(examples="sf network doctor lan")
+def doctor(name: str, form: str) -> None:
+    """Compare a network with what it should be, on every node; exit 1 when anything differs."""
+    found = Api()("GET", "networks", name, "doctor")
+    if found or form != "table":
+        show_list(found, FINDINGS, form, name="problem")
+    if found:
+        raise Problem(f"{name}: {len(found)} findings")
+    say(f"{name} is as it should be, on every node")
+
+
+@network.add(examples="sf network events lan")
+def events(name: str, limit: int, form: str) -> None:
+    """What happened to a network, newest first."""
+    show_list(Api()("GET", "networks", name, "events", limit=limit), EVENTS, form, name="message")

@@ -1,0 +1,1 @@
+"""Images, stores, caches and mirrors."""

@@ -1,0 +1,176 @@
+"""`sf imaged`, the node's image service, and the commands of `sf cache` that ask it."""
+
+import asyncio
+from typing import Any
+
+import click
+
+from cli.command import Command, Group, settings
+from cli.errors import Problem
+from cli.image.stores import found
+from cli.output import show_list, size, status, when
+
+ROWS = (
+    ("digest", "digest"),
+    ("disk", lambda row: size(row["size_bytes"])),
+    ("on this node", lambda row: size(row["used_bytes"])),
+    ("present", lambda row: present(row)),
+    ("pinned", lambda row: "yes" if row["pinned"] else ""),
+    ("used by", lambda row: len(row["readers"]) or ""),
+    ("last used", lambda row: when(row["used_s"])),
+)
+
+cache = Group("cache", help="Images that this node holds.")
+
+
+def present(row: dict[str, Any]) -> str:
+    if row["complete"]:
+        return "100%"
+    data = row.get("data_bytes")
+    return f"{100 * row['present_bytes'] / data:.0f}%" if data else "a part"
+
+
+def _ask(op: str, **arguments: Any) -> Any:
+    from imagestore.cache.control import ControlClient
+    from imagestore.cache.imaged import control_socket
+
+    return asyncio.run(ControlClient(control_socket(settings().state_dir)).ask(op, **arguments))
+
+
+def rows() -> list[dict[str, Any]]:
+    """What the service says, or without one what its directory says."""
+    from imagestore.cache.images import list_images
+    from imagestore.errors import Unavailable
+
+    try:
+        told: list[dict[str, Any]] = _ask("ls")["images"]
+    except Unavailable:
+        told = list_images(settings().state_dir / "cache")
+    return told
+
+
+def _digest(name: str, architecture: str) -> str:
+    """What a name stands for: in a store, or (a digest) in this node's cache."""
+    from imagestore.store.names import parse_reference
+
+    if digest := parse_reference(name).digest:
+        return str(digest)
+    with found(name, architecture) as (_, _, digest):
+        return str(digest)
+
+
+@cache.add(examples="sf cache verify")
+def verify() -> None:
+    """Hash every image on this node again; what is damaged is removed, and fetched anew when it is used."""
+    from imagestore.cache.images import ImageCache
+    from imagestore.errors import Corrupt
+
+    held = ImageCache(settings().state_dir / "cache", {})
+    images, bad = held.list(), 0
+    with status() as tell:
+        for one in images:
+            tell(f"verify {one.digest}")
+            try:
+                held.verify(one.digest)
+            except Corrupt as error:
+                bad += 1
+                print(error)
+    if bad:
+        raise Problem(f"{bad} of {len(images)} images were damaged")
+    print(f"{len(images)} images, every byte is right")
+
+
+@cache.add(examples="sf cache ls")
+def ls(form: str) -> None:
+    """List the images on this node, and what part of each is present."""
+    show_list(rows(), ROWS, form, name="digest")
+
+
+@cache.add(examples="sf cache pin debian:12")
+def pin(name: str, architecture: str) -> None:
+    """Keep an image on this node although nothing uses it."""
+    _ask("pin", image=_digest(name, architecture))
+
+
+@cache.add(examples="sf cache unpin debian:12")
+def unpin(name: str, architecture: str) -> None:
+    """Let an image be forgotten when it is unused and room is needed."""
+    _ask("unpin", image=_digest(name, architecture))
+
+
+@cache.add(examples="sf cache prefetch debian:12")
+def prefetch(name: str, architecture: str) -> None:
+    """Bring a whole image to this node, in the background."""
+    _ask("prefetch", image=_digest(name, architecture))
+
+
+@cache.add(examples="sf cache prune\nsf cache prune --to 20G")
+@click.option(
+    "--to",
+    "limit",
+    default="0",
+    metavar="SIZE",
+    help="What may stay; default: only what is in use or pinned.",
+)
+def prune(limit: str) -> None:
+    """Forget unused images, least recently used first."""
+    from imagestore.cache.imaged import parse_size
+
+    for digest in _ask("prune", limit_bytes=parse_size(limit)):
+        print(digest)
+
+
+@cache.add(examples="sf cache top")
+@click.option("--every", "interval_s", default=1.0, show_default=True, metavar="SECONDS")
+def top(interval_s: float) -> None:
+    """Watch images arrive, until Ctrl-C."""
+    import time
+
+    from rich.live import Live
+    from rich.table import Table
+
+    last: dict[str, int] = {}
+    with Live(auto_refresh=False) as live:
+        while True:
+            table = Table(
+                "image", "present", "clients", "from", "a second", "waited", box=None, pad_edge=False
+            )
+            for row in rows():
+                received = row.get("received", {})
+                total = sum(received.values())
+                rate = (total - last.get(row["digest"], total)) / interval_s
+                last[row["digest"]] = total
+                table.add_row(
+                    row["digest"][:15],
+                    present(row),
+                    str(sum(e["clients"] for e in row.get("exports", {}).values())),
+                    " ".join(f"{kind} {size(count)}" for kind, count in sorted(received.items())),
+                    size(rate) if rate else "",
+                    f"{row.get('waited_s', 0):.1f} s",
+                )
+            live.update(table, refresh=True)
+            time.sleep(interval_s)
+
+
+@click.command(cls=Command, examples="sf imaged\nsf imaged --fill-rate 20M --cache-size 100G")
+@click.option("--fill-rate", metavar="SIZE", help="Bytes a second for what nobody waits for; 0: no limit.")
+@click.option("--cache-size", metavar="SIZE", help="Forget unused images above this; 0: no limit.")
+@click.option(
+    "--user", default="", metavar="NAME", help="Give up root and become this user (and its groups)."
+)
+@click.option(
+    "--group", default="", metavar="NAME", help="Who may connect besides: qemu's group, such as kvm."
+)
+def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str) -> None:
+    """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
+    from imagestore.cache.imaged import parse_size, run
+    from imagestore.cache.service import Options
+
+    state, get = settings().state_dir, settings().get
+    stores = tuple(get("store").split()) or ((state / "store").as_uri(),)
+    options = Options(
+        fill_bytes_s=parse_size(fill_rate or get("fill_rate", "0")),
+        cache_bytes=parse_size(cache_size or get("cache_size", "0")),
+        read_ahead=int(get("read_ahead", "2")),
+    )
+    run(state, stores, options, user=user, group=group)

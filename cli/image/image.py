@@ -1,0 +1,279 @@
+"""`sf image`: disk images in a store. Needs no server."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.command import STORE, Group, settings
+from cli.errors import MISSING, USAGE, Problem
+from cli.image.stores import digest_of, found, judge, opened, written
+from cli.output import progress, say, show_list, show_one, size, when
+
+COLUMNS = (
+    ("name", "name"),
+    ("architecture", "architecture"),
+    ("size", lambda i: size(i.get("size_bytes"))),
+    ("digest", "digest"),
+    ("on this node", "present"),
+    ("changed", lambda i: "removed" if i.get("removed") else when(i.get("modified_s"))),
+)
+FIELDS = (
+    *COLUMNS,
+    ("data", lambda i: f"{size(i['data_bytes'])} in {i['chunks']} chunks"),
+    ("stored", lambda i: f"{size(i['stored_bytes'])} in {i['packs']} packs, shared with other images"),
+    ("os", "os"),
+    ("labels", lambda i: [f"{k}={v}" for k, v in i["labels"].items()]),
+    ("source", lambda i: [f"{k}: {v}" for k, v in i["source"].items()]),
+    ("parent", "parent"),
+    ("disk id", "disk_id"),
+    ("store", "store"),
+)
+HISTORY = (
+    ("revision", "revision"),
+    ("changed", lambda c: when(c["at_s"])),
+    ("images", lambda c: "removed" if c["removed"] else [f"{a} {d}" for a, d in c["images"].items()]),
+)
+PUSHED = (
+    ("name", "name"),
+    ("digest", "digest"),
+    ("read", lambda r: size(r["read_bytes"])),
+    ("new", lambda r: size(r["new_bytes"])),
+    ("already there", lambda r: size(r["known_bytes"])),
+    ("written", lambda r: size(r["written_bytes"])),
+)
+COLLECTED = (
+    ("images", "images"),
+    ("in use", lambda r: size(r["used_bytes"])),
+    ("freed", lambda r: f"{size(r['freed_bytes'])} in {r['deleted_packs']} packs"),
+    ("after the grace", lambda r: f"{size(r['waiting_bytes'])} in {r['waiting_packs']} packs"),
+    ("written anew", lambda r: f"{size(r['copied_bytes'])} out of {r['repacked_packs']} packs"),
+    ("tombstones gone", "deleted_names"),
+    ("", lambda r: "nothing was changed (--dry-run)" if r["dry_run"] else ""),
+)
+PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
+
+image = Group("image", needs=STORE, help="Push, pull and manage disk images.")
+path = click.Path(dir_okay=False, path_type=Path)
+
+
+@image.add(
+    examples="""sf image push debian-12.qcow2 debian:12
+    sf image push disk.raw shop:2026-11 --label team=shop --store 's3://images/sf?region=eu-central-1'"""
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("name")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option(
+    "--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi"]), help="Default: look."
+)
+@click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
+def push(
+    file: Path,
+    name: str,
+    architecture: str,
+    single_writer: bool,
+    form: str,
+    labels: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Keep the disk in FILE (qcow2, raw, VMDK, VHDX or VDI) under NAME[:TAG]."""
+    from imagestore.allocator import keep_buffers
+    from imagestore.push import push as push_image
+    from imagestore.store.names import check_architecture
+
+    keep_buffers()
+    target, machine = written(name), check_architecture(architecture)
+    given["labels"] = dict(label.partition("=")[::2] for label in labels)
+    given["format_"] = given.pop("input_format")
+    with opened(create=True, alone=single_writer) as store, progress(name) as tell:
+        result = push_image(store, file, *target, architecture=machine, progress=tell, **given)
+    row = {"name": ":".join(target), "architecture": machine, **asdict(result), "digest": str(result.digest)}
+    show_one(row, PUSHED, form)
+
+
+@image.add(examples="sf image pull debian:12 -o copy.qcow2\nsf image pull official/debian:12 -o disk.raw")
+@click.option(
+    "-o", "--output", required=True, type=path, help="The file; it appears when all of it is right."
+)
+@click.option(
+    "--as", "kind", type=click.Choice(["qcow2", "raw"]), help="Default: raw for .raw and .img, else qcow2."
+)
+@click.option(
+    "--seed", "seeds", multiple=True, metavar="NAME=FILE", help="Take equal parts from the raw disk FILE."
+)
+def pull(
+    name: str, architecture: str, form: str, output: Path, kind: str | None, seeds: tuple[str, ...]
+) -> None:
+    """Write an image to a file."""
+    from imagestore.allocator import keep_buffers
+    from imagestore.pull import Seed
+    from imagestore.pull import pull as pull_image
+
+    keep_buffers()
+    given: list[Seed] = []
+    for text in seeds:
+        image_name, _, file = text.partition("=")
+        with found(image_name, architecture) as (store, _, digest):
+            given.append(Seed(store.manifest(digest), Path(file)))
+    kind = kind or ("raw" if output.suffix in (".raw", ".img") else "qcow2")
+    with found(name, architecture) as (store, full, digest), progress(name) as tell:
+        result = pull_image(store, digest, output, format_=kind, progress=tell, seeds=given)
+    row = {"name": full, "output": str(output), "format": kind, **asdict(result), "digest": str(digest)}
+    show_one(row, PULLED, form, name="output")
+
+
+@image.add(examples="sf image ls\nsf image ls --format json")
+@click.option("--removed", is_flag=True, help="Those that undelete can bring back, too.")
+def ls(form: str, removed: bool) -> None:
+    """List images."""
+    here = _here()
+    with opened(create=settings().store_is_default) as store:
+        rows = [
+            {
+                "name": f"{r.name}:{r.tag}",
+                "architecture": architecture,
+                "digest": str(digest),
+                "size_bytes": None if form == "name" else store.size_bytes(digest),
+                "present": here.get(str(digest), ""),
+                "removed": r.removed,
+                "modified_s": r.modified_s,
+            }
+            for r in store.names.list(removed=removed)
+            for architecture, digest in r.images.items()
+        ]
+    show_list(rows, COLUMNS, form)
+
+
+def _here() -> dict[str, str]:
+    """What part of which image this node holds."""
+    if not (settings().state_dir / "cache").is_dir():
+        return {}
+    from cli.image.cache import present, rows
+
+    return {row["digest"]: present(row) for row in rows()}
+
+
+@image.add(examples="sf image show debian:12\nsf image show debian:12 --format json")
+def show(name: str, architecture: str, form: str) -> None:
+    """Show an image: its digest, its size, its labels and where it came from."""
+    with found(name, architecture) as (store, full, digest):
+        manifest, layout = store.manifest(digest), store.layout(digest)
+    row = {
+        "name": full,
+        "digest": str(digest),
+        "architecture": manifest.architecture,
+        "size_bytes": manifest.size_bytes,
+        "data_bytes": manifest.data_bytes,
+        "stored_bytes": int(layout.frame_sizes.sum()),
+        "chunks": len(manifest.lengths),
+        "packs": len(layout.packs),
+        "os": manifest.os,
+        "labels": dict(manifest.labels),
+        "source": dict(manifest.source),
+        "parent": str(manifest.parent or ""),
+        "disk_id": str(manifest.disk_id),
+        "store": store.url,
+    }
+    show_one(row, FIELDS, form)
+
+
+@image.add(examples="sf image verify debian:12")
+def verify(name: str, architecture: str) -> None:
+    """Read every byte of an image and check it; exit 1 when anything is wrong."""
+    from imagestore.verify import verify_image
+
+    with found(name, architecture) as (store, full, digest), progress(name) as tell:
+        report = verify_image(store, digest, progress=tell)
+    judge(report, f"{full} {digest}".strip(), "every byte is right")
+
+
+@image.add(examples="sf image tag debian:12 debian:stable")
+@click.argument("new")
+def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
+    """Give an image of the store another name as well."""
+    from imagestore.store import publish
+    from imagestore.store.names import check_architecture, parse_reference
+
+    target, machine = written(new), check_architecture(architecture)
+    with opened(write=True, alone=single_writer) as store:
+        digest = digest_of(store, parse_reference(name), machine)
+        publish.tag(store, digest, *target, machine)
+    print(f"{':'.join(target)} {digest}")
+
+
+def _remove(names: tuple[str, ...], architecture: str | None, alone: bool) -> None:
+    with opened(write=True, alone=alone) as store:
+        for text in names:
+            store.names.remove(*written(text), architecture)
+            say(f"{text} removed (sf image undelete {text} brings it back until gc has run)")
+
+
+@image.add(examples="sf image rm debian:11")
+def rm(names: tuple[str, ...], single_writer: bool) -> None:
+    """Remove names; what no name needs any more goes with gc, after its grace."""
+    _remove(names, None, single_writer)
+
+
+@image.add(examples="sf image untag debian:12 --only aarch64")
+@click.option("--only", metavar="ARCH", help="The other architectures of the name stay.")
+def untag(name: str, single_writer: bool, only: str | None) -> None:
+    """Remove a name, or one architecture of it."""
+    _remove((name,), only, single_writer)
+
+
+@image.add(examples="sf image undelete debian:11")
+def undelete(name: str, single_writer: bool) -> None:
+    """Bring back a name that was removed, as long as gc has not collected it."""
+    from imagestore.store import publish
+
+    with opened(write=True, alone=single_writer) as store:
+        record = publish.undelete(store, *written(name))
+    print(" ".join([f"{record.name}:{record.tag}", *map(str, record.images.values())]))
+
+
+@image.add(examples="sf image history debian:12")
+def history(name: str, form: str) -> None:
+    """What a name stood for, newest first."""
+    with opened() as store:
+        changes = store.names.history(*written(name))
+    rows = [asdict(c) | {"images": {a: str(d) for a, d in c.images.items()}} for c in changes]
+    show_list(rows, HISTORY, form, name="revision")
+
+
+@image.add(examples="sf image gc --dry-run\nsf image gc --grace 2h")
+@click.option("--dry-run", is_flag=True, help="Only say what a run would do.")
+@click.option(
+    "--grace", default="24h", show_default=True, help="Longer than any cache keeps names: 90s, 30m, 24h, 7d."
+)
+@click.option(
+    "--repack-threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="SHARE"
+)
+def gc(form: str, single_writer: bool, dry_run: bool, grace: str, repack_threshold: float) -> None:
+    """Free what no image needs; packs of which more than SHARE is unused are written anew."""
+    from imagestore.gc import collect
+
+    match = re.fullmatch(r"(\d+)([smhd])", grace)
+    if not match:
+        raise Problem(f"not a time: {grace!r}", hint="for example 30m, 24h, 7d", code=USAGE)
+    grace_s = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    with opened(alone=single_writer) as store:
+        report = collect(store, grace_s=grace_s, repack_threshold=repack_threshold, dry_run=dry_run)
+    show_one({**asdict(report), "name": store.url}, COLLECTED, form)
+
+
+@image.add(examples="sf image trace debian:12")
+def trace(name: str, architecture: str) -> None:
+    """Keep in the store what boots on this node read first, for the next node's first boot of the image."""
+    from imagestore.cache.trace import Trace, trace_key
+
+    with found(name, architecture) as (store, full, digest):
+        path = settings().state_dir / "cache" / "traces" / digest.hex()
+        if not path.exists():
+            raise Problem(f"no boot of {full} was traced on this node", hint="boot it once", code=MISSING)
+        boots = Trace.decode(data := path.read_bytes()).boots
+        store.check_writable()
+        store.backend.put(trace_key(digest), data)
+    print(f"{full} {digest}: a trace of {boots:g} boots")

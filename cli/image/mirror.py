@@ -1,0 +1,329 @@
+"""`sf mirror`: carry images for others, sign their names, serve them."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.command import STORE, Group, settings
+from cli.errors import ERROR, Problem
+from cli.image.stores import opened
+from cli.output import progress, say, show_list, show_one, size, status, when
+
+if TYPE_CHECKING:
+    from imagestore.mirror.signing import Keyring, Publisher
+    from imagestore.progress import Report
+    from imagestore.store.store import Store
+
+mirror = Group("mirror", needs=STORE, help="Carry images for others, sign their names, serve them.")
+SYNCED = (
+    ("image", "name"),
+    ("result", "result"),
+    ("new", lambda o: size(o["bytes"]) if o["bytes"] else ""),
+    ("seconds", "seconds"),
+    ("message", "message"),
+)
+STATUS = (
+    ("store", "store"),
+    ("fingerprint", "fingerprint"),
+    ("published names", "names"),
+    ("timestamp expires", lambda s: when(s["expires_s"]) if s["expires_s"] else ""),
+    ("draft", "draft"),
+    ("signers carried", "signers"),
+    ("upstreams", lambda s: [_upstream(url, seen) for url, seen in s["upstreams"].items()]),
+)
+directory = click.Path(file_okay=False, path_type=Path)
+keys_option = click.option("--keys", type=directory, help="Default: mirror/keys in the state directory.")
+
+
+def _keyring(given: Path | None) -> "Keyring":
+    from imagestore.mirror.signing import Keyring
+
+    return Keyring(given or settings().state_dir / "mirror" / "keys")
+
+
+def _publisher(store: "Store", keys: Path | None, root_keys: Path | None = None) -> "Publisher":
+    from imagestore.mirror.signing import Publisher
+
+    return Publisher(store, _keyring(keys), _keyring(root_keys) if root_keys else None)
+
+
+def _publish(store: "Store", keys: Path | None) -> None:
+    """Checksums for all names, then their signatures; says what changed."""
+    from imagestore.mirror.content import compute_sums
+
+    digests = {digest for record in store.names.list() for digest in record.images.values()}
+    for number, digest in enumerate(sorted(digests), 1):
+        with progress(f"checksums {number}/{len(digests)}") as tell:
+            compute_sums(store, digest, tell)
+    done = _publisher(store, keys).publish()
+    counts = f"{len(done.added)} new, {len(done.changed)} changed, {len(done.removed)} gone"
+    print(f"published version {done.version}: {counts}")
+
+
+@mirror.add(examples="sf mirror init\nsf mirror init --root-keys 3 --threshold 2 --keys /media/safe")
+@keys_option
+@click.option("--root-keys", "root_keys", default=1, show_default=True, help="How many keys the root has.")
+@click.option("--threshold", default=1, show_default=True, help="How many of them must sign a new root.")
+def init(keys: Path | None, root_keys: int, threshold: int) -> None:
+    """Make the store if there is none, keys and a first root."""
+    from imagestore.mirror import signing
+
+    ring = _keyring(keys)
+    with opened(create=True) as store:
+        fingerprint = signing.init(store, ring, root_keys=root_keys, threshold=threshold)
+    print(fingerprint)
+    say(
+        f"keys are in {ring.directory}: keep a copy of root*.pem elsewhere; clients need the fingerprint above"
+    )
+
+
+@mirror.add(
+    examples="""sf mirror sync
+    sf mirror sync 'debian:*'
+    sf mirror sync --from https://images.example/#b3:… 'debian:*'"""
+)
+@click.argument("patterns", nargs=-1)
+@click.option("--from", "origin", metavar="URL", help="Another mirror instead of the source lists.")
+@click.option("--sources", type=click.Path(path_type=Path), help="A source list or a directory of them.")
+@click.option("--publish/--no-publish", default=True, help="Sign the names afterwards, if there are keys.")
+@keys_option
+def sync(
+    patterns: tuple[str, ...],
+    origin: str | None,
+    sources: Path | None,
+    publish: bool,
+    keys: Path | None,
+    form: str,
+) -> None:
+    """Bring the newest images of upstreams, or names of another mirror, into the store."""
+    with opened(create=True) as store:
+        rows = _replicate(origin, store, patterns) if origin else _from_sources(store, sources, patterns)
+        if publish and (_keyring(keys).directory / "fingerprint").exists():
+            _publish(store, keys)
+    _show(rows, form)
+
+
+def _from_sources(store: "Store", given: Path | None, patterns: tuple[str, ...]) -> list[dict[str, Any]]:
+    from fnmatch import fnmatchcase
+
+    from imagestore.mirror import sources
+    from imagestore.mirror.sync import sync as sync_sources
+
+    shipped = Path(__file__).parents[1] / "mirror-config" / "sources.d"
+    own = Path("/etc/sf/sources.d")
+    wanted = [
+        source
+        for source in sources.load(given or (own if own.is_dir() else shipped))
+        if not patterns or any(fnmatchcase(source.title, pattern) for pattern in patterns)
+    ]
+
+    def report(title: str) -> AbstractContextManager["Report"]:
+        return progress(title)
+
+    outcomes = sync_sources(store, wanted, settings().state_dir / "mirror" / "downloads", progress=report)
+    return [
+        {
+            "name": f"{outcome.title} {outcome.architecture}",
+            "result": outcome.result,
+            "bytes": outcome.new_bytes,
+            "seconds": outcome.seconds,
+            "message": outcome.message,
+        }
+        for outcome in outcomes
+    ]
+
+
+def _replicate(origin: str, store: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
+    from imagestore.errors import Denied, Unavailable
+    from imagestore.mirror import upstreams
+
+    memory = settings().state_dir / "mirror" / "upstreams.json"
+    try:
+        with opened(origin) as source:
+            rows = _copied(source, store, patterns)
+    except (Unavailable, Denied) as error:
+        upstreams.note(memory, origin, str(error))
+        raise
+    upstreams.note(memory, origin, "")
+    return rows
+
+
+def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
+    from imagestore.mirror.replicate import replicate
+
+    with status() as tell:
+
+        def report(name: str) -> AbstractContextManager[None]:
+            tell(name)
+            return nullcontext()
+
+        return [
+            {
+                "name": r.name,
+                "result": r.result,
+                "bytes": r.written_bytes,
+                "seconds": "",
+                "message": r.message,
+            }
+            for r in replicate(source, target, patterns, report=report)
+        ]
+
+
+def _show(rows: list[dict[str, Any]], form: str) -> None:
+    """What became of each. Raises Problem if any failed."""
+    show_list(rows, SYNCED, form)
+    bad = [row for row in rows if row["result"] == "failed"]
+    if bad:
+        raise Problem(f"{len(bad)} of {len(rows)} failed", hint="the others are done", code=ERROR)
+
+
+@mirror.add(examples="sf mirror export /media/disk 'debian:*'")
+@click.argument("target", type=directory)
+@click.argument("patterns", nargs=-1)
+def export(target: Path, patterns: tuple[str, ...], form: str) -> None:
+    """Write names, images and signatures to a directory; what is there already is not written again."""
+    with opened() as store, opened(str(target.absolute()), create=True) as disk:
+        rows = _copied(store, disk, patterns)
+    _show(rows, form)
+
+
+@mirror.add("import", examples="sf mirror import /media/disk")
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("patterns", nargs=-1)
+def import_(source: Path, patterns: tuple[str, ...], form: str) -> None:
+    """Read names, images and signatures from a directory that export wrote."""
+    with opened(create=True) as store, opened(str(source.absolute())) as disk:
+        rows = _copied(disk, store, patterns)
+    _show(rows, form)
+
+
+@mirror.add(examples="sf mirror publish")
+@keys_option
+def publish(keys: Path | None) -> None:
+    """Sign the names of the store as they are now."""
+    with opened() as store:
+        _publish(store, keys)
+
+
+@mirror.add(examples="sf mirror refresh")
+@keys_option
+def refresh(keys: Path | None) -> None:
+    """Renew the timestamp that says "this is the newest"; needed at least every 7 days."""
+    with opened() as store:
+        print(f"valid until {when(_publisher(store, keys).refresh().timestamp())}")
+
+
+@mirror.add(examples="sf mirror rotate timestamp\nsf mirror rotate root --root-keys /media/safe")
+@click.argument("role", type=click.Choice(["root", "targets", "snapshot", "timestamp"]))
+@keys_option
+@click.option("--root-keys", type=directory, help="Where the root's keys are, if elsewhere.")
+def rotate(role: str, keys: Path | None, root_keys: Path | None) -> None:
+    """Give a role new keys, as many as it had, and sign with them; the old ones count no more."""
+    with opened() as store:
+        publisher = _publisher(store, keys, root_keys)
+        print(f"root version {publisher.rotate(role)}")
+        if publisher.published()[1] is not None:
+            _publish(store, keys)
+
+
+@mirror.add(examples="sf mirror adopt b3:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08")
+@click.argument("fingerprint")
+@keys_option
+def adopt(fingerprint: str, keys: Path | None) -> None:
+    """Sign, as your own, what the signer with FINGERPRINT left behind in this store."""
+    from imagestore.formats.digest import Digest
+    from imagestore.mirror.replicate import adopt as adopt_images
+
+    with opened() as store:
+        adopted = adopt_images(store, _publisher(store, keys), Digest.parse(fingerprint))
+        _publish(store, keys)
+    for (name, tag, architecture), digest in adopted.items():
+        print(f"{name}:{tag} {architecture} {digest}")
+
+
+@mirror.add("status", examples="sf mirror status --format json")
+@keys_option
+def show_status(keys: Path | None, form: str) -> None:
+    """What is published and until when, what is a draft, and since when an upstream is gone."""
+    from imagestore.errors import NotFound
+    from imagestore.mirror import upstreams
+    from imagestore.mirror.replicate import signers
+
+    with opened() as store:
+        drafts = {
+            (r.name, r.tag, architecture): digest
+            for r in store.names.list()
+            for architecture, digest in r.images.items()
+        }
+        try:
+            fingerprint = str(_keyring(keys).fingerprint)
+            published, expires = _publisher(store, keys).published()
+        except NotFound:
+            fingerprint, published, expires = "", {}, None
+        draft = sorted(
+            f"{n}:{t} {a}" for (n, t, a), digest in drafts.items() if published.get((n, t, a)) != digest
+        )
+        row = {
+            "store": store.url,
+            "fingerprint": fingerprint,
+            "names": len(published),
+            "expires_s": expires.timestamp() if expires else None,
+            "draft": draft,
+            "signers": [str(signer) for signer in signers(store)],
+            "upstreams": upstreams.read(settings().state_dir / "mirror" / "upstreams.json"),
+        }
+    show_one(row, STATUS, form, name="store")
+
+
+def _upstream(url: str, seen: dict[str, Any]) -> str:
+    if seen["gone_since_s"]:
+        return f"{url}: gone since {when(seen['gone_since_s'])}: {seen['error']}"
+    return f"{url}: seen {when(seen['seen_s'])}"
+
+
+@mirror.add(
+    examples="""sf mirror serve
+    sf mirror serve --host 0.0.0.0 --port 8080 --store 's3://images/sf?region=eu-central-1'
+    sf mirror serve --upstream https://images.example/#b3:… --keep-gib 50"""
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every address of this machine."
+)
+@click.option("--port", default=8000, show_default=True)
+@click.option("--upstream", metavar="URL", help="Be a cache of this mirror instead of serving the store.")
+@click.option("--keep-gib", default=20.0, show_default=True, help="How much of the upstream is kept.")
+@click.option("--requests", default=512, show_default=True, help="Requests at once, in each process.")
+@click.option(
+    "--rate",
+    default=0.0,
+    show_default=True,
+    help="Requests a second of one address, in each process; 0: any.",
+)
+@click.option(
+    "--workers",
+    default=min(4, os.cpu_count() or 1),
+    show_default=True,
+    help="Processes; with --upstream it is one.",
+)
+def serve(
+    host: str, port: int, upstream: str | None, keep_gib: float, requests: int, rate: float, workers: int
+) -> None:
+    """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""
+    from imagestore.mirror import serve as server
+
+    if not upstream:
+        with opened(create=settings().store_is_default) as store:
+            store.check_public()
+    options = server.Options(
+        settings().store_url,
+        upstream or "",
+        str(settings().state_dir / "mirror" / "pull-through"),
+        int(keep_gib * (1 << 30)),
+        requests,
+        rate,
+    )
+    say(f"serving {upstream or settings().store_url} at http://{host}:{port}/")
+    server.serve(options, host, port, workers)

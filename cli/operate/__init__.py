@@ -1,0 +1,1 @@
+"""Servers, nodes, namespaces and keys."""

@@ -1,0 +1,112 @@
+"""`sf node`, `sf namespace` and `sf key`."""
+
+import secrets
+
+import click
+
+from cli.cloud.api import Api
+from cli.command import API, Group
+from cli.output import say, show_list, show_one, when
+
+NODES = (
+    ("name", "name"),
+    ("address", "ip"),
+    ("state", "state"),
+    ("last seen", lambda n: when(n.get("lastseen"))),
+    ("release", "release"),
+)
+NAMESPACES = (
+    ("name", "name"),
+    ("keys", lambda n: " ".join(n.get("keys") or [])),
+    ("trusts", lambda n: " ".join((n.get("trust") or {}).get("full", []))),
+)
+BASE = ("auth", "namespaces")
+
+node = Group("node", needs=API, help="Machines of the cluster.")
+namespace = Group("namespace", needs=API, help="Tenants: each has its own guests, networks and keys.")
+key = Group("key", needs=API, help="Keys of a namespace.")
+of = click.argument("of", metavar="NAMESPACE")
+
+
+@node.add(examples="sf node ls")
+def ls(form: str) -> None:
+    """List nodes."""
+    show_list(Api()("GET", "nodes"), NODES, form)
+
+
+@node.add(examples="sf node show server1")
+def show(name: str, form: str) -> None:
+    """Show a node."""
+    found = Api()("GET", "nodes", name)
+    rest = sorted(found.keys() - {"name", "ip", "state", "lastseen", "release"})
+    show_one(found, (*NODES, *((key, key) for key in rest)), form)
+
+
+@node.add(examples="sf node token")
+def token(form: str) -> None:
+    """Make a single-use token, good for ten minutes, with which another machine joins (sf agent --join)."""
+    columns = (("url", "url"), ("token", "token"), ("expires in (s)", "expires_in"))
+    show_one(Api()("POST", "nodes", "token"), columns, form)
+
+
+@node.add(examples="sf node drain server1")
+@click.option("--undo", is_flag=True, help="Use the node again.")
+def drain(name: str, undo: bool) -> None:
+    """Place nothing new on a node and route elsewhere; guests that run there go on."""
+    Api()("POST", "nodes", name, "undrain" if undo else "drain")
+
+
+@node.add(examples="sf node remove server2")
+def remove(name: str) -> None:
+    """Forget a node that is gone, and the guests that were on it."""
+    Api()("DELETE", "nodes", name)
+
+
+@namespace.add("ls", examples="sf namespace ls")
+def namespace_ls(form: str) -> None:
+    """List the namespaces that this key may see."""
+    show_list(Api()("GET", *BASE), NAMESPACES, form)
+
+
+@namespace.add("show", examples="sf namespace show shop")
+def namespace_show(name: str, form: str) -> None:
+    """Show a namespace."""
+    show_one(Api()("GET", *BASE, name), NAMESPACES, form)
+
+
+@namespace.add("create", examples="sf namespace create shop")
+def namespace_create(name: str, form: str) -> None:
+    """Make a namespace; `sf key add` gives it a key."""
+    show_one(Api()("POST", *BASE, namespace=name), NAMESPACES, form)
+
+
+@namespace.add("delete", examples="sf namespace delete shop")
+def namespace_delete(name: str) -> None:
+    """Delete a namespace that has no guests and networks any more."""
+    Api()("DELETE", *BASE, name)
+    say(f"{name} deleted")
+
+
+@key.add("ls", examples="sf key ls shop")
+@of
+def key_ls(of: str, form: str) -> None:
+    """List the names of a namespace's keys."""
+    rows = [{"name": name} for name in Api()("GET", *BASE, of, "keys")]
+    show_list(rows, (("name", "name"),), form)
+
+
+@key.add("add", examples="sf key add shop laptop")
+@of
+def key_add(of: str, name: str) -> None:
+    """Make a new key and print it; it is not shown again."""
+    made = secrets.token_urlsafe(32)
+    Api()("POST", *BASE, of, "keys", key_name=name, key=made)
+    print(made)
+
+
+@key.add("rm", examples="sf key rm shop laptop")
+@of
+def key_rm(of: str, name: str) -> None:
+    """Remove a key; what was logged in with it ends at once."""
+    Api()("DELETE", *BASE, of, "keys", name)
+    say(f"{name} removed")

@@ -1,0 +1,1 @@
+"""One guest on this node: its record, disks, taps, console and config drive."""

@@ -1,0 +1,107 @@
+"""The config drive: what a guest learns of itself, as an ISO 9660 volume `config-2` in OpenStack's layout.
+
+https://docs.openstack.org/nova/latest/user/metadata.html, as cloud-init's ConfigDrive source reads it. Built anew at
+each power-on; `uuid` (cloud-init's instance-id) stays the same for the instance's life.
+"""
+
+import io
+import json
+from ipaddress import IPv4Address
+from typing import Any
+
+import pycdlib
+
+from compute.wire.spec import InstanceSpec, InterfaceSpec
+from net.plan.model import Network
+
+Files = dict[str, bytes]
+
+
+def meta_data(spec: InstanceSpec) -> dict[str, Any]:
+    """meta_data.json."""
+    keys = {f"key{number}": text.strip() for number, text in enumerate(spec.ssh_keys)}
+    return {
+        "uuid": spec.uuid,
+        "name": spec.name,
+        "hostname": spec.name,
+        "local-hostname": spec.name,
+        "launch_index": 0,
+        "project_id": spec.namespace,
+        "public_keys": keys,
+        "keys": [{"name": name, "type": "ssh", "data": data} for name, data in keys.items()],
+        "meta": dict(spec.metadata),
+    }
+
+
+def _static(interface: InterfaceSpec, network: Network, *, default_route: bool) -> dict[str, Any]:
+    anywhere = str(IPv4Address(0))
+    route = {"network": anywhere, "netmask": anywhere, "gateway": str(network.gateway)}
+    return {
+        "type": "ipv4",
+        "ip_address": interface.address,
+        "netmask": str(network.netblock.netmask),
+        "routes": [route] if default_route else [],
+    }
+
+
+def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, Any]:
+    """network_data.json: MAC and MTU always, `ipv4_dhcp` where the network serves it, else the address itself."""
+    links, plans, resolvers = [], [], []
+    for number, interface in enumerate(spec.interfaces):
+        network = networks[interface.network_uuid]
+        links.append(
+            {
+                "id": f"link{number}",
+                "vif_id": interface.uuid,
+                "type": "phy",
+                "ethernet_mac_address": interface.mac,
+                "mtu": network.mtu_bytes,
+            }
+        )
+        plan: dict[str, Any] = {"id": f"network{number}", "link": f"link{number}", "network_id": network.uuid}
+        if network.provide_dhcp:
+            plan["type"] = "ipv4_dhcp"
+        else:
+            plan.update(_static(interface, network, default_route=number == 0))
+            if network.provide_dns:
+                resolvers.append({"type": "dns", "address": str(network.gateway)})
+        plans.append(plan)
+    return {"links": links, "networks": plans, "services": resolvers}
+
+
+def files(spec: InstanceSpec, networks: dict[str, Network]) -> Files:
+    """Path on the drive to content."""
+    found = {
+        "meta_data.json": json.dumps(meta_data(spec), indent=1).encode(),
+        "network_data.json": json.dumps(network_data(spec, networks), indent=1).encode(),
+        "vendor_data.json": b"{}",
+    }
+    if spec.user_data:
+        found["user_data"] = spec.user_data
+    return {f"openstack/latest/{name}": content for name, content in found.items()}
+
+
+def iso(content: Files) -> bytes:
+    """An ISO 9660 image with Joliet and Rock Ridge names."""
+    volume = pycdlib.PyCdlib()
+    volume.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident="config-2", sys_ident="LINUX")
+    made: dict[str, str] = {"": ""}
+    for number, (path, data) in enumerate(sorted(content.items())):
+        parent = ""
+        for part in path.split("/")[:-1]:
+            inner = f"{parent}/{part}".lstrip("/")
+            if inner not in made:
+                made[inner] = f"{made[parent]}/{part.upper()[:8]}"
+                volume.add_directory(made[inner], rr_name=part, joliet_path=f"/{inner}")
+            parent = inner
+        volume.add_fp(
+            io.BytesIO(data),
+            len(data),
+            f"{made[parent]}/F{number:03}.;1",
+            rr_name=path.rsplit("/", 1)[-1],
+            joliet_path=f"/{path}",
+        )
+    out = io.BytesIO()
+    volume.write_fp(out)
+    volume.close()
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""libvirt and qemu: the domain, its XML, and whether KVM works here."""

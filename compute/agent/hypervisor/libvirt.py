@@ -1,0 +1,327 @@
+"""The only door to libvirt. Synchronous: callers cross with `asyncio.to_thread` or an executor of their own.
+
+libvirt's events run in one thread per process; `notify(uuid, what)` is called from it, "" meaning "list again" (after
+a reconnect, when events may have been missed). A libvirtd that dies takes no guest with it: every call then raises
+Unavailable until `connect` has succeeded again.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+
+from compute.agent.hypervisor import domain
+from compute.errors import ComputeError, Conflict, NotFound, Unavailable
+
+Notify = Callable[[str, str], None]
+
+_MOVE_S = 60.0
+_EVENT_THREAD_LOCK = threading.Lock()
+_event_thread: threading.Thread | None = None  # libvirt has one event loop per process, whoever connects
+
+_GONE = (
+    libvirt.VIR_ERR_NO_CONNECT,
+    libvirt.VIR_ERR_INVALID_CONN,
+    libvirt.VIR_ERR_RPC,
+    libvirt.VIR_ERR_SYSTEM_ERROR,
+    libvirt.VIR_ERR_NO_SUPPORT,
+)
+
+
+class Refused(ComputeError):
+    """libvirt or qemu said no; the message is theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainState:
+    """How a domain is. `ended` says why one that is off stopped: halted, crashed, destroyed, failed or unknown."""
+
+    power: str
+    ended: str = ""
+    reason: str = ""
+
+
+_PAUSED_REASONS = {
+    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "an I/O error (is the node's disk full?)",
+    libvirt.VIR_DOMAIN_PAUSED_WATCHDOG: "the guest's watchdog",
+    libvirt.VIR_DOMAIN_PAUSED_CRASHED: "the guest's kernel crashed",
+    libvirt.VIR_DOMAIN_PAUSED_STARTING_UP: "starting",
+}
+_ENDED = {
+    libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: "halted",
+    libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: "destroyed",
+    libvirt.VIR_DOMAIN_SHUTOFF_CRASHED: "crashed",
+    libvirt.VIR_DOMAIN_SHUTOFF_FAILED: "failed",
+}
+
+
+def _start_events() -> None:
+    global _event_thread
+    with _EVENT_THREAD_LOCK:
+        if _event_thread is not None:
+            return
+        libvirt.virEventRegisterDefaultImpl()
+        libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; it would print them as well
+
+        def turn() -> None:
+            while True:
+                libvirt.virEventRunDefaultImpl()
+
+        _event_thread = threading.Thread(target=turn, name="libvirt-events", daemon=True)
+        _event_thread.start()
+
+
+class Hypervisor:
+    """The domains of one installation on one libvirtd."""
+
+    def __init__(self, uri: str, installation: str, notify: Notify) -> None:
+        self._uri, self._installation, self._notify = uri, installation, notify
+        self._connection: Any = None
+        self._lock = threading.Lock()
+
+    def connect(self) -> None:
+        """Connect unless connected. Raises Unavailable."""
+        with self._lock:
+            if self._connection is not None and self._alive():
+                return
+            _start_events()
+            try:
+                connection = libvirt.open(self._uri)
+                connection.setKeepAlive(5, 3)
+                connection.registerCloseCallback(self._closed, None)
+                for event, callback in (
+                    (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle),
+                    (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, self._device_removed),
+                    (libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, self._agent_changed),
+                ):
+                    connection.domainEventRegisterAny(None, event, callback, None)
+            except libvirt.libvirtError as err:
+                raise Unavailable(
+                    f"libvirt at {self._uri} does not answer: {err}", hint="is libvirtd running?"
+                ) from err
+            self._connection = connection
+        self._notify("", "connected")
+
+    def close(self) -> None:
+        """Let the connection go; guests run on."""
+        with self._lock, contextlib.suppress(libvirt.libvirtError):
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.unregisterCloseCallback()
+                connection.close()
+
+    def _alive(self) -> bool:
+        try:
+            return bool(self._connection.isAlive())
+        except libvirt.libvirtError:
+            return False
+
+    def _closed(self, _connection: Any, _reason: int, _opaque: Any) -> None:
+        self._notify("", "disconnected")
+
+    def _ours(self, found: Any) -> str:
+        prefix = domain.name(self._installation, "")
+        name: str = found.name()
+        return name.removeprefix(prefix) if name.startswith(prefix) else ""
+
+    def _lifecycle(self, _connection: Any, found: Any, event: int, _detail: int, _opaque: Any) -> None:
+        if uuid := self._ours(found):
+            self._notify(uuid, f"lifecycle {event}")
+
+    def _device_removed(self, _connection: Any, found: Any, alias: str, _opaque: Any) -> None:
+        if uuid := self._ours(found):
+            self._notify(uuid, f"removed {alias}")
+
+    def _agent_changed(self, _connection: Any, found: Any, state: int, _reason: int, _opaque: Any) -> None:
+        if uuid := self._ours(found):
+            connected = state == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED
+            self._notify(uuid, "agent ready" if connected else "agent gone")
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[Any]:
+        connection = self._connection
+        if connection is None:
+            raise Unavailable(f"not connected to libvirt at {self._uri}")
+        try:
+            yield connection
+        except libvirt.libvirtError as err:
+            code = err.get_error_code()
+            if code == libvirt.VIR_ERR_NO_DOMAIN:
+                raise NotFound(str(err)) from err
+            if code == libvirt.VIR_ERR_OPERATION_INVALID:
+                raise Conflict(str(err)) from err
+            if code in _GONE and not self._alive():
+                raise Unavailable(f"libvirt at {self._uri} went away: {err}") from err
+            raise Refused(str(err)) from err
+
+    @contextlib.contextmanager
+    def _domain(self, uuid: str) -> Iterator[Any]:
+        with self._calling() as connection:
+            yield connection.lookupByName(domain.name(self._installation, uuid))
+
+    def qemu_group(self) -> int:
+        """The group that qemu runs as, which may be nobody's but libvirt's (security model dac); 0 is root."""
+        with self._calling() as connection:
+            return domain.qemu_group(connection.getCapabilities())
+
+    def ours(self) -> list[str]:
+        """Uuids of all domains, running or not, whose metadata carries the installation's id."""
+        found = []
+        with self._calling() as connection:
+            for one in connection.listAllDomains():
+                try:
+                    installation, uuid = domain.installation_of(one.XMLDesc())
+                except libvirt.libvirtError as err:
+                    if err.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # somebody's that has just gone
+                        raise
+                    continue
+                found += [uuid] if installation == self._installation else []
+        return found
+
+    def define(self, xml: str) -> None:
+        """Define or redefine (3 ms)."""
+        with self._calling() as connection:
+            connection.defineXML(xml)
+
+    def start_paused(self, uuid: str) -> None:
+        """Start with the CPUs stopped, so that its taps can be moved first."""
+        with self._domain(uuid) as found:
+            found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+
+    def resume(self, uuid: str) -> None:
+        """Let the CPUs run; nothing if they do."""
+        with self._domain(uuid) as found:
+            if found.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
+                found.resume()
+
+    def suspend(self, uuid: str) -> None:
+        """Stop the CPUs."""
+        with self._domain(uuid) as found:
+            found.suspend()
+
+    def reboot(self, uuid: str) -> None:
+        """Ask the guest to reboot; it may ignore it."""
+        with self._domain(uuid) as found:
+            found.reboot(libvirt.VIR_DOMAIN_REBOOT_ACPI_POWER_BTN)
+
+    def destroy(self, uuid: str) -> None:
+        """Pull the plug (qemu flushes first). Nothing if it is off or unknown."""
+        with contextlib.suppress(NotFound, Conflict), self._domain(uuid) as found:
+            found.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_DEFAULT)
+
+    def undefine(self, uuid: str) -> None:
+        """Forget the domain with its UEFI variables. Nothing if it is unknown."""
+        with contextlib.suppress(NotFound), self._domain(uuid) as found:
+            found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+
+    def state(self, uuid: str) -> DomainState:
+        """How it is now; an undefined domain is off, ended unknown."""
+        try:
+            with self._domain(uuid) as found:
+                state, reason = found.state()
+        except NotFound:
+            return DomainState("off", "unknown")
+        if state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED, libvirt.VIR_DOMAIN_SHUTDOWN):
+            return DomainState("on")
+        if state in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED):
+            return DomainState("paused", reason=_PAUSED_REASONS.get(reason, ""))
+        if state == libvirt.VIR_DOMAIN_CRASHED:
+            return DomainState("off", "crashed")
+        return DomainState("off", _ENDED.get(reason, "unknown"))
+
+    def xml(self, uuid: str) -> str:
+        """The live XML, or the defined one of a domain that is off."""
+        with self._domain(uuid) as found:
+            text: str = found.XMLDesc()
+        return text
+
+    def attach(self, uuid: str, device_xml: str) -> None:
+        """Hot-plug (10 ms)."""
+        with self._domain(uuid) as found:
+            found.attachDeviceFlags(device_xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+    def detach(self, uuid: str, alias: str) -> None:
+        """Ask the guest to let a device go; `removed ALIAS` is notified when it did."""
+        with contextlib.suppress(NotFound), self._domain(uuid) as found:
+            found.detachDeviceAlias(alias, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+    def agent_ready(self, uuid: str) -> bool:
+        """Whether the guest's agent has its channel open."""
+        with contextlib.suppress(NotFound), self._domain(uuid) as found:
+            return domain.agent_connected(found.XMLDesc())
+        return False
+
+    def qmp(self, uuid: str, command: str, **arguments: Any) -> Any:
+        """One command to qemu's own monitor, for what libvirt cannot say. Raises Refused."""
+        asked = json.dumps({"execute": command, "arguments": arguments})
+        with self._domain(uuid) as found:
+            answer = json.loads(libvirt_qemu.qemuMonitorCommand(found, asked, 0))
+        if "error" in answer:
+            raise Refused(f"{command}: {answer['error'].get('desc', answer['error'])}")
+        return answer["return"]
+
+    def keep_reconnecting(self, uuid: str, disk: domain.Disk, reconnect_s: int) -> None:
+        """Have a domain that was started paused read its NBD backing through a connection that is made again.
+
+        libvirt before 9.1 cannot say `reconnect-delay`, without which a restart of the export is an I/O error for
+        ever. So a second connection takes the place of the first below the overlay, before the CPUs run.
+        """
+        node = f"sf-{disk.device}"
+        nodes = self.qmp(uuid, "query-named-block-nodes", flat=True)
+        file = next(n["node-name"] for n in nodes if n["drv"] == "file" and n["file"] == str(disk.path))
+        self.qmp(
+            uuid, "blockdev-add", driver="nbd", **{
+                "node-name": node, "server": {"type": "unix", "path": str(disk.socket)},
+                "read-only": True, "reconnect-delay": reconnect_s, "open-timeout": 30,
+            },
+        )  # fmt: skip
+        overlay: dict[str, Any] = {
+            "driver": "qcow2",
+            "node-name": file.replace("storage", "format"),
+            "file": file,
+        }
+        overlay |= {"backing": node, "read-only": False, "discard": "unmap"}
+        overlay["cache"] = {"direct": True, "no-flush": False}
+        self.qmp(uuid, "blockdev-reopen", options=[overlay])
+
+    def move_disk(self, uuid: str, disk: domain.Disk) -> None:
+        """Move a running guest's disk to another overlay, copying only what the present one holds (66 ms and more).
+
+        Raises Refused; then the guest is where it was.
+        """
+        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+        deadline = time.monotonic() + _MOVE_S
+        with self._domain(uuid) as found:
+            found.blockCopy(
+                disk.device, domain.overlay_xml(disk), {}, flags | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+            )
+            while True:
+                job = found.blockJobInfo(disk.device)
+                try:
+                    if job and job["cur"] == job["end"]:
+                        found.blockJobAbort(disk.device, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+                        return
+                except libvirt.libvirtError:  # all is copied, and the job is not "ready" yet
+                    if time.monotonic() > deadline:
+                        found.blockJobAbort(disk.device)
+                        raise
+                if time.monotonic() > deadline or not job:
+                    found.blockJobAbort(disk.device)
+                    raise Refused(f"moving {disk.device} did not end within {_MOVE_S:.0f} s")
+                time.sleep(0.01)
+
+    def stop_moving(self, uuid: str, device: str) -> None:
+        """End a move that somebody began and did not end; nothing if there is none."""
+        with contextlib.suppress(NotFound, Conflict, Refused), self._domain(uuid) as found:
+            found.blockJobAbort(device)
+
+    def drop_nbd(self, uuid: str, device: str) -> None:
+        """Close the connection that `keep_reconnecting` made; nothing if there is none."""
+        with contextlib.suppress(Refused):
+            self.qmp(uuid, "blockdev-del", **{"node-name": f"sf-{device}"})

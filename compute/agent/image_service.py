@@ -1,0 +1,236 @@
+"""The node's image service (`sf imaged`) as the agent sees it: kept running, asked for backing files, listened to.
+
+The service is a process of its own: an agent that ends leaves it to the guests that read through it, and the next
+agent finds it by its socket.
+"""
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from compute.agent.image_jobs import Backing, Cache, Heard, ImageJobs, Say
+from compute.wire.spec import ImageSite
+from imagestore.cache.control import Away, ControlClient
+from imagestore.cache.imaged import control_socket, unprivileged
+from imagestore.errors import StoreError, Unavailable
+from imagestore.formats.digest import Digest
+
+log = logging.getLogger(__name__)
+_START_S = 15.0
+_WAIT_S = 10.0
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How guests boot from images that are not there yet."""
+
+    stores: tuple[str, ...]
+    fill: str = "now"
+    patience_s: float = 120.0
+    arguments: tuple[str, ...] = ()
+    """More for the service's command line."""
+    peer_address: str = ""
+    """host:port where other nodes may be served."""
+
+
+def called(url: str) -> str:
+    """What a store is called wherever it is used: its URL without credentials, signer and way of access."""
+    parts = urlsplit(url)
+    if parts.scheme in ("", "file"):
+        return f"file://{parts.path.rstrip('/')}"
+    endpoint = dict(parse_qsl(parts.query)).get("endpoint_url")
+    host = parts.netloc.rpartition("@")[2].lower()
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}{f'?{called(endpoint)}' if endpoint else ''}"
+
+
+class ServedImages(ImageJobs):
+    """Backing files at once, through the image service; complete ones through the cache where there is none."""
+
+    def __init__(self, cache: Cache, state_dir: Path, settings: Settings) -> None:
+        super().__init__(cache)
+        self._state_dir, self._settings = state_dir, settings
+        self._client = ControlClient(control_socket(state_dir))
+        self._starting = asyncio.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.peer_address = settings.peer_address
+        self.stores = tuple(sorted({called(url) for url in settings.stores}))
+        self._site: ImageSite | None = None
+        self._trouble = ""
+        self._missed: dict[str, str] = {}
+        self._closed: Path | None = None
+
+    async def backing(self, reader: str, digest: str, say: Say) -> Backing:
+        """What a guest that is about to start reads its image from. Raises imagestore's errors."""
+        self._missed.pop(reader, None)
+        settings = self._settings
+        options: dict[str, Any] = {"fill": settings.fill, "patience_s": settings.patience_s}
+        deadline = asyncio.get_running_loop().time() + 2 * _START_S
+        while True:
+            try:
+                await self._ensure_running()
+                found = await self._client.ask("attach", image=digest, reader=reader, **options)
+                break
+            except Unavailable as err:
+                # One that was killed over the question is asked again: the next one may answer.
+                if isinstance(err, Away) and asyncio.get_running_loop().time() < deadline:
+                    continue
+                log.warning("no image service, so the guest waits for its whole image: %s", err)
+                return await super().backing(reader, digest, say)
+        path = Path(found["path"])
+        return Backing(
+            self._cache.path(Digest.parse(digest)),
+            found["size_bytes"],
+            path if found["kind"] == "nbd" else None,
+        )
+
+    def admit(self, group: int) -> None:
+        """Exports are this group's to connect to, also those that a service makes after a restart."""
+        sockets = self._state_dir / "run" / "nbd"
+        sockets.mkdir(mode=0o711, parents=True, exist_ok=True)
+        os.chown(sockets, -1, group)
+        sockets.chmod(0o2711)
+
+    async def settled(self, reader: str) -> None:
+        """The guest reads the raw file itself now."""
+        await self._tell_surely("settle", reader)
+
+    async def gone(self, reader: str) -> None:
+        """The guest's disk is deleted."""
+        await self._tell_surely("detach", reader)
+
+    async def booted(self, reader: str) -> None:
+        """The guest is up: its boot trace is complete."""
+        await self._tell("booted", reader=reader)
+
+    async def figures(self, reader: str) -> dict[str, Any]:
+        """From where the bytes came; {} where nobody knows."""
+        return await self._tell("figures", reader=reader) or {}
+
+    async def share(self, site: ImageSite) -> None:
+        """With whom to share what is here, from now on."""
+        if site != self._site:
+            self._site = site
+            await self._join(logging.INFO)  # a service that is not there yet hears it when it is
+
+    async def _join(self, level: int) -> None:
+        site, told = self._site, self._trouble
+        self._trouble = ""
+        if site is None:
+            return
+        try:
+            more = {"peers": site.peers, "secret": site.secret.hex()}
+            await self._client.ask("join", timeout_s=10, me=site.me, listen=site.listen, **more)
+        except StoreError as err:
+            self._trouble = str(err)
+            if self._trouble != told:  # tried again and again
+                log.log(level, "sharing images with %s: %s", ", ".join(site.peers), err)
+
+    async def only(self, readers: Sequence[str]) -> None:
+        """These are all the disks of guests here."""
+        await self._tell("sync", readers=list(readers))
+
+    async def leave(self) -> None:
+        """The agent ends; the service may too, if no guest needs it."""
+        await self._tell("leave")
+
+    async def _tell_surely(self, op: str, reader: str) -> None:
+        # A service that missed it would serve this reader for ever. For what this agent cannot say any more there is
+        # `only`, when the next one starts.
+        self._missed[reader] = op
+        await self._say_missed()
+
+    async def _say_missed(self) -> None:
+        for reader, op in list(self._missed.items()):
+            try:
+                await self._client.ask(op, timeout_s=10, reader=reader)
+            except Away as err:
+                log.info("image service, %s: %s", op, err)
+                return
+            except StoreError as err:
+                log.info("image service, %s: %s", op, err)
+            if self._missed.get(reader) == op:  # and not something newer
+                del self._missed[reader]
+
+    async def _tell(self, op: str, **arguments: Any) -> Any:
+        try:
+            return await self._client.ask(op, timeout_s=10, **arguments)
+        except StoreError as err:
+            log.info("image service, %s: %s", op, err)
+            return None
+
+    async def listen(self, heard: Heard) -> None:
+        """Keep the service running and pass its events on, for ever. `heard("", "")`: look at everything again."""
+        after = None
+        while True:
+            try:
+                await self._ensure_running()
+                if after is None:
+                    events = await self._client.ask("watch", after=0, wait_s=0)
+                    after = max((event["seq"] for event in events), default=0)
+                    heard("", "")
+                await self._join(logging.WARNING)  # it may be another service than a moment ago
+                await self._say_missed()
+                events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
+                if not events:
+                    heard("", "")  # figures have grown meanwhile
+                for event in events:
+                    after = max(after, event["seq"])
+                    for reader in event["readers"]:
+                        heard(reader, event["message"])
+            except StoreError as err:
+                log.warning("%s", err)
+                await asyncio.sleep(_RETRY_S)
+                after = None
+
+    async def _ensure_running(self) -> None:
+        async with self._starting:
+            try:
+                await self._client.ask("figures", reader="", timeout_s=_START_S)
+                return
+            except Unavailable:
+                pass
+            deadline = asyncio.get_running_loop().time() + _START_S
+            while asyncio.get_running_loop().time() < deadline:
+                if self._process is None or self._process.poll() is not None:
+                    if self._process is not None:
+                        await asyncio.sleep(0.1)  # it may end at once, again and again
+                    try:
+                        self._process = await asyncio.to_thread(self._spawn)
+                    except OSError as err:
+                        raise Unavailable(f"the image service cannot be started: {err}") from err
+                try:
+                    await self._client.ask("figures", reader="", timeout_s=_START_S)
+                    return
+                except Unavailable:
+                    await asyncio.sleep(0.02)
+        raise Unavailable("the image service does not start", hint=f"see {self._log}")
+
+    @property
+    def _log(self) -> Path:
+        return self._state_dir / "run" / "imaged.log"
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        (self._state_dir / "run").mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "imagestore.cache.imaged", "--while-needed", *self._settings.arguments]
+        if os.geteuid() == 0:
+            prefix, closed = unprivileged(self._state_dir, self._settings.stores)
+            if closed and not self._closed:
+                log.warning("%s is closed to other users: the image service keeps the right to read", closed)
+            argv, self._closed = [*prefix, *argv], closed
+        # Begun anew each time, so that it stays small.
+        with self._log.open("wb") as log_file:
+            return subprocess.Popen(
+                [*argv, str(self._state_dir), *self._settings.stores],
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+            )

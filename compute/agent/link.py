@@ -1,0 +1,323 @@
+"""The agent's way to a server on another machine: `compute.cluster.controller.Controller`'s verbs over HTTPS.
+
+A join token names the server's certificate by its SHA-256. That certificate is then the only one this node trusts, and
+the secret that the server gave for the token is the node's identity. What was desired last is kept on disk: while the
+server is away, or after a start without it, the node is what it was told to be.
+
+One thing it then must not be: a router. Another node takes over a network's router 12 s after this node's lease was
+last renewed, so without a renewal for 8 s this one drops its own (`Lease`, `Fenced`).
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httpx
+
+from compute.agent.guest.owner import Plane
+from compute.cluster.joining import JoinToken
+from compute.errors import ComputeError, Denied, Invalid, Unavailable
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
+from imagestore import durable
+from net.doctor import Finding
+from net.plan.model import Network, NodeNetworks, Port
+
+log = logging.getLogger(__name__)
+
+_RENEW_S = 2.0
+_ANSWER_S = 5.0
+_LONG_POLL_S = 20.0
+_AWAY_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this node is and whom it belongs to: `agent.json`, mode 0600."""
+
+    url: str
+    node: str
+    secret: str
+    installation: str
+    certificate: str
+    """The server's, in PEM: trusted alone."""
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    def local_address(self) -> IPv4Address:
+        """Our address towards the server (no packet is sent). Raises Unavailable."""
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((self.host, urlsplit(self.url).port or 443))
+                return IPv4Address(probe.getsockname()[0])
+        except OSError as err:
+            raise Unavailable(f"there is no way to {self.url}: {err}") from err
+
+
+def load(state_dir: Path) -> Identity | None:
+    """The identity that an earlier join left, if there is one."""
+    try:
+        return from_plain(Identity, json.loads((state_dir / "agent.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+async def join(state_dir: Path, url: str, token_text: str, node: str) -> Identity:
+    """Use up a token and keep the identity. Raises Denied (token, certificate), Conflict's text, Unavailable."""
+    token, parts = JoinToken.parse(token_text), urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname:
+        raise Invalid(
+            f"not the URL of a server: {url[:80]!r}", hint="https://HOST:PORT, as sf node token printed it"
+        )
+    address = (parts.hostname, parts.port or 443)
+    try:
+        pem = await asyncio.to_thread(ssl.get_server_certificate, address, timeout=_ANSWER_S)
+    except OSError as err:
+        raise Unavailable(f"{url} does not answer: {err}", hint="is sf serve running there?") from err
+    if hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).digest() != token.fingerprint:
+        raise Denied(f"{url} shows a certificate that is not the token's", hint="is it the right server?")
+    unknown = Identity(url, node, "", "", pem)
+    async with _client(unknown) as client:
+        answer = await _ask(client, "POST", "join", json={"token": token.secret, "name": node})
+    identity = replace(unknown, secret=answer["identity"], installation=answer["installation"])
+    state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    durable.write(state_dir / "agent.json", json.dumps(to_plain(identity)).encode())
+    return identity
+
+
+def _client(identity: Identity) -> httpx.AsyncClient:
+    # The pinned certificate is the whole of the trust: no authorities, no host names, nothing from the environment.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cadata=identity.certificate)
+    return httpx.AsyncClient(
+        base_url=f"{identity.url.rstrip('/')}/agent/v1/",
+        headers={"Authorization": f"Node {identity.node}:{identity.secret}"},
+        verify=context,
+        trust_env=False,
+        timeout=_ANSWER_S,
+    )
+
+
+async def _ask(client: httpx.AsyncClient, verb: str, path: str, wait_s: float = 0, **options: Any) -> Any:
+    """One request. Raises Unavailable when it is worth asking again, ComputeError otherwise."""
+    try:
+        answer = await client.request(verb, path, timeout=wait_s + _ANSWER_S, **options)
+        body = answer.json()
+    except (httpx.HTTPError, ValueError) as err:
+        raise Unavailable(f"the server {client.base_url.host} does not answer: {err!r}") from err
+    if answer.status_code >= 500:
+        raise Unavailable(f"the server {client.base_url.host} says {answer.status_code}: {body.get('error')}")
+    if answer.status_code >= 400:
+        raise ComputeError(f"the server refused: {body.get('error')}", hint=str(body.get("hint") or ""))
+    return body
+
+
+class Lease:
+    """How long this node may still route. Only a desired state asked for after the lease was gained counts."""
+
+    def __init__(self) -> None:
+        self._until, self._gained, self._confirmed = 0.0, 0.0, False
+
+    def renewed(self, asked: float, fence_s: float) -> None:
+        """The server said so to a request that left at `asked` (monotonic)."""
+        if not self.held():
+            self._gained, self._confirmed = time.monotonic(), False
+        self._until = max(self._until, asked + fence_s)
+
+    def confirm(self, asked: float) -> None:
+        """A desired state came, asked for at `asked`."""
+        self._confirmed = self._confirmed or (self.held() and asked >= self._gained)
+
+    def held(self) -> bool:
+        return time.monotonic() < self._until
+
+    def may_route(self) -> bool:
+        """Another node cannot be this node's networks' router now."""
+        return self.held() and self._confirmed
+
+
+class Droppable(Plane, Protocol):
+    """A Plane that can stop routing by itself; `net.plane.Plane` in the product."""
+
+    def drop_routers(self) -> object: ...
+
+
+class Fenced:
+    """A Plane that makes no router on this node while its lease is not held."""
+
+    def __init__(self, plane: Droppable, lease: Lease, node: str, uplink: str = "") -> None:
+        self._plane, self._lease, self._node, self._uplink = plane, lease, node, uplink
+
+    def apply(self, desired: NodeNetworks) -> object:
+        """As Plane's; `uplink` of this machine's own configuration goes before the server's."""
+        networks = desired.networks
+        if not self._lease.may_route():
+            networks = tuple(
+                replace(n, router_node="") if n.router_node == self._node else n for n in networks
+            )
+        done = self._plane.apply(replace(desired, networks=networks, uplink=self._uplink or desired.uplink))
+        if not self._lease.held():  # it ran out meanwhile
+            self._plane.drop_routers()
+        return done
+
+    def create_tap(self, port: Port) -> str:
+        return self._plane.create_tap(port)
+
+    def adopt_tap(self, network: Network, port: Port) -> object:
+        return self._plane.adopt_tap(network, port)
+
+    def remove_tap(self, port: Port) -> object:
+        return self._plane.remove_tap(port)
+
+    def namespace(self, network: Network) -> str:
+        return self._plane.namespace(network)
+
+    def doctor(self, desired: NodeNetworks) -> Sequence[Finding]:
+        return self._plane.doctor(replace(desired, uplink=self._uplink or desired.uplink))
+
+
+class RemoteController:
+    """`agent.Controller` over HTTPS. `run` keeps the lease and answers the server's questions."""
+
+    def __init__(self, identity: Identity, state_dir: Path, plane: Droppable, uplink: str = "") -> None:
+        self._identity, self._kept = identity, state_dir / "desired.json"
+        self._client = _client(identity)
+        self._lease = Lease()
+        self._drop = plane.drop_routers
+        self.plane = Fenced(plane, self._lease, identity.node, uplink)
+        self._facts: NodeFacts | None = None
+        self._operations: NodeOperations | None = None
+        self._last: NodeDesired | None = None
+
+    async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
+        """Kept, and said as soon as the server answers: an agent starts without it."""
+        self._facts, self._operations = facts, operations
+        try:
+            await self._register()
+        except ComputeError as err:
+            log.warning("%s", err)
+
+    async def _register(self) -> None:
+        if self._facts is not None:
+            await _ask(self._client, "POST", "register", json={"facts": to_plain(self._facts)})
+
+    async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
+        """The newest, or the last known one while the server is away. Raises Unavailable before the first."""
+        if not self._lease.may_route():  # a poll that began before the lease was gained cannot confirm it
+            wait_s = min(wait_s, 1.0)
+        asked = time.monotonic()
+        query = {"after": after_revision, "wait": wait_s}
+        try:
+            plain = await _ask(self._client, "GET", "desired", wait_s, params=query)
+            found = from_plain(NodeDesired, plain)
+        except ComputeError as err:
+            self._last = self._last or await asyncio.to_thread(self._load)
+            if self._last is None:
+                raise Unavailable(str(err), hint=err.hint) from err
+            if after_revision:
+                log.warning("%s", err)
+                await asyncio.sleep(_AWAY_S)
+            return self._last
+        if self._last is None or found != self._last:
+            await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())
+        self._last = found
+        self._lease.confirm(asked)
+        return found
+
+    def _load(self) -> NodeDesired | None:
+        try:
+            return from_plain(NodeDesired, json.loads(self._kept.read_text()))
+        except FileNotFoundError:
+            return None
+
+    async def report(
+        self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]
+    ) -> None:
+        """Raises Unavailable: the agent keeps what it had to say."""
+        body = {"statuses": to_plain(tuple(statuses)), "events": to_plain(tuple(events))}
+        try:
+            await _ask(self._client, "POST", "report", json=body)
+        except ComputeError as err:
+            raise Unavailable(str(err), hint=err.hint) from err
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._renewing())
+                group.create_task(self._fencing())
+                group.create_task(self._answering())
+        finally:
+            await self._client.aclose()
+
+    async def _renewing(self) -> None:
+        known = False
+        while True:
+            asked = time.monotonic()
+            try:
+                if not known:  # a server that was away may have forgotten that we are here
+                    await self._register()
+                answer = await _ask(self._client, "POST", "renew")
+                self._lease.renewed(asked, float(answer["fence_s"]))
+                known = True
+            except ComputeError as err:
+                log.warning("%s%s", err, f" ({err.hint})" if err.hint else "")
+                known = False
+            await asyncio.sleep(max(0.0, asked + _RENEW_S - time.monotonic()))
+
+    async def _fencing(self) -> None:
+        """Drop our routers as soon as the lease has run out, and once more if that failed."""
+        dropped = True
+        while True:
+            await asyncio.sleep(0.25)
+            if self._lease.held():
+                dropped = False
+            elif not dropped:
+                log.warning("no lease: this node's routers are dropped")
+                try:
+                    await asyncio.to_thread(self._drop)
+                    dropped = True
+                except Exception as err:  # noqa: BLE001 - whatever it was, two routers would be worse
+                    log.error("routers could not be dropped: %s", err)
+
+    async def _answering(self) -> None:
+        """What the server asks of this node: console data, pings."""
+        while True:
+            try:
+                wait = {"wait": _LONG_POLL_S}
+                orders = await _ask(self._client, "GET", "operations", _LONG_POLL_S, params=wait)
+                await asyncio.gather(*(self._answer(order) for order in orders))
+                if not orders:
+                    await asyncio.sleep(0.1)
+            except ComputeError:
+                await asyncio.sleep(1)
+
+    async def _answer(self, order: dict[str, Any]) -> None:
+        body: dict[str, Any]
+        try:
+            if (
+                order["verb"] not in ("console", "clear_console", "ping", "doctor")
+                or self._operations is None
+            ):
+                raise Invalid(f"this node's agent knows no {order['verb']}")
+            result = await getattr(self._operations, order["verb"])(*order["arguments"])
+            body = {"result": base64.b64encode(result).decode() if isinstance(result, bytes) else result}
+        except (ComputeError, OSError, ValueError, TypeError) as err:
+            body = {"error": str(err) or repr(err), "hint": getattr(err, "hint", "")}
+        with contextlib.suppress(ComputeError):
+            await _ask(self._client, "POST", f"operations/{order['id']}", json=body)

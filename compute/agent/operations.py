@@ -1,0 +1,56 @@
+"""What the server asks of this node directly (`spec.NodeOperations`)."""
+
+import asyncio
+from collections.abc import Mapping
+from ipaddress import IPv4Address
+
+from compute.agent.guest.guest import Guest
+from compute.agent.guest.owner import Plane
+from compute.errors import NotFound
+from net.plan.model import NodeNetworks
+
+
+class Operations:
+    """Answers from the agent's guests and from the data plane; `networks` is what was applied last."""
+
+    def __init__(
+        self, node: str, plane: Plane, plane_lock: asyncio.Lock, guests: Mapping[str, Guest]
+    ) -> None:
+        self._node, self._plane, self._plane_lock, self._guests = node, plane, plane_lock, guests
+        self.networks: NodeNetworks | None = None
+
+    def _guest(self, uuid: str) -> Guest:
+        found = self._guests.get(uuid)
+        if found is None:
+            raise NotFound(f"no instance {uuid} on node {self._node}")
+        return found
+
+    async def console(self, instance_uuid: str, length: int) -> bytes:
+        """The last `length` bytes of the serial console; -1 for all that is kept."""
+        return await asyncio.to_thread(self._guest(instance_uuid).console.tail, length)
+
+    async def clear_console(self, instance_uuid: str) -> None:
+        """Forget what the console said so far."""
+        await asyncio.to_thread(self._guest(instance_uuid).console.clear)
+
+    async def doctor(self) -> list[tuple[str, str, str]]:
+        """What of this node's networks is not as desired, in words."""
+        if self.networks is None:
+            return []
+        async with self._plane_lock:
+            found = await asyncio.to_thread(self._plane.doctor, self.networks)
+        return [(one.network, one.text, one.fix) for one in found]
+
+    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+        """Ping from inside a network's namespace: three packets, at most five seconds."""
+        networks = self.networks.networks if self.networks else ()
+        network = next((n for n in networks if n.uuid == network_uuid), None)
+        if network is None:
+            raise NotFound(f"network {network_uuid} is not on node {self._node}")
+        argv = ["ip", "netns", "exec", self._plane.namespace(network)]
+        argv += ["ping", "-c", "3", "-i", "0.3", "-w", "5", str(IPv4Address(address))]
+        done = await asyncio.create_subprocess_exec(
+            *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, err = await done.communicate()
+        return out.decode().splitlines(), err.decode().splitlines()

@@ -1,0 +1,1 @@
+"""The server decides: records, transactions, scheduling, who may do what."""

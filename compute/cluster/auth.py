@@ -1,0 +1,224 @@
+"""Who calls: namespaces, their keys, and the short-lived tokens that stand for them.
+
+Keys are kept as bcrypt of their SHA-256 (bcrypt alone reads 72 bytes). A key that was right once is remembered for
+this process as an HMAC under a secret of the process, so that only its first use pays for bcrypt. A token is a JWT
+(HS256, 900 s) that names its key's nonce: changing or removing the key ends its tokens at once.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bcrypt
+import jwt
+
+from compute.cluster.records.objects import (
+    Instance,
+    KeyHash,
+    Namespace,
+    Network,
+    Taken,
+    Transaction,
+    transact,
+)
+from compute.cluster.state.protocol import StateStore
+from compute.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavailable
+from compute.wire.spec import InstanceState
+from imagestore import durable
+
+SYSTEM = "system"
+"""The administrator's namespace: it sees and may do everything."""
+
+TOKEN_S = 900
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
+_BCRYPT_ROUNDS = 10
+_LINE = 16
+_ISSUER = "sf"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whom a token stands for. `sees` holds the namespaces that trust it, its own included."""
+
+    namespace: str
+    key_name: str
+    sees: frozenset[str]
+
+    @property
+    def admin(self) -> bool:
+        return self.namespace == SYSTEM
+
+    def may(self, namespace: str) -> bool:
+        return self.admin or namespace in self.sees
+
+
+def check_name(name: str, what: str) -> str:
+    """Letters, digits, dot, dash, underscore; at most 63. Raises Invalid."""
+    if not _NAME.fullmatch(name):
+        raise Invalid(
+            f"not a {what}: {name[:80]!r}", hint="1 to 63 letters, digits, dots, dashes, underscores"
+        )
+    return name
+
+
+def _digest(key: str) -> bytes:
+    return base64.b64encode(hashlib.sha256(key.encode()).digest())
+
+
+def hash_key(key: str) -> KeyHash:
+    """Costs tens of milliseconds: do it outside transactions."""
+    if not key or len(key) > 1024:
+        raise Invalid("a key has 1 to 1024 characters")
+    hashed = bcrypt.hashpw(_digest(key), bcrypt.gensalt(_BCRYPT_ROUNDS)).decode()
+    return KeyHash(hash=hashed, nonce=secrets.token_hex(8))
+
+
+class Authority:
+    """Checks keys and tokens against the state store."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self._pepper = secrets.token_bytes(32)
+        self._known: dict[bytes, str] = {}
+        """HMAC of a key that was right → the nonce of the record that it matched."""
+        self._slow, self._line = threading.Lock(), threading.BoundedSemaphore(_LINE)
+        """One bcrypt at a time, few in line: guessing keys takes neither the cores nor the API's threads."""
+
+        def secret(txn: Transaction) -> str:
+            found = txn.find(Taken, "jwt-secret")
+            if found is None:
+                found = Taken(name="jwt-secret", owner=secrets.token_hex(32), created_s=time.time())
+                txn.create(found)
+            return found.owner
+
+        self._jwt_secret = transact(store, secret)
+
+    def login(self, namespace: str, key: str) -> dict[str, Any]:
+        """The answer of POST /auth. Raises NotFound (no such namespace), Unauthenticated."""
+        found = Transaction(self._store).find(Namespace, namespace)
+        if found is None:
+            raise NotFound(f"namespace {namespace[:80]} not found")
+        mark = hmac.digest(self._pepper, f"{namespace}\0{key}".encode(), "sha256")
+        for name, known in found.keys.items():
+            if self._known.get(mark) == known.nonce or self._matches(key, known):
+                self._known[mark] = known.nonce
+                now = int(time.time())
+                claims = {
+                    "iss": _ISSUER,
+                    "sub": namespace,
+                    "key": name,
+                    "nonce": known.nonce,
+                    "iat": now,
+                    "exp": now + TOKEN_S,
+                }
+                token = jwt.encode(claims, self._jwt_secret, algorithm="HS256")
+                return {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_S}
+        raise Unauthenticated(f"wrong key for namespace {namespace[:80]}")
+
+    def _matches(self, key: str, known: KeyHash) -> bool:
+        if not self._line.acquire(blocking=False):
+            raise Unavailable("too many logins at once", hint="try again in a moment")
+        try:
+            with self._slow:
+                return bcrypt.checkpw(_digest(key), known.hash.encode())
+        finally:
+            self._line.release()
+
+    def caller(self, authorization: str) -> Caller:
+        """Whom an Authorization header stands for. Raises Unauthenticated."""
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated(
+                "no token", hint="POST /auth first; sf does it with the key in auth/local-key"
+            )
+        try:
+            claims = jwt.decode(token, self._jwt_secret, algorithms=["HS256"], issuer=_ISSUER)
+        except jwt.InvalidTokenError as err:
+            raise Unauthenticated(f"the token does not hold: {err}", hint="authenticate again") from err
+        txn = Transaction(self._store)
+        namespace = txn.find(Namespace, claims["sub"])
+        known = namespace.keys.get(claims["key"]) if namespace else None
+        if known is None or known.nonce != claims["nonce"]:
+            raise Unauthenticated("the token's key is gone", hint="authenticate again")
+        sees = {n.name for n in txn.list(Namespace) if claims["sub"] in n.trust} | {claims["sub"]}
+        return Caller(claims["sub"], claims["key"], frozenset(sees))
+
+
+def create_namespace(store: StateStore, name: str, key_name: str = "", key: str = "") -> Namespace:
+    """Raises Conflict when there is one, Invalid for a bad name."""
+    keys = {check_name(key_name or "default", "key name"): hash_key(key)} if key else {}
+    namespace = Namespace(name=check_name(name, "namespace"), keys=keys)
+    transact(store, lambda txn: txn.create(namespace))
+    return namespace
+
+
+def delete_namespace(store: StateStore, name: str) -> None:
+    """Raises Invalid while it has instances or networks (the interface's 400), or for `system`."""
+
+    def action(txn: Transaction) -> None:
+        txn.get(Namespace, name)
+        if name == SYSTEM:
+            raise Invalid("the system namespace stays")
+        used = any(i.namespace == name and i.state != InstanceState.DELETED for i in txn.list(Instance))
+        if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
+            raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
+        txn.delete(Namespace, name)
+
+    transact(store, action)
+
+
+def change_namespace(store: StateStore, name: str, change: Callable[[Namespace], Namespace]) -> Namespace:
+    """Replace a namespace by `change` of it. Raises NotFound and what `change` raises."""
+
+    def action(txn: Transaction) -> Namespace:
+        changed = change(txn.get(Namespace, name))
+        txn.update(changed)
+        return changed
+
+    return transact(store, action)
+
+
+def set_key(store: StateStore, name: str, key_name: str, key: str, *, must_exist: bool) -> None:
+    """Add (must_exist False) or change a key. Raises NotFound or Conflict accordingly."""
+    hashed = hash_key(key)
+    check_name(key_name, "key name")
+
+    def change(namespace: Namespace) -> Namespace:
+        if must_exist and key_name not in namespace.keys:
+            raise NotFound(f"namespace {name} has no key {key_name}")
+        if not must_exist and key_name in namespace.keys:
+            raise Conflict(f"namespace {name} has a key {key_name} already", hint="PUT changes it")
+        return replace(namespace, keys={**namespace.keys, key_name: hashed})
+
+    change_namespace(store, name, change)
+
+
+def ensure_local_key(store: StateStore, path: Path) -> None:
+    """First start: the system namespace, and a key for this machine's root in `path` (mode 0600).
+
+    The file comes first and the hash second, so a crash between them is repaired by the next start.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        durable.write(path, secrets.token_urlsafe(32).encode())
+    key = path.read_text().strip()
+    found = Transaction(store).find(Namespace, SYSTEM)
+    known = found.keys.get("local") if found else None
+    if known and bcrypt.checkpw(_digest(key), known.hash.encode()):
+        return
+    hashed = hash_key(key)
+
+    def action(txn: Transaction) -> None:
+        system = txn.find(Namespace, SYSTEM) or Namespace(name=SYSTEM)
+        txn.update(replace(system, keys={**system.keys, "local": hashed}))
+
+    transact(store, action)

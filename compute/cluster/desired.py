@@ -1,0 +1,156 @@
+"""From records to what one node must be: a pure function of them."""
+
+import hmac
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from ipaddress import IPv4Address, IPv4Network
+
+from compute.cluster.records.objects import Instance, Interface, Network, Node
+from compute.wire.spec import ImageSite, InstanceSpec, InstanceState, InterfaceSpec, NodeDesired
+from net.plan.model import Network as NetNetwork
+from net.plan.model import NodeNetworks, Peer, Port
+from net.plan.names import tap
+
+LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR)
+
+
+def gateway_of(netblock: IPv4Network) -> IPv4Address:
+    """The router's inside address: the first host."""
+    return netblock.network_address + 1
+
+
+def build(
+    node: str,
+    installation: str,
+    *,
+    instances: Iterable[Instance],
+    interfaces: Iterable[Interface],
+    networks: Iterable[Network],
+    nodes: Iterable[Node],
+    revision: int = 0,
+    uplink: str = "",
+    resolvers: tuple[IPv4Address, ...] = (),
+) -> NodeDesired:
+    """Instances placed on `node`, the networks that they or its routers need, and every port of those networks."""
+    alive = {i.uuid: i for i in instances if i.state != InstanceState.DELETED}
+    by_network: dict[str, list[Interface]] = defaultdict(list)
+    by_instance: dict[str, list[Interface]] = defaultdict(list)
+    for interface in interfaces:
+        if interface.state == "created" and interface.instance_uuid in alive:
+            by_network[interface.network_uuid].append(interface)
+            by_instance[interface.instance_uuid].append(interface)
+    machines = {n.name: n for n in nodes if n.state != "deleted"}
+    mtu_bytes = min((int(n.facts.get("mtu_bytes", 1450)) for n in machines.values()), default=1450)
+    wanted = [
+        _network(network, node, installation, mtu_bytes, by_network[network.uuid], alive)
+        for network in sorted(networks, key=lambda n: n.uuid)
+        if network.state == "created"
+        and (
+            network.router_node == node
+            or any(alive[i.instance_uuid].node == node for i in by_network[network.uuid])
+        )
+    ]
+    here = machines.get(node)
+    return NodeDesired(
+        revision=revision,
+        networks=NodeNetworks(
+            installation=installation,
+            node=node,
+            networks=tuple(wanted),
+            peers=tuple(
+                Peer(name, _address(other))
+                for name, other in sorted(machines.items())
+                if name != node and "address" in other.facts
+            ),
+            underlay=_address(here),
+            uplink=uplink,
+            resolvers=resolvers,
+        ),
+        instances=tuple(
+            spec(alive[uuid], by_instance[uuid], installation)
+            for uuid in sorted(alive)
+            if alive[uuid].node == node
+        ),
+    )
+
+
+def image_site(node: str, nodes: Iterable[Node], alive: Collection[str], secret: bytes) -> ImageSite:
+    """With which of the living nodes the image service of `node` shares. Other stores, another key."""
+    there = (n for n in nodes if n.state != "deleted" and (n.name == node or n.name in alive))
+    facts = {n.name: n.facts for n in there}
+    here = facts.pop(node, {})
+    stores = here.get("stores", [])
+    same = {n: f["peer_address"] for n, f in sorted(facts.items()) if f.get("stores") == stores}
+    peers = {name: address for name, address in same.items() if address}
+    if not peers or not here.get("peer_address"):
+        return ImageSite()
+    key = hmac.digest(secret, "\n".join(stores).encode(), "sha256")
+    return ImageSite(node, here["peer_address"], peers, key)
+
+
+def _address(node: Node | None) -> IPv4Address:
+    return IPv4Address(node.facts.get("address", "127.0.0.1") if node else "127.0.0.1")
+
+
+def _network(
+    network: Network,
+    node: str,
+    installation: str,
+    mtu_bytes: int,
+    ports: Iterable[Interface],
+    alive: Mapping[str, Instance],
+) -> NetNetwork:
+    netblock = IPv4Network(network.netblock)
+    return NetNetwork(
+        uuid=network.uuid,
+        vni=network.vni,
+        name=network.name,
+        netblock=netblock,
+        gateway=gateway_of(netblock),
+        mtu_bytes=mtu_bytes,
+        provide_dhcp=network.provide_dhcp,
+        provide_nat=network.provide_nat,
+        provide_dns=network.provide_dns,
+        router_node=network.router_node,
+        router_floating=IPv4Address(network.router_floating) if network.router_floating else None,
+        ports=tuple(
+            Port(
+                uuid=port.uuid,
+                mac=port.mac,
+                address=IPv4Address(port.address),
+                hostname=alive[port.instance_uuid].name,
+                node=alive[port.instance_uuid].node,
+                tap=tap(installation, port.uuid) if alive[port.instance_uuid].node == node else "",
+                floating=IPv4Address(port.floating) if port.floating else None,
+            )
+            for port in sorted(ports, key=lambda p: p.uuid)
+        ),
+        routed=tuple((IPv4Address(a), IPv4Address(hop)) for a, hop in sorted(network.routed.items())),
+        dns_entries=tuple((name, IPv4Address(a)) for name, a in sorted(network.dns_entries.items())),
+    )
+
+
+def spec(instance: Instance, interfaces: Iterable[Interface], installation: str) -> InstanceSpec:
+    """What an agent needs to run this instance."""
+    return InstanceSpec(
+        uuid=instance.uuid,
+        name=instance.name,
+        namespace=instance.namespace,
+        cpus=instance.cpus,
+        memory_mib=instance.memory_mib,
+        disks=instance.disks,
+        interfaces=tuple(
+            InterfaceSpec(i.uuid, i.network_uuid, i.mac, i.address, i.model, tap(installation, i.uuid))
+            for i in sorted(interfaces, key=lambda i: i.order)
+        ),
+        ssh_keys=tuple(line for line in instance.ssh_key.splitlines() if line.strip()),
+        user_data=instance.user_data,
+        metadata=tuple((key, str(value)) for key, value in sorted(instance.metadata.items())),
+        uefi=instance.uefi,
+        vdi=str(instance.video.get("vdi") or ""),
+        power=instance.power,
+        reboot_soft=instance.reboot_soft,
+        reboot_hard=instance.reboot_hard,
+        delete=instance.state in LEAVING,
+        failed=instance.state == InstanceState.ERROR,
+    )

@@ -1,0 +1,135 @@
+"""How another machine becomes a node: a single-use token, then a secret of its own over TLS with a pinned certificate.
+
+    sfj1.<SHA-256 of the server's certificate, base64url>.<secret, base64url>
+
+The token tells the new node which certificate to expect, so that it meets the right server before it says anything.
+Only hashes of tokens and secrets are stored: both are 256 random bits, so a fast hash is enough.
+"""
+
+import base64
+import datetime
+import hashlib
+import hmac
+import secrets
+import ssl
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from compute.cluster.auth import check_name
+from compute.cluster.records.objects import Claims, Node, Taken, Transaction, new_uuid
+from compute.errors import Conflict, Denied, Unauthenticated
+from imagestore import durable
+
+TOKEN_S = 600.0
+_PREFIX = "sfj1"
+_LONG = datetime.timedelta(days=36500)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """What `sf node token` prints."""
+
+    fingerprint: bytes
+    secret: str
+
+    def __str__(self) -> str:
+        return f"{_PREFIX}.{base64.urlsafe_b64encode(self.fingerprint).decode()}.{self.secret}"
+
+    @classmethod
+    def parse(cls, text: str) -> "JoinToken":
+        """Raises Denied."""
+        try:
+            prefix, fingerprint, secret = text.strip().split(".")
+            pinned = base64.urlsafe_b64decode(fingerprint)
+            if prefix != _PREFIX or len(pinned) != 32 or not secret:
+                raise ValueError(prefix)
+        except ValueError as err:
+            raise Denied("that is no join token", hint="sf node token, on the server, prints one") from err
+        return cls(pinned, secret)
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def make_token(txn: Transaction, fingerprint: bytes) -> JoinToken:
+    """Good once, for TOKEN_S."""
+    token = JoinToken(fingerprint, secrets.token_urlsafe(32))
+    txn.create(Taken(name=f"join/{_hash(token.secret)}", owner="", created_s=time.time()))
+    return token
+
+
+def join(txn: Transaction, secret: str, name: str) -> tuple[Node, str]:
+    """Use up the token; returns the node and the secret that its agent shows from now on.
+
+    Raises Denied (unknown, used or old token), Conflict (a node of that name is there), Invalid (the name).
+    """
+    token = txn.find(Taken, f"join/{_hash(secret)}")
+    if token is None or token.created_s < time.time() - TOKEN_S:
+        raise Denied("the join token is unknown, used or too old", hint="make a new one: sf node token")
+    known = txn.find(Node, check_name(name, "node name"))
+    if known is not None and known.state != "deleted":
+        raise Conflict(
+            f"there is a node {name} already", hint=f"sf node remove {name}, or join as another name"
+        )
+    identity = secrets.token_urlsafe(32)
+    node = Node(uuid=new_uuid(), name=name, identity=_hash(identity), lastseen_s=time.time())
+    txn.delete(Taken, token.name)
+    txn.update(replace(node, revision=known.revision if known else 0))
+    txn.create(Claims(name=name))
+    txn.event(Node.KIND, name, "the node joined", type="audit")
+    return node, identity
+
+
+def site_secret(txn: Transaction, *, renew: bool = False) -> bytes:
+    """What the nodes' image services know each other by; made at the first start, and anew when a node was removed."""
+    found = txn.find(Taken, "site-secret")
+    if found is None or renew:
+        found = Taken(name="site-secret", owner=secrets.token_hex(32), created_s=time.time())
+        txn.update(found)
+    return bytes.fromhex(found.owner)
+
+
+def check_identity(txn: Transaction, name: str, identity: str) -> Node:
+    """Raises Unauthenticated, also for a node that was removed."""
+    node = txn.find(Node, name)
+    if node is None or not node.identity or not hmac.compare_digest(node.identity, _hash(identity)):
+        raise Unauthenticated(
+            f"node {name[:80]} is not known by this secret", hint="join again: sf node token"
+        )
+    return node
+
+
+def certificate(directory: Path) -> tuple[Path, Path, bytes]:
+    """The server's certificate and key, made at the first start, and the certificate's fingerprint.
+
+    Clients compare the fingerprint and nothing else, so it names no host and does not expire.
+    """
+    cert_path, key_path = directory / "agent.crt", directory / "agent.key"
+    if not cert_path.exists():
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sf")])
+        now = datetime.datetime.now(datetime.UTC)
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + _LONG)
+            .sign(key, hashes.SHA256())
+        )
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        # The key first: a certificate without its key would be believed.
+        durable.write(key_path, private)
+        durable.write(cert_path, made.public_bytes(serialization.Encoding.PEM))
+    der = ssl.PEM_cert_to_DER_cert(cert_path.read_text())
+    return cert_path, key_path, hashlib.sha256(der).digest()

@@ -1,0 +1,235 @@
+"""What happens to an instance's records: create, power, hot-plug, delete. Each one transaction; agents do the rest."""
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from compute.cluster.records.networks import Want, attach, detach, find_network
+from compute.cluster.records.objects import Claims, Instance, Interface, Node, Taken, Transaction, new_uuid
+from compute.cluster.scheduler import Limits, Room, place
+from compute.errors import Conflict, Invalid, NoCapacity, NotReady
+from compute.wire.spec import DiskSpec, InstanceState, Power
+
+_HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
+_MAX_DISKS = 16
+_MAX_INTERFACES = 16
+_BUSES = frozenset({"virtio", "scsi", "sata", "ide", "usb", "nvme"})
+_MODELS = frozenset({"virtio", "e1000", "e1000e", "rtl8139"})
+_BUSY = frozenset({InstanceState.INITIAL, InstanceState.PREFLIGHT, InstanceState.CREATING})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An instance to be made; `disks` name images by full digest already (`images.resolve_disks`)."""
+
+    name: str
+    namespace: str
+    cpus: int
+    memory_mib: int
+    disks: tuple[DiskSpec, ...]
+    interfaces: tuple[Want, ...] = ()
+    placed_on: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of Instance that are taken over as they are."""
+
+
+def check_request(request: Request) -> None:
+    """Raises Invalid."""
+    if not _HOSTNAME.fullmatch(request.name):
+        raise Invalid(
+            f"not a host name: {request.name[:80]!r}", hint="1 to 63 letters, digits and dashes, no dot"
+        )
+    if not 1 <= request.cpus <= 256:
+        raise Invalid(f"cpus is {request.cpus}, not 1 to 256")
+    if not 16 <= request.memory_mib <= 4 * 2**20:
+        raise Invalid(f"memory is {request.memory_mib} MB, not 16 to 4194304")
+    if not 1 <= len(request.disks) <= _MAX_DISKS or len(request.interfaces) > _MAX_INTERFACES:
+        raise Invalid(f"an instance has 1 to {_MAX_DISKS} disks and at most {_MAX_INTERFACES} interfaces")
+    for disk in request.disks:
+        if disk.bus not in _BUSES:
+            raise Invalid(f"no disk bus is called {disk.bus[:80]!r}", hint=", ".join(sorted(_BUSES)))
+    for want in request.interfaces:
+        check_model(want.model)
+
+
+def check_model(model: str) -> None:
+    if model not in _MODELS:
+        raise Invalid(f"no network card is called {model[:80]!r}", hint=", ".join(sorted(_MODELS)))
+
+
+def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
+    """Every node for the scheduler. usable: node → "" or why it takes nothing; nodes that are not in it are away.
+
+    Claims are read through the transaction, so that a placement elsewhere repeats this one.
+    """
+    found = []
+    for node in txn.list(Node):
+        if node.state == "deleted":
+            continue
+        claims = txn.find(Claims, node.name) or Claims(name=node.name)
+        why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
+        found.append(
+            Room(
+                node.name,
+                int(node.facts.get("cpus", 0)),
+                int(node.facts.get("memory_mib", 0)),
+                sum(claims.cpus.values()),
+                sum(claims.memory_mib.values()),
+                usable=not why_not,
+                why_not=why_not,
+            )
+        )
+    return found
+
+
+def create_instance(
+    txn: Transaction,
+    request: Request,
+    *,
+    limits: Limits,
+    usable: Mapping[str, str],
+) -> Instance:
+    """Place it, claim the room, take the name and the addresses. Raises Conflict, Invalid, NotFound, NoCapacity."""
+    check_request(request)
+    images = {disk.image for disk in request.disks if disk.image}
+    holders = [n.name for n in txn.list(Node) if images <= set(n.facts.get("images", ()))]
+    node = place(
+        rooms(txn, usable),
+        request.cpus,
+        request.memory_mib,
+        limits=limits,
+        wanted=request.placed_on,
+        holders=holders,
+    )
+    now = time.time()
+    instance = Instance(
+        uuid=new_uuid(),
+        name=request.name,
+        namespace=request.namespace,
+        node=node,
+        cpus=request.cpus,
+        memory_mib=request.memory_mib,
+        disks=request.disks,
+        created_s=now,
+        updated_s=now,
+        **request.extra,
+    )
+    name = Taken(name=_name_key(instance), owner=instance.uuid, created_s=now)
+    if txn.find(Taken, name.name) is not None:
+        raise Conflict(
+            f"there is an instance {request.name} in namespace {request.namespace} already",
+            hint=f"sf instance show {request.name}",
+        )
+    txn.create(name)
+    for order, want in enumerate(request.interfaces):
+        attach(txn, find_network(txn, want.network), instance.uuid, request.namespace, order, want)
+    claims = txn.get(Claims, node)
+    txn.update(
+        replace(
+            claims,
+            cpus={**claims.cpus, instance.uuid: request.cpus},
+            memory_mib={**claims.memory_mib, instance.uuid: request.memory_mib},
+        )
+    )
+    txn.create(instance)
+    txn.event(Instance.KIND, instance.uuid, f"asked for; placed on {node}", type="audit")
+    return instance
+
+
+def _name_key(instance: Instance) -> str:
+    return f"{Instance.KIND}/{instance.namespace}/{instance.name}"
+
+
+def interfaces_of(txn: Transaction, instance_uuid: str) -> list[Interface]:
+    """Those that still exist, in order."""
+    found = [i for i in txn.list(Interface) if i.instance_uuid == instance_uuid and i.state == "created"]
+    return sorted(found, key=lambda i: i.order)
+
+
+def delete_instance(txn: Transaction, uuid: str) -> Instance:
+    """Ask its node to remove it. Deleting again is success."""
+    found = txn.get(Instance, uuid)
+    if found.state in (InstanceState.DELETED, InstanceState.DELETE_WAIT):
+        return found
+    found = replace(found, state=InstanceState.DELETE_WAIT, updated_s=time.time(), progress="")
+    txn.update(found)
+    txn.event(Instance.KIND, uuid, "deletion asked for", type="audit")
+    return found
+
+
+def finish_delete(txn: Transaction, found: Instance) -> None:
+    """The node has nothing of it any more: give back addresses, name and claims, all or nothing."""
+    for interface in interfaces_of(txn, found.uuid):
+        detach(txn, interface)
+    taken = txn.find(Taken, _name_key(found))
+    if taken is not None and taken.owner == found.uuid:
+        txn.delete(Taken, taken.name)
+    claims = txn.find(Claims, found.node)
+    if claims is not None:
+        txn.update(
+            replace(
+                claims,
+                cpus={k: v for k, v in claims.cpus.items() if k != found.uuid},
+                memory_mib={k: v for k, v in claims.memory_mib.items() if k != found.uuid},
+            )
+        )
+    txn.update(replace(found, state=InstanceState.DELETED, power_state="off", updated_s=time.time()))
+    txn.event(Instance.KIND, found.uuid, "state is deleted")
+
+
+def power(txn: Transaction, uuid: str, verb: str) -> Instance:
+    """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict."""
+    found = txn.get(Instance, uuid)
+    if found.state in _BUSY:
+        raise NotReady(f"instance {found.name} is {found.state}", hint="wait until it is created")
+    if found.state != InstanceState.CREATED:
+        hint = "delete it and create it anew" if found.state == InstanceState.ERROR else ""
+        raise Conflict(f"instance {found.name} is in state {found.state}", hint=hint)
+    if verb == "pause" and found.power == Power.OFF:
+        raise Conflict(f"instance {found.name} is off", hint="power it on first")
+    if verb in ("rebootsoft", "reboothard"):
+        if found.power != Power.ON:
+            raise Conflict(f"instance {found.name} is {found.power}", hint="power it on first")
+        soft, hard = (verb == "rebootsoft"), (verb == "reboothard")
+        found = replace(found, reboot_soft=found.reboot_soft + soft, reboot_hard=found.reboot_hard + hard)
+    elif verb == "poweron" and found.power == Power.ON and found.power_state in ("off", "crashed"):
+        found = replace(
+            found, reboot_hard=found.reboot_hard + 1
+        )  # it ended by itself; nobody asked it to be off
+    else:
+        wanted = {"poweron": Power.ON, "poweroff": Power.OFF, "pause": Power.PAUSED, "unpause": Power.ON}[
+            verb
+        ]
+        found = replace(found, power=wanted)
+    txn.update(replace(found, updated_s=time.time()))
+    txn.event(Instance.KIND, uuid, f"{verb} asked for", type="audit")
+    return found
+
+
+def add_interface(txn: Transaction, uuid: str, want: Want) -> Interface:
+    """Give the instance one more interface; its agent plugs it in. Raises NotReady, Conflict, NoCapacity, Invalid."""
+    found = txn.get(Instance, uuid)
+    check_model(want.model)
+    if found.state in _BUSY:
+        raise NotReady(f"instance {found.name} is {found.state}", hint="wait until it is created")
+    if found.state != InstanceState.CREATED:
+        raise Conflict(f"instance {found.name} is in state {found.state}")
+    held = interfaces_of(txn, uuid)
+    if len(held) >= _MAX_INTERFACES:
+        raise NoCapacity(f"instance {found.name} has {_MAX_INTERFACES} interfaces already")
+    order = max((i.order for i in held), default=-1) + 1
+    # The record is written too, so that a deletion at the same moment repeats this and sees it.
+    txn.update(replace(found, updated_s=time.time()))
+    made = attach(txn, find_network(txn, want.network), uuid, found.namespace, order, want)
+    txn.event(Instance.KIND, uuid, f"interface {made.uuid} with {made.address} asked for", type="audit")
+    return made
+
+
+def remove_interface(txn: Transaction, interface: Interface) -> None:
+    """Take it from its instance; the agent unplugs it."""
+    found = txn.get(Instance, interface.instance_uuid)
+    txn.update(replace(found, updated_s=time.time()))
+    detach(txn, interface)
+    txn.event(Instance.KIND, found.uuid, f"removal of interface {interface.uuid} asked for", type="audit")

@@ -1,0 +1,280 @@
+"""The embedded state store: SQLite in WAL mode with synchronous=FULL, one writer thread, group commit.
+
+Commits that wait together share one fsync. Readers use a second connection and never wait for the writer. The file
+belongs to one process at a time (`serve` holds a lock on the state directory), so leases are counted by that process's
+monotonic clock and a restart gives every lease its full time again: refreshing one costs no write.
+
+    kv(key, value, revision, lease)   log(revision, key, value): the history for watches   lease(id, ttl_s)
+"""
+
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compute.cluster.state.protocol import ABSENT, Change, Record
+from compute.errors import Compacted, LeaseLost, Stale, Unavailable
+
+_SCHEMA = """
+create table if not exists kv(key text primary key, value blob not null, revision integer not null, lease integer)
+    without rowid;
+create index if not exists kv_lease on kv(lease) where lease is not null;
+create table if not exists log(revision integer not null, key text not null, value blob);
+create index if not exists log_revision on log(revision);
+create table if not exists lease(id integer primary key autoincrement, ttl_s real not null);
+create table if not exists meta(revision integer not null, compacted integer not null, format integer not null);
+insert into meta select 1, 1, 1 where not exists (select 1 from meta);
+"""
+
+HISTORY = 4096
+"""Log entries that a watch can look back on."""
+
+_SWEEP_S = 0.25
+"""How late an expired lease may be noticed."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the writer thread is asked to do: one commit, or one statement about a lease."""
+
+    writes: Mapping[str, bytes | None]
+    expect: Mapping[str, int]
+    lease: int | None
+    ephemeral: Collection[str]
+    done: Future[int] = field(default_factory=Future)
+    grant_ttl_s: float | None = None
+    revoke: int | None = None
+
+
+class SqliteStore:
+    """`StateStore` in one file. Opens or creates it; raises Unavailable where that fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._moved = threading.Condition()
+        self._reading = threading.Lock()
+        self._leases: dict[int, tuple[float, float]] = {}
+        """id → (ttl_s, monotonic time at which it dies)"""
+        try:
+            path.touch(
+                mode=0o600
+            )  # tokens are signed with what it holds; SQLite gives its other files the same mode
+            self._write = self._connect()
+            self._write.executescript(_SCHEMA)
+            self._read = self._connect()
+        except (sqlite3.Error, OSError) as err:
+            raise Unavailable(
+                f"cannot open {path}: {err}", hint="check the file's owner and free space"
+            ) from err
+        self._revision: int
+        self._compacted: int
+        self._revision, self._compacted = self._write.execute(
+            "select revision, compacted from meta"
+        ).fetchone()
+        for lease, ttl_s in self._write.execute("select id, ttl_s from lease"):
+            self._leases[lease] = (ttl_s, time.monotonic() + ttl_s)
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="state-writer", daemon=True)
+        self._thread.start()
+
+    def _connect(self) -> sqlite3.Connection:
+        link = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
+        link.execute("pragma journal_mode=wal")
+        link.execute("pragma synchronous=full")
+        return link
+
+    # Reading
+
+    def get(self, key: str) -> Record | None:
+        with self._reading:
+            row = self._read.execute("select key, value, revision from kv where key=?", (key,)).fetchone()
+        return Record(*row) if row else None
+
+    def list(self, prefix: str) -> Sequence[Record]:
+        with self._reading:
+            rows = self._read.execute(
+                "select key, value, revision from kv where key >= ? and key < ? order by key",
+                (prefix, prefix + "\U0010ffff"),
+            ).fetchall()
+        return [Record(*row) for row in rows]
+
+    def revision(self) -> int:
+        return self._revision
+
+    def watch(self, prefix: str, after_revision: int, timeout_s: float) -> Sequence[Change]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._moved:
+                while self._revision <= after_revision and not self._closed:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._moved.wait(left):
+                        return []
+                newest = self._revision
+            if after_revision < self._compacted:
+                raise Compacted(f"history before revision {self._compacted} is gone")
+            with self._reading:
+                if self._closed:
+                    return []
+                rows = self._read.execute(
+                    "select key, value, revision from log where revision > ? and key >= ? and key < ? order by rowid",
+                    (after_revision, prefix, prefix + "\U0010ffff"),
+                ).fetchall()
+            if rows:
+                return [Change(*row) for row in rows]
+            after_revision = newest
+
+    # Writing: callers wait for the writer thread
+
+    def commit(
+        self,
+        writes: Mapping[str, bytes | None],
+        *,
+        expect: Mapping[str, int],
+        lease: int | None = None,
+        ephemeral: Collection[str] = (),
+    ) -> int:
+        return self._submit(_Job(writes, expect, lease, ephemeral))
+
+    def grant(self, ttl_s: float) -> int:
+        return self._submit(_Job({}, {}, None, (), grant_ttl_s=ttl_s))
+
+    def refresh(self, lease: int) -> None:
+        known = self._leases.get(lease)
+        if known is None or known[1] <= time.monotonic():
+            raise LeaseLost(f"lease {lease} has expired")
+        self._leases[lease] = (known[0], time.monotonic() + known[0])
+
+    def revoke(self, lease: int) -> None:
+        self._submit(_Job({}, {}, None, (), revoke=lease))
+
+    def close(self) -> None:
+        """Finish what was submitted, then close. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+        with self._moved:
+            self._moved.notify_all()
+        with self._reading:
+            self._read.close()
+        self._write.close()
+
+    def _submit(self, job: _Job) -> int:
+        if self._closed:
+            raise Unavailable("the state store is closed")
+        self._jobs.put(job)
+        return job.done.result()
+
+    def _run(self) -> None:
+        stop = False
+        while not stop:
+            batch: list[_Job] = []
+            try:
+                first = self._jobs.get(timeout=_SWEEP_S if self._leases else None)
+                while first is not None:
+                    batch.append(first)
+                    first = self._jobs.get_nowait()
+                stop = True
+            except queue.Empty:
+                pass
+            now = time.monotonic()
+            batch += [
+                _Job({}, {}, None, (), revoke=i) for i, (_, end) in list(self._leases.items()) if end <= now
+            ]
+            if batch:
+                self._apply(batch)
+        while not self._jobs.empty():  # submitted in the same instant as the close
+            late = self._jobs.get_nowait()
+            if late is not None:
+                late.done.set_exception(Unavailable("the state store is closed"))
+
+    def _apply(self, batch: Sequence[_Job]) -> None:
+        """One SQLite transaction, one fsync, for all of them; each job succeeds or fails by itself."""
+        outcome: list[tuple[_Job, int | Exception]] = []
+        revision = self._revision
+        leases = dict(self._leases)
+        try:
+            self._write.execute("begin immediate")
+            for job in batch:
+                try:
+                    if job.grant_ttl_s is not None:
+                        row = self._write.execute("insert into lease(ttl_s) values (?)", (job.grant_ttl_s,))
+                        lease = int(row.lastrowid or 0)
+                        self._leases[lease] = (job.grant_ttl_s, time.monotonic() + job.grant_ttl_s)
+                        outcome.append((job, lease))
+                        continue
+                    writes = self._checked(job)
+                except (Stale, LeaseLost) as err:
+                    outcome.append((job, err))
+                    continue
+                if writes:
+                    revision += 1
+                    self._put(writes, revision, job)
+                outcome.append((job, revision))
+            compacted = self._trim(revision)
+            self._write.execute("update meta set revision=?, compacted=?", (revision, compacted))
+            self._write.execute("commit")
+        except sqlite3.Error as err:
+            if self._write.in_transaction:
+                self._write.execute("rollback")
+            self._leases = leases
+            failure = Unavailable(
+                f"cannot write {self._path}: {err}", hint="check free space on its filesystem"
+            )
+            for job in batch:
+                job.done.set_exception(failure)
+            return
+        with self._moved:
+            self._revision, self._compacted = revision, compacted
+            self._moved.notify_all()
+        for job, result in outcome:
+            if isinstance(result, Exception):
+                job.done.set_exception(result)
+            else:
+                job.done.set_result(result)
+
+    def _checked(self, job: _Job) -> Mapping[str, bytes | None]:
+        """What the job writes. Raises Stale or LeaseLost."""
+        if job.revoke is not None:
+            self._leases.pop(job.revoke, None)
+            self._write.execute("delete from lease where id=?", (job.revoke,))
+            rows = self._write.execute("select key from kv where lease=?", (job.revoke,))
+            return {key: None for (key,) in rows.fetchall()}
+        if job.lease is not None:
+            known = self._leases.get(job.lease)
+            if known is None or known[1] <= time.monotonic():
+                raise LeaseLost(f"lease {job.lease} has expired")
+        for key, revision in job.expect.items():
+            row = self._write.execute("select revision from kv where key=?", (key,)).fetchone()
+            if (row[0] if row else ABSENT) != revision:
+                raise Stale(f"{key} changed meanwhile")
+        return job.writes
+
+    def _put(self, writes: Mapping[str, bytes | None], revision: int, job: _Job) -> None:
+        gone = [(key,) for key, value in writes.items() if value is None]
+        kept = [
+            (key, value, revision, job.lease if key in job.ephemeral else None)
+            for key, value in writes.items()
+            if value is not None
+        ]
+        self._write.executemany("delete from kv where key=?", gone)
+        self._write.executemany(
+            "insert or replace into kv(key, value, revision, lease) values (?,?,?,?)", kept
+        )
+        self._write.executemany(
+            "insert into log values (?,?,?)", [(revision, k, v) for k, v in writes.items()]
+        )
+
+    def _trim(self, revision: int) -> int:
+        """Forget history in large steps; returns the revision below which it is gone."""
+        (oldest,) = self._write.execute("select min(revision) from log").fetchone()
+        if oldest is None or revision - oldest < 2 * HISTORY:
+            return self._compacted
+        self._write.execute("delete from log where revision <= ?", (revision - HISTORY,))
+        return revision - HISTORY

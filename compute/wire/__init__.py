@@ -1,0 +1,1 @@
+"""Values that server and agent send each other."""

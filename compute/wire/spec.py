@@ -1,0 +1,185 @@
+"""What a server wants of a node and what the node says back: plain values, the seam between API and agent.
+
+The server decides (`NodeDesired`), the agent acts and reports (`InstanceStatus`, `NodeEvent`). On one machine the two
+talk through a call, between machines over HTTPS as JSON; the agent cannot tell the difference.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from net.plan.model import NodeNetworks
+
+
+class InstanceState(StrEnum):
+    """initial → preflight → creating → created → delete-wait → deleted; failures pass <state>-error to error."""
+
+    INITIAL = "initial"
+    PREFLIGHT = "preflight"
+    CREATING = "creating"
+    CREATED = "created"
+    DELETE_WAIT = "delete-wait"
+    DELETED = "deleted"
+    INITIAL_ERROR = "initial-error"
+    PREFLIGHT_ERROR = "preflight-error"
+    CREATING_ERROR = "creating-error"
+    CREATED_ERROR = "created-error"
+    DELETE_WAIT_ERROR = "delete-wait-error"
+    ERROR = "error"
+
+
+class Power(StrEnum):
+    """What the user wants."""
+
+    ON = "on"
+    OFF = "off"
+    PAUSED = "paused"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """One disk of a guest."""
+
+    device: str
+    """vda, vdb, …"""
+    image: str = ""
+    """Full digest of the image's manifest (b3:…), or "" for a blank disk."""
+    image_name: str = ""
+    """What the user typed, for people."""
+    size_bytes: int = 0
+    """Virtual size; 0 means as large as the image."""
+    bus: str = "virtio"
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceSpec:
+    """One NIC of a guest; the network itself is in NodeDesired.networks."""
+
+    uuid: str
+    network_uuid: str
+    mac: str
+    address: str
+    model: str = "virtio"
+    tap: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """Everything a node needs to run one guest."""
+
+    uuid: str
+    name: str
+    namespace: str
+    cpus: int
+    memory_mib: int
+    disks: tuple[DiskSpec, ...]
+    interfaces: tuple[InterfaceSpec, ...] = ()
+    ssh_keys: tuple[str, ...] = ()
+    user_data: bytes = b""
+    metadata: tuple[tuple[str, str], ...] = ()
+    uefi: bool = False
+    vdi: str = ""
+    """"" (serial console only), "vnc" or "spice"."""
+    power: Power = Power.ON
+    reboot_soft: int = 0
+    """Counters: the agent reboots when they grew since it last looked."""
+    reboot_hard: int = 0
+    delete: bool = False
+    failed: bool = False
+    """The record is in state error: keep what is there for the user to look at, build and start nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSite:
+    """With whom a node's image service shares what it holds (`peers`); without peers it does not listen."""
+
+    me: str = ""
+    listen: str = ""
+    """host:port"""
+    peers: dict[str, str] = field(default_factory=dict)
+    """Node → host:port, of those that live and have the same stores."""
+    secret: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDesired:
+    """The whole of what one node must be. `revision` only grows."""
+
+    revision: int
+    networks: NodeNetworks
+    instances: tuple[InstanceSpec, ...] = ()
+    image_site: ImageSite = ImageSite()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """What an agent saw of one guest."""
+
+    uuid: str
+    state: InstanceState
+    power_state: str = "off"
+    """on, off, paused, crashed or transition-to-X."""
+    error_message: str = ""
+    progress: str = ""
+    """For people, while an image is fetched: "fetching 43%"."""
+    accel: str = ""
+    """kvm or tcg, with the reason."""
+    console_port: int = 0
+    vdi_port: int = 0
+    agent_state: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEvent:
+    """A line of an object's history."""
+
+    object_type: str
+    """instance, network or node."""
+    object_uuid: str
+    timestamp_s: float
+    type: str
+    """audit, mutate, status, resources or usage."""
+    message: str
+    duration_s: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What an agent says of its machine when it registers."""
+
+    cpus: int
+    memory_mib: int
+    address: str = "127.0.0.1"
+    """Its VXLAN endpoint."""
+    architecture: str = "x86_64"
+    release: str = ""
+    """Version of the program."""
+    accel: str = ""
+    mtu_bytes: int = 1450
+    """What fits into VXLAN on its underlay: the underlay's MTU less 50."""
+    images: tuple[str, ...] = ()
+    """Digests of the images that its cache holds completely."""
+    peer_address: str = ""
+    """host:port where its image service can serve other nodes; "" if it is not to."""
+    stores: tuple[str, ...] = ()
+    """What its stores are called (sorted, without credentials): only nodes with the same ones share."""
+
+
+class NodeOperations(Protocol):
+    """What the server asks of a node directly. All quick; raise ComputeError. Idempotent, so safe to retry."""
+
+    async def console(self, instance_uuid: str, length: int) -> bytes:
+        """The last `length` bytes of the serial console; -1 for all that is kept."""
+        ...
+
+    async def clear_console(self, instance_uuid: str) -> None: ...
+
+    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+        """Lines of standard output and standard error of a ping from inside the network."""
+        ...
+
+    async def doctor(self) -> list[tuple[str, str, str]]:
+        """What of the node's networks is not as desired: (network's name or "", what is wrong, how to mend it)."""
+        ...

@@ -1,0 +1,250 @@
+"""A store in a bucket of an S3-compatible server, through boto3.
+
+Credentials come the way that boto3's users expect (environment, profile, config files, instance roles).
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
+"""
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import botocore.exceptions as failures
+import urllib3.exceptions
+from botocore.config import Config
+
+from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, check_key, pieces, receive
+from imagestore.errors import (
+    Conflict,
+    Corrupt,
+    Denied,
+    Invalid,
+    NoSpace,
+    NotFound,
+    StoreError,
+    Unavailable,
+    Unsupported,
+)
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+_READ_BYTES = 256 << 10
+PATIENCE_S = 30.0
+_STATUS: dict[int, type[StoreError]] = {
+    400: Invalid,
+    401: Denied,
+    403: Denied,
+    404: NotFound,
+    409: Conflict,
+    412: Conflict,
+    416: Corrupt,
+    501: Unsupported,
+    507: NoSpace,
+}
+_CODES: dict[str, type[StoreError]] = {
+    "QuotaExceeded": NoSpace,
+    "XMinioStorageFull": NoSpace,
+    "RequestTimeout": Unavailable,
+    "RequestTimeTooSkewed": Denied,
+    "ExpiredToken": Denied,
+    "NotImplemented": Unsupported,
+}
+
+
+class S3:
+    """Objects below `prefix` in a bucket, one request per verb (a listing: one per 1,000 keys).
+
+    `conditional` and `conditional_delete` are false until `probe` found that they hold, or the caller says so.
+    """
+
+    read_only = False
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        profile: str | None = None,
+    ) -> None:
+        try:
+            session = boto3.session.Session(profile_name=profile, region_name=region)
+        except failures.BotoCoreError as err:
+            raise Invalid(f"s3://{bucket}: {err}") from err
+        config = Config(
+            signature_version="s3v4",
+            # Retrying is Retried's; boto3's checksum trailers are not understood by every server.
+            retries={"total_max_attempts": 1},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=32,
+            s3={"addressing_style": "path" if endpoint_url else "auto"},
+        )
+        authorities = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+        region = session.region_name or "us-east-1"
+        try:
+            self._client: S3Client = session.client(
+                "s3", endpoint_url=endpoint_url, region_name=region, config=config, verify=authorities
+            )
+        except (failures.BotoCoreError, ValueError) as err:
+            raise Invalid(f"s3://{bucket}: {err}") from err
+        self._client.meta.events.register("after-call.s3", self._note_time)
+        self._bucket = bucket
+        self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
+        self.address = f"{self._client.meta.endpoint_url}/{bucket}"
+        self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self.conditional = False
+        self.conditional_delete = False
+        self._skew_s: float | None = None
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
+        ranged = start > 0 or length is not None
+        if length == 0:
+            return Object(b"", self.stat(key))
+        asked = {"Range": f"bytes={start}-{'' if length is None else start + length - 1}"} if ranged else {}
+        with self._errors(key):
+            answer = self._client.get_object(**self._at(key), **asked)  # type: ignore[arg-type]
+            size = total = answer["ContentLength"]
+            if ranged:
+                # By what it sent, not by 206: `rclone serve s3` sends the range under a 200.
+                said = answer.get("ContentRange", f"all of {size}/{size}")
+                total = int(said.rpartition("/")[2])
+                if not said.startswith(f"bytes {start}-") or (length is not None and size != length):
+                    answer["Body"].close()
+                    raise Corrupt(f"{self.url}/{key}: asked for {asked['Range']}, was sent {said}")
+            if size > MAX_BYTES:
+                raise Corrupt(f"{self.url}/{key}: {size} bytes are too many")
+            # botocore's own read() waits for all of it, however slowly it comes.
+            stream: Any = answer["Body"]._raw_stream  # type: ignore[attr-defined]
+            try:
+                parts = iter(lambda: stream.read1(_READ_BYTES), b"")
+                data = receive(parts, size, f"{self.url}/{key}", patience_s=PATIENCE_S)
+            finally:
+                answer["Body"].close()
+            return Object(data, ObjectStat(key, total, _etag(answer), answer["LastModified"].timestamp()))
+
+    def stat(self, key: str) -> ObjectStat:
+        with self._errors(key):
+            answer = self._client.head_object(**self._at(key))
+            modified_s = answer["LastModified"].timestamp()
+            return ObjectStat(key, answer["ContentLength"], _etag(answer), modified_s)
+
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
+        with self._errors(prefix):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"].removeprefix(self._prefix)
+                    yield ObjectStat(key, entry["Size"], _etag(entry), entry["LastModified"].timestamp())
+
+    def put(
+        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
+    ) -> ObjectStat:
+        body = b"".join(pieces(data))
+        conditions: dict[str, Any] = {}
+        if self.conditional:
+            conditions = (
+                {"IfMatch": f'"{if_match}"'} if if_match else {"IfNoneMatch": "*"} if if_none_match else {}
+            )
+        with self._errors(key):
+            try:
+                answer = self._client.put_object(**self._at(key), Body=body, **conditions)
+            except failures.ClientError as err:
+                # If-Match on what is not there (any more) is a 404, unless the bucket itself is gone.
+                if conditions and err.response["Error"]["Code"] in ("NoSuchKey", "404"):
+                    raise Conflict(f"{self.url}/{key} was removed by another writer") from err
+                raise
+            return ObjectStat(key, len(body), _etag(answer), self.now())
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        if if_match is not None and self.conditional and not self.conditional_delete:
+            raise Unsupported(f"{self.url} has no conditional deletes")
+        condition: dict[str, Any] = {}
+        if if_match and self.conditional_delete:
+            condition = {"IfMatch": f'"{if_match}"'}
+        try:
+            with contextlib.suppress(NotFound), self._errors(key):
+                self._client.delete_object(**self._at(key), **condition)
+        except Conflict:
+            # What is not there matches no etag for some servers; for us it is deleted.
+            with contextlib.suppress(NotFound):
+                self.stat(key)
+                raise
+
+    def now(self) -> float:
+        """The server's clock as of its last answer, and the time since."""
+        if self._skew_s is None:
+            with self._errors(""):
+                self._client.head_bucket(Bucket=self._bucket)
+        return time.monotonic() + (self._skew_s or 0.0)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def probe(self) -> None:
+        """Find out whether conditions hold, with an object of its own (7 requests)."""
+        key = f"probe/{secrets.token_hex(8)}"
+        self.conditional = self.conditional_delete = True
+        try:
+            etag = self.put(key, b"1", if_none_match=True).etag
+            wrong = etag[:-4] + ("0000" if etag[-4:] != "0000" else "1111")
+            created = self._refuses(lambda: self.put(key, b"2", if_none_match=True))
+            replaced = self._refuses(lambda: self.put(key, b"3", if_match=wrong))
+            if created and replaced:
+                self.put(key, b"4", if_match=etag)
+            self.conditional_delete = self._refuses(lambda: self.delete(key, if_match=wrong))
+            self.conditional = created and replaced
+        except (Conflict, Unsupported, Invalid):
+            self.conditional = False
+        self.conditional_delete &= self.conditional
+        self.delete(key)
+
+    @staticmethod
+    def _refuses(action: Any) -> bool:
+        try:
+            action()
+        except (Conflict, Unsupported) as err:
+            return isinstance(err, Conflict)
+        return False
+
+    def _at(self, key: str) -> dict[str, Any]:
+        return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+
+    def _note_time(self, http_response: Any, **_: Any) -> None:
+        date = http_response.headers.get("date")
+        if date:
+            with contextlib.suppress(ValueError, TypeError):
+                self._skew_s = parsedate_to_datetime(date).timestamp() - time.monotonic()
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        where = f"{self.url}/{key}"
+        try:
+            yield
+        except failures.ClientError as err:
+            status = int(err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            code = err.response["Error"].get("Code", "")
+            kind = _CODES.get(code) or _STATUS.get(status, Unavailable)
+            if code == "NoSuchBucket":
+                raise NotFound(f"{self.address}: there is no such bucket", hint="make it first") from err
+            text = "no such object" if kind is NotFound else err.response["Error"].get("Message") or code
+            raise kind(f"{where}: {text}") from err
+        except (failures.NoCredentialsError, failures.PartialCredentialsError, failures.SSLError) as err:
+            raise Denied(f"{where}: {err}") from err
+        except failures.ParamValidationError as err:
+            raise Invalid(f"{where}: {err}") from err
+        except (failures.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as err:
+            raise Unavailable(f"{where}: {err}") from err
+
+
+def _etag(answer: Any) -> str:
+    """Without quotes, which some servers send with some verbs only."""
+    return str(answer["ETag"]).strip('"')

@@ -1,0 +1,157 @@
+"""The image service's process: `python -m imagestore.imaged STATE_DIR STORE…`, or `sf imaged`.
+
+It leaves SIGTERM and SIGINT with everything flushed. Started by an agent (`while_needed`) it also ends by itself once
+no guest reads through it, nothing is being filled and no agent has asked anything for a while.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import grp
+import os
+import pwd
+import re
+import signal
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from imagestore.cache.control import ControlServer
+from imagestore.cache.service import ImageService, Options
+from imagestore.errors import Conflict, Invalid
+
+_LONELY_S = 3.0
+
+
+def control_socket(state: Path) -> Path:
+    """Where the service of a state directory listens."""
+    return state / "run" / "imaged" / "sock"
+
+
+def prepare(state: Path, uid: int = -1) -> None:
+    """Make the service's directories; give them, and what another user's service left there, to this user.
+
+    Nothing here follows a link: the directories may have been the user's before. The group of run/nbd is qemu's.
+    """
+    for name in ("cache", "cache/readers", "cache/traces", "run/imaged", "run/nbd"):
+        (state / name).mkdir(mode=0o711, parents=True, exist_ok=True)
+        if uid >= 0:
+            directory = os.open(state / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                os.fchown(directory, uid, -1)
+                for entry in os.listdir(directory):  # noqa: PTH208 - of what is open, whatever its name is now
+                    os.chown(entry, uid, -1, dir_fd=directory, follow_symlinks=False)
+            finally:
+                os.close(directory)
+
+
+def unprivileged(state: Path, stores: Sequence[str]) -> tuple[list[str], Path | None]:
+    """What root puts before the service's command line so that it runs as a user of its own, one without a name.
+
+    What this user may not read (a program below /root, a private store, root's S3 keys) is returned: then it keeps the
+    right to read everything, and nothing else of root's. Raises OSError.
+    """
+    # A number that neither adduser nor systemd gives away, nor a container's 16 bits leave out.
+    uid = 60706 + zlib.crc32(os.fsencode(state.resolve())) % 478
+    prepare(state, uid)
+    needed = [Path(sys.executable), Path(sys.prefix), Path(__file__).parent, state / "cache"]
+    for parts in map(urlsplit, stores):
+        if parts.scheme in ("", "file"):
+            needed.append(Path(unquote(parts.path)) / "packs")
+        elif parts.scheme == "s3":
+            needed += [Path("~/.aws/config").expanduser(), Path("~/.aws/credentials").expanduser()]
+    closed = next((path for path in needed if path.exists() and not _open_to_all(path)), None)
+    rights = "-all,+dac_read_search" if closed else "-all"
+    argv = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs"]
+    return [*argv, *(f"--{kind}={rights}" for kind in ("inh-caps", "ambient-caps", "bounding-set"))], closed
+
+
+def _open_to_all(path: Path) -> bool:
+    path = path.resolve()
+    readable = path.is_dir() or path.stat().st_mode & 0o004
+    return bool(readable) and all(p.stat().st_mode & 0o001 for p in (path, *path.parents) if p.is_dir())
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `20G`, `500M` or a number. Raises Invalid."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:iB|B)?", text)
+    if match is None:
+        raise Invalid(f"not a size: {text!r}", hint="such as 20G or 500M")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def run(
+    state: Path,
+    stores: Sequence[str],
+    options: Options,
+    *,
+    user: str = "",
+    group: str = "",
+    while_needed: bool = False,
+) -> None:
+    """Serve until told to end. Raises Conflict when another one serves this state directory, Invalid."""
+    try:
+        options = replace(options, socket_group=grp.getgrnam(group).gr_gid) if group else options
+        entry = pwd.getpwnam(user) if user else None
+    except KeyError as error:
+        raise Invalid(f"there is no user {user!r} or no group {group!r}") from error
+    prepare(state, entry.pw_uid if entry else -1)
+    if entry:
+        os.setgroups([options.socket_group] if group else [])
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+    # Plain asyncio copies what it sends once more and answers half as many small reads.
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    asyncio.run(_serve(state, stores, options, while_needed))
+
+
+async def _serve(state: Path, stores: Sequence[str], options: Options, while_needed: bool) -> None:
+    with (state / "cache" / ".service").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"an image service runs on {state} already") from error
+        service = ImageService(state / "cache", state / "run" / "nbd", stores, options)
+        control = ControlServer(service, control_socket(state))
+        await service.start()
+        await control.start()
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, ended.set)
+        while not ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await ended.wait()
+            if not (state / "cache").is_dir():
+                break  # the installation was removed under us: nobody can reach us any more
+            lonely = control.silent_s > (0 if control.alone else _LONELY_S)
+            if while_needed and lonely and not service.images.busy:
+                break
+        await control.close()
+        await service.close()
+
+
+def main() -> None:
+    """Entry point of the module."""
+    parser = argparse.ArgumentParser(prog="imagestore.cache.imaged", description=__doc__)
+    parser.add_argument("state", type=Path)
+    parser.add_argument("store", nargs="*")
+    parser.add_argument("--user", default="")
+    parser.add_argument("--group", default="")
+    parser.add_argument("--fill-rate", type=parse_size, default=0)
+    parser.add_argument("--cache-size", type=parse_size, default=0)
+    parser.add_argument("--while-needed", action="store_true")
+    told = parser.parse_args()
+    options = Options(fill_bytes_s=told.fill_rate, cache_bytes=told.cache_size)
+    run(told.state, told.store, options, user=told.user, group=told.group, while_needed=told.while_needed)
+
+
+if __name__ == "__main__":
+    main()

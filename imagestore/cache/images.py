@@ -1,0 +1,285 @@
+"""The node's image cache: complete images as read-only sparse raw files, named by their manifest's digest.
+
+    <directory>/<hex>.raw        the disk, mode 0444
+    <directory>/<hex>.manifest   what it holds; written before the disk gets its name
+
+Bytes are verified as they are written (imagestore.pull) and again by `verify`. An image that is not complete yet is
+served over NBD beside this (imagestore.partial); whoever completes one calls nothing here: the files are the state.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from blake3 import blake3
+
+from imagestore import durable
+from imagestore.errors import Cancelled, Conflict, Corrupt, NotFound, StoreError
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
+from imagestore.progress import Report, silent
+from imagestore.pull import Seed, pull
+from imagestore.store.names import parse_reference
+from imagestore.store.store import Store
+
+_POLL_S = 0.1
+_SEEDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference means now: a manifest, and the store to get it from (None: it is in the cache only)."""
+
+    digest: Digest
+    name: str
+    size_bytes: int
+    store: Store | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A complete image. `size_bytes`: of the disk; `used_bytes`: on this file system."""
+
+    digest: Digest
+    path: Path
+    size_bytes: int
+    used_bytes: int
+
+
+class ImageCache:
+    """One directory, shared by any number of threads and processes of this machine.
+
+    stores: remotes by name, in the order in which they are asked; only "not found" moves on to the next.
+    """
+
+    def __init__(self, directory: Path, stores: Mapping[str, Store]) -> None:
+        self.directory = directory
+        self.stores = dict(stores)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def resolve(self, text: str, architecture: str = os.uname().machine) -> Resolved:
+        """What `[remote/]name[:tag][@b3:digest]` means. A part of a digest matches cached images only.
+
+        Raises Invalid, NotFound, Unavailable.
+        """
+        reference = parse_reference(text)
+        if reference.digest_prefix and not reference.digest:
+            return self._resolve_prefix(reference.digest_prefix)
+        stores = self.stores
+        if reference.remote is not None:
+            if reference.remote not in stores:
+                raise NotFound(
+                    f"no remote is called {reference.remote!r}", hint=f"there are: {', '.join(stores)}"
+                )
+            stores = {reference.remote: stores[reference.remote]}
+        digest = reference.digest
+        if digest is not None and self.has(digest):
+            return Resolved(digest, text, self.manifest(digest).size_bytes, next(iter(stores.values()), None))
+        failure: NotFound | None = None
+        for remote, store in stores.items():
+            try:
+                found = digest or store.names.get(reference.name, reference.tag).digest(architecture)
+                size_bytes = self._manifest(found, store).size_bytes
+            except NotFound as error:
+                failure = failure or error
+                continue
+            name = f"{remote}/{reference.name}:{reference.tag}" if reference.name else str(found)
+            return Resolved(found, name, size_bytes, store)
+        raise failure or NotFound(f"no image {text}", hint="no remote is configured")
+
+    def _resolve_prefix(self, prefix: str) -> Resolved:
+        found = [digest for digest in self._digests() if digest.hex().startswith(prefix)]
+        if len(found) != 1:
+            problem = "several cached images begin" if found else "no cached image begins"
+            raise NotFound(
+                f"{problem} with b3:{prefix}", hint="a whole digest (64 hex digits) works for any image"
+            )
+        return Resolved(found[0], str(found[0]), self.manifest(found[0]).size_bytes, None)
+
+    def ensure(
+        self,
+        digest: Digest,
+        progress: Report = silent,
+        cancel: Event | None = None,
+        store: Store | None = None,
+    ) -> Path:
+        """Bring an image into the cache if it is not there; the path of its read-only raw file.
+
+        Several callers at once: one fetches, the others wait. store: ask this one first.
+        Raises NotFound, Corrupt, Unavailable, NoSpace, Cancelled.
+        """
+        path = self.path(digest)
+        if path.exists():
+            return path
+        with self._lock(digest, cancel):
+            if path.exists():
+                return path
+            stores = [
+                *([store] if store else []),
+                *(other for other in self.stores.values() if other is not store),
+            ]
+            failure: NotFound | None = None
+            for at, source in enumerate(stores):
+                try:
+                    manifest = self._manifest(digest, source)
+                    part = path.with_suffix(".incoming")
+                    pull(
+                        source, digest, part,
+                        format_="raw", seeds=self.seeds(), fallbacks=stores[at + 1 :], progress=progress, cancel=cancel,
+                    )  # fmt: skip
+                except NotFound as error:
+                    failure = failure or error
+                    continue
+                part.chmod(0o444)
+                durable.write(path.with_suffix(".manifest"), manifest.encode(), 0o666)
+                part.rename(path)
+                durable.fsync_directory(self.directory)
+                return path
+            raise failure or NotFound(f"no image {digest}", hint="no remote is configured")
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the image is complete here."""
+        return self.path(digest).exists()
+
+    def path(self, digest: Digest) -> Path:
+        """Where the complete image is, or would be."""
+        return self.directory / f"{digest.hex()}.raw"
+
+    def manifest(self, digest: Digest) -> Manifest:
+        """Of an image in the cache. Raises NotFound, Corrupt."""
+        path = self.directory / f"{digest.hex()}.manifest"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise NotFound(f"image {digest} is not in the cache") from error
+        if Digest.of(data) != digest:
+            raise Corrupt(f"{path} does not match its name", hint="`sf cache verify` repairs the cache")
+        return Manifest.decode(data)
+
+    def list(self) -> list[Cached]:
+        """Complete images, by digest."""
+        found = []
+        for digest in self._digests():
+            status = self.path(digest).stat()
+            found.append(Cached(digest, self.path(digest), status.st_size, status.st_blocks * 512))
+        return found
+
+    def seeds(self) -> tuple[Seed, ...]:
+        """Complete images to copy chunks from, the newest first."""
+        found = []
+        for digest in sorted(self._digests(), key=lambda one: -self.path(one).stat().st_mtime_ns)[:_SEEDS]:
+            with suppress(NotFound, Corrupt):
+                found.append(Seed(self.manifest(digest), self.path(digest)))
+        return tuple(found)
+
+    def verify(self, digest: Digest) -> None:
+        """Hash a complete image again; one that does not match is removed and Corrupt is raised."""
+        manifest = self.manifest(digest)
+        with self.path(digest).open("rb", buffering=0) as file:
+            good = os.fstat(file.fileno()).st_size == manifest.size_bytes
+            end = 0
+            for offset, length, id_ in manifest.chunks():
+                good = good and not _data_between(file.fileno(), end, offset)
+                good = good and blake3(os.pread(file.fileno(), length, offset)).digest() == id_
+                end = offset + length
+            good = good and not _data_between(file.fileno(), end, manifest.size_bytes)
+        if not good:
+            self.remove(digest)
+            raise Corrupt(
+                f"the cached image {digest} was damaged and is removed", hint="it is fetched again when used"
+            )
+
+    def remove(self, digest: Digest) -> None:
+        """Forget an image; who has the file open keeps it. Raises Conflict while it is being fetched."""
+        with self._lock(digest, None, wait=False):
+            for unfinished in self.directory.glob(f".{digest.hex()}.incoming.*"):
+                unfinished.unlink(missing_ok=True)
+            self.path(digest).unlink(missing_ok=True)
+            (self.directory / f"{digest.hex()}.manifest").unlink(missing_ok=True)
+
+    def _digests(self) -> Iterator[Digest]:
+        for path in sorted(self.directory.glob("*.raw")):
+            if len(path.stem) == 64 and not path.with_suffix(".have").exists():
+                yield Digest.parse(path.stem)
+
+    def _manifest(self, digest: Digest, store: Store) -> Manifest:
+        try:
+            return self.manifest(digest)
+        except (NotFound, Corrupt):
+            return store.manifest(digest)
+
+    @contextmanager
+    def _lock(self, digest: Digest, cancel: Event | None, *, wait: bool = True) -> Iterator[None]:
+        descriptor = os.open(
+            self.directory / f".{digest.hex()}.lock",
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
+        )
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if not wait:
+                        raise Conflict(f"image {digest} is being fetched") from error
+                    if cancel is not None and cancel.is_set():
+                        raise Cancelled("waiting for the image was cancelled") from error
+                    time.sleep(_POLL_S)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _data_between(descriptor: int, start: int, end: int) -> bool:
+    """Whether a stretch that must be a hole holds other bytes than zeros."""
+
+    while start < end:
+        try:
+            start = os.lseek(descriptor, start, os.SEEK_DATA)
+        except OSError:
+            return False
+        if start < end and os.pread(descriptor, min(1 << 20, end - start), start).strip(b"\0"):
+            return True
+        start += 1 << 20
+    return False
+
+
+def list_images(directory: Path) -> list[dict[str, Any]]:
+    """What a cache directory holds, complete or not; no service needed."""
+    readers: dict[str, list[str]] = {}
+    for path in sorted((directory / "readers").glob("*.json")):
+        with suppress(OSError, ValueError):
+            readers.setdefault(json.loads(path.read_text())["image"], []).append(path.stem)
+    rows: list[dict[str, Any]] = []
+    # Incomplete ones first: one that is completed meanwhile is found under its final name, here or below.
+    paths = [*directory.glob("*.part"), *directory.glob("*.raw")]
+    for path in sorted(paths):
+        with suppress(StoreError, FileNotFoundError):
+            digest, raw = Digest.parse(path.stem), path.with_suffix(".raw")
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                if raw in paths:
+                    continue
+                path, status = raw, raw.stat()
+            rows.append(
+                {
+                    "digest": str(digest),
+                    "path": str(path),
+                    "size_bytes": status.st_size,
+                    "used_bytes": status.st_blocks * 512,
+                    "complete": path.suffix == ".raw",
+                    "pinned": path.with_suffix(".pin").exists(),
+                    "used_s": status.st_mtime,
+                    "readers": readers.get(str(digest), []),
+                }
+            )
+    return rows

@@ -1,0 +1,307 @@
+"""The images that a node has open: fetched while guests read them over NBD, given to peers, sealed when complete.
+
+<cache>/<hex>.raw, .manifest     complete images (imagestore.cache)
+<cache>/<hex>.part, .have        incomplete ones (imagestore.partial)
+<cache>/traces/<hex>             boot traces
+<run>/<id>                       NBD sockets
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from imagestore.backends.protocol import Buffer
+from imagestore.cache.fetcher import Fetcher
+from imagestore.cache.filling import Fill, Filling
+from imagestore.cache.images import ImageCache
+from imagestore.cache.nbd.server import NbdServer
+from imagestore.cache.node_stores import Stores
+from imagestore.cache.partial import PartialImage
+from imagestore.cache.peers import PATIENCE_S, Peers, Site
+from imagestore.cache.reader import Reader
+from imagestore.cache.traces import Traces
+from imagestore.errors import Corrupt, NotFound, StoreError
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
+from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin
+
+log = logging.getLogger(__name__)
+TRACE_S = 600.0
+"""A boot that nobody reported as over ends its trace after this time."""
+SETTLE_S = 20.0
+"""A trace goes on for so long after the guest is up: what starts beside the login prompt belongs to the boot."""
+_RELAY_S = 60.0
+"""An image that is open for peers alone is closed when they have asked nothing for so long."""
+
+
+@dataclass(slots=True, eq=False)
+class Image:
+    """An image that is open: being filled or served."""
+
+    digest: Digest
+    manifest: Manifest
+    partial: PartialImage
+    local: LocalOrigin
+    filling: Filling
+    exports: dict[str, tuple[NbdServer, Reader]] = field(default_factory=dict)
+    asked_s: float = 0.0
+    """When a peer last wanted something of it."""
+    chunks: dict[bytes, int] = field(default_factory=dict)
+    """Chunk by id, made when a peer asks for the first time."""
+
+    def chunk_of(self, id_: bytes) -> int | None:
+        """The (first) chunk with this id."""
+        if not self.chunks:
+            self.chunks.update((self.partial.id(c), c) for c in range(len(self.partial.starts) - 1, -1, -1))
+        return self.chunks.get(id_)
+
+    def figures(self) -> dict[str, Any]:
+        """How much of it is here, and from where that came."""
+        present, data = self.partial.present_bytes, self.manifest.data_bytes
+        return {"present_bytes": present, "data_bytes": data, "received": dict(self.filling.received)}
+
+
+class OpenImages:
+    """All methods run on the event loop.
+
+    tell: takes an image's digest as text and a line for people, by name what is for the agent. make_room: is started
+    when an image was opened that will grow.
+    """
+
+    def __init__(
+        self,
+        cache: ImageCache,
+        run: Path,
+        stores: Stores,
+        fetcher: Fetcher,
+        site: Site,
+        *,
+        read_ahead: int,
+        socket_group: int,
+        tell: Callable[..., None],
+        make_room: Callable[[], Coroutine[Any, Any, object]],
+    ) -> None:
+        self._cache, self._run, self._stores, self._fetcher, self._site = cache, run, stores, fetcher, site
+        self._read_ahead, self._socket_group = read_ahead, socket_group
+        self._tell, self._make_room = tell, make_room
+        self._traces = Traces(cache.directory / "traces", stores)
+        self._images: dict[Digest, Image] = {}
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def close(self) -> None:
+        """Stop serving. Guests wait for the next service."""
+        for task in self._tasks:
+            task.cancel()
+        for image in self._images.values():
+            for server, _ in image.exports.values():
+                await server.close()
+
+    # -- who wants them
+
+    async def export(self, digest: Digest, reader: str, fill: Fill, patience_s: float) -> tuple[Path, int]:
+        """Open an image for a reader: its NBD socket and the disk's size. Raises NotFound, Unavailable, OSError."""
+        async with self._lock:
+            image = await self._opened(digest)
+            if reader not in image.exports:
+                source = Reader(image.filling, patience_s=patience_s)
+                name = Digest.of(reader.encode()).hex()[:12]
+                server = NbdServer(source, self._run / name, group=self._socket_group)
+                await server.start()
+                image.exports[reader] = (server, source)
+                asyncio.get_running_loop().call_later(TRACE_S, self._end_trace, image, source)
+            order = [Fill.NOW, Fill.IDLE, Fill.NEVER]
+            image.filling.fill = min(image.filling.fill, fill, key=order.index)
+            self._fetcher.pump()
+            return image.exports[reader][0].path, image.manifest.size_bytes
+
+    async def unexport(self, reader: str) -> None:
+        """The reader needs no socket any more. Twice is once."""
+        async with self._lock:
+            for image in list(self._images.values()):
+                if reader in image.exports:
+                    server, source = image.exports.pop(reader)
+                    self._end_trace(image, source)
+                    await server.close()
+                    if not image.exports:
+                        await self._release(image)
+
+    async def fetch(self, digest: Digest) -> None:
+        """Bring the whole image here."""
+        if not self._cache.has(digest):
+            async with self._lock:
+                image = await self._opened(digest)
+                image.filling.fill = Fill.NOW
+                self._fetcher.pump()
+
+    async def give(self, digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
+        """Chunks for a peer, fetched if need be, also of an image that no guest here uses: we own a part of it."""
+        async with self._lock:
+            image = await self._opened(digest)
+        image.asked_s = time.monotonic()
+        asyncio.get_running_loop().call_later(_RELAY_S + 1, lambda: self._later(self._release_unasked(image)))
+        found = [image.chunk_of(ids[at : at + 32]) for at in range(0, len(ids), 32)]
+        chunks = [chunk for chunk in found if chunk is not None]
+        if len(chunks) < len(found):
+            return None
+        loose = await image.filling.obtain(chunks, PATIENCE_S, for_peer=True)
+        return [loose.get(chunk) or image.partial.read_chunk(chunk) for chunk in chunks]
+
+    def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
+        """The guest is up: its boot trace ends soon."""
+        for image in self._images.values():
+            if reader in image.exports:
+                source = image.exports[reader][1]
+                asyncio.get_running_loop().call_later(settle_s, self._end_trace, image, source)
+
+    # -- opening and closing
+
+    async def _opened(self, digest: Digest) -> Image:
+        if digest in self._images:
+            return self._images[digest]
+        manifest = await asyncio.to_thread(self._manifest, digest)
+        whole = self._cache.has(digest)
+        path = self._cache.path(digest) if whole else self._cache.path(digest).with_suffix(".part")
+        file = await asyncio.to_thread(PartialImage, path, digest, manifest, whole=whole)
+        local = LocalOrigin(manifest)
+        origins: list[Origin] = [local]
+        layout: Layout | None = None
+        if not whole:
+            stored = [
+                StoreOrigin(u, partial(self._stores.get, u), digest, manifest) for u in self._stores.urls
+            ]
+            origins += stored
+            layout = await asyncio.to_thread(_first_layout, stored)
+            await asyncio.to_thread(self._seed, local, digest)
+        image: Image
+
+        def tell(line: str) -> None:
+            # From any thread.
+            loop.call_soon_threadsafe(self._tell, str(digest), line)
+
+        loop = asyncio.get_running_loop()
+        filling = Filling(
+            file, origins, layout, self._fetcher,
+            peers=Peers(self._site, digest, manifest),
+            read_ahead=self._read_ahead, event=tell, complete=lambda: self._later(self._seal(image)),
+        )  # fmt: skip
+        image = self._images[digest] = Image(digest, manifest, file, local, filling)
+        if file.complete and not whole:
+            self._later(self._seal(image))
+        elif not whole:
+            self._fetcher.add(filling)
+            self._later(self._replay(image))
+            self._later(self._make_room())
+        return image
+
+    def _manifest(self, digest: Digest) -> Manifest:
+        with contextlib.suppress(NotFound, Corrupt):
+            return self._cache.manifest(digest)
+        manifest = self._stores.first(lambda store: store.manifest(digest))
+        path = self._cache.path(digest).with_suffix(".manifest")
+        path.with_suffix(".manifest-new").write_bytes(manifest.encode())
+        path.with_suffix(".manifest-new").rename(path)
+        return manifest
+
+    def _seed(self, local: LocalOrigin, digest: Digest) -> None:
+        for image in list(self._images.values()):
+            if image.digest != digest:
+                local.add(image.partial.path, image.manifest, image.partial.present)
+        for seed in self._cache.seeds():
+            local.add(seed.path, seed.manifest, None)
+
+    async def _seal(self, image: Image) -> None:
+        """Everything is there: give the file its final name and tell the agent."""
+        if image.partial.path.suffix != ".part":
+            return
+        path = self._cache.path(image.digest)
+        try:
+            await asyncio.to_thread(image.partial.seal, path)
+        except OSError as error:
+            self._tell(str(image.digest), f"cannot complete the image: {error}")
+            return
+        if image.partial.complete:
+            self._tell(str(image.digest), "the image is complete", complete=str(path))
+        async with self._lock:
+            if not image.exports:
+                await self._release(image)
+
+    async def _release_unasked(self, image: Image) -> None:
+        async with self._lock:
+            idle = not image.exports and image.filling.fill is not Fill.NOW
+            if idle and time.monotonic() - image.asked_s > _RELAY_S:
+                await self._release(image)
+
+    async def _release(self, image: Image) -> None:
+        """Nobody reads it through us any more: an incomplete image stays as it is."""
+        if self._images.pop(image.digest, None):
+            await self._fetcher.remove(image.filling)
+            image.local.close()
+            image.partial.close()
+
+    async def _replay(self, image: Image) -> None:
+        trace = await asyncio.to_thread(self._traces.best, image.digest, image.manifest)
+        if trace:
+            image.filling.prefetch(trace.chunks(image.manifest.ids))
+
+    def _end_trace(self, image: Image, reader: Reader) -> None:
+        recorder, reader.recorder = reader.recorder, None
+        if recorder and recorder.order:
+            self._later(asyncio.to_thread(self._traces.keep, image.digest, image.manifest, recorder))
+
+    def _later(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("in the background: %s", task.exception(), exc_info=task.exception())
+
+    # -- seeing
+
+    def __contains__(self, digest: Digest) -> bool:
+        return digest in self._images
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody reads through us or waits for an image to become complete."""
+        return any(image.exports or image.filling.fill is Fill.NOW for image in self._images.values())
+
+    def figures(self, reader: str) -> dict[str, Any]:
+        """From where the bytes of a reader's image came so far, and how long its reads waited; {} if it has none."""
+        for image in self._images.values():
+            if reader in image.exports:
+                return image.figures() | image.exports[reader][1].figures()
+        return {}
+
+    def row(self, digest: Digest) -> dict[str, Any]:
+        """What `ls` shows of an image because it is open; {} if it is not."""
+        image = self._images.get(digest)
+        if image is None:
+            return {}
+        return image.figures() | {
+            "fill": str(image.filling.fill),
+            "requests": image.filling.requests,
+            "last_error": image.filling.last_error,
+            "exports": {
+                name: reader.figures() | {"read_bytes": reader.read_bytes, "clients": server.connections}
+                for name, (server, reader) in image.exports.items()
+            },
+            "waited_s": round(sum(reader.waited_s for _, reader in image.exports.values()), 3),
+        }
+
+
+def _first_layout(origins: Sequence[StoreOrigin]) -> Layout | None:
+    for origin in origins:
+        with contextlib.suppress(StoreError):
+            return origin.layout()
+    return None

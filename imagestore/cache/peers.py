@@ -1,0 +1,203 @@
+"""Chunks from the other nodes of a site, so that a crowd that boots one image draws it from the store once.
+
+    POST /chunks/<manifest>  body: the ids of the chunks, 32 bytes each; answer: their bytes, one after the other
+    Authorization: SF <HMAC-SHA256 of path and body under the site's secret>
+
+Whoever can name a chunk by its id has read the manifest that lists it, so a node gets from its peers only what its own
+stores would give it. Bytes are verified by the fetcher as always; they are not encrypted, like the guests' own traffic
+between nodes. Each stretch of OWNED_CHUNKS chunks has an owner among the nodes, the same on all of them (rendezvous
+hashing): the owner asks the store, the others ask the owner, and the store only when the owner cannot help. A node
+whose stores do not answer asks the next in that order. Who is asked asks no peer itself: no two nodes wait for each
+other. A request that is recorded and sent again brings only what its answer, unencrypted, showed already.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import http.client
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+
+from blake3 import blake3
+
+from imagestore.backends.protocol import Buffer
+from imagestore.errors import StoreError, Unavailable
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import Manifest
+from imagestore.store.frames import Batch
+
+OWNED_CHUNKS = 256
+PATIENCE_S = 20.0
+_MAX_CHUNKS = 4096
+_CLIENTS = 1024
+_AWAY_S = 15.0
+"""For so long a node that did not answer is not asked again."""
+_ID = 32
+
+Give = Callable[[Digest, bytes], Awaitable[Sequence[Buffer] | None]]
+"""The bytes of the chunks with these ids of an image; None when it is not served here."""
+
+
+def sign(secret: bytes, path: str, body: bytes) -> str:
+    """What the Authorization header says."""
+    return "SF " + hmac.new(secret, path.encode() + b"\n" + body, "sha256").hexdigest()
+
+
+class Site:
+    """Who the peers are: names and addresses, ours among them."""
+
+    def __init__(self) -> None:
+        self.me = ""
+        self.addresses: Mapping[str, str] = {}
+        self.secret = b""
+        self._local = threading.local()
+        self._away: dict[str, float] = {}
+
+    def owner(self, digest: Digest, chunk: int, *, others: bool = False) -> str:
+        """The node that fetches this chunk for all; ours where there are no peers.
+
+        others: the first of the others that answer ("" if none does), since our stores do not.
+        """
+        stretch = digest + (chunk // OWNED_CHUNKS).to_bytes(8, "little")
+        nodes = {*self.addresses, self.me}
+        if others:
+            now = time.monotonic()
+            nodes = {node for node in nodes - {self.me} if self._away.get(node, 0) <= now}
+        return max(nodes, key=lambda node: blake3(stretch + node.encode()).digest(), default="")
+
+    def ask(self, node: str, path: str, body: bytes) -> bytes:
+        """One request, over this thread's connection to that node. Raises Unavailable."""
+        if self._away.get(node, 0) > time.monotonic():
+            raise Unavailable(f"node {node} did not answer lately")
+        kept: dict[str, http.client.HTTPConnection] = self._local.__dict__.setdefault("kept", {})
+        address = self.addresses.get(node, "")
+        for _ in range(2):  # the second time for a connection that the peer had closed meanwhile
+            fresh = address not in kept
+            connection = kept.pop(address, None) or http.client.HTTPConnection(
+                address, timeout=PATIENCE_S + 2
+            )
+            try:
+                connection.request("POST", path, body, {"Authorization": sign(self.secret, path, body)})
+                answer = connection.getresponse()
+                data = answer.read()
+                if answer.status in (200, 404):
+                    kept[address] = connection
+                if answer.status == 200:
+                    return data
+                raise Unavailable(f"node {node} answered {answer.status}")
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                if fresh or isinstance(error, TimeoutError):
+                    self._away[node] = time.monotonic() + _AWAY_S
+                    raise Unavailable(f"node {node}: {error}") from error
+        raise Unavailable(f"node {node} does not answer")
+
+
+class Peers:
+    """The site, for one image."""
+
+    def __init__(self, site: Site, digest: Digest, manifest: Manifest) -> None:
+        self.site, self.digest, self.manifest = site, digest, manifest
+
+    def owner(self, chunk: int, *, others: bool = False) -> str:
+        """The other node that fetches this chunk for all; "" where we do. others: as in `Site.owner`."""
+        if not self.site.addresses:
+            return ""
+        found = self.site.owner(self.digest, chunk, others=others)
+        return "" if found == self.site.me else found
+
+    def at(self, node: str) -> "PeerOrigin":
+        """That node as an origin."""
+        return PeerOrigin(self, node)
+
+
+class PeerOrigin:
+    """One other node."""
+
+    kind = "peer"
+
+    def __init__(self, peers: Peers, node: str) -> None:
+        self.name = f"node {node}"
+        self._peers, self._node = peers, node
+
+    def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
+        lengths, ids = self._peers.manifest.lengths, self._peers.manifest.ids
+        # One that is away costs this request its time-out and is no error: the store is asked next.
+        with contextlib.suppress(Unavailable):
+            path = f"/chunks/{self._peers.digest.hex()}"
+            data = memoryview(self._peers.site.ask(self._node, path, ids[list(chunks)].tobytes()))
+            pieces, at = [], 0
+            for chunk in chunks:
+                pieces.append(data[at : at + int(lengths[chunk])])
+                at += int(lengths[chunk])
+            yield Batch(chunks, pieces, len(data))
+
+
+class PeerServer:
+    """Answers peers. `give` finds the bytes, fetching them from a store if it must."""
+
+    def __init__(self, site: Site, give: Give) -> None:
+        self._site, self._give = site, give
+        self._clients: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self.listening = ""
+
+    async def listen(self, address: str) -> None:
+        """Serve on host:port instead of where we did; "" for nowhere. Raises OSError."""
+        if address == self.listening:
+            return
+        await self.close()
+        if address:
+            host, _, port = address.rpartition(":")
+            self._server = await asyncio.start_server(self._serve, host.strip("[]"), int(port))
+            self.listening = address
+
+    async def close(self) -> None:
+        """Stop listening, drop the peers."""
+        if self._server:
+            self._server.close()
+        for client in self._clients:
+            client.cancel()
+        self.listening = ""
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._clients.add(task)
+        try:
+            if len(self._clients) <= _CLIENTS:
+                with contextlib.suppress(OSError, EOFError, ValueError, asyncio.LimitOverrunError):
+                    while await self._one(reader, writer):
+                        pass
+        finally:
+            self._clients.discard(task)
+            writer.transport.abort()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; False when the connection is to end."""
+        async with asyncio.timeout(60):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            verb, path, _ = head[0].split(" ")
+            headers = {
+                name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])
+            }
+            length = int(headers.get("content-length", "0"))
+            if verb != "POST" or not 0 < length <= _MAX_CHUNKS * _ID or length % _ID:
+                return False
+            body = await reader.readexactly(length)
+        told = headers.get("authorization", "")
+        if not self._site.secret or not hmac.compare_digest(told, sign(self._site.secret, path, body)):
+            writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+            return False
+        pieces: Sequence[Buffer] | None = None
+        with contextlib.suppress(StoreError, OSError):
+            pieces = await self._give(Digest.parse(path.removeprefix("/chunks/")), body)
+        if pieces is None:
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        else:
+            size = sum(memoryview(piece).nbytes for piece in pieces)
+            writer.writelines([b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size, *pieces])
+        async with asyncio.timeout(60):
+            await writer.drain()
+        return True

@@ -1,0 +1,228 @@
+"""The image service of a node: owns the cache, knows who is backed by what, forgets old images.
+
+<cache>/<hex>.pin                never forgotten
+<cache>/readers/<id>.json        which overlay is backed by which image: written before its export is answered,
+                                 so that a service that was killed opens the same sockets again
+Images while they are fetched and served, and the other files: `imagestore.cache.open_images`.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from imagestore import durable
+from imagestore.cache.fetcher import Fetcher
+from imagestore.cache.filling import Fill
+from imagestore.cache.images import ImageCache, list_images
+from imagestore.cache.node_stores import Stores
+from imagestore.cache.open_images import OpenImages
+from imagestore.cache.peers import PeerServer, Site
+from imagestore.errors import Conflict, Invalid, NotFound, StoreError
+from imagestore.formats.digest import Digest
+
+log = logging.getLogger(__name__)
+_KEPT_EVENTS = 256
+_READER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a service behaves; the control socket can change none of it."""
+
+    connections: int = 16
+    fill_bytes_s: float = 0.0
+    """0 for no limit."""
+    cache_bytes: int = 0
+    """Size on disk above which unused images are forgotten; 0 for no limit."""
+    read_ahead: int = 2
+    """Frames after a missed one at most, where nothing else fills."""
+    socket_group: int = -1
+    """Group id that may connect to the sockets; -1: the directory's if that is setgid, else the process's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An overlay that is backed by an image. `nbd`: through an export, otherwise by the raw file."""
+
+    reader: str
+    image: str
+    nbd: bool
+    fill: str = Fill.NOW
+    patience_s: float = 120.0
+
+
+class ImageService:
+    """Made and used on the event loop; `start` before anything else. The directories are there."""
+
+    def __init__(self, cache: Path, run: Path, stores: Sequence[str], options: Options = Options()) -> None:
+        self._cache, self._directory, self._cache_bytes = ImageCache(cache, {}), cache, options.cache_bytes
+        self._stores, self._site = Stores(stores), Site()
+        self._fetcher = Fetcher(connections=options.connections, fill_bytes_s=options.fill_bytes_s)
+        self.images = OpenImages(
+            self._cache, run, self._stores, self._fetcher, self._site,
+            read_ahead=options.read_ahead, socket_group=options.socket_group, tell=self._tell, make_room=self.prune,
+        )  # fmt: skip
+        self._peers = PeerServer(self._site, self.images.give)
+        self._references: dict[str, Reference] = {}
+        self._events: list[dict[str, Any]] = []
+        self._newest = 0
+        self._happened = asyncio.Event()
+
+    async def start(self) -> None:
+        """Open again what guests were reading when the last service ended."""
+        for path in sorted((self._directory / "readers").glob("*.json")):
+            try:
+                reference = Reference(**json.loads(path.read_text()))
+                self._references[reference.reader] = reference
+                if reference.nbd:
+                    await self._export(reference)
+            except (ValueError, TypeError, StoreError, OSError) as error:
+                self._tell("", f"cannot serve the reader {path.stem} again: {error}", reader=path.stem)
+
+    async def close(self) -> None:
+        """Stop serving; what was fetched is kept. Guests wait for the next service."""
+        await self.images.close()
+        await self._peers.close()
+        await self._fetcher.close()
+        self._stores.close()
+
+    async def join(self, me: str, listen: str, peers: Mapping[str, str], secret: bytes) -> None:
+        """Share with these nodes (name to host:port), listening on an address of ours. Raises OSError."""
+        self._site.me, self._site.addresses, self._site.secret = me, dict(peers), secret
+        await self._peers.listen(listen)
+
+    # -- readers
+
+    async def attach(
+        self, digest: Digest, reader: str, *, fill: str = Fill.NOW, patience_s: float = 120.0
+    ) -> dict[str, Any]:
+        """What an overlay is to be backed by: {kind: "raw", path} if the image is complete, else {kind: "nbd", path}.
+
+        Asked before its guest starts, so that an image that was completed meanwhile is read without us. Raises
+        NotFound, Unavailable, Invalid, Conflict.
+        """
+        if not _READER.fullmatch(reader):
+            raise Invalid(f"not a reader's name: {reader[:80]!r}")
+        known = self._references.get(reader)
+        if known and known.image != str(digest):
+            raise Conflict(f"{reader} is backed by {known.image}")
+        if self._cache.has(digest):
+            path = self._cache.path(digest)
+            with contextlib.suppress(PermissionError):  # somebody else put it there
+                os.utime(path)
+            self._remember(Reference(reader, str(digest), nbd=False))
+            await self.images.unexport(reader)
+            return {"kind": "raw", "path": str(path), "size_bytes": path.stat().st_size}
+        reference = Reference(reader, str(digest), True, Fill(fill), patience_s)
+        self._remember(reference)
+        try:
+            socket, size_bytes = await self._export(reference)
+        except (StoreError, OSError):
+            if not known:
+                self._forget(reader)
+            raise
+        return {"kind": "nbd", "path": str(socket), "size_bytes": size_bytes}
+
+    async def settle(self, reader: str) -> None:
+        """The overlay is backed by the raw file now: end its export, keep the reference."""
+        reference = self._references.get(reader)
+        if reference is None:
+            raise NotFound(f"no reader is called {reader}")
+        self._remember(Reference(reader, reference.image, nbd=False))
+        await self.images.unexport(reader)
+
+    async def detach(self, reader: str) -> None:
+        """The overlay is gone. Twice is once."""
+        self._forget(reader)
+        await self.images.unexport(reader)
+
+    async def sync(self, readers: Iterable[str]) -> None:
+        """These are all the overlays that there are."""
+        for reader in set(self._references) - set(readers):
+            await self.detach(reader)
+
+    def _remember(self, reference: Reference) -> None:
+        self._references[reference.reader] = reference
+        path = self._directory / "readers" / f"{reference.reader}.json"
+        durable.write(path, json.dumps(asdict(reference)).encode(), 0o666)
+
+    def _forget(self, reader: str) -> None:
+        self._references.pop(reader, None)
+        (self._directory / "readers" / f"{reader}.json").unlink(missing_ok=True)
+
+    async def _export(self, reference: Reference) -> tuple[Path, int]:
+        digest, fill = Digest.parse(reference.image), Fill(reference.fill)
+        return await self.images.export(digest, reference.reader, fill, reference.patience_s)
+
+    # -- policy
+
+    def pin(self, digest: Digest, *, pinned: bool) -> None:
+        """Keep an image although nobody uses it, or no longer."""
+        path = self._directory / f"{digest.hex()}.pin"
+        if pinned:
+            path.touch()
+        else:
+            path.unlink(missing_ok=True)
+
+    async def prune(self, limit_bytes: int | None = None) -> list[str]:
+        """Forget images, least recently used first, until the cache is below the limit; their digests."""
+        limit = self._cache_bytes if limit_bytes is None else limit_bytes
+        if not limit and limit_bytes is None:
+            return []
+        used = {reference.image for reference in self._references.values()}
+        rows = self.ls()
+        total = sum(row["used_bytes"] for row in rows)
+        gone = []
+        for row in sorted(rows, key=lambda row: float(row["used_s"])):
+            digest = Digest.parse(row["digest"])
+            if total <= limit or row["digest"] in used or row["pinned"] or digest in self.images:
+                continue
+            for suffix in (".raw", ".have", ".part", ".manifest"):
+                (self._directory / f"{digest.hex()}{suffix}").unlink(missing_ok=True)
+            total -= row["used_bytes"]
+            gone.append(row["digest"])
+        if total > limit:
+            self._tell(
+                "", f"the cache holds {total >> 20} MiB, {limit >> 20} are allowed: the rest is in use"
+            )
+        return gone
+
+    # -- seeing
+
+    def ls(self) -> list[dict[str, Any]]:
+        """A row for each image of the cache, complete or not."""
+        rows = list_images(self._directory)
+        for row in rows:
+            row |= self.images.row(Digest.parse(row["digest"]))
+        return rows
+
+    def free_bytes(self) -> int:
+        """Room on the cache's file system."""
+        return shutil.disk_usage(self._directory).free
+
+    async def events(self, after: int, wait_s: float) -> list[dict[str, Any]]:
+        """Lines for people and for the agent whose numbers `seq`, which grow, are above `after`; waits for one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while self._newest <= after:
+                    await self._happened.wait()
+        return [event for event in self._events if event["seq"] > after]
+
+    def _tell(self, image: str, message: str, **more: str) -> None:
+        log.info("%s %s", image[:15], message)
+        # Grows over restarts too.
+        self._newest = max(self._newest + 1, time.time_ns() // 1_000_000)
+        readers = [r.reader for r in self._references.values() if r.image == image]
+        entry = {"seq": self._newest, "time_s": time.time(), "image": image, "readers": readers}
+        self._events = [*self._events[-_KEPT_EVENTS:], entry | {"message": message} | more]
+        self._happened.set()
+        self._happened = asyncio.Event()

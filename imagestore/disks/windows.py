@@ -1,0 +1,171 @@
+"""From a disk to hashed chunks: windows are read, cut and hashed in threads, in disk order, in bounded memory."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from imagestore.disks.chunker import BLOCK, U64, ChunkerParams, block_sums, cut, runs, zero_blocks
+from imagestore.disks.open import Disk
+from imagestore.formats.columns import Ids
+from imagestore.formats.digest import Digest
+
+WINDOW_BYTES = 4 << 20
+"""Also the granularity of the disk id: changing it changes every disk id."""
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """Some chunks of a disk with their bytes."""
+
+    offset: int
+    """Where `data` starts on the disk."""
+    data: npt.NDArray[np.uint8]
+    starts: npt.NDArray[np.int64]
+    """Where each chunk starts in `data`."""
+    lengths: npt.NDArray[np.int64]
+    ids: Ids
+    done_bytes: int
+    """Everything on the disk before this has been read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """What the file system on a disk tells the chunker, in blocks of 4 KiB of the disk."""
+
+    cuts: npt.NDArray[np.int64]
+    """Sorted: where large files start and end."""
+    hints: npt.NDArray[np.int64]
+    """Sorted: where any file starts and ends."""
+    free: npt.NDArray[np.int64]
+    """Sorted (start, end) rows that are to be read as zeros."""
+
+
+def in_order(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:
+    """map() over a pool that works at most `ahead` items ahead of its consumer."""
+    pending: deque[Future[_R]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+class Windows:
+    """All chunks of a disk; after the last window `disk_id` is known."""
+
+    def __init__(self, disk: Disk, params: ChunkerParams, pool: Executor, special: Special) -> None:
+        self._disk, self._params, self._pool, self._special = disk, params, pool, special
+        self._disk_id = blake3(b"sf-disk 1\n" + disk.size_bytes.to_bytes(8, "little"))
+
+    def __iter__(self) -> Iterator[Window]:
+        read = in_order(self._pool, self._read, self._offsets(), ahead=3)
+        return in_order(self._pool, self._hash, self._cut(read), ahead=3)
+
+    @property
+    def disk_id(self) -> Digest:
+        """BLAKE3 over the size and, of each 4 MiB that is not all zero, its number and the BLAKE3 of a bitmap of its
+        non-zero blocks and of these blocks."""
+        return Digest(self._disk_id.digest())
+
+    def _offsets(self) -> Iterator[tuple[int, int | None]]:
+        """Windows with data, each with the one after it."""
+        before, at = None, 0
+        while (data := self._disk.next_data(at)) is not None:
+            start = data[0] // WINDOW_BYTES * WINDOW_BYTES
+            if before is not None:
+                yield before, start
+            before, at = start, start + WINDOW_BYTES
+        if before is not None:
+            yield before, None
+
+    def _read(self, window: tuple[int, int | None]) -> "_Read":
+        offset, following = window
+        used = min(WINDOW_BYTES, self._disk.size_bytes - offset)
+        front = self._params.max_bytes
+        buffer = np.empty(front + -(-used // BLOCK) * BLOCK, np.uint8)
+        data = buffer[front:]
+        view, done = data.data, 0
+        while done < used:
+            stretch = self._disk.next_data(offset + done)
+            start, end = (used, used) if stretch is None else (min(at - offset, used) for at in stretch)
+            data[done:start] = 0
+            if start < end:
+                self._disk.read(offset + start, view[start:end])
+            done = end
+        data[used:] = 0
+        for first, last in self._free_inside(offset, len(data)):
+            data[first:last] = 0
+        sums = block_sums(data)
+        zero = zero_blocks(data, sums)
+        hasher = blake3(np.packbits(zero).tobytes())
+        for first, last in runs(~zero):
+            hasher.update(view[first * BLOCK : last * BLOCK])
+        return _Read(offset, following, buffer, sums, zero, hasher.digest())
+
+    def _free_inside(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        free = self._special.free
+        low = int(np.searchsorted(free[:, 1], offset // BLOCK, side="right"))
+        for start, end in free[low:].tolist():
+            if start * BLOCK >= offset + length:
+                return
+            yield max(start * BLOCK - offset, 0), min(end * BLOCK - offset, length)
+
+    def _cut(self, windows: Iterable["_Read"]) -> Iterator["_Cut"]:
+        carried = np.zeros(0, np.uint8)
+        carried_sums, carried_zero = np.zeros(0, np.uint64), np.zeros(0, np.bool_)
+        for read in windows:
+            if not read.zero.all():
+                self._disk_id.update((read.offset // WINDOW_BYTES).to_bytes(8, "little") + read.hash)
+            at = self._params.max_bytes - len(carried)
+            read.buffer[at : at + len(carried)] = carried
+            data = read.buffer[at:]
+            first = read.offset - len(carried)
+            sums = np.concatenate([carried_sums, read.sums])
+            zero = np.concatenate([carried_zero, read.zero])
+            final = read.following != read.offset + WINDOW_BYTES
+            told = (self._special.cuts, self._special.hints)
+            chunks, used = cut(sums, zero, first // BLOCK, *told, self._params, final=final)
+            carried, carried_sums, carried_zero = data[used * BLOCK :], sums[used:], zero[used:]
+            yield _Cut(first, data, np.array(chunks, np.int64).reshape(-1, 2) * BLOCK, first + used * BLOCK)
+
+    def _hash(self, part: "_Cut") -> Window:
+        starts, ends = part.chunks[:, 0], np.minimum(part.chunks[:, 1], self._disk.size_bytes - part.offset)
+        view = part.data.data
+        ids = b"".join(
+            blake3(view[start:end]).digest()
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        )
+        rows = np.frombuffer(ids, np.uint8).reshape(-1, 32)
+        return Window(part.offset, part.data, starts, ends - starts, rows, part.done)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    offset: int
+    following: int | None
+    buffer: npt.NDArray[np.uint8]
+    """Room for what the window before left over, then the window's bytes."""
+    sums: U64
+    zero: npt.NDArray[np.bool_]
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    offset: int
+    data: npt.NDArray[np.uint8]
+    chunks: npt.NDArray[np.int64]
+    done: int

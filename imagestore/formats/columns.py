@@ -1,0 +1,95 @@
+"""Reading and writing the store's binary objects: a magic line, a canonical JSON header, numpy columns.
+
+    magic (one line of ASCII, ends with \\n) | header length (u32) | header | column | column | …
+
+Integers are little-endian. The header is JSON with sorted keys and no spaces; the columns follow in a fixed order
+and their lengths follow from the header, so that one value has one encoding.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imagestore.errors import Corrupt
+from imagestore.formats.digest import SIZE_BYTES
+
+MAX_HEADER_BYTES = 1 << 20
+Ids = npt.NDArray[np.uint8]
+"""Digests, one per row: shape (n, 32)."""
+
+
+def encode(magic: bytes, header: dict[str, Any], *columns: npt.NDArray[Any]) -> bytes:
+    """The object's bytes; each column's dtype must be little-endian already."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    parts = [magic, len(text).to_bytes(4, "little"), text]
+    return b"".join([*parts, *(np.ascontiguousarray(column).tobytes() for column in columns)])
+
+
+class Reader:
+    """Takes an encoded object apart; everything that does not fit exactly is Corrupt."""
+
+    def __init__(self, data: bytes, magic: bytes, what: str) -> None:
+        self._data, self._what = data, what
+        if not data.startswith(magic):
+            raise Corrupt(f"this is no {what} (or one of a newer format)")
+        start = len(magic) + 4
+        size = int.from_bytes(data[len(magic) : start], "little")
+        if size > MAX_HEADER_BYTES or start + size > len(data):
+            raise Corrupt(f"{what}: the header is cut short or too long")
+        text = data[start : start + size]
+        try:
+            self.header = json.loads(text)
+            again = json.dumps(
+                self.header, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+            ).encode()
+        except (ValueError, RecursionError) as error:
+            raise Corrupt(f"{what}: the header is no JSON") from error
+        if not isinstance(self.header, dict) or again != text:
+            raise Corrupt(f"{what}: the header is not in canonical form")
+        self._at = start + size
+
+    def count(self, key: str, limit: int) -> int:
+        """A number of rows from the header, 0 to `limit`."""
+        value = self.header.get(key)
+        if type(value) is not int or not 0 <= value <= limit:
+            raise Corrupt(f"{self._what}: bad {key}: {value!r}")
+        return value
+
+    def text(self, key: str, limit: int = 4096) -> str:
+        """A string from the header."""
+        value = self.header.get(key)
+        if not isinstance(value, str) or len(value) > limit:
+            raise Corrupt(f"{self._what}: bad {key}")
+        return value
+
+    def column(self, dtype: str, rows: int) -> npt.NDArray[Any]:
+        """The next `rows` values, read-only."""
+        size = np.dtype(dtype).itemsize * rows
+        if self._at + size > len(self._data):
+            raise Corrupt(f"{self._what}: cut short")
+        column = np.frombuffer(self._data, dtype, rows, self._at)
+        self._at += size
+        return column
+
+    def ids(self, rows: int) -> Ids:
+        """The next `rows` digests."""
+        return self.column("u1", rows * SIZE_BYTES).reshape(rows, SIZE_BYTES)
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self._at != len(self._data):
+            raise Corrupt(f"{self._what}: {len(self._data) - self._at} bytes too long")
+
+
+def first_of_each(ids: Ids) -> npt.NDArray[np.int64]:
+    """Where each different digest stands first."""
+    rows = np.ascontiguousarray(ids).view(f"V{SIZE_BYTES}").ravel()
+    return np.unique(rows, return_index=True)[1]
+
+
+def keys(ids: Ids) -> npt.NDArray[np.uint64]:
+    """The first eight bytes of each digest as a number, to sort and search by; never proof of equality."""
+    first: npt.NDArray[np.uint64] = np.ascontiguousarray(ids).view("<u8").reshape(-1, 4)[:, 0]
+    return first

@@ -1,0 +1,97 @@
+"""The layout: in which pack and frame each chunk of one manifest lies. Replaceable: a repack writes a new one.
+
+Reading an image takes its name, manifest, layout and ranges of packs. Byte format: docs/formats.md.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from imagestore.errors import Corrupt, Invalid
+from imagestore.formats import columns
+from imagestore.formats.columns import Ids
+from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import MAX_CHUNKS, Manifest
+from imagestore.formats.pack import MAX_FRAME_BYTES, MAX_PACK_BYTES
+
+MAGIC = b"sf-layout 1\n"
+_MAX_PACKS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Columns over the packs, frames and chunks that one image uses."""
+
+    manifest: Digest
+    packs: tuple[Digest, ...]
+    frame_packs: npt.NDArray[np.uint32]
+    """Which of `packs` holds each frame."""
+    frame_offsets: npt.NDArray[np.uint32]
+    frame_sizes: npt.NDArray[np.uint32]
+    """Stored bytes."""
+    frame_plain_sizes: npt.NDArray[np.uint32]
+    frame_codecs: npt.NDArray[np.uint8]
+    frame_hashes: Ids
+    chunk_frames: npt.NDArray[np.uint32]
+    """The frame of each chunk of the manifest, in its order."""
+    chunk_offsets: npt.NDArray[np.uint32]
+    """Where each chunk starts in its frame's plain bytes."""
+
+    def encode(self) -> bytes:
+        """The object's bytes."""
+        header = {
+            "chunks": len(self.chunk_frames),
+            "frames": len(self.frame_packs),
+            "manifest": str(self.manifest),
+            "packs": len(self.packs),
+        }
+        packs = np.frombuffer(b"".join(self.packs), np.uint8)
+        frames = (self.frame_packs, self.frame_offsets, self.frame_sizes, self.frame_plain_sizes)
+        chunks = (self.chunk_frames, self.chunk_offsets)
+        small = [a.astype("<u4") for a in (*frames, *chunks)]
+        return columns.encode(MAGIC, header, packs, *small, self.frame_codecs, self.frame_hashes)
+
+    @classmethod
+    def decode(cls, data: bytes, manifest: Digest) -> Self:
+        """Read and check the layout of the manifest with this digest. Raises Corrupt."""
+        read = columns.Reader(data, MAGIC, "layout")
+        if set(read.header) != {"chunks", "frames", "manifest", "packs"}:
+            raise Corrupt("layout: keys are missing or unknown")
+        try:
+            belongs_to = Digest.parse(read.text("manifest"))
+        except Invalid as error:
+            raise Corrupt(f"layout: {error}") from error
+        if belongs_to != manifest:
+            raise Corrupt("layout: it belongs to another manifest")
+        packs, frames = read.count("packs", _MAX_PACKS), read.count("frames", MAX_CHUNKS)
+        chunks = read.count("chunks", MAX_CHUNKS)
+        names = tuple(Digest(row.tobytes()) for row in read.ids(packs))
+        frame_packs, offsets, sizes, plain_sizes = (read.column("<u4", frames) for _ in range(4))
+        chunk_frames, chunk_offsets = (read.column("<u4", chunks) for _ in range(2))
+        of_frames = (frame_packs, offsets, sizes, plain_sizes, read.column("u1", frames), read.ids(frames))
+        layout = cls(manifest, names, *of_frames, chunk_frames, chunk_offsets)
+        read.end()
+        layout._check()
+        return layout
+
+    def _check(self) -> None:
+        if len(set(self.packs)) != len(self.packs):
+            raise Corrupt("layout: a pack is listed twice")
+        if len(self.frame_packs):
+            ends = self.frame_offsets.astype(np.int64) + self.frame_sizes
+            if self.frame_packs.max() >= len(self.packs) or ends.max() > MAX_PACK_BYTES:
+                raise Corrupt("layout: a frame lies outside its pack")
+            if self.frame_sizes.min() < 1 or self.frame_plain_sizes.max() > MAX_FRAME_BYTES:
+                raise Corrupt("layout: a frame's size is out of bounds")
+        if len(self.chunk_frames) and self.chunk_frames.max() >= len(self.frame_packs):
+            raise Corrupt("layout: a chunk lies in no frame")
+
+    def check(self, manifest: Manifest) -> None:
+        """Whether this places every chunk of `manifest` inside a frame. Raises Corrupt."""
+        if len(self.chunk_frames) != len(manifest.lengths):
+            raise Corrupt("layout: its chunks are not those of its manifest")
+        ends = self.chunk_offsets.astype(np.int64) + manifest.lengths
+        if len(ends) and (ends > self.frame_plain_sizes[self.chunk_frames]).any():
+            raise Corrupt("layout: a chunk goes past the end of its frame")

@@ -1,0 +1,220 @@
+"""Packs: frames of neighbouring chunks, appended in disk order, and a footer that names the pack.
+
+    frame | frame | … | footer | footer length (u32) | "sf-pack1"
+
+A frame is up to about 640 KiB of plain chunks, compressed together; its codec is named, its stored bytes have a
+hash, so that a cache or a mirror can check one frame alone. The pack's name is the BLAKE3 of its footer. Byte format:
+docs/formats.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from threading import local
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from imagestore.backends.protocol import Buffer
+from imagestore.errors import Corrupt
+from imagestore.formats import columns
+from imagestore.formats.columns import Ids
+from imagestore.formats.digest import Digest
+
+MAGIC = b"sf-footer 1\n"
+TRAILER = b"sf-pack1"
+FRAME_BYTES = 640 << 10
+"""A frame is closed before it would grow past this many plain bytes."""
+MAX_FRAME_BYTES = 4 << 20
+MAX_PACK_BYTES = 256 << 20
+MAX_FRAMES = 1 << 16
+MAX_CHUNKS = 1 << 20
+LEVEL = 3
+_kept = local()
+
+
+class Codec(IntEnum):
+    """How a frame is stored. A reader refuses what it does not know (delta frames will be 2)."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """A compressed frame on its way into a pack."""
+
+    codec: Codec
+    data: Buffer
+    hash: Digest
+    plain_bytes: int
+    lengths: Sequence[int]
+    ids: Sequence[bytes]
+
+
+def compress(compressor: zstandard.ZstdCompressor, plain: Buffer) -> tuple[Codec, Buffer]:
+    """zstd, or the bytes as they are where that saves less than 1 part in 64."""
+    packed = compressor.compress(plain)
+    return (Codec.RAW, plain) if len(packed) > len(plain) - len(plain) // 64 else (Codec.ZSTD, packed)
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own."""
+    if not hasattr(_kept, "decompressor"):
+        _kept.decompressor = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _kept.decompressor
+    return found
+
+
+def expand(codec: int, data: Buffer, plain_bytes: int) -> Buffer:
+    """The plain bytes of a frame: exactly `plain_bytes`, never more memory than that. Raises Corrupt."""
+    if plain_bytes > MAX_FRAME_BYTES:
+        raise Corrupt(f"a frame claims {plain_bytes} plain bytes")
+    if codec == Codec.RAW:
+        plain: Buffer = data
+    elif codec == Codec.ZSTD:
+        try:
+            if zstandard.frame_content_size(data) != plain_bytes:
+                raise Corrupt("a frame's content size is not the one its footer says")
+            plain = _decompressor().decompress(data, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise Corrupt(f"a frame does not decompress: {error}") from error
+    else:
+        raise Corrupt(f"a frame has codec {codec}, which this version does not know")
+    if len(plain) != plain_bytes:
+        raise Corrupt("a frame has another length than its footer says")
+    return plain
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Footer:
+    """The table of contents of a pack: columns over its frames and over its chunks."""
+
+    codecs: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.uint32]
+    """Stored bytes of each frame; frames follow each other from offset 0."""
+    plain_sizes: npt.NDArray[np.uint32]
+    hashes: Ids
+    """BLAKE3 of each frame's stored bytes."""
+    counts: npt.NDArray[np.uint32]
+    """Chunks of each frame."""
+    lengths: npt.NDArray[np.uint32]
+    ids: Ids
+    salt: str = ""
+    """Makes the name new: a pack may not get a name that was, or will be, deleted."""
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where each frame starts in the pack."""
+        sizes = self.sizes.astype(np.int64)
+        starts: npt.NDArray[np.int64] = np.cumsum(sizes) - sizes
+        return starts
+
+    @property
+    def data_bytes(self) -> int:
+        """Stored bytes of all frames: where the footer starts."""
+        return int(self.sizes.sum(dtype=np.uint64))
+
+    @property
+    def frame_of_chunk(self) -> npt.NDArray[np.int64]:
+        """The frame of each chunk."""
+        return np.repeat(np.arange(len(self.counts), dtype=np.int64), self.counts)
+
+    @property
+    def offset_in_frame(self) -> npt.NDArray[np.int64]:
+        """Where each chunk starts in its frame's plain bytes."""
+        lengths = self.lengths.astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        if not len(lengths):
+            return starts
+        inner: npt.NDArray[np.int64] = starts - np.repeat(
+            starts[np.cumsum(self.counts) - self.counts], self.counts
+        )
+        return inner
+
+    def encode(self) -> bytes:
+        """The canonical bytes; their BLAKE3 names the pack."""
+        header = {"chunks": len(self.lengths), "frames": len(self.sizes), "salt": self.salt}
+        small = [a.astype("<u4") for a in (self.sizes, self.plain_sizes, self.counts, self.lengths)]
+        return columns.encode(MAGIC, header, self.codecs, *small, self.hashes, self.ids)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read and check an encoded footer. Raises Corrupt."""
+        read = columns.Reader(data, MAGIC, "pack footer")
+        if set(read.header) != {"chunks", "frames", "salt"}:
+            raise Corrupt("pack footer: keys are missing or unknown")
+        frames, chunks = read.count("frames", MAX_FRAMES), read.count("chunks", MAX_CHUNKS)
+        codecs = read.column("u1", frames)
+        sizes, plain_sizes, counts = (read.column("<u4", frames) for _ in range(3))
+        lengths = read.column("<u4", chunks)
+        footer = cls(
+            codecs,
+            sizes,
+            plain_sizes,
+            read.ids(frames),
+            counts,
+            lengths,
+            read.ids(chunks),
+            read.text("salt", 64),
+        )
+        read.end()
+        footer._check()
+        return footer
+
+    def _check(self) -> None:
+        if not len(self.sizes) or not len(self.lengths):
+            raise Corrupt("pack footer: a pack without frames")
+        if self.sizes.min() < 1 or self.data_bytes > MAX_PACK_BYTES:
+            raise Corrupt("pack footer: a frame's or the pack's size is out of bounds")
+        if self.counts.min() < 1 or self.counts.sum(dtype=np.uint64) != len(self.lengths):
+            raise Corrupt("pack footer: frames and chunks do not match")
+        starts = np.cumsum(self.counts, dtype=np.int64) - self.counts
+        plain = np.add.reduceat(self.lengths.astype(np.int64), starts)
+        if self.lengths.min() < 1 or (plain != self.plain_sizes).any() or plain.max() > MAX_FRAME_BYTES:
+            raise Corrupt("pack footer: chunks do not fill their frames")
+
+
+def pack_bytes(footer: bytes) -> bytes:
+    """What follows the frames of a pack: the footer and how to find it from the pack's end."""
+    return footer + len(footer).to_bytes(4, "little") + TRAILER
+
+
+def split_pack(tail: bytes) -> bytes:
+    """The encoded footer out of the last bytes of a pack. Raises Corrupt."""
+    size = int.from_bytes(tail[-12:-8], "little")
+    if tail[-8:] != TRAILER or size + 12 > len(tail):
+        raise Corrupt("this is no pack, or its footer is cut short")
+    return tail[-12 - size : -12]
+
+
+class PackWriter:
+    """Collects frames until they make a pack. Not thread-safe; holds the pack in memory."""
+
+    def __init__(self, salt: str = "") -> None:
+        self._frames: list[Frame] = []
+        self._salt = salt
+        self.size_bytes = 0
+
+    def add(self, frame: Frame) -> None:
+        """Append one frame."""
+        self._frames.append(frame)
+        self.size_bytes += len(frame.data)
+
+    def finish(self) -> tuple[Digest, Footer, list[Buffer]]:
+        """The pack's name, its footer and the pieces that make its bytes."""
+        frames = self._frames
+        footer = Footer(
+            codecs=np.array([f.codec for f in frames], np.uint8),
+            sizes=np.array([len(f.data) for f in frames], np.uint32),
+            plain_sizes=np.array([f.plain_bytes for f in frames], np.uint32),
+            hashes=np.frombuffer(b"".join(f.hash for f in frames), np.uint8).reshape(-1, 32),
+            counts=np.array([len(f.ids) for f in frames], np.uint32),
+            lengths=np.array([length for f in frames for length in f.lengths], np.uint32),
+            ids=np.frombuffer(b"".join(id_ for f in frames for id_ in f.ids), np.uint8).reshape(-1, 32),
+            salt=self._salt,
+        )
+        encoded = footer.encode()
+        return Digest.of(encoded), footer, [*(f.data for f in frames), pack_bytes(encoded)]

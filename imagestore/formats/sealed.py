@@ -1,0 +1,39 @@
+"""Small JSON objects of a store with their own checksum, for what is not named by its digest.
+
+`{"format": 1, …, "seal": "b3:<BLAKE3 of the canonical JSON without it>"}`: one value has one encoding, and a
+changed bit anywhere in it is noticed.
+"""
+
+import json
+from typing import Any
+
+from imagestore.errors import Corrupt, Unsupported
+from imagestore.formats.digest import Digest
+
+FORMAT = 1
+_MAX_BYTES = 64 << 20
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """The object's bytes."""
+    whole = {"format": FORMAT, **body}
+    return _canonical({**whole, "seal": str(Digest.of(_canonical(whole)))})
+
+
+def unseal(data: bytes, what: str) -> dict[str, Any]:
+    """The body. Raises Corrupt, and Unsupported for a later format that is intact."""
+    try:
+        body = json.loads(data) if len(data) <= _MAX_BYTES else None
+    except (ValueError, RecursionError) as err:
+        raise Corrupt(f"{what}: not JSON, or damaged") from err
+    if not isinstance(body, dict) or _canonical(body) != data:
+        raise Corrupt(f"{what}: not in canonical form, or damaged")
+    if body.pop("seal", None) != str(Digest.of(_canonical(body))):
+        raise Corrupt(f"{what}: the content does not match its seal")
+    if body.pop("format", None) != FORMAT:
+        raise Unsupported(f"{what} has a later format", hint="a newer sf wrote it: upgrade")
+    return body
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"

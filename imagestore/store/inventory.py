@@ -1,0 +1,156 @@
+"""What lies in the packs of a store, for whoever looks at all of it: collector, verify, stats, repair."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from imagestore.backends.protocol import ObjectStat
+from imagestore.disks.windows import in_order
+from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
+from imagestore.store.index import IndexPart, part_key, read_part
+from imagestore.store.store import Store, derived_key
+
+_SHIFT = (MAX_FRAME_BYTES - 1).bit_length()
+_TAIL_BYTES = 256 << 10
+
+
+class Table:
+    """A pack's footer and which of its chunks are in use."""
+
+    def __init__(self, footer: Footer) -> None:
+        self.footer = footer
+        self.offsets = footer.offsets
+        self.frames = footer.frame_of_chunk
+        self._keys = (self.frames << _SHIFT) + footer.offset_in_frame
+        self.live = np.zeros(len(footer.lengths), np.bool_)
+
+    def locate(self, offsets: npt.NDArray[Any], inner: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The chunk at `inner` in the plain bytes of the frame at `offsets`, or -1."""
+        frames = np.clip(np.searchsorted(self.offsets, offsets), 0, len(self.offsets) - 1)
+        wanted = (frames.astype(np.int64) << _SHIFT) + inner
+        rows = np.clip(np.searchsorted(self._keys, wanted), 0, len(self._keys) - 1)
+        found: npt.NDArray[np.int64] = np.where(
+            (self.offsets[frames] == offsets) & (self._keys[rows] == wanted), rows, -1
+        )
+        return found
+
+    def stored_bytes(self, chosen: npt.NDArray[np.bool_]) -> float:
+        """Stored bytes of some chunks: their share of their frames."""
+        plain = np.bincount(self.frames[chosen], self.footer.lengths[chosen], len(self.offsets))
+        return float((self.footer.sizes * (plain / self.footer.plain_sizes)).sum())
+
+    @property
+    def dead_share(self) -> float:
+        """Part of the frames' stored bytes that no marked image uses."""
+        return 1 - self.stored_bytes(self.live) / self.footer.data_bytes
+
+
+class Use(NamedTuple):
+    """Where a layout meets one pack: chunks of the image, and the rows of the pack's table that they are."""
+
+    pack: Digest
+    table: Table
+    chunks: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Inventory:
+    """Packs that are there, and the footers known from index parts (`parts`: part to its packs)."""
+
+    store: Store
+    packs: dict[Digest, ObjectStat] = field(default_factory=dict)
+    parts: dict[Digest, Sequence[Digest]] = field(default_factory=dict)
+    broken_parts: list[str] = field(default_factory=list)
+    tables: dict[Digest, Table] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, store: Store) -> Self:
+        """List packs and index, read the index parts: about one request per push that there was."""
+        found = cls(store, dict(named(store, "packs/")))
+        names = [name for name, _ in named(store, "index/")]
+        with ThreadPoolExecutor(8, "index") as pool:
+            for name, part in zip(names, pool.map(lambda name: read_part(store, name), names), strict=True):
+                if part is None:
+                    found.broken_parts.append(part_key(name))
+                    continue
+                found.parts[name] = [pack for pack, _ in part.footers]
+                found.tables |= {pack: Table(footer) for pack, footer in part.footers if pack in found.packs}
+        return found
+
+    def table(self, pack: Digest) -> Table:
+        """Of a pack that is there, from its own end if no index has it. Raises NotFound, Corrupt."""
+        if pack not in self.tables:
+            self.tables[pack] = Table(read_footer(self.store, pack))
+        return self.tables[pack]
+
+    def part(self, packs: Iterable[Digest]) -> IndexPart:
+        """An index part of packs whose footers are known."""
+        return IndexPart(tuple((pack, self.tables[pack].footer) for pack in packs))
+
+    def uses(self, layout: Layout) -> Iterator[Use]:
+        """The packs of a layout. Raises NotFound for a lost pack, Corrupt where layout and footer differ."""
+        chunk_packs = layout.frame_packs[layout.chunk_frames]
+        for number, pack in enumerate(layout.packs):
+            table = self.table(pack)
+            chunks = np.flatnonzero(chunk_packs == number)
+            frames = layout.chunk_frames[chunks]
+            rows = table.locate(layout.frame_offsets[frames].astype(np.int64), layout.chunk_offsets[chunks])
+            there = table.frames[rows]
+            footer = table.footer
+            same = (rows >= 0) & (footer.sizes[there] == layout.frame_sizes[frames])
+            same &= footer.plain_sizes[there] == layout.frame_plain_sizes[frames]
+            same &= footer.codecs[there] == layout.frame_codecs[frames]
+            same &= (footer.hashes[there] == layout.frame_hashes[frames]).all(axis=1)
+            if not same.all():
+                raise Corrupt(f"the layout of {layout.manifest} does not fit pack {pack}")
+            yield Use(pack, table, chunks, rows)
+
+
+def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Digest, Layout | StoreError]]:
+    """The layout of each image, or why there is none (NotFound, Corrupt); eight at a time."""
+
+    def read(digest: Digest) -> tuple[Digest, Layout | StoreError]:
+        try:
+            return digest, store.layout(digest)
+        except (NotFound, Corrupt) as err:
+            return digest, err
+
+    with ThreadPoolExecutor(8, "layouts") as pool:
+        yield from in_order(pool, read, images, 16)
+
+
+def read_footer(store: Store, pack: Digest) -> Footer:
+    """From the end of the pack itself. Raises NotFound, Corrupt."""
+    key = derived_key("packs", pack)
+    size = store.backend.stat(key).size_bytes
+    tail = b""
+    for length in (_TAIL_BYTES, size):
+        start = max(0, size - length)
+        tail = store.backend.get(key, start, size - start).data
+        footer_bytes = int.from_bytes(tail[-12:-8], "little")
+        if start == 0 or tail[-8:] != TRAILER or footer_bytes + 12 <= len(tail):
+            break
+    encoded = split_pack(tail)
+    footer = Footer.decode(encoded)
+    if Digest.of(encoded) != pack or footer.data_bytes + len(encoded) + 12 != size:
+        raise Corrupt(f"pack {pack} in {store.url} has another footer or length than its name says")
+    return footer
+
+
+def named(store: Store, prefix: str) -> Iterator[tuple[Digest, ObjectStat]]:
+    """Objects that are named by a digest; anything else there is not ours."""
+    for stat in store.backend.list(prefix):
+        try:
+            digest = Digest.parse(stat.key.rpartition("/")[2])
+        except Invalid:
+            continue
+        if stat.key == derived_key(prefix.rstrip("/"), digest):
+            yield digest, stat

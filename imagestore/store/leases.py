@@ -1,0 +1,229 @@
+"""How writers and the collector (imagestore/gc.py) stay out of each other's way, on stores without locks.
+
+A writer says in a lease which packs it means to reuse: they are not condemned while it lives. Leases run out; a
+writer that was suspended for longer still loses nothing, because what it uses is compared with the condemned list
+before and after it sets a name, and the list's epoch tells whether packs were deleted in between.
+
+What is condemned is never used again under that name, so nobody has to ask in time: packs get names that no other
+push makes (`Lease.id` is the salt of their footers), and live data in a condemned pack is copied out.
+"""
+
+import contextlib
+import logging
+import secrets
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError
+from imagestore.formats.digest import Digest
+from imagestore.formats.sealed import seal, unseal
+from imagestore.store.store import Store, derived_key
+
+CONDEMNED_KEY = "gc/condemned"
+LEASE_S = 3600.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """The list of packs that nobody may begin to use, as the store has it.
+
+    packs: since when, by the store's clock. What the last write added has no time of its own: it is the object's.
+    epoch: counts the lists that forgot packs, which happens only after these were deleted.
+    """
+
+    packs: dict[Digest, float] = field(default_factory=dict)
+    epoch: int = 0
+    etag: str | None = None
+    modified_s: float = 0.0
+
+    @classmethod
+    def read(cls, store: Store) -> "Condemned":
+        """One request. Raises Corrupt."""
+        try:
+            found = store.backend.get(CONDEMNED_KEY)
+        except NotFound:
+            return cls()
+        body = unseal(found.data, CONDEMNED_KEY)
+        modified_s = found.stat.modified_s
+        try:
+            old = {Digest.parse(text): float(since) for text, since in body["packs"].items()}
+            new = {Digest.parse(text): modified_s for text in body["new"]}
+            return cls(new | old, int(body["epoch"]), found.stat.etag, modified_s)
+        except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
+            raise Corrupt(f"{CONDEMNED_KEY}: {err}") from err
+
+    def replace(
+        self, store: Store, *, add: Iterable[Digest] = (), forget: Iterable[Digest] = ()
+    ) -> "Condemned":
+        """Publish the list with packs added (or their time begun again) and others, deleted before, forgotten.
+
+        Raises Conflict when another collector was first.
+        """
+        new, gone = set(add), set(forget)
+        kept = {pack: since for pack, since in self.packs.items() if pack not in gone | new}
+        epoch = self.epoch + bool(gone)
+        body = {
+            "packs": {pack.hex(): round(since, 3) for pack, since in kept.items()},
+            "new": sorted(pack.hex() for pack in new),
+            "epoch": epoch,
+        }
+        data = seal(body)
+        try:
+            stat = store.backend.put(CONDEMNED_KEY, data, if_match=self.etag, if_none_match=self.etag is None)
+        except Conflict:
+            # The repeat of a write whose answer was lost meets its own list.
+            found = store.backend.get(CONDEMNED_KEY)
+            if found.data != data:
+                raise
+            stat = found.stat
+        return Condemned(kept | dict.fromkeys(new, stat.modified_s), epoch, stat.etag, stat.modified_s)
+
+
+class Lease:
+    """A writer's lease, kept alive by a thread until the `with` block ends.
+
+    `id` is the salt of every pack that this writer makes: a name that nobody made before can have been neither
+    condemned nor deleted before, and a collector that was paused cannot delete it for what it once was.
+    """
+
+    def __init__(self, store: Store, what: str = "push") -> None:
+        self.id = secrets.token_hex(16)
+        self._store, self._what = store, what
+        self._packs: set[Digest] = set()
+        self._epoch = -1
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._write()
+        # Before anything is made or reused: the list as it is now is what later ones are compared with.
+        self._epoch = Condemned.read(self._store).epoch
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        # Best effort: a lease that stays behind runs out.
+        with contextlib.suppress(StoreError):
+            self._store.backend.delete(_key(self.id))
+
+    def made(self, pack: Digest) -> None:
+        """This writer uploads a pack of its own: no request now, said with the next."""
+        with self._lock:
+            self._packs.add(pack)
+
+    def reuse(self, packs: Iterable[Digest]) -> set[Digest]:
+        """Say that this writer counts on packs; returns those that it may use. Two requests.
+
+        A pack known from a hint, and not from a layout just read, may be gone: that is the caller's to ask, after.
+        """
+        wanted = set(packs)
+        with self._lock:
+            self._packs |= wanted
+        self._write()
+        return wanted - self.unusable(wanted)
+
+    def unusable(self, packs: Iterable[Digest]) -> set[Digest]:
+        """Which of `packs` must not be used: condemned or gone. One request, unless packs were deleted meanwhile."""
+        condemned, wanted = Condemned.read(self._store), set(packs)
+        bad = wanted & condemned.packs.keys()
+        if self._epoch != condemned.epoch:
+            # The list forgot some packs since the lease began: those that it names no longer are gone.
+            bad |= {pack for pack in wanted - bad if not exists(self._store, derived_key("packs", pack))}
+        return bad
+
+    def _write(self) -> None:
+        with self._lock:
+            body = {
+                "what": self._what,
+                "duration_s": LEASE_S,
+                "packs": sorted(pack.hex() for pack in self._packs),
+                "images": [],  # a writer may also hold manifests: none of ours does
+            }
+        self._store.backend.put(_key(self.id), seal(body))
+
+    def _keep(self) -> None:
+        while not self._ended.wait(LEASE_S / 4):
+            try:
+                self._write()
+            except StoreError as err:
+                log.warning("the lease could not be renewed: %s", err)
+
+
+def exists(store: Store, key: str) -> bool:
+    """One request without a body."""
+    try:
+        store.backend.stat(key)
+    except NotFound:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """A lease as the collector sees it."""
+
+    key: str
+    packs: frozenset[Digest]
+    images: frozenset[Digest]
+    expires_s: float
+
+
+def leases(store: Store) -> Iterator[LeaseRecord]:
+    """All leases, also those that ran out. Raises Corrupt, Unsupported: then nothing may be collected."""
+    for stat in store.backend.list("leases/"):
+        with contextlib.suppress(NotFound):
+            found = store.backend.get(stat.key)
+            body = unseal(found.data, stat.key)
+            try:
+                packs, images = (frozenset(map(Digest.parse, body[key])) for key in ("packs", "images"))
+                expires_s = found.stat.modified_s + float(body["duration_s"])
+            except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
+                raise Corrupt(f"{stat.key}: {err}") from err
+            yield LeaseRecord(stat.key, packs, images, expires_s)
+
+
+def hold(store: Store, holder: str, images: Iterable[Digest]) -> None:
+    """Keep images for as long as something uses them (an instance, under its uuid), whatever their names do.
+
+    Raises NotFound when one of them is not (or no longer) whole; then nothing is held.
+    """
+    from imagestore.store.publish import check_present
+
+    digests = sorted(set(images))
+    store.backend.put(_hold_key(holder), seal({"images": [digest.hex() for digest in digests]}))
+    try:
+        for digest in digests:
+            check_present(store, digest)
+    except NotFound:
+        release(store, holder)
+        raise
+
+
+def release(store: Store, holder: str) -> None:
+    """End `hold`; may be repeated."""
+    store.backend.delete(_hold_key(holder))
+
+
+def held(store: Store) -> Iterator[Digest]:
+    """Everything that is held. Raises Corrupt, Unsupported."""
+    for stat in store.backend.list("refs/"):
+        with contextlib.suppress(NotFound):
+            body = unseal(store.backend.get(stat.key).data, stat.key)
+            try:
+                yield from map(Digest.parse, body["images"])
+            except (KeyError, TypeError, AttributeError, Invalid) as err:
+                raise Corrupt(f"{stat.key}: {err}") from err
+
+
+def _key(lease: str) -> str:
+    return f"leases/{lease}"
+
+
+def _hold_key(holder: str) -> str:
+    return f"refs/{holder}"

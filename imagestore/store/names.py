@@ -1,0 +1,294 @@
+"""Names: the mutable objects that point at immutable manifests, changed by compare-and-swap.
+
+What people type is `[remote/]name[:tag][@b3:digest]`. One object per name and tag holds the manifest of
+each architecture, a revision and a nonce: whoever gets a Conflict, or no answer, reads it back, and finds
+its own nonce if it was its own write that arrived.
+"""
+
+import difflib
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from imagestore.backends.protocol import Backend
+from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
+from imagestore.formats.digest import Digest
+from imagestore.formats.sealed import seal, unseal
+
+LATEST = "latest"
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+PREFIX_DIGITS = 12
+_NAME = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*")
+_ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
+_DIGEST = re.compile(r"b3:([0-9a-f]{12,64})")
+_NAME_LENGTH = 100
+_HISTORY_LENGTH = 100
+_ATTEMPTS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a person typed. `digest_prefix` has 12 to 64 hex digits; `name` is empty when only it was given."""
+
+    name: str
+    tag: str = LATEST
+    remote: str | None = None
+    digest_prefix: str | None = None
+
+    @property
+    def digest(self) -> Digest | None:
+        """The whole digest, where all of it was given."""
+        whole = self.digest_prefix is not None and len(self.digest_prefix) == 64
+        return Digest.parse(self.digest_prefix or "") if whole else None
+
+    def __str__(self) -> str:
+        text = f"{self.remote}/" if self.remote else ""
+        text += f"{self.name}:{self.tag}" if self.name else ""
+        return text + (f"@b3:{self.digest_prefix}" if self.digest_prefix else "")
+
+
+def parse_reference(text: str) -> Reference:
+    """Read `[remote/]name[:tag][@b3:digest]` or `b3:digest`. Raises Invalid."""
+    rest, at, digest = text.partition("@")
+    if not at and _DIGEST.fullmatch(text):
+        rest, at, digest = "", "@", text
+    prefix = None
+    if at:
+        match = _DIGEST.fullmatch(digest)
+        if match is None:
+            hint = f"a digest is b3: and 64 hex digits, or the first {PREFIX_DIGITS} or more of them"
+            raise Invalid(f"not a digest: {digest[:80]!r}", hint=hint)
+        prefix = match[1]
+        if not rest:
+            return Reference("", digest_prefix=prefix)
+    remote, slash, rest = rest.rpartition("/")
+    name, colon, tag = rest.partition(":")
+    if slash:
+        check_name(remote, "remote")
+    return Reference(
+        check_name(name), check_name(tag, "tag") if colon else LATEST, remote if slash else None, prefix
+    )
+
+
+def check_name(text: str, what: str = "name") -> str:
+    """The text itself if it may be a name, a tag or a remote's name, else Invalid."""
+    if len(text) > _NAME_LENGTH or not _NAME.fullmatch(text):
+        hint = f"lower-case letters, digits, and . _ - between them; at most {_NAME_LENGTH} characters"
+        raise Invalid(f"not a valid {what}: {text[:120]!r}", hint=hint)
+    return text
+
+
+def check_architecture(text: str) -> str:
+    """The architecture as `uname -m` says it (amd64 and arm64 are translated), else Invalid."""
+    if not _ARCHITECTURE.fullmatch(text):
+        raise Invalid(f"not an architecture: {text[:80]!r}", hint="for example x86_64 or aarch64")
+    return ARCHITECTURES.get(text, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A former state of a name. `at_s`: when it was set, by the store's clock."""
+
+    revision: int
+    images: Mapping[str, Digest]
+    removed: bool
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NameRecord:
+    """The object behind `name:tag`. `images`: architecture to manifest; a tombstone keeps them for undelete."""
+
+    name: str
+    tag: str
+    revision: int = 0
+    nonce: str = ""
+    images: Mapping[str, Digest] = field(default_factory=dict)
+    removed: bool = False
+    history: Sequence[Change] = ()
+    etag: str | None = None
+    modified_s: float = 0.0
+
+    def digest(self, architecture: str) -> Digest:
+        """The manifest for one architecture. Raises NotFound."""
+        found = self.images.get(check_architecture(architecture))
+        if found is None:
+            has = ", ".join(sorted(self.images)) or "none"
+            raise NotFound(f"{self.name}:{self.tag} has no image for {architecture}", hint=f"it has: {has}")
+        return found
+
+    def encode(self) -> bytes:
+        """The sealed object; etag and time are the store's, not in it."""
+        body = {
+            "name": self.name,
+            "tag": self.tag,
+            "nonce": self.nonce,
+            **_state(Change(self.revision, self.images, self.removed, 0.0)),
+            "history": [_state(change) | {"at": round(change.at_s, 3)} for change in self.history],
+        }
+        return seal(body)
+
+    @classmethod
+    def decode(cls, data: bytes, *, etag: str | None = None, modified_s: float = 0.0) -> "NameRecord":
+        """Raises Corrupt for what is no name, Unsupported for a later format."""
+        body = unseal(data, "name")
+        try:
+            now = _change(body, 0.0)
+            return cls(
+                check_name(body["name"]),
+                check_name(body["tag"]),
+                now.revision,
+                str(body["nonce"]),
+                now.images,
+                now.removed,
+                tuple(_change(entry, float(entry["at"])) for entry in body["history"]),
+                etag,
+                modified_s,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, Invalid) as err:
+            raise Corrupt(f"not a name's object: {err}") from err
+
+
+def _state(change: Change) -> dict[str, Any]:
+    images = {architecture: str(digest) for architecture, digest in change.images.items()}
+    return {"revision": change.revision, "images": images, "removed": change.removed}
+
+
+def _change(body: dict[str, Any], at_s: float) -> Change:
+    images = {check_architecture(key): Digest.parse(value) for key, value in body["images"].items()}
+    return Change(int(body["revision"]), images, bool(body["removed"]), at_s)
+
+
+def name_key(name: str, tag: str) -> str:
+    """Where the store keeps it."""
+    return f"names/{check_name(name)}/{check_name(tag, 'tag')}"
+
+
+class Names:
+    """The names of one store. Without conditional writes only one writer at a time may use the changing verbs."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def get(self, name: str, tag: str = LATEST) -> NameRecord:
+        """Raises NotFound, with the nearest names as the hint, also for a removed one."""
+        record = self.read(name, tag)
+        if record.revision == 0 or record.removed:
+            near = self.nearest(f"{name}:{tag}")
+            hint = f"did you mean {' or '.join(near)}?" if near else ""
+            if record.removed:
+                hint = "it was removed; `sf image undelete` brings it back within the grace period"
+            raise NotFound(f"no image {name}:{tag} in {self._backend.url}", hint=hint)
+        return record
+
+    def read(self, name: str, tag: str) -> NameRecord:
+        """The record as it is: a tombstone too, and revision 0 where there is none."""
+        key = name_key(name, tag)
+        try:
+            found = self._backend.get(key)
+        except NotFound:
+            return NameRecord(name, tag)
+        if not found.data:  # deleted, where deletes know no conditions
+            return NameRecord(name, tag, etag=found.stat.etag)
+        record = NameRecord.decode(found.data, etag=found.stat.etag, modified_s=found.stat.modified_s)
+        if (record.name, record.tag) != (name, tag):
+            raise Corrupt(f"{self._backend.url}/{key} holds the name {record.name}:{record.tag}")
+        return record
+
+    def set(self, name: str, tag: str, architecture: str, digest: Digest) -> NameRecord:
+        """Point one architecture at a manifest; the others stay."""
+        architecture = check_architecture(architecture)
+
+        def change(old: NameRecord) -> NameRecord:
+            kept = {} if old.removed else old.images
+            return replace(old, images={**kept, architecture: digest}, removed=False)
+
+        return self._change(name, tag, change)
+
+    def remove(self, name: str, tag: str = LATEST, architecture: str | None = None) -> NameRecord:
+        """Leave a tombstone, or take one architecture away. Raises NotFound."""
+        self.get(name, tag)
+
+        def change(old: NameRecord) -> NameRecord:
+            if architecture is None or set(old.images) == {check_architecture(architecture)}:
+                return replace(old, removed=True)
+            old.digest(architecture)
+            gone = check_architecture(architecture)
+            return replace(old, images={key: value for key, value in old.images.items() if key != gone})
+
+        return self._change(name, tag, change)
+
+    def undelete(self, name: str, tag: str = LATEST) -> NameRecord:
+        """Undo `remove`. Raises NotFound when there is no tombstone (any more)."""
+
+        def change(old: NameRecord) -> NameRecord:
+            if not old.removed:
+                raise NotFound(f"{name}:{tag} was not removed, or its grace period is over")
+            return replace(old, removed=False)
+
+        return self._change(name, tag, change)
+
+    def history(self, name: str, tag: str = LATEST) -> list[Change]:
+        """Every state still remembered, newest first; a tombstone has one too. Raises NotFound."""
+        record = self.read(name, tag)
+        if record.revision == 0:
+            return [*self.get(name, tag).history]
+        return [Change(record.revision, record.images, record.removed, record.modified_s), *record.history]
+
+    def warn(self, digest: Digest) -> None:
+        """Log why names cannot be believed now, for whom a digest is enough; a store's own always can."""
+
+    def nearest(self, name: str, count: int = 3) -> list[str]:
+        """Existing `name:tag`s that resemble this one, for error messages; none where nothing can be listed."""
+        known = self._known()
+        same = [text for text in known if text.partition(":")[0] == name.partition(":")[0]]
+        close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+        return list(dict.fromkeys([*close, *same]))[:count]
+
+    def _known(self) -> list[str]:
+        try:
+            return [":".join(stat.key.split("/")[1:]) for stat in self._backend.list("names/")]
+        except Unsupported:
+            return []
+
+    def _change(self, name: str, tag: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
+        nonce = secrets.token_hex(16)
+        for _ in range(_ATTEMPTS):
+            old = self.read(name, tag)
+            if old.nonce == nonce:
+                return old
+            history = (Change(old.revision, old.images, old.removed, old.modified_s), *old.history)
+            new = change(replace(old, revision=old.revision + 1, nonce=nonce))
+            if old.revision and (new.images, new.removed) == (old.images, old.removed):
+                return old
+            new = replace(new, history=history[:_HISTORY_LENGTH] if old.revision else ())
+            key, absent = name_key(name, tag), old.etag is None
+            try:
+                stat = self._backend.put(key, new.encode(), if_match=old.etag, if_none_match=absent)
+            except Conflict:
+                # Another writer was first, or this is the repeat of a write whose answer was lost: the
+                # nonce tells. A later writer may already stand on ours: then its history holds our revision.
+                seen = self.read(name, tag)
+                if any((past.revision, past.images) == (new.revision, new.images) for past in seen.history):
+                    return replace(new, etag=None)
+                continue
+            return replace(new, etag=stat.etag, modified_s=stat.modified_s)
+        raise Conflict(f"{name}:{tag} is being changed by too many writers at once", hint="try again")
+
+    def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
+        """All names, in order; with `removed` the tombstones too."""
+        keys = [stat.key for stat in self._backend.list("names/") if stat.size_bytes]
+        with ThreadPoolExecutor(8, "names") as pool:
+            for record in pool.map(self._read_key, keys):
+                if record.revision and (removed or not record.removed):
+                    yield record
+
+    def _read_key(self, key: str) -> NameRecord:
+        name, _, tag = key.removeprefix("names/").partition("/")
+        try:
+            return self.read(name, tag)
+        except Invalid as err:
+            raise Corrupt(f"{self._backend.url}/{key} is no name's object") from err

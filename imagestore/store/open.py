@@ -1,0 +1,99 @@
+"""From a URL to an open store: the only place that builds backends."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Backend
+from imagestore.backends.wrappers import Retried, Verified, Wrapper
+from imagestore.errors import Invalid, NotFound, StoreError
+from imagestore.formats.digest import Digest
+from imagestore.store.store import Store
+
+if TYPE_CHECKING:  # boto3: half a second
+    from imagestore.backends.s3 import S3
+
+_FORMS = "use /path, file:///path, s3://bucket/prefix?endpoint_url=…&region=…&profile=… or https://host/path"
+log = logging.getLogger(__name__)
+
+
+def open_store(url: str, *, create: bool = False, single_writer: bool = False) -> Store:
+    """Open the store at `url`; with `create` make it where there is none. Close it by `store.backend.close()`.
+
+    A URL may end with `#b3:…`, a signer's fingerprint: then its names are those which that one signed.
+    single_writer: nobody else writes to it meanwhile (needed where there are no conditional writes).
+    Raises Invalid, NotFound, Denied, Unavailable.
+    """
+    url, _, fingerprint = url.partition("#")
+    backend = open_backend(url)
+    if fingerprint:
+        from imagestore.store.trust import open_signed
+
+        return open_signed(backend, Digest.parse(fingerprint))
+    try:
+        store = Store.open(backend, single_writer=single_writer)
+    except NotFound:
+        if not create:
+            raise
+        return Store.init(backend, probed=settle(backend), single_writer=single_writer)
+    try:
+        settle(backend, store.info.conditional)
+    except StoreError as err:
+        log.info("%s: not writable (%s)", store.url, err)
+    return store
+
+
+def open_backend(url: str) -> Backend:
+    """The backend alone, without asking whether there is a store. Raises Invalid for a URL of no known form."""
+    parts = urlsplit(url)
+    wrong = Invalid(f"not a store's URL: {url[:200]!r}", hint=_FORMS)
+    if parts.scheme in ("", "file"):
+        if parts.netloc or not parts.path or (parts.scheme and (parts.query or parts.path[0] != "/")):
+            raise wrong
+        return Directory(Path(unquote(parts.path) if parts.scheme else url))
+    if not parts.hostname:
+        raise wrong
+    if parts.scheme == "s3":
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        if (
+            set(options) - {"endpoint_url", "region", "profile"}
+            or len(parts.netloc) < 3
+            or "@" in parts.netloc
+        ):
+            raise wrong
+        from imagestore.backends.s3 import S3
+
+        return Retried(S3(parts.netloc, parts.path, **options))
+    if parts.scheme in ("http", "https") and not parts.query:
+        from imagestore.backends.http import Http
+
+        return Retried(Verified(Http(url)))
+    raise wrong
+
+
+def settle(backend: Backend, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Tell an S3 backend which conditions hold: what is known of its address, or what a probe finds (returned)."""
+    s3 = _s3(backend)
+    if s3 is None:
+        return {}
+    found = (known or {}).get(s3.address)
+    if found is None:
+        s3.probe()
+        found = "delete" if s3.conditional_delete else "put" if s3.conditional else "none"
+        if found == "none":
+            log.warning("%s has no conditional writes: only one writer at a time may change it", s3.address)
+    s3.conditional, s3.conditional_delete = found != "none", found == "delete"
+    return {s3.address: found}
+
+
+def _s3(backend: Backend) -> "S3 | None":
+    while isinstance(backend, Wrapper):
+        backend = backend.inner
+    if backend.url.startswith("s3://"):
+        from imagestore.backends.s3 import S3
+
+        return backend if isinstance(backend, S3) else None
+    return None

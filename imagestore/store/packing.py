@@ -1,0 +1,150 @@
+"""Chunks into frames, frames into packs, packs into a store."""
+
+import threading
+from collections import deque
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Self
+
+import zstandard
+
+from imagestore.backends.protocol import Buffer
+from imagestore.formats.digest import Digest
+from imagestore.formats.pack import FRAME_BYTES, LEVEL, Footer, Frame, PackWriter, compress
+from imagestore.store import index
+from imagestore.store.leases import Lease
+from imagestore.store.placement import Placement
+from imagestore.store.store import Store, derived_key
+
+PACK_BYTES = 16 << 20
+"""A pack is sent when it has so many stored bytes."""
+_UPLOADS = 2
+_local = threading.local()
+
+
+@dataclass(slots=True)
+class OpenFrame:
+    """A frame being filled: its number in the placement, its chunks' bytes and ids."""
+
+    number: int
+    chunks: list[Buffer] = field(default_factory=list)
+    ids: list[bytes] = field(default_factory=list)
+    plain_bytes: int = 0
+
+    def compressed(self) -> tuple[int, Frame]:
+        """Its number and the frame; in any thread."""
+        if not hasattr(_local, "compressor"):
+            _local.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        plain: Buffer = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        codec, data = compress(_local.compressor, plain)
+        lengths = [len(chunk) for chunk in self.chunks]
+        return self.number, Frame(codec, bytes(data), Digest.of(data), self.plain_bytes, lengths, self.ids)
+
+
+class Framer:
+    """Gathers chunks into frames in the order in which they come."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._open: OpenFrame | None = None
+        self._full: list[OpenFrame] = []
+
+    def add(self, chunk: Buffer, id_: bytes) -> tuple[int, int]:
+        """The number of the frame that a chunk goes into, and where it starts in that."""
+        if self._open is None or self._open.plain_bytes + len(chunk) > FRAME_BYTES:
+            self.close()
+            self._open = OpenFrame(self._placement.add_frame())
+        frame, offset = self._open, self._open.plain_bytes
+        frame.chunks.append(chunk)
+        frame.ids.append(id_)
+        frame.plain_bytes += len(chunk)
+        return frame.number, offset
+
+    def close(self) -> None:
+        """Nothing more goes into the last frame."""
+        if self._open is not None:
+            self._full.append(self._open)
+            self._open = None
+
+    def full(self) -> list[OpenFrame]:
+        """Frames to compress, each once."""
+        full, self._full = self._full, []
+        return full
+
+
+class Packer:
+    """Makes packs of frames and uploads them while the next fill. A context manager that owns its threads."""
+
+    def __init__(
+        self, store: Store, lease: Lease, placement: Placement, local: index.LocalIndex | None = None
+    ) -> None:
+        self._store, self._lease, self._local = store, lease, local
+        self.placement = placement
+        self._salt, self._repairs = lease.id, 0
+        self._writer, self._numbers = PackWriter(lease.id), list[int]()
+        self._senders = ThreadPoolExecutor(_UPLOADS, "sf-upload")
+        self._uploads: deque[Future[int]] = deque()
+        self._unpublished: list[tuple[Digest, Footer]] = []
+        self.made: set[Digest] = set()
+        """Packs sent since the beginning."""
+        self.written_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._senders.shutdown(cancel_futures=True)
+
+    def add(self, number: int, frame: Frame) -> None:
+        """Append the frame with this number in the placement."""
+        self._writer.add(frame)
+        self._numbers.append(number)
+        if self._writer.size_bytes >= PACK_BYTES:
+            self._send()
+
+    def flush(self) -> None:
+        """Send the last pack too; returns when all have arrived."""
+        if self._numbers:
+            self._send()
+        while self._uploads:
+            self.written_bytes += self._uploads.popleft().result()
+
+    def _send(self) -> None:
+        digest, footer, pieces = self._writer.finish()
+        self._lease.made(digest)
+        self.placement.packed(self._numbers, digest, footer)
+        self._unpublished.append((digest, footer))
+        self.made.add(digest)
+        self._writer, self._numbers = PackWriter(self._salt), []
+        while len(self._uploads) >= _UPLOADS:
+            self.written_bytes += self._uploads.popleft().result()
+        self._uploads.append(self._senders.submit(self._upload, digest, footer, pieces))
+
+    def _upload(self, digest: Digest, footer: Footer, pieces: Sequence[Buffer]) -> int:
+        """In a sender; the bytes written. The hint comes first: who was killed in between finds out by asking."""
+        if self._local is not None:
+            self._local.keep_pack(digest, footer)
+        self._store.backend.put(derived_key("packs", digest), pieces)
+        return sum(len(piece) for piece in pieces)
+
+    def avoid(self, packs: Collection[Digest]) -> None:
+        """These must not be used: what is made from now on gets other names, also of the same frames."""
+        if not packs:
+            return
+        self.placement.avoid(packs)
+        self._unpublished = [(pack, footer) for pack, footer in self._unpublished if pack not in packs]
+        self._repairs += 1
+        self._salt = f"{self._lease.id}.{self._repairs}"
+        self._writer = PackWriter(self._salt)
+
+    def publish_index(self) -> None:
+        """Tell other writers of the packs that were made, once."""
+        if not self._unpublished:
+            return
+        part = index.IndexPart(tuple(self._unpublished))
+        name = index.publish_part(self._store, part)
+        if self._local is not None:
+            self._local.keep(name, part)
+            self._local.forget_packs(pack for pack, _ in self._unpublished)
+        self._unpublished = []

@@ -1,0 +1,212 @@
+"""Where chunks lie: what a writer knows of chunks, frames and packs as columns that grow, and the layout made of it."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imagestore.disks.chunker import U64
+from imagestore.formats import columns
+from imagestore.formats.columns import Ids
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.pack import Footer
+
+_CHUNK = np.dtype([("id", "u1", 32), ("frame", "<i8"), ("offset", "<u4")])
+"""Of a chunk: its id, the number of its frame (-1: not known), where it starts in the plain bytes of that."""
+_FRAME = np.dtype(
+    [
+        ("pack", "<i8"),
+        ("offset", "<i8"),
+        ("size", "<u4"),
+        ("plain", "<u4"),
+        ("codec", "u1"),
+        ("hash", "u1", 32),
+    ]
+)
+"""Of a frame: the number of its pack (-1: none yet), its place in that, stored and plain bytes, codec, BLAKE3."""
+Numbers = npt.NDArray[np.int64]
+
+
+class Column:
+    """A numpy array that grows."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._data, self._used = np.empty(64, dtype), 0
+
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        """All rows so far; valid until the next `extend`."""
+        return self._data[: self._used]
+
+    def extend(self, rows: npt.NDArray[Any]) -> int:
+        """Append rows; the number of the first."""
+        first, end = self._used, self._used + len(rows)
+        if end > len(self._data):
+            grown = np.empty(max(end, 2 * len(self._data)), self._data.dtype)
+            grown[:first] = self.rows
+            self._data = grown
+        self._data[first:end] = rows
+        self._used = end
+        return first
+
+
+class Known(Column):
+    """Chunks and where they lie: rows of `_CHUNK`, found by id."""
+
+    def __init__(self) -> None:
+        super().__init__(_CHUNK)
+        self._levels: list[tuple[U64, Numbers]] = []
+
+    def add(self, ids: Ids, frames: npt.NDArray[Any] | int, offsets: npt.NDArray[Any] | int) -> int:
+        """Append rows; the number of the first."""
+        chunks = np.empty(len(ids), _CHUNK)
+        chunks["id"], chunks["frame"], chunks["offset"] = ids, frames, offsets
+        first = self.extend(chunks)
+        rows, keys = np.arange(first, first + len(ids), dtype=np.int64), columns.keys(ids)
+        # Sorted runs of growing size, merged when a newer one is as large: cheap appends, few searches.
+        while self._levels and len(self._levels[-1][0]) <= len(keys):
+            old_keys, old_rows = self._levels.pop()
+            keys, rows = np.concatenate([old_keys, keys]), np.concatenate([old_rows, rows])
+        order = np.argsort(keys, kind="stable")
+        self._levels.append((keys[order], rows[order]))
+        return first
+
+    def find(self, ids: Ids, usable: npt.NDArray[np.bool_] | None = None) -> Numbers:
+        """The row of each id, or -1. usable: by frame, whether its rows count."""
+        found = np.full(len(ids), -1, np.int64)
+        if not len(ids):
+            return found
+        keys = columns.keys(ids)
+        for level_keys, level_rows in self._levels:
+            first, last = np.searchsorted(level_keys, keys), np.searchsorted(level_keys, keys, "right")
+            hit = np.flatnonzero(last > first)
+            if not len(hit):
+                continue
+            for at in (first[hit], last[hit] - 1):  # the oldest and the newest row of an id
+                rows = level_rows[at]
+                good = (self.rows["id"][rows] == ids[hit]).all(axis=1)
+                if usable is not None:
+                    good &= usable[self.rows["frame"][rows]]
+                found[hit] = np.where(good, rows, found[hit])
+        return found
+
+
+class Placement:
+    """Packs, the frames in them and the chunks in these. A frame that is being filled has a number, but no pack yet."""
+
+    def __init__(self) -> None:
+        self.chunks = Known()
+        self.packs: list[Digest] = []
+        self._frames = Column(_FRAME)
+        self._usable: list[bool] = []
+
+    @property
+    def frames(self) -> npt.NDArray[Any]:
+        """A row of `_FRAME` for each frame; valid until the next is added."""
+        return self._frames.rows
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """By frame: whether its pack may be used. Frames without a pack yet may."""
+        usable: npt.NDArray[np.bool_] = np.array([*self._usable, True])[self.frames["pack"]]
+        return usable
+
+    def add_pack(self, pack: Digest, *, usable: bool = True) -> int:
+        """The number of a pack."""
+        self.packs.append(pack)
+        self._usable.append(usable)
+        return len(self.packs) - 1
+
+    def add_frame(self, pack: int = -1) -> int:
+        """The number of a frame of which nothing else is known (yet)."""
+        row = np.zeros(1, _FRAME)
+        row["pack"] = pack
+        return self._frames.extend(row)
+
+    def add_footer(self, pack: Digest, footer: Footer) -> None:
+        """A pack with all its frames and chunks."""
+        first = self._frames.extend(_of_footer(footer, self.add_pack(pack)))
+        self.chunks.add(footer.ids, first + footer.frame_of_chunk, footer.offset_in_frame)
+
+    def add_layout(self, layout: Layout, usable: Collection[Digest]) -> int:
+        """The packs and frames of an image's layout; the number of the first frame."""
+        numbers = [self.add_pack(pack, usable=pack in usable) for pack in layout.packs]
+        return self._frames.extend(_of_layout(layout, np.array(numbers, np.int64)))
+
+    def packed(self, frames: Sequence[int], pack: Digest, footer: Footer) -> None:
+        """Frames that were numbered before are in a pack now."""
+        self.frames[frames] = _of_footer(footer, self.add_pack(pack))
+
+    def avoid(self, packs: Collection[Digest]) -> None:
+        """Nothing in these counts any more."""
+        self._usable = [ok and pack not in packs for ok, pack in zip(self._usable, self.packs, strict=True)]
+
+    def find(self, ids: Ids) -> Numbers:
+        """The row in `chunks` of each id that can be used, or -1."""
+        return self.chunks.find(ids, self.usable if len(self.frames) else None)
+
+    def layout(self, manifest: Digest, rows: Numbers) -> Layout:
+        """The layout of an image whose chunks are these rows of `chunks`."""
+        chunks = self.chunks.rows[rows]
+        return _lay_out(manifest, self.packs, self.frames, chunks["frame"], chunks["offset"])
+
+    def moved(self, old: Layout, ids: Ids, avoid: Collection[Digest]) -> Layout | None:
+        """`old` with the chunks that it has in packs to avoid taken from here; None if one of them is not here."""
+        gone = np.array([pack in avoid for pack in old.packs], np.bool_)[old.frame_packs[old.chunk_frames]]
+        found = self.find(ids[gone])
+        if (found < 0).any():
+            return None
+        chunks = self.chunks.rows[found]
+        frames, offsets = old.chunk_frames.astype(np.int64) + len(self.frames), old.chunk_offsets.copy()
+        frames[gone], offsets[gone] = chunks["frame"], chunks["offset"]
+        olds = _of_layout(old, np.arange(len(old.packs)) + len(self.packs))
+        together = np.concatenate([self.frames, olds])
+        return _lay_out(old.manifest, [*self.packs, *old.packs], together, frames, offsets)
+
+
+def _of_footer(footer: Footer, pack: int) -> npt.NDArray[Any]:
+    packs = np.full(len(footer.sizes), pack)
+    return _rows(packs, footer.offsets, footer.sizes, footer.plain_sizes, footer.codecs, footer.hashes)
+
+
+def _of_layout(layout: Layout, packs: Numbers) -> npt.NDArray[Any]:
+    sizes = (layout.frame_sizes, layout.frame_plain_sizes)
+    places = (packs[layout.frame_packs], layout.frame_offsets)
+    return _rows(*places, *sizes, layout.frame_codecs, layout.frame_hashes)
+
+
+def _rows(*columns_: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    rows = np.empty(len(columns_[0]), _FRAME)
+    for name, column in zip(_FRAME.names or (), columns_, strict=True):
+        rows[name] = column
+    return rows
+
+
+def _lay_out(
+    manifest: Digest,
+    packs: Sequence[Digest],
+    frames: npt.NDArray[Any],
+    chunk_frames: Numbers,
+    chunk_offsets: npt.NDArray[np.uint32],
+) -> Layout:
+    """Only the packs and frames that chunks lie in, in the order of their places."""
+    used, frame_of = np.unique(chunk_frames, return_inverse=True)
+    order = np.lexsort((frames["offset"][used], frames["pack"][used]))
+    place = np.empty(len(used), np.uint32)
+    place[order] = np.arange(len(used))
+    rows = frames[used[order]]
+    numbers, frame_packs = np.unique(rows["pack"], return_inverse=True)
+    return Layout(
+        manifest=manifest,
+        packs=tuple(packs[at] for at in numbers.tolist()),
+        frame_packs=frame_packs.astype(np.uint32),
+        frame_offsets=rows["offset"].astype(np.uint32),
+        frame_sizes=rows["size"],
+        frame_plain_sizes=rows["plain"],
+        frame_codecs=rows["codec"],
+        frame_hashes=rows["hash"],
+        chunk_frames=place[frame_of],
+        chunk_offsets=chunk_offsets,
+    )

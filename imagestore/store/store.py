@@ -1,0 +1,202 @@
+"""A store: a backend with a `store.json`, and the objects that every part of the package reads from it."""
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from imagestore.backends.protocol import Backend
+from imagestore.disks.chunker import ChunkerParams
+from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
+from imagestore.formats.digest import Digest
+from imagestore.formats.sealed import seal, unseal
+from imagestore.store.names import Names
+
+if TYPE_CHECKING:  # numpy: not needed to resolve a name
+    from imagestore.formats.layout import Layout
+    from imagestore.formats.manifest import Manifest
+
+INFO_KEY = "store.json"
+TRASH = b"sf-trash 1 "
+TRASH_BYTES = len(TRASH) + 33
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """What `store.json` says. `conditional`: S3 address to which conditions held there: none, put, delete (both)."""
+
+    id: str
+    chunker: ChunkerParams
+    requires: tuple[str, ...] = ()
+    private: bool = False
+    """Never published, never served as a mirror: who may read a store may read all of it."""
+    conditional: Mapping[str, str] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """The sealed object."""
+        return seal(
+            {
+                "id": self.id,
+                "chunker": self.chunker.as_dict(),
+                "requires": list(self.requires),
+                "conditional": dict(self.conditional),
+                "private": self.private,
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> "StoreInfo":
+        """Raises Corrupt for nonsense, Unsupported for what a later version wrote."""
+        body = unseal(data, INFO_KEY)
+        try:
+            if body["requires"]:
+                needs = ", ".join(body["requires"])
+                raise Unsupported(f"the store needs {needs}", hint="a newer sf made it: upgrade")
+            chunker = ChunkerParams.from_dict(body["chunker"])
+            conditional = dict(body["conditional"])
+            private = body.get("private", False) is not False
+            return cls(str(body["id"]), chunker, conditional=conditional, private=private)
+        except (ValueError, KeyError, TypeError, Invalid) as err:
+            raise Corrupt(f"not a store.json: {err}") from err
+
+
+class Store:
+    """An open store. Cheap to make (one request); whoever built the backend closes it.
+
+    `conditional` says whether names may be changed by several writers at once. Where it is false, changing
+    anything needs `single_writer`: the user's word that nobody else writes now.
+    """
+
+    def __init__(
+        self, backend: Backend, info: StoreInfo, *, single_writer: bool = False, names: Names | None = None
+    ) -> None:
+        self.backend = backend
+        self.info = info
+        self.single_writer = single_writer
+        self.names = names or Names(backend)
+        """The mutable part; of a store with a pinned signer, what that one signed."""
+
+    @classmethod
+    def init(
+        cls,
+        backend: Backend,
+        params: ChunkerParams | None = None,
+        *,
+        probed: Mapping[str, str] | None = None,
+        single_writer: bool = False,
+        private: bool = False,
+    ) -> "Store":
+        """Make a new store. Raises Conflict when there is one already."""
+        info = StoreInfo(
+            secrets.token_hex(16), params or ChunkerParams(), conditional=probed or {}, private=private
+        )
+        exists = Conflict(f"there is a store in {backend.url} already")
+        try:
+            if backend.conditional:
+                backend.put(INFO_KEY, info.encode(), if_none_match=True)
+            else:
+                try:
+                    backend.stat(INFO_KEY)
+                    raise exists
+                except NotFound:
+                    backend.put(INFO_KEY, info.encode())
+        except Conflict as err:
+            # The repeat of a put whose answer was lost meets its own object.
+            if err is exists or StoreInfo.decode(backend.get(INFO_KEY).data).id != info.id:
+                raise exists from err
+        return cls(backend, info, single_writer=single_writer)
+
+    @classmethod
+    def open(cls, backend: Backend, *, single_writer: bool = False) -> "Store":
+        """Raises NotFound when there is no store."""
+        try:
+            data = backend.get(INFO_KEY).data
+        except NotFound as err:
+            hint = "`sf store init` makes one"
+            raise NotFound(f"there is no image store in {backend.url}", hint=hint) from err
+        return cls(backend, StoreInfo.decode(data), single_writer=single_writer)
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        return self.backend.url
+
+    def check_writable(self) -> None:
+        """Raises Denied on a read-only store, Unsupported where `single_writer` has to be given first."""
+        if self.backend.read_only:
+            raise Denied(f"{self.url} is read-only", hint="push to the store that it mirrors")
+        if not self.backend.conditional and not self.single_writer:
+            hint = "with --single-writer it works as long as nobody else writes at the same time"
+            raise Unsupported(f"{self.url} has no conditional writes, which keep writers apart", hint=hint)
+
+    def check_public(self) -> None:
+        """Raises Denied for a private store."""
+        if self.info.private:
+            raise Denied(
+                f"{self.url} is private", hint="`sf store copy` its images into a store for everybody"
+            )
+
+    def manifest(self, digest: Digest) -> "Manifest":
+        """Raises NotFound, Corrupt."""
+        from imagestore.formats.manifest import Manifest
+
+        data = self._content(manifest_key(digest))
+        if Digest.of(data) != digest:
+            raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
+        return Manifest.decode(data)
+
+    def size_bytes(self, digest: Digest) -> int:
+        """Of the disk, as the manifest's first bytes say: for lists of many images. Raises NotFound, Corrupt."""
+        try:
+            head = self.backend.get(manifest_key(digest), 0, 1024).data
+        except Corrupt:  # shorter than that
+            head = b""
+        # The keys are sorted and a quote inside a label is escaped: this can be nothing but the key itself.
+        found = re.search(rb'"size_bytes":(\d{1,15})[,}]', head)
+        return int(found[1]) if found else self.manifest(digest).size_bytes
+
+    def has_manifest(self, digest: Digest) -> bool:
+        """One request without a body."""
+        try:
+            return self.backend.stat(manifest_key(digest)).size_bytes > 0
+        except NotFound:
+            return False
+
+    def layout(self, manifest: Digest) -> "Layout":
+        """Where the chunks of a manifest lie, as of now. Raises NotFound, Corrupt."""
+        from imagestore.formats.layout import Layout
+
+        return Layout.decode(self._content(layout_key(manifest)), manifest)
+
+    def _content(self, key: str) -> bytes:
+        data = untrashed(self.backend.get(key).data)
+        if not data:  # deleted, where deletes know no conditions
+            raise NotFound(f"{self.url}/{key}: no such object")
+        return data
+
+
+def trashed(data: bytes) -> bytes:
+    """The same object marked for removal: readable as before, and with an etag of its own (imagestore/gc.py)."""
+    return TRASH + secrets.token_hex(16).encode() + b"\n" + data
+
+
+def untrashed(data: bytes) -> bytes:
+    """The object without that mark."""
+    return data[TRASH_BYTES:] if data.startswith(TRASH) else data
+
+
+def manifest_key(digest: Digest) -> str:
+    """Where a manifest is kept."""
+    return derived_key("manifests", digest)
+
+
+def layout_key(manifest: Digest) -> str:
+    """Where the layout of a manifest is kept."""
+    return derived_key("layouts", manifest)
+
+
+def derived_key(tree: str, digest: Digest) -> str:
+    """`tree/ab/<hex>`: two digits keep directories small."""
+    text = digest.hex()
+    return f"{tree}/{text[:2]}/{text}"

@@ -1,0 +1,314 @@
+"""Signed names: a client of The Update Framework over a store's own backend (https://theupdateframework.github.io/specification).
+
+A published store carries TUF metadata under `tuf/FINGERPRINT/`, where the fingerprint is the BLAKE3 of the first root:
+so a mirror holds the trees of all whose images it carries, untouched, beside its own. Each name and architecture is a
+target `names/NAME/TAG/ARCH` whose hash `blake3` is the manifest's digest: the manifest names every byte below it, so
+nothing else need be signed. python-tuf keeps what it has verified in a directory of the client's; when a mirror goes
+bad or away, names verified before still resolve, with a warning, and nothing new does.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tuf.api import exceptions as tuf
+from tuf.api.metadata import Metadata, Root, TargetFile, Targets
+from tuf.ngclient import Updater
+from tuf.ngclient.fetcher import FetcherInterface
+
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Backend
+from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
+from imagestore.formats.digest import Digest
+from imagestore.store.names import NameRecord, Names, check_architecture, check_name
+from imagestore.store.store import Store, StoreInfo
+
+TREES = "tuf/"
+HASH = "blake3"
+_PIECE_BYTES = 64 << 10
+_ROOT_BYTES = 512_000
+_FRESH_S = 30.0
+"""How long a program that keeps a store open takes its word before it asks again."""
+Texts = list[str]
+log = logging.getLogger(__name__)
+
+Target = tuple[str, str, str]
+"""Name, tag, architecture."""
+
+
+def tree(fingerprint: Digest) -> str:
+    """Prefix of the keys of one signer's metadata."""
+    return f"{TREES}{fingerprint.hex()}/"
+
+
+def target_path(name: str, tag: str, architecture: str) -> str:
+    """The TUF target of a name."""
+    return f"names/{check_name(name)}/{check_name(tag, 'tag')}/{check_architecture(architecture)}"
+
+
+def parse_targets(targets: Targets) -> dict[Target, Digest]:
+    """What a targets role says of names. Raises Corrupt: whoever signed it did not mean sf."""
+    found = {}
+    for path, target in targets.targets.items():
+        try:
+            kind, name, tag, architecture = path.split("/")
+            if kind != "names" or path != target_path(name, tag, architecture):
+                raise Invalid(f"not a name: {path[:80]!r}")
+            found[name, tag, architecture] = Digest.parse(target.hashes[HASH])
+        except (ValueError, KeyError, Invalid) as error:
+            raise Corrupt(f"the signed target {path[:80]!r} is no image's name") from error
+    return found
+
+
+class _BackendFetcher(FetcherInterface):
+    """Lets python-tuf read through the store's backend, which does the retrying, proxies and CAs."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.last = ""
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        key = self.last = url
+        try:
+            size = self._backend.stat(key).size_bytes
+        except NotFound as error:
+            raise tuf.DownloadHTTPError(str(error), 404) from error
+        return self._pieces(key, size)
+
+    def _pieces(self, key: str, size: int) -> Iterator[bytes]:
+        """The caller stops at the length it allows: an endless file costs a piece more than that."""
+        for start in range(0, size, _PIECE_BYTES):
+            yield self._backend.get(key, start, min(_PIECE_BYTES, size - start)).data
+
+
+class Trust:
+    """One signer's names, as far as this client has verified them. `directory` is its memory."""
+
+    def __init__(self, backend: Backend, directory: Path) -> None:
+        self._backend = backend
+        self._directory = directory
+        self._anchor = directory / "anchor.json"
+
+    @classmethod
+    def bootstrap(cls, backend: Backend, directory: Path, fingerprint: Digest) -> "Trust":
+        """Start to trust a signer by the digest of its first root. Raises Denied, Invalid."""
+        key = f"{tree(fingerprint)}1.root.json"
+        try:
+            size = backend.stat(key).size_bytes
+            root = backend.get(key, 0, min(size, _ROOT_BYTES)).data
+        except NotFound as error:
+            hint = "compare the fingerprint with its owner's"
+            raise Denied(f"{backend.url} is not signed by {fingerprint}", hint=hint) from error
+        if Digest.of(root) != fingerprint:
+            raise Denied(f"the root of {backend.url} is {Digest.of(root)}, not {fingerprint}")
+        try:
+            metadata = Metadata[Root].from_bytes(root)
+            metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
+        except (tuf.RepositoryError, ValueError, AttributeError) as error:
+            raise Invalid(f"not a TUF root: {error}") from error
+        if metadata.signed.version != 1:
+            raise Invalid(
+                "not a first root", hint="give 1.root.json: newer ones are found and checked from there"
+            )
+        Directory(directory).put("anchor.json", root)
+        return cls(backend, directory)
+
+    def refresh(self) -> None:
+        """Fetch and verify what the remote signs now. Raises StoreError: its message says which rule was broken."""
+        fetcher = _BackendFetcher(self._backend)
+        with self._locked():
+            try:
+                anchor = self._anchor.read_bytes()
+                base = tree(Digest.of(anchor))
+                updater = Updater(str(self._directory), base, fetcher=fetcher, bootstrap=anchor)
+                try:
+                    updater.refresh()
+                finally:
+                    self._make_durable()
+                parse_targets(self._targets())
+            except (tuf.RepositoryError, tuf.DownloadError) as error:
+                raise _explain(error, fetcher.last.rpartition("/")[2], self._backend.url) from error
+
+    def names(self) -> dict[Target, Digest]:
+        """Every name that was verified last; empty before the first refresh."""
+        with self._locked():
+            try:
+                return parse_targets(self._targets())
+            except FileNotFoundError:
+                return {}
+
+    def _targets(self) -> Targets:
+        # python-tuf writes this file only after its whole chain of signatures held.
+        return Metadata[Targets].from_bytes((self._directory / "targets.json").read_bytes()).signed
+
+    def _make_durable(self) -> None:
+        """python-tuf renames without fsync: versions that a power cut took back could be rolled back unnoticed."""
+        history = self._directory / "root_history"
+        for path in (*self._directory.glob("*.json"), *history.glob("*.json"), history, self._directory):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """python-tuf wants one user of its directory at a time."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._directory / ".tuf.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        except tuf.RepositoryError as error:
+            raise Corrupt(
+                f"{self._directory}: {error}", hint="delete it: sf then starts from the fingerprint again"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+
+def memory(fingerprint: Digest) -> Path:
+    """Where this machine (root) or user remembers what a signer showed: one memory for all mirrors of one signer."""
+    state = os.environ.get("SF_STATE_DIR") or ("/var/lib/sf" if os.geteuid() == 0 else "")
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+    base = Path(os.environ.get("SF_TRUST_DIR") or (Path(state) if state else Path(data) / "sf") / "trust")
+    return base / fingerprint.hex()[:32]
+
+
+def open_signed(backend: Backend, fingerprint: Digest) -> Store:
+    """The store in `backend` with the names that this signer gives it; from memory while the backend is away.
+
+    Raises Denied where it is not signed by the one expected.
+    """
+    directory = memory(fingerprint)
+    kept = directory / "store.json"
+    try:
+        if not (directory / "anchor.json").exists():
+            Trust.bootstrap(backend, directory, fingerprint)
+        info = Store.open(backend).info
+        if not kept.exists() or StoreInfo.decode(kept.read_bytes()) != info:
+            Directory(directory).put(kept.name, info.encode())
+    except Unavailable:
+        if not kept.exists():
+            raise
+        info = StoreInfo.decode(kept.read_bytes())
+    return Store(backend, info, names=SignedNames(backend, Trust(backend, directory), fingerprint))
+
+
+class SignedNames(Names):
+    """The names of a store as one signer vouches for them: a draft that was not published is not among them."""
+
+    def __init__(self, backend: Backend, trust: Trust, fingerprint: Digest) -> None:
+        super().__init__(backend)
+        self.fingerprint = fingerprint
+        self._url, self._trust = backend.url, trust
+        self._refreshed_at_s = -_FRESH_S
+
+    def read(self, name: str, tag: str) -> NameRecord:
+        """The signed images of a name; each architecture that was verified."""
+        reason = self._refresh()
+        images = {
+            arch: digest for (n, t, arch), digest in self._trust.names().items() if (n, t) == (name, tag)
+        }
+        if not images and reason is not None:
+            raise reason
+        if reason is not None:
+            log.warning("%s; taking %s:%s as it was verified before", reason, name, tag)
+        return NameRecord(name, tag, revision=int(bool(images)), images=images)
+
+    def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
+        """What is signed now, or was when the store could last be believed."""
+        reason = self._refresh()
+        known = self._trust.names()
+        if reason is not None:
+            if not known:
+                raise reason
+            log.warning("%s; showing what was verified before", reason)
+        for name, tag in sorted({(n, t) for n, t, _ in known}):
+            images = {arch: digest for (n, t, arch), digest in known.items() if (n, t) == (name, tag)}
+            yield NameRecord(name, tag, revision=1, images=images)
+
+    def _known(self) -> "Texts":
+        return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
+
+    def warn(self, digest: Digest) -> None:
+        reason = self._refresh()
+        if reason is not None:
+            log.warning("%s; %s needs no name", reason, digest)
+
+    def require_fresh(self) -> None:
+        """Raises the StoreError for which names would be answered from memory."""
+        reason = self._refresh()
+        if reason is not None:
+            raise reason
+
+    def _refresh(self) -> StoreError | None:
+        if time.monotonic() - self._refreshed_at_s < _FRESH_S:
+            return None
+        try:
+            self._trust.refresh()
+        except StoreError as error:
+            return error
+        self._refreshed_at_s = time.monotonic()
+        return None
+
+    def _change(self, name: str, tag: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
+        hint = "push to the store itself, then `sf mirror publish`"
+        raise Denied(f"the names of {self._url} are signed and cannot be changed from here", hint=hint)
+
+
+def _explain(error: Exception, file: str, url: str) -> StoreError:
+    """python-tuf's error as one of ours, in words. `file`: what was read last, which is what broke the rule."""
+    role = file.removesuffix(".json").rpartition(".")[2]
+    if isinstance(error, tuf.DownloadHTTPError) and role == "timestamp":
+        return Denied(
+            f"{url} is unsigned: it publishes no timestamp", hint="its owner runs `sf mirror publish`"
+        )
+    if isinstance(error, tuf.DownloadLengthMismatchError):
+        return Corrupt(f"{url} answers with an endless {file}")
+    if isinstance(error, tuf.DownloadError):
+        cause = error.__cause__ or error
+        return cause if isinstance(cause, StoreError) else Unavailable(f"{url}: {file}: {cause}")
+    if isinstance(error, tuf.ExpiredMetadataError):
+        if "timestamp" in str(error):
+            hint = "somebody holds newer names back, or its owner's `sf mirror refresh` does not run"
+            return Denied(f"{url} is frozen: its timestamp is past its date", hint=hint)
+        return Denied(f"{url} has expired: {error}", hint="its owner has to sign anew")
+    if isinstance(error, tuf.BadVersionNumberError):
+        if role in ("timestamp", "root") or "targets.json" in str(error):
+            return Denied(f"{url} was rolled back: {error}", hint="it shows older names than it did before")
+        return Denied(f"{url} is mixed: {file} is not of the same publication: {error}")
+    if isinstance(error, tuf.LengthOrHashMismatchError):
+        return Denied(f"{url} is mixed: {file} is not the one that was signed for")
+    if isinstance(error, tuf.UnsignedMetadataError):
+        return Denied(f"{url} is signed by the wrong key: {file}: {error}")
+    return Corrupt(f"{url}: {file}: {error}")
+
+
+def signed_targets(backend: Backend, prefix: str = TREES) -> dict[Target, set[Digest]]:
+    """What the newest targets of every tree (or one) in our own store name, unverified: who brought them checked."""
+    newest: dict[str, int] = {}
+    for stat in backend.list(prefix):
+        base, _, file = stat.key.rpartition("/")
+        version, _, rest = file.partition(".")
+        if rest == "targets.json" and version.isdecimal():
+            newest[base] = max(newest.get(base, 0), int(version))
+    found: dict[Target, set[Digest]] = {}
+    for base, version_number in newest.items():
+        key = f"{base}/{version_number}.targets.json"
+        try:
+            targets = Metadata[Targets].from_bytes(backend.get(key).data).signed
+        except (tuf.RepositoryError, ValueError) as error:
+            raise Corrupt(f"{backend.url}/{key}: {error}") from error
+        for target, digest in parse_targets(targets).items():
+            found.setdefault(target, set()).add(digest)
+    return found
+
+
+def make_target(name: str, tag: str, architecture: str, digest: Digest, size_bytes: int) -> TargetFile:
+    """The signed statement "this name is this manifest"."""
+    return TargetFile(size_bytes, {HASH: digest.hex()}, target_path(name, tag, architecture))

@@ -1,0 +1,1 @@
+"""What touches the kernel: netlink, nftables, and what is observed."""

@@ -1,0 +1,302 @@
+"""The kernel's side of the data plane: namespaces, and changes of links, addresses, routes, FDB, neighbours.
+
+The one module with pyroute2.
+
+A netlink socket belongs to the namespace in which it was made, whichever thread uses it later. So a thread steps into
+a namespace (setns(2) concerns the calling thread alone), makes the socket and steps out again: no process is spawned.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+from typing import Any, Self
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
+
+from net.errors import Failed
+from net.kernel import libnft, rtnetlink
+from net.plan.facts import HOST, Entry, Kind, Link
+from net.plan.nft import VXLAN_PORT
+
+DIRECTORY = Path("/run/netns")
+"""Where ip-netns(8) looks for them."""
+
+_CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703
+_MS_BIND, _MNT_DETACH = 0x1000, 2
+_NOARP, _PERMANENT = 0x40, 0x80
+_SELF, _MASTER, _PROXY = 2, 4, 8
+_PROTO_KERNEL, _PROTO_STATIC, _SCOPE_LINK = 2, 4, 253
+_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise Failed(f"{what}: {os.strerror(number)}")
+
+
+def list_namespaces(prefix: str) -> list[str]:
+    """Those that are a prefix and a VNI in hex."""
+    pattern = prefix + "[0-9a-f]" * 6
+    return sorted(path.name for path in DIRECTORY.glob(pattern)) if DIRECTORY.is_dir() else []
+
+
+def is_namespace(name: str) -> bool:
+    """False for a plain file under that name: its maker was killed before it was mounted, or by a reboot."""
+    with (DIRECTORY / name).open("rb") as file:
+        try:
+            return fcntl.ioctl(file, _NS_GET_NSTYPE) == _CLONE_NEWNET
+        except OSError:  # ENOTTY
+            return False
+
+
+def create_namespace(name: str) -> None:
+    """Makes a network namespace and gives it its name under /run/netns, as `ip netns add` does."""
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    path = DIRECTORY / name
+    path.touch(mode=0o444)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.unshare(_CLONE_NEWNET), "a network namespace cannot be made")
+        mounted = _libc.mount(b"/proc/thread-self/ns/net", bytes(path), b"none", _MS_BIND, None)
+        number = ctypes.get_errno()
+        _check(_libc.setns(home, _CLONE_NEWNET), "the way home from a new namespace is shut")
+        if mounted != 0:
+            raise Failed(f"{path} cannot be mounted: {os.strerror(number)}")
+    finally:
+        os.close(home)
+
+
+def remove_namespace(name: str) -> None:
+    """Takes the name away; the namespace goes with its last process. Twice is once."""
+    path = DIRECTORY / name
+    while _libc.umount2(bytes(path), _MNT_DETACH) == 0:
+        pass
+    path.unlink(missing_ok=True)
+
+
+def create_tap(name: str, alias: str) -> None:
+    """A persistent tap in the calling thread's namespace, down. Its alias is set before it is made to last, so
+    that whoever is killed in between leaves nothing."""
+    with Path("/dev/net/tun").open("r+b", buffering=0) as device:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+        fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        with Netns(HOST) as host:
+            host.mark(name, alias)
+        fcntl.ioctl(device, _TUNSETPERSIST, 1)
+
+
+def announce(dev: str, address: str) -> None:
+    """A gratuitous ARP request (RFC 5227, section 3): who cached another MAC for the address learns ours."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind((dev, 0))
+        mac, ip = raw.getsockname()[4], IPv4Address(address).packed
+        arp = struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, ip, b"\0" * 6, ip)
+        raw.send(b"\xff" * 6 + mac + b"\x08\x06" + arp)
+
+
+class Netns:
+    """An open network namespace: HOST is the one in which the calling thread stands. Use it with `with`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        path = DIRECTORY / name if name else Path("/proc/thread-self/ns/net")
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Failed(f"namespace {name} cannot be opened: {error.strerror}") from error
+        try:
+            with self.entered():
+                self._reading = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._changing: IPRoute | None = None  # made when first needed: most namespaces are only read
+        self._names: dict[int, str] = {}
+        self._indices: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._changing is not None:
+            self._changing.close()
+        self._reading.close()
+        os.close(self.fd)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The calling thread, and every process that it starts, stands in this namespace meanwhile."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _check(_libc.setns(self.fd, _CLONE_NEWNET), f"namespace {self.name} cannot be entered")
+            try:
+                yield
+            finally:
+                _check(_libc.setns(home, _CLONE_NEWNET), "the way home from a namespace is shut")
+        finally:
+            os.close(home)
+
+    # What is there
+
+    def links(self) -> dict[str, Link]:
+        """Every device but loopback."""
+        found = rtnetlink.links(self._reading)
+        self._names = {index: link.name for index, link in found.items()}
+        return {link.name: link for link in found.values() if link.name != "lo"}
+
+    def link(self, name: str) -> Link | None:
+        """One device, without its master."""
+        found = rtnetlink.find(self._reading, name)
+        return found[1] if found else None
+
+    def entries(self, sysctls: Iterable[str]) -> Iterator[Entry]:
+        """What `rtnetlink.entries` says, and those sysctls (one that this kernel lacks reads "0")."""
+        if not self._names:
+            self.links()
+        yield from rtnetlink.entries(self._reading, self._names, connected_only=bool(self.name))
+        texts = dict.fromkeys(sysctls, "0")
+        with self.entered():
+            for key in sysctls:
+                with suppress(FileNotFoundError):
+                    texts[key] = Path(f"/proc/sys/{key}").read_text().strip()
+        for key, text in texts.items():
+            yield Entry(Kind.SYSCTL, "", key, text)
+
+    def proxies(self) -> Iterator[Entry]:
+        if not self._names:
+            self.links()
+        return rtnetlink.proxies(self._reading, self._names)
+
+    def nft(self, commands: str, *, json: bool = False) -> str:
+        with self.entered():
+            return libnft.run(commands, json=json)
+
+    # What is changed
+
+    def create_bridge(self, link: Link) -> None:
+        self._ip.link(
+            "add",
+            ifname=link.name,
+            kind="bridge",
+            mtu=link.mtu_bytes,
+            br_forward_delay=0,
+            br_mcast_snooping=0,
+            **({"address": link.mac} if link.mac else {}),
+        )
+
+    def create_vxlan(self, link: Link, target: "Netns") -> None:
+        """Made from here, put into the target: its UDP socket stays in this namespace."""
+        wanted = {"vxlan_id": link.vni, "vxlan_local": link.local, "vxlan_port": VXLAN_PORT}
+        device = {"ifname": link.name, "kind": "vxlan", "mtu": link.mtu_bytes, "vxlan_learning": False}
+        for tries_left in range(10, -1, -1):
+            try:
+                self._ip.link("add", net_ns_fd=target.fd, **device, **wanted)
+                return
+            except NetlinkError as error:
+                if error.code != errno.EEXIST or not tries_left:
+                    raise
+                # A namespace that lost its name frees its devices some time after its last process.
+                time.sleep(0.1)
+
+    def create_veth(self, link: Link, host: "Netns") -> None:
+        self._ip.link("add", ifname=link.name, kind="veth", peer={"ifname": link.peer, "net_ns_fd": host.fd})
+
+    def move_link(self, name: str, target: "Netns") -> None:
+        self._ip.link("set", index=self.index(name), net_ns_fd=target.fd)
+        self._indices.pop(name, None)
+
+    def change_link(self, link: Link, had: Link | None = None) -> None:
+        """Its attributes as they must be; of an observed one, the MAC only where it differs: setting even the same
+        one flushes the neighbours."""
+        index = self.index(link.name)
+        changes: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu_bytes}
+        if link.mac and (had is None or had.mac != link.mac):
+            changes["address"] = link.mac
+        if self.name:
+            changes["master"] = self.index(link.master) if link.master else 0
+        if link.master:
+            # A port's flags hang on its bridge, and must be there before it is up.
+            self._ip.link("set", index=index, **changes)
+            self._ip.brport("set", index=index, neigh_suppress=int(link.suppress), learning=0)
+            changes = {}
+        self._ip.link("set", index=index, state="up" if link.up else "down", **changes)
+
+    def mark(self, name: str, alias: str) -> None:
+        """Sets an alias and nothing else."""
+        self._ip.link("set", index=self.index(name), ifalias=alias)
+
+    def raise_loopback(self) -> None:
+        self._ip.link("set", index=self.index("lo"), state="up")
+
+    def delete_link(self, name: str) -> None:
+        """Twice is once."""
+        try:
+            self._ip.link("del", index=self.index(name))
+        except (NetlinkError, Failed) as error:
+            if isinstance(error, NetlinkError) and error.code != errno.ENODEV:
+                raise
+        self._indices.pop(name, None)
+
+    def entry(self, item: Entry, *, add: bool) -> None:
+        if item.kind is Kind.SYSCTL:
+            with self.entered():
+                if (path := Path("/proc/sys") / item.key).exists():
+                    path.write_text(item.value)
+            return
+        index = self.index(item.dev)
+        if item.kind is Kind.ADDRESS:
+            address, length = item.key.split("/")
+            what = {"index": index, "address": address, "prefixlen": int(length)}
+            try:
+                self._ip.addr("add" if add else "del", **what)
+            except NetlinkError as error:
+                if error.code != errno.EEXIST:
+                    raise
+                # It is there, but the route of its subnet is not.
+                subnet = str(IPv4Interface(item.key).network)
+                kept = {"proto": _PROTO_KERNEL, "scope": _SCOPE_LINK, "prefsrc": address}
+                self._ip.route("replace", dst=subnet, oif=index, **kept)
+        elif item.kind is Kind.ROUTE:
+            way = {"dst": item.key, "gateway": item.value, "oif": index, "proto": _PROTO_STATIC}
+            self._ip.route("replace" if add else "del", **way)
+        elif item.kind is Kind.FDB and item.value:
+            state = _NOARP | _PERMANENT
+            verb = "append" if add else "del"
+            self._ip.fdb(verb, ifindex=index, lladdr=item.key, dst=item.value, flags=_SELF, state=state)
+        elif item.kind is Kind.FDB:
+            verb = "replace" if add else "del"
+            self._ip.fdb(verb, ifindex=index, lladdr=item.key, flags=_MASTER, state=_NOARP)
+        elif item.kind is Kind.NEIGHBOUR:
+            what = {"ifindex": index, "dst": item.key, "lladdr": item.value, "state": _PERMANENT}
+            self._ip.neigh("replace" if add else "del", **what)
+        else:
+            self._ip.neigh("replace" if add else "del", ifindex=index, dst=item.key, flags=_PROXY)
+
+    def index(self, name: str) -> int:
+        if name not in self._indices:
+            found = rtnetlink.find(self._reading, name)
+            if not found:
+                raise Failed(f"there is no device {name} in {self.name or 'the host'}")
+            self._indices[name] = found[0]
+        return self._indices[name]
+
+    @property
+    def _ip(self) -> IPRoute:
+        if self._changing is None:
+            with self.entered():
+                self._changing = IPRoute()
+        return self._changing

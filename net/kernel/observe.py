@@ -1,0 +1,110 @@
+"""What the kernel of this node holds that is ours: read, never changed."""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+
+from net.errors import Failed
+from net.kernel import kernel
+from net.kernel.kernel import Netns
+from net.plan import dnsmasq, names, nft
+from net.plan.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed, Rule
+from net.plan.target import FORWARD, SYSCTLS
+
+_OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE)
+
+
+def observe(
+    installation: str, directory: Path, underlay: IPv4Address, processes: Iterable[dnsmasq.Running]
+) -> Observed:
+    """Everything of `installation` on this node. `directory` holds the files of its dnsmasq processes."""
+    found: dict[str, Facts] = {}
+    served = {(running.namespace, running.netns) for running in processes}
+    for name in kernel.list_namespaces(names.namespace_prefix(installation)):
+        inode = (kernel.DIRECTORY / name).stat().st_ino
+        settings = dnsmasq.Daemon(directory, name).settings() if (name, inode) in served else None
+        if not kernel.is_namespace(name):
+            found[name] = Facts(broken=True)
+            continue
+        with Netns(name) as space:
+            found[name] = _facts(installation, space, settings)
+    with Netns(HOST) as host:
+        return _host(installation, host, found, underlay)
+
+
+def _ours(installation: str, links: Iterable[Link], more: Iterable[str] = ()) -> dict[str, Link]:
+    mark, known = names.owned(installation), set(more)
+    return {link.name: link for link in links if link.alias.startswith(mark) or link.name in known}
+
+
+def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
+    vni = int(space.name.rsplit("-", 1)[1], 16)
+    deterministic = (names.bridge(vni), names.vxlan(vni), names.uplink(vni))
+    links = _ours(installation, space.links().values(), deterministic)
+    own = names.table(installation)
+    ruleset = nft.parse(space.nft("list ruleset", json=True))
+    return Facts(
+        links=links,
+        entries=frozenset(e for e in space.entries(SYSCTLS) if e.dev in links or not e.dev),
+        tables={family: table for (family, name), table in ruleset.items() if name == own},
+        dnsmasq=settings,
+    )
+
+
+def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv4Address) -> Observed:
+    every = host.links()
+    prefix = names.host_uplink_prefix(installation)
+    links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
+    entries = list(host.entries((FORWARD,)))
+    table = names.table(installation)
+    listed = nft.parse(host.nft("list tables", json=True))
+    ours = ("inet", table) in listed
+    tables = (
+        {"inet": nft.parse(host.nft(f"list table inet {table}", json=True))["inet", table]} if ours else {}
+    )
+    floating = tables["inet"].elements.get(nft.FLOATING) if tables else None
+    answered = {address for address, _ in floating.items} if floating else set()
+    own = [e for e in entries if e.kind is Kind.SYSCTL or (e.dev in links and e.kind in _OURS_ON_HOST)]
+    foreign, admissions = _foreign(installation, host)
+    found[HOST] = Facts(
+        links=links,
+        entries=frozenset([*own, *(e for e in (host.proxies() if answered else ()) if e.key in answered)]),
+        tables=tables,
+        admissions=frozenset(admissions),
+    )
+    addresses = {IPv4Interface(e.key).ip: e.dev for e in entries if e.kind is Kind.ADDRESS}
+    carrier = every.get(addresses.get(underlay, ""))
+    defaults = [e.dev for e in entries if e.kind is Kind.ROUTE and e.key == "0.0.0.0/0"]
+    return Observed(
+        namespaces=found,
+        host_addresses=frozenset(addresses),
+        uplink=defaults[0] if defaults else "",
+        mtu_bytes=carrier.mtu_bytes if carrier else 0,
+        resolvers=dnsmasq.upstream(),
+        foreign=tuple(foreign),
+    )
+
+
+def _foreign(installation: str, host: Netns) -> tuple[list[ForeignChain], list[Admission]]:
+    """Others' base chains that drop by policy and lie in the way of forwarded or mesh packets, with our rules in
+    them. (Chains that drop by a rule are the doctor's business.)"""
+    own = names.table(installation)
+    chains: list[ForeignChain] = []
+    admissions: list[Admission] = []
+    listed = json.loads(host.nft("list chains", json=True) or '{"nftables": []}')["nftables"]
+    for chain in (entry["chain"] for entry in listed if "chain" in entry):
+        if chain.get("hook") not in ("forward", "input") or chain["family"] not in ("ip", "inet"):
+            continue
+        if chain["table"].startswith("sf-"):
+            continue  # ours, or another installation's, which knows its own uplinks only
+        at = (chain["family"], chain["table"], chain["name"])
+        chains.append(ForeignChain(*at, chain["hook"], chain["policy"]))
+        with suppress(Failed):  # it was removed since
+            text = host.nft(f"list chain {' '.join(at)}", json=True)
+            for held in (entry["rule"] for entry in json.loads(text)["nftables"] if "rule" in entry):
+                if held.get("comment", "").startswith(f"{own}:"):
+                    rule = Rule(held["comment"], handle=held["handle"])
+                    admissions.append(Admission(*at, rule))
+    return chains, admissions

@@ -1,0 +1,1 @@
+"""Functions of values: from what is wanted and what is there to what must be done."""

@@ -1,0 +1,234 @@
+"""DHCP and DNS of one network: dnsmasq in its namespace, fed from desired state alone (dnsmasq(8)).
+
+It makes itself a daemon, so it dies neither with us nor with our process group, and is found again by its command
+line. Leases are no state: every guest has a fixed entry, and `dhcp-authoritative` confirms an address to a guest that
+had it before a restart. Addresses come to it by SIGHUP; when a guest went away or changed its address it starts anew
+(some 10 ms), because it would keep the address for the old MAC until that lease ended.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from net.errors import Failed
+from net.plan import names
+from net.plan.facts import Dnsmasq
+from net.plan.model import Network
+
+_LEASE = "24h"
+_USER = "dnsmasq"
+
+
+def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool) -> Dnsmasq:
+    """The three files as text. `uplink`: whether the router leads anywhere else."""
+    bridge, domain = names.bridge(network.vni), network.domain
+    lines = [
+        "no-hosts",
+        "no-resolv",
+        "no-poll",
+        f"interface={bridge}",
+        "except-interface=lo",
+        "bind-interfaces",
+        f"domain={domain}",
+    ]
+    if network.provide_dns:
+        lines += [f"local=/{domain}/", "expand-hosts", "domain-needed", "bogus-priv"]
+        lines += [f"server={address}" for address in upstream]
+    else:
+        lines.append("port=0")
+    hosts = []
+    if network.provide_dhcp:
+        lines += [
+            f"dhcp-range={network.netblock.network_address},static,{network.netblock.netmask},{_LEASE}",
+            "dhcp-authoritative",
+            "leasefile-ro",
+            "dhcp-ignore=tag:!known",
+            # Unicast answers would be made possible by an ARP entry of dnsmasq's own, in place of ours.
+            "dhcp-broadcast",
+            "no-ping",
+            f"dhcp-option=option:mtu,{network.mtu_bytes}",
+            f"dhcp-option=option:domain-search,{domain}",
+        ]
+        routed = [f"{address}/32,{network.gateway}" for address, _ in sorted(network.routed)]
+        if uplink:
+            lines.append(f"dhcp-option=option:router,{network.gateway}")
+        else:
+            lines.append("dhcp-option=option:router")
+        if routed:
+            ways = [f"0.0.0.0/0,{network.gateway}", *routed] if uplink else routed
+            lines.append(f"dhcp-option=option:classless-static-route,{','.join(ways)}")
+        if network.provide_dns:
+            lines.append(f"dhcp-option=option:dns-server,{network.gateway}")
+        hosts = sorted(f"{port.mac},{port.address},{port.hostname}" for port in network.ports)
+    entries = [(port.hostname, port.address) for port in network.ports if port.hostname]
+    entries += network.dns_entries
+    answers = sorted(f"{address} {name}" for name, address in entries) if network.provide_dns else []
+    return Dnsmasq(*("".join(f"{line}\n" for line in text) for text in (lines, hosts, answers)))
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A dnsmasq of ours."""
+
+    pid: int
+    namespace: str
+    netns: int
+    """Inode of the namespace it stands in."""
+
+
+def running(prefix: str) -> list[Running]:
+    """Every dnsmasq whose configuration names one of our namespaces and that this machine started.
+
+    Machines that share a process table (nodes in containers or in tests) are told apart by their mount namespace.
+    """
+    found = []
+    mine = Path("/proc/thread-self/ns/mnt").stat().st_ino
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (path / "cmdline").read_bytes().split(b"\0")
+            if Path(os.fsdecode(arguments[0])).name != "dnsmasq":
+                continue
+            config = next((a for a in arguments if a.startswith(b"--conf-file=")), b"")
+            namespace = Path(os.fsdecode(config)).parent.name
+            if namespace.startswith(prefix) and (path / "ns/mnt").stat().st_ino == mine:
+                netns = (path / "ns/net").stat().st_ino
+                found.append(Running(int(path.name), namespace, netns))
+        except OSError:  # it ended while we looked
+            continue
+    return found
+
+
+class Daemon:
+    """The files and the process of one network's dnsmasq."""
+
+    def __init__(self, directory: Path, namespace: str) -> None:
+        self._directory = directory / namespace
+        self._config = self._directory / "dnsmasq.conf"
+        self._hosts = self._directory / "hosts"
+        self._names = self._directory / "names"
+        self._loaded = self._directory / "loaded"
+
+    def settings(self) -> Dnsmasq:
+        """What the process has read: empty where the files were changed since."""
+        try:
+            found = Dnsmasq(*(p.read_text() for p in (self._config, self._hosts, self._names)))
+            loaded = self._loaded.read_text()
+        except FileNotFoundError:
+            return Dnsmasq("", "", "")
+        return found if loaded == _digest(found) else Dnsmasq("", "", "")
+
+    def start(self, wanted: Dnsmasq) -> None:
+        """Starts it in the namespace where the calling thread stands; raises Failed with its words."""
+        self._write(wanted)
+        command = [
+            "dnsmasq",
+            f"--conf-file={self._config}",
+            f"--dhcp-hostsfile={self._hosts}",
+            f"--addn-hosts={self._names}",
+            f"--pid-file={self._directory / 'pid'}",
+            f"--user={self._user()}",
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd="/")
+        except FileNotFoundError as error:
+            raise Failed("dnsmasq is not installed", hint="install the package dnsmasq-base") from error
+        except subprocess.TimeoutExpired as error:
+            raise Failed("dnsmasq did not start within 20 s") from error
+        if done.returncode != 0:
+            raise Failed(f"dnsmasq did not start: {done.stderr.strip()}")
+        self._loaded.write_text(_digest(wanted))
+
+    def reload(self, wanted: Dnsmasq, pid: int) -> None:
+        """New hosts and names under the same configuration; nobody is dropped."""
+        self._write(wanted)
+        os.kill(pid, signal.SIGHUP)
+        self._loaded.write_text(_digest(wanted))
+
+    def forget(self) -> None:
+        """Removes the files. Twice is once."""
+        if self._directory.is_dir():
+            for path in self._directory.iterdir():
+                path.unlink()
+            self._directory.rmdir()
+
+    def _write(self, wanted: Dnsmasq) -> None:
+        # Killed between here and the last line of start or reload, the files do not match `loaded`, and the
+        # next reconcile starts the process anew.
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.chmod(0o755)
+        self._loaded.unlink(missing_ok=True)
+        for path, text in (
+            (self._config, wanted.config),
+            (self._hosts, wanted.hosts),
+            (self._names, wanted.names),
+        ):
+            beside = path.with_suffix(".new")
+            beside.write_text(text)
+            beside.chmod(0o644)
+            beside.rename(path)
+
+    def _user(self) -> str:
+        """Its own user, unless that one could not read the files: a state directory closed to others."""
+        ways = (self._directory, *self._directory.parents)
+        return _USER if all(way.stat().st_mode & 0o001 for way in ways) and _known(_USER) else "root"
+
+
+def _known(user: str) -> bool:
+    return any(line.startswith(f"{user}:") for line in Path("/etc/passwd").read_text().splitlines())
+
+
+def _digest(wanted: Dnsmasq) -> str:
+    return hashlib.blake2b("\0".join((wanted.config, wanted.hosts, wanted.names)).encode()).hexdigest()
+
+
+def stop(pid: int, *, wait_s: float = 5.0) -> None:
+    """Ends it and waits; after half the time without mercy. No such process is success."""
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        hard = time.monotonic() > deadline - wait_s / 2
+        try:
+            os.kill(pid, signal.SIGKILL if hard else signal.SIGTERM)
+        except ProcessLookupError:
+            return
+        for _ in range(50):
+            if _ended(pid):
+                return
+            time.sleep(0.002)
+    raise Failed(f"dnsmasq (process {pid}) does not end")
+
+
+def _ended(pid: int) -> bool:
+    """A process that nobody has waited for yet has no command line left."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
+def upstream(
+    paths: Sequence[Path] = (Path("/run/systemd/resolve/resolv.conf"), Path("/etc/resolv.conf")),
+) -> tuple[IPv4Address, ...]:
+    """The host's DNS servers from the first file that names one which is not loopback."""
+    for path in paths:
+        found = []
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        for words in (line.split() for line in lines):
+            if len(words) >= 2 and words[0] == "nameserver":
+                try:
+                    address = IPv4Address(words[1])
+                except ValueError:  # IPv6
+                    continue
+                if not address.is_loopback:
+                    found.append(address)
+        if found:
+            return tuple(found)
+    return ()

@@ -1,0 +1,200 @@
+"""What each namespace of a node must hold: pure functions from desired state to facts."""
+
+import hashlib
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Interface
+
+from net.plan import dnsmasq, names, nft
+from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed
+from net.plan.ipam import TRANSIT
+from net.plan.model import Network, NodeNetworks, Port
+
+VXLAN_OVERHEAD_BYTES = 50
+"""Outer IPv4, UDP, VXLAN and inner Ethernet headers (RFC 7348)."""
+_UPLINK_MTU_BYTES = 1500
+_FLOOD = "00:00:00:00:00:00"
+FORWARD = "net/ipv4/ip_forward"
+_QUIET = {
+    "net/ipv6/conf/all/disable_ipv6": "1",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/ipv4/conf/all/send_redirects": "0",
+    "net/ipv4/conf/default/send_redirects": "0",
+    # A namespace made after br_netfilter was loaded starts with 1: bridged packets would meet IP rules.
+    "net/bridge/bridge-nf-call-iptables": "0",
+    "net/bridge/bridge-nf-call-arptables": "0",
+}
+SYSCTLS = (*_QUIET, FORWARD)
+
+
+def tap_name(desired: NodeNetworks, port: Port) -> str:
+    return port.tap or names.tap(desired.installation, port.uuid)
+
+
+def routes_here(desired: NodeNetworks, network: Network) -> bool:
+    return network.router_node == desired.node
+
+
+def is_meshed(desired: NodeNetworks) -> bool:
+    """Whether there is any other node; the list of peers may hold this one or not."""
+    return any(peer.node != desired.node for peer in desired.peers)
+
+
+def outer_addresses(network: Network) -> list[IPv4Address]:
+    """Addresses of the uplink's side that this network's router answers for."""
+    own = [network.router_floating] if network.router_floating else []
+    floating = [port.floating for port in network.ports if port.floating]
+    return sorted({*own, *floating, *(address for address, _ in network.routed)})
+
+
+def has_uplink(desired: NodeNetworks, network: Network) -> bool:
+    return routes_here(desired, network) and (network.provide_nat or bool(outer_addresses(network)))
+
+
+def transits(desired: NodeNetworks, observed: Observed) -> dict[int, IPv4Address]:
+    """The host's end of each uplink's /31 by VNI: the one it has, else the first that nobody on this host uses."""
+    taken, chosen = set(observed.host_addresses), {}
+    wanting = [n.vni for n in desired.networks if has_uplink(desired, n)]
+    entries = observed.namespaces[HOST].entries
+    by_dev = {e.dev: IPv4Interface(e.key) for e in sorted(entries) if e.kind is Kind.ADDRESS}
+    for vni in wanting:
+        had = by_dev.get(names.host_uplink(desired.installation, vni))
+        if had and had.ip in TRANSIT and had.network.prefixlen == 31 and had.ip == had.network[0]:
+            chosen[vni] = had.ip
+    taken |= set(chosen.values())
+    count = TRANSIT.num_addresses // 2
+    for vni in sorted(set(wanting) - set(chosen)):
+        seed = hashlib.blake2b(names.namespace(desired.installation, vni).encode(), digest_size=4).digest()
+        for step in range(count):
+            address = TRANSIT[2 * ((int.from_bytes(seed, "big") + step) % count)]
+            if address not in taken:
+                break
+        taken.add(address)
+        chosen[vni] = address
+    return chosen
+
+
+def target(desired: NodeNetworks, observed: Observed) -> dict[str, Facts]:
+    """Facts of every namespace that must be there, and of the host as far as it is ours."""
+    outside = transits(desired, observed)
+    wanted = {
+        names.namespace(desired.installation, network.vni): _namespace(
+            desired, network, outside.get(network.vni), observed
+        )
+        for network in desired.networks
+    }
+    return {HOST: _host(desired, outside, observed), **wanted}
+
+
+def _namespace(
+    desired: NodeNetworks, network: Network, outside: IPv4Address | None, observed: Observed
+) -> Facts:
+    vni, routes = network.vni, routes_here(desired, network)
+    br, vx, up = names.bridge(vni), names.vxlan(vni), names.uplink(vni)
+    alias = f"{names.owned(desired.installation)}network {network.uuid}"
+    router_mac = names.router_mac(desired.installation, vni)
+    mac = router_mac if routes else names.bridge_mac(desired.installation, vni, desired.node)
+    remotes = {peer.node: str(peer.address) for peer in desired.peers if peer.node != desired.node}
+    local = {tap_name(desired, port): port for port in network.ports if port.node == desired.node}
+    mtu = network.mtu_bytes
+    links = [
+        Link(br, "bridge", alias, mtu, mac=mac),
+        Link(vx, "vxlan", alias, mtu, master=br, suppress=True, vni=vni, local=str(desired.underlay)),
+        *(port_link(desired, network, port) for port in local.values()),
+    ]
+    entries = {Entry(Kind.SYSCTL, "", key, value) for key, value in _QUIET.items()}
+    entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1" if routes else "0"))
+    if routes:
+        entries.add(Entry(Kind.ADDRESS, br, f"{network.gateway}/{network.netblock.prefixlen}"))
+        entries |= {Entry(Kind.ROUTE, br, f"{address}/32", str(via)) for address, via in network.routed}
+    inside = outside + 1 if outside is not None else None
+    if outside is not None:
+        peer = names.host_uplink(desired.installation, vni)
+        links.append(Link(up, "veth", alias, _UPLINK_MTU_BYTES, peer=peer))
+        entries |= {Entry(Kind.ADDRESS, up, f"{inside}/31"), Entry(Kind.ROUTE, up, "0.0.0.0/0", str(outside))}
+        if network.router_floating:
+            entries.add(Entry(Kind.ADDRESS, up, f"{network.router_floating}/32"))
+    entries |= {Entry(Kind.FDB, name, port.mac) for name, port in local.items()}
+    entries |= {Entry(Kind.NEIGHBOUR, br, str(port.address), port.mac) for port in network.ports}
+    elsewhere = [(port.mac, port.node) for port in network.ports if port.node != desired.node]
+    if not routes:
+        elsewhere.append((router_mac, network.router_node))
+        if network.router_node in remotes:
+            entries.add(Entry(Kind.NEIGHBOUR, br, str(network.gateway), router_mac))
+    for remote_mac, remote in ((m, remotes[node]) for m, node in elsewhere if node in remotes):
+        entries |= {Entry(Kind.FDB, vx, remote_mac), Entry(Kind.FDB, vx, remote_mac, remote)}
+        entries.add(Entry(Kind.FDB, vx, _FLOOD, remote))
+    bridge_rules = nft.ports_table(desired.installation, network, local)
+    router_rules = nft.router_table(desired.installation, network, inside, routes=routes)
+    serves = routes and (network.provide_dhcp or network.provide_dns)
+    upstream = desired.resolvers or observed.resolvers
+    return Facts(
+        links={link.name: link for link in links},
+        entries=frozenset(entries),
+        tables={table.family: table for table in (bridge_rules, router_rules)},
+        dnsmasq=dnsmasq.settings(network, upstream if inside else (), uplink=bool(inside))
+        if serves
+        else None,
+    )
+
+
+def port_link(desired: NodeNetworks, network: Network, port: Port) -> Link:
+    """The tap of a port once it is in the network's namespace."""
+    alias = f"{names.owned(desired.installation)}port {port.uuid}"
+    bridge = names.bridge(network.vni)
+    return Link(tap_name(desired, port), "tun", alias, network.mtu_bytes, master=bridge)
+
+
+def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Observed) -> Facts:
+    if not desired.networks:
+        return Facts()
+    uplink = desired.uplink or observed.uplink
+    links, entries, floating = {}, set[Entry](), set[IPv4Address]()
+    for network in (network for network in desired.networks if network.vni in outside):
+        name, end = names.host_uplink(desired.installation, network.vni), outside[network.vni]
+        alias = f"{names.owned(desired.installation)}network {network.uuid}"
+        links[name] = Link(name, "veth", alias, _UPLINK_MTU_BYTES)
+        entries.add(Entry(Kind.ADDRESS, name, f"{end}/31"))
+        for address in outer_addresses(network):
+            floating.add(address)
+            entries.add(Entry(Kind.ROUTE, name, f"{address}/32", str(end + 1)))
+            if uplink:
+                entries.add(Entry(Kind.PROXY, uplink, str(address)))
+    if links:
+        entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1"))
+    nodes = {desired.underlay, *(peer.address for peer in desired.peers)}
+    peers = sorted({peer.address for peer in desired.peers if peer.node != desired.node})
+    table = nft.host_table(
+        desired.installation,
+        vnis=sorted(network.vni for network in desired.networks),
+        nodes=sorted(address for address in nodes if not address.is_loopback),
+        resolvers=sorted(set(desired.resolvers or observed.resolvers)),
+        insides=sorted(address + 1 for address in outside.values()),
+        floating=sorted(floating),
+    )
+    admissions = nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(links))
+    return Facts(links, frozenset(entries), {"inet": table}, admissions)
+
+
+def without_routers(observed: Observed) -> dict[str, Facts]:
+    """The observed state less everything by which this node routes: what a node does that lost its lease."""
+    return {name: _unrouted(name, facts) for name, facts in observed.namespaces.items()}
+
+
+def _unrouted(name: str, facts: Facts) -> Facts:
+    links = {n: link for n, link in facts.links.items() if link.kind != "veth"}
+    kept = {Kind.SYSCTL} if name == HOST else {Kind.SYSCTL, Kind.FDB, Kind.NEIGHBOUR}
+    entries = frozenset(entry for entry in facts.entries if entry.kind in kept)
+    return replace(facts, links=links, entries=entries, dnsmasq=None)
+
+
+def too_large(desired: NodeNetworks, observed: Observed) -> list[Network]:
+    """Networks that are not here yet and whose packets the mesh's underlay cannot carry."""
+    if not observed.mtu_bytes or not is_meshed(desired):
+        return []
+    limit = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
+    return [
+        network
+        for network in desired.networks
+        if network.mtu_bytes > limit
+        and names.namespace(desired.installation, network.vni) not in observed.namespaces
+    ]
