@@ -9,7 +9,7 @@ import numpy as np
 import zstandard
 
 from imagestore.backends.protocol import Backend, Buffer, Object, ObjectStat
-from imagestore.disks.chunker import ChunkerParams
+from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from imagestore.disks.chunker import BLOCK, runs
+from imagestore.disks.chunker import runs
 from imagestore.disks.open import Disk, read_range
 from imagestore.disks.windows import Special
 from imagestore.errors import Invalid
+from imagestore.formats.chunking import BLOCK
 
 FILE_BYTES = 32 << 10
 """Files from this size on start and end a chunk."""

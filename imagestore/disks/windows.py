@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from imagestore.disks.chunker import BLOCK, U64, ChunkerParams, block_sums, cut, runs, zero_blocks
+from imagestore.disks.chunker import U64, block_sums, cut, runs, zero_blocks
 from imagestore.disks.open import Disk
+from imagestore.formats.chunking import BLOCK, ChunkerParams
 from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
 

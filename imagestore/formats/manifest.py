@@ -11,9 +11,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from imagestore.disks.chunker import BLOCK, ChunkerParams
 from imagestore.errors import Corrupt, Invalid
 from imagestore.formats import columns
+from imagestore.formats.chunking import BLOCK, ChunkerParams
 from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
 

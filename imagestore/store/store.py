@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagestore.backends.protocol import Backend
-from imagestore.disks.chunker import ChunkerParams
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
+from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
 from imagestore.formats.sealed import seal, unseal
 from imagestore.store.names import Names

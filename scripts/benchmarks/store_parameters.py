@@ -15,9 +15,9 @@ from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench
 from imagestore.disks import ext4
-from imagestore.disks.chunker import ChunkerParams
 from imagestore.disks.open import open_disk
 from imagestore.disks.windows import Special, Windows
+from imagestore.formats.chunking import ChunkerParams
 
 KIB = 1 << 10
 _PLAIN = Special(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.int64))

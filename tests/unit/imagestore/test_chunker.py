@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore.disks.chunker import BLOCK, ChunkerParams, block_sums, cut, runs, zero_blocks
+from imagestore.disks.chunker import block_sums, cut, runs, zero_blocks
 from imagestore.errors import Invalid
+from imagestore.formats.chunking import BLOCK, ChunkerParams
 
 PARAMS = ChunkerParams()
 SMALL = ChunkerParams(min_bytes=2 * BLOCK, average_bytes=4 * BLOCK, max_bytes=8 * BLOCK)

@@ -6,9 +6,9 @@ import pytest
 
 from imagestore.backends.directory import Directory
 from imagestore.disks import ext4
-from imagestore.disks.chunker import BLOCK
 from imagestore.disks.open import open_disk
 from imagestore.errors import Invalid
+from imagestore.formats.chunking import BLOCK
 from imagestore.formats.digest import Digest
 from imagestore.pull import pull
 from imagestore.push import push

@@ -6,9 +6,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore.disks.chunker import BLOCK, ChunkerParams
 from imagestore.errors import Corrupt
 from imagestore.formats import columns
+from imagestore.formats.chunking import BLOCK, ChunkerParams
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import MAX_DISK_BYTES, Manifest

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagestore.disks.chunker import ChunkerParams
 from imagestore.disks.qcow2 import writer as qcow2_writer
+from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
 

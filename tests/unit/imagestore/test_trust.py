@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
-from imagestore.disks.chunker import ChunkerParams
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unavailable
+from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
