@@ -17,7 +17,6 @@ from threading import Event
 import numpy as np
 from blake3 import blake3
 
-from imagestore.backends.protocol import Buffer
 from imagestore.disks.output import Output
 from imagestore.disks.qcow2.writer import plan
 from imagestore.disks.windows import in_order
@@ -33,12 +32,13 @@ from imagestore.errors import (
     Unavailable,
 )
 from imagestore.formats import columns
-from imagestore.formats.digest import Digest
+from imagestore.formats.columns import Numbers
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import expand
 from imagestore.progress import Progress, Report, silent
-from imagestore.store.ranges import Numbers, plan_requests
+from imagestore.store.ranges import plan_requests
 from imagestore.store.store import Store, derived_key
 
 _REQUESTS = 4

@@ -22,7 +22,7 @@ from imagestore.disks import ext4
 from imagestore.disks.open import Disk, open_disk, read_range
 from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
-from imagestore.formats.columns import Ids
+from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest, check_labels
@@ -32,7 +32,7 @@ from imagestore.store.leases import Lease
 from imagestore.store.lookup import Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
-from imagestore.store.placement import Numbers, Placement
+from imagestore.store.placement import Placement
 from imagestore.store.publish import publish
 from imagestore.store.ranges import too_scattered
 from imagestore.store.store import Store

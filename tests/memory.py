@@ -5,8 +5,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from imagestore.backends.protocol import Buffer, Object, ObjectStat, check_key, pieces
+from imagestore.backends.protocol import Object, ObjectStat, check_key, pieces
 from imagestore.errors import Conflict, Corrupt, NotFound
+from imagestore.formats.digest import Buffer
 
 
 class Memory:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import zstandard
 
-from imagestore.backends.protocol import Backend, Buffer, Object, ObjectStat
+from imagestore.backends.protocol import Backend, Object, ObjectStat
 from imagestore.formats.chunking import ChunkerParams
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Frame, PackWriter, compress

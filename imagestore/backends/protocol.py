@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from imagestore.errors import Corrupt, Invalid, Unavailable, Unsupported
+from imagestore.formats.digest import Buffer
 
-Buffer = bytes | bytearray | memoryview
 Data = Buffer | Sequence[Buffer]
 
 MAX_BYTES = 1 << 30

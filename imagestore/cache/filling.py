@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING
 
-from imagestore.backends.protocol import Buffer
 from imagestore.cache.intake import DOWN_S, Brought, Intake
 from imagestore.cache.partial import PartialImage
 from imagestore.cache.peers import Peers
+from imagestore.formats.digest import Buffer
 from imagestore.formats.layout import Layout
 from imagestore.store.frames import REQUEST_BYTES, Origin
 

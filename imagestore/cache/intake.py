@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from imagestore.backends.protocol import Buffer
 from imagestore.cache.partial import PartialImage
 from imagestore.errors import Corrupt, StoreError, Unavailable
+from imagestore.formats.digest import Buffer
 from imagestore.store.frames import Batch, Origin
 
 DOWN_S = 5.0

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imagestore.backends.protocol import Buffer
 from imagestore.cache.fetcher import Fetcher
 from imagestore.cache.filling import Fill, Filling
 from imagestore.cache.images import ImageCache
@@ -27,7 +26,7 @@ from imagestore.cache.peers import PATIENCE_S, Peers, Site
 from imagestore.cache.reader import Reader
 from imagestore.cache.traces import Traces
 from imagestore.errors import Corrupt, NotFound, StoreError
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin

@@ -21,8 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from imagestore import durable
-from imagestore.backends.protocol import Buffer
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.manifest import Manifest
 
 _MAGIC = b"sf-have 1\n"

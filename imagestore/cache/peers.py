@@ -21,9 +21,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from blake3 import blake3
 
-from imagestore.backends.protocol import Buffer
 from imagestore.errors import StoreError, Unavailable
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import Batch
 

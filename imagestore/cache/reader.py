@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from imagestore.backends.protocol import Buffer
 from imagestore.cache.filling import Filling
 from imagestore.cache.nbd.handshake import MAX_REQUEST_BYTES
 from imagestore.cache.nbd.server import STATUS_MAX_EXTENTS
 from imagestore.cache.trace import Recorder
+from imagestore.formats.digest import Buffer
 
 # Never written and so never more than the kernel's one page of zeros.
 _ZEROES = memoryview(mmap.mmap(-1, MAX_REQUEST_BYTES, prot=mmap.PROT_READ))

@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from imagestore.backends.protocol import Buffer
 from imagestore.disks.qcow2.writer import CLUSTER, Qcow2
-from imagestore.store.ranges import Numbers
+from imagestore.formats.columns import Numbers
+from imagestore.formats.digest import Buffer
 
 _SYNC_BYTES = 32 << 20
 """The file is synced in the background each time that so much was written: the disk works while the rest arrives."""

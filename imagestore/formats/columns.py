@@ -18,6 +18,8 @@ from imagestore.formats.digest import SIZE_BYTES
 MAX_HEADER_BYTES = 1 << 20
 Ids = npt.NDArray[np.uint8]
 """Digests, one per row: shape (n, 32)."""
+Numbers = npt.NDArray[np.int64]
+"""Rows of other columns, or bytes."""
 
 
 def encode(magic: bytes, header: dict[str, Any], *columns: npt.NDArray[Any]) -> bytes:

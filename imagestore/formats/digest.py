@@ -7,6 +7,7 @@ from blake3 import blake3
 
 from imagestore.errors import Invalid
 
+Buffer = bytes | bytearray | memoryview
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 SIZE_BYTES = 32
@@ -23,7 +24,7 @@ class Digest(bytes):
         return super().__new__(cls, raw)
 
     @classmethod
-    def of(cls, data: "bytes | bytearray | memoryview") -> Self:
+    def of(cls, data: Buffer) -> Self:
         """Hash `data`."""
         return cls(blake3(data).digest())
 

@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from imagestore.backends.protocol import Buffer
 from imagestore.errors import Corrupt
 from imagestore.formats import columns
 from imagestore.formats.columns import Ids
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 
 MAGIC = b"sf-footer 1\n"
 TRAILER = b"sf-pack1"

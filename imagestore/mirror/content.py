@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from imagestore.backends.protocol import Buffer
 from imagestore.disks.qcow2.writer import WRITER, plan
 from imagestore.errors import Corrupt, NotFound
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import StoreOrigin

@@ -18,12 +18,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from jinja2 import Environment, PackageLoader
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from imagestore.backends.pull_through import PullThrough
 from imagestore.disks.qcow2.writer import WRITER, plan
 from imagestore.errors import NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_index
 from imagestore.mirror.content import AHEAD, Content, GroupCache, simplestreams_archive
+from imagestore.mirror.pull_through import PullThrough
 from imagestore.mirror.sync import read_provenance
 from imagestore.mirror.tree import Limits, Receive, Scope, Send, Span, Tree, headers_of, key_of, prepare
 from imagestore.store.open import open_backend, open_store

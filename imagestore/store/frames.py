@@ -11,10 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from imagestore.backends.protocol import Buffer
 from imagestore.errors import Corrupt, NotFound
 from imagestore.formats import columns
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import expand

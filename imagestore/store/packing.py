@@ -9,8 +9,7 @@ from typing import Self
 
 import zstandard
 
-from imagestore.backends.protocol import Buffer
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.pack import FRAME_BYTES, LEVEL, Footer, Frame, PackWriter, compress
 from imagestore.store import index
 from imagestore.store.leases import Lease

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from imagestore.disks.chunker import U64
 from imagestore.formats import columns
-from imagestore.formats.columns import Ids
+from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import Footer
@@ -26,7 +26,6 @@ _FRAME = np.dtype(
     ]
 )
 """Of a frame: the number of its pack (-1: none yet), its place in that, stored and plain bytes, codec, BLAKE3."""
-Numbers = npt.NDArray[np.int64]
 
 
 class Column:

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from imagestore.formats.columns import Numbers
 from imagestore.formats.pack import MAX_PACK_BYTES
 
 REQUEST_BYTES = 8 << 20
@@ -11,8 +12,6 @@ _READ_OVER, _REQUESTS = 0.12, 1.3
 """Gaps are read over while requests are more than so many times the fewest, up to this share of the bytes."""
 _SPARSE, _SCATTERED = 1.22, 1.6
 """A pull may fetch this many times the bytes, in this many times the requests, before chunks are stored again."""
-
-Numbers = npt.NDArray[np.int64]
 
 
 def plan_requests(packs: Numbers, offsets: Numbers, sizes: Numbers) -> list[Numbers]:

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from imagestore.backends.protocol import Buffer
 from imagestore.disks.windows import in_order
 from imagestore.errors import Corrupt
-from imagestore.formats.digest import Digest
+from imagestore.formats.columns import Numbers
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Codec, Frame, expand
 from imagestore.store.inventory import Table
 from imagestore.store.packing import Framer, Packer
-from imagestore.store.ranges import Numbers, plan_requests
+from imagestore.store.ranges import plan_requests
 from imagestore.store.store import Store, derived_key
 
 

@@ -14,8 +14,8 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from imagestore.backends.protocol import Buffer
 from imagestore.cache.nbd.handshake import CONTEXT_ID, GREETING, MAX_REQUEST_BYTES, Broken, Handshake
+from imagestore.formats.digest import Buffer
 
 MAX_IN_FLIGHT_BYTES = 32 << 20
 MAX_IN_FLIGHT = 128

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagestore.backends.protocol import Buffer
 from imagestore.cache import filling as module
 from imagestore.cache.fetcher import Fetcher
 from imagestore.cache.filling import Fill, Filling
@@ -20,7 +19,7 @@ from imagestore.cache.peers import Peers
 from imagestore.cache.reader import Reader
 from imagestore.cache.trace import Trace
 from imagestore.errors import Unavailable
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin
 from imagestore.store.store import Store

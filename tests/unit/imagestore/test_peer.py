@@ -8,9 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imagestore.backends.protocol import Buffer
 from imagestore.cache.peers import OWNED_CHUNKS, Peers, PeerServer, Site, sign
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from tests.servers import free_ports
 from tests.tiny_store import disk
 from tests.unit.imagestore.test_fetcher import Node, read

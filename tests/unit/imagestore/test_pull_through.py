@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
-from imagestore.backends.pull_through import PullThrough
 from imagestore.errors import Corrupt, Unavailable, Unsupported
+from imagestore.mirror.pull_through import PullThrough
 from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store.store import Store
