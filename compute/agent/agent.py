@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 from compute.agent.guest.guest import Guest
-from compute.agent.guest.owner import Host, Plane
+from compute.agent.guest.host import Host, Plane
 from compute.agent.hypervisor import accel
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_jobs import Cache, ImageJobs

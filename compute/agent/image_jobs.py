@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from compute.agent.guest.host import Backing, Say
 from compute.wire.spec import ImageSite
 from imagestore.cache.images import Cached
 from imagestore.formats.digest import Digest
@@ -19,7 +20,6 @@ from imagestore.progress import Progress, Report
 
 _AT_ONCE = 3
 
-Say = Callable[[str], None]
 Heard = Callable[[str, str], None]
 """Told (reader, message) for each event of an image that the reader uses; ("", ""): look at everything again."""
 
@@ -32,15 +32,6 @@ class Cache(Protocol):
     def path(self, digest: Digest) -> Path: ...
 
     def list(self) -> Sequence[Cached]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Backing:
-    """What an overlay stands on: a raw file, complete now, or (with an NBD socket) one day."""
-
-    path: Path
-    size_bytes: int
-    socket: Path | None = None
 
 
 @dataclass(slots=True)

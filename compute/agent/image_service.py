@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from compute.agent.image_jobs import Backing, Cache, Heard, ImageJobs, Say
+from compute.agent.guest.host import Backing, Say
+from compute.agent.image_jobs import Cache, Heard, ImageJobs
 from compute.wire.spec import ImageSite
 from imagestore.cache.control import Away, ControlClient
 from imagestore.cache.imaged import control_socket, unprivileged

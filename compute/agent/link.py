@@ -26,10 +26,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from compute.agent.guest.owner import Plane
-from compute.cluster.joining import JoinToken
+from compute.agent.guest.host import Plane
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
+from compute.wire.join_token import JoinToken
 from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
 from imagestore import durable
 from net.doctor import Finding

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address
 
 from compute.agent.guest.guest import Guest
-from compute.agent.guest.owner import Plane
+from compute.agent.guest.host import Plane
 from compute.errors import NotFound
 from net.plan.model import NodeNetworks
 

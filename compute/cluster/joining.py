@@ -1,19 +1,15 @@
 """How another machine becomes a node: a single-use token, then a secret of its own over TLS with a pinned certificate.
 
-    sfj1.<SHA-256 of the server's certificate, base64url>.<secret, base64url>
-
-The token tells the new node which certificate to expect, so that it meets the right server before it says anything.
 Only hashes of tokens and secrets are stored: both are 256 random bits, so a fast hash is enough.
 """
 
-import base64
 import datetime
 import hashlib
 import hmac
 import secrets
 import ssl
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from cryptography import x509
@@ -23,34 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from compute.cluster.auth import check_name
 from compute.cluster.records.objects import Claims, Node, Taken, Transaction, new_uuid
 from compute.errors import Conflict, Denied, Unauthenticated
+from compute.wire.join_token import JoinToken
 from imagestore import durable
 
 TOKEN_S = 600.0
-_PREFIX = "sfj1"
 _LONG = datetime.timedelta(days=36500)
-
-
-@dataclass(frozen=True, slots=True)
-class JoinToken:
-    """What `sf node token` prints."""
-
-    fingerprint: bytes
-    secret: str
-
-    def __str__(self) -> str:
-        return f"{_PREFIX}.{base64.urlsafe_b64encode(self.fingerprint).decode()}.{self.secret}"
-
-    @classmethod
-    def parse(cls, text: str) -> "JoinToken":
-        """Raises Denied."""
-        try:
-            prefix, fingerprint, secret = text.strip().split(".")
-            pinned = base64.urlsafe_b64decode(fingerprint)
-            if prefix != _PREFIX or len(pinned) != 32 or not secret:
-                raise ValueError(prefix)
-        except ValueError as err:
-            raise Denied("that is no join token", hint="sf node token, on the server, prints one") from err
-        return cls(pinned, secret)
 
 
 def _hash(secret: str) -> str:

@@ -19,10 +19,11 @@ import uvicorn
 
 from compute.api import agents
 from compute.cluster import controller as control
-from compute.cluster.joining import JoinToken, certificate
+from compute.cluster.joining import certificate
 from compute.cluster.records.objects import transact
 from compute.config import Config
 from compute.wire.codec import from_plain, to_plain
+from compute.wire.join_token import JoinToken
 from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeFacts
 from tests.api_server import Running, running
 

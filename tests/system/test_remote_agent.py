@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from compute.agent import link as remote
-from compute.cluster.joining import JoinToken, certificate, make_token
+from compute.cluster.joining import certificate, make_token
 from compute.cluster.records.objects import transact
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
+from compute.wire.join_token import JoinToken
 from compute.wire.spec import InstanceState, InstanceStatus, NodeFacts
 from tests.api_server import Running, running
 from tests.system.test_api_agents import address, listening, server

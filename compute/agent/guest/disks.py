@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compute.agent.guest import overlay
+from compute.agent.guest.host import Backing, Say
 from compute.agent.guest.owner import Owner
 from compute.agent.hypervisor import domain
-from compute.agent.image_jobs import Backing, Say
 from compute.errors import ComputeError
 
 _MOVE_BYTES = 256 << 20

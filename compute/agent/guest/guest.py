@@ -22,7 +22,8 @@ from typing import Any
 from compute.agent.guest import config_drive
 from compute.agent.guest.console import ConsoleLog
 from compute.agent.guest.disks import Disks
-from compute.agent.guest.owner import Host, Owner, Phase
+from compute.agent.guest.host import Host
+from compute.agent.guest.owner import Owner, Phase
 from compute.agent.guest.taps import Interfaces
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState, Refused

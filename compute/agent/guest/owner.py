@@ -4,41 +4,16 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
-from ipaddress import IPv4Address
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from compute.agent.hypervisor.accel import Verdict
-from compute.agent.hypervisor.libvirt import Hypervisor
-from compute.agent.image_jobs import ImageJobs
+from compute.agent.guest.host import Host
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.spec import InstanceSpec, InstanceStatus, NodeEvent
+from compute.wire.spec import InstanceSpec, NodeEvent
 from imagestore import durable
-from net.doctor import Finding
-from net.plan.model import Network, NodeNetworks, Port
-
-T = TypeVar("T")
-
-
-class Plane(Protocol):
-    """What guests need of this node's data plane; `net.plane.Plane` in the product."""
-
-    def apply(self, desired: NodeNetworks) -> object: ...
-
-    def create_tap(self, port: Port) -> str: ...
-
-    def adopt_tap(self, network: Network, port: Port) -> object: ...
-
-    def remove_tap(self, port: Port) -> object: ...
-
-    def namespace(self, network: Network) -> str: ...
-
-    def doctor(self, desired: NodeNetworks) -> Sequence[Finding]: ...
+from net.plan.model import Network, Port
 
 
 class Phase(StrEnum):
@@ -86,30 +61,6 @@ class Record:
     arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
     """From where the bytes of each device's image came during the newest boot."""
     vdi_password: str = field(default_factory=lambda: secrets.token_hex(4))
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What the guests of one agent share."""
-
-    node: str
-    installation: str
-    directory: Path
-    """`instances/` of the state directory."""
-    address: IPv4Address
-    """Where VNC and SPICE listen."""
-    hypervisor: Hypervisor
-    plane: Plane
-    plane_lock: asyncio.Lock
-    images: ImageJobs
-    verdict: Verdict
-    pool: ThreadPoolExecutor
-    publish: Callable[[InstanceStatus], None]
-    note: Callable[[NodeEvent], None]
-
-    async def do(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
-        """Run something slow and synchronous in the agent's own threads."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, partial(call, *args, **named))
 
 
 class Owner:

@@ -1,0 +1,97 @@
+"""What all guests of one agent share, and what they need of its data plane and its images."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from compute.agent.hypervisor.accel import Verdict
+from compute.agent.hypervisor.libvirt import Hypervisor
+from compute.wire.spec import InstanceStatus, NodeEvent
+from net.doctor import Finding
+from net.plan.model import Network, NodeNetworks, Port
+
+T = TypeVar("T")
+
+Say = Callable[[str], None]
+
+
+class Plane(Protocol):
+    """What guests need of this node's data plane; `net.plane.Plane` in the product."""
+
+    def apply(self, desired: NodeNetworks) -> object: ...
+
+    def create_tap(self, port: Port) -> str: ...
+
+    def adopt_tap(self, network: Network, port: Port) -> object: ...
+
+    def remove_tap(self, port: Port) -> object: ...
+
+    def namespace(self, network: Network) -> str: ...
+
+    def doctor(self, desired: NodeNetworks) -> Sequence[Finding]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What an overlay stands on: a raw file, complete now, or (with an NBD socket) one day."""
+
+    path: Path
+    size_bytes: int
+    socket: Path | None = None
+
+
+class Images(Protocol):
+    """What guests need of this node's images. `reader` names the disk that reads one."""
+
+    async def backing(self, reader: str, digest: str, say: Say) -> Backing:
+        """What a guest that is about to start reads its image from. Raises imagestore's errors."""
+        ...
+
+    def complete(self, digest: str) -> Path | None:
+        """The complete raw file of an image, if it is here."""
+        ...
+
+    async def settled(self, reader: str) -> None:
+        """The guest reads the raw file itself now."""
+        ...
+
+    async def gone(self, reader: str) -> None:
+        """The guest's disk is deleted."""
+        ...
+
+    async def booted(self, reader: str) -> None:
+        """The guest is up: its boot trace is complete."""
+        ...
+
+    async def figures(self, reader: str) -> dict[str, Any]:
+        """From where the bytes of its image came; {} where nobody knows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the guests of one agent share."""
+
+    node: str
+    installation: str
+    directory: Path
+    """`instances/` of the state directory."""
+    address: IPv4Address
+    """Where VNC and SPICE listen."""
+    hypervisor: Hypervisor
+    plane: Plane
+    plane_lock: asyncio.Lock
+    images: Images
+    verdict: Verdict
+    pool: ThreadPoolExecutor
+    publish: Callable[[InstanceStatus], None]
+    note: Callable[[NodeEvent], None]
+
+    async def do(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
+        """Run something slow and synchronous in the agent's own threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, partial(call, *args, **named))
