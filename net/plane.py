@@ -14,10 +14,10 @@ from pathlib import Path
 
 from net.doctor import Finding, examine
 from net.errors import Conflict, Failed, Invalid, NetError
-from net.kernel import kernel
-from net.kernel.kernel import NetlinkError, Netns
+from net.kernel import dnsmasq, netns
+from net.kernel.netns import NetlinkError, Netns
 from net.kernel.observe import observe
-from net.plan import dnsmasq, names, nft
+from net.plan import names, nft
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
@@ -115,7 +115,7 @@ class Plane:
                     if held.carrier:
                         raise Conflict(f"{name} is held by a running guest", hint="stop the guest first")
                     space.delete_link(name)
-            kernel.create_tap(name, alias)
+            netns.create_tap(name, alias)
             return name
 
     def adopt_tap(self, network: Network, port: Port) -> None:
@@ -198,12 +198,12 @@ class Plane:
             for action in actions:
                 try:
                     if isinstance(action.item, Space) and action.verb is Verb.DELETE:
-                        kernel.remove_namespace(name)
+                        netns.remove_namespace(name)
                         dnsmasq.Daemon(self._directory, name).forget()
                         space = None
                         continue
                     if isinstance(action.item, Space):
-                        kernel.create_namespace(name)
+                        netns.create_namespace(name)
                     if space is None:
                         space = opened.enter_context(Netns(name))
                     self._do(action, space, host)
@@ -268,7 +268,7 @@ class Plane:
         """A dnsmasq that outlived the name of its namespace holds it, with the VNI of its mesh device."""
         kept = []
         for running in self._running():
-            path = kernel.DIRECTORY / running.namespace
+            path = netns.DIRECTORY / running.namespace
             if path.exists() and path.stat().st_ino == running.netns:
                 kept.append(running)
             else:
@@ -280,7 +280,7 @@ class Plane:
         if self._taps is None:
             self.observe()
         found = (self._taps or {}).get(name, HOST)
-        return found if found == HOST or (kernel.DIRECTORY / found).exists() else HOST
+        return found if found == HOST or (netns.DIRECTORY / found).exists() else HOST
 
     def _stop(self, namespace: str) -> None:
         for running in self._running():
@@ -293,7 +293,7 @@ class Plane:
         come and at the next two reconciles."""
         for proxy in proxies or tuple(self._announce):
             with suppress(OSError):  # a device that is down or gone has nobody to tell
-                kernel.announce(proxy.dev, proxy.key)
+                netns.announce(proxy.dev, proxy.key)
             self._announce[proxy] -= 1
             if not self._announce[proxy]:
                 del self._announce[proxy]

@@ -7,9 +7,9 @@ from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 
 from net.errors import Failed
-from net.kernel import kernel
-from net.kernel.kernel import Netns
-from net.plan import dnsmasq, names, nft
+from net.kernel import dnsmasq, netns
+from net.kernel.netns import Netns
+from net.plan import names, nft
 from net.plan.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed, Rule
 from net.plan.target import FORWARD, SYSCTLS
 
@@ -22,10 +22,10 @@ def observe(
     """Everything of `installation` on this node. `directory` holds the files of its dnsmasq processes."""
     found: dict[str, Facts] = {}
     served = {(running.namespace, running.netns) for running in processes}
-    for name in kernel.list_namespaces(names.namespace_prefix(installation)):
-        inode = (kernel.DIRECTORY / name).stat().st_ino
+    for name in netns.list_namespaces(names.namespace_prefix(installation)):
+        inode = (netns.DIRECTORY / name).stat().st_ino
         settings = dnsmasq.Daemon(directory, name).settings() if (name, inode) in served else None
-        if not kernel.is_namespace(name):
+        if not netns.is_namespace(name):
             found[name] = Facts(broken=True)
             continue
         with Netns(name) as space:

@@ -1,6 +1,6 @@
 """Firewall rules as values: what our tables must hold, what they hold, and the transaction that leads there.
 
-Everything here is pure; net.libnft runs the text. Three tables, all named after the installation:
+Everything here is pure; net/kernel/libnft.py runs the text. Three tables, all named after the installation:
 
     bridge  in each network's namespace: a chain per tap that pins the guest to its addresses
     inet    in each network's namespace: the router's filter and NAT

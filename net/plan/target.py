@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 
-from net.plan import dnsmasq, names, nft
+from net.plan import dhcp, names, nft
 from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed
 from net.plan.ipam import TRANSIT
 from net.plan.model import Network, NodeNetworks, Port
@@ -131,9 +131,7 @@ def _namespace(
         links={link.name: link for link in links},
         entries=frozenset(entries),
         tables={table.family: table for table in (bridge_rules, router_rules)},
-        dnsmasq=dnsmasq.settings(network, upstream if inside else (), uplink=bool(inside))
-        if serves
-        else None,
+        dnsmasq=dhcp.settings(network, upstream if inside else (), uplink=bool(inside)) if serves else None,
     )
 
 

@@ -22,10 +22,11 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from net.netns.netns import NetlinkError, Netns
+
 from net.errors import NetError
-from net.kernel import kernel
-from net.kernel.kernel import NetlinkError, Netns
-from net.plan import dnsmasq, names
+from net.kernel import dnsmasq, netns
+from net.plan import names
 from net.plan.model import Network, NodeNetworks, Peer
 from net.plane import Plane
 from tests.net.machines import make_network, make_port
@@ -61,7 +62,7 @@ class Agent:
         for name in STEPS:
             setattr(Netns, name, self._unlucky(getattr(Netns, name)))
         for name in FUNCTIONS:
-            setattr(kernel, name, self._unlucky(getattr(kernel, name)))
+            setattr(netns, name, self._unlucky(getattr(netns, name)))
 
     def _unlucky(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def step(*arguments: Any, **more: Any) -> Any:

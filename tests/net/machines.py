@@ -24,7 +24,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from net.kernel.kernel import Netns
+from net.kernel.netns import Netns
 from net.plan import ipam
 from net.plan.model import Network, NodeNetworks, Peer, Port
 from net.plane import Plane

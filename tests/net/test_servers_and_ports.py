@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from net.errors import Conflict
-from net.plan import dnsmasq, names
+from net.kernel import dnsmasq
+from net.plan import names
 from net.plan.model import Network
 from net.plane import Plane
 from tests.net.machines import OUTSIDE, Cluster, Node, make_network, make_port

@@ -3,16 +3,18 @@
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from net.plan import dnsmasq
+from net.kernel import dnsmasq
+from net.plan import dhcp
+from net.plan.facts import Dnsmasq
 from net.plan.model import Network, Port
 
 BLOCK = IPv4Network("10.42.0.0/24")
 PORT = Port("p", "02:00:00:00:00:01", BLOCK[2], "web", "n1")
 
 
-def _settings(*, uplink: bool = True, **more: object) -> dnsmasq.Dnsmasq:
+def _settings(*, uplink: bool = True, **more: object) -> Dnsmasq:
     network = Network("u", 5, "lan", BLOCK, BLOCK[1], ports=(PORT,), **more)  # type: ignore[arg-type]
-    return dnsmasq.settings(network, [IPv4Address("192.0.2.53")] if uplink else [], uplink=uplink)
+    return dhcp.settings(network, [IPv4Address("192.0.2.53")] if uplink else [], uplink=uplink)
 
 
 def test_every_guest_has_its_fixed_address_and_its_name() -> None:
