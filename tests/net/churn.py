@@ -22,10 +22,9 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from net.netns.netns import NetlinkError, Netns
-
 from net.errors import NetError
 from net.kernel import dnsmasq, netns
+from net.kernel.netns import NetlinkError, Netns
 from net.plan import names
 from net.plan.model import Network, NodeNetworks, Peer
 from net.plane import Plane
