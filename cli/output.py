@@ -14,7 +14,7 @@ from cli.command import settings
 from cli.errors import clean
 
 if TYPE_CHECKING:
-    from imagestore.progress import Progress, Report
+    from imagestore import Progress, Report
 
 Row = Mapping[str, Any]
 Column = tuple[str, str | Callable[[Any], object]]

@@ -1,0 +1,5 @@
+"""The cloud: the package's public face, listed in `__init__.pyi`, each name loaded when it is used."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from compute.errors import Invalid
-from imagestore.cache.filling import Fill
+from imagestore import Fill
 
 _FILES = (Path("/etc/sf/config.toml"), Path("~/.config/sf/config.toml"))
 

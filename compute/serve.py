@@ -37,12 +37,8 @@ from compute.cluster.records.objects import Instance, Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
-from imagestore import durable
-from imagestore.cache.images import ImageCache
-from imagestore.errors import StoreError
-from imagestore.store.open import open_store
-from imagestore.store.store import Store
-from net.plane import Plane
+from imagestore import ImageCache, Store, StoreError, durable, open_store
+from net import Plane
 
 log = logging.getLogger(__name__)
 

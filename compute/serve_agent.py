@@ -12,8 +12,8 @@ from compute.agent.agent import Agent
 from compute.config import Config
 from compute.errors import Conflict, Invalid
 from compute.serve import close_stores, only_one, open_stores, release, reopen_stores, served
-from imagestore.cache.images import ImageCache
-from net.plane import Plane
+from imagestore import ImageCache
+from net import Plane
 
 log = logging.getLogger(__name__)
 

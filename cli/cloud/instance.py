@@ -215,7 +215,7 @@ def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -
 
 def _namespace(vni: int) -> str:
     """The network's namespace on this machine."""
-    from net.plan.names import namespace
+    from net import namespace
 
     path = settings().state_dir / "installation.json"
     try:

@@ -31,16 +31,14 @@ def present(row: dict[str, Any]) -> str:
 
 
 def _ask(op: str, **arguments: Any) -> Any:
-    from imagestore.cache.control import ControlClient
-    from imagestore.cache.imaged import control_socket
+    from imagestore import ControlClient, control_socket
 
     return asyncio.run(ControlClient(control_socket(settings().state_dir)).ask(op, **arguments))
 
 
 def rows() -> list[dict[str, Any]]:
     """What the service says, or without one what its directory says."""
-    from imagestore.cache.images import list_images
-    from imagestore.errors import Unavailable
+    from imagestore import Unavailable, list_images
 
     try:
         told: list[dict[str, Any]] = _ask("ls")["images"]
@@ -51,7 +49,7 @@ def rows() -> list[dict[str, Any]]:
 
 def _digest(name: str, architecture: str) -> str:
     """What a name stands for: in a store, or (a digest) in this node's cache."""
-    from imagestore.store.names import parse_reference
+    from imagestore import parse_reference
 
     if digest := parse_reference(name).digest:
         return str(digest)
@@ -62,8 +60,7 @@ def _digest(name: str, architecture: str) -> str:
 @cache.add(examples="sf cache verify")
 def verify() -> None:
     """Hash every image on this node again; what is damaged is removed, and fetched anew when it is used."""
-    from imagestore.cache.images import ImageCache
-    from imagestore.errors import Corrupt
+    from imagestore import Corrupt, ImageCache
 
     held = ImageCache(settings().state_dir / "cache", {})
     images, bad = held.list(), 0
@@ -114,7 +111,7 @@ def prefetch(name: str, architecture: str) -> None:
 )
 def prune(limit: str) -> None:
     """Forget unused images, least recently used first."""
-    from imagestore.cache.imaged import parse_size
+    from imagestore import parse_size
 
     for digest in _ask("prune", limit_bytes=parse_size(limit)):
         print(digest)
@@ -163,8 +160,7 @@ def top(interval_s: float) -> None:
 )
 def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str) -> None:
     """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
-    from imagestore.cache.imaged import parse_size, run
-    from imagestore.cache.service import Options
+    from imagestore import Options, parse_size, run_service
 
     state, get = settings().state_dir, settings().get
     stores = tuple(get("store").split()) or ((state / "store").as_uri(),)
@@ -173,4 +169,4 @@ def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str)
         cache_bytes=parse_size(cache_size or get("cache_size", "0")),
         read_ahead=int(get("read_ahead", "2")),
     )
-    run(state, stores, options, user=user, group=group)
+    run_service(state, stores, options, user=user, group=group)

@@ -80,9 +80,8 @@ def push(
     **given: Any,
 ) -> None:
     """Keep the disk in FILE (qcow2, raw, VMDK, VHDX or VDI) under NAME[:TAG]."""
-    from imagestore.allocator import keep_buffers
-    from imagestore.push import push as push_image
-    from imagestore.store.names import check_architecture
+    from imagestore import check_architecture, keep_buffers
+    from imagestore import push as push_image
 
     keep_buffers()
     target, machine = written(name), check_architecture(architecture)
@@ -108,9 +107,8 @@ def pull(
     name: str, architecture: str, form: str, output: Path, kind: str | None, seeds: tuple[str, ...]
 ) -> None:
     """Write an image to a file."""
-    from imagestore.allocator import keep_buffers
-    from imagestore.pull import Seed
-    from imagestore.pull import pull as pull_image
+    from imagestore import Seed, keep_buffers
+    from imagestore import pull as pull_image
 
     keep_buffers()
     given: list[Seed] = []
@@ -183,7 +181,7 @@ def show(name: str, architecture: str, form: str) -> None:
 @image.add(examples="sf image verify debian:12")
 def verify(name: str, architecture: str) -> None:
     """Read every byte of an image and check it; exit 1 when anything is wrong."""
-    from imagestore.verify import verify_image
+    from imagestore import verify_image
 
     with found(name, architecture) as (store, full, digest), progress(name) as tell:
         report = verify_image(store, digest, progress=tell)
@@ -194,13 +192,13 @@ def verify(name: str, architecture: str) -> None:
 @click.argument("new")
 def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
     """Give an image of the store another name as well."""
-    from imagestore.store import publish
-    from imagestore.store.names import check_architecture, parse_reference
+    from imagestore import check_architecture, parse_reference
+    from imagestore import tag as tag_image
 
     target, machine = written(new), check_architecture(architecture)
     with opened(write=True, alone=single_writer) as store:
         digest = digest_of(store, parse_reference(name), machine)
-        publish.tag(store, digest, *target, machine)
+        tag_image(store, digest, *target, machine)
     print(f"{':'.join(target)} {digest}")
 
 
@@ -227,10 +225,10 @@ def untag(name: str, single_writer: bool, only: str | None) -> None:
 @image.add(examples="sf image undelete debian:11")
 def undelete(name: str, single_writer: bool) -> None:
     """Bring back a name that was removed, as long as gc has not collected it."""
-    from imagestore.store import publish
+    from imagestore import undelete as undelete_name
 
     with opened(write=True, alone=single_writer) as store:
-        record = publish.undelete(store, *written(name))
+        record = undelete_name(store, *written(name))
     print(" ".join([f"{record.name}:{record.tag}", *map(str, record.images.values())]))
 
 
@@ -253,7 +251,7 @@ def history(name: str, form: str) -> None:
 )
 def gc(form: str, single_writer: bool, dry_run: bool, grace: str, repack_threshold: float) -> None:
     """Free what no image needs; packs of which more than SHARE is unused are written anew."""
-    from imagestore.gc import collect
+    from imagestore import collect
 
     match = re.fullmatch(r"(\d+)([smhd])", grace)
     if not match:
@@ -267,7 +265,7 @@ def gc(form: str, single_writer: bool, dry_run: bool, grace: str, repack_thresho
 @image.add(examples="sf image trace debian:12")
 def trace(name: str, architecture: str) -> None:
     """Keep in the store what boots on this node read first, for the next node's first boot of the image."""
-    from imagestore.cache.trace import Trace, trace_key
+    from imagestore import Trace, trace_key
 
     with found(name, architecture) as (store, full, digest):
         path = settings().state_dir / "cache" / "traces" / digest.hex()

@@ -13,9 +13,8 @@ from cli.image.stores import opened
 from cli.output import progress, say, show_list, show_one, size, status, when
 
 if TYPE_CHECKING:
-    from imagestore.mirror.signing import Keyring, Publisher
-    from imagestore.progress import Report
-    from imagestore.store.store import Store
+    from imagestore import Report, Store
+    from imagestore.mirror import Keyring, Publisher
 
 mirror = Group("mirror", needs=STORE, help="Carry images for others, sign their names, serve them.")
 SYNCED = (
@@ -39,20 +38,20 @@ keys_option = click.option("--keys", type=directory, help="Default: mirror/keys 
 
 
 def _keyring(given: Path | None) -> "Keyring":
-    from imagestore.mirror.signing import Keyring
+    from imagestore.mirror import Keyring
 
     return Keyring(given or settings().state_dir / "mirror" / "keys")
 
 
 def _publisher(store: "Store", keys: Path | None, root_keys: Path | None = None) -> "Publisher":
-    from imagestore.mirror.signing import Publisher
+    from imagestore.mirror import Publisher
 
     return Publisher(store, _keyring(keys), _keyring(root_keys) if root_keys else None)
 
 
 def _publish(store: "Store", keys: Path | None) -> None:
     """Checksums for all names, then their signatures; says what changed."""
-    from imagestore.mirror.content import compute_sums
+    from imagestore.mirror import compute_sums
 
     digests = {digest for record in store.names.list() for digest in record.images.values()}
     for number, digest in enumerate(sorted(digests), 1):
@@ -110,7 +109,7 @@ def _from_sources(store: "Store", given: Path | None, patterns: tuple[str, ...])
     from fnmatch import fnmatchcase
 
     from imagestore.mirror import sources
-    from imagestore.mirror.sync import sync as sync_sources
+    from imagestore.mirror import sync as sync_sources
 
     shipped = Path(__file__).parents[1] / "mirror-config" / "sources.d"
     own = Path("/etc/sf/sources.d")
@@ -137,7 +136,7 @@ def _from_sources(store: "Store", given: Path | None, patterns: tuple[str, ...])
 
 
 def _replicate(origin: str, store: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
-    from imagestore.errors import Denied, Unavailable
+    from imagestore import Denied, Unavailable
     from imagestore.mirror import upstreams
 
     memory = settings().state_dir / "mirror" / "upstreams.json"
@@ -152,7 +151,7 @@ def _replicate(origin: str, store: "Store", patterns: tuple[str, ...]) -> list[d
 
 
 def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
-    from imagestore.mirror.replicate import replicate
+    from imagestore.mirror import replicate
 
     with status() as tell:
 
@@ -234,8 +233,8 @@ def rotate(role: str, keys: Path | None, root_keys: Path | None) -> None:
 @keys_option
 def adopt(fingerprint: str, keys: Path | None) -> None:
     """Sign, as your own, what the signer with FINGERPRINT left behind in this store."""
-    from imagestore.formats.digest import Digest
-    from imagestore.mirror.replicate import adopt as adopt_images
+    from imagestore import Digest
+    from imagestore.mirror import adopt as adopt_images
 
     with opened() as store:
         adopted = adopt_images(store, _publisher(store, keys), Digest.parse(fingerprint))
@@ -248,9 +247,8 @@ def adopt(fingerprint: str, keys: Path | None) -> None:
 @keys_option
 def show_status(keys: Path | None, form: str) -> None:
     """What is published and until when, what is a draft, and since when an upstream is gone."""
-    from imagestore.errors import NotFound
-    from imagestore.mirror import upstreams
-    from imagestore.mirror.replicate import signers
+    from imagestore import NotFound
+    from imagestore.mirror import signers, upstreams
 
     with opened() as store:
         drafts = {
@@ -312,12 +310,13 @@ def serve(
     host: str, port: int, upstream: str | None, keep_gib: float, requests: int, rate: float, workers: int
 ) -> None:
     """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""
-    from imagestore.mirror import serve as server
+    from imagestore.mirror import Options
+    from imagestore.mirror import serve as serve_mirror
 
     if not upstream:
         with opened(create=settings().store_is_default) as store:
             store.check_public()
-    options = server.Options(
+    options = Options(
         settings().store_url,
         upstream or "",
         str(settings().state_dir / "mirror" / "pull-through"),
@@ -326,4 +325,4 @@ def serve(
         rate,
     )
     say(f"serving {upstream or settings().store_url} at http://{host}:{port}/")
-    server.serve(options, host, port, workers)
+    serve_mirror(options, host, port, workers)

@@ -36,8 +36,7 @@ remote = Group("remote", help="Other stores to look names up in.")
 @click.option("--private", is_flag=True, help="Never to be published or served as a mirror.")
 def init(url: str | None, single_writer: bool, private: bool) -> None:
     """Make an empty store at URL."""
-    from imagestore.store.open import open_backend, settle
-    from imagestore.store.store import Store
+    from imagestore import Store, open_backend, settle
 
     backend = open_backend(url or settings().store_url)
     probed = settle(backend)
@@ -49,7 +48,7 @@ def init(url: str | None, single_writer: bool, private: bool) -> None:
 @store.add(examples="sf store stats\nsf store stats --format json")
 def stats(form: str) -> None:
     """How much a store holds, and for each image what deleting it would free."""
-    from imagestore.stats import store_stats
+    from imagestore import store_stats
 
     with opened() as found:
         told = store_stats(found)
@@ -74,7 +73,7 @@ def stats(form: str) -> None:
 )
 def verify(full: bool, rate_limit: float, other: str | None, single_writer: bool) -> None:
     """Check a store; exit 1 when anything is wrong."""
-    from imagestore.verify import repair, verify_store
+    from imagestore import repair, verify_store
 
     with opened(alone=single_writer) as found, progress("store") as tell:
         report = verify_store(found, full=full, bytes_s=rate_limit * 2**20, progress=tell)
@@ -92,7 +91,7 @@ def verify(full: bool, rate_limit: float, other: str | None, single_writer: bool
 @click.argument("images", nargs=-1, metavar="[NAME...]")
 def copy(source: str, target: str, images: tuple[str, ...], single_writer: bool) -> None:
     """Copy images (default: all) from store to store, sending only what is missing."""
-    from imagestore.copy import copy_name
+    from imagestore import copy_name
 
     with opened(source) as old, opened(target, create=True, write=True, alone=single_writer) as new:
         records = [old.names.get(*written(text)) for text in images] if images else list(old.names.list())
@@ -121,8 +120,7 @@ def ls(form: str) -> None:
 @click.option("--unsigned", is_flag=True, help="Believe whoever serves it, without a signature.")
 def add(name: str, url: str, fingerprint: str | None, root: Path | None, unsigned: bool) -> None:
     """Ask the store at URL too, after those that are there."""
-    from imagestore.formats.digest import Digest
-    from imagestore.store.open import open_backend, open_store
+    from imagestore import Digest, open_backend, open_store
 
     if root:
         fingerprint = str(Digest.of(root.read_bytes()))

@@ -8,10 +8,7 @@ from cli.command import settings
 from cli.errors import MISSING, USAGE, Problem, clean
 
 if TYPE_CHECKING:
-    from imagestore.formats.digest import Digest
-    from imagestore.store.names import Reference
-    from imagestore.store.store import Store
-    from imagestore.verify import VerifyReport
+    from imagestore import Digest, Reference, Store, VerifyReport
 
 
 @contextmanager
@@ -19,7 +16,7 @@ def opened(
     url: str = "", *, create: bool = False, write: bool = False, alone: bool = False
 ) -> Iterator["Store"]:
     """The store at `url`, by default that of the settings, closed at the end; `alone`: --single-writer."""
-    from imagestore.store.open import open_store
+    from imagestore import open_store
 
     store = open_store(url or settings().store_url, create=create, single_writer=alone)
     try:
@@ -37,8 +34,7 @@ def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"
     Without a remote's name the store of the settings is asked, then the remotes in their order. Only "not found"
     moves on: whoever can make a store unreachable must not choose the image.
     """
-    from imagestore.errors import NotFound
-    from imagestore.store.names import parse_reference
+    from imagestore import NotFound, parse_reference
 
     wanted = parse_reference(text)
     urls = {"local": settings().store_url} | {name: str(r["url"]) for name, r in settings().remotes.items()}
@@ -60,7 +56,7 @@ def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"
 
 def digest_of(store: "Store", wanted: "Reference", architecture: str) -> "Digest":
     """The manifest that a reference stands for in one store. Raises NotFound."""
-    from imagestore.errors import NotFound
+    from imagestore import NotFound
 
     if whole := wanted.digest:
         store.manifest(whole)
@@ -78,7 +74,7 @@ def digest_of(store: "Store", wanted: "Reference", architecture: str) -> "Digest
 
 def written(text: str) -> tuple[str, str]:
     """The name and tag of what is to be written: no remote and no digest."""
-    from imagestore.store.names import parse_reference
+    from imagestore import parse_reference
 
     reference = parse_reference(text)
     if reference.remote or reference.digest_prefix:

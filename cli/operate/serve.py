@@ -24,8 +24,8 @@ def serve(listen: str | None, store: str | None) -> None:
     """Run the API and this machine's agent, as root, until Ctrl-C; guests go on running without it."""
     import asyncio
 
-    from compute.config import load
-    from compute.serve import serve as run
+    from compute import load
+    from compute import serve as run
 
     _log()
     asyncio.run(run(load(listen=listen, store=store), say))
@@ -39,8 +39,7 @@ def agent(url: str | None, token: str | None, node_name: str | None) -> None:
     """Run this machine as a node of a server elsewhere, as root, until Ctrl-C; guests go on without it."""
     import asyncio
 
-    from compute.config import load
-    from compute.serve_agent import serve_agent
+    from compute import load, serve_agent
 
     _log()
     asyncio.run(serve_agent(load(node_name=node_name), url or "", token or "", say))

@@ -35,9 +35,8 @@ from compute.wire.spec import (
     NodeFacts,
     NodeOperations,
 )
-from imagestore.errors import StoreError
-from net.errors import NetError
-from net.plan.model import NodeNetworks
+from imagestore import StoreError
+from net import NetError, NodeNetworks
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,9 +14,7 @@ from typing import Any, Protocol
 
 from compute.agent.guest.host import Backing, Say
 from compute.wire.spec import ImageSite
-from imagestore.cache.images import Cached
-from imagestore.formats.digest import Digest
-from imagestore.progress import Progress, Report
+from imagestore import Cached, Digest, Progress, Report
 
 _AT_ONCE = 3
 

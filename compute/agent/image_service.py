@@ -18,10 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 from compute.agent.guest.host import Backing, Say
 from compute.agent.image_jobs import Cache, Heard, ImageJobs
 from compute.wire.spec import ImageSite
-from imagestore.cache.control import Away, ControlClient
-from imagestore.cache.imaged import control_socket, unprivileged
-from imagestore.errors import StoreError, Unavailable
-from imagestore.formats.digest import Digest
+from imagestore import Away, ControlClient, Digest, StoreError, Unavailable, control_socket, unprivileged
 
 log = logging.getLogger(__name__)
 _START_S = 15.0

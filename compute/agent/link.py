@@ -32,8 +32,7 @@ from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
 from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
 from imagestore import durable
-from net.doctor import Finding
-from net.plan.model import Network, NodeNetworks, Port
+from net import Finding, Network, NodeNetworks, Port
 
 log = logging.getLogger(__name__)
 

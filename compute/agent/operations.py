@@ -7,7 +7,7 @@ from ipaddress import IPv4Address
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Plane
 from compute.errors import NotFound
-from net.plan.model import NodeNetworks
+from net import NodeNetworks
 
 
 class Operations:

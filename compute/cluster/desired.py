@@ -7,9 +7,8 @@ from ipaddress import IPv4Address, IPv4Network
 
 from compute.cluster.records.objects import Instance, Interface, Network, Node
 from compute.wire.spec import ImageSite, InstanceSpec, InstanceState, InterfaceSpec, NodeDesired
-from net.plan.model import Network as NetNetwork
-from net.plan.model import NodeNetworks, Peer, Port
-from net.plan.names import tap
+from net import Network as NetNetwork
+from net import NodeNetworks, Peer, Port, tap
 
 LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR)
 

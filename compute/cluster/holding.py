@@ -13,11 +13,7 @@ from collections.abc import Mapping
 from compute.cluster.records.objects import Instance, Transaction
 from compute.cluster.state.protocol import StateStore
 from compute.wire.spec import InstanceState
-from imagestore.cache.images import ImageCache
-from imagestore.errors import NotFound, StoreError
-from imagestore.formats.digest import Digest
-from imagestore.store.leases import hold, release
-from imagestore.store.store import Store
+from imagestore import Digest, ImageCache, NotFound, Store, StoreError, hold, release
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from compute.errors import Invalid, NotFound
 from compute.wire.spec import DiskSpec
-from imagestore.formats.digest import Digest
-from imagestore.store.store import Store
+from imagestore import Digest, Store
 
 GIB = 2**30
 

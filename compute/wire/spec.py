@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from net.plan.model import NodeNetworks
+from net import NodeNetworks
 
 
 class InstanceState(StrEnum):

@@ -84,7 +84,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
-def run(
+def run_service(
     state: Path,
     stores: Sequence[str],
     options: Options,
@@ -150,7 +150,9 @@ def main() -> None:
     parser.add_argument("--while-needed", action="store_true")
     told = parser.parse_args()
     options = Options(fill_bytes_s=told.fill_rate, cache_bytes=told.cache_size)
-    run(told.state, told.store, options, user=told.user, group=told.group, while_needed=told.while_needed)
+    run_service(
+        told.state, told.store, options, user=told.user, group=told.group, while_needed=told.while_needed
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 
 from imagestore.backends.directory import Directory
 from imagestore.errors import Denied, Invalid, NotFound, Unavailable
-from imagestore.mirror import sync as sync_module
 from imagestore.mirror.download import Downloader, is_public
 from imagestore.mirror.sources import Source
 from imagestore.mirror.sync import check_signature, read_provenance, sync
@@ -35,7 +35,7 @@ def qcow2(path: Path, seed: int) -> bytes:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sync_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "cache"))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pycdlib
 
 from compute.wire.spec import InstanceSpec, InterfaceSpec
-from net.plan.model import Network
+from net import Network
 
 Files = dict[str, bytes]
 

@@ -29,9 +29,8 @@ from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState, Refused
 from compute.errors import ComputeError, Conflict, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, Power
-from imagestore.errors import StoreError
-from net.errors import NetError
-from net.plan.model import Network
+from imagestore import StoreError
+from net import NetError, Network
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from typing import Any, Protocol, TypeVar
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.wire.spec import InstanceStatus, NodeEvent
-from net.doctor import Finding
-from net.plan.model import Network, NodeNetworks, Port
+from net import Finding, Network, NodeNetworks, Port
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from compute.agent.guest.host import Host
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import InstanceSpec, NodeEvent
 from imagestore import durable
-from net.plan.model import Network, Port
+from net import Network, Port
 
 
 class Phase(StrEnum):

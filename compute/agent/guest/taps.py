@@ -7,7 +7,7 @@ from compute.agent.guest.owner import Owner, Tap
 from compute.agent.hypervisor import domain
 from compute.errors import NotFound
 from compute.wire.spec import InterfaceSpec
-from net.plan.model import Port
+from net import Port
 
 
 class Interfaces:

@@ -14,8 +14,7 @@ from typing import ClassVar
 from compute.cluster.auth import check_name
 from compute.cluster.records.objects import Interface, Network, Node, Stored, Taken, Transaction, new_uuid
 from compute.errors import Conflict, Invalid, NoCapacity, NotFound, NotReady
-from net.plan import ipam
-from net.plan.names import port_mac
+from net import ipam, port_mac
 
 FLOATING = "floating"
 """Name of the floating pool's Ipam record."""

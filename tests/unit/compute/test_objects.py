@@ -14,7 +14,7 @@ from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, Invalid, NotFound
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import DiskSpec, InstanceState, NodeDesired
-from net.plan import ipam
+from net import ipam
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from net import ipam
 from net.errors import Conflict, Exhausted, Invalid
-from net.plan import ipam
-from net.plan.ipam import Pool
+from net.ipam import Pool
 
 HOLDERS = st.sampled_from([f"port-{n}" for n in range(9)])
 

@@ -1,0 +1,12 @@
+from . import signing as signing
+from . import sources as sources
+from . import upstreams as upstreams
+from .content import compute_sums as compute_sums
+from .replicate import adopt as adopt
+from .replicate import replicate as replicate
+from .replicate import signers as signers
+from .serve import Options as Options
+from .serve import serve as serve
+from .signing import Keyring as Keyring
+from .signing import Publisher as Publisher
+from .sync import sync as sync

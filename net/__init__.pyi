@@ -1,0 +1,12 @@
+from . import errors as errors
+from . import ipam as ipam
+from .doctor import Finding as Finding
+from .errors import NetError as NetError
+from .plan.model import Network as Network
+from .plan.model import NodeNetworks as NodeNetworks
+from .plan.model import Peer as Peer
+from .plan.model import Port as Port
+from .plan.names import namespace as namespace
+from .plan.names import port_mac as port_mac
+from .plan.names import tap as tap
+from .plane import Plane as Plane
