@@ -4,9 +4,9 @@ import hashlib
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 
+from net.ipam import TRANSIT
 from net.plan import dhcp, names, nft
 from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed
-from net.plan.ipam import TRANSIT
 from net.plan.model import Network, NodeNetworks, Port
 
 VXLAN_OVERHEAD_BYTES = 50

@@ -24,8 +24,8 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from net import ipam
 from net.kernel.netns import Netns
-from net.plan import ipam
 from net.plan.model import Network, NodeNetworks, Peer, Port
 from net.plane import Plane
 
