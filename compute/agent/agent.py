@@ -26,6 +26,7 @@ from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_jobs import Cache, ImageJobs
 from compute.agent.operations import Operations
 from compute.errors import ComputeError, Unavailable
+from compute.wire.operations import NodeOperations
 from compute.wire.spec import (
     InstanceSpec,
     InstanceState,
@@ -33,7 +34,6 @@ from compute.wire.spec import (
     NodeDesired,
     NodeEvent,
     NodeFacts,
-    NodeOperations,
 )
 from imagestore import StoreError
 from net import NetError, NodeNetworks

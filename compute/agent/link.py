@@ -9,7 +9,6 @@ last renewed, so without a renewal for 8 s this one drops its own (`Lease`, `Fen
 """
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import json
@@ -30,7 +29,8 @@ from compute.agent.guest.host import Plane
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
-from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
+from compute.wire.operations import NodeOperations, answer
+from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts
 from imagestore import durable
 from net import Finding, Network, NodeNetworks, Port
 
@@ -309,13 +309,9 @@ class RemoteController:
     async def _answer(self, order: dict[str, Any]) -> None:
         body: dict[str, Any]
         try:
-            if (
-                order["verb"] not in ("console", "clear_console", "ping", "doctor")
-                or self._operations is None
-            ):
-                raise Invalid(f"this node's agent knows no {order['verb']}")
-            result = await getattr(self._operations, order["verb"])(*order["arguments"])
-            body = {"result": base64.b64encode(result).decode() if isinstance(result, bytes) else result}
+            if self._operations is None:
+                raise Unavailable("this node's agent is not ready")
+            body = {"result": await answer(self._operations, order["verb"], order["arguments"])}
         except (ComputeError, OSError, ValueError, TypeError) as err:
             body = {"error": str(err) or repr(err), "hint": getattr(err, "hint", "")}
         with contextlib.suppress(ComputeError):

@@ -1,4 +1,4 @@
-"""What the server asks of this node directly (`spec.NodeOperations`)."""
+"""What the server asks of this node directly, done."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,10 +7,11 @@ from ipaddress import IPv4Address
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Plane
 from compute.errors import NotFound
+from compute.wire.operations import NodeOperations
 from net import NodeNetworks
 
 
-class Operations:
+class Operations(NodeOperations):
     """Answers from the agent's guests and from the data plane; `networks` is what was applied last."""
 
     def __init__(
@@ -26,15 +27,12 @@ class Operations:
         return found
 
     async def console(self, instance_uuid: str, length: int) -> bytes:
-        """The last `length` bytes of the serial console; -1 for all that is kept."""
         return await asyncio.to_thread(self._guest(instance_uuid).console.tail, length)
 
     async def clear_console(self, instance_uuid: str) -> None:
-        """Forget what the console said so far."""
         await asyncio.to_thread(self._guest(instance_uuid).console.clear)
 
     async def doctor(self) -> list[tuple[str, str, str]]:
-        """What of this node's networks is not as desired, in words."""
         if self.networks is None:
             return []
         async with self._plane_lock:
@@ -42,7 +40,6 @@ class Operations:
         return [(one.network, one.text, one.fix) for one in found]
 
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
-        """Ping from inside a network's namespace: three packets, at most five seconds."""
         networks = self.networks.networks if self.networks else ()
         network = next((n for n in networks if n.uuid == network_uuid), None)
         if network is None:

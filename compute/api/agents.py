@@ -12,8 +12,8 @@ All but `join` carry `Authorization: Node NAME:IDENTITY`. Errors are those of th
 """
 
 import asyncio
-import base64
 import itertools
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -27,6 +27,7 @@ from compute.cluster import joining
 from compute.cluster.records.objects import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
 from compute.wire.codec import from_plain, to_plain
+from compute.wire.operations import client
 from compute.wire.spec import InstanceStatus, NodeEvent, NodeFacts
 
 _ANSWER_S = 15.0
@@ -55,28 +56,16 @@ class AnswerBody(Body):
 
 
 class Mailbox:
-    """`NodeOperations` of a node that fetches its orders: each call waits for the node's answer."""
+    """The orders for a node that fetches them: each waits for the node's answer."""
 
     def __init__(self, node: str) -> None:
         self._node = node
         self._numbers = itertools.count(1)
         self._orders: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._answers: dict[int, asyncio.Future[Any]] = {}
+        self.operations = client(self._ask)
 
-    async def console(self, instance_uuid: str, length: int) -> bytes:
-        return base64.b64decode(await self._ask("console", instance_uuid, length))
-
-    async def clear_console(self, instance_uuid: str) -> None:
-        await self._ask("clear_console", instance_uuid)
-
-    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
-        stdout, stderr = await self._ask("ping", network_uuid, address)
-        return list(stdout), list(stderr)
-
-    async def doctor(self) -> list[tuple[str, str, str]]:
-        return [(network, text, fix) for network, text, fix in await self._ask("doctor")]
-
-    async def _ask(self, verb: str, *arguments: Any) -> Any:
+    async def _ask(self, verb: str, arguments: Sequence[Any]) -> Any:
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self._orders.put_nowait({"id": number, "verb": verb, "arguments": arguments})
@@ -126,7 +115,7 @@ def build(services: Services) -> FastAPI:
         joining.check_identity(Transaction(store), name, identity)
         if name not in mailboxes:
             mailboxes[name] = Mailbox(name)
-            controller.attach(name, mailboxes[name])
+            controller.attach(name, mailboxes[name].operations)
         return name
 
     Caller = Annotated[str, Depends(caller)]
@@ -139,7 +128,7 @@ def build(services: Services) -> FastAPI:
 
     @app.post("/agent/v1/register")
     async def register(node: Caller, body: RegisterBody) -> Response:
-        await controller.register(node, from_plain(NodeFacts, body.facts), mailboxes[node])
+        await controller.register(node, from_plain(NodeFacts, body.facts), mailboxes[node].operations)
         await controller.renew(node)
         return JSONResponse(None)
 

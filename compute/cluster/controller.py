@@ -34,7 +34,8 @@ from compute.cluster.state.protocol import StateStore
 from compute.cluster.states import settle
 from compute.errors import Compacted, ComputeError, LeaseLost, NotFound, Unavailable
 from compute.wire.codec import to_plain
-from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts, NodeOperations
+from compute.wire.operations import NodeOperations
+from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
 
 log = logging.getLogger(__name__)
 

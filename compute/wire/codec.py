@@ -62,7 +62,7 @@ def from_plain(hint: type[T], value: Any) -> T:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    if hint is Any or hint in (str, int, bool):
+    if hint is Any or hint in (str, int, bool, types.NoneType):
         return value
     if is_dataclass(hint):
         known = {}

@@ -6,7 +6,7 @@ talk through a call, between machines over HTTPS as JSON; the agent cannot tell 
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from net import NodeNetworks
 
@@ -165,21 +165,3 @@ class NodeFacts:
     """host:port where its image service can serve other nodes; "" if it is not to."""
     stores: tuple[str, ...] = ()
     """What its stores are called (sorted, without credentials): only nodes with the same ones share."""
-
-
-class NodeOperations(Protocol):
-    """What the server asks of a node directly. All quick; raise ComputeError. Idempotent, so safe to retry."""
-
-    async def console(self, instance_uuid: str, length: int) -> bytes:
-        """The last `length` bytes of the serial console; -1 for all that is kept."""
-        ...
-
-    async def clear_console(self, instance_uuid: str) -> None: ...
-
-    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
-        """Lines of standard output and standard error of a ping from inside the network."""
-        ...
-
-    async def doctor(self) -> list[tuple[str, str, str]]:
-        """What of the node's networks is not as desired: (network's name or "", what is wrong, how to mend it)."""
-        ...

@@ -15,6 +15,7 @@ import pytest
 
 from compute.agent.agent import Agent
 from compute.errors import NotFound
+from compute.wire.operations import NodeOperations
 from compute.wire.spec import (
     DiskSpec,
     InstanceSpec,
@@ -23,7 +24,6 @@ from compute.wire.spec import (
     NodeDesired,
     NodeEvent,
     NodeFacts,
-    NodeOperations,
     Power,
 )
 from imagestore.cache.images import Cached

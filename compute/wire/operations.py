@@ -1,0 +1,67 @@
+"""What a server asks of a node directly, declared once: client, dispatch and the forms in JSON are made from it.
+
+A new operation is a method here and its doing in `agent.operations`.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache, partial
+from inspect import iscoroutinefunction
+from types import SimpleNamespace
+from typing import Any, Protocol, cast, get_type_hints
+
+from compute.errors import Invalid
+from compute.wire.codec import from_plain, to_plain
+
+Ask = Callable[[str, Sequence[Any]], Awaitable[Any]]
+"""Carries (verb, arguments) as JSON to the node and brings the result back; raises ComputeError."""
+
+
+class NodeOperations(Protocol):
+    """All quick; raise ComputeError. Idempotent, so safe to retry."""
+
+    async def console(self, instance_uuid: str, length: int) -> bytes:
+        """The last `length` bytes of the serial console; -1 for all that is kept."""
+        ...
+
+    async def clear_console(self, instance_uuid: str) -> None:
+        """Forget what the console said so far."""
+        ...
+
+    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+        """Standard output and error of a ping from inside the network: three packets, at most five seconds."""
+        ...
+
+    async def doctor(self) -> list[tuple[str, str, str]]:
+        """What of the node's networks is not as desired: (network's name or "", what is wrong, how to mend it)."""
+        ...
+
+
+@cache
+def _declared() -> dict[str, tuple[list[Any], Any]]:
+    """Verb → types of its arguments, type of its result."""
+    hints = {
+        name: get_type_hints(call) for name, call in vars(NodeOperations).items() if iscoroutinefunction(call)
+    }
+    return {
+        verb: ([kind for name, kind in h.items() if name != "return"], h["return"])
+        for verb, h in hints.items()
+    }
+
+
+def client(ask: Ask) -> NodeOperations:
+    """A node's operations from afar."""
+
+    async def call(verb: str, result: Any, *arguments: Any) -> Any:
+        return from_plain(result, await ask(verb, to_plain(arguments)))
+
+    verbs = {verb: partial(call, verb, result) for verb, (_, result) in _declared().items()}
+    return cast(NodeOperations, SimpleNamespace(**verbs))
+
+
+async def answer(operations: NodeOperations, verb: str, arguments: Sequence[Any]) -> Any:
+    """Carry out what a client asked; the result as JSON. Raises Invalid for what is not declared."""
+    if verb not in _declared():
+        raise Invalid(f"this node's agent knows no {verb}")
+    kinds, _ = _declared()[verb]
+    given = [from_plain(kind, argument) for kind, argument in zip(kinds, arguments, strict=True)]
+    return to_plain(await getattr(operations, verb)(*given))
