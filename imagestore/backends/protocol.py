@@ -6,11 +6,11 @@ sees a string that a user typed. All implementations pass tests/contract/test_ba
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from imagestore.errors import Corrupt, Invalid, Unavailable, Unsupported
+from imagestore.errors import Invalid, Unsupported
 from imagestore.formats.digest import Buffer
 
 Data = Buffer | Sequence[Buffer]
@@ -30,35 +30,6 @@ def check_key(key: str) -> str:
 def pieces(data: Data) -> Sequence[Buffer]:
     """The pieces that a `put` was given."""
     return (data,) if isinstance(data, bytes | bytearray | memoryview) else data
-
-
-def receive(
-    parts: Iterable[bytes],
-    wanted: int | None,
-    where: str,
-    *,
-    patience_s: float = 30.0,
-    slowest_bytes_s: float = 32 << 10,
-) -> bytes:
-    """A body as it comes from a server: exactly `wanted` bytes (None: to its end, at most 1 GiB).
-
-    Raises Corrupt when it goes on, Unavailable when it ends early, or drips: after `patience_s` less than
-    `slowest_bytes_s` a second came. A read that hangs is the client library's to end.
-    """
-    data: list[bytes] = []
-    size, started = 0, time.monotonic()
-    limit = MAX_BYTES if wanted is None else wanted
-    for part in parts:
-        data.append(part)
-        size += len(part)
-        if size > limit:
-            raise Corrupt(f"{where}: the server sends more than {limit} bytes")
-        late_s = time.monotonic() - started - patience_s
-        if late_s > 0 and size < min(limit, late_s * slowest_bytes_s):
-            raise Unavailable(f"{where}: only {size} bytes came in time")
-    if wanted is not None and size != wanted:
-        raise Unavailable(f"{where}: the answer ended after {size} of {wanted} bytes")
-    return b"".join(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import botocore.exceptions as failures
 import urllib3.exceptions
 from botocore.config import Config
 
-from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, check_key, pieces, receive
+from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, check_key, pieces
+from imagestore.backends.web import PATIENCE_S, number, receive
 from imagestore.errors import (
     Conflict,
     Corrupt,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 _READ_BYTES = 256 << 10
-PATIENCE_S = 30.0
 _STATUS: dict[int, type[StoreError]] = {
     400: Invalid,
     401: Denied,
@@ -116,10 +116,12 @@ class S3:
             if ranged:
                 # By what it sent, not by 206: `rclone serve s3` sends the range under a 200.
                 said = answer.get("ContentRange", f"all of {size}/{size}")
-                total = int(said.rpartition("/")[2])
-                if not said.startswith(f"bytes {start}-") or (length is not None and size != length):
+                whole = number(said.rpartition("/")[2])
+                wrong = not said.startswith(f"bytes {start}-") or (length is not None and size != length)
+                if whole is None or wrong:
                     answer["Body"].close()
                     raise Corrupt(f"{self.url}/{key}: asked for {asked['Range']}, was sent {said}")
+                total = whole
             if size > MAX_BYTES:
                 raise Corrupt(f"{self.url}/{key}: {size} bytes are too many")
             # botocore's own read() waits for all of it, however slowly it comes.
@@ -243,6 +245,8 @@ class S3:
             raise Invalid(f"{where}: {err}") from err
         except (failures.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as err:
             raise Unavailable(f"{where}: {err}") from err
+        except ValueError as err:  # boto3 makes numbers of headers without a look
+            raise Corrupt(f"{where}: the server answers nonsense: {err}") from err
 
 
 def _etag(answer: Any) -> str:

@@ -269,7 +269,7 @@ def test_a_server_may_think_for_longer_than_it_may_take_to_connect(monkeypatch: 
         time.sleep(0.6)
         sends("200 OK", b"hi", "Content-Length: 2")(connection, request)
 
-    monkeypatch.setattr("imagestore.backends.http._CONNECT_S", 0.3)
+    monkeypatch.setattr("imagestore.backends.web._CONNECT_S", 0.3)
     with liar(slow) as url:
         assert Http(url).get("store.json").data == b"hi"
 
@@ -292,7 +292,10 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
         assert asked[1].startswith(b"CONNECT images.example:443 ")
 
 
-def test_a_password_goes_to_the_server_that_it_is_for_and_not_where_that_one_sends_us() -> None:
+def test_a_password_goes_to_the_server_that_it_is_for_and_not_where_that_one_sends_us(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("imagestore.backends.web.is_public", lambda address: True)
     asked: list[bytes] = []
 
     def elsewhere(connection: socket.socket, request: bytes) -> None:
@@ -309,7 +312,10 @@ def test_a_password_goes_to_the_server_that_it_is_for_and_not_where_that_one_sen
             http = Http(url.replace("//", "//me:p%40ss@") + "/sf")
             assert http.url == f"{url}/sf"
             assert http.get("store.json").data == b"hi"
-    first, second = (request.lower() for request in asked)
+            monkeypatch.undo()
+            with pytest.raises(Denied, match="no public address"):  # nor to what only this machine can reach
+                http.get("store.json")
+    first, second, _ = (request.lower() for request in asked)
     assert b"authorization: basic " + base64.b64encode(b"me:p@ss").lower() in first
     assert b"authorization" not in second
 
@@ -358,3 +364,52 @@ def test_credentials_in_a_url_are_not_shown(served: tuple[Directory, str]) -> No
     with pytest.raises(NotFound) as caught:
         Store.open(backend)
     assert "secret" not in str(caught.value)
+
+
+def test_a_foreign_server_is_known_by_the_name_that_the_redirect_gives_though_its_address_is_dialled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of its kind: a certificate for that name is believed, one for another is not."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=here"]
+        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setattr("imagestore.backends.web.is_public", lambda address: True)
+    names = {"/right/x": "localhost", "/wrong/x": "ip6-localhost"}
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real("127.0.0.1", *a, **k))
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                    with context.wrap_socket(connection, server_side=True) as tls:
+                        asked.append(request := tls.recv(65536))
+                        path = request.partition(b" ")[2].partition(b" ")[0].decode()
+                        move = f"Location: https://{names.get(path, '')}:{port}/there?a=b"
+                        if path in names:
+                            sends("302 There", b"", "Content-Length: 0", move)(tls, request)
+                        else:
+                            sends("200 OK", b"hi", "Content-Length: 2")(tls, request)
+                except (ssl.SSLError, ConnectionError):
+                    continue
+                except OSError:
+                    return
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert Http(f"https://127.0.0.1:{port}/right").get("x").data == b"hi"
+        assert asked[-1].startswith(b"GET /there?a=b ")
+        assert b"host: localhost:%d" % port in asked[-1].lower()
+        with pytest.raises(Denied, match=r"(?i)hostname mismatch"):
+            Http(f"https://127.0.0.1:{port}/wrong").get("x")
+        server.shutdown(socket.SHUT_RDWR)

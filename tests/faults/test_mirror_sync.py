@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
+from imagestore.backends.web import is_public
 from imagestore.errors import Denied, Invalid, NotFound, Unavailable
-from imagestore.mirror.download import Downloader, is_public
+from imagestore.mirror.download import Downloader
 from imagestore.mirror.sources import Source
 from imagestore.mirror.sync import check_signature, read_provenance, sync
 from imagestore.store.store import Store

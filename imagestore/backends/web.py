@@ -1,0 +1,223 @@
+"""The rules of every HTTP client of the image store: where it may be led, how slow and how large an answer may be.
+
+- At most REDIRECTS of them are followed, to web servers only, never from https to http. A password goes to no other
+  server than the one that it stands beside.
+- A URL from outside may lead to this machine's own network (server-side request forgery): by its name, by what the name
+  resolves to at the second look, or by a redirect. So the address is checked that is connected to. A URL of this
+  machine's administrator may be private; what it redirects to may not, unless that is the same host and port.
+- What a server says of itself is bounded before it is a number, and compared with what was asked for by the caller.
+
+Proxies (HTTPS_PROXY, NO_PROXY) and private authorities (SSL_CERT_FILE, SSL_CERT_DIR) come from the environment; proxies
+for the administrator's URLs only: one would look up a stranger's name again, where nobody checks.
+"""
+
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import urllib3
+import urllib3.exceptions as failures
+
+from imagestore.backends.protocol import MAX_BYTES
+from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
+
+REDIRECTS = 8
+PATIENCE_S = 30.0
+_CONNECT_S = 10.0
+_KEPT = 64
+"""Connections: more than any process of ours has threads that read from one store."""
+_PART_BYTES = 64 << 10
+"""As much as a socket mostly has, and little enough for malloc to keep."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
+
+
+class Web:
+    """Keeps connections, for any number of threads. `trusted`: the URLs are this machine's administrator's."""
+
+    def __init__(self, *, trusted: bool = True, patience_s: float = PATIENCE_S) -> None:
+        self._trusted = trusted
+        self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=patience_s)
+        self._proxies = getproxies() if trusted else {}
+        self._pools: dict[str, urllib3.PoolManager] = {}
+        """By proxy; "" is none."""
+
+    def open(
+        self,
+        verb: str,
+        url: str,
+        headers: Mapping[str, str],
+        where: str,
+        accepted: tuple[int, ...] = (200, 206),
+    ) -> urllib3.BaseHTTPResponse:
+        """The answer's head; the caller reads the body (`body`) and closes it. `where`: the URL, for messages.
+
+        Raises Denied, NotFound, Corrupt (re-encoded), Invalid (no web address), Unavailable.
+        """
+        at, plain = url, dict(headers) | {"Accept-Encoding": "identity"}
+        try:
+            for _ in range(REDIRECTS + 1):
+                home = _server(at) == _server(url)
+                secret = urllib3.make_headers(basic_auth=_credentials(url)) if home else {}
+                response = self._request(verb, at, {**plain, **secret}, private=home and self._trusted)
+                location = response.get_redirect_location()
+                if not location:
+                    return _checked(response, where, accepted)
+                response.close()
+                old, at = urlsplit(at), urljoin(at, location)
+                if urlsplit(at).scheme not in ("https", old.scheme):
+                    raise Denied(f"{where}: a redirect to {urlsplit(at).scheme}: is not followed")
+        except (failures.LocationValueError, failures.URLSchemeUnknown, ValueError) as err:
+            raise (Invalid if at == url else Unavailable)(f"{where}: {err}") from err
+        except (failures.HTTPError, OSError) as err:
+            if "CERTIFICATE_VERIFY_FAILED" in str(err):
+                raise Denied(f"{where}: {err}", hint="a private CA goes into SSL_CERT_FILE") from err
+            raise Unavailable(f"{where}: {err or type(err).__name__}") from err
+        raise Unavailable(f"{where}: more than {REDIRECTS} redirects")
+
+    def close(self) -> None:
+        """Drop the connections."""
+        for pool in self._pools.values():
+            pool.clear()
+
+    def _request(
+        self, verb: str, url: str, headers: Mapping[str, str], *, private: bool
+    ) -> urllib3.BaseHTTPResponse:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+        if not host or not port:
+            raise ValueError("not a web address")
+        how: dict[str, Any] = {"headers": headers, "timeout": self._timeout, "redirect": False}
+        how |= {"retries": False, "preload_content": verb == "HEAD"}
+        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all") or ""
+        if proxy and not proxy_bypass(parts.netloc.rpartition("@")[2]):
+            return self._pool(proxy).request(verb, url, **how)
+        if private:
+            return self._pool("").request(verb, url, **how)
+        how["headers"] = {**headers, "Host": parts.netloc.rpartition("@")[2]}
+        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        names = {"server_hostname": host} if parts.scheme == "https" else {}
+        addresses = _public(host, port)
+        for number, address in enumerate(addresses, 1):
+            pool = self._pool("").connection_from_host(address, port, parts.scheme, names)
+            try:
+                return pool.urlopen(verb, target, assert_same_host=False, **how)
+            except (failures.NewConnectionError, failures.ConnectTimeoutError):
+                if number == len(addresses):
+                    raise
+        raise AssertionError("a name that resolves has an address")
+
+    def _pool(self, proxy: str) -> urllib3.PoolManager:
+        """The connections through one proxy, or through none."""
+        if proxy not in self._pools:
+            more: dict[str, Any] = {"maxsize": _KEPT, "ssl_context": ssl.create_default_context()}
+            if proxy:
+                at = proxy if "://" in proxy else f"http://{proxy}"
+                headers = urllib3.make_headers(proxy_basic_auth=_credentials(at))
+                self._pools[proxy] = urllib3.ProxyManager(at, proxy_headers=headers, **more)
+            else:
+                self._pools[proxy] = urllib3.PoolManager(**more)
+        return self._pools[proxy]
+
+
+def is_public(address: str) -> bool:
+    """Whether an address belongs to the internet at large; one that carries an IPv4 address counts as that."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None,))[0]
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            ip = inner
+    return ip.is_global and not ip.is_multicast
+
+
+def number(text: str) -> int | None:
+    """A count of bytes that a server says; None if it is none, or more than any disk has."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def body(response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
+    """A body as it comes. Raises Unavailable when the connection ends early."""
+    try:
+        yield from iter(partial(response.read1, _PART_BYTES, decode_content=False), b"")
+    except (failures.HTTPError, OSError) as err:
+        raise Unavailable(f"{where}: {err or type(err).__name__}") from err
+
+
+def receive(
+    parts: Iterable[bytes],
+    wanted: int | None,
+    where: str,
+    *,
+    patience_s: float = PATIENCE_S,
+    slowest_bytes_s: float = 32 << 10,
+) -> bytes:
+    """A body as it comes from a server: exactly `wanted` bytes (None: to its end, at most 1 GiB).
+
+    Raises Corrupt when it goes on, Unavailable when it ends early or drips.
+    """
+    data: list[bytes] = []
+    size, limit = 0, MAX_BYTES if wanted is None else wanted
+    for part in paced(parts, limit, where, patience_s, slowest_bytes_s):
+        data.append(part)
+        size += len(part)
+        if size > limit:
+            raise Corrupt(f"{where}: the server sends more than {limit} bytes")
+    if wanted is not None and size != wanted:
+        raise Unavailable(f"{where}: the answer ended after {size} of {wanted} bytes")
+    return b"".join(data)
+
+
+def paced(
+    parts: Iterable[bytes], wanted: int, where: str, patience_s: float, slowest_bytes_s: float
+) -> Iterator[bytes]:
+    """The parts of a body of at most `wanted` bytes. Raises Unavailable when it drips.
+
+    That is when after `patience_s` less than `slowest_bytes_s` a second came. A read that hangs is the client
+    library's to end.
+    """
+    size, started = 0, time.monotonic()
+    for part in parts:
+        size += len(part)
+        yield part
+        late_s = time.monotonic() - started - patience_s
+        if late_s > 0 and size < min(wanted, late_s * slowest_bytes_s):
+            raise Unavailable(f"{where}: only {size} bytes came in time")
+
+
+def _server(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2].lower()
+
+
+def _credentials(url: str) -> str | None:
+    parts = urlsplit(url)
+    return f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
+
+
+def _public(host: str, port: int) -> list[str]:
+    """The addresses of a name, looked up once. Raises Denied if one of them is not public, OSError."""
+    found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if refused := [address for address in found if not is_public(address)]:
+        hint = "images come from public addresses only; an administrator's own source may be private"
+        raise Denied(f"{host} leads to {refused[0]}, which is no public address", hint=hint)
+    return found
+
+
+def _checked(
+    response: urllib3.BaseHTTPResponse, where: str, accepted: tuple[int, ...]
+) -> urllib3.BaseHTTPResponse:
+    status = response.status
+    if status in accepted and response.headers.get("content-encoding", "identity") == "identity":
+        return response
+    response.close()
+    if status in accepted:
+        raise Corrupt(f"{where}: the server sends it re-encoded")
+    text = f"no such object ({status})" if status in (404, 410) else f"the server answered {status}"
+    raise _STATUS.get(status, Unavailable)(f"{where}: {text}")
