@@ -111,11 +111,10 @@ def _from_sources(store: "Store", given: Path | None, patterns: tuple[str, ...])
     from imagestore.mirror import sources
     from imagestore.mirror import sync as sync_sources
 
-    shipped = Path(__file__).parents[1] / "mirror-config" / "sources.d"
     own = Path("/etc/sf/sources.d")
     wanted = [
         source
-        for source in sources.load(given or (own if own.is_dir() else shipped))
+        for source in sources.load(given or (own if own.is_dir() else sources.SHIPPED))
         if not patterns or any(fnmatchcase(source.title, pattern) for pattern in patterns)
     ]
 

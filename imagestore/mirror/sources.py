@@ -1,4 +1,4 @@
-"""Source lists: which upstream images a mirror carries (`mirror-config/sources.d/*.toml`), and what upstreams publish.
+"""Source lists: which upstream images a mirror carries (`sources.d/*.toml`), and what upstreams publish.
 
     [[source]]
     name = "debian"
@@ -24,6 +24,9 @@ from imagestore.errors import Invalid, NotFound
 from imagestore.store.names import check_architecture, check_name
 
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
+SHIPPED = Path(__file__).with_name("sources.d")
+"""The lists that come with sf, in a wheel as well."""
+
 _GNU = re.compile(r"^\\?([0-9a-fA-F]{32,128})\s+[ *]?(.+?)\s*$", re.MULTILINE)
 _BSD = re.compile(r"^(MD5|SHA1|SHA256|SHA384|SHA512) \((.+?)\) = ([0-9a-fA-F]+)\s*$", re.MULTILINE)
 _BARE = re.compile(r"\s*([0-9a-fA-F]{32,128})\s*")
@@ -87,11 +90,13 @@ def load(directory: Path) -> list[Source]:
                 raise Invalid("it has [[source]] tables and nothing else")
             sources += [parse(entry) for entry in body["source"]]
         except FileNotFoundError as error:
-            raise NotFound(f"no source lists in {directory}", hint="see mirror-config/sources.d") from error
+            raise NotFound(
+                f"no source lists in {directory}", hint=f"see those that come with sf: {SHIPPED}"
+            ) from error
         except (OSError, ValueError, Invalid) as error:
             raise Invalid(f"{path}: {error}") from error
     if not sources:
-        raise NotFound(f"no source lists in {directory}", hint="see mirror-config/sources.d")
+        raise NotFound(f"no source lists in {directory}", hint=f"see those that come with sf: {SHIPPED}")
     seen: dict[tuple[str, str, str], str] = {}
     for source in sources:
         for key in ((source.name, tag, arch) for tag in source.tags for arch in source.architectures):

@@ -12,7 +12,7 @@ A, B = "a" * 64, "b" * 128
 
 
 def test_every_list_that_comes_with_the_project_loads() -> None:
-    loaded = sources.load(Path(__file__).parents[3] / "mirror-config" / "sources.d")
+    loaded = sources.load(sources.SHIPPED)
     names = {source.name for source in loaded}
     assert {"debian", "ubuntu", "rocky", "fedora", "centos-stream", "cirros", "alpine"} <= names
     for source in loaded:
