@@ -13,7 +13,6 @@ from .cache.images import ImageCache as ImageCache
 from .cache.images import list_images as list_images
 from .cache.service import Options as Options
 from .cache.trace import Trace as Trace
-from .cache.trace import trace_key as trace_key
 from .copy import copy_name as copy_name
 from .errors import Corrupt as Corrupt
 from .errors import Denied as Denied
@@ -21,6 +20,7 @@ from .errors import NotFound as NotFound
 from .errors import StoreError as StoreError
 from .errors import Unavailable as Unavailable
 from .formats.digest import Digest as Digest
+from .formats.keys import TRACES as TRACES
 from .gc import collect as collect
 from .progress import Progress as Progress
 from .progress import Report as Report

@@ -18,20 +18,32 @@ from dataclasses import dataclass, field
 from imagestore.backends.protocol import ObjectStat
 from imagestore.errors import Conflict, Corrupt, NotFound, StoreError, Unsupported
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import (
+    BESIDE,
+    HOOKS_KEY,
+    INDEX,
+    LAYOUTS,
+    MANIFESTS,
+    PACKS,
+    TRASH,
+    TUF,
+    Kind,
+    trashed,
+    untrashed,
+)
 from imagestore.formats.layout import Layout
 from imagestore.store import index
 from imagestore.store.inventory import Inventory, Table, named, read_layouts
-from imagestore.store.leases import Condemned, Lease, exists, held, leases
+from imagestore.store.leases import Condemned, Lease, held, leases
 from imagestore.store.names import NameRecord, name_key
 from imagestore.store.packing import Packer
 from imagestore.store.placement import Placement
-from imagestore.store.store import TRASH, Store, derived_key, layout_key, trashed, untrashed
+from imagestore.store.store import Store
 from imagestore.store.transfer import carry, wanted_frames
 
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
 _ATTEMPTS = 5
-_SIDE_TREES = ("traces", "provenance", "sums")
 
 
 @dataclass(slots=True)
@@ -84,9 +96,7 @@ class _Run:
         # What may be deleted is what was condemned before the roots are read: whoever sets a root later has to
         # look at the list and at the objects' etags after it, and helps himself.
         condemned = Condemned.read(self._store)
-        objects = {
-            tree: dict(named(self._store, f"{tree}/")) for tree in ("manifests", "layouts", *_SIDE_TREES)
-        }
+        objects = {kind: dict(named(self._store, kind)) for kind in (MANIFESTS, LAYOUTS, *BESIDE)}
         inventory = Inventory.read(self._store)
         roots = find_roots(self._store, self._now_s, self._before_s)
         self._mark(inventory, roots)
@@ -110,7 +120,7 @@ class _Run:
         }
         if sparse:
             self._repack(sparse)
-        for tree in ("manifests", "layouts"):
+        for tree in (MANIFESTS, LAYOUTS):
             self._trash(tree, {name: stat for name, stat in objects[tree].items() if name not in images})
         fresh = (dead - condemned.packs.keys()) | sparse.keys()
         if fresh and not self._dry_run:
@@ -144,7 +154,7 @@ class _Run:
     def _delete(
         self,
         roots: "Roots",
-        objects: dict[str, dict[Digest, ObjectStat]],
+        objects: dict[Kind, dict[Digest, ObjectStat]],
         images: set[Digest],
         inventory: Inventory,
         condemned: Condemned,
@@ -155,23 +165,23 @@ class _Run:
             self._report.deleted_names += self._remove(name_key(record.name, record.tag), record.etag)
         for key in roots.dead_leases:
             self._remove(key, None)
-        for tree in ("manifests", "layouts"):
+        for tree in (MANIFESTS, LAYOUTS):
             for name, stat in list(objects[tree].items()):
                 if name not in images and self._old(stat) and self._is_trash(stat):
                     removed = self._remove(stat.key, stat.etag)
                     del objects[tree][name]
-                    self._report.deleted_images += removed and tree == "manifests"
+                    self._report.deleted_images += removed and tree is MANIFESTS
                     self._report.freed_bytes += stat.size_bytes * removed
-        for tree in _SIDE_TREES:
+        for tree in BESIDE:
             for name, stat in objects[tree].items():
-                if name not in images and name not in objects["manifests"] and self._old(stat):
+                if name not in images and name not in objects[MANIFESTS] and self._old(stat):
                     self._report.freed_bytes += stat.size_bytes * self._remove(stat.key, None)
         there = doomed & inventory.packs.keys()
         if not self._dry_run:
             reindex(self._store, inventory, doomed)
         for pack in there:
             if not self._dry_run:
-                self._store.backend.delete(derived_key("packs", pack))
+                self._store.backend.delete(PACKS.key(pack))
             self._report.deleted_packs += 1
             self._report.freed_bytes += inventory.packs.pop(pack).size_bytes
         if self._dry_run:
@@ -201,10 +211,10 @@ class _Run:
             return found.data == TRASH and found.stat.etag == stat.etag
         return False
 
-    def _trash(self, tree: str, unused: dict[Digest, ObjectStat]) -> None:
+    def _trash(self, tree: Kind, unused: dict[Digest, ObjectStat]) -> None:
         for stat in unused.values():
             if self._old(stat) and stat.size_bytes and not self._is_trash(stat):
-                self._report.trashed_images += tree == "manifests"
+                self._report.trashed_images += tree is MANIFESTS
                 if not self._dry_run:
                     with contextlib.suppress(NotFound, Conflict):
                         found = self._store.backend.get(stat.key)
@@ -229,7 +239,7 @@ class _Run:
             new = packer.made
             replaced: list[tuple[str, bytes, str]] = []
             for digest in affected:
-                key = layout_key(digest)
+                key = LAYOUTS.key(digest)
                 self._check(lease, new)
                 # A layout that was replaced meanwhile, or uses more of a pack than was marked, waits for the next run.
                 with contextlib.suppress(NotFound, Conflict):
@@ -269,7 +279,7 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
         missing = inventory.parts.keys() - stale - set(hooks.parts)
         # A part that came after the inventory is there; one that a killed run deleted is not.
         unknown = set(hooks.parts) - inventory.parts.keys()
-        lost = stale | {name for name in unknown if not exists(store, index.part_key(name))}
+        lost = stale | {name for name in unknown if not store.has(INDEX.key(name))}
         if not (lost & set(hooks.parts) or missing):
             break
         hooks = hooks.without(lost)
@@ -277,12 +287,12 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
             part = inventory.part(inventory.parts[name])
             hooks = hooks.with_part(name, part, len(part.encode()))
         with contextlib.suppress(Conflict):
-            store.backend.put(index.HOOKS_KEY, hooks.encode(), if_match=etag, if_none_match=etag is None)
+            store.backend.put(HOOKS_KEY, hooks.encode(), if_match=etag, if_none_match=etag is None)
             break
     else:
         return
     for name in stale:
-        store.backend.delete(index.part_key(name))
+        store.backend.delete(INDEX.key(name))
 
 
 @dataclass(slots=True)
@@ -320,7 +330,7 @@ def find_roots(store: Store, now_s: float, before_s: float) -> Roots:
         else:
             roots.packs |= lease.packs
             roots.may |= lease.images
-    if next(iter(store.backend.list("tuf/")), None) is not None:
+    if next(iter(store.backend.list(TUF.prefix)), None) is not None:
         from imagestore.store.trust import signed_targets
 
         for digests in signed_targets(store.backend).values():

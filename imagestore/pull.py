@@ -34,12 +34,13 @@ from imagestore.errors import (
 from imagestore.formats import columns
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Buffer, Digest
+from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import expand
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.ranges import plan_requests
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
 _REQUESTS = 4
 _COPY_CHUNKS = 256
@@ -273,7 +274,7 @@ class _Fetch:
         pack = layout.packs[int(layout.frame_packs[frames[0]])]
         start = int(layout.frame_offsets[frames[0]])
         length = int(layout.frame_offsets[frames[-1]]) + int(layout.frame_sizes[frames[-1]]) - start
-        key = derived_key("packs", pack)
+        key = PACKS.key(pack)
         failure: Exception | None = None
         for store in (self._stores[0], *self._stores):
             try:

@@ -10,28 +10,34 @@ import numpy as np
 from imagestore.backends.wrappers import RateLimited
 from imagestore.copy import copy_image
 from imagestore.errors import Corrupt, Invalid, NotFound, StoreError, Unsupported
+from imagestore.formats import keys
 from imagestore.formats.digest import Digest
+from imagestore.formats.index import Hooks
+from imagestore.formats.keys import (
+    CONDEMNED_KEY,
+    GC,
+    HOOKS_KEY,
+    INDEX,
+    INFO,
+    LAYOUTS,
+    LEASES,
+    MANIFESTS,
+    NAMES,
+    PACKS,
+    REFS,
+    kind_of,
+    untrashed,
+)
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import unseal
 from imagestore.gc import find_roots, reindex
 from imagestore.progress import Progress, Report, silent
-from imagestore.store import index
 from imagestore.store.inventory import Inventory, Table, named, read_footer
-from imagestore.store.leases import CONDEMNED_KEY, Condemned
+from imagestore.store.leases import Condemned
 from imagestore.store.names import NameRecord
-from imagestore.store.store import (
-    INFO_KEY,
-    Store,
-    StoreInfo,
-    derived_key,
-    layout_key,
-    manifest_key,
-    untrashed,
-)
+from imagestore.store.store import Store, StoreInfo
 from imagestore.store.transfer import Source, chunks_of, frames_of, read_frames, wanted_frames
-
-_SEALED = ("leases/", "refs/", "gc/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +84,17 @@ def verify_store(
     _verify_small(store, report)
     inventory = Inventory.read(store)
     _verify_index(store, inventory, report)
-    manifests = {name: stat for name, stat in named(store, "manifests/") if stat.size_bytes}
+    manifests = {name: stat for name, stat in named(store, MANIFESTS) if stat.size_bytes}
     packs_of: dict[Digest, set[Digest]] = {name: set() for name in manifests}
     for name in manifests:
-        with report.about(manifest_key(name), name):
+        with report.about(MANIFESTS.key(name), name):
             manifest = store.manifest(name)
-            with report.about(layout_key(name), name):
+            with report.about(LAYOUTS.key(name), name):
                 layout = store.layout(name)
                 packs_of[name] = set(layout.packs)
                 _verify_layout(inventory, manifest, layout, report)
         report.images += 1
-    for name, stat in named(store, "layouts/"):
+    for name, stat in named(store, LAYOUTS):
         if stat.size_bytes and name not in manifests:  # left by a push that was cut off
             with report.about(stat.key):
                 Layout.decode(untrashed(store.backend.get(stat.key).data), name)
@@ -110,7 +116,7 @@ def verify_store(
         needed = _needed(store)
         spare = packs_of.keys() - needed
         used = set().union(*(packs_of[name] for name in packs_of.keys() & needed))
-        doomed = {derived_key("packs", pack) for pack in Condemned.read(store).packs.keys() - used}
+        doomed = {PACKS.key(pack) for pack in Condemned.read(store).packs.keys() - used}
         for problem in list(report.problems):
             if problem.key in doomed or problem.image in spare:
                 report.problems.remove(problem)
@@ -126,9 +132,9 @@ def _needed(store: Store) -> set[Digest]:
 def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> VerifyReport:
     """Read and hash every byte of one image. Raises nothing that can be reported."""
     report = VerifyReport(images=1)
-    with report.about(manifest_key(digest), digest):
+    with report.about(MANIFESTS.key(digest), digest):
         manifest = store.manifest(digest)
-        with report.about(layout_key(digest), digest):
+        with report.about(LAYOUTS.key(digest), digest):
             layout = store.layout(digest)
             layout.check(manifest)
             sources = list(frames_of(manifest, layout, range(len(manifest.lengths))))
@@ -137,7 +143,7 @@ def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> 
             for source in sources:
                 by_pack.setdefault(source.pack, []).append(source)
             for pack, found in by_pack.items():
-                with report.about(derived_key("packs", pack), digest):
+                with report.about(PACKS.key(pack), digest):
                     _verify_frames(store, found)
                 report.packs += 1
                 report.checked_bytes += sum(source.size for source in found)
@@ -147,33 +153,33 @@ def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> 
 
 def _verify_small(store: Store, report: VerifyReport) -> None:
     """Everything with a seal, and whether names point at something."""
-    with report.about(INFO_KEY):
-        StoreInfo.decode(store.backend.get(INFO_KEY).data)
+    with report.about(INFO.tree):
+        StoreInfo.decode(store.backend.get(INFO.tree).data)
     with report.about(CONDEMNED_KEY):
         Condemned.read(store)
-    for prefix in _SEALED:
-        for stat in store.backend.list(prefix):
+    for kind in (LEASES, REFS, GC):
+        for stat in store.backend.list(kind.prefix):
             with report.about(stat.key), contextlib.suppress(NotFound):
                 unseal(store.backend.get(stat.key).data, stat.key)
-    for stat in store.backend.list("names/"):
+    for stat in store.backend.list(NAMES.prefix):
         if not stat.size_bytes:
             continue
         with report.about(stat.key), contextlib.suppress(NotFound):
             record = NameRecord.decode(store.backend.get(stat.key).data)
-            if stat.key != f"names/{record.name}/{record.tag}":
+            if stat.key != NAMES.key(record.name, record.tag):
                 raise Corrupt(f"{stat.key} holds the name {record.name}:{record.tag}")
             for digest in () if record.removed else record.images.values():
                 if not store.has_manifest(digest):
-                    report.problems.append(Problem(manifest_key(digest), f"{stat.key} needs it", digest))
+                    report.problems.append(Problem(MANIFESTS.key(digest), f"{stat.key} needs it", digest))
 
 
 def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> None:
-    hooks = index.Hooks()
-    with report.about(index.HOOKS_KEY), contextlib.suppress(NotFound):
-        hooks = index.Hooks.decode(store.backend.get(index.HOOKS_KEY).data)
+    hooks = Hooks()
+    with report.about(HOOKS_KEY), contextlib.suppress(NotFound):
+        hooks = Hooks.decode(store.backend.get(HOOKS_KEY).data)
     for key in inventory.broken_parts:
         report.problems.append(Problem(key, "an index part is damaged"))
-    expected = index.Hooks()
+    expected = Hooks()
     for name, packs in inventory.parts.items():
         if name in hooks.parts and all(pack in inventory.tables for pack in packs):
             part = inventory.part(packs)
@@ -182,19 +188,20 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
         there = hooks.parts.index(name)
         mine, theirs = (h.keys[h.part_of_hook == n] for h, n in ((expected, at), (hooks, there)))
         if hooks.sizes[there] != expected.sizes[at] or not np.array_equal(np.sort(mine), np.sort(theirs)):
-            report.problems.append(Problem(index.HOOKS_KEY, f"the hooks of index part {name} are wrong"))
-    broken = {key.rpartition("/")[2] for key in inventory.broken_parts}
-    for name in set(hooks.parts) - inventory.parts.keys():
-        if name.hex() not in broken:
-            # A hint that leads nowhere; collectors that meet can leave one.
-            report.waste.append(Problem(index.HOOKS_KEY, f"index part {name} is not there"))
+            report.problems.append(Problem(HOOKS_KEY, f"the hooks of index part {name} are wrong"))
+    broken = {INDEX.digest(key) for key in inventory.broken_parts}
+    # A hint that leads nowhere: collectors that meet can leave one. Beside a part that has none it is damage.
+    left_out = inventory.parts.keys() - set(hooks.parts)
+    for name in set(hooks.parts) - inventory.parts.keys() - broken:
+        found = report.problems if left_out else report.waste
+        found.append(Problem(HOOKS_KEY, f"index part {name} is not there"))
 
 
 def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, report: VerifyReport) -> None:
     """Whether every chunk lies where the layout says, by the packs' own footers."""
     layout.check(manifest)
     for pack in layout.packs:
-        with report.about(derived_key("packs", pack), layout.manifest):
+        with report.about(PACKS.key(pack), layout.manifest):
             inventory.table(pack)
     for use in inventory.uses(layout):
         footer = use.table.footer
@@ -231,12 +238,12 @@ def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = Fal
         with contextlib.suppress(StoreError):
             repaired += _mend(store, other, key)
             continue
-        if key.startswith("packs/"):
+        if kind_of(key) is PACKS:
             broken.add(Digest.parse(key.rpartition("/")[2]))
     inventory = Inventory.read(store)
     reindex(store, inventory)
     images = {problem.image for problem in report.problems if problem.image is not None}
-    for digest, _ in named(store, "layouts/"):
+    for digest, _ in named(store, LAYOUTS):
         with contextlib.suppress(Corrupt, NotFound):
             if not broken.isdisjoint(store.layout(digest).packs):
                 images.add(digest)
@@ -255,31 +262,29 @@ def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = Fal
 
 def _mend(store: Store, other: Store, key: str) -> bool:
     """Put one object right. Raises NotFound, Corrupt when the other store cannot help, returns False for no need."""
-    tree, _, name = key.rpartition("/")
-    match tree.partition("/")[0] or key:
-        case "packs":
-            pack = Digest.parse(name)
-            table = Table(read_footer(other, pack))
+    match kind_of(key):
+        case keys.PACKS:
+            table = Table(read_footer(other, pack := Digest.parse(key[-64:])))
             _verify_frames(
                 other, wanted_frames(pack, table, np.ones(len(table.live), np.bool_), split_above=1.0)
             )
             store.backend.put(key, other.backend.get(key).data)
-        case "manifests":
-            store.backend.put(key, other.manifest(Digest.parse(name)).encode())
-        case "names":
+        case keys.MANIFESTS:
+            store.backend.put(key, other.manifest(Digest.parse(key[-64:])).encode())
+        case keys.NAMES:
             data = other.backend.get(key).data
             NameRecord.decode(data)
             store.backend.put(key, data)
-        case "refs":
+        case keys.REFS:
             data = other.backend.get(key).data
             unseal(data, key)
             store.backend.put(key, data)
-        case "store.json":
+        case keys.INFO:
             store.backend.put(key, store.info.encode())
-        case "index" | "leases" | "hooks":
+        case keys.INDEX | keys.LEASES | keys.HOOKS:
             # Hints and promises: who needs them writes them again.
             store.backend.delete(key)
-        case "gc":
+        case keys.GC:
             # What was on the list must not come back: everything that no image uses goes on the new one.
             used = {
                 pack for digest in find_roots(store, 0.0, 0.0).must for pack in store.layout(digest).packs

@@ -11,10 +11,11 @@ import zstandard
 from imagestore.backends.protocol import Backend, Object, ObjectStat
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Buffer, Digest
+from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Frame, PackWriter, compress
-from imagestore.store.store import Store, derived_key, layout_key, manifest_key
+from imagestore.store.store import Store
 
 CHUNK = 32 << 10
 
@@ -82,9 +83,9 @@ def put_image(store: Store, data: bytes, *, frame_chunks: int = 4) -> Digest:
             np.uint32,
         ),
     )
-    store.backend.put(derived_key("packs", name), parts)
-    store.backend.put(layout_key(digest), layout.encode())
-    store.backend.put(manifest_key(digest), encoded)
+    store.backend.put(PACKS.key(name), parts)
+    store.backend.put(LAYOUTS.key(digest), layout.encode())
+    store.backend.put(MANIFESTS.key(digest), encoded)
     return digest
 
 

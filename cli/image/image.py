@@ -265,7 +265,7 @@ def gc(form: str, single_writer: bool, dry_run: bool, grace: str, repack_thresho
 @image.add(examples="sf image trace debian:12")
 def trace(name: str, architecture: str) -> None:
     """Keep in the store what boots on this node read first, for the next node's first boot of the image."""
-    from imagestore import Trace, trace_key
+    from imagestore import TRACES, Trace
 
     with found(name, architecture) as (store, full, digest):
         path = settings().state_dir / "cache" / "traces" / digest.hex()
@@ -273,5 +273,5 @@ def trace(name: str, architecture: str) -> None:
             raise Problem(f"no boot of {full} was traced on this node", hint="boot it once", code=MISSING)
         boots = Trace.decode(data := path.read_bytes()).boots
         store.check_writable()
-        store.backend.put(trace_key(digest), data)
+        store.backend.put(TRACES.key(digest), data)
     print(f"{full} {digest}: a trace of {boots:g} boots")

@@ -13,8 +13,7 @@ import urllib3
 from imagestore.backends.protocol import MAX_BYTES, Object, ObjectStat, ReadOnly, check_key
 from imagestore.backends.web import PATIENCE_S, Web, body, number, receive
 from imagestore.errors import Corrupt, Unsupported
-
-_MUTABLE = ("names", "layouts", "hooks", "gc", "tuf")
+from imagestore.formats.keys import kind_of
 
 
 class Http(ReadOnly):
@@ -67,7 +66,7 @@ class Http(ReadOnly):
         self._web.close()
 
     def _send(self, verb: str, key: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-        if key.partition("/")[0] in _MUTABLE:
+        if (kind := kind_of(key)) is None or kind.changes:
             headers["Cache-Control"] = "no-cache"
         return self._web.open(verb, f"{self._base}/{check_key(key)}", headers, f"{self.url}/{key}")
 

@@ -8,8 +8,7 @@ from typing import TypeVar
 
 from imagestore.backends.protocol import Backend, Data, Object, ObjectStat, pieces
 from imagestore.errors import Corrupt, Unavailable
-from imagestore.formats.digest import Digest
-from imagestore.store.store import untrashed
+from imagestore.formats.keys import matches
 
 T = TypeVar("T")
 
@@ -121,12 +120,8 @@ class Verified(Wrapper):
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         found = self.inner.get(key, start, length)
-        tree, _, name = key.rpartition("/")
-        whole = start == 0 and length is None
-        if whole and tree.partition("/")[0] in ("manifests", "index"):
-            data = untrashed(found.data)
-            if data and Digest.of(data).hex() != name:
-                raise Corrupt(f"the bytes of {self.url}/{key} do not match its name")
+        if start == 0 and length is None and found.data and not matches(key, found.data):
+            raise Corrupt(f"the bytes of {self.url}/{key} do not match its name")
         return found
 
 

@@ -17,19 +17,12 @@ import numpy.typing as npt
 from imagestore.errors import Corrupt
 from imagestore.formats import columns
 from imagestore.formats.columns import Ids
-from imagestore.formats.digest import Digest
-from imagestore.store.store import derived_key
 
 MAGIC = b"sf-trace 1\n"
 MAX_CHUNKS = 1 << 18
 _MAX_BOOTS = 64
 _RARE = 4
 """A chunk that fewer than one boot in so many touched is dropped."""
-
-
-def trace_key(manifest: Digest) -> str:
-    """Where the trace of an image is kept."""
-    return derived_key("traces", manifest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

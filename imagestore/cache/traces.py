@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from imagestore.cache.node_stores import Stores
-from imagestore.cache.trace import Recorder, Trace, trace_key
+from imagestore.cache.trace import Recorder, Trace
 from imagestore.errors import Corrupt, StoreError, Unsupported
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import TRACES
 from imagestore.formats.manifest import Manifest
 from imagestore.store.store import Store
 
@@ -28,7 +29,7 @@ class Traces:
             return own
         for wanted in (digest, *([manifest.parent] if manifest.parent else [])):
             with contextlib.suppress(StoreError):
-                return Trace.decode(self._stores.first(partial(_get, trace_key(wanted))))
+                return Trace.decode(self._stores.first(partial(_get, TRACES.key(wanted))))
         others = [trace for path in self._directory.iterdir() if (trace := _read(path)) and len(trace.keys)]
         shares = [len(trace.chunks(manifest.ids)) / len(trace.keys) for trace in others]
         best = max(range(len(others)), key=shares.__getitem__, default=None)
@@ -57,7 +58,7 @@ def _read(path: Path) -> Trace | None:
 def _publish(store: Store, digest: Digest, data: bytes) -> None:
     if store.backend.read_only or not store.has_manifest(digest):
         raise Unsupported("not ours to write to")
-    store.backend.put(trace_key(digest), data)
+    store.backend.put(TRACES.key(digest), data)
 
 
 def _get(key: str, store: Store) -> bytes:

@@ -15,6 +15,7 @@ from imagestore.disks.qcow2.writer import plan
 from imagestore.errors import Corrupt, NotFound, Unsupported
 from imagestore.formats import columns
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import TUF
 from imagestore.formats.manifest import Manifest
 from imagestore.mirror.content import (
     DEBIAN_WORDS,
@@ -25,7 +26,7 @@ from imagestore.mirror.content import (
 )
 from imagestore.store.names import Change
 from imagestore.store.store import Store
-from imagestore.store.trust import TREES, Target, signed_targets, tree
+from imagestore.store.trust import Target, signed_targets, tree
 
 _FRESH_S = 5.0
 _MOST_MANIFESTS = 64
@@ -119,7 +120,9 @@ class Catalog:
 
     def _signers(self) -> list[Digest]:
         """Whose publications the store carries; an owner who is gone comes after one who still signs."""
-        stamps = [stat for stat in self.store.backend.list(TREES) if stat.key.endswith("/timestamp.json")]
+        stamps = [
+            stat for stat in self.store.backend.list(TUF.prefix) if stat.key.endswith("/timestamp.json")
+        ]
         stamps.sort(key=lambda stat: stat.modified_s, reverse=True)
         return [Digest.parse(stat.key.split("/")[1]) for stat in stamps]
 

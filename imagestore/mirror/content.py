@@ -16,10 +16,11 @@ import numpy as np
 from imagestore.disks.qcow2.writer import WRITER, plan
 from imagestore.errors import Corrupt, NotFound
 from imagestore.formats.digest import Buffer, Digest
+from imagestore.formats.keys import SUMS
 from imagestore.formats.manifest import Manifest
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import StoreOrigin
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
 _GROUP_BYTES = 2 << 20
 AHEAD = 3
@@ -142,7 +143,7 @@ class Sums:
 def read_sums(store: Store, digest: Digest) -> Sums | None:
     """None where they were not computed yet, or by another writer of qcow2 files."""
     try:
-        body = json.loads(store.backend.get(derived_key("sums", digest)).data)
+        body = json.loads(store.backend.get(SUMS.key(digest)).data)
         sums = Sums(**body)
     except (NotFound, ValueError, TypeError):
         return None
@@ -168,7 +169,7 @@ def compute_sums(store: Store, digest: Digest, progress: Report = silent) -> Sum
                 done += len(piece)
                 progress(Progress("checksums", done, total))
     sums = Sums(raw.hexdigest(), qcow2.hexdigest(), combined.hexdigest(), created_s)
-    store.backend.put(derived_key("sums", digest), json.dumps(asdict(sums), sort_keys=True).encode())
+    store.backend.put(SUMS.key(digest), json.dumps(asdict(sums), sort_keys=True).encode())
     return sums
 
 

@@ -21,11 +21,10 @@ from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, Object, ObjectStat, ReadOnly
 from imagestore.errors import Corrupt, NotFound, Unavailable
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import PACKS, Check, kind_of, matches
 from imagestore.formats.pack import TRAILER, Footer, split_pack
-from imagestore.store.store import untrashed
 
 _REQUEST_BYTES = 4 << 20
-_NAMED = ("manifests", "index")
 _MOST_PACKS = 4096
 _AWAY_S = 30.0
 """An upstream that did not answer is left alone for so long where there is a copy: its retries took long enough."""
@@ -62,7 +61,7 @@ class PullThrough(ReadOnly):
         self._kept_bytes = sum(path.stat().st_blocks * 512 for path in self._frames.iterdir())
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
-        if key.startswith("packs/"):
+        if kind_of(key) is PACKS:
             return self._from_pack(key, start, length)
         found = self._whole(key)
         end = len(found.data) if length is None else start + length
@@ -71,7 +70,7 @@ class PullThrough(ReadOnly):
         return Object(found.data[start:end], found.stat)
 
     def stat(self, key: str) -> ObjectStat:
-        return self._pack(key).stat if key.startswith("packs/") else self._whole(key).stat
+        return self._pack(key).stat if kind_of(key) is PACKS else self._whole(key).stat
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         yield from self._upstream.list(prefix)
@@ -80,11 +79,12 @@ class PullThrough(ReadOnly):
         self._upstream.close()
 
     def _whole(self, key: str) -> Object:
-        named = key.partition("/")[0] in _NAMED
+        kind = kind_of(key)
+        named = kind is not None and kind.check is Check.NAME
         if named:
             try:
                 kept = self._kept.get(key)
-                if Digest.of(untrashed(kept.data)).hex() == key[-64:]:
+                if matches(key, kept.data):
                     return kept
             except NotFound:
                 pass
@@ -99,7 +99,7 @@ class PullThrough(ReadOnly):
             except Unavailable:
                 self._away_until_s = time.monotonic() + _AWAY_S
                 return self._kept.get(key)
-            if named and Digest.of(untrashed(found.data)).hex() != key[-64:]:
+            if not matches(key, found.data):
                 raise Corrupt(f"{self.url}/{key}: the bytes do not match the name")
             self._kept.put(key, found.data)
             return found

@@ -16,13 +16,12 @@ from imagestore.backends.protocol import Backend
 from imagestore.copy import copy_image
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import BESIDE, TUF
 from imagestore.mirror.signing import Publisher, check_complete
-from imagestore.store.store import Store, derived_key
-from imagestore.store.trust import TREES, SignedNames, Target, signed_targets, tree
+from imagestore.store.store import Store
+from imagestore.store.trust import SignedNames, Target, signed_targets, tree
 
 _MOST_ROOTS = 1024
-_BESIDE = ("provenance", "sums", "traces")
-"""Objects about an image that are not part of it: copied where they are, missed nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +78,8 @@ def replicate(
 
 
 def _copy_beside(source: Backend, target: Backend, digest: Digest) -> None:
-    for kind in _BESIDE:
-        key = derived_key(kind, digest)
+    for kind in BESIDE:
+        key = kind.key(digest)
         try:
             data = source.get(key).data
         except NotFound:
@@ -94,7 +93,7 @@ def signers(store: Store) -> list[Digest]:
         return [store.names.fingerprint]
     if store.backend.read_only:
         return []
-    keys = (stat.key.split("/") for stat in store.backend.list(TREES))
+    keys = (stat.key.split("/") for stat in store.backend.list(TUF.prefix))
     return [Digest.parse(parts[1]) for parts in keys if parts[-1] == "1.root.json"]
 
 

@@ -25,7 +25,7 @@ from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_in
 from imagestore.mirror.content import AHEAD, Content, GroupCache, simplestreams_archive
 from imagestore.mirror.pull_through import PullThrough
 from imagestore.mirror.sync import read_provenance
-from imagestore.mirror.tree import Limits, Receive, Scope, Send, Span, Tree, headers_of, key_of, prepare
+from imagestore.mirror.tree import Limits, Receive, Scope, Send, Span, Tree, headers_of, prepare, public
 from imagestore.store.open import open_backend, open_store
 from imagestore.store.store import Store
 
@@ -111,7 +111,7 @@ def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0)
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
         """The tree without a framework in its way: it is what other machines ask for thousands of times."""
-        is_tree = scope["type"] == "http" and key_of(scope["path"]) is not None
+        is_tree = scope["type"] == "http" and public(scope["path"]) is not None
         if scope["type"] == "http":
             requests.labels("tree" if is_tree else "site").inc()
         await (tree(scope, receive, send) if is_tree else app(scope, receive, send))  # type: ignore[arg-type]

@@ -23,7 +23,8 @@ from imagestore.backends.directory import Directory
 from imagestore.durable import fsync_directory
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
 from imagestore.formats.digest import Digest
-from imagestore.store.store import Store, manifest_key
+from imagestore.formats.keys import MANIFESTS
+from imagestore.store.store import Store
 from imagestore.store.trust import Target, make_target, parse_targets, tree
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
@@ -278,5 +279,5 @@ def check_complete(store: Store, digests: set[Digest]) -> dict[Digest, int]:
         if missing:
             hint = "`sf store verify --repair` may bring it back"
             raise NotFound(f"{store.url}: {digest} lacks {len(missing)} of its packs", hint=hint)
-        sizes[digest] = store.backend.stat(manifest_key(digest)).size_bytes
+        sizes[digest] = store.backend.stat(MANIFESTS.key(digest)).size_bytes
     return sizes

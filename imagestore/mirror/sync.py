@@ -17,12 +17,13 @@ from urllib.parse import urlsplit
 
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import PROVENANCE
 from imagestore.mirror import sources
 from imagestore.mirror.download import Downloader, Fetched, hash_file
 from imagestore.mirror.sources import Location, Source
 from imagestore.progress import Report, silent
 from imagestore.push import push
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
 ATTEMPTS = 3
 
@@ -72,7 +73,7 @@ class Provenance:
 def read_provenance(store: Store, digest: Digest) -> Provenance:
     """Empty where nothing is known."""
     try:
-        return Provenance.decode(store.backend.get(derived_key("provenance", digest)).data)
+        return Provenance.decode(store.backend.get(PROVENANCE.key(digest)).data)
     except NotFound:
         return Provenance()
 
@@ -158,7 +159,7 @@ class _Image:
             location.url, build or fetched.last_modified, algorithm, checksum, signed_by,
             fetched.etag, fetched.last_modified, round(self._store.backend.now()),
         )  # fmt: skip
-        self._store.backend.put(derived_key("provenance", result.digest), provenance.encode())
+        self._store.backend.put(PROVENANCE.key(result.digest), provenance.encode())
         self._tag(result.digest)
         fetched.path.unlink()
         return Outcome(source.title, self._architecture, "new", signed_by, result.digest, result.new_bytes)

@@ -1,7 +1,7 @@
 """The store's tree over HTTP: what any web server would do with it, and nothing of it that is not for readers.
 
 An ASGI application (https://asgi.readthedocs.io/en/latest/specs/www.html). Objects named by digest are immutable for
-ever; everything else is to be asked for again. Which keys exist is decided by a pattern, so no path leads elsewhere.
+ever; everything else is to be asked for again. The table of kinds says which keys exist: no path leads elsewhere.
 """
 
 import asyncio
@@ -18,17 +18,13 @@ from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.backends.wrappers import Wrapper
 from imagestore.errors import Corrupt, NotFound, StoreError
+from imagestore.formats.keys import PACKS, Kind, kind_of
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
-_KEY = re.compile(
-    r"(?P<immutable>(?:packs|index|manifests|sums)/([0-9a-f]{2})/\2[0-9a-f]{62})"
-    r"|store\.json|hooks/all|(?:layouts|traces|provenance)/([0-9a-f]{2})/\3[0-9a-f]{62}"
-    r"|names/[a-z0-9._-]{1,100}/[a-z0-9._-]{1,100}|tuf/[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json"
-)
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _PIECE_BYTES = 256 << 10
 _FAR_PIECE_BYTES = 512 << 10
@@ -106,10 +102,11 @@ async def refuse(send: Send, status: int, text: str, *, retry_s: int | None = No
     await answer(send, status, headers, body)
 
 
-def key_of(path: str) -> str | None:
-    """The store's key behind a request's path, None where it is not one for readers."""
+def public(path: str) -> tuple[str, Kind] | None:
+    """The store's key behind a request's path, and its kind; None where it is not one for readers."""
     key = path.removeprefix("/")
-    return key if _KEY.fullmatch(key) else None
+    kind = kind_of(key)
+    return (key, kind) if kind is not None and kind.public else None
 
 
 class Tree:
@@ -125,12 +122,12 @@ class Tree:
         self._files: OrderedDict[str, int] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        key = key_of(scope["path"])
-        if key is None or scope["method"] not in ("GET", "HEAD"):
-            await refuse(send, 404 if key is None else 405, "no such object" if key is None else "read-only")
-            return
-        match = _KEY.fullmatch(key)
-        immutable = match is not None and match["immutable"] is not None
+        named = public(scope["path"])
+        if named is None:
+            return await refuse(send, 404, "no such object")
+        if scope["method"] not in ("GET", "HEAD"):
+            return await refuse(send, 405, "read-only")
+        key, immutable = named[0], not named[1].changes
         headers = headers_of(scope)
         try:
             stat = await self._stat(key, immutable)
@@ -191,7 +188,7 @@ class Tree:
 
     def _local(self, key: str, at: int, size: int) -> bytes | None:
         """Of a pack in a directory, without a thread: a pack never changes, so its descriptor may be kept."""
-        if self._root is None or not key.startswith("packs/"):
+        if self._root is None or kind_of(key) is not PACKS:
             return None
         descriptor = self._files.get(key)
         if descriptor is None:

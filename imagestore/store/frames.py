@@ -14,10 +14,11 @@ import numpy as np
 from imagestore.errors import Corrupt, NotFound
 from imagestore.formats import columns
 from imagestore.formats.digest import Buffer, Digest
+from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import expand
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
 REQUEST_BYTES = 1 << 20
 """Neighbouring frames are asked for in one request up to about this many stored bytes."""
@@ -87,7 +88,7 @@ class StoreOrigin:
         for run in frame_runs(layout, members):
             start = int(layout.frame_offsets[run[0]])
             length = int(layout.frame_offsets[run[-1]]) + int(layout.frame_sizes[run[-1]]) - start
-            key = derived_key("packs", layout.packs[int(layout.frame_packs[run[0]])])
+            key = PACKS.key(layout.packs[int(layout.frame_packs[run[0]])])
             data = memoryview(self._store().backend.get(key, start, length).data)
             if len(data) != length:
                 raise Corrupt(f"{self.name} answered with {len(data)} bytes instead of {length}")

@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from imagestore.backends.protocol import ObjectStat
 from imagestore.disks.windows import in_order
-from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
+from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
+from imagestore.formats.index import IndexPart
+from imagestore.formats.keys import INDEX, PACKS, Kind
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
-from imagestore.store.index import IndexPart, part_key, read_part
-from imagestore.store.store import Store, derived_key
+from imagestore.store.index import read_part
+from imagestore.store.store import Store
 
 _SHIFT = (MAX_FRAME_BYTES - 1).bit_length()
 _TAIL_BYTES = 256 << 10
@@ -74,12 +76,12 @@ class Inventory:
     @classmethod
     def read(cls, store: Store) -> Self:
         """List packs and index, read the index parts: about one request per push that there was."""
-        found = cls(store, dict(named(store, "packs/")))
-        names = [name for name, _ in named(store, "index/")]
+        found = cls(store, dict(named(store, PACKS)))
+        names = [name for name, _ in named(store, INDEX)]
         with ThreadPoolExecutor(8, "index") as pool:
             for name, part in zip(names, pool.map(lambda name: read_part(store, name), names), strict=True):
                 if part is None:
-                    found.broken_parts.append(part_key(name))
+                    found.broken_parts.append(INDEX.key(name))
                     continue
                 found.parts[name] = [pack for pack, _ in part.footers]
                 found.tables |= {pack: Table(footer) for pack, footer in part.footers if pack in found.packs}
@@ -129,7 +131,7 @@ def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Diges
 
 def read_footer(store: Store, pack: Digest) -> Footer:
     """From the end of the pack itself. Raises NotFound, Corrupt."""
-    key = derived_key("packs", pack)
+    key = PACKS.key(pack)
     size = store.backend.stat(key).size_bytes
     tail = b""
     for length in (_TAIL_BYTES, size):
@@ -145,12 +147,9 @@ def read_footer(store: Store, pack: Digest) -> Footer:
     return footer
 
 
-def named(store: Store, prefix: str) -> Iterator[tuple[Digest, ObjectStat]]:
-    """Objects that are named by a digest; anything else there is not ours."""
-    for stat in store.backend.list(prefix):
-        try:
-            digest = Digest.parse(stat.key.rpartition("/")[2])
-        except Invalid:
-            continue
-        if stat.key == derived_key(prefix.rstrip("/"), digest):
+def named(store: Store, kind: Kind) -> Iterator[tuple[Digest, ObjectStat]]:
+    """Objects of a kind that is named by a digest; anything else there is not ours."""
+    for stat in store.backend.list(kind.prefix):
+        digest = kind.digest(stat.key)
+        if digest is not None:
             yield digest, stat

@@ -18,10 +18,10 @@ from typing import Self
 
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import CONDEMNED_KEY, LEASES, PACKS, REFS
 from imagestore.formats.sealed import seal, unseal
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
-CONDEMNED_KEY = "gc/condemned"
 LEASE_S = 3600.0
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Lease:
         self._thread.join()
         # Best effort: a lease that stays behind runs out.
         with contextlib.suppress(StoreError):
-            self._store.backend.delete(_key(self.id))
+            self._store.backend.delete(LEASES.key(self.id))
 
     def made(self, pack: Digest) -> None:
         """This writer uploads a pack of its own: no request now, said with the next."""
@@ -134,7 +134,7 @@ class Lease:
         bad = wanted & condemned.packs.keys()
         if self._epoch != condemned.epoch:
             # The list forgot some packs since the lease began: those that it names no longer are gone.
-            bad |= {pack for pack in wanted - bad if not exists(self._store, derived_key("packs", pack))}
+            bad |= {pack for pack in wanted - bad if not self._store.has(PACKS.key(pack))}
         return bad
 
     def _write(self) -> None:
@@ -145,7 +145,7 @@ class Lease:
                 "packs": sorted(pack.hex() for pack in self._packs),
                 "images": [],  # a writer may also hold manifests: none of ours does
             }
-        self._store.backend.put(_key(self.id), seal(body))
+        self._store.backend.put(LEASES.key(self.id), seal(body))
 
     def _keep(self) -> None:
         while not self._ended.wait(LEASE_S / 4):
@@ -153,15 +153,6 @@ class Lease:
                 self._write()
             except StoreError as err:
                 log.warning("the lease could not be renewed: %s", err)
-
-
-def exists(store: Store, key: str) -> bool:
-    """One request without a body."""
-    try:
-        store.backend.stat(key)
-    except NotFound:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +167,7 @@ class LeaseRecord:
 
 def leases(store: Store) -> Iterator[LeaseRecord]:
     """All leases, also those that ran out. Raises Corrupt, Unsupported: then nothing may be collected."""
-    for stat in store.backend.list("leases/"):
+    for stat in store.backend.list(LEASES.prefix):
         with contextlib.suppress(NotFound):
             found = store.backend.get(stat.key)
             body = unseal(found.data, stat.key)
@@ -196,7 +187,7 @@ def hold(store: Store, holder: str, images: Iterable[Digest]) -> None:
     from imagestore.store.publish import check_present
 
     digests = sorted(set(images))
-    store.backend.put(_hold_key(holder), seal({"images": [digest.hex() for digest in digests]}))
+    store.backend.put(REFS.key(holder), seal({"images": [digest.hex() for digest in digests]}))
     try:
         for digest in digests:
             check_present(store, digest)
@@ -207,23 +198,15 @@ def hold(store: Store, holder: str, images: Iterable[Digest]) -> None:
 
 def release(store: Store, holder: str) -> None:
     """End `hold`; may be repeated."""
-    store.backend.delete(_hold_key(holder))
+    store.backend.delete(REFS.key(holder))
 
 
 def held(store: Store) -> Iterator[Digest]:
     """Everything that is held. Raises Corrupt, Unsupported."""
-    for stat in store.backend.list("refs/"):
+    for stat in store.backend.list(REFS.prefix):
         with contextlib.suppress(NotFound):
             body = unseal(store.backend.get(stat.key).data, stat.key)
             try:
                 yield from map(Digest.parse, body["images"])
             except (KeyError, TypeError, AttributeError, Invalid) as err:
                 raise Corrupt(f"{stat.key}: {err}") from err
-
-
-def _key(lease: str) -> str:
-    return f"leases/{lease}"
-
-
-def _hold_key(holder: str) -> str:
-    return f"refs/{holder}"

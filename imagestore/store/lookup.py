@@ -12,13 +12,15 @@ from imagestore.disks.windows import Window
 from imagestore.errors import Corrupt, NotFound
 from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
+from imagestore.formats.index import Hooks, IndexPart
+from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import Footer
 from imagestore.store import index
 from imagestore.store.leases import Lease
 from imagestore.store.names import NameRecord
 from imagestore.store.placement import Placement
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
 _AHEAD_WINDOWS = 10
 """How far unknown chunks are looked up in the hooks before they count as new."""
@@ -44,7 +46,7 @@ class Lookup:
         self._pool = ThreadPoolExecutor(4, "sf-lookup")
         self._lineage: tuple[Digest, int, int] | None = None
         self._engaged = False
-        self._hooks = index.Hooks()
+        self._hooks = Hooks()
         self._asked: set[Digest] = set()
         self._parts_bytes = parts_bytes
 
@@ -133,7 +135,7 @@ class Lookup:
                 footers += part.footers if part is not None else ()
         self._load(footers, self._reuse({pack for pack, _ in footers} - set(self._placement.packs)))
 
-    def _part(self, name: Digest, size_bytes: int) -> index.IndexPart | None:
+    def _part(self, name: Digest, size_bytes: int) -> IndexPart | None:
         part = self._local.get(name) if self._local is not None else None
         if part is not None:
             return part
@@ -159,7 +161,7 @@ class Lookup:
 
     def _is_there(self, pack: tuple[Digest, Footer]) -> bool:
         try:
-            stat = self._store.backend.stat(derived_key("packs", pack[0]))
+            stat = self._store.backend.stat(PACKS.key(pack[0]))
         except NotFound:
             return False
         return stat.size_bytes >= pack[1].data_bytes

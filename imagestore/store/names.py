@@ -16,6 +16,7 @@ from typing import Any
 from imagestore.backends.protocol import Backend
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import NAMES
 from imagestore.formats.sealed import seal, unseal
 
 LATEST = "latest"
@@ -164,7 +165,7 @@ def _change(body: dict[str, Any], at_s: float) -> Change:
 
 def name_key(name: str, tag: str) -> str:
     """Where the store keeps it."""
-    return f"names/{check_name(name)}/{check_name(tag, 'tag')}"
+    return NAMES.key(check_name(name), check_name(tag, "tag"))
 
 
 class Names:
@@ -250,7 +251,7 @@ class Names:
 
     def _known(self) -> list[str]:
         try:
-            return [":".join(stat.key.split("/")[1:]) for stat in self._backend.list("names/")]
+            return [":".join(stat.key.split("/")[1:]) for stat in self._backend.list(NAMES.prefix)]
         except Unsupported:
             return []
 
@@ -280,14 +281,14 @@ class Names:
 
     def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
         """All names, in order; with `removed` the tombstones too."""
-        keys = [stat.key for stat in self._backend.list("names/") if stat.size_bytes]
+        keys = [stat.key for stat in self._backend.list(NAMES.prefix) if stat.size_bytes]
         with ThreadPoolExecutor(8, "names") as pool:
             for record in pool.map(self._read_key, keys):
                 if record.revision and (removed or not record.removed):
                     yield record
 
     def _read_key(self, key: str) -> NameRecord:
-        name, _, tag = key.removeprefix("names/").partition("/")
+        name, _, tag = key.removeprefix(NAMES.prefix).partition("/")
         try:
             return self.read(name, tag)
         except Invalid as err:

@@ -10,11 +10,13 @@ from typing import Self
 import zstandard
 
 from imagestore.formats.digest import Buffer, Digest
+from imagestore.formats.index import IndexPart
+from imagestore.formats.keys import PACKS
 from imagestore.formats.pack import FRAME_BYTES, LEVEL, Footer, Frame, PackWriter, compress
 from imagestore.store import index
 from imagestore.store.leases import Lease
 from imagestore.store.placement import Placement
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
 PACK_BYTES = 16 << 20
 """A pack is sent when it has so many stored bytes."""
@@ -124,7 +126,7 @@ class Packer:
         """In a sender; the bytes written. The hint comes first: who was killed in between finds out by asking."""
         if self._local is not None:
             self._local.keep_pack(digest, footer)
-        self._store.backend.put(derived_key("packs", digest), pieces)
+        self._store.backend.put(PACKS.key(digest), pieces)
         return sum(len(piece) for piece in pieces)
 
     def avoid(self, packs: Collection[Digest]) -> None:
@@ -141,7 +143,7 @@ class Packer:
         """Tell other writers of the packs that were made, once."""
         if not self._unpublished:
             return
-        part = index.IndexPart(tuple(self._unpublished))
+        part = IndexPart(tuple(self._unpublished))
         name = index.publish_part(self._store, part)
         if self._local is not None:
             self._local.keep(name, part)

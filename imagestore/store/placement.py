@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from imagestore.disks.chunker import U64
 from imagestore.formats import columns
 from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
+from imagestore.formats.index import Keys
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import Footer
 
@@ -56,7 +56,7 @@ class Known(Column):
 
     def __init__(self) -> None:
         super().__init__(_CHUNK)
-        self._levels: list[tuple[U64, Numbers]] = []
+        self._levels: list[tuple[Keys, Numbers]] = []
 
     def add(self, ids: Ids, frames: npt.NDArray[Any] | int, offsets: npt.NDArray[Any] | int) -> int:
         """Append rows; the number of the first."""

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from imagestore.errors import Conflict, NotFound
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, untrashed
 from imagestore.formats.layout import Layout
 from imagestore.store.leases import LEASE_S, Condemned, Lease
 from imagestore.store.names import LATEST, NameRecord
-from imagestore.store.store import Store, derived_key, layout_key, manifest_key, untrashed
+from imagestore.store.store import Store
 
 _ATTEMPTS = 5
 Repair = Callable[[set[Digest]], Layout]
@@ -31,7 +32,7 @@ def publish(
     Returns the layout that holds in the end. Raises Conflict when the collector condemns faster than we repair.
     """
     digest = Digest.of(manifest)
-    objects = {layout_key(digest): layout.encode(), manifest_key(digest): manifest}
+    objects = {LAYOUTS.key(digest): layout.encode(), MANIFESTS.key(digest): manifest}
     etags: dict[str, str] = {}
     named = False
     for _ in range(_ATTEMPTS):
@@ -39,8 +40,8 @@ def publish(
         bad = lease.unusable(layout.packs)
         if bad:
             layout = repair(bad)
-            objects[layout_key(digest)] = layout.encode()
-            etags.pop(layout_key(digest), None)
+            objects[LAYOUTS.key(digest)] = layout.encode()
+            etags.pop(LAYOUTS.key(digest), None)
         else:
             # Only when nothing is condemned may the objects be believed; the collector may have marked them.
             lost = [key for key in objects if key not in etags or (named and _etag(store, key) != etags[key])]
@@ -91,13 +92,13 @@ def check_present(store: Store, digest: Digest) -> None:
     """
     gone = NotFound(f"image {digest} is not in {store.url}, or is being removed", hint="push it again")
     try:
-        for key in (layout_key(digest), manifest_key(digest)):
+        for key in (LAYOUTS.key(digest), MANIFESTS.key(digest)):
             _restore(store, key)
         layout = store.layout(digest)
         if not Condemned.read(store).packs.keys().isdisjoint(layout.packs):
             raise gone
         for pack in layout.packs:
-            store.backend.stat(derived_key("packs", pack))
+            store.backend.stat(PACKS.key(pack))
     except NotFound as err:
         raise gone from err
 

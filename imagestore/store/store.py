@@ -10,16 +10,13 @@ from imagestore.backends.protocol import Backend
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, untrashed
 from imagestore.formats.sealed import seal, unseal
 from imagestore.store.names import Names
 
 if TYPE_CHECKING:  # numpy: not needed to resolve a name
     from imagestore.formats.layout import Layout
     from imagestore.formats.manifest import Manifest
-
-INFO_KEY = "store.json"
-TRASH = b"sf-trash 1 "
-TRASH_BYTES = len(TRASH) + 33
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class StoreInfo:
     @classmethod
     def decode(cls, data: bytes) -> "StoreInfo":
         """Raises Corrupt for nonsense, Unsupported for what a later version wrote."""
-        body = unseal(data, INFO_KEY)
+        body = unseal(data, INFO.tree)
         try:
             if body["requires"]:
                 needs = ", ".join(body["requires"])
@@ -94,16 +91,16 @@ class Store:
         exists = Conflict(f"there is a store in {backend.url} already")
         try:
             if backend.conditional:
-                backend.put(INFO_KEY, info.encode(), if_none_match=True)
+                backend.put(INFO.tree, info.encode(), if_none_match=True)
             else:
                 try:
-                    backend.stat(INFO_KEY)
+                    backend.stat(INFO.tree)
                     raise exists
                 except NotFound:
-                    backend.put(INFO_KEY, info.encode())
+                    backend.put(INFO.tree, info.encode())
         except Conflict as err:
             # The repeat of a put whose answer was lost meets its own object.
-            if err is exists or StoreInfo.decode(backend.get(INFO_KEY).data).id != info.id:
+            if err is exists or StoreInfo.decode(backend.get(INFO.tree).data).id != info.id:
                 raise exists from err
         return cls(backend, info, single_writer=single_writer)
 
@@ -111,7 +108,7 @@ class Store:
     def open(cls, backend: Backend, *, single_writer: bool = False) -> "Store":
         """Raises NotFound when there is no store."""
         try:
-            data = backend.get(INFO_KEY).data
+            data = backend.get(INFO.tree).data
         except NotFound as err:
             hint = "`sf store init` makes one"
             raise NotFound(f"there is no image store in {backend.url}", hint=hint) from err
@@ -141,7 +138,7 @@ class Store:
         """Raises NotFound, Corrupt."""
         from imagestore.formats.manifest import Manifest
 
-        data = self._content(manifest_key(digest))
+        data = self._content(MANIFESTS.key(digest))
         if Digest.of(data) != digest:
             raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
         return Manifest.decode(data)
@@ -149,7 +146,7 @@ class Store:
     def size_bytes(self, digest: Digest) -> int:
         """Of the disk, as the manifest's first bytes say: for lists of many images. Raises NotFound, Corrupt."""
         try:
-            head = self.backend.get(manifest_key(digest), 0, 1024).data
+            head = self.backend.get(MANIFESTS.key(digest), 0, 1024).data
         except Corrupt:  # shorter than that
             head = b""
         # The keys are sorted and a quote inside a label is escaped: this can be nothing but the key itself.
@@ -158,8 +155,12 @@ class Store:
 
     def has_manifest(self, digest: Digest) -> bool:
         """One request without a body."""
+        return self.has(MANIFESTS.key(digest))
+
+    def has(self, key: str) -> bool:
+        """Whether there is such an object. One request without a body."""
         try:
-            return self.backend.stat(manifest_key(digest)).size_bytes > 0
+            return self.backend.stat(key).size_bytes > 0
         except NotFound:
             return False
 
@@ -167,36 +168,10 @@ class Store:
         """Where the chunks of a manifest lie, as of now. Raises NotFound, Corrupt."""
         from imagestore.formats.layout import Layout
 
-        return Layout.decode(self._content(layout_key(manifest)), manifest)
+        return Layout.decode(self._content(LAYOUTS.key(manifest)), manifest)
 
     def _content(self, key: str) -> bytes:
         data = untrashed(self.backend.get(key).data)
         if not data:  # deleted, where deletes know no conditions
             raise NotFound(f"{self.url}/{key}: no such object")
         return data
-
-
-def trashed(data: bytes) -> bytes:
-    """The same object marked for removal: readable as before, and with an etag of its own (imagestore/gc.py)."""
-    return TRASH + secrets.token_hex(16).encode() + b"\n" + data
-
-
-def untrashed(data: bytes) -> bytes:
-    """The object without that mark."""
-    return data[TRASH_BYTES:] if data.startswith(TRASH) else data
-
-
-def manifest_key(digest: Digest) -> str:
-    """Where a manifest is kept."""
-    return derived_key("manifests", digest)
-
-
-def layout_key(manifest: Digest) -> str:
-    """Where the layout of a manifest is kept."""
-    return derived_key("layouts", manifest)
-
-
-def derived_key(tree: str, digest: Digest) -> str:
-    """`tree/ab/<hex>`: two digits keep directories small."""
-    text = digest.hex()
-    return f"{tree}/{text[:2]}/{text}"

@@ -12,13 +12,14 @@ from imagestore.disks.windows import in_order
 from imagestore.errors import Corrupt
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Buffer, Digest
+from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Codec, Frame, expand
 from imagestore.store.inventory import Table
 from imagestore.store.packing import Framer, Packer
 from imagestore.store.ranges import plan_requests
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 
 
 class Piece(NamedTuple):
@@ -121,7 +122,7 @@ def read_frames(store: Store, frames: Iterable[Source]) -> Iterator[tuple[Source
 
     def read(request: Numbers) -> tuple[list[Source], memoryview]:
         group = [wanted[at] for at in request.tolist()]
-        start, key = group[0].offset, derived_key("packs", group[0].pack)
+        start, key = group[0].offset, PACKS.key(group[0].pack)
         return group, memoryview(
             store.backend.get(key, start, group[-1].offset + group[-1].size - start).data
         )

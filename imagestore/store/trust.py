@@ -24,10 +24,10 @@ from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import TUF
 from imagestore.store.names import NameRecord, Names, check_architecture, check_name
 from imagestore.store.store import Store, StoreInfo
 
-TREES = "tuf/"
 HASH = "blake3"
 _PIECE_BYTES = 64 << 10
 _ROOT_BYTES = 512_000
@@ -42,7 +42,7 @@ Target = tuple[str, str, str]
 
 def tree(fingerprint: Digest) -> str:
     """Prefix of the keys of one signer's metadata."""
-    return f"{TREES}{fingerprint.hex()}/"
+    return f"{TUF.key(fingerprint.hex())}/"
 
 
 def target_path(name: str, tag: str, architecture: str) -> str:
@@ -289,7 +289,7 @@ def _explain(error: Exception, file: str, url: str) -> StoreError:
     return Corrupt(f"{url}: {file}: {error}")
 
 
-def signed_targets(backend: Backend, prefix: str = TREES) -> dict[Target, set[Digest]]:
+def signed_targets(backend: Backend, prefix: str = TUF.prefix) -> dict[Target, set[Digest]]:
     """What the newest targets of every tree (or one) in our own store name, unverified: who brought them checked."""
     newest: dict[str, int] = {}
     for stat in backend.list(prefix):

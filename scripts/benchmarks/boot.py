@@ -32,13 +32,13 @@ from imagestore.cache.imaged import control_socket
 from imagestore.cache.nbd.server import NbdServer
 from imagestore.cache.open_images import SETTLE_S
 from imagestore.cache.partial import PartialImage
-from imagestore.cache.trace import Trace, trace_key
+from imagestore.cache.trace import Trace
 from imagestore.errors import StoreError
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import LAYOUTS, MANIFESTS, TRACES
 from imagestore.formats.manifest import Manifest
 from imagestore.push import push
 from imagestore.store.open import open_store
-from imagestore.store.store import layout_key, manifest_key
 from tests.servers import free_ports
 
 LINKS = ((1000, 20), (100, 50))
@@ -352,7 +352,7 @@ def _replays(
     bench.number(f"{link.name}_boot_needs", needed / 2**20, "MiB")
     bench.number(f"{link.name}_boot_needs_share", needed / total)
     bench.number(f"{link.name}_bare", link.bare_s(needed), "s")
-    trace = store / trace_key(digest)
+    trace = store / TRACES.key(digest)
     for traced in (True, False):
         for depth in (1, 16):
             trace.unlink(missing_ok=True)
@@ -443,7 +443,7 @@ def _guest(bench: Bench, link: Link, digest: Digest, disk: Path) -> None:
             row = imaged.row(digest)
     opened = open_store(bench.dir("store").as_uri())
     layout = opened.layout(digest)
-    metadata = sum(opened.backend.stat(key(digest)).size_bytes for key in (manifest_key, layout_key))
+    metadata = sum(opened.backend.stat(kind.key(digest)).size_bytes for kind in (MANIFESTS, LAYOUTS))
     fetched = row["received"].get("store", 0) + metadata
     shutil.rmtree(work)
     stored = int(layout.frame_sizes.sum())

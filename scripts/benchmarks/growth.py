@@ -16,14 +16,16 @@ from benchmarks._harness import Bench, Contestant
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Object
 from imagestore.backends.wrappers import Wrapper
+from imagestore.formats import index
 from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import HOOKS_KEY, INDEX, MANIFESTS
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Footer
 from imagestore.pull import pull
 from imagestore.push import push
-from imagestore.store import index
-from imagestore.store.store import Store, manifest_key
+from imagestore.store.index import read_hooks
+from imagestore.store.store import Store
 
 IMAGES, CHUNKS, LENGTH = 2000, 2500, 32768
 GENERATIONS, CHANGES = 12, 300
@@ -66,7 +68,7 @@ def _fill(place: Path) -> None:
     """The synthetic images, written without fsync: nothing here has to survive."""
     store = Store.open(Directory(place))
     random = np.random.default_rng(1)
-    hooks, _ = index.read_hooks(store)
+    hooks, _ = read_hooks(store)
     parts, sizes = list(hooks.parts), list(hooks.sizes)
     owners, keys = [hooks.part_of_hook], [hooks.keys]
 
@@ -91,7 +93,7 @@ def _fill(place: Path) -> None:
         part = index.IndexPart(((Digest.of(footer.encode()), footer),))
         data = part.encode()
         name = Digest.of(data)
-        write(index.part_key(name), data)
+        write(INDEX.key(name), data)
         owners.append(np.full(len(part.hooks), len(parts), np.uint32))
         keys.append(part.hooks)
         parts.append(name)
@@ -107,10 +109,10 @@ def _fill(place: Path) -> None:
             ids=ids,
         )
         encoded = manifest.encode()
-        write(manifest_key(Digest.of(encoded)), encoded)
+        write(MANIFESTS.key(Digest.of(encoded)), encoded)
         store.names.set(f"synthetic-{number % 200}", f"v{number // 200}", "x86_64", Digest.of(encoded))
     found = index.Hooks(tuple(parts), tuple(sizes), np.concatenate(owners), np.concatenate(keys))
-    write(index.HOOKS_KEY, found.encode())
+    write(HOOKS_KEY, found.encode())
 
 
 def _open_and_push(bench: Bench, small: Path, large: Path, disk: Path) -> None:

@@ -20,7 +20,8 @@ from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench, Contestant
 from imagestore.backends.directory import Directory
-from imagestore.store.store import Store, derived_key
+from imagestore.formats.keys import PACKS
+from imagestore.store.store import Store
 from tests.servers import free_ports
 from tests.web import nginx
 
@@ -95,7 +96,7 @@ def _frames(store: Path, script: Path) -> float:
     )
     rows = (rows * (FRAMES // len(rows) + 1))[:FRAMES]
     asked = ",".join(
-        f'{{"/{derived_key("packs", layout.packs[pack])}","bytes={offset}-{offset + size - 1}"}}'
+        f'{{"/{PACKS.key(layout.packs[pack])}","bytes={offset}-{offset + size - 1}"}}'
         for pack, offset, size in rows
     )
     script.write_text(

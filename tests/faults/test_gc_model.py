@@ -19,12 +19,13 @@ from imagestore.backends.protocol import Backend
 from imagestore.backends.wrappers import Wrapper
 from imagestore.errors import Conflict, Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.sealed import unseal
 from imagestore.gc import collect
 from imagestore.store.leases import hold, release
 from imagestore.store.publish import tag, undelete
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 from imagestore.verify import verify_image, verify_store
 from tests.faults.faulty import Killed
 from tests.world import HOUR, World, disk
@@ -225,7 +226,7 @@ class Cloud(RuleBasedStateMachine):
         since_s, digest, layout = reader
         if self.world.now_s - since_s < GRACE_S and digest in self._reachable():
             for pack in layout.packs:
-                self.store.backend.stat(derived_key("packs", pack))
+                self.store.backend.stat(PACKS.key(pack))
 
     @rule(hours=st.sampled_from([0.1, 2, 10, 30]))
     def time_passes(self, hours: float) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from imagestore.backends.directory import Directory
 from imagestore.cache.imaged import unprivileged
-from imagestore.cache.trace import Trace, trace_key
+from imagestore.cache.trace import Trace
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import TRACES
 from imagestore.store.store import Store
 from tests.drills import rounds, seed
 from tests.imaged import Imaged
@@ -178,11 +179,11 @@ def test_a_boot_leaves_a_trace_in_the_store_that_the_next_node_replays(tmp_path:
         imaged.ask("booted", reader="vda", settle_s=0)
         store = Store.open(Directory(tmp_path / "store"))
         deadline = time.monotonic() + 10
-        while not (tmp_path / "store" / trace_key(digest)).exists():
+        while not (tmp_path / "store" / TRACES.key(digest)).exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         manifest = store.manifest(digest)
-        trace = Trace.decode(store.backend.get(trace_key(digest)).data)
+        trace = Trace.decode(store.backend.get(TRACES.key(digest)).data)
         assert [int(manifest.offsets[c]) // CHUNK for c in trace.chunks(manifest.ids)][-4:] == places
     with Imaged(tmp_path / "two", url) as imaged:
         socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from imagestore.backends.directory import Directory
-from imagestore.cache.trace import Trace, trace_key
+from imagestore.cache.trace import Trace
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import TRACES
 from imagestore.store.store import Store
 from tests.unit.imagestore.images import convert, identical, make_raw
 
@@ -411,7 +412,7 @@ def test_a_boots_trace_of_this_node_is_kept_beside_the_image(user: User, disk: P
     traces.mkdir(parents=True)
     (traces / digest[3:]).write_bytes(Trace.of(manifest.ids, [3, 1, 2]).encode())
     assert digest in user.types("image", "trace", "a").stdout
-    kept = Directory(user.store).get(trace_key(Digest.parse(digest))).data
+    kept = Directory(user.store).get(TRACES.key(Digest.parse(digest))).data
     assert Trace.decode(kept).chunks(manifest.ids) == [3, 1, 2]
     user.types("store", "verify")
 

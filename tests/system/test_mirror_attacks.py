@@ -18,10 +18,11 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Timestamp
 
 from imagestore.backends.directory import Directory
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import MANIFESTS
 from imagestore.mirror.signing import Keyring, Publisher, init
 from imagestore.push import push
 from imagestore.store.names import name_key
-from imagestore.store.store import Store, manifest_key
+from imagestore.store.store import Store
 from imagestore.store.trust import tree
 from tests import web
 from tests.imaged import Imaged
@@ -268,9 +269,9 @@ def test_an_attack_is_told_by_its_name_and_what_was_verified_before_still_works(
 
 def test_a_manifest_or_a_pack_of_the_attackers_is_never_taken_for_what_was_signed(scene: Scene) -> None:
     scene.publish("fresh")
-    manifest = scene.root / manifest_key(scene.digests["fresh"])
+    manifest = scene.root / MANIFESTS.key(scene.digests["fresh"])
     good = manifest.read_bytes()
-    manifest.write_bytes((scene.root / manifest_key(scene.digests["debian"])).read_bytes())
+    manifest.write_bytes((scene.root / MANIFESTS.key(scene.digests["debian"])).read_bytes())
     for reference in ("m/fresh:1", f"m/fresh:1@{scene.digests['fresh']}"):
         _, said = scene.pull(scene.client, reference, code=1)
         assert "does not match" in said or "do not match" in said

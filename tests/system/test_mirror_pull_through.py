@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
+from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.mirror.signing import Keyring, Publisher, init
 from imagestore.push import push
-from imagestore.store.store import Store, derived_key
+from imagestore.store.store import Store
 from tests import web
 from tests.machines import SF, machine, run
 
@@ -28,7 +29,7 @@ def sent_frames(log: Path, layout: Layout) -> list[int]:
     counts = Counter[int]()
     offsets, sizes = layout.frame_offsets.tolist(), layout.frame_sizes.tolist()
     for frame, (pack, offset, size) in enumerate(zip(layout.frame_packs, offsets, sizes, strict=True)):
-        key = derived_key("packs", layout.packs[pack])
+        key = PACKS.key(layout.packs[pack])
         counts[frame] = sum(
             key == of and start < offset + size and offset < end for of, start, end in answers
         )

@@ -39,8 +39,9 @@ from compute.wire.spec import InstanceState, Power
 from imagestore.backends.directory import Directory
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.partial import PartialImage
-from imagestore.cache.trace import Trace, trace_key
+from imagestore.cache.trace import Trace
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import TRACES
 from imagestore.formats.manifest import Manifest
 from imagestore.mirror.signing import Keyring, Publisher
 from imagestore.pull import pull
@@ -134,7 +135,7 @@ def test_what_its_collector_and_its_guests_left_is_understood(store: Store) -> N
 
 
 def test_a_boot_trace_in_it_is_read(store: Store) -> None:
-    trace = Trace.decode(store.backend.get(trace_key(DEBIAN)).data)
+    trace = Trace.decode(store.backend.get(TRACES.key(DEBIAN)).data)
     assert (trace.boots, trace.chunks(store.manifest(DEBIAN).ids)) == (1, [3, 4, 0, 1, 7, 8])
 
 

@@ -10,10 +10,10 @@ from imagestore.errors import Corrupt
 from imagestore.formats import columns
 from imagestore.formats.chunking import BLOCK, ChunkerParams
 from imagestore.formats.digest import Digest
+from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import MAX_DISK_BYTES, Manifest
 from imagestore.formats.pack import Codec, Footer, Frame, PackWriter, compress, expand, split_pack
-from imagestore.store.index import Hooks, IndexPart
 from imagestore.store.placement import Known
 
 

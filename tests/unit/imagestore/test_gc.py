@@ -4,13 +4,14 @@ import pytest
 
 from imagestore.errors import Conflict, Corrupt, NotFound, Unsupported
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import CONDEMNED_KEY, MANIFESTS
 from imagestore.formats.sealed import seal
 from imagestore.gc import collect
 from imagestore.mirror import signing
-from imagestore.store.leases import CONDEMNED_KEY, Condemned, Lease, hold, release
+from imagestore.store.leases import Condemned, Lease, hold, release
 from imagestore.store.names import NameRecord
 from imagestore.store.publish import tag, undelete
-from imagestore.store.store import Store, manifest_key
+from imagestore.store.store import Store
 from tests.memory import Memory
 from tests.world import HOUR, World, disk
 
@@ -233,7 +234,7 @@ def test_where_deletes_know_no_conditions_objects_are_emptied(tmp_path: Path) ->
     world.store.names.remove("a")
     world.collect_for(120)
     assert [world.stored(tree) for tree in ("packs", "manifests", "layouts", "index", "names")] == [0] * 5
-    assert not world.store.has_manifest(digest)
+    assert not world.store.has(MANIFESTS.key(digest))
     for ask in (world.store.manifest, world.store.layout):
         with pytest.raises(NotFound):
             ask(digest)
@@ -251,5 +252,5 @@ def test_a_manifest_marked_as_trash_is_still_read(world: World) -> None:
     world.store.names.remove("a")
     world.now_s += 60 * HOUR
     collect(world.store)
-    assert world.memory.get(manifest_key(digest)).data.startswith(b"sf-trash")
+    assert world.memory.get(MANIFESTS.key(digest)).data.startswith(b"sf-trash")
     world.check_digest(digest)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
+from imagestore.formats import index
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import HOOKS_KEY, INDEX
 from imagestore.formats.pack import Footer
 from imagestore.pull import pull
 from imagestore.push import push
-from imagestore.store import index
 from imagestore.store.store import Store
 from tests.drills import everything
 
@@ -68,9 +69,9 @@ def crowd(store, images):
         )
         part = index.IndexPart(((Digest.of(footer.encode()), footer),))
         data = part.encode()
-        store.backend.put(index.part_key(Digest.of(data)), data)
+        store.backend.put(INDEX.key(Digest.of(data)), data)
         hooks = hooks.with_part(Digest.of(data), part, len(data))
-    store.backend.put(index.HOOKS_KEY, hooks.encode())
+    store.backend.put(HOOKS_KEY, hooks.encode())
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
+from imagestore.formats.keys import INFO
 from imagestore.formats.sealed import seal, unseal
 from imagestore.store.open import open_store
-from imagestore.store.store import INFO_KEY, Store
+from imagestore.store.store import Store
 from tests.memory import Memory
 
 
@@ -26,7 +27,7 @@ def test_a_store_json_with_any_byte_changed_is_corrupt() -> None:
     memory = Memory()
     data = Store.init(memory).info.encode()
     for at in range(len(data)):
-        memory.put(INFO_KEY, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        memory.put(INFO.tree, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with pytest.raises(Corrupt):
             Store.open(memory)
 
@@ -34,7 +35,7 @@ def test_a_store_json_with_any_byte_changed_is_corrupt() -> None:
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", seal({"requires": [], "id": "x"})])
 def test_what_is_no_store_json_is_corrupt(data: bytes) -> None:
     memory = Memory()
-    memory.put(INFO_KEY, data)
+    memory.put(INFO.tree, data)
     with pytest.raises(Corrupt):
         Store.open(memory)
 
@@ -43,7 +44,7 @@ def test_what_is_no_store_json_is_corrupt(data: bytes) -> None:
 def test_what_a_later_version_made_is_refused(change: dict[str, object]) -> None:
     memory = Memory()
     body = unseal(Store.init(memory).info.encode(), "store.json")
-    memory.put(INFO_KEY, seal({**body, **change}))
+    memory.put(INFO.tree, seal({**body, **change}))
     with pytest.raises(Unsupported):
         Store.open(memory)
 

@@ -13,11 +13,12 @@ from imagestore.backends.directory import Directory
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unavailable
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import LAYOUTS, MANIFESTS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.mirror import signing
 from imagestore.mirror.signing import Publisher
-from imagestore.store.store import Store, layout_key, manifest_key
+from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Trust, open_signed, signed_targets, tree
 
 EMPTY_U4 = np.zeros(0, np.uint32)
@@ -39,8 +40,8 @@ def add_image(store: Store, name: str, size_bytes: int, tag: str = "latest") -> 
     digest = manifest.digest
     none = (EMPTY_U4,) * 4
     layout = Layout(digest, (), *none, np.zeros(0, np.uint8), NO_IDS, EMPTY_U4, EMPTY_U4)
-    store.backend.put(layout_key(digest), layout.encode())
-    store.backend.put(manifest_key(digest), manifest.encode())
+    store.backend.put(LAYOUTS.key(digest), layout.encode())
+    store.backend.put(MANIFESTS.key(digest), manifest.encode())
     store.names.set(name, tag, "x86_64", digest)
     return digest
 
@@ -104,7 +105,7 @@ def test_a_published_name_resolves_and_a_draft_does_not(mirror: Mirror) -> None:
 
 def test_a_name_without_its_layout_is_not_published(mirror: Mirror) -> None:
     digest = add_image(mirror.store, "debian", 1 << 20)
-    mirror.backend.delete(layout_key(digest))
+    mirror.backend.delete(LAYOUTS.key(digest))
     with pytest.raises(NotFound):
         mirror.publisher.publish()
     with pytest.raises(Denied, match="unsigned"):

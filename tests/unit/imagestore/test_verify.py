@@ -85,6 +85,19 @@ def test_a_bit_flipped_anywhere_is_found_and_never_comes_out_as_data(world: Worl
             world.memory.objects[key] = whole
 
 
+def test_a_flipped_bit_anywhere_in_the_hooks_is_damage_and_mended(world: World, tmp_path: Path) -> None:
+    whole = world.memory.objects["hooks/all"]
+    for bit in range(0, len(whole.data) * 8, 5):
+        flip(world.memory, "hooks/all", bit)
+        report = verify_store(world.store, full=True)
+        assert [problem.key for problem in report.problems] == ["hooks/all"] * len(report.problems) != [], bit
+        world.memory.objects["hooks/all"] = whole
+    flip(world.memory, "hooks/all", (whole.data.index(b"}") + 3) * 8)
+    report = verify_store(world.store)
+    assert report.problems
+    assert repair(world.store, report, World(tmp_path / "empty").store).problems == []
+
+
 def test_structure_alone_finds_what_is_missing(world: World) -> None:
     for key in sorted(world.memory.objects):
         if key.split("/")[0] in ("packs", "layouts", "manifests"):

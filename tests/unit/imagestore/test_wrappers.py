@@ -4,7 +4,7 @@ from imagestore.backends.protocol import Object, ObjectStat
 from imagestore.backends.wrappers import RateLimited, Retried, Verified
 from imagestore.errors import Conflict, Corrupt, NotFound, Unavailable
 from imagestore.formats.digest import Digest
-from imagestore.store.store import manifest_key
+from imagestore.formats.keys import MANIFESTS
 from tests.faults.faulty import Faulty
 from tests.memory import Memory
 
@@ -70,7 +70,7 @@ def test_a_listing_that_breaks_off_goes_on_without_repeating_itself() -> None:
 
 def test_whole_objects_named_by_their_digest_are_verified() -> None:
     memory, good = Memory(), b"a manifest"
-    key = manifest_key(Digest.of(good))
+    key = MANIFESTS.key(Digest.of(good))
     memory.put(key, good)
     assert Verified(memory).get(key).data == good
     memory.put(key, b"A manifest")
