@@ -24,12 +24,6 @@ def test_a_systemd_unit_runs_a_command_that_sf_has(unit: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_links_only_to_files_that_are_there() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
 @pytest.mark.parametrize("script", ["demo", "test", "check", "setup", "bench"])
 def test_the_shell_scripts_parse(script: str) -> None:
     text = (ROOT / "scripts" / script).read_text()

@@ -1,0 +1,39 @@
+"""What the documents show works, and what they are made from has not moved on without them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_example_of_the_library_runs_as_it_stands(tmp_path: Path) -> None:
+    text = (ROOT / "docs/howto/library.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert "file:///tmp/images" in code
+    code = code.replace("file:///tmp/images", (tmp_path / "images").as_uri())
+    environment = {"PYTHONPATH": str(ROOT), "SF_CACHE_DIR": str(tmp_path / "cache"), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is example:1" in done.stdout
+    assert "not found" in done.stdout or "no image" in done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_links_only_to_files_that_are_there(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_names_only_modules_that_are_there(document: Path) -> None:
+    named = re.findall(
+        r"`((?:imagestore|compute|net|cli|scripts|tests)/[\w/.*-]+\.py)`", document.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
