@@ -32,8 +32,9 @@ from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
 from compute.cluster.holding import Holds
 from compute.cluster.joining import certificate
-from compute.cluster.records.networks import ensure_floating
-from compute.cluster.records.objects import Instance, Transaction, transact
+from compute.cluster.records.addresses import ensure_floating
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Conflict, Unavailable

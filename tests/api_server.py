@@ -20,8 +20,8 @@ from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
 from compute.cluster.images import Resolved, Resolver
-from compute.cluster.records.networks import ensure_floating
-from compute.cluster.records.objects import transact
+from compute.cluster.records.addresses import ensure_floating
+from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
@@ -199,7 +199,7 @@ def running(
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         key = (directory / "auth/local-key").read_text()
         ready.append(Running(url, key, agent, services, asyncio.get_running_loop()))
-        while not server.started or not controller.alive("node1"):
+        while not server.started or not controller.nodes.alive("node1"):
             await asyncio.sleep(0.01)
         started.set()
         await stop.wait()

@@ -2,8 +2,13 @@
 
 from collections import Counter
 
-from compute.cluster.records.networks import FLOATING, Ipam
-from compute.cluster.records.objects import Claims, Instance, Interface, Network, Taken, Transaction
+from compute.cluster.records.addresses import FLOATING, Ipam
+from compute.cluster.records.claims import Claims
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.networks import Network
+from compute.cluster.records.taken import Taken
+from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
 from compute.wire.spec import InstanceState
 
@@ -41,6 +46,6 @@ def check(store: StateStore) -> None:
     assert names == wanted
 
     for claims in read.list(Claims):
-        here = {i.uuid: i for i in instances.values() if i.node == claims.name}
-        assert claims.cpus == {uuid: i.cpus for uuid, i in here.items()}
-        assert claims.memory_mib == {uuid: i.memory_mib for uuid, i in here.items()}
+        here = [i for i in instances.values() if i.node == claims.name]
+        assert claims.cpus == sum(i.cpus for i in here)
+        assert claims.memory_mib == sum(i.memory_mib for i in here)

@@ -24,7 +24,7 @@ from compute.api import problems
 from compute.api.context import Body, Services
 from compute.api.edge import Edge, Metrics
 from compute.cluster import joining
-from compute.cluster.records.objects import Transaction, transact
+from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.operations import client
@@ -115,7 +115,7 @@ def build(services: Services) -> FastAPI:
         joining.check_identity(Transaction(store), name, identity)
         if name not in mailboxes:
             mailboxes[name] = Mailbox(name)
-            controller.attach(name, mailboxes[name].operations)
+            controller.nodes.attach(name, mailboxes[name].operations)
         return name
 
     Caller = Annotated[str, Depends(caller)]

@@ -12,7 +12,10 @@ from prometheus_client.registry import Collector
 from compute.api import artifacts, instances, namespaces, networks, nodes, problems
 from compute.api.context import Services
 from compute.api.edge import Edge, Metrics
-from compute.cluster.records.objects import Instance, Network, Node, Transaction
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
 
 CAPABILITIES = (
@@ -97,7 +100,7 @@ def build(services: Services) -> FastAPI:
     @app.get("/readyz", tags=["health"])
     def readyz(request: Request) -> Response:
         """200 once the state store answers and this machine's agent is at work."""
-        ready = services.controller.alive(services.controller.server)
+        ready = services.controller.nodes.alive(services.controller.server)
         services.store.get("ready")
         if not ready:
             return problems.answer(request, 503, "this machine's agent is not ready yet")

@@ -10,7 +10,8 @@ from compute.api.context import Body, Context, Ctx
 from compute.api.history import add_events, add_metadata
 from compute.api.instances import DeleteAllBody
 from compute.cluster.images import NamedImage, find_image, named_images
-from compute.cluster.records.objects import Artifact, Instance
+from compute.cluster.records.artifacts import Artifact
+from compute.cluster.records.instances import Instance
 from compute.errors import Invalid
 
 router = APIRouter(tags=["artifacts"])

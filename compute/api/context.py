@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar
@@ -14,7 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
 from compute.cluster.images import Resolver
-from compute.cluster.records.objects import Namespace, Stored, Taken, Transaction, transact
+from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.taken import Taken, take
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
@@ -124,22 +126,26 @@ class Context:
 
         Raises Conflict when the same key comes with other arguments.
         """
-        key = self.request.headers.get("idempotency-key", "")
-        if not key:
-            return make(txn)
-        digest = hashlib.sha256(key.encode()).hexdigest()
-        arguments = hashlib.sha256(
-            json.dumps([str(self.request.url.path), body.model_dump(mode="json")], sort_keys=True).encode()
-        ).hexdigest()
-        name = f"request/{self.caller.namespace}/{digest}"
-        seen = txn.find(Taken, name)
-        if seen is not None:
-            if seen.note != arguments:
-                raise Conflict("this Idempotency-Key was used with other arguments", hint="use a new key")
-            return txn.get(cls, seen.owner)
-        made = make(txn)
-        txn.create(Taken(name=name, owner=made.id, note=arguments, created_s=time.time()))
+        made = self.made_before(txn, cls, body) or make(txn)
+        if (name := self._request()) and txn.find(Taken, name) is None:
+            take(txn, name, made.id, self._arguments(body))
         return made
+
+    def made_before(self, txn: Transaction, cls: type[O], body: BaseModel) -> O | None:
+        """What this Idempotency-Key made. Raises Conflict."""
+        seen = txn.find(Taken, name) if (name := self._request()) else None
+        if seen is not None and seen.note != self._arguments(body):
+            raise Conflict("this Idempotency-Key was used with other arguments", hint="use a new key")
+        return txn.get(cls, seen.owner) if seen else None
+
+    def _request(self) -> str:
+        key = self.request.headers.get("idempotency-key", "")
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return f"request/{self.caller.namespace}/{digest}" if key else ""
+
+    def _arguments(self, body: BaseModel) -> str:
+        said = [str(self.request.url.path), body.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def etag(item: Stored) -> str:

@@ -12,7 +12,9 @@ from pydantic import Field
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
-from compute.cluster.records.objects import Event, Stored, Transaction
+from compute.cluster.records.events import Event
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Transaction
 from compute.errors import Invalid, NotFound
 
 METADATA_BYTES = 2**16

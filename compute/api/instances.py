@@ -14,9 +14,12 @@ from compute.api.context import Body, Context, Ctx, NamespaceBody
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import resolve_disks
 from compute.cluster.records import instances as acts
-from compute.cluster.records.networks import Want
-from compute.cluster.records.objects import Instance, Interface, Network, Transaction
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.interfaces import Interface, Want
+from compute.cluster.records.networks import Network
+from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits
+from compute.cluster.scheduler import create_instance as create
 from compute.errors import Invalid
 from compute.wire.spec import InstanceState
 
@@ -125,26 +128,25 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     if body.secure_boot or body.nvram_template:
         raise Invalid("secure boot and NVRAM templates are not offered", hint="leave both out; uefi works")
 
-    def make(txn: Transaction) -> Instance:
-        disks = resolve_disks(ctx.services.resolver, wanted, config.architecture)
+    made = ctx.made_before(ctx.read(), Instance, body)
+    if made is None:
         request = acts.Request(
             name=body.name,
             namespace=namespace,
             cpus=body.cpus,
             memory_mib=body.memory,
-            disks=disks,
+            # Stores are asked here: what a transaction does may be repeated.
+            disks=resolve_disks(ctx.services.resolver, wanted, config.architecture),
             interfaces=tuple(_want(ctx, n) for n in body.network or ()),
             placed_on=body.placed_on or "",
             extra=extra,
         )
-        return acts.create_instance(
-            txn,
-            request,
-            limits=Limits(config.cpu_ratio, config.memory_reserve_mib),
-            usable=controller.usable(),
-        )
+        limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
 
-    made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))
+        def make(txn: Transaction) -> Instance:
+            return create(txn, request, limits=limits, usable=controller.nodes.usable())
+
+        made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))
     made = ctx.find(Instance, made.uuid)
     return ctx.show(made, _view(ctx, made))
 
@@ -231,14 +233,14 @@ async def get_console(ctx: Ctx, ref: str, body: ConsoleBody | None = None) -> Re
     """What the guest wrote on its serial console: raw bytes."""
     known = ctx.find(Instance, ref)
     length = (body or ConsoleBody()).length
-    data = await ctx.services.controller.operations(known.node).console(known.uuid, length)
+    data = await ctx.services.controller.nodes.operations(known.node).console(known.uuid, length)
     return Response(data, media_type="text/plain; charset=utf-8")
 
 
 @router.delete("/instances/{ref}/consoledata")
 async def clear_console(ctx: Ctx, ref: str) -> Response:
     known = ctx.find(Instance, ref)
-    await ctx.services.controller.operations(known.node).clear_console(known.uuid)
+    await ctx.services.controller.nodes.operations(known.node).clear_console(known.uuid)
     return JSONResponse(None)
 
 

@@ -9,7 +9,7 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx, Services
 from compute.api.history import add_metadata
 from compute.cluster import auth
-from compute.cluster.records.objects import Namespace
+from compute.cluster.records.namespaces import Namespace
 from compute.errors import Invalid, NotFound
 
 router = APIRouter(tags=["auth"])

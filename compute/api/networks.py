@@ -9,10 +9,15 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx, NamespaceBody
 from compute.api.history import add_events, add_metadata
 from compute.api.instances import DeleteAllBody, ListBody
+from compute.cluster.records import interfaces
 from compute.cluster.records import networks as acts
+from compute.cluster.records.addresses import parse_address
 from compute.cluster.records.instances import remove_interface
-from compute.cluster.records.networks import parse_address
-from compute.cluster.records.objects import Interface, Network, Transaction, new_uuid
+from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node, router_candidates
+from compute.cluster.records.stored import new_uuid
+from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, Unavailable
 
 router = APIRouter(tags=["networks"])
@@ -78,8 +83,7 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
         excluded.append(config.floating_pool)
 
     def make(txn: Transaction) -> Network:
-        usable = [name for name, why_not in ctx.services.controller.usable().items() if not why_not]
-        routers = acts.router_candidates(txn, usable)
+        routers = router_candidates(txn, ctx.services.controller.nodes.among(txn.list(Node)))
         return acts.create_network(txn, wanted, excluded=excluded, router_nodes=routers)
 
     made = ctx.act(lambda txn: ctx.once(txn, Network, body, make))
@@ -126,7 +130,7 @@ def delete_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Res
 @router.get("/networks/{ref}/interfaces")
 def network_interfaces(ctx: Ctx, ref: str) -> Response:
     known = ctx.find(Network, ref)
-    found = [i for i in acts.interfaces_on(ctx.read(), known.uuid) if ctx.sees(i)]
+    found = [i for i in interfaces.interfaces_on(ctx.read(), known.uuid) if ctx.sees(i)]
     return JSONResponse([views.interface(i) for i in found])
 
 
@@ -145,7 +149,9 @@ async def ping(ctx: Ctx, ref: str, address: str) -> Response:
         raise Invalid(f"{target} is not in {known.netblock}")
     if not known.router_node:
         raise Unavailable(f"network {known.name} has no router at this moment")
-    stdout, stderr = await ctx.services.controller.operations(known.router_node).ping(known.uuid, str(target))
+    stdout, stderr = await ctx.services.controller.nodes.operations(known.router_node).ping(
+        known.uuid, str(target)
+    )
     return JSONResponse({"stdout": stdout, "stderr": stderr})
 
 
@@ -197,13 +203,13 @@ def unplug_interface(ctx: Ctx, ref: str) -> Response:
 @router.post("/interfaces/{ref}/float")
 def float_interface(ctx: Ctx, ref: str) -> Response:
     known = ctx.find(Interface, ref)
-    return JSONResponse(views.interface(ctx.act(lambda txn: acts.float_interface(txn, known.uuid))))
+    return JSONResponse(views.interface(ctx.act(lambda txn: interfaces.float_interface(txn, known.uuid))))
 
 
 @router.post("/interfaces/{ref}/defloat")
 def defloat_interface(ctx: Ctx, ref: str) -> Response:
     known = ctx.find(Interface, ref)
-    return JSONResponse(views.interface(ctx.act(lambda txn: acts.defloat_interface(txn, known.uuid))))
+    return JSONResponse(views.interface(ctx.act(lambda txn: interfaces.defloat_interface(txn, known.uuid))))
 
 
 add_metadata(router, "/networks/{ref}", _find)

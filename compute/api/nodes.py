@@ -9,7 +9,8 @@ from compute.api.history import add_events, add_metadata
 from compute.cluster.joining import TOKEN_S, certificate
 from compute.cluster.joining import make_token as make_join_token
 from compute.cluster.records import nodes as acts
-from compute.cluster.records.objects import Node, Stored
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.stored import Stored
 from compute.errors import Conflict, NotFound
 
 router = APIRouter(tags=["nodes"])
@@ -31,12 +32,11 @@ def _find_to_change(ctx: Context, ref: str) -> Stored:
 
 def _view(ctx: Context, node: Node) -> dict[str, object]:
     controller = ctx.services.controller
-    return views.node(
-        node,
-        alive=controller.alive(node.name),
-        lastseen_s=controller.lastseen_s(node.name),
-        server=node.name == controller.server,
-    )
+    return views.node(node, alive=controller.nodes.alive(node.name), server=node.name == controller.server)
+
+
+def _living(ctx: Context) -> list[str]:
+    return ctx.services.controller.nodes.among(ctx.read().list(Node))
 
 
 @router.get("/nodes")
@@ -68,20 +68,16 @@ def remove_node(ctx: Ctx, ref: str) -> Response:
     """Forget a node and what ran on it; its routers go to others."""
     ctx.admin()
     known = _find(ctx, ref)
-    controller = ctx.services.controller
-    others = [name for name, why_not in controller.usable().items() if not why_not]
-    alive = controller.alive(known.name)
-    gone = ctx.act(
-        lambda txn: acts.remove(txn, known.name, server=controller.server, alive=alive, router_nodes=others)
-    )
-    controller.forget(known.name)
+    server, others = ctx.services.controller.server, _living(ctx)
+    alive = known.name in others
+    gone = ctx.act(lambda txn: acts.remove(txn, known.name, server=server, alive=alive, router_nodes=others))
     return JSONResponse(_view(ctx, gone))
 
 
 def _drain(ctx: Context, ref: str, drained: bool) -> Response:
     ctx.admin()
     known = _find(ctx, ref)
-    others = [name for name, why_not in ctx.services.controller.usable().items() if not why_not]
+    others = _living(ctx)
     changed = ctx.act(lambda txn: acts.drain(txn, known.name, drained=drained, router_nodes=others))
     return JSONResponse(_view(ctx, changed))
 

@@ -1,12 +1,19 @@
 """Records as the interface shows them. Field names are the interface's, not ours."""
 
 import base64
+import time
 from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Network
 from typing import Any
 
 from compute.cluster.images import GIB, NamedImage, blob_uuid
-from compute.cluster.records.objects import Event, Instance, Interface, Namespace, Network, Node, Stored
+from compute.cluster.records.events import Event
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.stored import Stored
 from compute.wire.spec import InstanceState
 
 Json = dict[str, Any]
@@ -106,14 +113,14 @@ def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
     )
 
 
-def node(item: Node, *, alive: bool, lastseen_s: float, server: bool) -> Json:
+def node(item: Node, *, alive: bool, server: bool) -> Json:
     state = item.state if item.state == "deleted" else "created" if alive else "missing"
     return _common(item) | {
         "uuid": item.uuid,
         "name": item.name,
         "state": "drained" if item.drained and alive else state,
         "ip": item.facts.get("address", ""),
-        "lastseen": lastseen_s or item.lastseen_s,
+        "lastseen": time.time() if alive else item.lastseen_s,
         "release": item.facts.get("release", ""),
         "cpus": item.facts.get("cpus", 0),
         "memory": item.facts.get("memory_mib", 0),

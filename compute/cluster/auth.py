@@ -8,7 +8,6 @@ this process as an HMAC under a secret of the process, so that only its first us
 import base64
 import hashlib
 import hmac
-import re
 import secrets
 import threading
 import time
@@ -20,15 +19,12 @@ from typing import Any
 import bcrypt
 import jwt
 
-from compute.cluster.records.objects import (
-    Instance,
-    KeyHash,
-    Namespace,
-    Network,
-    Taken,
-    Transaction,
-    transact,
-)
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.namespaces import KeyHash, Namespace
+from compute.cluster.records.networks import Network
+from compute.cluster.records.secrets import secret
+from compute.cluster.records.stored import check_name
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavailable
 from compute.wire.spec import InstanceState
@@ -39,7 +35,6 @@ SYSTEM = "system"
 
 TOKEN_S = 900
 
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
 _BCRYPT_ROUNDS = 10
 _LINE = 16
 _ISSUER = "sf"
@@ -59,15 +54,6 @@ class Caller:
 
     def may(self, namespace: str) -> bool:
         return self.admin or namespace in self.sees
-
-
-def check_name(name: str, what: str) -> str:
-    """Letters, digits, dot, dash, underscore; at most 63. Raises Invalid."""
-    if not _NAME.fullmatch(name):
-        raise Invalid(
-            f"not a {what}: {name[:80]!r}", hint="1 to 63 letters, digits, dots, dashes, underscores"
-        )
-    return name
 
 
 def _digest(key: str) -> bytes:
@@ -92,15 +78,7 @@ class Authority:
         """HMAC of a key that was right → the nonce of the record that it matched."""
         self._slow, self._line = threading.Lock(), threading.BoundedSemaphore(_LINE)
         """One bcrypt at a time, few in line: guessing keys takes neither the cores nor the API's threads."""
-
-        def secret(txn: Transaction) -> str:
-            found = txn.find(Taken, "jwt-secret")
-            if found is None:
-                found = Taken(name="jwt-secret", owner=secrets.token_hex(32), created_s=time.time())
-                txn.create(found)
-            return found.owner
-
-        self._jwt_secret = transact(store, secret)
+        self._jwt_secret = transact(store, lambda txn: secret(txn, "jwt-secret"))
 
     def login(self, namespace: str, key: str) -> dict[str, Any]:
         """The answer of POST /auth. Raises NotFound (no such namespace), Unauthenticated."""

@@ -1,14 +1,27 @@
 """From records to what one node must be: a pure function of them."""
 
+import hashlib
 import hmac
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
-from compute.cluster.records.objects import Instance, Interface, Network, Node
+from compute.cluster import liveness
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.secrets import site_secret
+from compute.cluster.records.transaction import Transaction
+from compute.wire.codec import to_plain
 from compute.wire.spec import ImageSite, InstanceSpec, InstanceState, InterfaceSpec, NodeDesired
 from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
+
+KINDS = frozenset({Instance.KIND, Interface.KIND, Network.KIND, Node.KIND, liveness.KIND})
+"""Of what `read` is made."""
 
 LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR)
 
@@ -16,6 +29,31 @@ LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR)
 def gateway_of(netblock: IPv4Network) -> IPv4Address:
     """The router's inside address: the first host."""
     return netblock.network_address + 1
+
+
+def read(
+    txn: Transaction,
+    node: str,
+    installation: str,
+    alive: Collection[str],
+    uplink: str = "",
+    resolvers: tuple[IPv4Address, ...] = (),
+) -> NodeDesired:
+    """What `node` must be now. The revision is a hash of it, so that every server gives the same one."""
+    nodes = txn.list(Node)
+    now = build(
+        node,
+        installation,
+        instances=txn.list(Instance),
+        interfaces=txn.list(Interface),
+        networks=txn.list(Network),
+        nodes=nodes,
+        uplink=uplink,
+        resolvers=resolvers,
+    )
+    now = replace(now, image_site=image_site(node, nodes, alive, site_secret(txn)))
+    digest = hashlib.blake2b(json.dumps(to_plain(now)).encode(), digest_size=6).digest()
+    return replace(now, revision=int.from_bytes(digest))
 
 
 def build(
@@ -26,7 +64,6 @@ def build(
     interfaces: Iterable[Interface],
     networks: Iterable[Network],
     nodes: Iterable[Node],
-    revision: int = 0,
     uplink: str = "",
     resolvers: tuple[IPv4Address, ...] = (),
 ) -> NodeDesired:
@@ -51,7 +88,7 @@ def build(
     ]
     here = machines.get(node)
     return NodeDesired(
-        revision=revision,
+        revision=0,
         networks=NodeNetworks(
             installation=installation,
             node=node,

@@ -10,7 +10,8 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from compute.cluster.records.objects import Instance, Transaction
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
 from compute.wire.spec import InstanceState
 from imagestore import Digest, ImageCache, NotFound, Store, StoreError, hold, release

@@ -16,8 +16,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from compute.cluster.auth import check_name
-from compute.cluster.records.objects import Claims, Node, Taken, Transaction, new_uuid
+from compute.cluster.records.claims import Claims
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.stored import check_name, new_uuid
+from compute.cluster.records.taken import Taken, take
+from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Denied, Unauthenticated
 from compute.wire.join_token import JoinToken
 from imagestore import durable
@@ -33,7 +36,7 @@ def _hash(secret: str) -> str:
 def make_token(txn: Transaction, fingerprint: bytes) -> JoinToken:
     """Good once, for TOKEN_S."""
     token = JoinToken(fingerprint, secrets.token_urlsafe(32))
-    txn.create(Taken(name=f"join/{_hash(token.secret)}", owner="", created_s=time.time()))
+    take(txn, f"join/{_hash(token.secret)}", "")
     return token
 
 
@@ -57,15 +60,6 @@ def join(txn: Transaction, secret: str, name: str) -> tuple[Node, str]:
     txn.create(Claims(name=name))
     txn.event(Node.KIND, name, "the node joined", type="audit")
     return node, identity
-
-
-def site_secret(txn: Transaction, *, renew: bool = False) -> bytes:
-    """What the nodes' image services know each other by; made at the first start, and anew when a node was removed."""
-    found = txn.find(Taken, "site-secret")
-    if found is None or renew:
-        found = Taken(name="site-secret", owner=secrets.token_hex(32), created_s=time.time())
-        txn.update(found)
-    return bytes.fromhex(found.owner)
 
 
 def check_identity(txn: Transaction, name: str, identity: str) -> Node:

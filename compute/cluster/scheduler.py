@@ -1,12 +1,16 @@
-"""Where an instance goes: a pure function of nodes' facts and claims.
+"""Where an instance goes: `place`, a pure function of nodes' facts and claims, and the transaction around it.
 
 CPUs are shared (`cpu_ratio` vCPUs per CPU), memory is not. Among the nodes with room, those that hold the image come
 first, then the one with the most free memory; ties go by name, so that the same state always gives the same answer.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from compute.cluster.records import instances
+from compute.cluster.records.claims import Claims
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity, NotFound
 
 
@@ -64,3 +68,45 @@ def place(
             f"no room for {cpus} vCPUs and {memory_mib} MiB: {said}", hint="delete an instance, or add a node"
         )
     return min(fitting)[2]
+
+
+def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
+    """Every node for `place`. usable: node → "" or why it takes nothing; nodes that are not in it are away.
+
+    Claims are read through the transaction, so that a placement elsewhere repeats this one.
+    """
+    found = []
+    for node in txn.list(Node):
+        if node.state == "deleted":
+            continue
+        claims = txn.find(Claims, node.name) or Claims(name=node.name)
+        why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
+        found.append(
+            Room(
+                node.name,
+                int(node.facts.get("cpus", 0)),
+                int(node.facts.get("memory_mib", 0)),
+                claims.cpus,
+                claims.memory_mib,
+                usable=not why_not,
+                why_not=why_not,
+            )
+        )
+    return found
+
+
+def create_instance(
+    txn: Transaction, request: instances.Request, *, limits: Limits, usable: Mapping[str, str]
+) -> instances.Instance:
+    """Place it and make its records. Raises Conflict, Invalid, NotFound, NoCapacity."""
+    instances.check_request(request)
+    images = {disk.image for disk in request.disks if disk.image}
+    node = place(
+        rooms(txn, usable),
+        request.cpus,
+        request.memory_mib,
+        limits=limits,
+        wanted=request.placed_on,
+        holders=[n.name for n in txn.list(Node) if images <= set(n.facts.get("images", ()))],
+    )
+    return instances.create_instance(txn, request, node)

@@ -15,8 +15,8 @@ A report that is no edge of this drawing is ignored; a delete is accepted in eve
 import time
 from dataclasses import replace
 
-from compute.cluster.records.instances import finish_delete
-from compute.cluster.records.objects import Instance, Transaction
+from compute.cluster.records.instances import Instance, finish_delete
+from compute.cluster.records.transaction import Transaction
 from compute.wire.spec import InstanceState, InstanceStatus
 
 S = InstanceState

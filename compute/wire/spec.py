@@ -103,7 +103,7 @@ class ImageSite:
 
 @dataclass(frozen=True, slots=True)
 class NodeDesired:
-    """The whole of what one node must be. `revision` only grows."""
+    """The whole of what one node must be. Another content has another `revision`, which is 0 for none yet."""
 
     revision: int
     networks: NodeNetworks

@@ -18,9 +18,9 @@ import pytest
 import uvicorn
 
 from compute.api import agents
-from compute.cluster import controller as control
+from compute.cluster import liveness
 from compute.cluster.joining import certificate
-from compute.cluster.records.objects import transact
+from compute.cluster.records.transaction import transact
 from compute.config import Config
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
@@ -198,7 +198,7 @@ def test_the_console_of_a_far_guest_is_asked_for_and_answered(
 def test_a_node_that_goes_silent_loses_its_routers_and_gets_nothing_new(
     server: Running, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "LEASE_S", 0.5)
+    monkeypatch.setattr(liveness, "LEASE_S", 0.5)
     agent = joined(server, address)
     assert agent.call("POST", "renew") == (200, {"fence_s": 8.0})
     for number in range(2):

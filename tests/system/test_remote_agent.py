@@ -11,7 +11,7 @@ import pytest
 
 from compute.agent import link as remote
 from compute.cluster.joining import certificate, make_token
-from compute.cluster.records.objects import transact
+from compute.cluster.records.transaction import transact
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.join_token import JoinToken
 from compute.wire.spec import InstanceState, InstanceStatus, NodeFacts

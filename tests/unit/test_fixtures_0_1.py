@@ -18,20 +18,19 @@ from compute.agent import link as remote
 from compute.agent.guest.owner import Phase, Record
 from compute.cluster.auth import Authority
 from compute.cluster.joining import certificate, check_identity
-from compute.cluster.records.networks import Ipam
-from compute.cluster.records.objects import (
-    Artifact,
-    Claims,
-    Event,
-    Instance,
-    Interface,
-    Namespace,
-    Network,
-    Node,
-    Taken,
-    Transaction,
-    transact,
-)
+from compute.cluster.liveness import Liveness
+from compute.cluster.records.addresses import Ipam
+from compute.cluster.records.artifacts import Artifact
+from compute.cluster.records.claims import Claims
+from compute.cluster.records.events import Event
+from compute.cluster.records.instances import Instance, finish_delete
+from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.secrets import Secret, secret
+from compute.cluster.records.taken import Taken
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.serve import installation_id
 from compute.wire.codec import from_plain
@@ -50,6 +49,7 @@ from imagestore.store.open import open_store
 from imagestore.store.store import Store
 from imagestore.store.trust import open_signed
 from imagestore.verify import verify_store
+from tests import invariants
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "0.1"
 
@@ -230,7 +230,10 @@ def test_sf_db_has_its_nodes_claims_unique_things_events_and_artifacts(db: Sqlit
     txn = Transaction(db)
     nodes = {n.name: (n.drained, bool(n.identity), n.facts["cpus"]) for n in txn.list(Node)}
     assert nodes == {"node1": (False, False, 4), "node2": (True, True, 8)}
-    assert sum(sum(c.cpus.values()) for c in txn.list(Claims)) == 3
+    assert {c.name: (c.cpus, c.memory_mib) for c in txn.list(Claims)} == {
+        "node1": (2, 512),
+        "node2": (1, 256),
+    }
     lan = next(n for n in txn.list(Network) if n.name == "lan")
     taken = {t.name: t.owner for t in txn.list(Taken)}
     assert taken["network/system/lan"] == taken["vni/789738"] == lan.uuid
@@ -248,6 +251,36 @@ def test_sf_db_lets_in_who_had_a_key(db: SqliteStore, state: Path) -> None:
     authority = Authority(db)
     assert authority.login("shop", "not-a-secret")["access_token"]
     assert authority.login("system", (state / "auth/local-key").read_text().strip())["access_token"]
+
+
+def test_a_secret_that_was_the_owner_of_a_unique_thing_stays_the_same_secret(db: SqliteStore) -> None:
+    """Tokens given out by 0.1 still hold, and nodes go on knowing each other."""
+    before = {t.name: t.owner for t in Transaction(db).list(Taken) if t.name.endswith("-secret")}
+    assert set(before) == {"jwt-secret", "site-secret"}
+    for name, value in before.items():
+        assert transact(db, lambda txn, name=name: secret(txn, name)) == value  # type: ignore[misc]
+    assert [t.name for t in Transaction(db).list(Taken) if t.name.endswith("-secret")] == []
+    assert {s.name: s.value for s in Transaction(db).list(Secret)} == before
+    assert transact(db, lambda txn: secret(txn, "site-secret", renew=True)) != before["site-secret"]
+    assert "value" not in repr(Transaction(db).list(Secret)[0])
+
+
+def test_what_instances_hold_of_a_node_is_given_back_to_sums_that_named_every_instance(
+    db: SqliteStore,
+) -> None:
+    web = next(i for i in Transaction(db).list(Instance) if i.name == "web")
+    transact(db, lambda txn: finish_delete(txn, txn.get(Instance, web.uuid)))
+    assert Transaction(db).get(Claims, "node1") == Claims(name="node1", cpus=1, memory_mib=256)
+    invariants.check(db)
+
+
+def test_a_node_that_was_alive_under_0_1_renews_with_a_lease_that_others_can_read(db: SqliteStore) -> None:
+    nodes = Liveness(db, "node1")
+    assert nodes.alive("node2")
+    nodes.renew("node2")
+    number = db.get("alive/node2")
+    nodes.renew("node2")
+    assert number == db.get("alive/node2") and number is not None and number.value.isdigit()
 
 
 def test_sf_db_is_written_on(db: SqliteStore) -> None:

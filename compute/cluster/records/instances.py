@@ -1,14 +1,17 @@
-"""What happens to an instance's records: create, power, hot-plug, delete. Each one transaction; agents do the rest."""
+"""Instances: their records, and create, power, hot-plug, delete. Each one transaction; agents do the rest."""
 
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from compute.cluster.records.networks import Want, attach, detach, find_network
-from compute.cluster.records.objects import Claims, Instance, Interface, Node, Taken, Transaction, new_uuid
-from compute.cluster.scheduler import Limits, Room, place
+from compute.cluster.records.claims import claim
+from compute.cluster.records.interfaces import Interface, Want, attach, detach
+from compute.cluster.records.networks import find_network
+from compute.cluster.records.stored import Stored, new_uuid
+from compute.cluster.records.taken import Taken, take_name
+from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
 from compute.wire.spec import DiskSpec, InstanceState, Power
 
@@ -18,6 +21,43 @@ _MAX_INTERFACES = 16
 _BUSES = frozenset({"virtio", "scsi", "sata", "ide", "usb", "nvme"})
 _MODELS = frozenset({"virtio", "e1000", "e1000e", "rtl8139"})
 _BUSY = frozenset({InstanceState.INITIAL, InstanceState.PREFLIGHT, InstanceState.CREATING})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance(Stored):
+    KIND: ClassVar[str] = "instance"
+    uuid: str
+    name: str
+    namespace: str
+    node: str
+    cpus: int
+    memory_mib: int
+    disks: tuple[DiskSpec, ...]
+    disk_spec: tuple[dict[str, Any], ...] = ()
+    """What the user asked for, word for word."""
+    ssh_key: str = ""
+    user_data: bytes = b""
+    video: dict[str, Any] = field(default_factory=dict)
+    uefi: bool = False
+    secure_boot: bool = False
+    nvram_template: str = ""
+    configdrive: str = "openstack-disk"
+    side_channels: tuple[str, ...] = ()
+    state: InstanceState = InstanceState.INITIAL
+    power: Power = Power.ON
+    power_state: str = "off"
+    reboot_soft: int = 0
+    reboot_hard: int = 0
+    error_message: str = ""
+    progress: str = ""
+    accel: str = ""
+    console_port: int = 0
+    vdi_port: int = 0
+    agent_state: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    created_s: float = 0
+    updated_s: float = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,50 +99,11 @@ def check_model(model: str) -> None:
         raise Invalid(f"no network card is called {model[:80]!r}", hint=", ".join(sorted(_MODELS)))
 
 
-def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
-    """Every node for the scheduler. usable: node → "" or why it takes nothing; nodes that are not in it are away.
+def create_instance(txn: Transaction, request: Request, node: str) -> Instance:
+    """Claim the room on `node`, take the name and the addresses. Raises Conflict, Invalid, NotFound, NoCapacity.
 
-    Claims are read through the transaction, so that a placement elsewhere repeats this one.
+    `scheduler.create_instance` checks the request and finds the node, in the same transaction.
     """
-    found = []
-    for node in txn.list(Node):
-        if node.state == "deleted":
-            continue
-        claims = txn.find(Claims, node.name) or Claims(name=node.name)
-        why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
-        found.append(
-            Room(
-                node.name,
-                int(node.facts.get("cpus", 0)),
-                int(node.facts.get("memory_mib", 0)),
-                sum(claims.cpus.values()),
-                sum(claims.memory_mib.values()),
-                usable=not why_not,
-                why_not=why_not,
-            )
-        )
-    return found
-
-
-def create_instance(
-    txn: Transaction,
-    request: Request,
-    *,
-    limits: Limits,
-    usable: Mapping[str, str],
-) -> Instance:
-    """Place it, claim the room, take the name and the addresses. Raises Conflict, Invalid, NotFound, NoCapacity."""
-    check_request(request)
-    images = {disk.image for disk in request.disks if disk.image}
-    holders = [n.name for n in txn.list(Node) if images <= set(n.facts.get("images", ()))]
-    node = place(
-        rooms(txn, usable),
-        request.cpus,
-        request.memory_mib,
-        limits=limits,
-        wanted=request.placed_on,
-        holders=holders,
-    )
     now = time.time()
     instance = Instance(
         uuid=new_uuid(),
@@ -116,30 +117,13 @@ def create_instance(
         updated_s=now,
         **request.extra,
     )
-    name = Taken(name=_name_key(instance), owner=instance.uuid, created_s=now)
-    if txn.find(Taken, name.name) is not None:
-        raise Conflict(
-            f"there is an instance {request.name} in namespace {request.namespace} already",
-            hint=f"sf instance show {request.name}",
-        )
-    txn.create(name)
+    take_name(txn, Instance.KIND, request.namespace, request.name, instance.uuid)
     for order, want in enumerate(request.interfaces):
         attach(txn, find_network(txn, want.network), instance.uuid, request.namespace, order, want)
-    claims = txn.get(Claims, node)
-    txn.update(
-        replace(
-            claims,
-            cpus={**claims.cpus, instance.uuid: request.cpus},
-            memory_mib={**claims.memory_mib, instance.uuid: request.memory_mib},
-        )
-    )
+    claim(txn, node, request.cpus, request.memory_mib)
     txn.create(instance)
     txn.event(Instance.KIND, instance.uuid, f"asked for; placed on {node}", type="audit")
     return instance
-
-
-def _name_key(instance: Instance) -> str:
-    return f"{Instance.KIND}/{instance.namespace}/{instance.name}"
 
 
 def interfaces_of(txn: Transaction, instance_uuid: str) -> list[Interface]:
@@ -163,18 +147,11 @@ def finish_delete(txn: Transaction, found: Instance) -> None:
     """The node has nothing of it any more: give back addresses, name and claims, all or nothing."""
     for interface in interfaces_of(txn, found.uuid):
         detach(txn, interface)
-    taken = txn.find(Taken, _name_key(found))
+    name = f"{Instance.KIND}/{found.namespace}/{found.name}"
+    taken = txn.find(Taken, name)
     if taken is not None and taken.owner == found.uuid:
-        txn.delete(Taken, taken.name)
-    claims = txn.find(Claims, found.node)
-    if claims is not None:
-        txn.update(
-            replace(
-                claims,
-                cpus={k: v for k, v in claims.cpus.items() if k != found.uuid},
-                memory_mib={k: v for k, v in claims.memory_mib.items() if k != found.uuid},
-            )
-        )
+        txn.delete(Taken, name)
+    claim(txn, found.node, -found.cpus, -found.memory_mib)
     txn.update(replace(found, state=InstanceState.DELETED, power_state="off", updated_s=time.time()))
     txn.event(Instance.KIND, found.uuid, "state is deleted")
 

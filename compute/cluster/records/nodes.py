@@ -1,15 +1,38 @@
-"""What happens to a node's records after it has joined: drain and removal."""
+"""Nodes: their records, which of them route, and how one is drained and removed."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
-from compute.cluster import joining
-from compute.cluster.records.instances import finish_delete
-from compute.cluster.records.networks import move_routers
-from compute.cluster.records.objects import Claims, Instance, Node, Transaction
+from compute.cluster.records.claims import Claims
+from compute.cluster.records.instances import Instance, finish_delete
+from compute.cluster.records.networks import Network
+from compute.cluster.records.secrets import site_secret
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
 from compute.wire.spec import InstanceState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node(Stored):
+    """A machine. `facts` is what its agent said of it: cpus, memory_mib, address, architecture, release, accel."""
+
+    KIND: ClassVar[str] = "node"
+    uuid: str
+    name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    state: str = "created"
+    identity: str = ""
+    """SHA-256 of the secret that its agent shows; "" for the server's own agent."""
+    drained: bool = False
+    lastseen_s: float = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.name
 
 
 def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[str]) -> Node:
@@ -40,6 +63,28 @@ def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_node
     txn.delete(Claims, name)
     found = replace(found, state="deleted", lastseen_s=time.time())
     txn.update(found)
-    joining.site_secret(txn, renew=True)
+    site_secret(txn, renew=True)
     txn.event(Node.KIND, name, "removed", type="audit")
     return found
+
+
+def move_routers(txn: Transaction, away_from: str, router_nodes: Sequence[str]) -> list[str]:
+    """Give the routers of a node that is dead, drained or gone to others in turn. Returns the networks' UUIDs."""
+    moved: list[str] = []
+    targets = [name for name in router_nodes if name != away_from]
+    for network in txn.list(Network):
+        if network.state == "created" and network.router_node == away_from and targets:
+            target = targets[len(moved) % len(targets)]
+            txn.update(replace(network, router_node=target))
+            txn.event(Network.KIND, network.uuid, f"router moved from {away_from} to {target}", type="mutate")
+            moved.append(network.uuid)
+    return moved
+
+
+def router_candidates(txn: Transaction, usable: Collection[str]) -> list[str]:
+    """Nodes that may route, those with the fewest routers first."""
+    load = {n.name: 0 for n in txn.list(Node) if n.name in usable and not n.drained and n.state != "deleted"}
+    for network in txn.list(Network):
+        if network.state == "created" and network.router_node in load:
+            load[network.router_node] += 1
+    return sorted(load, key=lambda name: (load[name], name))

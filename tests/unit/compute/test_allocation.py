@@ -11,39 +11,29 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from compute.cluster.records.addresses import Ipam, ensure_floating
+from compute.cluster.records.claims import Claims
 from compute.cluster.records.instances import (
+    Instance,
     Request,
     add_interface,
-    create_instance,
     delete_instance,
     finish_delete,
     interfaces_of,
     remove_interface,
 )
-from compute.cluster.records.networks import (
-    Ipam,
+from compute.cluster.records.interfaces import (
+    Interface,
     Want,
-    create_network,
     defloat_interface,
-    delete_network,
-    ensure_floating,
     float_interface,
     interfaces_on,
-    move_routers,
-    route,
-    unroute,
 )
-from compute.cluster.records.objects import (
-    Claims,
-    Instance,
-    Interface,
-    Network,
-    Node,
-    Transaction,
-    new_uuid,
-    transact,
-)
-from compute.cluster.scheduler import Limits
+from compute.cluster.records.networks import Network, create_network, delete_network, route, unroute
+from compute.cluster.records.nodes import Node, move_routers
+from compute.cluster.records.stored import new_uuid
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.scheduler import Limits, create_instance
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import ComputeError, Unavailable
 from compute.wire.spec import DiskSpec, InstanceState

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from compute.cluster.holding import Holds
-from compute.cluster.records.objects import Instance, transact
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.wire.spec import DiskSpec, InstanceState
 from imagestore.backends.directory import Directory

@@ -1,6 +1,7 @@
 """With which other nodes a node's image service shares what it holds: what the server tells it, and when."""
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 
 from compute.agent.image_service import called
 from compute.api.agents import Mailbox
-from compute.cluster import controller as control
+from compute.cluster import liveness
 from compute.cluster.controller import Controller
 from compute.cluster.desired import image_site
 from compute.cluster.records import nodes
-from compute.cluster.records.objects import Node, transact
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import ImageSite, NodeDesired, NodeFacts
@@ -94,7 +96,7 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_know_the_next_key(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "LEASE_S", 1.0)
+    monkeypatch.setattr(liveness, "LEASE_S", 1.0)
 
     async def register(controller: Controller, name: str) -> None:
         facts = NodeFacts(4, 4096, peer_address=f"192.0.2.{name[1]}:13002", stores=STORES)
@@ -131,7 +133,9 @@ def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_k
             await register(controller, "n3")
             await controller.renew("n3")
             assert (await told(["n3"])).secret != first.secret
-            assert [d.revision for d in seen] == sorted({d.revision for d in seen})
+            assert all(a.revision != b.revision for a, b in itertools.pairwise(seen))
+            other_server = Controller(store, "0123abcd", "n1")
+            assert (await other_server.desired("n1")).revision == seen[-1].revision
         finally:
             controller.stop()
 

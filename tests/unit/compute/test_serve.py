@@ -9,7 +9,8 @@ import pytest
 from compute.cluster import joining
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.desired import build
-from compute.cluster.records.objects import Network, Node
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import load
 from compute.errors import Conflict, Denied, Invalid, Unauthenticated, Unavailable

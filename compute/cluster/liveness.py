@@ -1,0 +1,82 @@
+"""Which nodes are there: leases in the state store, so that a second server sees the same.
+
+A node renews `alive/<node>`, an ephemeral key that holds the number of its lease. The server's own node lives as long
+as this process. How to ask a node directly is no record: it is the agent's connection to this process.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.transaction import Transaction
+from compute.cluster.state.protocol import StateStore
+from compute.errors import LeaseLost, Unavailable
+from compute.wire.operations import NodeOperations
+
+LEASE_S = 12.0
+"""A node that has not renewed for so long is missing, and its routers move."""
+
+FENCE_S = 8.0
+"""A node that could not renew for so long removes its own routers: before anybody else may take them."""
+
+KIND = "alive"
+
+
+class Liveness:
+    """`server` is the name of this process's own node."""
+
+    def __init__(self, store: StateStore, server: str) -> None:
+        self._store, self._server = store, server
+        self._ways: dict[str, NodeOperations] = {}
+
+    def attach(self, node: str, operations: NodeOperations) -> None:
+        """How to ask this node directly, from now on: after a restart of the server its agent need not start anew."""
+        self._ways[node] = operations
+
+    def renew(self, node: str) -> float:
+        """A node on another machine lives LEASE_S longer. Returns after how many seconds it must fence itself."""
+        key = f"{KIND}/{node}"
+        known = self._store.get(key)
+        try:
+            # Version 0.1 wrote the node's name there.
+            self._store.refresh(int(known.value) if known and known.value.isdigit() else 0)
+        except LeaseLost:
+            lease = self._store.grant(LEASE_S)
+            self._store.commit({key: b"%d" % lease}, expect={}, lease=lease, ephemeral=(key,))
+        return FENCE_S
+
+    def alive(self, node: str) -> bool:
+        """The server's own agent registered, or the node renewed its lease in time."""
+        return node in self._ways if node == self._server else self._store.get(f"{KIND}/{node}") is not None
+
+    def among(self, nodes: Iterable[Node]) -> list[str]:
+        """Those that live, the server's own always: it may start a moment later than the first question."""
+        leased = {record.key.partition("/")[2] for record in self._store.list(f"{KIND}/")} | {self._server}
+        return [n.name for n in nodes if n.state != "deleted" and n.name in leased]
+
+    def usable(self) -> dict[str, str]:
+        """Node → "" or why nothing new goes there."""
+        nodes = [n for n in Transaction(self._store).list(Node) if n.state != "deleted"]
+        living = self.among(nodes)
+        return {n.name: "" if n.name in living else "does not answer" for n in nodes}
+
+    def operations(self, node: str) -> NodeOperations:
+        """The way to ask the node directly. Raises Unavailable while its agent is away."""
+        found = self._ways.get(node)
+        if found is None or not self.alive(node):
+            raise Unavailable(
+                f"node {node} does not answer", hint=f"is its agent running? sf node show {node}"
+            )
+        return found
+
+    def note(self, txn: Transaction) -> None:
+        """Nodes that no longer renew become `missing`, those that do again `created`; their histories say when."""
+        nodes = [n for n in txn.list(Node) if n.state != "deleted"]
+        living = self.among(nodes)
+        for known in nodes:
+            state, words = ("created", "answers") if known.name in living else ("missing", "does not answer")
+            found = txn.find(Node, known.name) if known.state != state else None
+            if found is not None and found.state != "deleted":
+                txn.update(replace(found, state=state, lastseen_s=time.time()))
+                txn.event(Node.KIND, known.name, words, type="status")

@@ -1,0 +1,65 @@
+"""Who has which address: every one changes hands inside a transaction.
+
+Each network has one `Ipam` record. Whoever adds or removes an interface writes it, so two of them never work from the
+same picture; that makes it safe to look at the list of a network's interfaces inside such a transaction.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from typing import ClassVar
+
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Transaction
+from compute.errors import Conflict, Invalid, NoCapacity
+from net import ipam
+
+FLOATING = "floating"
+"""Name of the floating pool's Ipam record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ipam(Stored):
+    """A network's addresses, or the floating pool's."""
+
+    KIND: ClassVar[str] = "ipam"
+    name: str
+    pool: ipam.Pool
+
+
+def parse_address(text: str) -> IPv4Address:
+    """Raises Invalid."""
+    try:
+        return IPv4Address(text)
+    except AddressValueError as err:
+        raise Invalid(f"not an IPv4 address: {text[:80]!r}") from err
+
+
+def ensure_floating(txn: Transaction, pool: IPv4Network | None) -> None:
+    """Make the floating pool's record, or follow the configuration. Raises Conflict while the old one is in use."""
+    known = txn.find(Ipam, FLOATING)
+    if pool is None or (known is not None and known.pool.netblock == pool):
+        return
+    if known is not None and known.pool.held:
+        raise Conflict(f"the floating pool cannot become {pool}: {known.pool.netblock} is in use")
+    txn.update(Ipam(name=FLOATING, pool=ipam.Pool.of(pool), revision=known.revision if known else 0))
+
+
+def take_floating(txn: Transaction, holder: str) -> str:
+    known = txn.find(Ipam, FLOATING)
+    if known is None:
+        raise NoCapacity(
+            "there is no floating pool", hint="set floating_pool and uplink in /etc/sf/config.toml"
+        )
+    pool, address = ipam.allocate(known.pool, holder, time.time())
+    txn.update(replace(known, pool=pool))
+    return str(address)
+
+
+def give_back_floating(txn: Transaction, address: str) -> None:
+    known = txn.find(Ipam, FLOATING) if address else None
+    if known is None:
+        return
+    holder = known.pool.held.get(IPv4Address(address), "")
+    pool = ipam.release(known.pool, IPv4Address(address), holder, time.time())
+    txn.update(replace(known, pool=pool))

@@ -1,0 +1,113 @@
+"""Interfaces: how instances hang on networks, and with which addresses."""
+
+import time
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
+from typing import Any, ClassVar
+
+from compute.cluster.records.addresses import Ipam, give_back_floating, parse_address, take_floating
+from compute.cluster.records.networks import Network
+from compute.cluster.records.stored import Stored, new_uuid
+from compute.cluster.records.transaction import Transaction
+from compute.errors import Conflict
+from net import ipam, port_mac
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface(Stored):
+    KIND: ClassVar[str] = "interface"
+    uuid: str
+    network_uuid: str
+    instance_uuid: str
+    namespace: str
+    mac: str
+    address: str
+    order: int
+    model: str = "virtio"
+    floating: str = ""
+    state: str = "created"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """An interface as asked for."""
+
+    network: str
+    """UUID."""
+    address: str = ""
+    mac: str = ""
+    model: str = "virtio"
+    float: bool = False
+
+
+def attach(
+    txn: Transaction, network: Network, instance_uuid: str, namespace: str, order: int, want: Want
+) -> Interface:
+    """An interface with an address and a MAC of its own. Raises net's Invalid, Conflict and Exhausted."""
+    uuid = new_uuid()
+    known = txn.get(Ipam, network.uuid)
+    wanted = parse_address(want.address) if want.address else None
+    pool, address = ipam.allocate(known.pool, uuid, time.time(), wanted)
+    txn.update(replace(known, pool=pool))
+    taken = {i.mac for i in interfaces_on(txn, network.uuid)}
+    mac = ipam.check_mac(want.mac) if want.mac else port_mac(uuid)
+    if mac in taken:
+        raise Conflict(
+            f"MAC address {mac} is in use on network {network.name}", hint="give none to have one chosen"
+        )
+    made = Interface(
+        uuid=uuid,
+        network_uuid=network.uuid,
+        instance_uuid=instance_uuid,
+        namespace=namespace,
+        mac=mac,
+        address=str(address),
+        order=order,
+        model=want.model,
+        floating=take_floating(txn, uuid) if want.float else "",
+    )
+    txn.create(made)
+    txn.event(Network.KIND, network.uuid, f"{address} given to interface {uuid}", type="mutate")
+    return made
+
+
+def detach(txn: Transaction, interface: Interface) -> None:
+    """Give the addresses back. Doing it twice is success."""
+    known = txn.find(Ipam, interface.network_uuid)
+    if known is not None:
+        address = IPv4Address(interface.address)
+        txn.update(replace(known, pool=ipam.release(known.pool, address, interface.uuid, time.time())))
+        txn.event(
+            Network.KIND,
+            interface.network_uuid,
+            f"{address} released by interface {interface.uuid}",
+            type="mutate",
+        )
+    give_back_floating(txn, interface.floating)
+    txn.delete(Interface, interface.uuid)
+
+
+def interfaces_on(txn: Transaction, network_uuid: str) -> list[Interface]:
+    return [i for i in txn.list(Interface) if i.network_uuid == network_uuid]
+
+
+def float_interface(txn: Transaction, uuid: str) -> Interface:
+    """Give it an address of the floating pool. Raises Conflict when it has one."""
+    found = txn.get(Interface, uuid)
+    if found.floating:
+        raise Conflict(f"interface {uuid} has the floating address {found.floating} already")
+    found = replace(found, floating=take_floating(txn, uuid))
+    txn.update(found)
+    return found
+
+
+def defloat_interface(txn: Transaction, uuid: str) -> Interface:
+    """Raises Conflict when it has none."""
+    found = txn.get(Interface, uuid)
+    if not found.floating:
+        raise Conflict(f"interface {uuid} has no floating address")
+    give_back_floating(txn, found.floating)
+    found = replace(found, floating="")
+    txn.update(found)
+    return found

@@ -1,0 +1,25 @@
+"""Namespaces: who has keys, and whom each trusts. `auth` says what a key opens."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from compute.cluster.records.stored import Stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyHash:
+    """How a namespace's key is recognised; the nonce goes into tokens, so that a changed key ends them."""
+
+    hash: str
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Namespace(Stored):
+    KIND: ClassVar[str] = "namespace"
+    name: str
+    keys: dict[str, KeyHash] = field(default_factory=dict)
+    trust: tuple[str, ...] = ()
+    """Namespaces whose callers may see and change this one's objects."""
+    state: str = "created"
+    metadata: dict[str, Any] = field(default_factory=dict)

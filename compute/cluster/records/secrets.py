@@ -1,0 +1,34 @@
+"""What only the servers of one installation know."""
+
+import secrets
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.taken import Taken
+from compute.cluster.records.transaction import Transaction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret(Stored):
+    KIND: ClassVar[str] = "secret"
+    name: str
+    value: str = field(repr=False)
+    """256 random bits, in hex."""
+
+
+def secret(txn: Transaction, name: str, *, renew: bool = False) -> str:
+    """A secret, made when it is first asked for, and anew on `renew`. Version 0.1 kept it as the owner of a Taken."""
+    found, former = txn.find(Secret, name), txn.find(Taken, name)
+    if found is None or renew:
+        kept = former.owner if former and not renew else secrets.token_hex(32)
+        found = Secret(name=name, value=kept)
+        txn.update(found)
+    if former:
+        txn.delete(Taken, name)
+    return found.value
+
+
+def site_secret(txn: Transaction, *, renew: bool = False) -> bytes:
+    """What the nodes' image services know each other by; anew when a node was removed."""
+    return bytes.fromhex(secret(txn, "site-secret", renew=renew))

@@ -1,0 +1,121 @@
+"""The typed transaction over the state store."""
+
+import time
+import uuid as uuid_module
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from compute.cluster.records.events import Event
+from compute.cluster.records.stored import Stored
+from compute.cluster.state.protocol import ABSENT, Record, StateStore, retry_stale
+from compute.errors import Conflict, NotFound
+
+T = TypeVar("T")
+O = TypeVar("O", bound=Stored)  # noqa: E741
+
+
+class Transaction:
+    """Reads remember revisions, writes are kept back; `transact` commits all of it at one revision or repeats it.
+
+    `list` is not compared at commit: a decision must rest on records read by `get` or `find` (hence Taken and Claims).
+    """
+
+    def __init__(self, store: StateStore, node: str = "") -> None:
+        self.store = store
+        self.node = node
+        """Who writes: the `fqdn` of its events."""
+        self.expect: dict[str, int] = {}
+        self.writes: dict[str, bytes | None] = {}
+        self.reads: dict[str, Record | None] = {}
+
+    def find(self, cls: type[O], identity: str) -> O | None:
+        key = f"{cls.KIND}/{identity}"
+        if key in self.writes:
+            value = self.writes[key]
+            return None if value is None else cls.decode(value, self.expect.get(key, ABSENT))
+        # Read once: a second look would expect a newer revision than the one that was decided on.
+        if key not in self.reads:
+            record = self.reads[key] = self.store.get(key)
+            self.expect[key] = record.revision if record else ABSENT
+        record = self.reads[key]
+        return cls.decode(record.value, record.revision) if record else None
+
+    def get(self, cls: type[O], identity: str) -> O:
+        """Raises NotFound."""
+        found = self.find(cls, identity)
+        if found is None:
+            raise NotFound(f"{cls.KIND} {identity} not found")
+        return found
+
+    def list(self, cls: type[O], under: str = "") -> list[O]:
+        return [cls.decode(r.value, r.revision) for r in self.store.list(f"{cls.KIND}/{under}")]
+
+    def create(self, value: Stored) -> None:
+        """Raises Conflict when it is there already."""
+        if self.find(type(value), value.id) is not None:
+            raise Conflict(f"{value.KIND} {value.id} exists already")
+        self.writes[value.key] = value.encode()
+
+    def update(self, value: Stored) -> None:
+        """Write over what was read, here or before this transaction."""
+        self.expect.setdefault(value.key, value.revision)
+        self.writes[value.key] = value.encode()
+
+    def delete(self, cls: type[Stored], identity: str) -> None:
+        """Remove it; "there was none" is success."""
+        self.writes[f"{cls.KIND}/{identity}"] = None
+
+    def purge(self, value: Stored) -> None:
+        """Remove it and its history."""
+        self.writes[value.key] = None
+        for record in self.store.list(f"{Event.KIND}/{value.key}/"):
+            self.writes[record.key] = None
+
+    def event(
+        self,
+        kind: str,
+        owner: str,
+        message: str,
+        *,
+        type: str = "mutate",
+        timestamp_s: float | None = None,
+        duration_s: float | None = None,
+        **extra: Any,
+    ) -> None:
+        """Append to an object's history. Now and then the oldest go in the same commit."""
+        now = time.time() if timestamp_s is None else timestamp_s
+        place = f"{kind}/{owner}/"
+        tail = uuid_module.uuid4()
+        entry = Event(
+            name=f"{place}{int(now * 1e6):020d}-{tail.hex[:6]}",
+            timestamp_s=now,
+            type=type,
+            message=message,
+            node=self.node,
+            duration_s=duration_s,
+            extra=extra,
+        )
+        self.writes[entry.key] = entry.encode()
+        if tail.int % Event.TRIM == 0:
+            for record in self.store.list(f"{Event.KIND}/{place}")[: -Event.LIMIT]:
+                self.writes[record.key] = None
+
+    def commit(self) -> None:
+        """Raises Stale."""
+        if self.writes:
+            self.store.commit(self.writes, expect=self.expect)
+
+
+def transact(store: StateStore, action: Callable[[Transaction], T], node: str = "") -> T:
+    """Run `action` on a fresh Transaction and commit it, again and again while others were faster.
+
+    `action` may run several times, so it does nothing but read, decide and write through the transaction.
+    """
+
+    def once() -> T:
+        transaction = Transaction(store, node)
+        result = action(transaction)
+        transaction.commit()
+        return result
+
+    return retry_stale(once)

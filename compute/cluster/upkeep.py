@@ -1,0 +1,66 @@
+"""What the server does without being asked: routers of nodes that went missing move, and what nobody needs goes."""
+
+import asyncio
+import logging
+import time
+
+from compute.cluster import liveness
+from compute.cluster.feed import Feed
+from compute.cluster.liveness import Liveness
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node, move_routers, router_candidates
+from compute.cluster.records.taken import Taken
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.state.protocol import StateStore
+from compute.errors import ComputeError
+from compute.wire.spec import InstanceState
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 60.0
+_KEEP_DELETED_S = 3600.0
+_KEEP_REQUEST_S = 86400.0
+
+
+async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -> None:
+    """Until cancelled. An error is said and tried again: a full disk must not end the server."""
+    swept_s = 0.0
+
+    def nodes_and_routers(txn: Transaction) -> None:
+        nodes.note(txn)
+        _move_routers(txn, nodes)
+
+    while True:
+        seen = feed.revision
+        try:
+            await asyncio.to_thread(transact, store, nodes_and_routers, server)
+            if time.monotonic() - swept_s > _SWEEP_S:
+                await asyncio.to_thread(transact, store, _sweep, server)
+                swept_s = time.monotonic()
+        except ComputeError as err:
+            log.error("upkeep: %s", err)
+            await asyncio.sleep(1)
+        await feed.moved((liveness.KIND, Network.KIND), seen, _SWEEP_S)
+
+
+def _move_routers(txn: Transaction, nodes: Liveness) -> None:
+    """A network without a living router gets one. A node's lease outlives a restart of the server."""
+    alive = nodes.among(txn.list(Node))
+    lost = {n.router_node for n in txn.list(Network) if n.state == "created"} - set(alive)
+    for name in sorted(lost) if alive else ():
+        move_routers(txn, name, router_candidates(txn, alive))
+
+
+def _sweep(txn: Transaction) -> None:
+    """Records of the deleted stay an hour for those who poll, request keys a day, events as long as their object."""
+    now = time.time()
+    for instance in txn.list(Instance):
+        if instance.state == InstanceState.DELETED and instance.updated_s < now - _KEEP_DELETED_S:
+            txn.purge(instance)
+    for network in txn.list(Network):
+        if network.state == "deleted" and network.deleted_s < now - _KEEP_DELETED_S:
+            txn.purge(network)
+    for taken in txn.list(Taken, "request/"):
+        if taken.created_s < now - _KEEP_REQUEST_S:
+            txn.delete(Taken, taken.name)
