@@ -1,5 +1,6 @@
 """What version 0.1.0 wrote to disk is read by today's code; tests/fixtures/README.md says how it was made."""
 
+import asyncio
 import gzip
 import hashlib
 import json
@@ -15,7 +16,7 @@ import pytest
 from cli.settings import Settings
 from compute import config
 from compute.agent import link as remote
-from compute.agent.guest.owner import Phase, Record
+from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
 from compute.cluster.auth import Authority
 from compute.cluster.joining import certificate, check_identity
 from compute.cluster.liveness import Liveness
@@ -33,8 +34,7 @@ from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.serve import installation_id
-from compute.wire.codec import from_plain
-from compute.wire.spec import InstanceState, Power
+from compute.wire.spec import InstanceSpec, InstanceState, Power
 from imagestore.backends.directory import Directory
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.partial import PartialImage
@@ -306,16 +306,25 @@ def test_a_joined_node_is_known_by_its_agent_json(db: SqliteStore, state: Path) 
     ("name", "served", "moved"),
     [("complete", (), ()), ("lazy", ("vda",), ()), ("moved", (), ("vda",))],
 )
-def test_a_guests_record_is_taken_up(name: str, served: tuple[str, ...], moved: tuple[str, ...]) -> None:
-    plain = json.loads((FIXTURES / "node/instances" / f"{name}.json").read_text())
-    record = from_plain(Record, plain)
+def test_a_guests_record_is_taken_up_and_written_as_it_was(
+    name: str, served: tuple[str, ...], moved: tuple[str, ...], tmp_path: Path
+) -> None:
+    written = (FIXTURES / "node/instances" / f"{name}.json").read_text()
+    (tmp_path / "record.json").write_text(written)
+    journal = Journal(tmp_path, asyncio.to_thread)
+    course = journal.part(Course(InstanceSpec("", "", "", 1, 16, ())))
+    taps, disks = journal.part(TapsHeld()), journal.part(DisksHeld())
+    journal.load()
+    record, held = course.now, disks.now
     assert (record.spec.name, record.phase, record.created) == (name, Phase.UP, True)
-    assert (record.served, record.moved, record.moving) == (served, moved, "")
+    assert (held.served, held.moved, held.moving, taps.now.taps) == (served, moved, "", ())
     assert (record.spec.memory_mib, record.spec.power) == (32, Power.ON)
     assert len(record.vdi_password) == 8
     if name == "lazy":
         assert record.spec.disks[0].image == str(LAZY)
-        assert record.arrived["vda"]["present_bytes"] == 659456
+        assert held.arrived["vda"]["present_bytes"] == 659456
+    asyncio.run(disks.save())
+    assert json.loads((tmp_path / "record.json").read_text()) == json.loads(written)
 
 
 @pytest.fixture

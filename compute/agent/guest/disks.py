@@ -1,132 +1,135 @@
-"""An instance's disks: an overlay each, on an image that is complete or, at first, on the image service's export."""
+"""A guest's disks: an overlay each, on an image that is complete or, at first, on the image service's export."""
 
-import asyncio
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compute.agent.guest import overlay
-from compute.agent.guest.host import Backing, Say
-from compute.agent.guest.owner import Owner
+from compute.agent.guest.host import Backing, Host, Say
+from compute.agent.guest.record import DisksHeld, Part
 from compute.agent.hypervisor import domain
 from compute.errors import ComputeError
+from compute.wire.spec import InstanceSpec
 
 _MOVE_BYTES = 256 << 20
 """A disk is moved while its guest runs only if its overlay holds less: the move copies it."""
 
+_RECONNECT_S = 3600
+"""For how long a guest waits for an image service that is away."""
+
 
 class Disks:
-    """Works for the owner's task. A disk that was moved to its complete image is on its second overlay."""
+    """Works for the guest's task. A disk that was moved to its complete image is on its second overlay."""
 
-    def __init__(self, owner: Owner, say: Say) -> None:
-        self._owner, self._say = owner, say
+    def __init__(self, host: Host, uuid: str, held: Part[DisksHeld], event: Callable[..., None]) -> None:
+        self._host, self._uuid, self._held, self._event = host, uuid, held, event
+
+    @property
+    def held(self) -> DisksHeld:
+        """On what the disks are."""
+        return self._held.now
 
     def overlay(self, device: str, *, second: bool | None = None) -> Path:
         """The file that a disk is on now, or its first or second one."""
-        moved = device in self._owner.record.moved if second is None else second
-        return self._owner.directory / f"{device}{'.2' if moved else ''}.qcow2"
+        moved = device in self._held.now.moved if second is None else second
+        return self._host.directory / self._uuid / f"{device}{'.2' if moved else ''}.qcow2"
 
-    def reader(self, device: str) -> str:
-        return f"{self._owner.spec.uuid}-{device}"
+    def _reader(self, device: str) -> str:
+        return f"{self._uuid}-{device}"
 
-    async def images(self) -> dict[str, Backing] | None:
-        """Device → what its image is read from; None if the instance is to be deleted before that is there."""
-        fetch = asyncio.ensure_future(self._fetch())
-        leaving = asyncio.ensure_future(self._owner.leaving.wait())
-        try:
-            await asyncio.wait({fetch, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            return None if self._owner.leaving.is_set() else await fetch
-        finally:
-            fetch.cancel()
-            leaving.cancel()
-
-    async def _fetch(self) -> dict[str, Backing]:
-        backing = self._owner.host.images.backing
+    async def images(self, spec: InstanceSpec, say: Say) -> dict[str, Backing]:
+        """Device → what its image is read from, as soon as that is there. Raises imagestore's errors."""
         return {
-            disk.device: await backing(self.reader(disk.device), disk.image, self._say)
-            for disk in self._owner.spec.disks
+            disk.device: await self._host.images.backing(self._reader(disk.device), disk.image, say)
+            for disk in spec.disks
             if disk.image
         }
 
-    async def make(self, images: Mapping[str, Backing]) -> None:
+    async def make(self, spec: InstanceSpec, images: Mapping[str, Backing]) -> None:
         """Empty overlays, on the images or on nothing."""
-        for disk in self._owner.spec.disks:
-            path, backing = self.overlay(disk.device), images.get(disk.device)
+        for disk in spec.disks:
+            backing = images.get(disk.device)
             under = (backing.path, backing.size_bytes) if backing else (None, 0)
-            await self._owner.host.do(overlay.create, path, disk.size_bytes, *under)
+            await self._host.do(overlay.create, self.overlay(disk.device), disk.size_bytes, *under)
 
-    def devices(self, images: Mapping[str, Backing]) -> tuple[domain.Disk, ...]:
-        """The disks as the domain has them."""
-        under = ((disk, images.get(disk.device)) for disk in self._owner.spec.disks)
-        return tuple(
-            domain.Disk(
-                d.device, self.overlay(d.device), b.path if b else None, b.socket if b else None, d.bus
-            )
-            for d, b in under
-        )
+    async def begin(self, spec: InstanceSpec, images: Mapping[str, Backing]) -> tuple[domain.Disk, ...]:
+        """The disks as the domain that is about to be started has them."""
+        disks = []
+        for disk in spec.disks:
+            under = images.get(disk.device)
+            backing, socket = (under.path, under.socket) if under else (None, None)
+            disks.append(domain.Disk(disk.device, self.overlay(disk.device), backing, socket, disk.bus))
+        served = tuple(disk.device for disk in disks if disk.socket)
+        await self._held.save(served=served, deferred=(), arrived={})
+        return tuple(disks)
 
-    async def give_up(self) -> None:
+    async def hold(self, disks: tuple[domain.Disk, ...]) -> None:
+        """The domain is started and its CPUs do not run yet: a restart of an export must not end its reads."""
+        for disk in disks:
+            if disk.socket:
+                await self._host.do(self._host.hypervisor.keep_reconnecting, self._uuid, disk, _RECONNECT_S)
+
+    async def booted(self) -> None:
+        """The guest is up: what it read until now was its boot."""
+        for device in self._held.now.served:
+            await self._host.images.booted(self._reader(device))
+
+    async def give_up(self, spec: InstanceSpec) -> None:
         """Nothing reads the images any more: the disks are deleted."""
-        for disk in self._owner.record.spec.disks:
+        for disk in spec.disks:
             if disk.image:
-                await self._owner.host.images.gone(self.reader(disk.device))
+                await self._host.images.gone(self._reader(disk.device))
 
-    async def move(self, device: str) -> None:
-        """Move a running disk to a second overlay over the raw file, once that is complete and if it costs little."""
-        owner = self._owner
-        disk = next((d for d in owner.spec.disks if d.device == device), None)
-        figures = await owner.host.images.figures(self.reader(device))
+    async def move(self, spec: InstanceSpec) -> None:
+        """Move running disks to second overlays over raw files, once those are complete and if it costs little."""
+        for device in self._held.now.served:
+            await self._move(device, next((d.image for d in spec.disks if d.device == device), ""))
+
+    async def _move(self, device: str, image: str) -> None:
+        held, figures = self._held, await self._host.images.figures(self._reader(device))
         if figures:
-            await owner.save(arrived={**owner.record.arrived, device: figures})
-        if (
-            disk is None
-            or device in owner.record.deferred
-            or figures.get("present_bytes") != figures.get("data_bytes")
-        ):
-            return
-        backing = owner.host.images.complete(disk.image)
-        if backing is None:
+            await held.save(arrived={**held.now.arrived, device: figures})
+        whole = figures.get("present_bytes") == figures.get("data_bytes")
+        backing = self._host.images.complete(image) if image and whole else None
+        if backing is None or device in held.now.deferred:
             return
         old, new = self.overlay(device, second=False), self.overlay(device, second=True)
-        if why := await owner.host.do(_costly, old):
-            await owner.save(deferred=(*owner.record.deferred, device))
-            owner.event(
+        if why := await self._host.do(_costly, old):
+            await held.save(deferred=(*held.now.deferred, device))
+            self._event(
                 f"{device}: the image is complete; it is read directly from the next start on, since {why}"
             )
             return
-        await owner.save(moving=device)
+        await held.save(moving=device)
         began = time.monotonic()
         new.unlink(missing_ok=True)
-        await owner.host.do(overlay.create, new, overlay.virtual_size(old), backing, 0)
+        await self._host.do(overlay.create, new, overlay.virtual_size(old), backing, 0)
         try:
-            await owner.host.do(
-                owner.host.hypervisor.move_disk,
-                owner.spec.uuid,
-                domain.Disk(device, new, backing),
-            )
+            disk = domain.Disk(device, new, backing)
+            await self._host.do(self._host.hypervisor.move_disk, self._uuid, disk)
         except ComputeError as err:
-            owner.event(f"{device}: not moved to the complete image: {err}")
-            await owner.save(deferred=(*owner.record.deferred, device))
+            self._event(f"{device}: not moved to the complete image: {err}")
+            await held.save(deferred=(*held.now.deferred, device))
         if await self.end_move():
-            owner.event(f"{device}: the image is complete and read directly now", time.monotonic() - began)
+            self._event(f"{device}: the image is complete and read directly now", time.monotonic() - began)
 
     async def end_move(self) -> bool:
         """Finish or undo a move; what libvirt says the disk is on decides, whatever was meant. True if it was moved."""
-        owner = self._owner
-        device, hypervisor, uuid = owner.record.moving, owner.host.hypervisor, owner.spec.uuid
-        await owner.host.do(hypervisor.stop_moving, uuid, device)
-        old, new = self.overlay(device, second=False), self.overlay(device, second=True)
-        on = domain.source_of(await owner.host.do(hypervisor.xml, uuid), device)
-        if on != str(new):
-            new.unlink(missing_ok=True)
-            await owner.save(moving="")
+        held, do, hypervisor, device = self._held, self._host.do, self._host.hypervisor, self._held.now.moving
+        if not device:
             return False
-        served = tuple(d for d in owner.record.served if d != device)
-        await owner.save(moved=(*owner.record.moved, device), served=served, moving="")
+        await do(hypervisor.stop_moving, self._uuid, device)
+        old, new = self.overlay(device, second=False), self.overlay(device, second=True)
+        if domain.source_of(await do(hypervisor.xml, self._uuid), device) != str(new):
+            new.unlink(missing_ok=True)
+            await held.save(moving="")
+            return False
+        served = tuple(d for d in held.now.served if d != device)
+        await held.save(moved=(*held.now.moved, device), served=served, moving="")
         old.unlink(missing_ok=True)
-        await owner.host.do(hypervisor.drop_nbd, uuid, device)
-        await owner.host.images.settled(self.reader(device))
+        await do(hypervisor.drop_nbd, self._uuid, device)
+        await self._host.images.settled(self._reader(device))
         return True
 
 

@@ -22,44 +22,58 @@ from typing import Any
 from compute.agent.guest import config_drive
 from compute.agent.guest.console import ConsoleLog
 from compute.agent.guest.disks import Disks
-from compute.agent.guest.host import Host
-from compute.agent.guest.owner import Owner, Phase
-from compute.agent.guest.taps import Interfaces
+from compute.agent.guest.host import Backing, Host
+from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
+from compute.agent.guest.taps import Taps
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState, Refused
-from compute.errors import ComputeError, Conflict, Unavailable
-from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, Power
+from compute.errors import ComputeError, Unavailable
+from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, NodeEvent, Power
 from imagestore import StoreError
 from net import NetError, Network
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-_RECONNECT_S = 3600
-"""For how long a guest waits for an image service that is away."""
+_ENDED = {"halted": "the guest powered itself off", "destroyed": "somebody stopped the guest"}
 
 
-class Guest(Owner):
+class _Leaving(Exception):
+    """It is to be deleted: nothing more is waited for."""
+
+
+class Guest:
     """The owner of one instance. `update` and `wake` may be called at any time, `run` is its task."""
 
     def __init__(self, host: Host, spec: InstanceSpec) -> None:
-        super().__init__(host, spec)
+        self.host, self.spec = host, spec
+        self.networks: Mapping[str, Network] = {}
+        self.directory = host.directory / spec.uuid
+        self._journal = Journal(self.directory, host.do)
+        course = Course(spec, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
+        self._course = self._journal.part(course)
+        self._taps = Taps(host, self._journal.part(TapsHeld()))
+        self._disks = Disks(host, spec.uuid, self._journal.part(DisksHeld()), self.event)
         self.console = ConsoleLog(self.directory / "console.log")
         self.gone = False
         """Nothing of it is left."""
-        self._wake = asyncio.Event()
+        self._leaving, self._wake = asyncio.Event(), asyncio.Event()
         self._agent_ready: bool | None = None
         self._up = False
         """Its console said so."""
-        self._interfaces, self._disks = Interfaces(self), Disks(self, self._say)
         self._stage = InstanceState.PREFLIGHT
+
+    @property
+    def record(self) -> Course:
+        """How far it got."""
+        return self._course.now
 
     def update(self, spec: InstanceSpec, networks: Mapping[str, Network]) -> None:
         """New desired state."""
         changed = spec != self.spec
         self.spec, self.networks = spec, networks
         if spec.delete:
-            self.leaving.set()
+            self._leaving.set()
         if changed:
             self._wake.set()
 
@@ -73,11 +87,11 @@ class Guest(Owner):
     def look(self) -> bool:
         """Keep the console's log within its limit; True if it shows that the guest has come up. From any thread."""
         self.console.cut()
-        return not self._up and bool(self.record.served) and self.console.up()
+        return not self._up and bool(self._disks.held.served) and self.console.up()
 
     async def run(self) -> None:
         """Until nothing of it is left, or until cancelled: then the guest runs on."""
-        await self.host.do(self.load)
+        await self.host.do(self._journal.load)
         self._wake.set()
         while not self.gone:
             await self._wake.wait()
@@ -92,6 +106,8 @@ class Guest(Owner):
     async def _attempt(self) -> None:
         try:
             await self._settle()
+        except _Leaving:
+            self._wake.set()
         except Unavailable:
             raise
         except (ComputeError, StoreError, NetError, OSError) as err:
@@ -107,15 +123,16 @@ class Guest(Owner):
         if self.record.phase is Phase.FAILED or spec.failed:
             self._publish(self._stage_error(), DomainState("off"), self.record.message)
             return
-        if self.record.phase is Phase.NEW and not await self._prepare():
-            return
+        if self.record.phase is Phase.NEW:
+            await self._prepare()
         unpaused = self.record.spec.power is Power.PAUSED and spec.power is Power.ON
         if spec != self.record.spec:
-            await self.save(spec=spec)
+            await self._course.save(spec=spec)
         if spec.reboot_hard > self.record.reboot_hard:
-            await self.save(phase=Phase.STARTING, reboot_hard=spec.reboot_hard, reboot_soft=spec.reboot_soft)
-        if self.record.moving:
-            await self._disks.end_move()
+            await self._course.save(
+                phase=Phase.STARTING, reboot_hard=spec.reboot_hard, reboot_soft=spec.reboot_soft
+            )
+        await self._disks.end_move()
         state = await self._observe()
         if spec.power is Power.OFF:
             if state.power != "off" or self.record.phase is not Phase.OFF:
@@ -131,34 +148,25 @@ class Guest(Owner):
         state = await self.host.do(self.host.hypervisor.state, self.spec.uuid)
         if state.power == "off" and self.record.phase is Phase.UP:
             if state.ended == "unknown":  # libvirtd knows nothing of its end: the machine was rebooted
-                await self.save(phase=Phase.STARTING)
-            elif state.ended in ("halted", "destroyed"):
-                who = (
-                    "the guest powered itself off"
-                    if state.ended == "halted"
-                    else "somebody stopped the guest"
-                )
-                await self._end(who, crashed=False)
+                await self._course.save(phase=Phase.STARTING)
             else:
                 log_file = f"{domain.name(self.host.installation, self.spec.uuid)}.log"
-                await self._end(f"qemu was killed or crashed; see {log_file} of libvirt", crashed=True)
+                crash = f"qemu was killed or crashed; see {log_file} of libvirt"
+                why = _ENDED.get(state.ended, crash)
+                await self._course.save(phase=Phase.ENDED, message=why, crashed=why == crash)
+                await self._taps.remove()
+                self.event(why)
         return state
-
-    async def _end(self, why: str, *, crashed: bool) -> None:
-        await self.save(phase=Phase.ENDED, message=why, crashed=crashed)
-        await self._interfaces.remove()
-        self.event(why)
 
     async def _keep(self, state: DomainState) -> None:
         """A guest that is up: reboot, pause, resume, plug."""
         hypervisor, uuid = self.host.hypervisor, self.spec.uuid
         if self.spec.reboot_soft > self.record.reboot_soft:
-            await self.save(reboot_soft=self.spec.reboot_soft)
+            await self._course.save(reboot_soft=self.spec.reboot_soft)
             await self.host.do(hypervisor.reboot, uuid)
             self.event("asked the guest to reboot")
-        await self._interfaces.plug()
-        for device in self.record.served:
-            await self._disks.move(device)
+        await self._taps.plug(self.spec, self.networks)
+        await self._disks.move(self.spec)
         if self.spec.power is Power.PAUSED and state.power == "on":
             await self.host.do(hypervisor.suspend, uuid)
         elif self.spec.power is Power.ON and state.power == "paused" and not state.reason:
@@ -166,57 +174,60 @@ class Guest(Owner):
 
     # Steps
 
-    async def _prepare(self) -> bool:
-        """Bring the images and make the disks. False if the instance is to be deleted meanwhile."""
+    async def _prepare(self) -> None:
+        """Bring the images and make the disks."""
         self._stage = InstanceState.PREFLIGHT
         self._publish(self._stage, DomainState("off"))
-        await self.save()
-        images = await self._disks.images()
-        if images is None:
-            return False
+        await self._course.save()
+        images = await self._images()
         self._stage = InstanceState.CREATING
         self._publish(self._stage, DomainState("off"))
-        await self._disks.make(images)
-        await self.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
-        return True
+        await self._disks.make(self.spec, images)
+        await self._course.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
+
+    async def _images(self) -> dict[str, Backing]:
+        """What the disks stand on, as soon as that is there. Raises _Leaving."""
+        fetch = asyncio.ensure_future(self._disks.images(self.spec, self._say))
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        try:
+            await asyncio.wait({fetch, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if self._leaving.is_set():
+                raise _Leaving
+            return await fetch
+        finally:
+            fetch.cancel()
+            leaving.cancel()
 
     async def _power_on(self) -> None:
         began = time.monotonic()
         self._publish(self._stage_now(), DomainState("transition-to-on"))
-        await self.save(phase=Phase.STARTING)
+        await self._course.save(phase=Phase.STARTING)
         for again in (True, True, False):
             try:
                 await self._start()
                 break
             except Refused as err:
                 # An image service that is killed between its answer and qemu's connection is there again soon.
-                if not again or not self.record.served:
+                if not again or not self._disks.held.served:
                     raise
                 log.warning("instance %s is started once more: %s", self.spec.uuid, err)
-        await self.save(phase=Phase.UP, created=True, message="", crashed=False)
+        await self._course.save(phase=Phase.UP, created=True, message="", crashed=False)
         self.event("started", duration_s=time.monotonic() - began, accel=str(self.host.verdict))
 
     async def _start(self) -> None:
         """Define, start with the CPUs stopped, move the taps into their networks, let the CPUs run."""
-        uuid, hypervisor, host = self.spec.uuid, self.host.hypervisor, self.host
+        uuid, hypervisor, host, spec = self.spec.uuid, self.host.hypervisor, self.host, self.spec
         await host.do(hypervisor.destroy, uuid)  # of an attempt that was cut off before its CPUs ran
-        await self._interfaces.remove()
+        await self._taps.remove()
         async with AsyncExitStack() as undo:
-            undo.push_async_callback(self._interfaces.remove)
+            undo.push_async_callback(self._taps.remove)
             undo.push_async_callback(host.do, hypervisor.destroy, uuid)
-            nics = [await self._interfaces.make(interface) for interface in self.spec.interfaces]
-            images = await self._disks.images()
-            if images is None:
-                raise Conflict("the instance is to be deleted")
-            disks = self._disks.devices(images)
-            served = tuple(disk.device for disk in disks if disk.socket)
-            await self.save(served=served, deferred=(), arrived={})
+            nics = [await self._taps.make(spec, interface, self.networks) for interface in spec.interfaces]
+            disks = await self._disks.begin(spec, await self._images())
             await host.do(self._materialise, tuple(nics), disks)
             await host.do(hypervisor.start_paused, uuid)
-            for disk in disks:
-                if disk.socket:
-                    await host.do(hypervisor.keep_reconnecting, uuid, disk, _RECONNECT_S)
-            await self._interfaces.adopt()
+            await self._disks.hold(disks)
+            await self._taps.adopt(self.networks)
             if self.spec.power is Power.ON:
                 await host.do(hypervisor.resume, uuid)
             undo.pop_all()
@@ -259,16 +270,16 @@ class Guest(Owner):
     async def _power_off(self) -> None:
         self._publish(self._stage_now(), DomainState("transition-to-off"))
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
-        await self._interfaces.remove()
-        await self.save(phase=Phase.OFF, created=True, message="", crashed=False)
+        await self._taps.remove()
+        await self._course.save(phase=Phase.OFF, created=True, message="", crashed=False)
         self.event("powered off")
 
     async def _delete(self) -> None:
         """Remove everything; what was begun is begun again after a crash until the directory is gone."""
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
         await self.host.do(self.host.hypervisor.undefine, self.spec.uuid)
-        await self._interfaces.remove()
-        await self._disks.give_up()
+        await self._taps.remove()
+        await self._disks.give_up(self.record.spec)
         if self.directory.exists():
             await self.host.do(shutil.rmtree, self.directory)
         self.gone = True
@@ -288,11 +299,11 @@ class Guest(Owner):
         message = f"{err}{f' ({hint})' if hint else ''}"
         self.event(f"failed: {message}")
         if not self.record.created:
-            await self.save(phase=Phase.FAILED, message=message)
+            await self._course.save(phase=Phase.FAILED, message=message)
             self._publish(self._stage_error(), DomainState("off"), message)
             return
         if self.record.phase is Phase.STARTING:
-            await self.save(phase=Phase.ENDED, message=message, crashed=True)
+            await self._course.save(phase=Phase.ENDED, message=message, crashed=True)
         state = await self.host.do(self.host.hypervisor.state, self.spec.uuid)
         self._publish(InstanceState.CREATED, state, message)
 
@@ -308,15 +319,14 @@ class Guest(Owner):
             if self._agent_ready is None:
                 self._agent_ready = await self.host.do(hypervisor.agent_ready, uuid)
             if self._agent_ready or self._up:
-                for device in self.record.served:
-                    await self.host.images.booted(self._disks.reader(device))
+                await self._disks.booted()
             if self.spec.vdi:
                 port = domain.graphics_port(await self.host.do(hypervisor.xml, uuid))
                 extra["vdi_password"] = self.record.vdi_password
         else:
             self._agent_ready = None
-        if self.record.arrived:
-            extra["image_bytes"] = self.record.arrived
+        if self._disks.held.arrived:
+            extra["image_bytes"] = self._disks.held.arrived
         if self.record.crashed:
             state = DomainState("crashed")
         self._publish(
@@ -333,6 +343,12 @@ class Guest(Owner):
             InstanceStatus(
                 self.spec.uuid, stage, state.power, message, accel=accel, agent_state=ready, **more
             )
+        )
+
+    def event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:
+        """A line of the instance's history."""
+        self.host.note(
+            NodeEvent("instance", self.spec.uuid, time.time(), "status", message, duration_s, extra)
         )
 
     def heard(self, device: str, message: str) -> None:

@@ -94,3 +94,8 @@ class Host:
     async def do(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run something slow and synchronous in the agent's own threads."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, partial(call, *args, **named))
+
+    async def wire(self, call: Callable[..., T], *args: Any) -> T:
+        """A change of the data plane: one at a time."""
+        async with self.plane_lock:
+            return await self.do(call, *args)

@@ -1,0 +1,119 @@
+"""A guest's record on disk, `instances/<uuid>/record.json`: one flat object in which each part has keys of its own.
+
+A part changes its own values alone; whatever it changes, the whole is written, so the file is true at every moment.
+"""
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import InstanceSpec
+from imagestore import durable
+from net import Port
+
+T = TypeVar("T")
+
+
+class Phase(StrEnum):
+    """How far we got; see the drawing in `compute.agent.guest.guest`."""
+
+    NEW = "new"
+    STARTING = "starting"
+    UP = "up"
+    OFF = "off"
+    ENDED = "ended"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What the guest's own task knows of it."""
+
+    spec: InstanceSpec
+    phase: Phase = Phase.NEW
+    created: bool = False
+    """It was up (or off as asked) once: later failures are no longer failures of its creation."""
+    message: str = ""
+    """Why it ended or failed."""
+    crashed: bool = False
+    reboot_soft: int = 0
+    reboot_hard: int = 0
+    vdi_password: str = field(default_factory=lambda: secrets.token_hex(4))
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A tap that we asked for, written down before it is made. `adopted`: it is in its network, filters first."""
+
+    port: Port
+    network_uuid: str
+    adopted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TapsHeld:
+    taps: tuple[Tap, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DisksHeld:
+    """On what the disks are."""
+
+    served: tuple[str, ...] = ()
+    """Devices that were started on the image service's export."""
+    moving: str = ""
+    """The device that is being moved to its second overlay: written before the move begins."""
+    moved: tuple[str, ...] = ()
+    """Devices that are on their second overlay."""
+    deferred: tuple[str, ...] = ()
+    """Devices whose move waits for the next stop, said once."""
+    arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """From where the bytes of each device's image came during the newest boot."""
+
+
+class Part(Generic[T]):
+    """One part's values, `now`; only its owner saves."""
+
+    def __init__(self, now: T, write: Callable[[], Awaitable[None]]) -> None:
+        self.now, self._write = now, write
+
+    async def save(self, **changes: Any) -> None:
+        """Change values; durable when it returns."""
+        self.now = replace(cast(Any, self.now), **changes)
+        await self._write()
+
+
+class Journal:
+    """The record of one guest in its directory. `do` runs what is slow in the agent's threads."""
+
+    def __init__(self, directory: Path, do: Callable[..., Awaitable[None]]) -> None:
+        self._path, self._do = directory / "record.json", do
+        self._parts: list[Part[Any]] = []
+
+    def part(self, initial: T) -> Part[T]:
+        """A part with these values where no earlier agent wrote any."""
+        made = Part(initial, self._save)
+        self._parts.append(made)
+        return made
+
+    def load(self) -> None:
+        """Take up what an earlier agent wrote, if there is something."""
+        try:
+            plain = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return
+        for part in self._parts:
+            part.now = from_plain(type(part.now), plain)
+
+    async def _save(self) -> None:
+        await self._do(self._write)
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        whole = {key: value for part in self._parts for key, value in to_plain(part.now).items()}
+        durable.write(self._path, json.dumps(whole).encode())
