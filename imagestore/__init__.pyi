@@ -14,6 +14,8 @@ from .cache.images import list_images as list_images
 from .cache.service import Options as Options
 from .cache.trace import Trace as Trace
 from .copy import copy_name as copy_name
+from .disks.qcow2.writer import QCOW2_HEADER as QCOW2_HEADER
+from .disks.qcow2.writer import qcow2_header as qcow2_header
 from .errors import Corrupt as Corrupt
 from .errors import Denied as Denied
 from .errors import NotFound as NotFound

@@ -8,12 +8,10 @@ import struct
 from pathlib import Path
 
 from compute.errors import Invalid
-from imagestore import durable
+from imagestore import QCOW2_HEADER, durable, qcow2_header
 
-_CLUSTER_BITS = 16
-_CLUSTER = 1 << _CLUSTER_BITS
+_CLUSTER = 1 << 16
 _L2_REACH = _CLUSTER * (_CLUSTER // 8)  # bytes of guest address space under one L1 entry: 512 MiB
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _BACKING_FORMAT = 0xE2792ACA
 
 
@@ -27,38 +25,16 @@ def qcow2(size_bytes: int, backing: str = "", backing_format: str = "raw") -> by
     l1_entries = -(-size_bytes // _L2_REACH)
     l1_clusters = max(1, -(-l1_entries * 8 // _CLUSTER))
     clusters = 3 + l1_clusters  # header, refcount table, refcount block, L1
-    name = backing.encode()
-    extension = b""
+    name, extensions = backing.encode(), struct.pack(">II", 0, 0)
     if name:
         kind = backing_format.encode()
-        extension = struct.pack(">II", _BACKING_FORMAT, len(kind)) + kind.ljust(-(-len(kind) // 8) * 8, b"\0")
-    extension += struct.pack(">II", 0, 0)
-    name_offset = _HEADER.size + len(extension) if name else 0
+        named = struct.pack(">II", _BACKING_FORMAT, len(kind)) + kind.ljust(-(-len(kind) // 8) * 8, b"\0")
+        extensions = named + extensions
     if len(name) > 1023 or clusters > _CLUSTER // 2:
         raise Invalid("the backing file's name or the disk is too large for qcow2")
-    header = _HEADER.pack(
-        b"QFI\xfb",
-        3,
-        name_offset,
-        len(name),
-        _CLUSTER_BITS,
-        size_bytes,
-        0,  # no encryption
-        l1_entries,
-        3 * _CLUSTER,
-        1 * _CLUSTER,
-        1,  # refcount table: one cluster
-        0,  # no snapshots
-        0,
-        0,  # no incompatible, compatible or autoclear features
-        0,
-        0,
-        4,  # refcounts of 16 bits
-        _HEADER.size,
-    )
     return b"".join(
         (
-            (header + extension + name).ljust(_CLUSTER, b"\0"),
+            qcow2_header(size_bytes, l1_entries, 3, 1, extensions, name).ljust(_CLUSTER, b"\0"),
             struct.pack(">Q", 2 * _CLUSTER).ljust(_CLUSTER, b"\0"),
             (b"\0\1" * clusters).ljust(_CLUSTER, b"\0"),
             bytes(l1_clusters * _CLUSTER),
@@ -69,13 +45,13 @@ def qcow2(size_bytes: int, backing: str = "", backing_format: str = "raw") -> by
 def virtual_size(path: Path) -> int:
     """The size of the disk in a qcow2 file."""
     with path.open("rb") as file:
-        return int(_HEADER.unpack(file.read(_HEADER.size))[5])
+        return int(QCOW2_HEADER.unpack(file.read(QCOW2_HEADER.size))[5])
 
 
 def snapshots(path: Path) -> int:
     """How many internal snapshots a qcow2 file has."""
     with path.open("rb") as file:
-        return int(_HEADER.unpack(file.read(_HEADER.size))[11])
+        return int(QCOW2_HEADER.unpack(file.read(QCOW2_HEADER.size))[11])
 
 
 def create(path: Path, size_bytes: int, image: Path | None, image_bytes: int = 0) -> None:
@@ -93,5 +69,5 @@ def create(path: Path, size_bytes: int, image: Path | None, image_bytes: int = 0
             f"the disk {path.stem} has {size} bytes, its image {needed}",
             hint=f"ask for at least {-(-needed // 2**30)}G",
         )
-    # Libvirt gives it to qemu's user.
+    # libvirt gives it to qemu's user.
     durable.write(path, qcow2(size, str(image) if image is not None else ""))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compute.errors import Invalid
+from imagestore import durable
 
 _TIME_LIMIT_S = 5
 _SAYS = b"K"
@@ -70,27 +71,9 @@ def rom() -> bytes:
 
 def reaches_long_mode(qemu: str, accel: str, time_limit_s: float = _TIME_LIMIT_S) -> str:
     """ "" if a guest under `accel` prints from 64-bit mode within the time limit, else what went wrong."""
-    argv = [
-        qemu,
-        "-accel",
-        accel,
-        "-machine",
-        "pc",
-        "-m",
-        "16",
-        "-nodefaults",
-        "-no-user-config",
-        "-no-reboot",
-    ]
-    argv += [
-        "-display",
-        "none",
-        "-chardev",
-        "stdio,id=out",
-        "-device",
-        "isa-debugcon,iobase=0xe9,chardev=out",
-    ]
-    argv += ["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]
+    argv = f"{qemu} -accel {accel} -machine pc -m 16 -nodefaults -no-user-config -no-reboot -display none".split()
+    argv += "-chardev stdio,id=out -device isa-debugcon,iobase=0xe9,chardev=out".split()
+    argv += "-device isa-debug-exit,iobase=0xf4,iosize=1".split()
     with tempfile.NamedTemporaryFile(suffix=".rom") as firmware:
         firmware.write(rom())
         firmware.flush()
@@ -139,7 +122,6 @@ def find(state_dir: Path, qemu: str = "qemu-system-x86_64") -> Verdict:
     problem = reaches_long_mode(qemu, "kvm")
     verdict = Verdict("tcg", f"KVM is there, but {problem}") if problem else Verdict("kvm", "probed")
     state_dir.mkdir(parents=True, exist_ok=True)
-    half = kept.with_suffix(".new")
-    half.write_text(json.dumps({"key": key, "accel": verdict.accel, "reason": verdict.reason}))
-    half.replace(kept)
+    kept_now = {"key": key, "accel": verdict.accel, "reason": verdict.reason}
+    durable.write(kept, json.dumps(kept_now).encode(), 0o644)
     return verdict

@@ -26,7 +26,6 @@ class Disk:
     socket: Path | None = None
     """An NBD export that stands in for `backing` until that is complete."""
     bus: str = "virtio"
-    serial: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +104,17 @@ def _backing(element: ET.Element, disk: Disk) -> None:
         _add(backing, "backingStore")
 
 
-def overlay_xml(disk: Disk) -> str:
-    """A disk's file and backing chain alone: the destination of a block copy."""
+def _overlay(disk: Disk) -> ET.Element:
     element = ET.Element("disk", {"type": "file", "device": "disk"})
     _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
     _add(element, "source", file=str(disk.path))
     _backing(element, disk)
-    return ET.tostring(element, encoding="unicode")
+    return element
+
+
+def overlay_xml(disk: Disk) -> str:
+    """A disk's file and backing chain alone: the destination of a block copy."""
+    return ET.tostring(_overlay(disk), encoding="unicode")
 
 
 def source_of(xml: str, device: str) -> str:
@@ -121,16 +124,6 @@ def source_of(xml: str, device: str) -> str:
         if target is not None and source is not None and target.get("dev") == device:
             return source.get("file", "")
     return ""
-
-
-def _disk(devices: ET.Element, disk: Disk) -> None:
-    element = _add(devices, "disk", type="file", device="disk")
-    _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
-    _add(element, "source", file=str(disk.path))
-    _backing(element, disk)
-    _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
-    if disk.serial:
-        _add(element, "serial", disk.serial)
 
 
 def _config_drive(devices: ET.Element, path: Path) -> None:
@@ -203,7 +196,9 @@ def domain_xml(domain: Domain) -> str:
     if "scsi" in buses:
         _add(devices, "controller", type="scsi", model="virtio-scsi")
     for disk in domain.disks:
-        _disk(devices, disk)
+        element = _overlay(disk)
+        _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
+        devices.append(element)
     if domain.config_drive is not None:
         _config_drive(devices, domain.config_drive)
     for nic in domain.nics:

@@ -23,7 +23,7 @@ _COPIED = 1 << 63
 # magic, version, backing file offset and size, cluster bits, size, encryption, L1 size and offset, refcount table
 # offset and clusters, snapshots and their offset, incompatible, compatible and autoclear features, refcount order,
 # header length
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +67,23 @@ class Qcow2:
         return found
 
 
+def qcow2_header(
+    size_bytes: int,
+    l1_entries: int,
+    l1_at: int,
+    table_clusters: int,
+    extensions: bytes = b"",
+    backing: bytes = b"",
+) -> bytes:
+    """A header without features: the refcount table from cluster 1 on, the L1 table from cluster `l1_at` on."""
+    backing_at = QCOW2_HEADER.size + len(extensions) if backing else 0
+    fields = QCOW2_HEADER.pack(
+        b"QFI\xfb", 3, backing_at, len(backing), CLUSTER_BITS, size_bytes, 0, l1_entries, l1_at * CLUSTER,
+        CLUSTER, table_clusters, 0, 0, 0, 0, 0, 4, QCOW2_HEADER.size,
+    )  # fmt: skip
+    return fields + extensions + backing
+
+
 def _cluster_numbers(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Clusters of the disk that any chunk touches."""
     if not len(manifest.lengths):
@@ -101,10 +118,7 @@ def plan(manifest: Manifest) -> Qcow2:
 
     # qemu knows disks of whole sectors only, as `qemu-img convert` it rounds up.
     sectors_bytes = -(-manifest.size_bytes // 512) * 512
-    header = _HEADER.pack(
-        b"QFI\xfb", 3, 0, 0, CLUSTER_BITS, sectors_bytes, 0, l1_entries, l1_at * CLUSTER,
-        CLUSTER, table_clusters, 0, 0, 0, 0, 0, 4, _HEADER.size,
-    )  # fmt: skip
+    first = qcow2_header(sectors_bytes, l1_entries, l1_at, table_clusters)
     refcount_table = np.zeros(table_clusters * _PER_L2, ">u8")
     refcount_table[:blocks] = (block_at + np.arange(blocks)) * CLUSTER
     refcounts = np.zeros(blocks * _PER_REFCOUNT_BLOCK, ">u2")
@@ -116,7 +130,7 @@ def plan(manifest: Manifest) -> Qcow2:
     l2[at] = ((data_at + np.arange(len(clusters))) * CLUSTER).astype(np.uint64) | np.uint64(_COPIED)
     # A zero after the header's last field ends the (empty) list of header extensions.
     parts = [
-        header.ljust(CLUSTER, b"\0"),
+        first.ljust(CLUSTER, b"\0"),
         *(column.tobytes() for column in (refcount_table, refcounts, l1, l2)),
     ]
     return Qcow2(b"".join(parts), clusters, manifest.size_bytes)
