@@ -121,7 +121,7 @@ class Guest:
             await self._delete()
             return
         if self.record.phase is Phase.FAILED or spec.failed:
-            self._publish(self._stage_error(), DomainState("off"), self.record.message)
+            self._publish(self._stage_error(), message=self.record.message)
             return
         if self.record.phase is Phase.NEW:
             await self._prepare()
@@ -177,11 +177,11 @@ class Guest:
     async def _prepare(self) -> None:
         """Bring the images and make the disks."""
         self._stage = InstanceState.PREFLIGHT
-        self._publish(self._stage, DomainState("off"))
+        self._publish(self._stage)
         await self._course.save()
         images = await self._images()
         self._stage = InstanceState.CREATING
-        self._publish(self._stage, DomainState("off"))
+        self._publish(self._stage)
         await self._disks.make(self.spec, images)
         await self._course.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
 
@@ -200,7 +200,7 @@ class Guest:
 
     async def _power_on(self) -> None:
         began = time.monotonic()
-        self._publish(self._stage_now(), DomainState("transition-to-on"))
+        self._publish(self._stage_now(), "transition-to-on")
         await self._course.save(phase=Phase.STARTING)
         for again in (True, True, False):
             try:
@@ -250,25 +250,19 @@ class Guest:
             domain.domain_xml(
                 domain.Domain(
                     installation=host.installation,
-                    uuid=spec.uuid,
-                    title=f"{spec.namespace}/{spec.name}",
-                    cpus=spec.cpus,
-                    memory_mib=spec.memory_mib,
+                    spec=spec,
+                    directory=self.directory,
                     accel=host.verdict.accel,
                     cpu=host.verdict.cpu,
                     disks=disks,
                     nics=nics,
-                    config_drive=drive,
-                    console_log=self.console.path,
-                    uefi=spec.uefi,
-                    nvram=self.directory / "nvram.fd" if spec.uefi else None,
                     graphics=graphics,
                 )
             )
         )
 
     async def _power_off(self) -> None:
-        self._publish(self._stage_now(), DomainState("transition-to-off"))
+        self._publish(self._stage_now(), "transition-to-off")
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
         await self._taps.remove()
         await self._course.save(phase=Phase.OFF, created=True, message="", crashed=False)
@@ -283,7 +277,7 @@ class Guest:
         if self.directory.exists():
             await self.host.do(shutil.rmtree, self.directory)
         self.gone = True
-        self._publish(InstanceState.DELETED, DomainState("off"))
+        self._publish(InstanceState.DELETED)
 
     # Saying
 
@@ -300,12 +294,12 @@ class Guest:
         self.event(f"failed: {message}")
         if not self.record.created:
             await self._course.save(phase=Phase.FAILED, message=message)
-            self._publish(self._stage_error(), DomainState("off"), message)
+            self._publish(self._stage_error(), message=message)
             return
         if self.record.phase is Phase.STARTING:
             await self._course.save(phase=Phase.ENDED, message=message, crashed=True)
         state = await self.host.do(self.host.hypervisor.state, self.spec.uuid)
-        self._publish(InstanceState.CREATED, state, message)
+        self._publish(InstanceState.CREATED, state.power, message)
 
     async def _report(self) -> None:
         self._stage = InstanceState.CREATED
@@ -327,23 +321,16 @@ class Guest:
             self._agent_ready = None
         if self._disks.held.arrived:
             extra["image_bytes"] = self._disks.held.arrived
-        if self.record.crashed:
-            state = DomainState("crashed")
-        self._publish(
-            InstanceState.CREATED, state, self.record.message or state.reason, vdi_port=port, extra=extra
-        )
+        power = "crashed" if self.record.crashed else state.power
+        message = self.record.message or state.reason
+        self._publish(InstanceState.CREATED, power, message, vdi_port=port, extra=extra)
 
     def _say(self, progress: str) -> None:
-        self._publish(self._stage, DomainState("off"), progress=progress)
+        self._publish(self._stage, progress=progress)
 
-    def _publish(self, stage: InstanceState, state: DomainState, message: str = "", **more: Any) -> None:
-        ready = "ready" if self._agent_ready else ""
-        accel = str(self.host.verdict)
-        self.host.publish(
-            InstanceStatus(
-                self.spec.uuid, stage, state.power, message, accel=accel, agent_state=ready, **more
-            )
-        )
+    def _publish(self, stage: InstanceState, power: str = "off", message: str = "", **more: Any) -> None:
+        more |= {"accel": str(self.host.verdict), "agent_state": "ready" if self._agent_ready else ""}
+        self.host.publish(InstanceStatus(self.spec.uuid, stage, power, message, **more))
 
     def event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:
         """A line of the instance's history."""

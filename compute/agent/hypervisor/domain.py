@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from compute.wire.spec import InstanceSpec
+
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 _BUS = {"ide": "sata"}  # q35 has no IDE
@@ -53,20 +55,15 @@ class Domain:
     """Everything that goes into the XML."""
 
     installation: str
-    uuid: str
-    title: str
-    cpus: int
-    memory_mib: int
+    spec: InstanceSpec
+    directory: Path
+    """Where its config.iso, its console.log and (with UEFI) its nvram.fd are."""
     accel: str
     """kvm or tcg."""
+    cpu: str
+    """A named model; "" is all that the accelerator can do."""
     disks: tuple[Disk, ...]
     nics: tuple[Nic, ...]
-    config_drive: Path | None
-    console_log: Path
-    cpu: str = ""
-    """A named model; "" is all that the accelerator can do."""
-    uefi: bool = False
-    nvram: Path | None = None
     graphics: Graphics | None = None
     architecture: str = "x86_64"
 
@@ -155,23 +152,23 @@ def interface_xml(nic: Nic) -> str:
 def domain_xml(domain: Domain) -> str:
     """The whole domain."""
     root = ET.Element("domain", {"type": "kvm" if domain.accel == "kvm" else "qemu"})
-    _add(root, "name", name(domain.installation, domain.uuid))
-    _add(root, "uuid", domain.uuid)
-    _add(root, "title", domain.title)
+    spec = domain.spec
+    _add(root, "name", name(domain.installation, spec.uuid))
+    _add(root, "uuid", spec.uuid)
+    _add(root, "title", f"{spec.namespace}/{spec.name}")
     metadata = _add(root, "metadata")
     ET.register_namespace("sf", METADATA_NAMESPACE)
     ours = ET.SubElement(metadata, f"{{{METADATA_NAMESPACE}}}instance")
     ours.set("installation", domain.installation)
-    ours.set("uuid", domain.uuid)
-    _add(root, "memory", str(domain.memory_mib), unit="MiB")
-    _add(root, "vcpu", str(domain.cpus))
-    os = _add(root, "os", **({"firmware": "efi"} if domain.uefi else {}))
+    ours.set("uuid", spec.uuid)
+    _add(root, "memory", str(spec.memory_mib), unit="MiB")
+    _add(root, "vcpu", str(spec.cpus))
+    os = _add(root, "os", **({"firmware": "efi"} if spec.uefi else {}))
     _add(os, "type", "hvm", arch=domain.architecture, machine="q35")
-    if domain.uefi:
+    if spec.uefi:
         firmware = _add(os, "firmware")
         _add(firmware, "feature", enabled="no", name="secure-boot")
-        if domain.nvram is not None:
-            _add(os, "nvram", str(domain.nvram))
+        _add(os, "nvram", str(domain.directory / "nvram.fd"))
     _add(os, "boot", dev="hd")
     features = _add(root, "features")
     _add(features, "acpi")
@@ -199,12 +196,11 @@ def domain_xml(domain: Domain) -> str:
         element = _overlay(disk)
         _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
         devices.append(element)
-    if domain.config_drive is not None:
-        _config_drive(devices, domain.config_drive)
+    _config_drive(devices, domain.directory / "config.iso")
     for nic in domain.nics:
         devices.append(_interface(nic))
     serial = _add(devices, "serial", type="pty")
-    _add(serial, "log", file=str(domain.console_log), append="on")
+    _add(serial, "log", file=str(domain.directory / "console.log"), append="on")
     _add(serial, "target", port="0")
     _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")

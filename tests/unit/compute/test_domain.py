@@ -9,21 +9,19 @@ from xml.etree import ElementTree
 import pytest
 
 from compute.agent.hypervisor import domain
+from compute.wire.spec import InstanceSpec
 
 BASE = domain.Domain(
     installation="0badcafe",
-    uuid="6b1f9d1e-7a77-4f0e-9a54-0f6a5f0e2f11",
-    title="system/<web> & more",
-    cpus=2,
-    memory_mib=512,
+    spec=InstanceSpec("6b1f9d1e-7a77-4f0e-9a54-0f6a5f0e2f11", "<web> & more", "system", 2, 512, ()),
+    directory=Path("/s"),
     accel="tcg",
+    cpu="",
     disks=(
         domain.Disk("vda", Path("/s/vda.qcow2"), Path("/c/image.raw")),
         domain.Disk("vdb", Path("/s/vdb.qcow2")),
     ),
     nics=(domain.Nic("1d6a0c7e-0000-4000-8000-000000000001", "02:00:00:00:00:01", "sfu0abc", 1450),),
-    config_drive=Path("/s/config.iso"),
-    console_log=Path("/s/console.log"),
 )
 
 
@@ -36,7 +34,7 @@ def tree(value: domain.Domain) -> ElementTree.Element:
     "value",
     [
         BASE,
-        replace(BASE, uefi=True, nvram=Path("/s/nvram.fd")),
+        replace(BASE, spec=replace(BASE.spec, uefi=True)),
         replace(BASE, accel="kvm", cpu="qemu64", graphics=domain.Graphics("vnc", "192.0.2.1", "secret")),
     ],
 )
@@ -48,7 +46,7 @@ def test_it_fits_libvirts_schema(tmp_path: Path, value: domain.Domain) -> None:
 
 
 def test_it_carries_the_installations_id_and_finds_it_again() -> None:
-    assert domain.installation_of(domain.domain_xml(BASE)) == (BASE.installation, BASE.uuid)
+    assert domain.installation_of(domain.domain_xml(BASE)) == (BASE.installation, BASE.spec.uuid)
     assert domain.installation_of("<domain><name>theirs</name></domain>") == ("", "")
 
 
