@@ -1,22 +1,25 @@
 """Images from one store to another: only the chunks that the other one does not hold, frames as they are."""
 
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
 
 from imagestore.errors import NotFound
 from imagestore.formats.columns import first_of_each
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
+from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.inventory import Inventory
 from imagestore.store.leases import Lease
 from imagestore.store.lookup import Lookup
 from imagestore.store.names import NameRecord
-from imagestore.store.packing import Packer
+from imagestore.store.packing import Packer, carry
 from imagestore.store.placement import Placement
 from imagestore.store.publish import check_present, publish
 from imagestore.store.store import Store
-from imagestore.store.transfer import carry, frames_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def copy_image(
             return CopyResult(manifest.data_bytes, 0)
         except NotFound:
             pass
-    each = first_of_each(manifest.ids)
+    each, reader = first_of_each(manifest.ids), ImageReader(lambda: source, digest, manifest)
     placement, lease = Placement(), Lease(target, "copy")
     with Lookup(target, lease, placement) as lookup, Packer(target, lease, placement) as packer:
         lookup.engage()
@@ -79,7 +82,8 @@ def copy_image(
             packer.avoid(bad)
             missing = each[placement.find(manifest.ids[each]) < 0]
             if len(missing):
-                carry(source, frames_of(manifest, source.layout(digest), missing.tolist()), packer)
+                with ThreadPoolExecutor(READERS, "sf-read") as pool:
+                    carry(reader.load(np.sort(missing), pool), packer)
                 packer.publish_index()
             rows = placement.find(manifest.ids)
             if (rows < 0).any():

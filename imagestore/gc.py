@@ -33,13 +33,13 @@ from imagestore.formats.keys import (
 )
 from imagestore.formats.layout import Layout
 from imagestore.store import index
+from imagestore.store.frames import Frames, load
 from imagestore.store.inventory import Inventory, Table, named, read_layouts
 from imagestore.store.leases import Condemned, Lease, held, leases
 from imagestore.store.names import NameRecord, name_key
-from imagestore.store.packing import Packer
+from imagestore.store.packing import Packer, carry
 from imagestore.store.placement import Placement
 from imagestore.store.store import Store
-from imagestore.store.transfer import carry, wanted_frames
 
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
@@ -233,8 +233,11 @@ class _Run:
         placement = Placement()
         with Lease(self._store, "gc") as lease, Packer(self._store, lease, placement) as packer:
             lease.reuse(sparse)
-            frames = (wanted_frames(p, t, t.live, split_above=self._threshold) for p, t in sparse.items())
-            carry(self._store, [frame for found in frames for frame in found], packer)
+            live = (
+                Frames.of_pack(pack, table.footer, table.live, split_above=self._threshold)
+                for pack, table in sorted(sparse.items())
+            )
+            carry(load(self._store, live), packer)
             packer.publish_index()
             new = packer.made
             replaced: list[tuple[str, bytes, str]] = []

@@ -7,7 +7,7 @@ and kept. Chunks that other local images hold are copied; the rest comes in rang
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,22 +27,16 @@ from imagestore.errors import (
     Corrupt,
     Invalid,
     NoSpace,
-    NotFound,
     StoreError,
-    Unavailable,
 )
 from imagestore.formats import columns
 from imagestore.formats.columns import Numbers
-from imagestore.formats.digest import Buffer, Digest
-from imagestore.formats.keys import PACKS
-from imagestore.formats.layout import Layout
+from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
-from imagestore.formats.pack import expand
 from imagestore.progress import Progress, Report, silent
-from imagestore.store.ranges import plan_requests
+from imagestore.store.frames import READERS, Frames, ImageReader
 from imagestore.store.store import Store
 
-_REQUESTS = 4
 _COPY_CHUNKS = 256
 
 
@@ -135,7 +129,7 @@ class _Filling:
 
     def fill(self, store: Store, seeds: Sequence[Seed], fallbacks: Sequence[Store]) -> PullResult:
         """Until the file is whole."""
-        with ThreadPoolExecutor(_REQUESTS, "sf-pull") as pool:
+        with ThreadPoolExecutor(READERS, "sf-pull") as pool:
             if self._file.resumed:
                 self._resumed = self._copy(pool, None, np.arange(len(self._have)), self._offsets)
             for seed in seeds:
@@ -162,13 +156,10 @@ class _Filling:
 
     def _copy_seed(self, pool: ThreadPoolExecutor, seed: Seed) -> None:
         missing = np.flatnonzero(~self._have)
-        keys = columns.keys(seed.manifest.ids)
-        order = np.argsort(keys, kind="stable")
-        wanted = columns.keys(self._ids[missing])
-        if not len(keys) or not len(wanted):
+        at = columns.find(self._ids[missing], seed.manifest.ids)
+        same = at >= 0
+        if not same.any():
             return
-        at = order[np.clip(np.searchsorted(keys, wanted, sorter=order), 0, len(keys) - 1)]
-        same = (seed.manifest.ids[at] == self._ids[missing]).all(axis=1)
         try:
             descriptor = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -195,7 +186,7 @@ class _Filling:
             return good
 
         total = 0
-        for good in in_order(pool, work, batches, _REQUESTS):
+        for good in in_order(pool, work, batches, READERS):
             self._have[good] = True
             count = int(self._lengths[good].sum())
             total += count
@@ -208,93 +199,32 @@ class _Filling:
     def _fetch_all(self, pool: ThreadPoolExecutor, store: Store, fallbacks: Sequence[Store]) -> None:
         missing = np.flatnonzero(~self._have)
         self._file.allocate(self._offsets[missing], self._lengths[missing])
-        layout = self._layout(store)
-        for attempt in range(2):
-            work = _Fetch(self, [store, *fallbacks], layout)
-            try:
-                for chunks, fetched in in_order(pool, work, self._ranges(layout), _REQUESTS):
-                    self._have[chunks] = True
-                    self._file.written(int(self._lengths[chunks].sum()))
-                    self._fetched += fetched
-                    self._requests += 1
-                    self._report()
-                return
-            except NotFound:
-                # A repack moved frames after the layout was read: it says so by now.
-                if attempt:
-                    raise
-                layout = self._layout(store)
+        reader = ImageReader(lambda: store, self._digest, self._manifest)
+        reader.layout()
 
-    def _layout(self, store: Store) -> Layout:
-        layout = store.layout(self._digest)
-        layout.check(self._manifest)
-        return layout
+        def fetch(frames: Frames, request: slice) -> tuple[Numbers, int]:
+            """In the pool: read, verify and write; the chunks, and the bytes fetched."""
+            stored = frames.read(request, store, store, *fallbacks)
+            for frame, data in zip(range(request.start, request.stop), stored, strict=True):
+                self._unpack(frames, frame, data)
+            return frames.chunks[frames.rows(request)], sum(map(len, stored))
 
-    def _ranges(self, layout: Layout) -> Iterator[Numbers]:
-        """Frames still needed, grouped into requests; in pack order, which is nearly the disk's."""
-        frames = np.unique(layout.chunk_frames[~self._have]).astype(np.int64)
-        of_frames = (layout.frame_packs, layout.frame_offsets, layout.frame_sizes)
-        for request in plan_requests(*(column[frames].astype(np.int64) for column in of_frames)):
-            yield frames[request]
+        for chunks, fetched in reader.each(missing, fetch, pool):
+            self._have[chunks] = True
+            self._file.written(int(self._lengths[chunks].sum()))
+            self._fetched += fetched
+            self._requests += 1
+            self._report()
 
-    def unpack(self, layout: Layout, frame: int, data: Buffer, chunks: Numbers) -> None:
-        """Verify one frame's stored bytes and the chunks in it that are wanted; write these. Raises Corrupt."""
-        if Digest.of(data) != layout.frame_hashes[frame].tobytes():
-            raise Corrupt("a frame's bytes do not match their hash")
-        plain = memoryview(
-            expand(int(layout.frame_codecs[frame]), data, int(layout.frame_plain_sizes[frame]))
-        )
-        begin = end = place = -1
-        ids = self._ids[chunks].tobytes()
-        columns_ = (layout.chunk_offsets[chunks], self._lengths[chunks], self._offsets[chunks])
-        rows = zip(*(column.tolist() for column in columns_), strict=True)
-        for at, (start, length, offset) in enumerate(rows):
-            if blake3(plain[start : start + length]).digest() != ids[at * 32 : at * 32 + 32]:
-                raise Corrupt("a chunk's bytes do not match its id")
-            if start == end and offset == place + end - begin:
-                end += length
-                continue
-            if end > begin:
-                self._file.put(place, plain[begin:end])
-            begin, end, place = start, start + length, offset
-        if end > begin:
-            self._file.put(place, plain[begin:end])
-
-
-class _Fetch:
-    """Callable for the pool: fetch, verify and write one range of frames; (its chunks, bytes fetched)."""
-
-    def __init__(self, filling: _Filling, stores: Sequence[Store], layout: Layout) -> None:
-        self._filling, self._stores, self._layout = filling, stores, layout
-        self._order = np.argsort(layout.chunk_frames, kind="stable")
-        self._sorted = layout.chunk_frames[self._order]
-
-    def __call__(self, frames: Numbers) -> tuple[list[int], int]:
-        layout = self._layout
-        pack = layout.packs[int(layout.frame_packs[frames[0]])]
-        start = int(layout.frame_offsets[frames[0]])
-        length = int(layout.frame_offsets[frames[-1]]) + int(layout.frame_sizes[frames[-1]]) - start
-        key = PACKS.key(pack)
-        failure: Exception | None = None
-        for store in (self._stores[0], *self._stores):
-            try:
-                return self._unpack(store.backend.get(key, start, length).data, frames, start), length
-            except (Corrupt, NotFound, Unavailable) as error:
-                failure = failure or error
-        if isinstance(failure, Corrupt):
-            raise Corrupt(
-                f"{self._stores[0].url}/{key}: {failure}", hint="`sf store verify --repair`"
-            ) from failure
-        raise failure or Corrupt(key)
-
-    def _unpack(self, data: bytes, frames: Numbers, start: int) -> list[int]:
-        layout, done = self._layout, list[int]()
-        view = memoryview(data)
-        low = np.searchsorted(self._sorted, frames, side="left")
-        high = np.searchsorted(self._sorted, frames, side="right")
-        for frame, first, last in zip(frames.tolist(), low.tolist(), high.tolist(), strict=True):
-            at = int(layout.frame_offsets[frame]) - start
-            chunks = self._order[first:last]
-            self._filling.unpack(layout, frame, view[at : at + int(layout.frame_sizes[frame])], chunks)
-            done += chunks.tolist()
-        return done
+    def _unpack(self, frames: Frames, frame: int, stored: memoryview) -> None:
+        """Verify the wanted chunks of a frame and write them, neighbours together. Raises Corrupt."""
+        plain = frames.expand(frame, stored)
+        frames.check(frame, frames.cut(frame, plain))
+        rows = frames.rows(frame)
+        starts, places = frames.inner[rows], self._offsets[frames.chunks[rows]]
+        ends = starts + frames.lengths[rows]
+        breaks = np.flatnonzero((starts[1:] != ends[:-1]) | (np.diff(places) != np.diff(starts))) + 1
+        firsts, lasts = np.append(0, breaks), np.append(breaks, len(starts)) - 1
+        stretches = (starts[firsts].tolist(), ends[lasts].tolist(), places[firsts].tolist())
+        for start, end, place in zip(*stretches, strict=True):
+            self._file.put(place, plain[start:end])

@@ -32,9 +32,8 @@ from imagestore.store.leases import Lease
 from imagestore.store.lookup import Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
-from imagestore.store.placement import Placement
+from imagestore.store.placement import Placement, too_scattered
 from imagestore.store.publish import publish
-from imagestore.store.ranges import too_scattered
 from imagestore.store.store import Store
 
 _PARTS_BYTES = 10 << 20

@@ -2,7 +2,7 @@
 
 import contextlib
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,11 +33,11 @@ from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import unseal
 from imagestore.gc import find_roots, reindex
 from imagestore.progress import Progress, Report, silent
-from imagestore.store.inventory import Inventory, Table, named, read_footer
+from imagestore.store.frames import Frames, load
+from imagestore.store.inventory import Inventory, named, read_footer
 from imagestore.store.leases import Condemned
 from imagestore.store.names import NameRecord
 from imagestore.store.store import Store, StoreInfo
-from imagestore.store.transfer import Source, chunks_of, frames_of, read_frames, wanted_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +137,14 @@ def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> 
         with report.about(LAYOUTS.key(digest), digest):
             layout = store.layout(digest)
             layout.check(manifest)
-            sources = list(frames_of(manifest, layout, range(len(manifest.lengths))))
-            total = sum(source.size for source in sources)
-            by_pack: dict[Digest, list[Source]] = {}
-            for source in sources:
-                by_pack.setdefault(source.pack, []).append(source)
-            for pack, found in by_pack.items():
+            chunk_packs = layout.frame_packs[layout.chunk_frames]
+            total = int(layout.frame_sizes.sum(dtype=np.int64))
+            for number, pack in enumerate(layout.packs):
+                frames = Frames.of_image(manifest, layout, np.flatnonzero(chunk_packs == number))
                 with report.about(PACKS.key(pack), digest):
-                    _verify_frames(store, found)
+                    _load_all(store, frames)
                 report.packs += 1
-                report.checked_bytes += sum(source.size for source in found)
+                report.checked_bytes += int(frames.sizes.sum())
                 progress(Progress("verify", report.checked_bytes, total))
     return report
 
@@ -215,14 +213,12 @@ def _verify_pack(store: Store, inventory: Inventory, pack: Digest) -> None:
     table = inventory.table(pack)
     if footer.encode() != table.footer.encode():
         raise Corrupt(f"pack {pack} and its index differ")
-    every = np.ones(len(footer.lengths), np.bool_)
-    _verify_frames(store, wanted_frames(pack, table, every, split_above=1.0))
+    _load_all(store, Frames.of_pack(pack, footer))
 
 
-def _verify_frames(store: Store, sources: Iterable[Source]) -> None:
-    for source, stored in read_frames(store, sources):
-        for _ in chunks_of(source, stored):
-            pass
+def _load_all(store: Store, frames: Frames) -> None:
+    for _ in load(store, [frames]):
+        pass
 
 
 def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = False) -> VerifyReport:
@@ -264,10 +260,8 @@ def _mend(store: Store, other: Store, key: str) -> bool:
     """Put one object right. Raises NotFound, Corrupt when the other store cannot help, returns False for no need."""
     match kind_of(key):
         case keys.PACKS:
-            table = Table(read_footer(other, pack := Digest.parse(key[-64:])))
-            _verify_frames(
-                other, wanted_frames(pack, table, np.ones(len(table.live), np.bool_), split_above=1.0)
-            )
+            pack = Digest.parse(key[-64:])
+            _load_all(other, Frames.of_pack(pack, read_footer(other, pack)))
             store.backend.put(key, other.backend.get(key).data)
         case keys.MANIFESTS:
             store.backend.put(key, other.manifest(Digest.parse(key[-64:])).encode())

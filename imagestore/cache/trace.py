@@ -61,13 +61,8 @@ class Trace:
 
     def chunks(self, ids: Ids) -> list[int]:
         """The rows of an image's `ids` that this trace names, in its order; any image's."""
-        keys = columns.keys(ids)
-        if not len(keys) or not len(self.keys):
-            return []
-        order = np.argsort(keys, kind="stable")
-        at = np.minimum(np.searchsorted(keys, self.keys, sorter=order), len(order) - 1)
-        rows = order[at]
-        found: list[int] = rows[keys[rows] == self.keys].tolist()
+        rows = columns.find_keys(self.keys, columns.keys(ids))
+        found: list[int] = rows[rows >= 0].tolist()
         return found
 
     def encode(self) -> bytes:

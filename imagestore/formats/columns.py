@@ -95,3 +95,21 @@ def keys(ids: Ids) -> npt.NDArray[np.uint64]:
     """The first eight bytes of each digest as a number, to sort and search by; never proof of equality."""
     first: npt.NDArray[np.uint64] = np.ascontiguousarray(ids).view("<u8").reshape(-1, 4)[:, 0]
     return first
+
+
+def find_keys(wanted: npt.NDArray[np.uint64], among: npt.NDArray[np.uint64]) -> Numbers:
+    """For each key a row of `among` with the same one, the first, or -1."""
+    if not len(among):
+        return np.full(len(wanted), -1, np.int64)
+    order = np.argsort(among, kind="stable")
+    at = order[np.minimum(np.searchsorted(among, wanted, sorter=order), len(order) - 1)]
+    found: Numbers = np.where(among[at] == wanted, at, -1)
+    return found
+
+
+def find(wanted: Ids, among: Ids) -> Numbers:
+    """For each digest a row of `among` that holds it, or -1."""
+    at = find_keys(keys(wanted), keys(among))
+    if len(among):
+        at[(among[at] != wanted).any(axis=1)] = -1
+    return at

@@ -10,16 +10,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 
 from imagestore.disks.qcow2.writer import WRITER, plan
-from imagestore.errors import Corrupt, NotFound
+from imagestore.errors import NotFound
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import SUMS
 from imagestore.formats.manifest import Manifest
 from imagestore.progress import Progress, Report, silent
-from imagestore.store.frames import StoreOrigin
+from imagestore.store.frames import ImageReader
 from imagestore.store.store import Store
 
 _GROUP_BYTES = 2 << 20
@@ -58,7 +59,7 @@ class Content:
         self.digest = digest
         self.manifest: Manifest = store.manifest(digest)
         self.qcow2 = plan(self.manifest)
-        self._origin = StoreOrigin(store.url, lambda: store, digest, self.manifest)
+        self._reader = ImageReader(lambda: store, digest, self.manifest)
         self._cache, self._pool = cache, pool
         lengths = self.manifest.lengths.astype(np.int64)
         self._starts = self.manifest.offsets
@@ -113,11 +114,10 @@ class Content:
     def _load(self, group: int) -> bytes:
         chunks = range(int(self._firsts[group]), int(self._firsts[group + 1]))
         by_chunk: dict[int, Buffer] = {}
-        for batch in self._origin.fetch(chunks):
-            by_chunk.update(zip(batch.chunks, batch.pieces, strict=True))
-        for chunk in chunks:
-            if Digest.of(by_chunk[chunk]) != self.manifest.ids[chunk].tobytes():
-                raise Corrupt(f"a chunk of {self.digest} does not match its id")
+        for loaded in self._reader.load(chunks):
+            rows = loaded.frames.rows(loaded.request)
+            pieces = chain.from_iterable(loaded.pieces)
+            by_chunk.update(zip(loaded.frames.chunks[rows].tolist(), pieces, strict=True))
         return b"".join(by_chunk[chunk] for chunk in chunks)
 
 

@@ -1,27 +1,260 @@
-"""Where missing chunks come from: other images on this node, the node's peers, stores. Tried in that order.
+"""The one reader of chunks: which ranges of packs hold them; read, checked, expanded. And where a node gets them from.
 
-An origin's bytes are not trusted: `imagestore.cache.intake` hashes every chunk before anybody sees it.
+Whoever wants chunks has `Frames` of them: by an image's layout (`ImageReader`, which reads the layout once more where
+a repack moved them meanwhile) or by a pack's footer. A request is a slice of frames whose stored bytes one range of a
+pack holds; a frame is checked by its hash before it is expanded, a chunk by its id before it is used.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
 
-from imagestore.errors import Corrupt, NotFound
+from imagestore.disks.windows import in_order
+from imagestore.errors import Corrupt, NotFound, StoreError, Unavailable
 from imagestore.formats import columns
+from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
-from imagestore.formats.pack import expand
+from imagestore.formats.pack import Footer, expand
 from imagestore.store.store import Store
 
+T = TypeVar("T")
 REQUEST_BYTES = 1 << 20
-"""Neighbouring frames are asked for in one request up to about this many stored bytes."""
+"""Stored bytes of one request that a guest waits for."""
+BULK_BYTES = 8 << 20
+"""Stored bytes of one request where all is wanted."""
+READERS = 4
+"""Requests under way at once where all is wanted."""
+_READ_OVER, _REQUESTS = 0.12, 1.3
+"""Gaps are read over while requests are more than so many times the fewest, up to this share of the bytes."""
+_PACK_BITS = 40
+"""A place is one number, the pack's and below it these bits of the offset: no request reaches over the gap between."""
+
+
+def plan_requests(starts: Numbers, ends: Numbers, limit_bytes: int, *, bulk: bool = False) -> list[slice]:
+    """Ranges, ascending, grouped into requests of up to `limit_bytes`: those that adjoin.
+
+    bulk: where requests are many for the bytes, the smallest gaps are read over.
+    """
+    gaps = starts[1:] - ends[:-1]
+    joined = gaps == 0
+    if bulk:
+        smallest, total = np.argsort(gaps, kind="stable"), int((ends - starts).sum())
+        surplus = int(np.count_nonzero(gaps)) + 1 - int(_REQUESTS * total / limit_bytes)
+        few = np.cumsum(gaps[smallest] > 0) <= surplus
+        joined[smallest[few & (np.cumsum(gaps[smallest]) <= _READ_OVER * total)]] = True
+    begins, stops, goes_on = starts.tolist(), ends.tolist(), [*joined.tolist(), False][: len(starts)]
+    requests, first = list[slice](), 0
+    for at, on in enumerate(goes_on, 1):
+        if not on or stops[at] - begins[first] > limit_bytes:
+            requests.append(slice(first, at))
+            first = at
+    return requests
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frames:
+    """Frames in the order of their places in packs, and the chunks that are wanted of each: columns over both."""
+
+    packs: Sequence[Digest]
+    places: Numbers
+    """Where each frame starts: `_PACK_BITS`."""
+    sizes: Numbers
+    """Stored bytes."""
+    plain_sizes: Numbers
+    codecs: npt.NDArray[np.uint8]
+    hashes: Ids
+    firsts: Numbers
+    """Where the chunks of each frame begin in the columns below, and, last, where those of all end."""
+    chunks: Numbers
+    """Which chunks of the image (rows of the footer) these are."""
+    inner: Numbers
+    """Where each starts in the frame's plain bytes."""
+    lengths: Numbers
+    ids: Ids
+
+    @classmethod
+    def of_image(cls, manifest: Manifest, layout: Layout, chunks: Sequence[int] | Numbers) -> Self:
+        """By a checked layout; of a frame's chunks those that are asked for, in the order given."""
+        rows = np.asarray(chunks, np.int64)
+        used, of_chunk = np.unique(layout.chunk_frames[rows], return_inverse=True)
+        places = (layout.frame_packs[used].astype(np.int64) << _PACK_BITS) + layout.frame_offsets[used]
+        order = np.argsort(places, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        rows, counts = rows[np.argsort(rank[of_chunk], kind="stable")], np.bincount(rank[of_chunk])
+        frames = used[order]
+        return cls(
+            layout.packs, places[order], layout.frame_sizes[frames].astype(np.int64),
+            layout.frame_plain_sizes[frames].astype(np.int64), layout.frame_codecs[frames],
+            layout.frame_hashes[frames], np.append(0, np.cumsum(counts)), rows,
+            layout.chunk_offsets[rows].astype(np.int64), manifest.lengths[rows].astype(np.int64), manifest.ids[rows],
+        )  # fmt: skip
+
+    @classmethod
+    def of_pack(
+        cls,
+        pack: Digest,
+        footer: Footer,
+        chosen: npt.NDArray[np.bool_] | None = None,
+        *,
+        split_above: float = 1.0,
+    ) -> Self:
+        """All, or those that hold chosen chunks: whole where a share of up to `split_above` is not chosen."""
+        frame_of = footer.frame_of_chunk
+        chosen = np.ones(len(frame_of), np.bool_) if chosen is None else chosen
+        used = np.bincount(frame_of[chosen], footer.lengths[chosen], len(footer.sizes)) / footer.plain_sizes
+        rows = np.flatnonzero(chosen | ((used > 0) & (1 - used <= split_above))[frame_of])
+        frames = np.flatnonzero(used)
+        return cls(
+            (pack,), footer.offsets[frames], footer.sizes[frames].astype(np.int64),
+            footer.plain_sizes[frames].astype(np.int64), footer.codecs[frames], footer.hashes[frames],
+            np.append(0, np.cumsum(np.bincount(frame_of[rows], minlength=len(used))[frames])), rows,
+            footer.offset_in_frame[rows], footer.lengths[rows].astype(np.int64), footer.ids[rows],
+        )  # fmt: skip
+
+    def whole(self, request: slice) -> list[bool]:
+        """By frame of a request: whether its chunks, in their order, are all of it."""
+        rows, firsts = self.rows(request), self.firsts[request.start : request.stop + 1]
+        firsts = firsts - firsts[0]
+        before = np.append(0, np.cumsum(self.lengths[rows]))
+        moved = self.inner[rows] != before[:-1] - np.repeat(before[firsts[:-1]], np.diff(firsts))
+        before_moved = np.append(0, np.cumsum(moved))
+        whole = (np.diff(before[firsts]) == self.plain_sizes[request]) & (np.diff(before_moved[firsts]) == 0)
+        return [bool(one) for one in whole]
+
+    def rows(self, frames: int | slice) -> slice:
+        """Where the chunks of a frame, or of a request's, stand in the columns."""
+        first, last = (frames, frames + 1) if isinstance(frames, int) else (frames.start, frames.stop)
+        return slice(int(self.firsts[first]), int(self.firsts[last]))
+
+    def requests(self, limit_bytes: int = BULK_BYTES, *, bulk: bool = True) -> list[slice]:
+        """All frames, in as many requests as `plan_requests` makes of them."""
+        return plan_requests(self.places, self.places + self.sizes, limit_bytes, bulk=bulk)
+
+    def read(self, request: slice, *stores: Store) -> list[memoryview]:
+        """The stored bytes of a request's frames, right ones, of the first of these stores that has them.
+
+        Raises Corrupt, NotFound, Unavailable: what the first one said.
+        """
+        places = self.places[request]
+        number, start = divmod(int(places[0]), 1 << _PACK_BITS)
+        begins = (places - places[0]).tolist()
+        ends = (places - places[0] + self.sizes[request]).tolist()
+        key, failures = PACKS.key(self.packs[number]), list[StoreError]()
+        for store in stores:
+            try:
+                data = memoryview(store.backend.get(key, start, ends[-1]).data)
+                stored = [data[begin:end] for begin, end in zip(begins, ends, strict=True)]
+                digests = b"".join(blake3(piece).digest() for piece in stored)
+                if digests == self.hashes[request].tobytes() and len(data) == ends[-1]:
+                    return stored
+                reason = f"{store.url}/{key}: bytes {start} to {start + ends[-1]} do not match their hash"
+                failures.append(Corrupt(reason, hint="`sf store verify --repair`"))
+            except (Corrupt, NotFound, Unavailable) as error:
+                failures.append(error)
+        raise failures[0]
+
+    def expand(self, frame: int, stored: Buffer) -> memoryview:
+        """The plain bytes of a frame. Raises Corrupt."""
+        return memoryview(expand(int(self.codecs[frame]), stored, int(self.plain_sizes[frame])))
+
+    def cut(self, frame: int, plain: memoryview) -> list[memoryview]:
+        """The wanted chunks of a frame, not checked yet."""
+        rows = self.rows(frame)
+        places = zip(self.inner[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+        return [plain[start : start + length] for start, length in places]
+
+    def check(self, frame: int, pieces: Sequence[Buffer]) -> None:
+        """Raises Corrupt unless these are the wanted chunks."""
+        ids = self.ids[self.rows(frame)].tobytes()
+        for at, piece in enumerate(pieces):
+            if blake3(piece).digest() != ids[at * 32 : at * 32 + 32]:
+                pack = self.packs[int(self.places[frame]) >> _PACK_BITS]
+                raise Corrupt(f"a chunk in pack {pack} is not what its id says")
+
+    def load(self, request: slice, *stores: Store) -> "Loaded":
+        """Read a request, expand it, check every wanted chunk. Raises Corrupt, NotFound, Unavailable."""
+        loaded = Loaded(self, request, self.read(request, *stores), [])
+        for frame, stored in zip(range(request.start, request.stop), loaded.stored, strict=True):
+            pieces = self.cut(frame, self.expand(frame, stored))
+            self.check(frame, pieces)
+            loaded.pieces.append(pieces)
+        return loaded
+
+
+class Loaded(NamedTuple):
+    """What one request brought, checked: of each frame its stored bytes, and its wanted chunks."""
+
+    frames: Frames
+    request: slice
+    stored: list[memoryview]
+    pieces: list[list[memoryview]]
+
+
+def load(store: Store, wanted: Iterable[Frames]) -> Iterator[Loaded]:
+    """All of them, some requests ahead of who looks at them. Raises Corrupt, NotFound, Unavailable."""
+    requests = ((frames, request) for frames in wanted for request in frames.requests())
+    with ThreadPoolExecutor(READERS, "sf-read") as pool:
+        yield from in_order(pool, lambda one: one[0].load(one[1], store), requests, READERS)
+
+
+class ImageReader:
+    """The chunks of one image in a store. `store` opens it, or raises StoreError: it may be there when needed."""
+
+    def __init__(self, store: Callable[[], Store], digest: Digest, manifest: Manifest) -> None:
+        self.store, self.digest, self.manifest = store, digest, manifest
+        self._layout: Layout | None = None
+
+    def layout(self, *, again: bool = False) -> Layout:
+        """The layout, read once (or once more, since a repack replaces it). Raises StoreError."""
+        if self._layout is None or again:
+            layout = self.store().layout(self.digest)
+            layout.check(self.manifest)
+            self._layout = layout
+        return self._layout
+
+    def each(
+        self,
+        chunks: Sequence[int] | Numbers,
+        work: Callable[[Frames, slice], T],
+        pool: Executor | None = None,
+        limit_bytes: int = BULK_BYTES,
+    ) -> Iterator[T]:
+        """`work` on every request that these chunks need, in the order of packs; with a pool `READERS` at once.
+
+        Where a pack is missing the rest is done by the layout as it is then. Raises StoreError.
+        """
+        rest, done = np.asarray(chunks, np.int64), list[Numbers]()
+        for again in (False, True):
+            frames = Frames.of_image(self.manifest, self.layout(again=again), rest)
+            requests = frames.requests(limit_bytes, bulk=pool is not None)
+
+            def one(request: slice, frames: Frames = frames) -> tuple[slice, T]:
+                return request, work(frames, request)
+
+            try:
+                for request, result in in_order(pool, one, requests, READERS) if pool else map(one, requests):
+                    done.append(frames.chunks[frames.rows(request)])
+                    yield result
+                return
+            except NotFound:
+                if again:
+                    raise
+                rest = rest[~np.isin(rest, np.concatenate([rest[:0], *done]))]
+
+    def load(self, chunks: Sequence[int] | Numbers, pool: Executor | None = None) -> Iterator[Loaded]:
+        """These chunks, checked. Raises Corrupt, NotFound, Unavailable."""
+        return self.each(chunks, lambda frames, request: frames.load(request, self.store()), pool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +269,10 @@ class Batch:
 
 
 class Origin(Protocol):
-    """Called from several threads. Raises StoreError; what it yielded before an error may be used."""
+    """Where a node gets chunks from: other images on it, its peers, stores. The cache hashes what comes.
+
+    Called from several threads. Raises StoreError; what it yielded before an error may be used.
+    """
 
     name: str
     kind: str
@@ -47,84 +283,28 @@ class Origin(Protocol):
         ...
 
 
-class StoreOrigin:
+class StoreOrigin(ImageReader):
     """Whole frames from a store, in ranges of packs, placed by the layout that this store has."""
 
     kind = "store"
 
     def __init__(self, name: str, store: Callable[[], Store], digest: Digest, manifest: Manifest) -> None:
+        super().__init__(store, digest, manifest)
         self.name = name
-        self._store = store
-        """Opens it, or raises StoreError: a store that is away now may be needed, and there, later."""
-        self._digest = digest
-        self._manifest = manifest
-        self._layout: Layout | None = None
-
-    def layout(self, *, again: bool = False) -> Layout:
-        """The layout, read once (or once more, since a repack replaces it). Raises StoreError."""
-        if self._layout is None or again:
-            layout = self._store().layout(self._digest)
-            layout.check(self._manifest)
-            self._layout = layout
-        return self._layout
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
-        known = self._layout is not None
-        done: set[int] = set()
-        try:
-            for batch in self._ranges(self.layout(), chunks):
-                done.update(batch.chunks)
-                yield batch
-        except NotFound:
-            if not known:
-                raise
-            rest = [chunk for chunk in chunks if chunk not in done]
-            yield from self._ranges(self.layout(again=True), rest)
+        return self.each(chunks, self._batch, limit_bytes=REQUEST_BYTES)
 
-    def _ranges(self, layout: Layout, chunks: Sequence[int]) -> Iterator[Batch]:
-        members: dict[int, list[int]] = {}
-        for chunk, frame in zip(chunks, layout.chunk_frames[chunks].tolist(), strict=True):
-            members.setdefault(frame, []).append(chunk)
-        for run in frame_runs(layout, members):
-            start = int(layout.frame_offsets[run[0]])
-            length = int(layout.frame_offsets[run[-1]]) + int(layout.frame_sizes[run[-1]]) - start
-            key = PACKS.key(layout.packs[int(layout.frame_packs[run[0]])])
-            data = memoryview(self._store().backend.get(key, start, length).data)
-            if len(data) != length:
-                raise Corrupt(f"{self.name} answered with {len(data)} bytes instead of {length}")
-            found: list[int] = []
-            pieces: list[Buffer] = []
-            for frame in run:
-                at = int(layout.frame_offsets[frame]) - start
-                stored = data[at : at + int(layout.frame_sizes[frame])]
-                plain_bytes = int(layout.frame_plain_sizes[frame])
-                plain = memoryview(expand(int(layout.frame_codecs[frame]), stored, plain_bytes))
-                for chunk in members[frame]:
-                    begin = int(layout.chunk_offsets[chunk])
-                    found.append(chunk)
-                    pieces.append(plain[begin : begin + int(self._manifest.lengths[chunk])])
-            order = sorted(range(len(found)), key=found.__getitem__)
-            yield Batch([found[i] for i in order], [pieces[i] for i in order], length)
-
-
-def frame_runs(layout: Layout, frames: "dict[int, list[int]]") -> Iterator[list[int]]:
-    """The frames in pack order, adjoining ones together up to REQUEST_BYTES."""
-    ordered = sorted(frames, key=lambda f: (int(layout.frame_packs[f]), int(layout.frame_offsets[f])))
-    run: list[int] = []
-    size = 0
-    for frame in ordered:
-        offset, stored = int(layout.frame_offsets[frame]), int(layout.frame_sizes[frame])
-        if run:
-            last = run[-1]
-            adjoins = int(layout.frame_offsets[last]) + int(layout.frame_sizes[last]) == offset
-            same = layout.frame_packs[last] == layout.frame_packs[frame]
-            if not (same and adjoins) or size + stored > REQUEST_BYTES:
-                yield run
-                run, size = [], 0
-        run.append(frame)
-        size += stored
-    if run:
-        yield run
+    def _batch(self, frames: Frames, request: slice) -> Batch:
+        stored = frames.read(request, self.store())
+        found = [
+            piece
+            for frame, data in zip(range(request.start, request.stop), stored, strict=True)
+            for piece in frames.cut(frame, frames.expand(frame, data))
+        ]
+        chunks = frames.chunks[frames.rows(request)]
+        order = np.argsort(chunks).tolist()
+        return Batch(chunks[order].tolist(), [found[at] for at in order], sum(map(len, stored)))
 
 
 class LocalOrigin:
@@ -133,31 +313,26 @@ class LocalOrigin:
     name, kind = "this node", "local"
 
     def __init__(self, manifest: Manifest) -> None:
-        self._lengths = manifest.lengths
-        self._ids = manifest.ids
-        self._keys = columns.keys(manifest.ids)
+        self._lengths, self._ids = manifest.lengths, manifest.ids
         self._where: dict[int, tuple[int, int, bytearray | None, int]] = {}
         self._files: list[int] = []
 
     def add(self, path: Path, other: Manifest, present: bytearray | None) -> None:
         """Use what `path`, an image with the manifest `other`, has. `present`: live flags per chunk, None for all."""
-        keys = columns.keys(other.ids)
-        if not len(keys) or not len(self._keys):
-            return
-        order = np.argsort(keys)
-        at = order[np.minimum(np.searchsorted(keys, self._keys, sorter=order), len(order) - 1)]
-        matches = np.flatnonzero((other.ids[at] == self._ids).all(axis=1)).tolist()
-        if not matches:
+        at = columns.find(self._ids, other.ids)
+        matches = np.flatnonzero(at >= 0)
+        if not len(matches):
             return
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return
         self._files.append(fd)
-        offsets = other.offsets
-        for chunk in matches:
+        theirs = at[matches]
+        rows = zip(matches.tolist(), theirs.tolist(), other.offsets[theirs].tolist(), strict=True)
+        for chunk, their, offset in rows:
             if chunk not in self._where or present is None:
-                self._where[chunk] = (fd, int(offsets[at[chunk]]), present, int(at[chunk]))
+                self._where[chunk] = (fd, offset, present, their)
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
         for chunk in chunks:

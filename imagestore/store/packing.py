@@ -2,18 +2,20 @@
 
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Self
 
+import numpy as np
 import zstandard
 
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.index import IndexPart
 from imagestore.formats.keys import PACKS
-from imagestore.formats.pack import FRAME_BYTES, LEVEL, Footer, Frame, PackWriter, compress
+from imagestore.formats.pack import FRAME_BYTES, LEVEL, Codec, Footer, Frame, PackWriter, compress
 from imagestore.store import index
+from imagestore.store.frames import Loaded
 from imagestore.store.leases import Lease
 from imagestore.store.placement import Placement
 from imagestore.store.store import Store
@@ -149,3 +151,34 @@ class Packer:
             self._local.keep(name, part)
             self._local.forget_packs(pack for pack, _ in self._unpublished)
         self._unpublished = []
+
+
+def carry(parts: Iterable[Loaded], packer: Packer) -> None:
+    """Chunks out of packs that exist into new ones: frames as they are where all is wanted, else what is wanted.
+
+    Raises what reading them raises.
+    """
+    placement, framer = packer.placement, Framer(packer.placement)
+
+    def pack_full() -> None:
+        for frame in framer.full():
+            packer.add(*frame.compressed())
+
+    for frames, request, stored, pieces in parts:
+        numbers = range(request.start, request.stop)
+        for frame, whole, data, chunks in zip(numbers, frames.whole(request), stored, pieces, strict=True):
+            rows = frames.ids[frames.rows(frame)]
+            ids = [row.tobytes() for row in rows]
+            if whole:
+                number, lengths = placement.add_frame(), [len(chunk) for chunk in chunks]
+                hash_, plain_bytes = Digest(frames.hashes[frame].tobytes()), int(frames.plain_sizes[frame])
+                codec = Codec(int(frames.codecs[frame]))
+                packer.add(number, Frame(codec, bytes(data), hash_, plain_bytes, lengths, ids))
+                placement.chunks.add(rows, number, frames.inner[frames.rows(frame)])
+            else:
+                places = [framer.add(chunk, id_) for chunk, id_ in zip(chunks, ids, strict=True)]
+                placement.chunks.add(rows, *np.array(places, np.int64).T)
+            pack_full()
+    framer.close()
+    pack_full()
+    packer.flush()

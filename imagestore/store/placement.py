@@ -11,7 +11,8 @@ from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Keys
 from imagestore.formats.layout import Layout
-from imagestore.formats.pack import Footer
+from imagestore.formats.pack import MAX_PACK_BYTES, Footer
+from imagestore.store.frames import BULK_BYTES
 
 _CHUNK = np.dtype([("id", "u1", 32), ("frame", "<i8"), ("offset", "<u4")])
 """Of a chunk: its id, the number of its frame (-1: not known), where it starts in the plain bytes of that."""
@@ -26,6 +27,8 @@ _FRAME = np.dtype(
     ]
 )
 """Of a frame: the number of its pack (-1: none yet), its place in that, stored and plain bytes, codec, BLAKE3."""
+_SPARSE, _SCATTERED = 1.22, 1.6
+"""A pull may fetch this many times the bytes, in this many times the requests, before chunks are stored again."""
 
 
 class Column:
@@ -209,3 +212,28 @@ def _lay_out(
         chunk_frames=place[frame_of],
         chunk_offsets=chunk_offsets,
     )
+
+
+def too_scattered(
+    packs: Numbers, starts: Numbers, sizes: Numbers, live: npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """Frames to leave so that a pull of this image needs few requests and few bytes that it does not use.
+
+    live: how many of each frame's `sizes` stored bytes the image uses. Looked at in zones of packs as large as a
+    request: a zone is left as a whole, for a frame left alone would be a gap that is read or that costs a request.
+    """
+    _, zone = np.unique(packs * MAX_PACK_BYTES + starts // BULK_BYTES, return_inverse=True)
+    count = int(zone.max(initial=-1)) + 1
+    first, last = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
+    np.minimum.at(first, zone, starts)
+    np.maximum.at(last, zone, starts + sizes)
+    needed = np.bincount(zone, live, count)
+    waste = last - first - needed
+    total = needed.sum()
+    order = np.argsort(-waste / np.maximum(needed, 1), kind="stable")
+    too_much = waste.sum() - np.concatenate([[0], np.cumsum(waste[order])]) > (_SPARSE - 1) * total
+    # A zone that is left needs its share of new requests.
+    kept = count - np.arange(count + 1) + np.concatenate([[0], np.cumsum(needed[order])]) / BULK_BYTES
+    too_many = kept > _SCATTERED * total / BULK_BYTES + 4
+    left: npt.NDArray[np.bool_] = np.isin(zone, order[: int(np.argmin(too_much | too_many))])
+    return left

@@ -231,7 +231,7 @@ def test_with_only_a_liar_the_read_fails_after_the_time_set_and_says_why(tmp_pat
     async def test() -> None:
         node = Node(tmp_path, DATA, Meddled(Memory(), lambda data: bytes(len(data))))
         async with node.reading(patience_s=0.5) as reader:
-            with pytest.raises(OSError, match="wrong bytes") as failure:
+            with pytest.raises(OSError, match="do not match their hash") as failure:
                 await reader.read(0, 4096)
             assert failure.value.errno == errno.EIO and reader.failures == 1
             assert any("gave up a read after" in line for line in node.events)
