@@ -24,6 +24,8 @@ from .errors import Unavailable as Unavailable
 from .formats.digest import Digest as Digest
 from .formats.keys import TRACES as TRACES
 from .gc import collect as collect
+from .outside import decimal as decimal
+from .outside import read_json as read_json
 from .progress import Progress as Progress
 from .progress import Report as Report
 from .pull import Seed as Seed

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from compute.api import problems
 from compute.api.context import Body, Services
-from compute.api.edge import Edge, Metrics
+from compute.api.edge import Edge, Metrics, Route
 from compute.cluster import joining
 from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
@@ -102,6 +102,7 @@ class Mailbox:
 def build(services: Services) -> FastAPI:
     """The ASGI application for the agents' listener."""
     app = FastAPI(title="sf agents", docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.route_class = Route
     app.add_middleware(Edge, metrics=Metrics())
     problems.install(app)
     controller, store = services.controller, services.store

@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
+from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.api.instances import DeleteAllBody
 from compute.cluster.images import NamedImage, find_image, named_images
@@ -14,7 +15,7 @@ from compute.cluster.records.artifacts import Artifact
 from compute.cluster.records.instances import Instance
 from compute.errors import Invalid
 
-router = APIRouter(tags=["artifacts"])
+router = APIRouter(tags=["artifacts"], route_class=Route)
 
 
 class ListBody(Body):

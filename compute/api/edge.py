@@ -1,14 +1,20 @@
-"""What every request passes before its handler: an id, a limit on its body, and the counting."""
+"""What every request passes before its handler: an id, a limit on its body, the JSON reader, and the counting."""
 
 import re
 import secrets
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
+from fastapi import HTTPException
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compute.errors import Invalid
+from imagestore import decimal, read_json
 
 BODY_BYTES = 2**20
 """More than any JSON body needs: user data is at most 64 KiB."""
@@ -31,6 +37,26 @@ class Metrics:
         self.seconds = Histogram(
             "sf_api_request_seconds", "Time to the last byte", ["method"], registry=self.registry
         )
+
+
+class _Asked(Request):
+    async def json(self) -> Any:
+        try:
+            return read_json(await self.body(), most_bytes=BODY_BYTES)
+        except ValueError as err:
+            raise HTTPException(400, f"the body is no JSON that can be taken: {err}") from err
+
+
+class Route(APIRoute):
+    """A route whose body passes the one JSON reader before anything else sees it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read_first(request: Request) -> Response:
+            return await handle(_Asked(request.scope, request.receive))
+
+        return read_first
 
 
 class Edge:
@@ -68,7 +94,7 @@ class Edge:
             await send(message)
 
         try:
-            if (length := int(headers.get(b"content-length", b"0"))) > BODY_BYTES:
+            if (length := decimal(headers.get(b"content-length", b"").decode("latin-1")) or 0) > BODY_BYTES:
                 # Most clients send all of it before they read an answer: swallow what is not absurd.
                 while length < DRAINED_BYTES and (await receive()).get("more_body"):
                     pass

@@ -1,7 +1,6 @@
 """/instances: what users run."""
 
 import base64
-import binascii
 from collections import defaultdict
 from typing import Any
 
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, NamespaceBody
+from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import resolve_disks
 from compute.cluster.records import instances as acts
@@ -23,7 +23,7 @@ from compute.cluster.scheduler import create_instance as create
 from compute.errors import Invalid
 from compute.wire.spec import InstanceState
 
-router = APIRouter(tags=["instances"])
+router = APIRouter(tags=["instances"], route_class=Route)
 
 USER_DATA_BYTES = 2**16
 _VERBS = ("rebootsoft", "reboothard", "poweroff", "poweron", "pause", "unpause")
@@ -81,7 +81,7 @@ class DeleteAllBody(Body):
 
 
 class ConsoleBody(Body):
-    length: int = 10240
+    length: int = Field(default=10240, ge=-1, le=2**31)
 
 
 def _find(ctx: Context, ref: str) -> Instance:
@@ -154,7 +154,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
 def _user_data(text: str) -> bytes:
     try:
         data = base64.b64decode(text, validate=True)
-    except binascii.Error as err:
+    except ValueError as err:
         raise Invalid(f"user_data is not base64: {err}") from err
     if len(data) > USER_DATA_BYTES:
         raise Invalid(f"user_data has {len(data)} bytes, more than {USER_DATA_BYTES}")

@@ -7,12 +7,13 @@ from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, Services
+from compute.api.edge import Route
 from compute.api.history import add_metadata
 from compute.cluster import auth
 from compute.cluster.records.namespaces import Namespace
 from compute.errors import Invalid, NotFound
 
-router = APIRouter(tags=["auth"])
+router = APIRouter(tags=["auth"], route_class=Route)
 
 
 class LoginBody(Body):

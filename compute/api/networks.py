@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, NamespaceBody
+from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.api.instances import DeleteAllBody, ListBody
 from compute.cluster.records import interfaces
@@ -20,7 +21,7 @@ from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, Unavailable
 
-router = APIRouter(tags=["networks"])
+router = APIRouter(tags=["networks"], route_class=Route)
 
 
 class CreateBody(Body):

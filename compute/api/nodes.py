@@ -5,6 +5,7 @@ from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
 from compute.api.context import Context, Ctx
+from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.joining import TOKEN_S, certificate
 from compute.cluster.joining import make_token as make_join_token
@@ -13,7 +14,7 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.errors import Conflict, NotFound
 
-router = APIRouter(tags=["nodes"])
+router = APIRouter(tags=["nodes"], route_class=Route)
 
 
 def _find(ctx: Context, ref: str) -> Node:

@@ -27,7 +27,7 @@ STATUSES: dict[type[Exception], int] = {
     images.Invalid: 400,
     images.NotFound: 404,
     images.Conflict: 409,
-    images.Unavailable: 503,
+    images.StoreError: 503,
     images.NoSpace: 507,
     net.Invalid: 400,
     net.Conflict: 409,
@@ -61,7 +61,7 @@ async def _known(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0] if isinstance(error, RequestValidationError) and error.errors() else {}
-    where = ".".join(str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path"))
+    where = ".".join(str(part)[:80] for part in first.get("loc", ()) if part not in ("body", "query", "path"))
     message = "unknown key" if first.get("type") == "extra_forbidden" else first.get("msg", "not valid")
     return answer(request, 400, f"{where}: {message}" if where else f"the body: {message}")
 

@@ -1,5 +1,6 @@
 """What an instance's disks may be made of, and the stores' names as the API shows them."""
 
+import logging
 import re
 import uuid as uuid_module
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,7 +9,9 @@ from typing import Any, Protocol
 
 from compute.errors import Invalid, NotFound
 from compute.wire.spec import DiskSpec
-from imagestore import Digest, Store
+from imagestore import Digest, Store, StoreError
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 
@@ -93,19 +96,30 @@ def blob_uuid(digest: str) -> str:
 
 
 def named_images(stores: Iterable[Store]) -> Iterator[NamedImage]:
-    """Every name of every store that can be listed."""
+    """Every name of every store that can be listed; what one of them does not give is a line in the log."""
     for store in stores:
-        for record in store.names.list():
-            name = f"{record.name}:{record.tag}"
-            digests = list(record.images.values())
-            yield NamedImage(
-                uuid=str(uuid_module.uuid5(_ARTIFACTS, f"{store.info.id}/{name}")),
-                name=name,
-                store_url=store.url,
-                revision=record.revision,
-                digests=tuple(str(d) for d in digests),
-                sizes_bytes=tuple(store.size_bytes(d) for d in digests),
-            )
+        try:
+            for record in store.names.list():
+                name = f"{record.name}:{record.tag}"
+                digests = list(record.images.values())
+                yield NamedImage(
+                    uuid=str(uuid_module.uuid5(_ARTIFACTS, f"{store.info.id}/{name}")),
+                    name=name,
+                    store_url=store.url,
+                    revision=record.revision,
+                    digests=tuple(str(d) for d in digests),
+                    sizes_bytes=tuple(_size_bytes(store, d) for d in digests),
+                )
+        except StoreError as err:
+            log.warning("%s cannot be listed: %s", store.url, err)
+
+
+def _size_bytes(store: Store, digest: Digest) -> int:
+    try:
+        return store.size_bytes(digest)
+    except StoreError as err:
+        log.warning("%s: %s", store.url, err)
+        return 0
 
 
 def find_image(stores: Iterable[Store], reference: str) -> NamedImage:

@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 import urllib3
 
 from imagestore.backends.protocol import MAX_BYTES, Object, ObjectStat, ReadOnly, check_key
-from imagestore.backends.web import PATIENCE_S, Web, body, number, receive
+from imagestore.backends.web import PATIENCE_S, Web, body, receive
 from imagestore.errors import Corrupt, Unsupported
 from imagestore.formats.keys import kind_of
+from imagestore.outside import decimal
 
 
 class Http(ReadOnly):
@@ -40,7 +41,7 @@ class Http(ReadOnly):
                 if response.status != 206:
                     raise Corrupt(f"{self.url}/{key}: the server ignores Range")
                 said = response.headers.get("content-range", "")
-                total = number(said.rpartition("/")[2])
+                total = decimal(said.rpartition("/")[2])
                 right = said.startswith(f"bytes {start}-") and total is not None
                 if not right or (length is not None and size not in (None, length)):
                     raise Corrupt(
@@ -71,7 +72,7 @@ class Http(ReadOnly):
         return self._web.open(verb, f"{self._base}/{check_key(key)}", headers, f"{self.url}/{key}")
 
     def _length(self, response: urllib3.BaseHTTPResponse, key: str) -> int | None:
-        size = number(response.headers.get("content-length", ""))
+        size = decimal(response.headers.get("content-length", ""))
         if size is not None and size > MAX_BYTES:
             raise Corrupt(f"{self.url}/{key}: {size} bytes are too many")
         return size
@@ -81,6 +82,6 @@ def _stat(key: str, response: urllib3.BaseHTTPResponse, size_bytes: int) -> Obje
     modified = response.headers.get("last-modified", "")
     try:
         modified_s = parsedate_to_datetime(modified).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         modified_s = 0.0
     return ObjectStat(key, size_bytes, response.headers.get("etag") or f"{modified}/{size_bytes}", modified_s)

@@ -18,7 +18,7 @@ import urllib3.exceptions
 from botocore.config import Config
 
 from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, check_key, pieces
-from imagestore.backends.web import PATIENCE_S, number, receive
+from imagestore.backends.web import PATIENCE_S, receive
 from imagestore.errors import (
     Conflict,
     Corrupt,
@@ -30,6 +30,7 @@ from imagestore.errors import (
     Unavailable,
     Unsupported,
 )
+from imagestore.outside import decimal
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -116,7 +117,7 @@ class S3:
             if ranged:
                 # By what it sent, not by 206: `rclone serve s3` sends the range under a 200.
                 said = answer.get("ContentRange", f"all of {size}/{size}")
-                whole = number(said.rpartition("/")[2])
+                whole = decimal(said.rpartition("/")[2])
                 wrong = not said.startswith(f"bytes {start}-") or (length is not None and size != length)
                 if whole is None or wrong:
                     answer["Body"].close()
@@ -223,7 +224,7 @@ class S3:
     def _note_time(self, http_response: Any, **_: Any) -> None:
         date = http_response.headers.get("date")
         if date:
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
                 self._skew_s = parsedate_to_datetime(date).timestamp() - time.monotonic()
 
     @contextlib.contextmanager
@@ -245,7 +246,12 @@ class S3:
             raise Invalid(f"{where}: {err}") from err
         except (failures.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as err:
             raise Unavailable(f"{where}: {err}") from err
-        except ValueError as err:  # boto3 makes numbers of headers without a look
+        except (
+            KeyError,
+            ValueError,
+            TypeError,
+            OverflowError,
+        ) as err:  # boto3 believes headers without a look
             raise Corrupt(f"{where}: the server answers nonsense: {err}") from err
 
 

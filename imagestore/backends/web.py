@@ -138,11 +138,6 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def number(text: str) -> int | None:
-    """A count of bytes that a server says; None if it is none, or more than any disk has."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
-
-
 def body(response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
     """A body as it comes. Raises Unavailable when the connection ends early."""
     try:

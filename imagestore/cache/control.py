@@ -18,6 +18,7 @@ from imagestore.cache.open_images import SETTLE_S
 from imagestore.cache.service import ImageService
 from imagestore.errors import Invalid, StoreError, Unavailable
 from imagestore.formats.digest import Digest
+from imagestore.outside import read_json
 
 _LINE_BYTES = 1 << 20
 Request = dict[str, Any]
@@ -69,7 +70,7 @@ class ControlServer:
 
     async def _answer(self, line: bytes) -> Request:
         try:
-            request = json.loads(line)
+            request = read_json(line)
             self.alone = False
             handler = getattr(self, f"_do_{request['op']}")
             return {"ok": await handler(request)}

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from imagestore.errors import Corrupt
 from imagestore.formats.digest import SIZE_BYTES
+from imagestore.outside import read_json
 
 MAX_HEADER_BYTES = 1 << 20
 Ids = npt.NDArray[np.uint8]
@@ -42,12 +43,12 @@ class Reader:
             raise Corrupt(f"{what}: the header is cut short or too long")
         text = data[start : start + size]
         try:
-            self.header = json.loads(text)
+            self.header = read_json(text)
             again = json.dumps(
                 self.header, sort_keys=True, separators=(",", ":"), ensure_ascii=False
             ).encode()
-        except (ValueError, RecursionError) as error:
-            raise Corrupt(f"{what}: the header is no JSON") from error
+        except ValueError as error:
+            raise Corrupt(f"{what}: the header is no JSON: {error}") from error
         if not isinstance(self.header, dict) or again != text:
             raise Corrupt(f"{what}: the header is not in canonical form")
         self._at = start + size

@@ -9,9 +9,9 @@ from typing import Any
 
 from imagestore.errors import Corrupt, Unsupported
 from imagestore.formats.digest import Digest
+from imagestore.outside import read_json
 
 FORMAT = 1
-_MAX_BYTES = 64 << 20
 
 
 def seal(body: dict[str, Any]) -> bytes:
@@ -23,9 +23,9 @@ def seal(body: dict[str, Any]) -> bytes:
 def unseal(data: bytes, what: str) -> dict[str, Any]:
     """The body. Raises Corrupt, and Unsupported for a later format that is intact."""
     try:
-        body = json.loads(data) if len(data) <= _MAX_BYTES else None
-    except (ValueError, RecursionError) as err:
-        raise Corrupt(f"{what}: not JSON, or damaged") from err
+        body = read_json(data)
+    except ValueError as err:
+        raise Corrupt(f"{what}: not JSON, or damaged: {err}") from err
     if not isinstance(body, dict) or _canonical(body) != data:
         raise Corrupt(f"{what}: not in canonical form, or damaged")
     if body.pop("seal", None) != str(Digest.of(_canonical(body))):

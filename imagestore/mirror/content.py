@@ -19,6 +19,7 @@ from imagestore.errors import NotFound
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import SUMS
 from imagestore.formats.manifest import Manifest
+from imagestore.outside import YEAR_9999_S, read_json, whole
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import ImageReader
 from imagestore.store.store import Store
@@ -143,8 +144,8 @@ class Sums:
 def read_sums(store: Store, digest: Digest) -> Sums | None:
     """None where they were not computed yet, or by another writer of qcow2 files."""
     try:
-        body = json.loads(store.backend.get(SUMS.key(digest)).data)
-        sums = Sums(**body)
+        sums = Sums(**read_json(store.backend.get(SUMS.key(digest)).data))
+        whole(sums.created_s, high=int(YEAR_9999_S))
     except (NotFound, ValueError, TypeError):
         return None
     return sums if sums.writer == WRITER else None

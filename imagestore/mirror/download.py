@@ -8,8 +8,9 @@ from pathlib import Path
 
 import urllib3
 
-from imagestore.backends.web import PATIENCE_S, Web, body, number, paced
+from imagestore.backends.web import PATIENCE_S, Web, body, paced
 from imagestore.errors import Corrupt, Invalid, Unavailable
+from imagestore.outside import decimal
 from imagestore.progress import Progress, Report, silent
 
 _SLOWEST_BYTES_S = 4 << 10
@@ -81,7 +82,7 @@ class Downloader:
                 response.close()
                 response = self._open(url, {})
             start = _resumed_at(response, url, start)
-            length = number(response.headers.get("content-length", ""))
+            length = decimal(response.headers.get("content-length", ""))
             total = 0 if length is None else start + length  # 0: the server does not say
             if max(total, start) > limit_bytes:
                 raise Invalid(f"{url}: {total} bytes are more than the limit of {limit_bytes}")

@@ -21,6 +21,7 @@ from imagestore.formats.keys import PROVENANCE
 from imagestore.mirror import sources
 from imagestore.mirror.download import Downloader, Fetched, hash_file
 from imagestore.mirror.sources import Location, Source
+from imagestore.outside import YEAR_9999_S, read_json, real
 from imagestore.progress import Report, silent
 from imagestore.push import push
 from imagestore.store.store import Store
@@ -63,9 +64,9 @@ class Provenance:
     def decode(cls, data: bytes) -> "Provenance":
         """What it does not know it leaves out: this is for people and for skipping work, never for trust."""
         try:
-            body = json.loads(data)
+            body = read_json(data)
             texts = {name: str(body.get(name, "")) for name in cls.__slots__ if name != "fetched_at_s"}
-            return cls(**texts, fetched_at_s=float(body.get("fetched_at_s", 0)))
+            return cls(**texts, fetched_at_s=real(body.get("fetched_at_s", 0), high=YEAR_9999_S))
         except (ValueError, TypeError, AttributeError):
             return cls()
 

@@ -20,6 +20,7 @@ from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import CONDEMNED_KEY, LEASES, PACKS, REFS
 from imagestore.formats.sealed import seal, unseal
+from imagestore.outside import real, whole
 from imagestore.store.store import Store
 
 LEASE_S = 3600.0
@@ -49,9 +50,9 @@ class Condemned:
         body = unseal(found.data, CONDEMNED_KEY)
         modified_s = found.stat.modified_s
         try:
-            old = {Digest.parse(text): float(since) for text, since in body["packs"].items()}
+            old = {Digest.parse(text): real(since) for text, since in body["packs"].items()}
             new = {Digest.parse(text): modified_s for text in body["new"]}
-            return cls(new | old, int(body["epoch"]), found.stat.etag, modified_s)
+            return cls(new | old, whole(body["epoch"]), found.stat.etag, modified_s)
         except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
             raise Corrupt(f"{CONDEMNED_KEY}: {err}") from err
 
@@ -173,7 +174,7 @@ def leases(store: Store) -> Iterator[LeaseRecord]:
             body = unseal(found.data, stat.key)
             try:
                 packs, images = (frozenset(map(Digest.parse, body[key])) for key in ("packs", "images"))
-                expires_s = found.stat.modified_s + float(body["duration_s"])
+                expires_s = found.stat.modified_s + real(body["duration_s"])
             except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
                 raise Corrupt(f"{stat.key}: {err}") from err
             yield LeaseRecord(stat.key, packs, images, expires_s)

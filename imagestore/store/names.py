@@ -18,6 +18,7 @@ from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import NAMES
 from imagestore.formats.sealed import seal, unseal
+from imagestore.outside import YEAR_9999_S, real, whole
 
 LATEST = "latest"
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -145,7 +146,7 @@ class NameRecord:
                 str(body["nonce"]),
                 now.images,
                 now.removed,
-                tuple(_change(entry, float(entry["at"])) for entry in body["history"]),
+                tuple(_change(entry, real(entry["at"], high=YEAR_9999_S)) for entry in body["history"]),
                 etag,
                 modified_s,
             )
@@ -160,7 +161,7 @@ def _state(change: Change) -> dict[str, Any]:
 
 def _change(body: dict[str, Any], at_s: float) -> Change:
     images = {check_architecture(key): Digest.parse(value) for key, value in body["images"].items()}
-    return Change(int(body["revision"]), images, bool(body["removed"]), at_s)
+    return Change(whole(body["revision"]), images, bool(body["removed"]), at_s)
 
 
 def name_key(name: str, tag: str) -> str:

@@ -48,8 +48,12 @@ def open_store(url: str, *, create: bool = False, single_writer: bool = False) -
 
 def open_backend(url: str) -> Backend:
     """The backend alone, without asking whether there is a store. Raises Invalid for a URL of no known form."""
-    parts = urlsplit(url)
     wrong = Invalid(f"not a store's URL: {url[:200]!r}", hint=_FORMS)
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - it is read now
+    except ValueError as error:
+        raise wrong from error
     if parts.scheme in ("", "file"):
         if parts.netloc or not parts.path or (parts.scheme and (parts.query or parts.path[0] != "/")):
             raise wrong

@@ -25,6 +25,7 @@ from imagestore.backends.protocol import Backend
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TUF
+from imagestore.outside import decimal
 from imagestore.store.names import NameRecord, Names, check_architecture, check_name
 from imagestore.store.store import Store, StoreInfo
 
@@ -295,8 +296,8 @@ def signed_targets(backend: Backend, prefix: str = TUF.prefix) -> dict[Target, s
     for stat in backend.list(prefix):
         base, _, file = stat.key.rpartition("/")
         version, _, rest = file.partition(".")
-        if rest == "targets.json" and version.isdecimal():
-            newest[base] = max(newest.get(base, 0), int(version))
+        if rest == "targets.json" and (number := decimal(version)) is not None:
+            newest[base] = max(newest.get(base, 0), number)
     found: dict[Target, set[Digest]] = {}
     for base, version_number in newest.items():
         key = f"{base}/{version_number}.targets.json"

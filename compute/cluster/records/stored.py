@@ -39,7 +39,7 @@ class Stored:
     @classmethod
     def decode(cls, value: bytes, revision: int) -> Self:
         """Raises Invalid for a record of a newer program."""
-        plain = json.loads(value)
+        plain = json.loads(value, parse_constant=lambda _: None)  # 0.1 let NaN and Infinity in
         for schema in range(plain.get("schema", 1), cls.SCHEMA):
             plain = cls.UPGRADES[schema](plain)
         if plain.get("schema", 1) > cls.SCHEMA:

@@ -1,0 +1,86 @@
+"""What a stranger can send to the REST API, and what nobody else notices of it."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imagestore.formats.digest import Digest
+from imagestore.formats.sealed import seal
+from imagestore.store.names import name_key
+from imagestore.store.open import open_store
+from tests.api_server import KnownImages, Running, running
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Running]:
+    with running(tmp_path / "state") as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"NaN", b"Infinity", b"-1e999", b"1e999", rb'"\ud800"', b"[" * 200 + b"]" * 200, b"9" * 30, b'"\xff"'],
+    ids=lambda value: repr(value[:12]),
+)
+def test_metadata_that_no_answer_could_carry_is_refused_and_lists_go_on(
+    server: Running, value: bytes
+) -> None:
+    """E3."""
+    server.network()
+    answer = server.call("POST", "/networks/lan/metadata", b'{"key": "a", "value": ' + value + b"}")
+    assert answer.status == 400, answer.body
+    assert "body" in answer.body["error"]
+    assert server.call("PUT", "/networks/lan/metadata/a", b'{"value": ' + value + b"}").status == 400
+    assert [network["metadata"] for network in server.get("/networks")] == [{}]
+
+
+def test_what_was_stored_before_the_edge_was_strict_is_still_shown(server: Running) -> None:
+    """E3: 0.1.0 took NaN and wrote it as Python does."""
+    uuid = server.network()["uuid"]
+    store = server.services.store
+    record = store.get(f"network/{uuid}")
+    assert record is not None
+    plain = json.loads(record.value)
+    plain["metadata"] = {"a": float("nan"), "b": [float("inf")], "c": 1}
+    store.commit({record.key: json.dumps(plain).encode()}, expect={record.key: record.revision})
+    assert server.get("/networks")[0]["metadata"] == {"a": None, "b": [None], "c": 1}
+    assert server.call("POST", "/networks/lan/metadata", {"key": "d", "value": 2}).status == 200
+
+
+@pytest.mark.parametrize("text", ["é", "%%%", "YQ==\u20ac", "YQ"])
+def test_user_data_that_is_not_base64_is_refused(server: Running, text: str) -> None:
+    """E3."""
+    answer = server.instance(user_data=text)
+    assert answer.status == 400
+    assert "base64" in answer.body["error"]
+    assert server.instance(user_data=base64.b64encode(b"#!/bin/sh\n").decode()).status == 200
+
+
+def test_a_key_of_a_megabyte_is_not_said_back(server: Running) -> None:
+    answer = server.call("POST", "/networks", {"x" * 500_000: 1})
+    assert answer.status == 400
+    assert len(answer.body["error"]) < 200
+
+
+@pytest.mark.parametrize("length", [-2, 2**40, "²", 1e300])
+def test_a_console_is_read_within_bounds(server: Running, length: Any) -> None:
+    server.instance()
+    assert server.call("GET", "/instances/web/consoledata", {"length": length}).status == 400
+
+
+def test_one_store_with_a_nonsensical_name_hides_no_other_stores_images(tmp_path: Path) -> None:
+    """E4."""
+    resolver = KnownImages()
+    resolver.stores = {name: open_store(str(tmp_path / name), create=True) for name in ("bad", "good")}
+    body = {"name": "a", "tag": "b", "nonce": "", "revision": float("inf"), "images": {}, "removed": False}
+    resolver.stores["bad"].backend.put(name_key("a", "b"), seal(body | {"history": []}))
+    resolver.stores["good"].names.set("c", "d", "x86_64", Digest.of(b"gone"))
+    with running(tmp_path / "state", resolver=resolver) as server:
+        assert [(image["name"], image["store"]) for image in server.get("/artifacts")] == [
+            ("c:d", resolver.stores["good"].url)
+        ]
+        assert server.call("GET", "/artifacts/a:b").status == 404
