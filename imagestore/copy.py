@@ -9,7 +9,6 @@ import numpy as np
 from imagestore.errors import NotFound
 from imagestore.formats.columns import first_of_each
 from imagestore.formats.digest import Digest
-from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.inventory import Inventory
@@ -18,7 +17,7 @@ from imagestore.store.lookup import Lookup
 from imagestore.store.names import NameRecord
 from imagestore.store.packing import Packer, carry
 from imagestore.store.placement import Placement
-from imagestore.store.publish import check_present, publish
+from imagestore.store.roots import Offer, check_present
 from imagestore.store.store import Store
 
 
@@ -78,7 +77,8 @@ def copy_image(
             for pack in lease.reuse(footers):
                 placement.add_footer(pack, footers[pack])
 
-        def repair(bad: set[Digest]) -> Layout:
+        offer, bad = Offer(target, lease, manifest.encode(), set_name), set[Digest]()
+        while True:
             packer.avoid(bad)
             missing = each[placement.find(manifest.ids[each]) < 0]
             if len(missing):
@@ -88,10 +88,9 @@ def copy_image(
             rows = placement.find(manifest.ids)
             if (rows < 0).any():
                 raise NotFound(f"a chunk of image {digest} is in no store that was asked")
-            return placement.layout(digest, rows)
-
-        publish(target, lease, manifest.encode(), repair(set()), repair, set_name)
-        return CopyResult(manifest.data_bytes, packer.written_bytes)
+            bad = offer(placement.layout(digest, rows))
+            if not bad:
+                return CopyResult(manifest.data_bytes, packer.written_bytes)
 
 
 def _manifest(source: Store, target: Store, digest: Digest) -> Manifest:

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,6 @@ from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
 from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
-from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
@@ -33,7 +33,7 @@ from imagestore.store.lookup import Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
 from imagestore.store.placement import Placement, too_scattered
-from imagestore.store.publish import publish
+from imagestore.store.roots import Offer
 from imagestore.store.store import Store
 
 _PARTS_BYTES = 10 << 20
@@ -133,20 +133,17 @@ class _Writer:
         if digest == current:
             return self._result(digest, changed=False)
         self._lookup.engage()
-
-        def repair(lost: set[Digest]) -> Layout:
-            self._packer.avoid(lost)
+        set_name = partial(self._store.names.set, name, tag, architecture, digest)
+        offer, bad = Offer(self._store, self._lease, encoded, set_name), set[Digest]()
+        while True:
+            self._packer.avoid(bad)
             self._store_again()
             self._packer.publish_index()
-            return self._placement.layout(digest, self._rows)
-
-        layout = repair(set())
-        layout.check(manifest)
-        publish(
-            self._store, self._lease, encoded, layout, repair,
-            lambda: self._store.names.set(name, tag, architecture, digest),
-        )  # fmt: skip
-        return self._result(digest, changed=True)
+            layout = self._placement.layout(digest, self._rows)
+            layout.check(manifest)
+            bad = offer(layout)
+            if not bad:
+                return self._result(digest, changed=True)
 
     def _result(self, digest: Digest, *, changed: bool) -> PushResult:
         self._report(self._disk.size_bytes)

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from imagestore.errors import StoreError
 from imagestore.formats.columns import first_of_each
 from imagestore.formats.digest import Digest
-from imagestore.gc import find_roots
 from imagestore.store.inventory import Inventory, Table, read_layouts
+from imagestore.store.roots import find_roots
 from imagestore.store.store import Store
 
 

@@ -31,12 +31,12 @@ from imagestore.formats.keys import (
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import unseal
-from imagestore.gc import find_roots, reindex
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import Frames, load
-from imagestore.store.inventory import Inventory, named, read_footer
+from imagestore.store.inventory import Inventory, named, read_footer, reindex
 from imagestore.store.leases import Condemned
 from imagestore.store.names import NameRecord
+from imagestore.store.roots import find_roots
 from imagestore.store.store import Store, StoreInfo
 
 
@@ -113,7 +113,7 @@ def verify_store(
         report.checked_bytes += stat.size_bytes if full else 0
         progress(Progress("verify", report.checked_bytes if full else 0, total))
     with contextlib.suppress(Corrupt, Unsupported):
-        needed = _needed(store)
+        needed = find_roots(store, 0.0, float("inf")).images
         spare = packs_of.keys() - needed
         used = set().union(*(packs_of[name] for name in packs_of.keys() & needed))
         doomed = {PACKS.key(pack) for pack in Condemned.read(store).packs.keys() - used}
@@ -122,11 +122,6 @@ def verify_store(
                 report.problems.remove(problem)
                 report.waste.append(problem)
     return report
-
-
-def _needed(store: Store) -> set[Digest]:
-    roots = find_roots(store, 0.0, float("inf"))
-    return roots.must | roots.may
 
 
 def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> VerifyReport:

@@ -1,6 +1,7 @@
 """What lies in the packs of a store, for whoever looks at all of it: collector, verify, stats, repair."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -10,17 +11,18 @@ import numpy.typing as npt
 
 from imagestore.backends.protocol import ObjectStat
 from imagestore.disks.windows import in_order
-from imagestore.errors import Corrupt, NotFound, StoreError
+from imagestore.errors import Conflict, Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import IndexPart
-from imagestore.formats.keys import INDEX, PACKS, Kind
+from imagestore.formats.keys import HOOKS_KEY, INDEX, PACKS, Kind
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
-from imagestore.store.index import read_part
+from imagestore.store.index import publish_part, read_hooks, read_part
 from imagestore.store.store import Store
 
 _SHIFT = (MAX_FRAME_BYTES - 1).bit_length()
 _TAIL_BYTES = 256 << 10
+_ATTEMPTS = 5
 
 
 class Table:
@@ -114,6 +116,36 @@ class Inventory:
             if not same.all():
                 raise Corrupt(f"the layout of {layout.manifest} does not fit pack {pack}")
             yield Use(pack, table, chunks, rows)
+
+
+def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ()) -> None:
+    """Index parts without packs that are gone or about to go; hooks of all parts and of no others."""
+    stale: set[Digest] = set()
+    for name, packs in list(inventory.parts.items()):
+        kept = [pack for pack in packs if pack in inventory.packs and pack not in doomed]
+        if len(kept) < len(packs):
+            stale.add(name)
+            if kept:
+                inventory.parts[publish_part(store, inventory.part(kept))] = kept
+    for _ in range(_ATTEMPTS):
+        hooks, etag = read_hooks(store)
+        missing = inventory.parts.keys() - stale - set(hooks.parts)
+        # A part that came after the inventory is there; one that a killed run deleted is not.
+        unknown = set(hooks.parts) - inventory.parts.keys()
+        lost = stale | {name for name in unknown if not store.has(INDEX.key(name))}
+        if not (lost & set(hooks.parts) or missing):
+            break
+        hooks = hooks.without(lost)
+        for name in missing:
+            part = inventory.part(inventory.parts[name])
+            hooks = hooks.with_part(name, part, len(part.encode()))
+        with contextlib.suppress(Conflict):
+            store.backend.put(HOOKS_KEY, hooks.encode(), if_match=etag, if_none_match=etag is None)
+            break
+    else:
+        return
+    for name in stale:
+        store.backend.delete(INDEX.key(name))
 
 
 def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Digest, Layout | StoreError]]:

@@ -18,7 +18,7 @@ from typing import Self
 
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import CONDEMNED_KEY, LEASES, PACKS, REFS
+from imagestore.formats.keys import CONDEMNED_KEY, LEASES, PACKS
 from imagestore.formats.sealed import seal, unseal
 from imagestore.outside import real, whole
 from imagestore.store.store import Store
@@ -178,36 +178,3 @@ def leases(store: Store) -> Iterator[LeaseRecord]:
             except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
                 raise Corrupt(f"{stat.key}: {err}") from err
             yield LeaseRecord(stat.key, packs, images, expires_s)
-
-
-def hold(store: Store, holder: str, images: Iterable[Digest]) -> None:
-    """Keep images for as long as something uses them (an instance, under its uuid), whatever their names do.
-
-    Raises NotFound when one of them is not (or no longer) whole; then nothing is held.
-    """
-    from imagestore.store.publish import check_present
-
-    digests = sorted(set(images))
-    store.backend.put(REFS.key(holder), seal({"images": [digest.hex() for digest in digests]}))
-    try:
-        for digest in digests:
-            check_present(store, digest)
-    except NotFound:
-        release(store, holder)
-        raise
-
-
-def release(store: Store, holder: str) -> None:
-    """End `hold`; may be repeated."""
-    store.backend.delete(REFS.key(holder))
-
-
-def held(store: Store) -> Iterator[Digest]:
-    """Everything that is held. Raises Corrupt, Unsupported."""
-    for stat in store.backend.list(REFS.prefix):
-        with contextlib.suppress(NotFound):
-            body = unseal(store.backend.get(stat.key).data, stat.key)
-            try:
-                yield from map(Digest.parse, body["images"])
-            except (KeyError, TypeError, AttributeError, Invalid) as err:
-                raise Corrupt(f"{stat.key}: {err}") from err

@@ -17,7 +17,7 @@ from imagestore.formats.digest import Digest
 from imagestore.gc import collect
 from imagestore.store.names import Names
 from imagestore.store.open import open_backend, settle
-from imagestore.store.publish import tag, undelete
+from imagestore.store.roots import tag, undelete
 from imagestore.store.store import Store
 from tests import drills
 from tests.faults.faulty import WAYS, Faulty, Killed

@@ -23,8 +23,7 @@ from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.sealed import unseal
 from imagestore.gc import collect
-from imagestore.store.leases import hold, release
-from imagestore.store.publish import tag, undelete
+from imagestore.store.roots import hold, release, tag, undelete
 from imagestore.store.store import Store
 from imagestore.verify import verify_image, verify_store
 from tests.faults.faulty import Killed

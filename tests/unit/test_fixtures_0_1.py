@@ -44,8 +44,9 @@ from imagestore.formats.keys import TRACES
 from imagestore.formats.manifest import Manifest
 from imagestore.mirror.signing import Keyring, Publisher
 from imagestore.pull import pull
-from imagestore.store.leases import Condemned, held
+from imagestore.store.leases import Condemned
 from imagestore.store.open import open_store
+from imagestore.store.roots import held
 from imagestore.store.store import Store
 from imagestore.store.trust import open_signed
 from imagestore.verify import verify_store

@@ -8,9 +8,9 @@ from imagestore.formats.keys import CONDEMNED_KEY, MANIFESTS
 from imagestore.formats.sealed import seal
 from imagestore.gc import collect
 from imagestore.mirror import signing
-from imagestore.store.leases import Condemned, Lease, hold, release
+from imagestore.store.leases import Condemned, Lease
 from imagestore.store.names import NameRecord
-from imagestore.store.publish import tag, undelete
+from imagestore.store.roots import hold, release, tag, undelete
 from imagestore.store.store import Store
 from tests.memory import Memory
 from tests.world import HOUR, World, disk

@@ -8,8 +8,9 @@ from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.gc import collect
 from imagestore.pull import pull
 from imagestore.stats import store_stats
-from imagestore.store.leases import Lease, hold
+from imagestore.store.leases import Lease
 from imagestore.store.names import name_key
+from imagestore.store.roots import hold
 from imagestore.store.store import Store
 from imagestore.verify import repair, verify_image, verify_store
 from tests import drills

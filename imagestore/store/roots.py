@@ -1,0 +1,212 @@
+"""What the collector keeps, and how something becomes that: names, references of instances, leases, signed targets.
+
+A root that is set counts in every later marking of the collector. So what has to be sure *after* it is set is only
+that nothing it needs had been condemned, marked as trash or deleted before: that is asked, and put right.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
+from imagestore.formats.digest import Digest
+from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, REFS, TUF, untrashed
+from imagestore.formats.layout import Layout
+from imagestore.formats.sealed import seal, unseal
+from imagestore.store.leases import LEASE_S, Condemned, Lease, leases
+from imagestore.store.names import LATEST, NameRecord
+from imagestore.store.store import Store
+
+_ATTEMPTS = 5
+
+
+class Offer:
+    """The end of every write: layout, manifest, then `set_name`, and the questions before and after that.
+
+    Its writer says `while bad := offer(layout)`, and stores anew what lay in bad packs for the next layout.
+    """
+
+    def __init__(
+        self, store: Store, lease: Lease, manifest: bytes, set_name: Callable[[], object] | None = None
+    ) -> None:
+        self._store, self._lease, self._set_name = store, lease, set_name
+        digest = Digest.of(manifest)
+        self._layout_key = LAYOUTS.key(digest)
+        self._objects = {self._layout_key: b"", MANIFESTS.key(digest): manifest}
+        self._etags: dict[str, str] = {}
+        self._named = False
+        self._left = _ATTEMPTS
+
+    def __call__(self, layout: Layout) -> set[Digest]:
+        """The packs of it that must not be used; none when the image is stored whole and named.
+
+        Raises Conflict when the collector condemns faster than the writer repairs.
+        """
+        put = self._store.backend.put
+        self._objects[self._layout_key] = layout.encode()
+        self._etags.pop(self._layout_key, None)
+        while self._left:
+            self._left -= 1
+            began_s = self._store.backend.now()
+            bad = self._lease.unusable(layout.packs)
+            if bad:
+                return bad
+            # Only when nothing is condemned may the objects be believed; the collector may have marked them.
+            lost = [key for key in self._objects if not self._stands(key)]
+            if self._named and not lost:
+                return set()
+            for key in lost:
+                self._etags[key] = put(key, self._objects[key]).etag
+            if self._store.backend.now() - began_s > LEASE_S:
+                # Suspended for long: what was just written may have been collected. Look again before it is named.
+                self._etags.clear()
+            elif not self._named:
+                if self._set_name is not None:
+                    self._set_name()
+                self._named = True
+        raise Conflict(f"the collector of {self._store.url} is faster than this writer", hint="try again")
+
+    def _stands(self, key: str) -> bool:
+        """Whether an object is written and, once there is a name, still as it was."""
+        if key not in self._etags or not self._named:
+            return key in self._etags
+        with suppress(NotFound):
+            return self._store.backend.stat(key).etag == self._etags[key]
+        return False
+
+
+def tag(store: Store, digest: Digest, name: str, tag: str, architecture: str) -> NameRecord:
+    """Give an image that is in the store one more name. Raises NotFound when it is not whole."""
+    store.check_writable()
+    check_present(store, digest)
+    record = store.names.set(name, tag, architecture, digest)
+    return _checked(store, record)
+
+
+def undelete(store: Store, name: str, tag: str = LATEST) -> NameRecord:
+    """Bring a removed name back. Raises NotFound when the grace period was over."""
+    store.check_writable()
+    return _checked(store, store.names.undelete(name, tag))
+
+
+def _checked(store: Store, record: NameRecord) -> NameRecord:
+    try:
+        for digest in record.images.values():
+            check_present(store, digest)
+    except NotFound:
+        # A name must not stay that points at nothing.
+        store.names.remove(record.name, record.tag)
+        raise
+    return record
+
+
+def check_present(store: Store, digest: Digest) -> None:
+    """Whether manifest, layout and packs are there and not condemned; marks of the collector are taken off.
+
+    Called after a root was set, so that whatever the collector does next sees it. Raises NotFound.
+    """
+    gone = NotFound(f"image {digest} is not in {store.url}, or is being removed", hint="push it again")
+    try:
+        for key in (LAYOUTS.key(digest), MANIFESTS.key(digest)):
+            _restore(store, key)
+        layout = store.layout(digest)
+        if not Condemned.read(store).packs.keys().isdisjoint(layout.packs):
+            raise gone
+        for pack in layout.packs:
+            store.backend.stat(PACKS.key(pack))
+    except NotFound as err:
+        raise gone from err
+
+
+def _restore(store: Store, key: str) -> None:
+    for _ in range(_ATTEMPTS):
+        found = store.backend.get(key)
+        data = untrashed(found.data)
+        if data is found.data:
+            return
+        try:
+            store.backend.put(key, data, if_match=found.stat.etag)
+            return
+        except Conflict:
+            continue
+    raise Conflict(f"{store.url}/{key} is being changed by others", hint="try again")
+
+
+def hold(store: Store, holder: str, images: Iterable[Digest]) -> None:
+    """Keep images for as long as something uses them (an instance, under its uuid), whatever their names do.
+
+    Raises NotFound when one of them is not (or no longer) whole; then nothing is held.
+    """
+    digests = sorted(set(images))
+    store.backend.put(REFS.key(holder), seal({"images": [digest.hex() for digest in digests]}))
+    try:
+        for digest in digests:
+            check_present(store, digest)
+    except NotFound:
+        release(store, holder)
+        raise
+
+
+def release(store: Store, holder: str) -> None:
+    """End `hold`; may be repeated."""
+    store.backend.delete(REFS.key(holder))
+
+
+def held(store: Store) -> Iterator[Digest]:
+    """Everything that is held. Raises Corrupt, Unsupported."""
+    for stat in store.backend.list(REFS.prefix):
+        with suppress(NotFound):
+            body = unseal(store.backend.get(stat.key).data, stat.key)
+            try:
+                yield from map(Digest.parse, body["images"])
+            except (KeyError, TypeError, AttributeError, Invalid) as err:
+                raise Corrupt(f"{stat.key}: {err}") from err
+
+
+@dataclass(slots=True)
+class Roots:
+    """Images that have to be there, images that may be, and packs that writers count on."""
+
+    must: set[Digest] = field(default_factory=set)
+    may: set[Digest] = field(default_factory=set)
+    packs: set[Digest] = field(default_factory=set)
+    tombstones: list[NameRecord] = field(default_factory=list)
+    """Whose grace is over."""
+    dead_leases: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> set[Digest]:
+        """All of both."""
+        return self.must | self.may
+
+
+def find_roots(store: Store, now_s: float, before_s: float) -> Roots:
+    """Everything in use at `now_s`, and what was in use at `before_s` or later. Raises Corrupt, Unsupported."""
+    roots = Roots()
+    for record in store.names.list(removed=True):
+        if not record.removed:
+            roots.must |= set(record.images.values())
+        elif record.modified_s <= before_s:
+            roots.tombstones.append(record)
+            continue
+        else:
+            roots.may |= set(record.images.values())
+        ended_s = record.modified_s
+        for change in record.history:
+            if ended_s > before_s:
+                roots.may |= set(change.images.values())
+            ended_s = change.at_s
+    roots.must |= set(held(store))
+    for lease in leases(store):
+        if lease.expires_s < now_s:
+            roots.dead_leases.append(lease.key)
+        else:
+            roots.packs |= lease.packs
+            roots.may |= lease.images
+    if next(iter(store.backend.list(TUF.prefix)), None) is not None:
+        from imagestore.store.trust import signed_targets
+
+        for digests in signed_targets(store.backend).values():
+            roots.may |= digests
+    roots.may -= roots.must
+    return roots
