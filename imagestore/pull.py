@@ -201,10 +201,11 @@ class _Filling:
         self._file.allocate(self._offsets[missing], self._lengths[missing])
         reader = ImageReader(lambda: store, self._digest, self._manifest)
         reader.layout()
+        backends = [one.backend for one in (store, store, *fallbacks)]
 
         def fetch(frames: Frames, request: slice) -> tuple[Numbers, int]:
             """In the pool: read, verify and write; the chunks, and the bytes fetched."""
-            stored = frames.read(request, store, store, *fallbacks)
+            stored = frames.read(request, *backends)
             for frame, data in zip(range(request.start, request.stop), stored, strict=True):
                 self._unpack(frames, frame, data)
             return frames.chunks[frames.rows(request)], sum(map(len, stored))

@@ -10,38 +10,35 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, Object, ObjectStat, ReadOnly
 from imagestore.errors import Corrupt, NotFound, Unavailable
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import PACKS, Check, kind_of, matches
-from imagestore.formats.pack import TRAILER, Footer, split_pack
+from imagestore.formats.pack import Footer
+from imagestore.store.frames import Frames
+from imagestore.store.inventory import open_tail, read_tail
 
 _REQUEST_BYTES = 4 << 20
 _MOST_PACKS = 4096
 _AWAY_S = 30.0
 """An upstream that did not answer is left alone for so long where there is a copy: its retries took long enough."""
-Frames = list[int]
-"""Numbers of frames, or places in a pack by frame."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pack:
-    """A pack whose footer is known."""
+class _Pack(NamedTuple):
+    """A pack whose footer is known: all its frames, and its bytes from the footer on."""
 
     stat: ObjectStat
     footer: Footer
+    frames: Frames
     tail: bytes
-    """The pack's bytes from the footer on."""
-    starts: Frames
-    ends: Frames
 
 
 class PullThrough(ReadOnly):
@@ -88,7 +85,7 @@ class PullThrough(ReadOnly):
                     return kept
             except NotFound:
                 pass
-        with self._alone(key, -1) as first:
+        with self._alone(key) as first:
             if named and not first:
                 return self._whole(key)
             if time.monotonic() < self._away_until_s:
@@ -110,32 +107,20 @@ class PullThrough(ReadOnly):
         pack = self._packs.get(key)
         if pack is not None:
             return pack
-        with self._alone(key, -2) as first:
+        with self._alone(key) as first:
             if not first and key in self._packs:
                 return self._packs[key]
-            tail_key = f"tails/{key[-64:]}"
+            name, tail_key = Digest.parse(key[-64:]), f"tails/{key[-64:]}"
             try:
                 kept = self._kept.get(tail_key).data
-                stat = ObjectStat(key, int.from_bytes(kept[:8], "little"), key[-64:], 0.0)
-                tail = kept[8:]
+                size_bytes, tail = int.from_bytes(kept[:8], "little"), kept[8:]
+                footer = open_tail(tail, name, size_bytes)
             except NotFound:
-                stat = self._upstream.stat(key)
-                # Exactly the footer: a guess at its length would bring frames a second time.
-                end = self._upstream.get(key, max(0, stat.size_bytes - 12), 12).data
-                needed = int.from_bytes(end[:4], "little") + 12
-                if end[4:] != TRAILER or needed > min(stat.size_bytes, 64 << 20):
-                    raise Corrupt(f"{self.url}/{key} is no pack") from None
-                tail = self._upstream.get(key, stat.size_bytes - needed, needed).data
-            encoded = split_pack(tail)
-            if Digest.of(encoded).hex() != key[-64:]:
-                raise Corrupt(f"{self.url}/{key}: the footer does not match the name")
-            footer = Footer.decode(encoded)
-            if footer.data_bytes + len(tail) != stat.size_bytes:
-                raise Corrupt(f"{self.url}/{key}: the pack has another size than its footer says")
-            self._kept.put(tail_key, stat.size_bytes.to_bytes(8, "little") + tail)
-            starts = footer.offsets.tolist()
-            pack = _Pack(stat, footer, tail, starts, (footer.offsets + footer.sizes).tolist())
-            self._packs[key] = pack
+                footer, tail = read_tail(self._upstream, name)
+                size_bytes = footer.data_bytes + len(tail)
+                self._kept.put(tail_key, size_bytes.to_bytes(8, "little") + tail)
+            stat = ObjectStat(key, size_bytes, key[-64:], 0.0)
+            pack = self._packs[key] = _Pack(stat, footer, Frames.of_pack(name, footer), tail)
             if len(self._packs) > _MOST_PACKS:
                 self._packs.pop(next(iter(self._packs)))
             return pack
@@ -147,72 +132,60 @@ class PullThrough(ReadOnly):
             raise Corrupt(
                 f"{self.url}/{key}: bytes {start} to {end} of {pack.stat.size_bytes} were asked for"
             )
-        first = int(np.searchsorted(pack.ends, start, "right"))
-        last = int(np.searchsorted(pack.starts, end))
-        out = b"".join(self._frame_bytes(key, pack, range(first, last)))
-        base = pack.starts[first] if first < last else pack.footer.data_bytes
-        if end > pack.footer.data_bytes:
+        starts, data_bytes = pack.frames.places, pack.footer.data_bytes
+        first = int(np.searchsorted(starts + pack.frames.sizes, start, "right"))
+        last = int(np.searchsorted(starts, end))
+        out = b"".join(self._stored(key, pack, range(first, last)))
+        base = int(starts[first]) if first < last else data_bytes
+        if end > data_bytes:
             out += pack.tail
         return Object(out[start - base : end - base], pack.stat)
 
-    def _frame_bytes(self, key: str, pack: _Pack, frames: range) -> Iterator[bytes]:
+    def _stored(self, key: str, pack: _Pack, numbers: range) -> Sequence[Buffer]:
+        """The stored bytes of these frames: kept here, on their way for somebody else, or fetched now."""
         path = self._frames / key[-64:]
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.utime(descriptor)
-            found = [self._read(descriptor, pack, frame) for frame in frames]
-            missing = [frame for frame, data in zip(frames, found, strict=True) if data is None]
-            for run in _runs(pack, missing):
-                for frame, data in self._fetch(key, pack, descriptor, run):
-                    found[frame - frames.start] = data
-            yield from (data for data in found if data is not None)
+            found = _kept(descriptor, pack, numbers)
+            complete = len(found) == len(numbers)
+            while missing := [frame for frame in numbers if frame not in found]:
+                with self._lock:
+                    others = [self._running[key, at] for at in missing if (key, at) in self._running]
+                    ours = {(key, at): Future[None]() for at in missing if (key, at) not in self._running}
+                    self._running |= ours
+                try:
+                    mine = [frame for _, frame in ours]
+                    found |= _kept(descriptor, pack, mine)  # brought since we looked
+                    found |= self._fetch(descriptor, pack, [frame for frame in mine if frame not in found])
+                finally:
+                    with self._lock:
+                        for claim, future in ours.items():
+                            del self._running[claim]
+                            future.set_result(None)
+                for future in others:
+                    future.result()
+                found |= _kept(descriptor, pack, [frame for frame in missing if frame not in found])
         finally:
             os.close(descriptor)
-        if missing:
+        if not complete:
             self._make_room(path)
+        return [found[frame] for frame in numbers]
 
-    def _read(self, descriptor: int, pack: _Pack, frame: int) -> bytes | None:
-        data = os.pread(descriptor, pack.ends[frame] - pack.starts[frame], pack.starts[frame])
-        return data if Digest.of(data) == pack.footer.hashes[frame].tobytes() else None
-
-    def _fetch(self, key: str, pack: _Pack, descriptor: int, run: Frames) -> Iterator[tuple[int, bytes]]:
-        """Adjoining frames, those that nobody fetches yet in one request each run of them."""
-        with self._lock:
-            others = {frame: self._running[key, frame] for frame in run if (key, frame) in self._running}
-            mine = [frame for frame in run if frame not in others]
-            ours = {frame: Future[None]() for frame in mine}
-            self._running |= {(key, frame): future for frame, future in ours.items()}
-        try:
-            wanted = []
-            for frame in mine:  # somebody may have brought it since we looked
-                kept = self._read(descriptor, pack, frame)
-                if kept is None:
-                    wanted.append(frame)
-                else:
-                    yield frame, kept
-            for part in _runs(pack, wanted):
-                start, end = pack.starts[part[0]], pack.ends[part[-1]]
-                data = self._upstream.get(key, start, end - start).data
-                for frame in part:
-                    piece = data[pack.starts[frame] - start : pack.ends[frame] - start]
-                    if Digest.of(piece) != pack.footer.hashes[frame].tobytes():
-                        raise Corrupt(f"{self.url}/{key}: a frame does not match its hash")
-                    os.pwrite(descriptor, piece, pack.starts[frame])
-                    with self._lock:
-                        self._kept_bytes += len(piece)
-                    yield frame, piece
-        finally:
-            with self._lock:
-                for frame, future in ours.items():
-                    del self._running[key, frame]
-                    future.set_result(None)
-        for frame, future in others.items():
-            future.result()
-            found = self._read(descriptor, pack, frame)
-            if found is None:  # whoever fetched it failed
-                yield from self._fetch(key, pack, descriptor, [frame])
-            else:
-                yield frame, found
+    def _fetch(self, descriptor: int, pack: _Pack, numbers: Sequence[int]) -> dict[int, Buffer]:
+        """Frames (ascending) from upstream, adjoining ones in one request."""
+        chosen = np.isin(pack.footer.frame_of_chunk, numbers)
+        frames, found = Frames.of_pack(pack.frames.packs[0], pack.footer, chosen), dict[int, Buffer]()
+        for request in frames.requests(_REQUEST_BYTES, bulk=False):
+            stored = frames.read(request, self._upstream)
+            for number, place, data in zip(
+                numbers[request], frames.places[request].tolist(), stored, strict=True
+            ):
+                os.pwrite(descriptor, data, place)
+                with self._lock:
+                    self._kept_bytes += len(data)
+                found[number] = data
+        return found
 
     def _make_room(self, but: Path) -> None:
         with self._lock:
@@ -225,44 +198,30 @@ class PullThrough(ReadOnly):
                 self._kept_bytes -= path.stat().st_blocks * 512
                 path.unlink()
 
-    def _alone(self, key: str, what: int) -> "_Turn":
-        return _Turn(self._running, self._lock, (key, what))
-
-
-class _Turn:
-    """Lets one thread at a time do the work for a key; true for whoever came first."""
-
-    def __init__(
-        self, running: dict[tuple[str, int], Future[None]], lock: threading.Lock, key: tuple[str, int]
-    ) -> None:
-        self._running, self._lock, self._key = running, lock, key
-        self._mine: Future[None] = Future()
-
-    def __enter__(self) -> bool:
-        first = True
+    @contextlib.contextmanager
+    def _alone(self, key: str) -> Iterator[bool]:
+        """Lets one thread at a time do the work for a key; true for whoever came first."""
+        first, mine = True, Future[None]()
         while True:
             with self._lock:
-                other = self._running.get(self._key)
-                if other is None:
-                    self._running[self._key] = self._mine
-                    return first
+                other = self._running.setdefault((key, -1), mine)
+            if other is mine:
+                break
             other.result()
             first = False
+        try:
+            yield first
+        finally:
+            with self._lock:
+                del self._running[key, -1]
+            mine.set_result(None)
 
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            del self._running[self._key]
-        self._mine.set_result(None)
 
-
-def _runs(pack: _Pack, frames: Frames) -> Iterator[Frames]:
-    """Adjoining frames together, up to _REQUEST_BYTES."""
-    run: Frames = []
-    for frame in frames:
-        fits = run and pack.ends[frame] - pack.starts[run[0]] <= _REQUEST_BYTES
-        if run and not (fits and frame == run[-1] + 1):
-            yield run
-            run = []
-        run.append(frame)
-    if run:
-        yield run
+def _kept(descriptor: int, pack: _Pack, numbers: Iterable[int]) -> dict[int, Buffer]:
+    """Those of these frames that lie in the local file, whole."""
+    found: dict[int, Buffer] = {}
+    for number in numbers:
+        data = os.pread(descriptor, int(pack.frames.sizes[number]), int(pack.frames.places[number]))
+        if Digest.of(data) == pack.frames.hashes[number].tobytes():
+            found[number] = data
+    return found

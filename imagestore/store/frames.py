@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from imagestore.backends.protocol import Backend
 from imagestore.disks.windows import in_order
 from imagestore.errors import Corrupt, NotFound, StoreError, Unavailable
 from imagestore.formats import columns
@@ -89,9 +90,8 @@ class Frames:
         used, of_chunk = np.unique(layout.chunk_frames[rows], return_inverse=True)
         places = (layout.frame_packs[used].astype(np.int64) << _PACK_BITS) + layout.frame_offsets[used]
         order = np.argsort(places, kind="stable")
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        rows, counts = rows[np.argsort(rank[of_chunk], kind="stable")], np.bincount(rank[of_chunk])
+        rank = np.argsort(order)[of_chunk]
+        rows, counts = rows[np.argsort(rank, kind="stable")], np.bincount(rank)
         frames = used[order]
         return cls(
             layout.packs, places[order], layout.frame_sizes[frames].astype(np.int64),
@@ -141,7 +141,7 @@ class Frames:
         """All frames, in as many requests as `plan_requests` makes of them."""
         return plan_requests(self.places, self.places + self.sizes, limit_bytes, bulk=bulk)
 
-    def read(self, request: slice, *stores: Store) -> list[memoryview]:
+    def read(self, request: slice, *stores: Backend) -> list[memoryview]:
         """The stored bytes of a request's frames, right ones, of the first of these stores that has them.
 
         Raises Corrupt, NotFound, Unavailable: what the first one said.
@@ -153,7 +153,7 @@ class Frames:
         key, failures = PACKS.key(self.packs[number]), list[StoreError]()
         for store in stores:
             try:
-                data = memoryview(store.backend.get(key, start, ends[-1]).data)
+                data = memoryview(store.get(key, start, ends[-1]).data)
                 stored = [data[begin:end] for begin, end in zip(begins, ends, strict=True)]
                 digests = b"".join(blake3(piece).digest() for piece in stored)
                 if digests == self.hashes[request].tobytes() and len(data) == ends[-1]:
@@ -182,9 +182,9 @@ class Frames:
                 pack = self.packs[int(self.places[frame]) >> _PACK_BITS]
                 raise Corrupt(f"a chunk in pack {pack} is not what its id says")
 
-    def load(self, request: slice, *stores: Store) -> "Loaded":
+    def load(self, request: slice, store: Backend) -> "Loaded":
         """Read a request, expand it, check every wanted chunk. Raises Corrupt, NotFound, Unavailable."""
-        loaded = Loaded(self, request, self.read(request, *stores), [])
+        loaded = Loaded(self, request, self.read(request, store), [])
         for frame, stored in zip(range(request.start, request.stop), loaded.stored, strict=True):
             pieces = self.cut(frame, self.expand(frame, stored))
             self.check(frame, pieces)
@@ -205,7 +205,7 @@ def load(store: Store, wanted: Iterable[Frames]) -> Iterator[Loaded]:
     """All of them, some requests ahead of who looks at them. Raises Corrupt, NotFound, Unavailable."""
     requests = ((frames, request) for frames in wanted for request in frames.requests())
     with ThreadPoolExecutor(READERS, "sf-read") as pool:
-        yield from in_order(pool, lambda one: one[0].load(one[1], store), requests, READERS)
+        yield from in_order(pool, lambda one: one[0].load(one[1], store.backend), requests, READERS)
 
 
 class ImageReader:
@@ -254,7 +254,7 @@ class ImageReader:
 
     def load(self, chunks: Sequence[int] | Numbers, pool: Executor | None = None) -> Iterator[Loaded]:
         """These chunks, checked. Raises Corrupt, NotFound, Unavailable."""
-        return self.each(chunks, lambda frames, request: frames.load(request, self.store()), pool)
+        return self.each(chunks, lambda frames, request: frames.load(request, self.store().backend), pool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,7 @@ class StoreOrigin(ImageReader):
         return self.each(chunks, self._batch, limit_bytes=REQUEST_BYTES)
 
     def _batch(self, frames: Frames, request: slice) -> Batch:
-        stored = frames.read(request, self.store())
+        stored = frames.read(request, self.store().backend)
         found = [
             piece
             for frame, data in zip(range(request.start, request.stop), stored, strict=True)

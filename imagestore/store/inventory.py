@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from imagestore.backends.protocol import ObjectStat
+from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.disks.windows import in_order
 from imagestore.errors import Conflict, Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
@@ -21,7 +21,7 @@ from imagestore.store.index import publish_part, read_hooks, read_part
 from imagestore.store.store import Store
 
 _SHIFT = (MAX_FRAME_BYTES - 1).bit_length()
-_TAIL_BYTES = 256 << 10
+_MOST_TAIL_BYTES = 64 << 20
 _ATTEMPTS = 5
 
 
@@ -163,19 +163,28 @@ def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Diges
 
 def read_footer(store: Store, pack: Digest) -> Footer:
     """From the end of the pack itself. Raises NotFound, Corrupt."""
+    return read_tail(store.backend, pack)[0]
+
+
+def read_tail(backend: Backend, pack: Digest) -> tuple[Footer, bytes]:
+    """A pack's footer, and its bytes from there on. Raises NotFound, Corrupt."""
     key = PACKS.key(pack)
-    size = store.backend.stat(key).size_bytes
-    tail = b""
-    for length in (_TAIL_BYTES, size):
-        start = max(0, size - length)
-        tail = store.backend.get(key, start, size - start).data
-        footer_bytes = int.from_bytes(tail[-12:-8], "little")
-        if start == 0 or tail[-8:] != TRAILER or footer_bytes + 12 <= len(tail):
-            break
+    size_bytes = backend.stat(key).size_bytes
+    # Exactly that: a guess at its length would bring frames as well.
+    end = backend.get(key, max(0, size_bytes - 12), min(12, size_bytes)).data
+    length = int.from_bytes(end[:4], "little") + 12
+    if end[4:] != TRAILER or length > min(size_bytes, _MOST_TAIL_BYTES):
+        raise Corrupt(f"{backend.url}/{key} is no pack, or its footer is cut short")
+    tail = backend.get(key, size_bytes - length, length).data
+    return open_tail(tail, pack, size_bytes), tail
+
+
+def open_tail(tail: bytes, pack: Digest, size_bytes: int) -> Footer:
+    """The footer in the last bytes of a pack of this length. Raises Corrupt."""
     encoded = split_pack(tail)
     footer = Footer.decode(encoded)
-    if Digest.of(encoded) != pack or footer.data_bytes + len(encoded) + 12 != size:
-        raise Corrupt(f"pack {pack} in {store.url} has another footer or length than its name says")
+    if Digest.of(encoded) != pack or footer.data_bytes + len(tail) != size_bytes:
+        raise Corrupt(f"pack {pack} has another footer or length than its name says")
     return footer
 
 
