@@ -130,13 +130,15 @@ def remove_remote(name: str) -> Path:
     path = user_config()
     if name not in read_toml(path).get("remotes", {}):
         raise Problem(f"no remote is called {name!r} in {path}", hint="sf remote ls", code=MISSING)
-    section = re.compile(
-        rf"^\[remotes\.{re.escape(name)}\][^\n]*\n(?:(?!\[).*(?:\n|\Z))*?(?=^\[|\Z)", re.MULTILINE
-    )
-    text, count = section.subn("", path.read_text())
-    if not count:
+    kept: list[str] = []
+    inside = found = False
+    for line in path.read_text().splitlines(keepends=True):
+        inside = line.startswith(f"[remotes.{name}]") if line.startswith("[") else inside
+        found |= inside
+        kept += [] if inside else [line]
+    if not found:
         raise Problem(f"{path} has {name!r} in an unusual form", hint="edit it by hand", code=ERROR)
-    return _write(path, text)
+    return _write(path, "".join(kept))
 
 
 def _write(path: Path, text: str) -> Path:

@@ -27,10 +27,10 @@ ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 SHIPPED = Path(__file__).with_name("sources.d")
 """The lists that come with sf, in a wheel as well."""
 
-_GNU = re.compile(r"^\\?([0-9a-fA-F]{32,128})\s+[ *]?(.+?)\s*$", re.MULTILINE)
-_BSD = re.compile(r"^(MD5|SHA1|SHA256|SHA384|SHA512) \((.+?)\) = ([0-9a-fA-F]+)\s*$", re.MULTILINE)
-_BARE = re.compile(r"\s*([0-9a-fA-F]{32,128})\s*")
-_NUMBER = re.compile(r"\d+")
+_HEX = re.compile(r"[0-9a-fA-F]{32,128}")
+_TAGGED = re.compile(r"(MD5|SHA1|SHA256|SHA384|SHA512) \((.+)\) = ([0-9a-fA-F]{32,128})")
+_NUMBER = re.compile(r"[0-9]+")
+_BUILD_LENGTH = 100
 _MOST_BYTES = 1 << 40
 
 
@@ -171,7 +171,8 @@ def _number(body: Mapping[str, Any], key: str, default: int, most: int) -> int:
 
 def newest(page: str, pattern: str, arch: str) -> str:
     """The greatest build that a page names, numbers compared as numbers. Raises NotFound."""
-    found = set(re.findall(pattern.replace("{arch}", re.escape(arch)), page))
+    named = re.findall(pattern.replace("{arch}", re.escape(arch)), page)
+    found = {build for build in named if len(build) <= _BUILD_LENGTH}
     if not found:
         raise NotFound(f"the page names no build that matches {pattern!r}")
     return str(max(found, key=lambda text: [int(number) for number in _NUMBER.findall(text)]))
@@ -194,18 +195,19 @@ def find_checksum(text: str, file: str) -> tuple[str, str]:
 
     The strongest wins where a list has several. Raises NotFound.
     """
-    found = [(ALGORITHMS[len(d)], d.lower()) for d, name in _GNU.findall(text) if _same(name, file, d)]
-    found += [(a.lower(), d.lower()) for a, name, d in _BSD.findall(text) if _same(name, file, d)]
-    bare = _BARE.fullmatch(text)
-    if bare and len(bare[1]) in ALGORITHMS:
-        found.append((ALGORITHMS[len(bare[1])], bare[1].lower()))
+    found = []
+    lines = [text.strip() + f"  {file}"] if len(text.split()) == 1 else text.splitlines()
+    for line in map(str.strip, lines):
+        tagged = _TAGGED.fullmatch(line)
+        digest, name = (
+            (tagged[3], tagged[2]) if tagged else (*line.removeprefix("\\").split(None, 1), "", "")[:2]
+        )
+        known = tagged[1].lower() if tagged else ALGORITHMS.get(len(digest))
+        if known and _HEX.fullmatch(digest) and name.removeprefix("*").removeprefix("./") == file:
+            found.append((known, digest.lower()))
     if not found:
         raise NotFound(f"the checksum file does not name {file}")
     return max(found, key=lambda entry: len(entry[1]))
-
-
-def _same(name: str, file: str, digest: str) -> bool:
-    return name.removeprefix("./") == file and len(digest) in ALGORITHMS
 
 
 def old_tag(tag: str, build: str) -> str:

@@ -84,3 +84,22 @@ def test_one_store_with_a_nonsensical_name_hides_no_other_stores_images(tmp_path
             ("c:d", resolver.stores["good"].url)
         ]
         assert server.call("GET", "/artifacts/a:b").status == 404
+
+
+def test_a_name_for_dns_is_judged_at_once_and_the_server_goes_on(server: Running) -> None:
+    """E2."""
+    server.network()
+    for name in ("a" * 42 + "!", "a" * 100_000, "a." * 400):
+        answer = server.call("POST", "/networks/lan/dns", {"name": name, "value": "10.42.0.9"})
+        assert answer.status == 400, answer.body
+        assert server.call("DELETE", "/networks/lan/dns", {"name": name}).status == 400
+    assert server.call("POST", "/networks/lan/dns", {"name": "db.x", "value": "10.42.0.9"}).status == 200
+    assert server.get("/networks/lan")["dns"] == {"db.x": "10.42.0.9"}
+
+
+def test_a_network_without_dns_takes_no_names(server: Running) -> None:
+    """F: accepted and ignored."""
+    server.network(provide_dns=False)
+    answer = server.call("POST", "/networks/lan/dns", {"name": "db", "value": "10.42.0.9"})
+    assert answer.status == 406
+    assert "no DNS" in answer.body["error"]

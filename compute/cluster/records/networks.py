@@ -14,8 +14,10 @@ from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotFound, NotReady
 from net import ipam
 
-_DNS_NAME = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.?){1,8}", re.IGNORECASE)
+_LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_DNS_NAME = re.compile(rf"{_LABEL}(\.{_LABEL}){{0,7}}\.?", re.IGNORECASE)
 _VNI_TRIES = 64
+_MAX_DNS_ENTRIES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,16 +127,25 @@ def unroute(txn: Transaction, uuid: str, address: str) -> None:
     txn.update(replace(found, routed={k: v for k, v in found.routed.items() if k != address}))
 
 
+def check_dns_name(name: str) -> None:
+    """Raises Invalid."""
+    if len(name) > 253 or not _DNS_NAME.fullmatch(name):
+        raise Invalid(f"not a DNS name: {name[:80]!r}", hint="1 to 8 labels of letters, digits, dashes")
+
+
 def set_dns(txn: Transaction, uuid: str, name: str, value: str | None) -> None:
-    """A name that the network's DNS answers; None removes it."""
+    """A name that the network's DNS answers; None removes it. Raises NotReady where there is no DNS."""
     found = find_network(txn, uuid)
-    if not _DNS_NAME.fullmatch(name):
-        raise Invalid(f"not a DNS name: {name[:80]!r}")
+    check_dns_name(name)
+    if not found.provide_dns:
+        raise NotReady(f"network {found.name} has no DNS", hint="make one without provide_dns: false")
     entries = {k: v for k, v in found.dns_entries.items() if k != name}
     if value is not None:
         entries[name] = str(parse_address(value))
     elif name not in found.dns_entries:
         raise NotFound(f"network {found.name} has no DNS entry {name}")
+    if len(entries) > _MAX_DNS_ENTRIES:
+        raise NoCapacity(f"network {found.name} has {_MAX_DNS_ENTRIES} DNS entries already")
     txn.update(replace(found, dns_entries=entries))
 
 
