@@ -3,7 +3,6 @@ from . import errors as errors
 from .allocator import keep_buffers as keep_buffers
 from .cache.control import Away as Away
 from .cache.control import ControlClient as ControlClient
-from .cache.filling import Fill as Fill
 from .cache.imaged import control_socket as control_socket
 from .cache.imaged import parse_size as parse_size
 from .cache.imaged import run_service as run_service
@@ -12,7 +11,7 @@ from .cache.images import Cached as Cached
 from .cache.images import ImageCache as ImageCache
 from .cache.images import list_images as list_images
 from .cache.service import Options as Options
-from .cache.trace import Trace as Trace
+from .cache.wanted import Fill as Fill
 from .copy import copy_name as copy_name
 from .disks.qcow2.writer import QCOW2_HEADER as QCOW2_HEADER
 from .disks.qcow2.writer import qcow2_header as qcow2_header
@@ -23,6 +22,7 @@ from .errors import StoreError as StoreError
 from .errors import Unavailable as Unavailable
 from .formats.digest import Digest as Digest
 from .formats.keys import TRACES as TRACES
+from .formats.trace import Trace as Trace
 from .gc import collect as collect
 from .outside import decimal as decimal
 from .outside import read_json as read_json

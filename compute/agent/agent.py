@@ -23,7 +23,7 @@ from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Host, Plane
 from compute.agent.hypervisor import accel
 from compute.agent.hypervisor.libvirt import Hypervisor
-from compute.agent.image_jobs import Cache, ImageJobs
+from compute.agent.image_service import ServedImages
 from compute.agent.operations import Operations
 from compute.errors import ComputeError, Unavailable
 from compute.wire.operations import NodeOperations
@@ -70,7 +70,7 @@ class Agent:
         node_name: str,
         state_dir: Path,
         plane: Plane,
-        images: Cache | ImageJobs,
+        images: ServedImages,
         libvirt_uri: str = "qemu:///system",
         *,
         address: IPv4Address = IPv4Address("127.0.0.1"),
@@ -79,7 +79,7 @@ class Agent:
     ) -> None:
         self._controller, self._node, self._state_dir = controller, node_name, state_dir
         self._plane, self._libvirt_uri = plane, libvirt_uri
-        self._images = images if isinstance(images, ImageJobs) else ImageJobs(images)
+        self._images = images
         self._address, self._mtu_bytes, self._release = address, mtu_bytes, release
         self._pool = ThreadPoolExecutor(16, thread_name_prefix="agent")
         self._plane_lock = asyncio.Lock()
@@ -132,7 +132,6 @@ class Agent:
                 group.create_task(self._images.listen(self._heard))
                 await self._follow(host, desired)
         finally:
-            self._images.close()
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)

@@ -1,7 +1,7 @@
 """The node's image service (`sf imaged`) as the agent sees it: kept running, asked for backing files, listened to.
 
-The service is a process of its own: an agent that ends leaves it to the guests that read through it, and the next
-agent finds it by its socket.
+Nothing else brings images to a node. The service is a process of its own: an agent that ends leaves it to the guests
+that read through it, and the next agent finds it by its socket.
 """
 
 import asyncio
@@ -9,21 +9,24 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from compute.agent.guest.host import Backing, Say
-from compute.agent.image_jobs import Cache, Heard, ImageJobs
+from compute.agent.guest.host import Backing
+from compute.errors import Unavailable
 from compute.wire.spec import ImageSite
-from imagestore import Away, ControlClient, Digest, StoreError, Unavailable, control_socket, unprivileged
+from imagestore import Away, ControlClient, Digest, ImageCache, StoreError, control_socket, unprivileged
 
 log = logging.getLogger(__name__)
 _START_S = 15.0
 _WAIT_S = 10.0
 _RETRY_S = 1.0
+
+Heard = Callable[[str, str], None]
+"""Told (reader, message) for each event of an image that the reader uses; ("", ""): look at everything again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,11 @@ def called(url: str) -> str:
     return f"{parts.scheme}://{host}{parts.path.rstrip('/')}{f'?{called(endpoint)}' if endpoint else ''}"
 
 
-class ServedImages(ImageJobs):
-    """Backing files at once, through the image service; complete ones through the cache where there is none."""
+class ServedImages:
+    """This node's images, complete or not, as the one process that fetches them has them. `reader` names a disk."""
 
-    def __init__(self, cache: Cache, state_dir: Path, settings: Settings) -> None:
-        super().__init__(cache)
+    def __init__(self, cache: ImageCache, state_dir: Path, settings: Settings) -> None:
+        self._cache = cache
         self._state_dir, self._settings = state_dir, settings
         self._client = ControlClient(control_socket(state_dir))
         self._starting = asyncio.Lock()
@@ -65,8 +68,11 @@ class ServedImages(ImageJobs):
         self._missed: dict[str, str] = {}
         self._closed: Path | None = None
 
-    async def backing(self, reader: str, digest: str, say: Say) -> Backing:
-        """What a guest that is about to start reads its image from. Raises imagestore's errors."""
+    async def backing(self, reader: str, digest: str) -> Backing:
+        """What a guest that is about to start reads its image from.
+
+        Raises imagestore's errors, and Unavailable when no service can be kept running: try again later.
+        """
         self._missed.pop(reader, None)
         settings = self._settings
         options: dict[str, Any] = {"fill": settings.fill, "patience_s": settings.patience_s}
@@ -76,18 +82,25 @@ class ServedImages(ImageJobs):
                 await self._ensure_running()
                 found = await self._client.ask("attach", image=digest, reader=reader, **options)
                 break
-            except Unavailable as err:
+            except Away as err:
                 # One that was killed over the question is asked again: the next one may answer.
-                if isinstance(err, Away) and asyncio.get_running_loop().time() < deadline:
-                    continue
-                log.warning("no image service, so the guest waits for its whole image: %s", err)
-                return await super().backing(reader, digest, say)
+                if asyncio.get_running_loop().time() > deadline:
+                    raise Unavailable(str(err), hint=err.hint) from err
         path = Path(found["path"])
         return Backing(
             self._cache.path(Digest.parse(digest)),
             found["size_bytes"],
             path if found["kind"] == "nbd" else None,
         )
+
+    def here(self) -> tuple[str, ...]:
+        """Digests of the images that are complete."""
+        return tuple(str(image.digest) for image in self._cache.list())
+
+    def complete(self, digest: str) -> Path | None:
+        """The complete raw file of an image, if it is here."""
+        path = self._cache.path(Digest.parse(digest))
+        return path if path.exists() else None
 
     def admit(self, group: int) -> None:
         """Exports are this group's to connect to, also those that a service makes after a restart."""
@@ -193,7 +206,7 @@ class ServedImages(ImageJobs):
             try:
                 await self._client.ask("figures", reader="", timeout_s=_START_S)
                 return
-            except Unavailable:
+            except Away:
                 pass
             deadline = asyncio.get_running_loop().time() + _START_S
             while asyncio.get_running_loop().time() < deadline:
@@ -203,13 +216,13 @@ class ServedImages(ImageJobs):
                     try:
                         self._process = await asyncio.to_thread(self._spawn)
                     except OSError as err:
-                        raise Unavailable(f"the image service cannot be started: {err}") from err
+                        raise Away(f"the image service cannot be started: {err}") from err
                 try:
                     await self._client.ask("figures", reader="", timeout_s=_START_S)
                     return
-                except Unavailable:
+                except Away:
                     await asyncio.sleep(0.02)
-        raise Unavailable("the image service does not start", hint=f"see {self._log}")
+        raise Away("the image service does not start", hint=f"see {self._log}")
 
     @property
     def _log(self) -> Path:

@@ -1,20 +1,27 @@
-"""Brings missing chunks of partial images: demand before prefetch before fill, each frame once.
+"""Brings missing chunks of incomplete images: demand before prefetch before fill, each frame once.
 
-A `Fetcher` is one per process and holds the limits; a `Filling` is one per incomplete image. All state lives on the
-event loop's thread; requests to origins, hashing and writing run in the fetcher's threads, so memory is bounded by
-threads times a request and its plain bytes.
+A `Fetcher` is one per process and holds threads, limits and counts; a `Filling` is one incomplete image, whose
+`Wanted` says what comes next. All state lives on the event loop's thread; requests to origins, hashing and writing
+(`imagestore.cache.intake`) run in threads, so memory is bounded by threads times a request and its plain bytes.
 """
 
 import asyncio
 import collections
 import contextlib
+import errno
 import logging
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from imagestore.cache.filling import Filling, Job, Kind
-from imagestore.cache.intake import Brought
+from imagestore.cache.intake import DOWN_S, Brought, bring
+from imagestore.cache.partial import PartialImage
+from imagestore.cache.peers import Peers
+from imagestore.cache.wanted import Fill, Job, Kind, Wanted
 from imagestore.errors import Unavailable
+from imagestore.formats.digest import Buffer
+from imagestore.formats.layout import Layout
+from imagestore.store.frames import Origin
 
 log = logging.getLogger(__name__)
 FLUSH_S = 2.0
@@ -22,12 +29,57 @@ _RESERVED = 2
 """Connections that only demand may use."""
 _FILLING = 4
 """Connections that fill may use at most: a demand read shares the link with this many requests."""
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+_FULL_S = 5.0
+_SAID_S = 60.0
+"""For so long a line about an image is not said again."""
+
+
+class Filling:
+    """One incomplete image: its file, where its chunks come from, what is wanted of it, and how that went."""
+
+    def __init__(
+        self,
+        partial: PartialImage,
+        origins: Sequence[Origin],
+        layout: Layout | None,
+        *,
+        peers: Peers | None = None,
+        fill: Fill = Fill.NEVER,
+        read_ahead: int = 2,
+    ) -> None:
+        self.partial, self.origins, self.peers = partial, list(origins), peers
+        self.wanted = Wanted(partial, layout, fill=fill, read_ahead=read_ahead, owner=self._owner)
+        self.down: dict[Origin, float] = {}
+        self.received: collections.Counter[str] = collections.Counter()
+        """Bytes by kind of origin."""
+        self.requests = self.running = 0
+        self.failing, self.last_error = False, ""
+        self.said: dict[str, float] = {}
+
+    def _owner(self, chunk: int) -> str:
+        if not self.peers:
+            return ""
+        now = time.monotonic()
+        helpless = all(self.down.get(o, 0.0) > now for o in self.origins if o.kind == "store")
+        return self.peers.owner(chunk, others=helpless)
+
+
+Happened = Callable[[Filling, str], None]
+"""Told on the loop, in one line, what people should know of an image: a failing origin, a full disk; "": complete."""
 
 
 class Fetcher:
     """The threads and limits that all images of a process share. Made and used on the event loop."""
 
-    def __init__(self, *, connections: int = 16, fill_bytes_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        happened: Happened = lambda image, line: None,
+        *,
+        connections: int = 16,
+        fill_bytes_s: float = 0.0,
+    ) -> None:
+        self._happened = happened
         self._pool = ThreadPoolExecutor(connections, "fetch")
         self._askers = ThreadPoolExecutor(connections, "peers")
         self._asking = 0
@@ -37,6 +89,8 @@ class Fetcher:
         self._fill_from_s = 0.0
         self._running = collections.Counter[Kind]()
         self._images: list[Filling] = []
+        self._done: dict[Job, asyncio.Future[Brought]] = {}
+        """Jobs that somebody waits for."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._tick = asyncio.get_running_loop().create_task(self._ticking())
 
@@ -61,9 +115,57 @@ class Fetcher:
             await asyncio.wait(self._tasks)
         for image in images:
             with contextlib.suppress(OSError):
-                image.partial.flush()
+                await asyncio.to_thread(image.partial.flush)
         self._pool.shutdown()
         self._askers.shutdown()
+
+    # -- asking
+
+    async def obtain(
+        self, image: Filling, chunks: Sequence[int], patience_s: float, *, for_peer: bool = False
+    ) -> dict[int, Buffer]:
+        """Wait until every one of these chunks is present, except those returned, which could not be kept.
+
+        Raises OSError (EIO) when that took longer than `patience_s`. for_peer: no other peer is asked or waited for,
+        and the first failure ends it.
+        """
+        loose: dict[int, Buffer] = {}
+        deadline, failures = time.monotonic() + patience_s, 0
+        while missing := [c for c in chunks if not image.partial.present[c] and c not in loose]:
+            jobs = image.wanted.demand(missing, time.monotonic(), for_peer=for_peer)
+            if for_peer and any(job.owner for job in jobs):
+                raise OSError(errno.EIO, "another peer is being asked for it")
+            waited = [self._done.setdefault(job, asyncio.Future()) for job in jobs]
+            self.pump()
+            left = deadline - time.monotonic()
+            if left > 0:
+                await asyncio.wait(waited, timeout=left)
+            results = [done.result() for done in waited if done.done()]
+            for brought in results:
+                loose.update((c, brought.loose[c]) for c in missing if c in brought.loose)
+            if time.monotonic() >= deadline:
+                why = image.last_error or "no answer"
+                self._say(image, f"gave up a read after {patience_s:.0f} s: {why}")
+                raise OSError(errno.EIO, image.last_error)
+            if any(brought.error for brought in results):
+                if for_peer:
+                    raise OSError(errno.EIO, image.last_error)
+                pause = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+                failures += 1
+                await asyncio.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+        return loose
+
+    def prefetch(self, image: Filling, chunks: Iterable[int]) -> None:
+        """These will be wanted, in this order."""
+        image.wanted.prefetch(chunks)
+        self.pump()
+
+    def touched(self, image: Filling, chunks: range) -> None:
+        """A reader found these present."""
+        if image.wanted.touched(chunks):
+            self.pump()
+
+    # -- fetching
 
     def pump(self) -> None:
         """Start as many jobs as the limits allow."""
@@ -75,18 +177,16 @@ class Fetcher:
             task.add_done_callback(self._tasks.discard)
 
     def _pick(self) -> tuple[Filling, Job] | None:
-        running = self._running.total()
+        running, now = self._running.total(), time.monotonic()
         for kind in Kind:
             if running >= self._connections - (_RESERVED if kind is not Kind.DEMAND else 0):
                 return None
             if kind is not Kind.DEMAND and self._asking >= self._connections:
                 return None
-            if kind is Kind.FILL and (
-                self._running[kind] >= _FILLING or time.monotonic() < self._fill_from_s
-            ):
+            if kind is Kind.FILL and (self._running[kind] >= _FILLING or now < self._fill_from_s):
                 return None
             for at, image in enumerate(self._images):
-                if image.running < self._share(image) and (job := image.take(kind)):
+                if image.running < self._share(image) and (job := image.wanted.take(kind, now)):
                     image.running += 1
                     # The next one first next time, so that one image cannot keep all the others waiting.
                     self._images.append(self._images.pop(at))
@@ -100,7 +200,8 @@ class Fetcher:
         return self._connections if len(self._images) == 1 else max(2, self._connections // 2)
 
     async def _work(self, image: Filling, job: Job) -> None:
-        loop, intake, brought = asyncio.get_running_loop(), image.intake, Brought()
+        loop, brought = asyncio.get_running_loop(), Brought()
+        partial, down = image.partial, image.down
         try:
             if image.peers and job.owner:
                 # In other threads and beside the limits: whoever waits for a peer must not keep this node from
@@ -109,24 +210,50 @@ class Fetcher:
                 image.running -= 1
                 self._asking += 1
                 try:
-                    origins = [*intake.origins[:1], image.peers.at(job.owner)]
-                    await loop.run_in_executor(self._askers, intake.bring, job.chunks, origins, brought)
+                    near = [*image.origins[:1], image.peers.at(job.owner)]
+                    await loop.run_in_executor(self._askers, bring, partial, job.chunks, near, down, brought)
                 finally:
                     self._asking -= 1
                     self._running[job.kind] += 1
                     image.running += 1
                 brought.error = None
-            await loop.run_in_executor(self._pool, intake.bring, job.chunks, intake.origins, brought)
+            await loop.run_in_executor(self._pool, bring, partial, job.chunks, image.origins, down, brought)
         except Exception as error:
             # A defect, not a failing store: the readers must hear of it, or they would wait for ever.
             log.exception("fetching failed")
             brought = Brought(error=Unavailable(f"{type(error).__name__}: {error}"))
         self._running[job.kind] -= 1
-        image.finish(job, brought)
+        self._finish(image, job, brought)
+        self.pump()
+
+    def _finish(self, image: Filling, job: Job, brought: Brought) -> None:
+        """Publish what a job brought."""
+        wanted, now = image.wanted, time.monotonic()
+        image.partial.mark(brought.kept)
+        wanted.done(job)
+        image.running -= 1
+        image.failing = brought.error is not None
+        image.received.update(brought.received)
+        image.requests += brought.requests
+        for note in brought.notes:
+            self._say(image, note)
+        if brought.loose and not brought.error:
+            wanted.paused_until_s = now + _FULL_S
+            self._say(
+                image, "the cache's disk is full: reads go on without being kept, filling waits for room"
+            )
+        if brought.error:
+            image.last_error = str(brought.error)
+            if job.kind is not Kind.DEMAND and (job.owner or not wanted.owner(job.chunks[0])):
+                # Whoever needs it asks again; filling starts again after a while, unless a peer may know more.
+                wanted.paused_until_s = now + DOWN_S
         if job.kind is Kind.FILL and self._fill_bytes_s:
             spent = sum(brought.received.values()) / self._fill_bytes_s
-            self._fill_from_s = max(self._fill_from_s, time.monotonic()) + spent
-        self.pump()
+            self._fill_from_s = max(self._fill_from_s, now) + spent
+        if done := self._done.pop(job, None):
+            done.set_result(brought)
+        if image.partial.complete:
+            self._happened(image, "")
 
     async def _ticking(self) -> None:
         """Flush, and look again at what waited for time to pass."""
@@ -138,4 +265,12 @@ class Fetcher:
                 try:
                     await asyncio.to_thread(image.partial.flush)
                 except OSError as error:
-                    image.lost(error)
+                    # What it was to keep is missing again.
+                    self._say(image, f"the cache's disk: {error}")
+                    image.wanted.settle()
+
+    def _say(self, image: Filling, line: str) -> None:
+        now = time.monotonic()
+        if now - image.said.get(line, -_SAID_S) >= _SAID_S:
+            image.said[line] = now
+            self._happened(image, line)

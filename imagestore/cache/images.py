@@ -3,33 +3,27 @@
     <directory>/<hex>.raw        the disk, mode 0444
     <directory>/<hex>.manifest   what it holds; written before the disk gets its name
 
-Bytes are verified as they are written (imagestore.pull) and again by `verify`. An image that is not complete yet is
-served over NBD beside this (imagestore.partial); whoever completes one calls nothing here: the files are the state.
+Only the image service puts images here (imagestore.cache.open_images); the files are the state. Bytes are verified as
+they are written and again by `verify`.
 """
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from blake3 import blake3
 
-from imagestore import durable
-from imagestore.errors import Cancelled, Conflict, Corrupt, NotFound, StoreError
+from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
-from imagestore.progress import Report, silent
-from imagestore.pull import Seed, pull
+from imagestore.pull import Seed
 from imagestore.store.names import parse_reference
 from imagestore.store.store import Store
 
-_POLL_S = 0.1
 _SEEDS = 8
 
 
@@ -103,47 +97,6 @@ class ImageCache:
             )
         return Resolved(found[0], str(found[0]), self.manifest(found[0]).size_bytes, None)
 
-    def ensure(
-        self,
-        digest: Digest,
-        progress: Report = silent,
-        cancel: Event | None = None,
-        store: Store | None = None,
-    ) -> Path:
-        """Bring an image into the cache if it is not there; the path of its read-only raw file.
-
-        Several callers at once: one fetches, the others wait. store: ask this one first.
-        Raises NotFound, Corrupt, Unavailable, NoSpace, Cancelled.
-        """
-        path = self.path(digest)
-        if path.exists():
-            return path
-        with self._lock(digest, cancel):
-            if path.exists():
-                return path
-            stores = [
-                *([store] if store else []),
-                *(other for other in self.stores.values() if other is not store),
-            ]
-            failure: NotFound | None = None
-            for at, source in enumerate(stores):
-                try:
-                    manifest = self._manifest(digest, source)
-                    part = path.with_suffix(".incoming")
-                    pull(
-                        source, digest, part,
-                        format_="raw", seeds=self.seeds(), fallbacks=stores[at + 1 :], progress=progress, cancel=cancel,
-                    )  # fmt: skip
-                except NotFound as error:
-                    failure = failure or error
-                    continue
-                part.chmod(0o444)
-                durable.write(path.with_suffix(".manifest"), manifest.encode(), 0o666)
-                part.rename(path)
-                durable.fsync_directory(self.directory)
-                return path
-            raise failure or NotFound(f"no image {digest}", hint="no remote is configured")
-
     def has(self, digest: Digest) -> bool:
         """Whether the image is complete here."""
         return self.path(digest).exists()
@@ -197,12 +150,9 @@ class ImageCache:
             )
 
     def remove(self, digest: Digest) -> None:
-        """Forget an image; who has the file open keeps it. Raises Conflict while it is being fetched."""
-        with self._lock(digest, None, wait=False):
-            for unfinished in self.directory.glob(f".{digest.hex()}.incoming.*"):
-                unfinished.unlink(missing_ok=True)
-            self.path(digest).unlink(missing_ok=True)
-            (self.directory / f"{digest.hex()}.manifest").unlink(missing_ok=True)
+        """Forget an image; who has the file open keeps it."""
+        self.path(digest).unlink(missing_ok=True)
+        (self.directory / f"{digest.hex()}.manifest").unlink(missing_ok=True)
 
     def _digests(self) -> Iterator[Digest]:
         for path in sorted(self.directory.glob("*.raw")):
@@ -214,28 +164,6 @@ class ImageCache:
             return self.manifest(digest)
         except (NotFound, Corrupt):
             return store.manifest(digest)
-
-    @contextmanager
-    def _lock(self, digest: Digest, cancel: Event | None, *, wait: bool = True) -> Iterator[None]:
-        descriptor = os.open(
-            self.directory / f".{digest.hex()}.lock",
-            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            0o600,
-        )
-        try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if not wait:
-                        raise Conflict(f"image {digest} is being fetched") from error
-                    if cancel is not None and cancel.is_set():
-                        raise Cancelled("waiting for the image was cancelled") from error
-                    time.sleep(_POLL_S)
-            yield
-        finally:
-            os.close(descriptor)
 
 
 def _data_between(descriptor: int, start: int, end: int) -> bool:

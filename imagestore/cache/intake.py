@@ -1,7 +1,6 @@
 """What enters an incomplete image: asked of its origins in order, verified chunk by chunk, kept.
 
-Runs in the threads of the process's one `Fetcher`; nobody sees a chunk before its bytes are hashed
-here. What is wanted is said by `filling`, which publishes what came on the event loop's thread.
+Runs in the threads of the process's one `Fetcher`; nobody sees a chunk before its bytes are hashed here.
 """
 
 import contextlib
@@ -9,7 +8,7 @@ import errno
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from imagestore.cache.partial import PartialImage
@@ -36,61 +35,65 @@ class Brought:
     requests: int = 0
     error: StoreError | None = None
     """Why some chunks are in neither."""
+    notes: list[str] = field(default_factory=list)
+    """What people should know of: failing origins, a failing disk."""
 
 
-class Intake:
-    """One incomplete image and its origins in order. `tell` is told of failing ones, from any thread."""
+def bring(
+    partial: PartialImage,
+    chunks: Sequence[int],
+    origins: Sequence[Origin],
+    down: dict[Origin, float],
+    brought: Brought,
+) -> None:
+    """Fetch, verify and keep; goes on to the next origin where one fails. Never raises StoreError or OSError.
 
-    def __init__(self, partial: PartialImage, origins: Sequence[Origin], tell: Callable[[str], None]) -> None:
-        self.origins = list(origins)
-        self.down: dict[Origin, float] = {}
-        """Those that failed, and until when they are asked last (monotonic clock)."""
-        self._partial, self._tell = partial, tell
-
-    def bring(self, chunks: Sequence[int], origins: Sequence[Origin], brought: Brought) -> None:
-        """Fetch, verify and keep; goes on to the next origin where one fails. Never raises StoreError or OSError."""
-        came = {*brought.kept, *brought.loose}
-        missing = dict.fromkeys(c for c in chunks if c not in came)
-        now = time.monotonic()
-        for origin in sorted(origins, key=lambda o: self.down.get(o, 0.0) > now):
-            if not missing:
-                break
-            try:
-                for batch in origin.fetch(list(missing)):
-                    brought.requests += batch.clone is None
-                    brought.received[origin.kind] += batch.received_bytes
-                    with _KEEPING:
-                        self._keep(batch, origin, brought, missing)
-            except (StoreError, OSError) as error:
-                brought.error = error if isinstance(error, StoreError) else Unavailable(str(error))
-                self.down[origin] = time.monotonic() + DOWN_S
-                self._tell(f"{origin.name}: {error}")
+    down: origins that failed, and until when (monotonic clock) they are asked last.
+    """
+    came = {*brought.kept, *brought.loose}
+    missing = dict.fromkeys(c for c in chunks if c not in came)
+    now = time.monotonic()
+    for origin in sorted(origins, key=lambda o: down.get(o, 0.0) > now):
         if not missing:
-            brought.error = None
-        elif not brought.error:
-            brought.error = Unavailable("no store or peer has the missing chunks")
-
-    def _keep(self, batch: Batch, origin: Origin, brought: Brought, missing: dict[int, None]) -> None:
-        good = [
-            (chunk, piece)
-            for chunk, piece in zip(batch.chunks, batch.pieces, strict=True)
-            if chunk in missing and self._partial.check(chunk, piece)
-        ]
-        chunks, pieces = [chunk for chunk, _ in good], [piece for _, piece in good]
+            break
         try:
-            cloned = False
-            if batch.clone and chunks:
-                with contextlib.suppress(OSError):
-                    self._partial.clone(chunks[0], *batch.clone)
-                    cloned = self._partial.check(chunks[0], self._partial.read_chunk(chunks[0]))
-            if not cloned:
-                self._partial.write(chunks, pieces)
-            brought.kept += chunks
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                self._tell(f"{self._partial.path}: {error}")
-            brought.loose.update(good)
-        for chunk in chunks:
-            del missing[chunk]
-        if any(chunk in missing for chunk in batch.chunks):
-            raise Corrupt(f"{origin.name} answered with wrong bytes")
+            for batch in origin.fetch(list(missing)):
+                brought.requests += batch.clone is None
+                brought.received[origin.kind] += batch.received_bytes
+                with _KEEPING:
+                    _keep(partial, batch, brought, missing)
+                if any(chunk in missing for chunk in batch.chunks):
+                    raise Corrupt(f"{origin.name} answered with wrong bytes")
+        except (StoreError, OSError) as error:
+            brought.error = error if isinstance(error, StoreError) else Unavailable(str(error))
+            down[origin] = time.monotonic() + DOWN_S
+            brought.notes.append(f"{origin.name}: {error}")
+    if not missing:
+        brought.error = None
+    elif not brought.error:
+        brought.error = Unavailable("no store or peer has the missing chunks")
+
+
+def _keep(partial: PartialImage, batch: Batch, brought: Brought, missing: dict[int, None]) -> None:
+    """Write the chunks of a batch that are what they should be; those that are not stay missing."""
+    good = {
+        chunk: piece
+        for chunk, piece in zip(batch.chunks, batch.pieces, strict=True)
+        if chunk in missing and partial.check(chunk, piece)
+    }
+    chunks = list(good)
+    try:
+        cloned = False
+        if batch.clone and chunks:
+            with contextlib.suppress(OSError):
+                partial.clone(chunks[0], *batch.clone)
+                cloned = partial.check(chunks[0], partial.read_chunk(chunks[0]))
+        if not cloned:
+            partial.write(chunks, list(good.values()))
+        brought.kept += chunks
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            brought.notes.append(f"{partial.path}: {error}")
+        brought.loose.update(good)
+    for chunk in chunks:
+        del missing[chunk]

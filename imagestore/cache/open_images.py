@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imagestore.cache.fetcher import Fetcher
-from imagestore.cache.filling import Fill, Filling
+from imagestore.cache.fetcher import Fetcher, Filling
 from imagestore.cache.images import ImageCache
 from imagestore.cache.nbd.server import NbdServer
 from imagestore.cache.node_stores import Stores
@@ -25,6 +24,7 @@ from imagestore.cache.partial import PartialImage
 from imagestore.cache.peers import PATIENCE_S, Peers, Site
 from imagestore.cache.reader import Reader
 from imagestore.cache.traces import Traces
+from imagestore.cache.wanted import Fill, Wanted
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
@@ -45,15 +45,25 @@ class Image:
     """An image that is open: being filled or served."""
 
     digest: Digest
-    manifest: Manifest
-    partial: PartialImage
-    local: LocalOrigin
     filling: Filling
+    local: LocalOrigin
     exports: dict[str, tuple[NbdServer, Reader]] = field(default_factory=dict)
     asked_s: float = 0.0
     """When a peer last wanted something of it."""
     chunks: dict[bytes, int] = field(default_factory=dict)
     """Chunk by id, made when a peer asks for the first time."""
+
+    @property
+    def partial(self) -> PartialImage:
+        return self.filling.partial
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.partial.manifest
+
+    @property
+    def wanted(self) -> Wanted:
+        return self.filling.wanted
 
     def chunk_of(self, id_: bytes) -> int | None:
         """The (first) chunk with this id."""
@@ -79,15 +89,17 @@ class OpenImages:
         cache: ImageCache,
         run: Path,
         stores: Stores,
-        fetcher: Fetcher,
         site: Site,
         *,
+        connections: int,
+        fill_bytes_s: float,
         read_ahead: int,
         socket_group: int,
         tell: Callable[..., None],
         make_room: Callable[[], Coroutine[Any, Any, object]],
     ) -> None:
-        self._cache, self._run, self._stores, self._fetcher, self._site = cache, run, stores, fetcher, site
+        self._cache, self._run, self._stores, self._site = cache, run, stores, site
+        self._fetcher = Fetcher(self._happened, connections=connections, fill_bytes_s=fill_bytes_s)
         self._read_ahead, self._socket_group = read_ahead, socket_group
         self._tell, self._make_room = tell, make_room
         self._traces = Traces(cache.directory / "traces", stores)
@@ -96,12 +108,13 @@ class OpenImages:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
-        """Stop serving. Guests wait for the next service."""
+        """Stop serving and keep what came. Guests wait for the next service."""
         for task in self._tasks:
             task.cancel()
         for image in self._images.values():
             for server, _ in image.exports.values():
                 await server.close()
+        await self._fetcher.close()
 
     # -- who wants them
 
@@ -110,14 +123,14 @@ class OpenImages:
         async with self._lock:
             image = await self._opened(digest)
             if reader not in image.exports:
-                source = Reader(image.filling, patience_s=patience_s)
+                source = Reader(self._fetcher, image.filling, patience_s=patience_s)
                 name = Digest.of(reader.encode()).hex()[:12]
                 server = NbdServer(source, self._run / name, group=self._socket_group)
                 await server.start()
                 image.exports[reader] = (server, source)
                 asyncio.get_running_loop().call_later(TRACE_S, self._end_trace, image, source)
             order = [Fill.NOW, Fill.IDLE, Fill.NEVER]
-            image.filling.fill = min(image.filling.fill, fill, key=order.index)
+            image.wanted.fill = min(image.wanted.fill, fill, key=order.index)
             self._fetcher.pump()
             return image.exports[reader][0].path, image.manifest.size_bytes
 
@@ -137,7 +150,7 @@ class OpenImages:
         if not self._cache.has(digest):
             async with self._lock:
                 image = await self._opened(digest)
-                image.filling.fill = Fill.NOW
+                image.wanted.fill = Fill.NOW
                 self._fetcher.pump()
 
     async def give(self, digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
@@ -150,7 +163,7 @@ class OpenImages:
         chunks = [chunk for chunk in found if chunk is not None]
         if len(chunks) < len(found):
             return None
-        loose = await image.filling.obtain(chunks, PATIENCE_S, for_peer=True)
+        loose = await self._fetcher.obtain(image.filling, chunks, PATIENCE_S, for_peer=True)
         return [loose.get(chunk) or image.partial.read_chunk(chunk) for chunk in chunks]
 
     def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
@@ -179,19 +192,9 @@ class OpenImages:
             origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
-        image: Image
-
-        def tell(line: str) -> None:
-            # From any thread.
-            loop.call_soon_threadsafe(self._tell, str(digest), line)
-
-        loop = asyncio.get_running_loop()
-        filling = Filling(
-            file, origins, layout, self._fetcher,
-            peers=Peers(self._site, digest, manifest),
-            read_ahead=self._read_ahead, event=tell, complete=lambda: self._later(self._seal(image)),
-        )  # fmt: skip
-        image = self._images[digest] = Image(digest, manifest, file, local, filling)
+        peers = Peers(self._site, digest, manifest)
+        filling = Filling(file, origins, layout, peers=peers, read_ahead=self._read_ahead)
+        image = self._images[digest] = Image(digest, filling, local)
         if file.complete and not whole:
             self._later(self._seal(image))
         elif not whole:
@@ -216,6 +219,13 @@ class OpenImages:
         for seed in self._cache.seeds():
             local.add(seed.path, seed.manifest, None)
 
+    def _happened(self, filling: Filling, line: str) -> None:
+        for image in [image for image in self._images.values() if image.filling is filling]:
+            if line:
+                self._tell(str(image.digest), line)
+            else:
+                self._later(self._seal(image))
+
     async def _seal(self, image: Image) -> None:
         """Everything is there: give the file its final name and tell the agent."""
         if image.partial.path.suffix != ".part":
@@ -234,7 +244,7 @@ class OpenImages:
 
     async def _release_unasked(self, image: Image) -> None:
         async with self._lock:
-            idle = not image.exports and image.filling.fill is not Fill.NOW
+            idle = not image.exports and image.wanted.fill is not Fill.NOW
             if idle and time.monotonic() - image.asked_s > _RELAY_S:
                 await self._release(image)
 
@@ -248,7 +258,7 @@ class OpenImages:
     async def _replay(self, image: Image) -> None:
         trace = await asyncio.to_thread(self._traces.best, image.digest, image.manifest)
         if trace:
-            image.filling.prefetch(trace.chunks(image.manifest.ids))
+            self._fetcher.prefetch(image.filling, trace.chunks(image.manifest.ids))
 
     def _end_trace(self, image: Image, reader: Reader) -> None:
         recorder, reader.recorder = reader.recorder, None
@@ -273,7 +283,7 @@ class OpenImages:
     @property
     def busy(self) -> bool:
         """Whether somebody reads through us or waits for an image to become complete."""
-        return any(image.exports or image.filling.fill is Fill.NOW for image in self._images.values())
+        return any(image.exports or image.wanted.fill is Fill.NOW for image in self._images.values())
 
     def figures(self, reader: str) -> dict[str, Any]:
         """From where the bytes of a reader's image came so far, and how long its reads waited; {} if it has none."""
@@ -288,7 +298,7 @@ class OpenImages:
         if image is None:
             return {}
         return image.figures() | {
-            "fill": str(image.filling.fill),
+            "fill": str(image.wanted.fill),
             "requests": image.filling.requests,
             "last_error": image.filling.last_error,
             "exports": {

@@ -6,20 +6,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from imagestore.cache.filling import Filling
+from imagestore.cache.fetcher import Fetcher, Filling
 from imagestore.cache.nbd.handshake import MAX_REQUEST_BYTES
 from imagestore.cache.nbd.server import STATUS_MAX_EXTENTS
-from imagestore.cache.trace import Recorder
 from imagestore.formats.digest import Buffer
+from imagestore.formats.trace import Recorder
 
 # Never written and so never more than the kernel's one page of zeros.
 _ZEROES = memoryview(mmap.mmap(-1, MAX_REQUEST_BYTES, prot=mmap.PROT_READ))
 
 
 class Reader:
-    """An `nbd.Source` over a `Filling`."""
+    """An `nbd.Source` over a `Filling`, whose missing chunks a `Fetcher` brings."""
 
-    def __init__(self, filling: Filling, *, patience_s: float) -> None:
+    def __init__(self, fetcher: Fetcher, filling: Filling, *, patience_s: float) -> None:
         self.size_bytes = filling.partial.size_bytes
         self.patience_s = patience_s
         """A read that cannot be served for so long ends in an I/O error."""
@@ -27,8 +27,7 @@ class Reader:
         self.reads = self.read_bytes = self.waits = self.failures = 0
         self.waited_s = 0.0
         """Sum over the reads: two that wait at once count twice."""
-        self._filling = filling
-        self._partial = filling.partial
+        self._fetcher, self._filling, self._partial = fetcher, filling, filling.partial
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         chunks = self._partial.chunks(offset, length)
@@ -39,8 +38,7 @@ class Reader:
                 self.recorder.touch(chunks)
             if self._partial.present.find(0, chunks.start, chunks.stop) >= 0:
                 return None
-            if self._filling.ahead:
-                self._filling.touched(chunks)
+            self._fetcher.touched(self._filling, chunks)
             data = self._partial.read_now(offset, length)
         if data is not None:
             self.reads += 1
@@ -51,7 +49,7 @@ class Reader:
         started = time.monotonic()
         chunks = self._partial.chunks(offset, length)
         try:
-            loose = await self._filling.obtain(chunks, self.patience_s)
+            loose = await self._fetcher.obtain(self._filling, chunks, self.patience_s)
             data = self._partial.read_now(offset, length)  # what has just come is in memory
             if data is None:
                 data = await asyncio.to_thread(self._partial.read, offset, length)
@@ -78,7 +76,7 @@ class Reader:
         return self._partial.extents(offset, length, STATUS_MAX_EXTENTS)
 
     def prefetch(self, offset: int, length: int) -> None:
-        self._filling.prefetch(self._partial.chunks(offset, length))
+        self._fetcher.prefetch(self._filling, self._partial.chunks(offset, length))
 
     def figures(self) -> dict[str, Any]:
         """How its reads fared."""

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from imagestore import durable
-from imagestore.cache.fetcher import Fetcher
-from imagestore.cache.filling import Fill
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.node_stores import Stores
 from imagestore.cache.open_images import OpenImages
 from imagestore.cache.peers import PeerServer, Site
+from imagestore.cache.wanted import Fill
 from imagestore.errors import Conflict, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 
@@ -66,13 +65,14 @@ class ImageService:
     def __init__(self, cache: Path, run: Path, stores: Sequence[str], options: Options = Options()) -> None:
         self._cache, self._directory, self._cache_bytes = ImageCache(cache, {}), cache, options.cache_bytes
         self._stores, self._site = Stores(stores), Site()
-        self._fetcher = Fetcher(connections=options.connections, fill_bytes_s=options.fill_bytes_s)
         self.images = OpenImages(
-            self._cache, run, self._stores, self._fetcher, self._site,
-            read_ahead=options.read_ahead, socket_group=options.socket_group, tell=self._tell, make_room=self.prune,
+            self._cache, run, self._stores, self._site,
+            connections=options.connections, fill_bytes_s=options.fill_bytes_s, read_ahead=options.read_ahead,
+            socket_group=options.socket_group, tell=self._tell, make_room=self.prune,
         )  # fmt: skip
         self._peers = PeerServer(self._site, self.images.give)
         self._references: dict[str, Reference] = {}
+        self._writing = asyncio.Lock()
         self._events: list[dict[str, Any]] = []
         self._newest = 0
         self._happened = asyncio.Event()
@@ -92,7 +92,6 @@ class ImageService:
         """Stop serving; what was fetched is kept. Guests wait for the next service."""
         await self.images.close()
         await self._peers.close()
-        await self._fetcher.close()
         self._stores.close()
 
     async def join(self, me: str, listen: str, peers: Mapping[str, str], secret: bytes) -> None:
@@ -119,16 +118,16 @@ class ImageService:
             path = self._cache.path(digest)
             with contextlib.suppress(PermissionError):  # somebody else put it there
                 os.utime(path)
-            self._remember(Reference(reader, str(digest), nbd=False))
+            await self._remember(reader, Reference(reader, str(digest), nbd=False))
             await self.images.unexport(reader)
             return {"kind": "raw", "path": str(path), "size_bytes": path.stat().st_size}
         reference = Reference(reader, str(digest), True, Fill(fill), patience_s)
-        self._remember(reference)
+        await self._remember(reader, reference)
         try:
             socket, size_bytes = await self._export(reference)
         except (StoreError, OSError):
             if not known:
-                self._forget(reader)
+                await self._remember(reader, None)
             raise
         return {"kind": "nbd", "path": str(socket), "size_bytes": size_bytes}
 
@@ -137,12 +136,12 @@ class ImageService:
         reference = self._references.get(reader)
         if reference is None:
             raise NotFound(f"no reader is called {reader}")
-        self._remember(Reference(reader, reference.image, nbd=False))
+        await self._remember(reader, Reference(reader, reference.image, nbd=False))
         await self.images.unexport(reader)
 
     async def detach(self, reader: str) -> None:
         """The overlay is gone. Twice is once."""
-        self._forget(reader)
+        await self._remember(reader, None)
         await self.images.unexport(reader)
 
     async def sync(self, readers: Iterable[str]) -> None:
@@ -150,14 +149,22 @@ class ImageService:
         for reader in set(self._references) - set(readers):
             await self.detach(reader)
 
-    def _remember(self, reference: Reference) -> None:
-        self._references[reference.reader] = reference
-        path = self._directory / "readers" / f"{reference.reader}.json"
-        durable.write(path, json.dumps(asdict(reference)).encode(), 0o666)
+    async def _remember(self, reader: str, reference: Reference | None) -> None:
+        """From now on, also for the next service; None: there is no such reader."""
+        if reference:
+            self._references[reader] = reference
+        else:
+            self._references.pop(reader, None)
+        async with self._writing:
+            # In a thread: guests read on while the disk syncs.
+            await asyncio.to_thread(self._write, reader)
 
-    def _forget(self, reader: str) -> None:
-        self._references.pop(reader, None)
-        (self._directory / "readers" / f"{reader}.json").unlink(missing_ok=True)
+    def _write(self, reader: str) -> None:
+        path, reference = self._directory / "readers" / f"{reader}.json", self._references.get(reader)
+        if reference:
+            durable.write(path, json.dumps(asdict(reference)).encode(), 0o666)
+        else:
+            path.unlink(missing_ok=True)
 
     async def _export(self, reference: Reference) -> tuple[Path, int]:
         digest, fill = Digest.parse(reference.image), Fill(reference.fill)

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from imagestore.cache.node_stores import Stores
-from imagestore.cache.trace import Recorder, Trace
 from imagestore.errors import Corrupt, StoreError, Unsupported
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
 from imagestore.formats.manifest import Manifest
+from imagestore.formats.trace import Recorder, Trace
 from imagestore.store.store import Store
 
 _RELATED = 0.5

@@ -32,11 +32,11 @@ from imagestore.cache.imaged import control_socket
 from imagestore.cache.nbd.server import NbdServer
 from imagestore.cache.open_images import SETTLE_S
 from imagestore.cache.partial import PartialImage
-from imagestore.cache.trace import Trace
 from imagestore.errors import StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, MANIFESTS, TRACES
 from imagestore.formats.manifest import Manifest
+from imagestore.formats.trace import Trace
 from imagestore.push import push
 from imagestore.store.open import open_store
 from tests.servers import free_ports

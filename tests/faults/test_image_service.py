@@ -12,10 +12,10 @@ import pytest
 
 from imagestore.backends.directory import Directory
 from imagestore.cache.imaged import unprivileged
-from imagestore.cache.trace import Trace
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
+from imagestore.formats.trace import Trace
 from imagestore.store.store import Store
 from tests.drills import rounds, seed
 from tests.imaged import Imaged

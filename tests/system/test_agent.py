@@ -5,7 +5,6 @@ import contextlib
 import os
 import pwd
 import tempfile
-import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from compute.agent.agent import Agent
+from compute.agent.guest.host import Backing
 from compute.errors import NotFound
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import (
     DiskSpec,
+    ImageSite,
     InstanceSpec,
     InstanceState,
     InstanceStatus,
@@ -26,10 +27,8 @@ from compute.wire.spec import (
     NodeFacts,
     Power,
 )
-from imagestore.cache.images import Cached
-from imagestore.errors import Corrupt, StoreError
+from imagestore.errors import Corrupt
 from imagestore.formats.digest import Digest
-from imagestore.progress import Progress, Report
 from net.plan.model import Network, NodeNetworks, Port
 from scripts.private_libvirtd import PrivateHost
 from tests.system.boot_sector import boot_sector
@@ -104,14 +103,16 @@ class NoNetworks:
 
 
 class Shelf:
-    """Boot sectors as complete images; `gate` holds every fetch back until the test opens it."""
+    """Boot sectors as complete images; `gate` holds every guest back until the test opens it."""
+
+    peer_address = ""
+    stores: tuple[str, ...] = ()
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.gate = threading.Event()
+        self.gate = asyncio.Event()
         self.gate.set()
-        self.fetches = 0
-        self.cancelled = threading.Event()
+        self.waiting = 0
         directory.mkdir(parents=True, exist_ok=True)
         for digest, content in (
             (HELLO, boot_sector("HELLO\r\n")),
@@ -121,22 +122,32 @@ class Shelf:
             path.write_bytes(content)
             path.chmod(0o444)
 
-    def ensure(self, digest: Digest, progress: Report, cancel: threading.Event) -> Path:
-        self.fetches += 1
-        progress(Progress("fetching", 43, 100))
-        while not self.gate.wait(0.05):
-            if cancel.is_set():
-                self.cancelled.set()
-                raise StoreError("cancelled")
-        if digest == BROKEN:
+    async def backing(self, reader: str, digest: str) -> Backing:
+        self.waiting += 1
+        try:
+            await self.gate.wait()
+        finally:
+            self.waiting -= 1
+        if digest == str(BROKEN):
             raise Corrupt("store file:///s: chunk b3:0123 does not match its digest")
-        return self.path(digest)
+        path = self.directory / Digest.parse(digest).hex()
+        return Backing(path, path.stat().st_size)
 
-    def path(self, digest: Digest) -> Path:
-        return self.directory / digest.hex()
+    def here(self) -> tuple[str, ...]:
+        return (str(HELLO),)
 
-    def list(self) -> list[Cached]:
-        return [Cached(HELLO, self.path(HELLO), 1 << 20, 4096)]
+    def admit(self, group: int) -> None: ...
+
+    async def only(self, readers: list[str]) -> None: ...
+
+    async def share(self, site: ImageSite) -> None: ...
+
+    async def gone(self, reader: str) -> None: ...
+
+    async def leave(self) -> None: ...
+
+    async def listen(self, heard: Callable[[str, str], None]) -> None:
+        await asyncio.Event().wait()
 
 
 class Bench:
@@ -415,18 +426,17 @@ def test_a_disk_smaller_than_its_image_is_refused(bench: Bench) -> None:
     asyncio.run(story())
 
 
-def test_deleting_while_the_image_is_fetched_stops_the_fetch(bench: Bench) -> None:
+def test_deleting_while_the_image_is_waited_for_ends_the_wait(bench: Bench) -> None:
     async def story() -> None:
         spec, twin = bench.spec(), bench.spec()
         bench.shelf.gate.clear()
         async with bench.agent():
             bench.desk.want(spec, twin)
-            for each in (spec, twin):
-                await bench.desk.seen(lambda s: s.progress == "fetching 43%", each.uuid)
-            assert bench.shelf.fetches == 1
+            async with asyncio.timeout(60):
+                while bench.shelf.waiting < 2:
+                    await asyncio.sleep(0.05)
             await remove(bench, spec, twin)
-            await asyncio.to_thread(bench.shelf.cancelled.wait, 10)
-            assert bench.shelf.cancelled.is_set()
+            assert bench.shelf.waiting == 0
 
     asyncio.run(story())
 

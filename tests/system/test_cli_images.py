@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from imagestore.backends.directory import Directory
-from imagestore.cache.trace import Trace
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
+from imagestore.formats.trace import Trace
 from imagestore.store.store import Store
 from tests.unit.imagestore.images import convert, identical, make_raw
 

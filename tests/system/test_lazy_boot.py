@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from compute.agent.agent import Agent
+from compute.agent.guest.host import Backing
 from compute.agent.guest.overlay import snapshots
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor import libvirt as libvirt_adapter
-from compute.agent.image_jobs import Backing, Say
 from compute.agent.image_service import ServedImages, Settings
 from compute.errors import NotFound
 from compute.wire.spec import DiskSpec, InstanceSpec, Power
@@ -229,9 +229,9 @@ def test_a_service_that_is_killed_between_its_answer_and_the_guests_start_fails_
     answers = 0
 
     class Killed(ServedImages):
-        async def backing(self, reader: str, digest: str, say: Say) -> Backing:
+        async def backing(self, reader: str, digest: str) -> Backing:
             nonlocal answers
-            found = await super().backing(reader, digest, say)
+            found = await super().backing(reader, digest)
             answers += 1
             if answers == 2:  # the first one is for making the overlay
                 os.kill(await bench.pid(), signal.SIGKILL)

@@ -38,10 +38,10 @@ from compute.wire.spec import InstanceSpec, InstanceState, Power
 from imagestore.backends.directory import Directory
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.partial import PartialImage
-from imagestore.cache.trace import Trace
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
 from imagestore.formats.manifest import Manifest
+from imagestore.formats.trace import Trace
 from imagestore.mirror.signing import Keyring, Publisher
 from imagestore.pull import pull
 from imagestore.store.leases import Condemned

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compute.agent.guest import overlay
-from compute.agent.guest.host import Backing, Host, Say
+from compute.agent.guest.host import Backing, Host
 from compute.agent.guest.record import DisksHeld, Part
 from compute.agent.hypervisor import domain
 from compute.errors import ComputeError
@@ -38,10 +38,10 @@ class Disks:
     def _reader(self, device: str) -> str:
         return f"{self._uuid}-{device}"
 
-    async def images(self, spec: InstanceSpec, say: Say) -> dict[str, Backing]:
+    async def images(self, spec: InstanceSpec) -> dict[str, Backing]:
         """Device → what its image is read from, as soon as that is there. Raises imagestore's errors."""
         return {
-            disk.device: await self._host.images.backing(self._reader(disk.device), disk.image, say)
+            disk.device: await self._host.images.backing(self._reader(disk.device), disk.image)
             for disk in spec.disks
             if disk.image
         }

@@ -187,7 +187,7 @@ class Guest:
 
     async def _images(self) -> dict[str, Backing]:
         """What the disks stand on, as soon as that is there. Raises _Leaving."""
-        fetch = asyncio.ensure_future(self._disks.images(self.spec, self._say))
+        fetch = asyncio.ensure_future(self._disks.images(self.spec))
         leaving = asyncio.ensure_future(self._leaving.wait())
         try:
             await asyncio.wait({fetch, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -324,9 +324,6 @@ class Guest:
         power = "crashed" if self.record.crashed else state.power
         message = self.record.message or state.reason
         self._publish(InstanceState.CREATED, power, message, vdi_port=port, extra=extra)
-
-    def _say(self, progress: str) -> None:
-        self._publish(self._stage, progress=progress)
 
     def _publish(self, stage: InstanceState, power: str = "off", message: str = "", **more: Any) -> None:
         more |= {"accel": str(self.host.verdict), "agent_state": "ready" if self._agent_ready else ""}

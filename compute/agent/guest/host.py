@@ -16,8 +16,6 @@ from net import Finding, Network, NodeNetworks, Port
 
 T = TypeVar("T")
 
-Say = Callable[[str], None]
-
 
 class Plane(Protocol):
     """What guests need of this node's data plane; `net.plane.Plane` in the product."""
@@ -47,8 +45,8 @@ class Backing:
 class Images(Protocol):
     """What guests need of this node's images. `reader` names the disk that reads one."""
 
-    async def backing(self, reader: str, digest: str, say: Say) -> Backing:
-        """What a guest that is about to start reads its image from. Raises imagestore's errors."""
+    async def backing(self, reader: str, digest: str) -> Backing:
+        """What a guest that is about to start reads its image from. Raises imagestore's errors, Unavailable."""
         ...
 
     def complete(self, digest: str) -> Path | None:

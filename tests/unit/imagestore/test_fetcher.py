@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagestore.cache import filling as module
-from imagestore.cache.fetcher import Fetcher
-from imagestore.cache.filling import Fill, Filling
+from imagestore.cache import fetcher, wanted
+from imagestore.cache.fetcher import Fetcher, Filling
 from imagestore.cache.partial import PartialImage
 from imagestore.cache.peers import Peers
 from imagestore.cache.reader import Reader
-from imagestore.cache.trace import Trace
+from imagestore.cache.wanted import Fill
 from imagestore.errors import Unavailable
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.manifest import Manifest
+from imagestore.formats.trace import Trace
 from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin
 from imagestore.store.store import Store
 from tests.memory import Memory
@@ -59,22 +59,20 @@ class Node:
         patience_s: float = 20,
         peers: Peers | None = None,
     ) -> AsyncIterator[Reader]:
-        self.fetcher = Fetcher()
+        self.fetcher = Fetcher(lambda image, line: self.events.append(line))
         origins = [*before, *(_origin(store, self.digest, self.manifest) for store in self.stores)]
         layout = next(o for o in origins if isinstance(o, StoreOrigin)).layout()
         self.filling = Filling(
             self.partial,
             origins,
             layout,
-            self.fetcher,
             fill=fill,
             read_ahead=read_ahead,
-            event=self.events.append,
             peers=peers,
         )
         self.fetcher.add(self.filling)
         try:
-            yield Reader(self.filling, patience_s=patience_s)
+            yield Reader(self.fetcher, self.filling, patience_s=patience_s)
         finally:
             await self.fetcher.close()
 
@@ -131,7 +129,7 @@ def test_demand_goes_before_prefetch_and_prefetch_before_fill(tmp_path: Path) ->
         async with node.reading(fill=Fill.NOW) as reader:
             layout = _origin(node.stores[0], node.digest, node.manifest).layout()
             frame = int(layout.chunk_frames[100])
-            node.filling.prefetch([100])
+            node.fetcher.prefetch(node.filling, [100])
             asked = asyncio.gather(*(reader.read(at * CHUNK, 10) for at in (20, 60, 180)))
             await asyncio.sleep(0.02)
             started = {start for start, _ in node.backends[0].ranges}
@@ -157,18 +155,18 @@ def test_a_reader_that_goes_on_finds_the_next_frames_there_and_a_lonely_one_cost
 
             async def present_after(frame: int, chunk: int = 0) -> set[int]:
                 await read(reader, node.partial.starts[frames[frame][chunk]], 10)
-                while node.filling.working:
+                while node.filling.wanted.working:
                     await asyncio.sleep(0.01)
                 return {at for at, chunks in enumerate(frames) if node.partial.present[chunks[0]]}
 
-            monkeypatch.setattr(module, "_NEAR_BYTES", 0)
+            monkeypatch.setattr(wanted, "_NEAR_BYTES", 0)
             assert await present_after(2) == {2}
             assert await present_after(3) == {2, 3, 4}
             assert await present_after(4) == {2, 3, 4, 5, 6}  # it was there already
             assert await present_after(2) == {2, 3, 4, 5, 6}
             assert await present_after(5) == {2, 3, 4, 5, 6, 7}
             assert await present_after(0) == {0, 2, 3, 4, 5, 6, 7}
-            monkeypatch.setattr(module, "_NEAR_BYTES", CHUNK)
+            monkeypatch.setattr(wanted, "_NEAR_BYTES", CHUNK)
             assert await present_after(10) == {0, 2, 3, 4, 5, 6, 7, 10}
             assert await present_after(13, -1) == {0, 2, 3, 4, 5, 6, 7, 10, 13, 14}
 
@@ -257,7 +255,7 @@ def test_a_store_that_comes_back_serves_the_read_that_waited(tmp_path: Path) -> 
 def test_a_full_disk_stops_filling_and_reads_are_served_without_being_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FULL_S", 0.2)
+    monkeypatch.setattr(fetcher, "_FULL_S", 0.2)
 
     async def test() -> None:
         node = Node(tmp_path, DATA)
@@ -346,8 +344,8 @@ def test_a_trace_of_an_older_version_brings_what_both_share_before_it_is_asked_f
         new = disk(8, 3, 0) + DATA
         node = Node(tmp_path, new)
         async with node.reading() as reader:
-            node.filling.prefetch(trace.chunks(node.manifest.ids))
-            while node.filling.working:
+            node.fetcher.prefetch(node.filling, trace.chunks(node.manifest.ids))
+            while node.filling.wanted.working:
                 await asyncio.sleep(0.01)
             for at in (7, 150, 90, 33):
                 await read(reader, (at + 3) * CHUNK, 4096)

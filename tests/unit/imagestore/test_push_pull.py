@@ -1,6 +1,5 @@
-import subprocess
-import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -183,47 +182,27 @@ def test_the_manifest_depends_on_the_disk_alone_and_no_pack_name_comes_twice(tmp
     assert packs[0].isdisjoint(packs[1])
 
 
-def test_the_cache_fetches_once_however_many_ask(store, tmp_path):
-    disk = make_raw(tmp_path / "disk.raw")
-    digest = push(store, disk, "debian", "12").digest
+def cached(cache: ImageCache, store: Store, digest: Digest) -> Path:
+    """The image as the image service leaves it."""
+    pull(store, digest, cache.path(digest), format_="raw")
+    cache.path(digest).with_suffix(".manifest").write_bytes(store.manifest(digest).encode())
+    return cache.path(digest)
+
+
+def test_a_complete_cached_image_is_known_by_its_digest_and_by_the_beginning_of_it(store, tmp_path):
+    digest = push(store, make_raw(tmp_path / "disk.raw"), "debian", "12").digest
     cache = ImageCache(tmp_path / "cache", {"local": store})
     assert cache.resolve("debian:12", "x86_64").digest == digest
-    stages = []
-    threads = [threading.Thread(target=cache.ensure, args=(digest, stages.append)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(stage.done_bytes == stage.total_bytes for stage in stages) == 1
-    path = cache.ensure(digest)
-    assert path.read_bytes() == disk.read_bytes()
-    assert path.stat().st_mode & 0o222 == 0
-    assert [cached.digest for cached in cache.list()] == [digest]
+    path = cached(cache, store, digest)
+    assert [image.digest for image in cache.list()] == [digest]
+    assert [seed.path for seed in cache.seeds()] == [path]
     assert cache.resolve(f"b3:{digest.hex()[:12]}").digest == digest
-
-
-def test_processes_share_a_cache_and_one_of_them_fetches(store, tmp_path):
-    disk = make_raw(tmp_path / "disk.raw", size_bytes=32 << 20)
-    digest = push(store, disk, "debian").digest
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from imagestore.cache.images import ImageCache; from imagestore.store.open import open_store\n"
-        "from imagestore.formats.digest import Digest; fetched = []\n"
-        "cache = ImageCache(Path(sys.argv[1]), {'local': open_store(sys.argv[2])})\n"
-        "cache.ensure(Digest.parse(sys.argv[3]), fetched.append)\n"
-        "print(len(fetched))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "cache"), str(tmp_path / "store"), str(digest)]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    fetched = [int(worker.communicate()[0]) for worker in workers]
-    assert sorted(count > 0 for count in fetched) == [False, False, True]
-    assert (tmp_path / "cache" / f"{digest.hex()}.raw").read_bytes() == disk.read_bytes()
 
 
 def test_a_damaged_cached_image_is_found_and_removed(store, tmp_path):
     digest = push(store, make_raw(tmp_path / "disk.raw"), "debian").digest
     cache = ImageCache(tmp_path / "cache", {"local": store})
-    path = cache.ensure(digest)
+    path = cached(cache, store, digest)
     cache.verify(digest)
     path.chmod(0o644)
     with path.open("r+b") as file:
@@ -236,8 +215,6 @@ def test_a_damaged_cached_image_is_found_and_removed(store, tmp_path):
 
 def test_an_image_nobody_has_is_not_found(store, tmp_path):
     cache = ImageCache(tmp_path / "cache", {"local": store})
-    with pytest.raises(NotFound):
-        cache.ensure(Digest(bytes(32)))
     with pytest.raises(NotFound):
         cache.resolve("debian:13")
 

@@ -1,7 +1,7 @@
 """Boot traces: which chunks a guest touched first, in which order, until it was up.
 
-Kept by chunk, not by offset, so that the trace of one version of an image helps the next. Beside the manifest in the
-store: `traces/ab/<hex of the manifest>`. The first eight bytes of a chunk's id stand for it: a trace is a hint, and a
+Kept by chunk, not by offset, so that the trace of one version of an image helps the next. It lies beside the manifest
+in the store (`imagestore.cache.traces`). The first eight bytes of a chunk's id stand for it: a trace is a hint, and a
 wrong one costs bytes and never correctness.
 
     "sf-trace 1\\n" | header {"boots", "chunks"} | keys (u64) | position (f4, 0 to 1) | boots that touched it (u16)
