@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol, cast, get_type_hints
 
 from compute.errors import Invalid
-from compute.wire.codec import from_plain, to_plain
+from compute.wire.codec import Base64, from_plain, to_plain
 
 Ask = Callable[[str, Sequence[Any]], Awaitable[Any]]
 """Carries (verb, arguments) as JSON to the node and brings the result back; raises ComputeError."""
@@ -19,7 +19,7 @@ Ask = Callable[[str, Sequence[Any]], Awaitable[Any]]
 class NodeOperations(Protocol):
     """All quick; raise ComputeError. Idempotent, so safe to retry."""
 
-    async def console(self, instance_uuid: str, length: int) -> bytes:
+    async def console(self, instance_uuid: str, length: int) -> Base64:
         """The last `length` bytes of the serial console; -1 for all that is kept."""
         ...
 
@@ -40,7 +40,9 @@ class NodeOperations(Protocol):
 def _declared() -> dict[str, tuple[list[Any], Any]]:
     """Verb → types of its arguments, type of its result."""
     hints = {
-        name: get_type_hints(call) for name, call in vars(NodeOperations).items() if iscoroutinefunction(call)
+        name: get_type_hints(call, include_extras=True)
+        for name, call in vars(NodeOperations).items()
+        if iscoroutinefunction(call)
     }
     return {
         verb: ([kind for name, kind in h.items() if name != "return"], h["return"])
@@ -62,6 +64,6 @@ async def answer(operations: NodeOperations, verb: str, arguments: Sequence[Any]
     """Carry out what a client asked; the result as JSON. Raises Invalid for what is not declared."""
     if verb not in _declared():
         raise Invalid(f"this node's agent knows no {verb}")
-    kinds, _ = _declared()[verb]
+    kinds, result = _declared()[verb]
     given = [from_plain(kind, argument) for kind, argument in zip(kinds, arguments, strict=True)]
-    return to_plain(await getattr(operations, verb)(*given))
+    return to_plain(await getattr(operations, verb)(*given), result)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from compute.wire.codec import Base64
 from net import NodeNetworks
 
 
@@ -75,7 +76,7 @@ class InstanceSpec:
     disks: tuple[DiskSpec, ...]
     interfaces: tuple[InterfaceSpec, ...] = ()
     ssh_keys: tuple[str, ...] = ()
-    user_data: bytes = b""
+    user_data: Base64 = b""
     metadata: tuple[tuple[str, str], ...] = ()
     uefi: bool = False
     vdi: str = ""
@@ -98,7 +99,7 @@ class ImageSite:
     """host:port"""
     peers: dict[str, str] = field(default_factory=dict)
     """Node → host:port, of those that live and have the same stores."""
-    secret: bytes = field(default=b"", repr=False)
+    secret: Base64 = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.secrets import Secret, secret
+from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
@@ -252,6 +253,18 @@ def test_sf_db_lets_in_who_had_a_key(db: SqliteStore, state: Path) -> None:
     authority = Authority(db)
     assert authority.login("shop", "not-a-secret")["access_token"]
     assert authority.login("system", (state / "auth/local-key").read_text().strip())["access_token"]
+
+
+KINDS = (Artifact, Event, Instance, Interface, Ipam, Namespace, Network, Node, Taken)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.KIND)
+def test_a_record_that_has_not_changed_its_form_is_written_back_byte_for_byte(
+    db: SqliteStore, kind: type[Stored]
+) -> None:
+    records = db.list(f"{kind.KIND}/")
+    assert records
+    assert [kind.decode(r.value, r.revision).encode() for r in records] == [r.value for r in records]
 
 
 def test_a_secret_that_was_the_owner_of_a_unique_thing_stays_the_same_secret(db: SqliteStore) -> None:

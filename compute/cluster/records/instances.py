@@ -13,6 +13,7 @@ from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.taken import Taken, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
+from compute.wire.codec import Base64
 from compute.wire.spec import DiskSpec, InstanceState, Power
 
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
@@ -36,7 +37,7 @@ class Instance(Stored):
     disk_spec: tuple[dict[str, Any], ...] = ()
     """What the user asked for, word for word."""
     ssh_key: str = ""
-    user_data: bytes = b""
+    user_data: Base64 = b""
     video: dict[str, Any] = field(default_factory=dict)
     uefi: bool = False
     secure_boot: bool = False

@@ -4,7 +4,7 @@ import json
 import re
 import uuid as uuid_module
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from compute.cluster.state.protocol import ABSENT
@@ -22,7 +22,7 @@ class Stored:
     SCHEMA: ClassVar[int] = 1
     UPGRADES: ClassVar[dict[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
     """schema n → function that turns a record of schema n into one of schema n + 1."""
-    revision: int = field(default=ABSENT, compare=False, metadata={"stored": False})
+    revision: int = field(default=ABSENT, compare=False)
 
     @property
     def id(self) -> str:
@@ -34,6 +34,7 @@ class Stored:
 
     def encode(self) -> bytes:
         plain = {"schema": self.SCHEMA, **to_plain(self)}
+        del plain["revision"]
         return json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode()
 
     @classmethod
@@ -44,7 +45,7 @@ class Stored:
             plain = cls.UPGRADES[schema](plain)
         if plain.get("schema", 1) > cls.SCHEMA:
             raise Invalid(f"a {cls.KIND} was written by a newer version of sf", hint="upgrade this node")
-        return replace(from_plain(cls, plain), revision=revision)
+        return from_plain(cls, {**plain, "revision": revision})
 
 
 def new_uuid() -> str:
