@@ -17,6 +17,7 @@ from compute.cluster.records import instances as acts
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network
+from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits
 from compute.cluster.scheduler import create_instance as create
@@ -113,38 +114,32 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     namespace = ctx.namespace(body.namespace)
     config, controller = ctx.services.config, ctx.services.controller
     wanted = tuple(d.model_dump() for d in body.disk)
-    extra: dict[str, Any] = {
-        "disk_spec": wanted,
-        "ssh_key": body.ssh_key or "",
-        "user_data": _user_data(body.user_data or ""),
-        "video": body.video or {"model": "cirrus", "memory": 16384},
-        "uefi": bool(body.uefi or body.secure_boot),
-        "secure_boot": bool(body.secure_boot),
-        "nvram_template": body.nvram_template or "",
-        "configdrive": "openstack-disk",
-        "side_channels": tuple(["sf-agent"] if body.side_channels is None else body.side_channels),
-        "metadata": body.metadata or {},
-    }
     if body.secure_boot or body.nvram_template:
         raise Invalid("secure boot and NVRAM templates are not offered", hint="leave both out; uefi works")
-
     made = ctx.made_before(ctx.read(), Instance, body)
     if made is None:
-        request = acts.Request(
+        instance = Instance(
+            uuid=new_uuid(),
             name=body.name,
             namespace=namespace,
+            node=body.placed_on or "",
             cpus=body.cpus,
             memory_mib=body.memory,
             # Stores are asked here: what a transaction does may be repeated.
             disks=resolve_disks(ctx.services.resolver, wanted, config.architecture),
-            interfaces=tuple(_want(ctx, n) for n in body.network or ()),
-            placed_on=body.placed_on or "",
-            extra=extra,
+            disk_spec=wanted,
+            ssh_key=body.ssh_key or "",
+            user_data=_user_data(body.user_data or ""),
+            video=body.video or {"model": "cirrus", "memory": 16384},
+            uefi=bool(body.uefi),
+            side_channels=tuple(["sf-agent"] if body.side_channels is None else body.side_channels),
+            metadata=body.metadata or {},
         )
+        wants = [_want(ctx, network) for network in body.network or ()]
         limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
 
         def make(txn: Transaction) -> Instance:
-            return create(txn, request, limits=limits, usable=controller.nodes.usable())
+            return create(txn, instance, wants, limits=limits, usable=controller.nodes.usable())
 
         made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))
     made = ctx.find(Instance, made.uuid)

@@ -5,10 +5,11 @@ first, then the one with the most free memory; ties go by name, so that the same
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compute.cluster.records import instances
 from compute.cluster.records.claims import Claims
+from compute.cluster.records.interfaces import Want
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity, NotFound
@@ -96,17 +97,25 @@ def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
 
 
 def create_instance(
-    txn: Transaction, request: instances.Request, *, limits: Limits, usable: Mapping[str, str]
+    txn: Transaction,
+    instance: instances.Instance,
+    wants: Sequence[Want],
+    *,
+    limits: Limits,
+    usable: Mapping[str, str],
 ) -> instances.Instance:
-    """Place it and make its records. Raises Conflict, Invalid, NotFound, NoCapacity."""
-    instances.check_request(request)
-    images = {disk.image for disk in request.disks if disk.image}
+    """Place it, on `instance.node` if it names one, and make its records.
+
+    Raises Conflict, Invalid, NotFound, NoCapacity.
+    """
+    instances.check(instance, wants)
+    images = {disk.image for disk in instance.disks if disk.image}
     node = place(
         rooms(txn, usable),
-        request.cpus,
-        request.memory_mib,
+        instance.cpus,
+        instance.memory_mib,
         limits=limits,
-        wanted=request.placed_on,
+        wanted=instance.node,
         holders=[n.name for n in txn.list(Node) if images <= set(n.facts.get("images", ()))],
     )
-    return instances.create_instance(txn, request, node)
+    return instances.create_instance(txn, replace(instance, node=node), wants)

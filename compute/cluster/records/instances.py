@@ -2,14 +2,14 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from compute.cluster.records.claims import claim
 from compute.cluster.records.interfaces import Interface, Want, attach, detach
 from compute.cluster.records.networks import find_network
-from compute.cluster.records.stored import Stored, new_uuid
+from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
@@ -61,37 +61,22 @@ class Instance(Stored):
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """An instance to be made; `disks` name images by full digest already (`images.resolve_disks`)."""
-
-    name: str
-    namespace: str
-    cpus: int
-    memory_mib: int
-    disks: tuple[DiskSpec, ...]
-    interfaces: tuple[Want, ...] = ()
-    placed_on: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of Instance that are taken over as they are."""
-
-
-def check_request(request: Request) -> None:
+def check(instance: Instance, wants: Sequence[Want]) -> None:
     """Raises Invalid."""
-    if not _HOSTNAME.fullmatch(request.name):
+    if not _HOSTNAME.fullmatch(instance.name):
         raise Invalid(
-            f"not a host name: {request.name[:80]!r}", hint="1 to 63 letters, digits and dashes, no dot"
+            f"not a host name: {instance.name[:80]!r}", hint="1 to 63 letters, digits and dashes, no dot"
         )
-    if not 1 <= request.cpus <= 256:
-        raise Invalid(f"cpus is {request.cpus}, not 1 to 256")
-    if not 16 <= request.memory_mib <= 4 * 2**20:
-        raise Invalid(f"memory is {request.memory_mib} MB, not 16 to 4194304")
-    if not 1 <= len(request.disks) <= _MAX_DISKS or len(request.interfaces) > _MAX_INTERFACES:
+    if not 1 <= instance.cpus <= 256:
+        raise Invalid(f"cpus is {instance.cpus}, not 1 to 256")
+    if not 16 <= instance.memory_mib <= 4 * 2**20:
+        raise Invalid(f"memory is {instance.memory_mib} MB, not 16 to 4194304")
+    if not 1 <= len(instance.disks) <= _MAX_DISKS or len(wants) > _MAX_INTERFACES:
         raise Invalid(f"an instance has 1 to {_MAX_DISKS} disks and at most {_MAX_INTERFACES} interfaces")
-    for disk in request.disks:
+    for disk in instance.disks:
         if disk.bus not in _BUSES:
             raise Invalid(f"no disk bus is called {disk.bus[:80]!r}", hint=", ".join(sorted(_BUSES)))
-    for want in request.interfaces:
+    for want in wants:
         check_model(want.model)
 
 
@@ -100,30 +85,19 @@ def check_model(model: str) -> None:
         raise Invalid(f"no network card is called {model[:80]!r}", hint=", ".join(sorted(_MODELS)))
 
 
-def create_instance(txn: Transaction, request: Request, node: str) -> Instance:
-    """Claim the room on `node`, take the name and the addresses. Raises Conflict, Invalid, NotFound, NoCapacity.
+def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want]) -> Instance:
+    """Claim the room on its node, take the name and the addresses. Raises Conflict, Invalid, NotFound, NoCapacity.
 
-    `scheduler.create_instance` checks the request and finds the node, in the same transaction.
+    `scheduler.create_instance` checks it and finds the node, in the same transaction.
     """
     now = time.time()
-    instance = Instance(
-        uuid=new_uuid(),
-        name=request.name,
-        namespace=request.namespace,
-        node=node,
-        cpus=request.cpus,
-        memory_mib=request.memory_mib,
-        disks=request.disks,
-        created_s=now,
-        updated_s=now,
-        **request.extra,
-    )
-    take_name(txn, Instance.KIND, request.namespace, request.name, instance.uuid)
-    for order, want in enumerate(request.interfaces):
-        attach(txn, find_network(txn, want.network), instance.uuid, request.namespace, order, want)
-    claim(txn, node, request.cpus, request.memory_mib)
+    instance = replace(instance, created_s=now, updated_s=now)
+    take_name(txn, Instance.KIND, instance.namespace, instance.name, instance.uuid)
+    for order, want in enumerate(wants):
+        attach(txn, find_network(txn, want.network), instance.uuid, instance.namespace, order, want)
+    claim(txn, instance.node, instance.cpus, instance.memory_mib)
     txn.create(instance)
-    txn.event(Instance.KIND, instance.uuid, f"asked for; placed on {node}", type="audit")
+    txn.event(Instance.KIND, instance.uuid, f"asked for; placed on {instance.node}", type="audit")
     return instance
 
 

@@ -15,7 +15,6 @@ from compute.cluster.records.addresses import Ipam, ensure_floating
 from compute.cluster.records.claims import Claims
 from compute.cluster.records.instances import (
     Instance,
-    Request,
     add_interface,
     delete_instance,
     finish_delete,
@@ -64,9 +63,12 @@ def make_network(store: Any, name: str) -> Network:
 
 
 def make_instance(store: Any, name: str, wants: Sequence[Want], memory_mib: int = 128) -> Instance:
-    request = Request(name, "system", 1, memory_mib, (DiskSpec("vda", size_bytes=2**30),), tuple(wants))
+    disks = (DiskSpec("vda", size_bytes=2**30),)
+    instance = Instance(
+        uuid=new_uuid(), name=name, namespace="system", node="", cpus=1, memory_mib=memory_mib, disks=disks
+    )
     usable: Mapping[str, str] = dict.fromkeys(NODES, "")
-    return transact(store, lambda txn: create_instance(txn, request, limits=LIMITS, usable=usable))
+    return transact(store, lambda txn: create_instance(txn, instance, wants, limits=LIMITS, usable=usable))
 
 
 class Cluster(RuleBasedStateMachine):

@@ -14,7 +14,8 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import load
 from compute.errors import Conflict, Denied, Invalid, Unauthenticated, Unavailable
-from compute.serve import _listen, installation_id, only_one
+from compute.process import only_one
+from compute.serve import _listen, installation_id
 
 
 def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> None:

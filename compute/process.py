@@ -1,0 +1,143 @@
+"""What `sf serve` and `sf agent` have in common: one process per state directory, its stores, its agent, its end."""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from compute.agent.agent import Agent, Controller
+from compute.agent.guest.host import Plane
+from compute.agent.image_service import ServedImages, Settings
+from compute.config import Config
+from compute.errors import Conflict
+from imagestore import ImageCache, Store, StoreError, open_store
+from net import Plane as NetPlane
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+_REOPEN_S = 10.0
+_MTU_BYTES = 1450
+"""Inside a VXLAN over Ethernet."""
+
+
+@contextlib.contextmanager
+def only_one(state_dir: Path) -> Iterator[None]:
+    """One server or agent per state directory, made if need be: the lock goes with the process, however that ends."""
+    for name in ("", "run", "instances", "cache"):
+        (state_dir / name).mkdir(mode=0o711, parents=True, exist_ok=True)
+    with (state_dir / "run" / "serve.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            lock.seek(0)
+            hint = f"process {lock.read().strip() or 'unknown'} has it; stop it, or set SF_STATE_DIR"
+            raise Conflict(f"another sf serve uses {state_dir}", hint=hint) from err
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+@contextlib.contextmanager
+def images(config: Config) -> Iterator[ImageCache]:
+    """The node's cache over the stores that can be reached now; they are closed in the end."""
+    found = ImageCache(config.state_dir / "cache", {})
+    found.stores = _open_stores(config, {})
+    try:
+        yield found
+    finally:
+        for store in found.stores.values():
+            store.backend.close()
+
+
+def _open_stores(config: Config, opened: Mapping[str, Store]) -> dict[str, Store]:
+    """All that can be reached, in their order; one that cannot keeps no guest from starting."""
+    found = {}
+    for name, url in config.stores:
+        try:
+            default = url == (config.state_dir / "store").as_uri()
+            found[name] = opened[name] if name in opened else open_store(url, create=default)
+        except StoreError as err:
+            log.warning("image store %s: %s", name, err)
+    return found
+
+
+async def reopen_stores(config: Config, images: ImageCache) -> None:
+    """For ever: try those again that could not be reached."""
+    while True:
+        await asyncio.sleep(_REOPEN_S)
+        if len(images.stores) < len(config.stores):
+            images.stores = await asyncio.to_thread(_open_stores, config, images.stores)
+
+
+async def agent(
+    config: Config,
+    node: str,
+    controller: Controller,
+    plane: Plane,
+    net: NetPlane,
+    images: ImageCache,
+    address: IPv4Address | None = None,
+) -> Agent:
+    """This machine's agent and its image service. `address`: where other nodes reach this one, if not as configured."""
+    address = address or config.mesh_address
+    # Loopback would carry more than any uplink does.
+    mtu_bytes = 0 if address.is_loopback else await asyncio.to_thread(net.largest_mtu, address)
+    limits = ("--fill-rate", config.fill_rate, "--cache-size", config.cache_size)
+    urls = tuple(url for _, url in config.stores)
+    peers = f"{address}:{config.peer_port}" if config.peer_port and not address.is_loopback else ""
+    settings = Settings(urls, config.fill, config.read_timeout_s, limits, peers)
+    return Agent(
+        controller,
+        node,
+        config.state_dir,
+        plane,
+        ServedImages(images, config.state_dir, settings),
+        config.libvirt_uri,
+        address=address,
+        mtu_bytes=mtu_bytes or _MTU_BYTES,
+        release=release(),
+    )
+
+
+async def _nothing() -> None: ...
+
+
+async def run(
+    agent: Agent,
+    *parts: asyncio.Task[None] | Coroutine[Any, Any, None],
+    close: Callable[[], Awaitable[None]] = _nothing,
+) -> None:
+    """Agent and parts, until SIGINT or SIGTERM, or until one fails: then its error. `close` comes first."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    ended = asyncio.create_task(stop.wait())
+    tasks = [ended, *map(asyncio.ensure_future, (agent.run(), *parts))]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await close()
+        await agent.stop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+def release() -> str:
+    """The program's version."""
+    try:
+        return version("sf-cloud")
+    except PackageNotFoundError:
+        return "0"
