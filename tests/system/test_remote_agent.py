@@ -101,7 +101,7 @@ def test_a_node_registers_reports_answers_and_may_route(
                     await far.desired("node2", 0, 0)
                     await asyncio.sleep(0.05)
             await far.report("node2", [InstanceStatus("nobody", InstanceState.CREATED)], [])
-            asked = server.services.controller.operations("node2")
+            asked = server.services.controller.nodes.operations("node2")
             loop = server.loop
             calls = (asked.console("i", 10), asked.ping("n", "10.0.0.2"), asked.doctor())
             answers = [
