@@ -132,14 +132,14 @@ def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> 
         with report.about(LAYOUTS.key(digest), digest):
             layout = store.layout(digest)
             layout.check(manifest)
-            chunk_packs = layout.frame_packs[layout.chunk_frames]
-            total = int(layout.frame_sizes.sum(dtype=np.int64))
+            chunk_packs = layout.frames["pack"][layout.chunk_frames]
+            total = int(layout.frames["size"].sum())
             for number, pack in enumerate(layout.packs):
                 frames = Frames.of_image(manifest, layout, np.flatnonzero(chunk_packs == number))
                 with report.about(PACKS.key(pack), digest):
                     _load_all(store, frames)
                 report.packs += 1
-                report.checked_bytes += int(frames.sizes.sum())
+                report.checked_bytes += int(frames.table["size"].sum())
                 progress(Progress("verify", report.checked_bytes, total))
     return report
 

@@ -58,31 +58,14 @@ def put_image(store: Store, data: bytes, *, frame_chunks: int = 4) -> Digest:
     digest = Digest.of(encoded)
     writer, compressor = PackWriter(), zstandard.ZstdCompressor(level=3)
     frames = [range(at, min(at + frame_chunks, len(pieces))) for at in range(0, len(pieces), frame_chunks)]
-    stored = []
     for members in frames:
         plain = b"".join(pieces[i][1] for i in members)
         codec, packed = compress(compressor, plain)
-        stored.append((codec, len(packed), len(plain), Digest.of(packed)))
         lengths = [len(pieces[i][1]) for i in members]
         writer.add(Frame(codec, packed, Digest.of(packed), len(plain), lengths, [ids[i] for i in members]))
     name, footer, parts = writer.finish()
-    del footer
-    sizes = np.array([size for _, size, _, _ in stored], np.uint32)
-    layout = Layout(
-        digest,
-        (name,),
-        np.zeros(len(frames), np.uint32),
-        np.array(np.cumsum(sizes) - sizes, np.uint32),
-        sizes,
-        np.array([plain for _, _, plain, _ in stored], np.uint32),
-        np.array([codec for codec, _, _, _ in stored], np.uint8),
-        np.frombuffer(b"".join(h for _, _, _, h in stored), np.uint8).reshape(-1, 32),
-        np.array([at // frame_chunks for at in range(len(pieces))], np.uint32),
-        np.array(
-            [sum(len(pieces[j][1]) for j in range(at - at % frame_chunks, at)) for at in range(len(pieces))],
-            np.uint32,
-        ),
-    )
+    places = (footer.frame_of_chunk.astype(np.uint32), footer.offset_in_frame.astype(np.uint32))
+    layout = Layout(digest, (name,), footer.frames(), *places)
     store.backend.put(PACKS.key(name), parts)
     store.backend.put(LAYOUTS.key(digest), layout.encode())
     store.backend.put(MANIFESTS.key(digest), encoded)

@@ -165,7 +165,7 @@ def show(name: str, architecture: str, form: str) -> None:
         "architecture": manifest.architecture,
         "size_bytes": manifest.size_bytes,
         "data_bytes": manifest.data_bytes,
-        "stored_bytes": int(layout.frame_sizes.sum()),
+        "stored_bytes": int(layout.frames["size"].sum()),
         "chunks": len(manifest.lengths),
         "packs": len(layout.packs),
         "os": manifest.os,

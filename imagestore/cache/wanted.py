@@ -211,11 +211,12 @@ class Wanted:
 
 def _frames(layout: Layout) -> tuple[list[list[int]], list[int], Numbers, Numbers]:
     """Chunks by frame in pack order: groups, group of each chunk, where in the packs each begins and ends."""
-    order = np.lexsort((layout.frame_offsets, layout.frame_packs))
+    order = np.lexsort((layout.frames["offset"], layout.frames["pack"]))
     rank = np.argsort(order)
     group_of: list[int] = rank[layout.chunk_frames].tolist()
     groups: list[list[int]] = [[] for _ in order]
     for chunk, group in enumerate(group_of):
         groups[group].append(chunk)
-    starts = (layout.frame_packs[order].astype(np.int64) << 40) + layout.frame_offsets[order]
-    return groups, group_of, starts, starts + layout.frame_sizes[order]
+    frames = layout.frames[order]
+    starts = (frames["pack"] << 40) + frames["offset"]
+    return groups, group_of, starts, starts + frames["size"]

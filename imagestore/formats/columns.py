@@ -20,6 +20,19 @@ MAX_HEADER_BYTES = 1 << 20
 Ids = npt.NDArray[np.uint8]
 """Digests, one per row: shape (n, 32)."""
 Numbers = npt.NDArray[np.int64]
+Rows = npt.NDArray[Any]
+"""Of a structured type, as `FRAME`."""
+FRAME = np.dtype(
+    [
+        ("pack", "<i8"),
+        ("offset", "<i8"),
+        ("size", "<i8"),
+        ("plain", "<i8"),
+        ("codec", "u1"),
+        ("hash", "u1", 32),
+    ]
+)
+"""A frame: the number of its pack, its place in that, stored and plain bytes, codec, BLAKE3 of the stored bytes."""
 """Rows of other columns, or bytes."""
 
 
@@ -28,6 +41,14 @@ def encode(magic: bytes, header: dict[str, Any], *columns: npt.NDArray[Any]) -> 
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     parts = [magic, len(text).to_bytes(4, "little"), text]
     return b"".join([*parts, *(np.ascontiguousarray(column).tobytes() for column in columns)])
+
+
+def frame_rows(*of_frames: npt.NDArray[Any] | int) -> Rows:
+    """Rows of `FRAME` out of its columns, in their order; the second is an array."""
+    rows = np.empty(np.shape(of_frames[1]), FRAME)
+    for name, column in zip(FRAME.names or (), of_frames, strict=True):
+        rows[name] = column
+    return rows
 
 
 class Reader:

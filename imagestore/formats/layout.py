@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from imagestore.errors import Corrupt, Invalid
 from imagestore.formats import columns
-from imagestore.formats.columns import Ids
+from imagestore.formats.columns import Rows
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import MAX_CHUNKS, Manifest
 from imagestore.formats.pack import MAX_FRAME_BYTES, MAX_PACK_BYTES
@@ -26,14 +26,8 @@ class Layout:
 
     manifest: Digest
     packs: tuple[Digest, ...]
-    frame_packs: npt.NDArray[np.uint32]
-    """Which of `packs` holds each frame."""
-    frame_offsets: npt.NDArray[np.uint32]
-    frame_sizes: npt.NDArray[np.uint32]
-    """Stored bytes."""
-    frame_plain_sizes: npt.NDArray[np.uint32]
-    frame_codecs: npt.NDArray[np.uint8]
-    frame_hashes: Ids
+    frames: Rows
+    """Of `columns.FRAME`; a pack's number is its place in `packs`."""
     chunk_frames: npt.NDArray[np.uint32]
     """The frame of each chunk of the manifest, in its order."""
     chunk_offsets: npt.NDArray[np.uint32]
@@ -43,15 +37,14 @@ class Layout:
         """The object's bytes."""
         header = {
             "chunks": len(self.chunk_frames),
-            "frames": len(self.frame_packs),
+            "frames": len(self.frames),
             "manifest": str(self.manifest),
             "packs": len(self.packs),
         }
         packs = np.frombuffer(b"".join(self.packs), np.uint8)
-        frames = (self.frame_packs, self.frame_offsets, self.frame_sizes, self.frame_plain_sizes)
-        chunks = (self.chunk_frames, self.chunk_offsets)
-        small = [a.astype("<u4") for a in (*frames, *chunks)]
-        return columns.encode(MAGIC, header, packs, *small, self.frame_codecs, self.frame_hashes)
+        frames = [self.frames[name] for name in ("pack", "offset", "size", "plain")]
+        small = [a.astype("<u4") for a in (*frames, self.chunk_frames, self.chunk_offsets)]
+        return columns.encode(MAGIC, header, packs, *small, self.frames["codec"], self.frames["hash"])
 
     @classmethod
     def decode(cls, data: bytes, manifest: Digest) -> Self:
@@ -68,10 +61,10 @@ class Layout:
         packs, frames = read.count("packs", _MAX_PACKS), read.count("frames", MAX_CHUNKS)
         chunks = read.count("chunks", MAX_CHUNKS)
         names = tuple(Digest(row.tobytes()) for row in read.ids(packs))
-        frame_packs, offsets, sizes, plain_sizes = (read.column("<u4", frames) for _ in range(4))
+        numbers = [read.column("<u4", frames) for _ in range(4)]
         chunk_frames, chunk_offsets = (read.column("<u4", chunks) for _ in range(2))
-        of_frames = (frame_packs, offsets, sizes, plain_sizes, read.column("u1", frames), read.ids(frames))
-        layout = cls(manifest, names, *of_frames, chunk_frames, chunk_offsets)
+        rows = columns.frame_rows(*numbers, read.column("u1", frames), read.ids(frames))
+        layout = cls(manifest, names, rows, chunk_frames, chunk_offsets)
         read.end()
         layout._check()
         return layout
@@ -79,13 +72,13 @@ class Layout:
     def _check(self) -> None:
         if len(set(self.packs)) != len(self.packs):
             raise Corrupt("layout: a pack is listed twice")
-        if len(self.frame_packs):
-            ends = self.frame_offsets.astype(np.int64) + self.frame_sizes
-            if self.frame_packs.max() >= len(self.packs) or ends.max() > MAX_PACK_BYTES:
+        if len(self.frames):
+            ends = self.frames["offset"] + self.frames["size"]
+            if self.frames["pack"].max() >= len(self.packs) or ends.max() > MAX_PACK_BYTES:
                 raise Corrupt("layout: a frame lies outside its pack")
-            if self.frame_sizes.min() < 1 or self.frame_plain_sizes.max() > MAX_FRAME_BYTES:
+            if self.frames["size"].min() < 1 or self.frames["plain"].max() > MAX_FRAME_BYTES:
                 raise Corrupt("layout: a frame's size is out of bounds")
-        if len(self.chunk_frames) and self.chunk_frames.max() >= len(self.frame_packs):
+        if len(self.chunk_frames) and self.chunk_frames.max() >= len(self.frames):
             raise Corrupt("layout: a chunk lies in no frame")
 
     def check(self, manifest: Manifest) -> None:
@@ -93,5 +86,5 @@ class Layout:
         if len(self.chunk_frames) != len(manifest.lengths):
             raise Corrupt("layout: its chunks are not those of its manifest")
         ends = self.chunk_offsets.astype(np.int64) + manifest.lengths
-        if len(ends) and (ends > self.frame_plain_sizes[self.chunk_frames]).any():
+        if len(ends) and (ends > self.frames["plain"][self.chunk_frames]).any():
             raise Corrupt("layout: a chunk goes past the end of its frame")

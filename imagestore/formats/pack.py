@@ -19,7 +19,7 @@ import zstandard
 
 from imagestore.errors import Corrupt
 from imagestore.formats import columns
-from imagestore.formats.columns import Ids
+from imagestore.formats.columns import Ids, Rows
 from imagestore.formats.digest import Buffer, Digest
 
 MAGIC = b"sf-footer 1\n"
@@ -132,6 +132,10 @@ class Footer:
             starts[np.cumsum(self.counts) - self.counts], self.counts
         )
         return inner
+
+    def frames(self, pack: int = 0) -> Rows:
+        """The frames, of the pack with this number."""
+        return columns.frame_rows(pack, self.offsets, self.sizes, self.plain_sizes, self.codecs, self.hashes)
 
     def encode(self) -> bytes:
         """The canonical bytes; their BLAKE3 names the pack."""

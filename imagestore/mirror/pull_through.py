@@ -132,8 +132,8 @@ class PullThrough(ReadOnly):
             raise Corrupt(
                 f"{self.url}/{key}: bytes {start} to {end} of {pack.stat.size_bytes} were asked for"
             )
-        starts, data_bytes = pack.frames.places, pack.footer.data_bytes
-        first = int(np.searchsorted(starts + pack.frames.sizes, start, "right"))
+        starts, data_bytes = pack.frames.table["offset"], pack.footer.data_bytes
+        first = int(np.searchsorted(starts + pack.frames.table["size"], start, "right"))
         last = int(np.searchsorted(starts, end))
         out = b"".join(self._stored(key, pack, range(first, last)))
         base = int(starts[first]) if first < last else data_bytes
@@ -179,7 +179,7 @@ class PullThrough(ReadOnly):
         for request in frames.requests(_REQUEST_BYTES, bulk=False):
             stored = frames.read(request, self._upstream)
             for number, place, data in zip(
-                numbers[request], frames.places[request].tolist(), stored, strict=True
+                numbers[request], frames.table["offset"][request].tolist(), stored, strict=True
             ):
                 os.pwrite(descriptor, data, place)
                 with self._lock:
@@ -221,7 +221,8 @@ def _kept(descriptor: int, pack: _Pack, numbers: Iterable[int]) -> dict[int, Buf
     """Those of these frames that lie in the local file, whole."""
     found: dict[int, Buffer] = {}
     for number in numbers:
-        data = os.pread(descriptor, int(pack.frames.sizes[number]), int(pack.frames.places[number]))
-        if Digest.of(data) == pack.frames.hashes[number].tobytes():
+        row = pack.frames.table[number]
+        data = os.pread(descriptor, int(row["size"]), int(row["offset"]))
+        if Digest.of(data) == row["hash"].tobytes():
             found[number] = data
     return found

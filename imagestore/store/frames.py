@@ -20,7 +20,7 @@ from imagestore.backends.protocol import Backend
 from imagestore.disks.windows import in_order
 from imagestore.errors import Corrupt, NotFound, StoreError, Unavailable
 from imagestore.formats import columns
-from imagestore.formats.columns import Ids, Numbers
+from imagestore.formats.columns import Ids, Numbers, Rows
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
@@ -67,13 +67,8 @@ class Frames:
     """Frames in the order of their places in packs, and the chunks that are wanted of each: columns over both."""
 
     packs: Sequence[Digest]
-    places: Numbers
-    """Where each frame starts: `_PACK_BITS`."""
-    sizes: Numbers
-    """Stored bytes."""
-    plain_sizes: Numbers
-    codecs: npt.NDArray[np.uint8]
-    hashes: Ids
+    table: Rows
+    """Of `columns.FRAME`."""
     firsts: Numbers
     """Where the chunks of each frame begin in the columns below, and, last, where those of all end."""
     chunks: Numbers
@@ -88,15 +83,12 @@ class Frames:
         """By a checked layout; of a frame's chunks those that are asked for, in the order given."""
         rows = np.asarray(chunks, np.int64)
         used, of_chunk = np.unique(layout.chunk_frames[rows], return_inverse=True)
-        places = (layout.frame_packs[used].astype(np.int64) << _PACK_BITS) + layout.frame_offsets[used]
-        order = np.argsort(places, kind="stable")
+        frames = layout.frames[used]
+        order = np.argsort(_places(frames), kind="stable")
         rank = np.argsort(order)[of_chunk]
         rows, counts = rows[np.argsort(rank, kind="stable")], np.bincount(rank)
-        frames = used[order]
         return cls(
-            layout.packs, places[order], layout.frame_sizes[frames].astype(np.int64),
-            layout.frame_plain_sizes[frames].astype(np.int64), layout.frame_codecs[frames],
-            layout.frame_hashes[frames], np.append(0, np.cumsum(counts)), rows,
+            layout.packs, frames[order], np.append(0, np.cumsum(counts)), rows,
             layout.chunk_offsets[rows].astype(np.int64), manifest.lengths[rows].astype(np.int64), manifest.ids[rows],
         )  # fmt: skip
 
@@ -116,8 +108,7 @@ class Frames:
         rows = np.flatnonzero(chosen | ((used > 0) & (1 - used <= split_above))[frame_of])
         frames = np.flatnonzero(used)
         return cls(
-            (pack,), footer.offsets[frames], footer.sizes[frames].astype(np.int64),
-            footer.plain_sizes[frames].astype(np.int64), footer.codecs[frames], footer.hashes[frames],
+            (pack,), footer.frames()[frames],
             np.append(0, np.cumsum(np.bincount(frame_of[rows], minlength=len(used))[frames])), rows,
             footer.offset_in_frame[rows], footer.lengths[rows].astype(np.int64), footer.ids[rows],
         )  # fmt: skip
@@ -129,7 +120,9 @@ class Frames:
         before = np.append(0, np.cumsum(self.lengths[rows]))
         moved = self.inner[rows] != before[:-1] - np.repeat(before[firsts[:-1]], np.diff(firsts))
         before_moved = np.append(0, np.cumsum(moved))
-        whole = (np.diff(before[firsts]) == self.plain_sizes[request]) & (np.diff(before_moved[firsts]) == 0)
+        whole = (np.diff(before[firsts]) == self.table["plain"][request]) & (
+            np.diff(before_moved[firsts]) == 0
+        )
         return [bool(one) for one in whole]
 
     def rows(self, frames: int | slice) -> slice:
@@ -139,24 +132,24 @@ class Frames:
 
     def requests(self, limit_bytes: int = BULK_BYTES, *, bulk: bool = True) -> list[slice]:
         """All frames, in as many requests as `plan_requests` makes of them."""
-        return plan_requests(self.places, self.places + self.sizes, limit_bytes, bulk=bulk)
+        places = _places(self.table)
+        return plan_requests(places, places + self.table["size"], limit_bytes, bulk=bulk)
 
     def read(self, request: slice, *stores: Backend) -> list[memoryview]:
         """The stored bytes of a request's frames, right ones, of the first of these stores that has them.
 
         Raises Corrupt, NotFound, Unavailable: what the first one said.
         """
-        places = self.places[request]
-        number, start = divmod(int(places[0]), 1 << _PACK_BITS)
-        begins = (places - places[0]).tolist()
-        ends = (places - places[0] + self.sizes[request]).tolist()
-        key, failures = PACKS.key(self.packs[number]), list[StoreError]()
+        frames = self.table[request]
+        start, begins = int(frames["offset"][0]), frames["offset"] - frames["offset"][0]
+        ends = (begins + frames["size"]).tolist()
+        key, failures = PACKS.key(self.packs[frames["pack"][0]]), list[StoreError]()
         for store in stores:
             try:
                 data = memoryview(store.get(key, start, ends[-1]).data)
-                stored = [data[begin:end] for begin, end in zip(begins, ends, strict=True)]
+                stored = [data[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)]
                 digests = b"".join(blake3(piece).digest() for piece in stored)
-                if digests == self.hashes[request].tobytes() and len(data) == ends[-1]:
+                if digests == frames["hash"].tobytes() and len(data) == ends[-1]:
                     return stored
                 reason = f"{store.url}/{key}: bytes {start} to {start + ends[-1]} do not match their hash"
                 failures.append(Corrupt(reason, hint="`sf store verify --repair`"))
@@ -166,7 +159,7 @@ class Frames:
 
     def expand(self, frame: int, stored: Buffer) -> memoryview:
         """The plain bytes of a frame. Raises Corrupt."""
-        return memoryview(expand(int(self.codecs[frame]), stored, int(self.plain_sizes[frame])))
+        return memoryview(expand(int(self.table["codec"][frame]), stored, int(self.table["plain"][frame])))
 
     def cut(self, frame: int, plain: memoryview) -> list[memoryview]:
         """The wanted chunks of a frame, not checked yet."""
@@ -179,7 +172,7 @@ class Frames:
         ids = self.ids[self.rows(frame)].tobytes()
         for at, piece in enumerate(pieces):
             if blake3(piece).digest() != ids[at * 32 : at * 32 + 32]:
-                pack = self.packs[int(self.places[frame]) >> _PACK_BITS]
+                pack = self.packs[self.table["pack"][frame]]
                 raise Corrupt(f"a chunk in pack {pack} is not what its id says")
 
     def load(self, request: slice, store: Backend) -> "Loaded":
@@ -190,6 +183,12 @@ class Frames:
             self.check(frame, pieces)
             loaded.pieces.append(pieces)
         return loaded
+
+
+def _places(frames: Rows) -> Numbers:
+    """One number for each frame's pack and place in that."""
+    places: Numbers = (frames["pack"] << _PACK_BITS) + frames["offset"]
+    return places
 
 
 class Loaded(NamedTuple):

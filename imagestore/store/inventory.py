@@ -101,19 +101,13 @@ class Inventory:
 
     def uses(self, layout: Layout) -> Iterator[Use]:
         """The packs of a layout. Raises NotFound for a lost pack, Corrupt where layout and footer differ."""
-        chunk_packs = layout.frame_packs[layout.chunk_frames]
+        chunk_packs = layout.frames["pack"][layout.chunk_frames]
         for number, pack in enumerate(layout.packs):
             table = self.table(pack)
             chunks = np.flatnonzero(chunk_packs == number)
-            frames = layout.chunk_frames[chunks]
-            rows = table.locate(layout.frame_offsets[frames].astype(np.int64), layout.chunk_offsets[chunks])
-            there = table.frames[rows]
-            footer = table.footer
-            same = (rows >= 0) & (footer.sizes[there] == layout.frame_sizes[frames])
-            same &= footer.plain_sizes[there] == layout.frame_plain_sizes[frames]
-            same &= footer.codecs[there] == layout.frame_codecs[frames]
-            same &= (footer.hashes[there] == layout.frame_hashes[frames]).all(axis=1)
-            if not same.all():
+            frames = layout.frames[layout.chunk_frames[chunks]]
+            rows = table.locate(frames["offset"], layout.chunk_offsets[chunks])
+            if not ((rows >= 0) & (table.footer.frames(number)[table.frames[rows]] == frames)).all():
                 raise Corrupt(f"the layout of {layout.manifest} does not fit pack {pack}")
             yield Use(pack, table, chunks, rows)
 

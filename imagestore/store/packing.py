@@ -171,8 +171,12 @@ def carry(parts: Iterable[Loaded], packer: Packer) -> None:
             ids = [row.tobytes() for row in rows]
             if whole:
                 number, lengths = placement.add_frame(), [len(chunk) for chunk in chunks]
-                hash_, plain_bytes = Digest(frames.hashes[frame].tobytes()), int(frames.plain_sizes[frame])
-                codec = Codec(int(frames.codecs[frame]))
+                row = frames.table[frame]
+                codec, hash_, plain_bytes = (
+                    Codec(row["codec"]),
+                    Digest(row["hash"].tobytes()),
+                    int(row["plain"]),
+                )
                 packer.add(number, Frame(codec, bytes(data), hash_, plain_bytes, lengths, ids))
                 placement.chunks.add(rows, number, frames.inner[frames.rows(frame)])
             else:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imagestore.formats import columns
-from imagestore.formats.columns import Ids, Numbers
+from imagestore.formats.columns import FRAME, Ids, Numbers, Rows
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Keys
 from imagestore.formats.layout import Layout
@@ -16,17 +16,6 @@ from imagestore.store.frames import BULK_BYTES
 
 _CHUNK = np.dtype([("id", "u1", 32), ("frame", "<i8"), ("offset", "<u4")])
 """Of a chunk: its id, the number of its frame (-1: not known), where it starts in the plain bytes of that."""
-_FRAME = np.dtype(
-    [
-        ("pack", "<i8"),
-        ("offset", "<i8"),
-        ("size", "<u4"),
-        ("plain", "<u4"),
-        ("codec", "u1"),
-        ("hash", "u1", 32),
-    ]
-)
-"""Of a frame: the number of its pack (-1: none yet), its place in that, stored and plain bytes, codec, BLAKE3."""
 _SPARSE, _SCATTERED = 1.22, 1.6
 """A pull may fetch this many times the bytes, in this many times the requests, before chunks are stored again."""
 
@@ -101,12 +90,12 @@ class Placement:
     def __init__(self) -> None:
         self.chunks = Known()
         self.packs: list[Digest] = []
-        self._frames = Column(_FRAME)
+        self._frames = Column(FRAME)
         self._usable: list[bool] = []
 
     @property
     def frames(self) -> npt.NDArray[Any]:
-        """A row of `_FRAME` for each frame; valid until the next is added."""
+        """A row of `FRAME` for each frame, its pack -1 while it has none; valid until the next is added."""
         return self._frames.rows
 
     @property
@@ -123,23 +112,23 @@ class Placement:
 
     def add_frame(self, pack: int = -1) -> int:
         """The number of a frame of which nothing else is known (yet)."""
-        row = np.zeros(1, _FRAME)
+        row = np.zeros(1, FRAME)
         row["pack"] = pack
         return self._frames.extend(row)
 
     def add_footer(self, pack: Digest, footer: Footer) -> None:
         """A pack with all its frames and chunks."""
-        first = self._frames.extend(_of_footer(footer, self.add_pack(pack)))
+        first = self._frames.extend(footer.frames(self.add_pack(pack)))
         self.chunks.add(footer.ids, first + footer.frame_of_chunk, footer.offset_in_frame)
 
     def add_layout(self, layout: Layout, usable: Collection[Digest]) -> int:
         """The packs and frames of an image's layout; the number of the first frame."""
         numbers = [self.add_pack(pack, usable=pack in usable) for pack in layout.packs]
-        return self._frames.extend(_of_layout(layout, np.array(numbers, np.int64)))
+        return self._frames.extend(_renumbered(layout.frames, np.array(numbers, np.int64)))
 
     def packed(self, frames: Sequence[int], pack: Digest, footer: Footer) -> None:
         """Frames that were numbered before are in a pack now."""
-        self.frames[frames] = _of_footer(footer, self.add_pack(pack))
+        self.frames[frames] = footer.frames(self.add_pack(pack))
 
     def avoid(self, packs: Collection[Digest]) -> None:
         """Nothing in these counts any more."""
@@ -156,33 +145,22 @@ class Placement:
 
     def moved(self, old: Layout, ids: Ids, avoid: Collection[Digest]) -> Layout | None:
         """`old` with the chunks that it has in packs to avoid taken from here; None if one of them is not here."""
-        gone = np.array([pack in avoid for pack in old.packs], np.bool_)[old.frame_packs[old.chunk_frames]]
+        gone = np.array([pack in avoid for pack in old.packs], np.bool_)[old.frames["pack"][old.chunk_frames]]
         found = self.find(ids[gone])
         if (found < 0).any():
             return None
         chunks = self.chunks.rows[found]
         frames, offsets = old.chunk_frames.astype(np.int64) + len(self.frames), old.chunk_offsets.copy()
         frames[gone], offsets[gone] = chunks["frame"], chunks["offset"]
-        olds = _of_layout(old, np.arange(len(old.packs)) + len(self.packs))
+        olds = _renumbered(old.frames, np.arange(len(old.packs)) + len(self.packs))
         together = np.concatenate([self.frames, olds])
         return _lay_out(old.manifest, [*self.packs, *old.packs], together, frames, offsets)
 
 
-def _of_footer(footer: Footer, pack: int) -> npt.NDArray[Any]:
-    packs = np.full(len(footer.sizes), pack)
-    return _rows(packs, footer.offsets, footer.sizes, footer.plain_sizes, footer.codecs, footer.hashes)
-
-
-def _of_layout(layout: Layout, packs: Numbers) -> npt.NDArray[Any]:
-    sizes = (layout.frame_sizes, layout.frame_plain_sizes)
-    places = (packs[layout.frame_packs], layout.frame_offsets)
-    return _rows(*places, *sizes, layout.frame_codecs, layout.frame_hashes)
-
-
-def _rows(*columns_: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    rows = np.empty(len(columns_[0]), _FRAME)
-    for name, column in zip(_FRAME.names or (), columns_, strict=True):
-        rows[name] = column
+def _renumbered(frames: Rows, packs: Numbers) -> Rows:
+    """The same frames; their packs have these numbers."""
+    rows = frames.copy()
+    rows["pack"] = packs[rows["pack"]]
     return rows
 
 
@@ -199,19 +177,8 @@ def _lay_out(
     place = np.empty(len(used), np.uint32)
     place[order] = np.arange(len(used))
     rows = frames[used[order]]
-    numbers, frame_packs = np.unique(rows["pack"], return_inverse=True)
-    return Layout(
-        manifest=manifest,
-        packs=tuple(packs[at] for at in numbers.tolist()),
-        frame_packs=frame_packs.astype(np.uint32),
-        frame_offsets=rows["offset"].astype(np.uint32),
-        frame_sizes=rows["size"],
-        frame_plain_sizes=rows["plain"],
-        frame_codecs=rows["codec"],
-        frame_hashes=rows["hash"],
-        chunk_frames=place[frame_of],
-        chunk_offsets=chunk_offsets,
-    )
+    numbers, rows["pack"] = np.unique(rows["pack"], return_inverse=True)
+    return Layout(manifest, tuple(packs[at] for at in numbers.tolist()), rows, place[frame_of], chunk_offsets)
 
 
 def too_scattered(

@@ -336,7 +336,7 @@ def _crowd(bench: Bench, store: Path, digest: Digest, reads: list[Read], size_by
         cached = PartialImage(state / "cache" / f"{digest.hex()}.part", digest, manifest)
         wanted |= np.frombuffer(cached.present, np.bool_)
         cached.close()
-    distinct = int(layout.frame_sizes[np.unique(layout.chunk_frames[wanted])].sum())
+    distinct = int(layout.frames["size"][np.unique(layout.chunk_frames[wanted])].sum())
     bench.number("crowd_wanted", distinct / 2**20, "MiB of frames, each once")
     bench.ratio("crowd_store_vs_each_frame_once", left, distinct, at_most=1.2)
 
@@ -347,8 +347,8 @@ def _replays(
     opened = open_store(store.as_uri())
     manifest, layout = opened.manifest(digest), opened.layout(digest)
     frames = set(layout.chunk_frames[_touched(manifest, reads)].tolist())
-    needed = sum(int(layout.frame_sizes[frame]) for frame in frames)
-    total = int(layout.frame_sizes.sum())
+    needed = sum(int(layout.frames["size"][frame]) for frame in frames)
+    total = int(layout.frames["size"].sum())
     bench.number(f"{link.name}_boot_needs", needed / 2**20, "MiB")
     bench.number(f"{link.name}_boot_needs_share", needed / total)
     bench.number(f"{link.name}_bare", link.bare_s(needed), "s")
@@ -446,7 +446,7 @@ def _guest(bench: Bench, link: Link, digest: Digest, disk: Path) -> None:
     metadata = sum(opened.backend.stat(kind.key(digest)).size_bytes for kind in (MANIFESTS, LAYOUTS))
     fetched = row["received"].get("store", 0) + metadata
     shutil.rmtree(work)
-    stored = int(layout.frame_sizes.sum())
+    stored = int(layout.frames["size"].sum())
     bench.number("guest_raw", sorted(raw_s)[1], "s to the login prompt")
     bench.number("guest_lazy", sorted(lazy_s)[1], "s to the login prompt")
     bench.ratio("guest_lazy_vs_raw", sorted(lazy_s)[1], sorted(raw_s)[1], at_most=1.1)

@@ -193,7 +193,7 @@ def _generations(bench: Bench, disk: Path) -> None:
     push(fresh, path, "disk", cache=bench.dir("hints-fresh"))
     many = pull(store, digest, out / "many.raw", format_="raw", durable=False)
     one = pull(fresh, digest, out / "one.raw", format_="raw", durable=False)
-    stored = int(fresh.layout(digest).frame_sizes.sum())
+    stored = int(fresh.layout(digest).frames["size"].sum())
     bench.ratio("generations_fetched_vs_stored", many.fetched_bytes, stored, at_most=1.3)
     bench.ratio("generations_requests_vs_fresh", many.requests, one.requests, at_most=2.0)
     total = sum(p.stat().st_size for p in old.rglob("*") if p.is_file())

@@ -92,7 +92,12 @@ def _frames(store: Path, script: Path) -> float:
     record = next(iter(opened.names.list()))
     layout = opened.layout(record.images["x86_64"])
     rows = list(
-        zip(layout.frame_packs, layout.frame_offsets.tolist(), layout.frame_sizes.tolist(), strict=True)
+        zip(
+            layout.frames["pack"],
+            layout.frames["offset"].tolist(),
+            layout.frames["size"].tolist(),
+            strict=True,
+        )
     )
     rows = (rows * (FRAMES // len(rows) + 1))[:FRAMES]
     asked = ",".join(

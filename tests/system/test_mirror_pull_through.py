@@ -27,8 +27,8 @@ def sent_frames(log: Path, layout: Layout) -> list[int]:
         (m[1], int(m[2]), int(m[3]) + 1) for m in map(_SENT.fullmatch, log.read_text().splitlines()) if m
     ]
     counts = Counter[int]()
-    offsets, sizes = layout.frame_offsets.tolist(), layout.frame_sizes.tolist()
-    for frame, (pack, offset, size) in enumerate(zip(layout.frame_packs, offsets, sizes, strict=True)):
+    offsets, sizes = layout.frames["offset"].tolist(), layout.frames["size"].tolist()
+    for frame, (pack, offset, size) in enumerate(zip(layout.frames["pack"], offsets, sizes, strict=True)):
         key = PACKS.key(layout.packs[pack])
         counts[frame] = sum(
             key == of and start < offset + size and offset < end for of, start, end in answers

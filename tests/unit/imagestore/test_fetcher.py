@@ -134,9 +134,9 @@ def test_demand_goes_before_prefetch_and_prefetch_before_fill(tmp_path: Path) ->
             await asyncio.sleep(0.02)
             started = {start for start, _ in node.backends[0].ranges}
             wanted = {
-                int(layout.frame_offsets[layout.chunk_frames[node.partial.chunks(at * CHUNK, 1)[0]]])
+                int(layout.frames["offset"][layout.chunk_frames[node.partial.chunks(at * CHUNK, 1)[0]]])
                 for at in (20, 60, 180)
-            } | {int(layout.frame_offsets[frame])}
+            } | {int(layout.frames["offset"][frame])}
             covered = {w for w in wanted if any(s <= w < s + n for s, n in node.backends[0].ranges)}
             assert covered == wanted and len(started) <= 16
             await asked

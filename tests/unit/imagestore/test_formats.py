@@ -129,12 +129,7 @@ def one_layout(footer, digest, manifest_digest=None):
     return Layout(
         manifest=manifest_digest or Digest(bytes(32)),
         packs=(digest,),
-        frame_packs=np.zeros(len(footer.sizes), np.uint32),
-        frame_offsets=footer.offsets.astype(np.uint32),
-        frame_sizes=footer.sizes,
-        frame_plain_sizes=footer.plain_sizes,
-        frame_codecs=footer.codecs,
-        frame_hashes=footer.hashes,
+        frames=footer.frames(),
         chunk_frames=footer.frame_of_chunk.astype(np.uint32),
         chunk_offsets=footer.offset_in_frame.astype(np.uint32),
     )
@@ -150,15 +145,16 @@ def test_a_layout_comes_back_and_belongs_to_one_manifest():
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [
-        ("frame_packs", 1), ("frame_offsets", 1 << 30), ("frame_sizes", 0), ("chunk_frames", 9),
-        ("frame_plain_sizes", 1 << 30),
-    ],
+    [("pack", 1), ("offset", 1 << 30), ("size", 0), ("chunk_frames", 9), ("plain", 1 << 30)],
 )  # fmt: skip
 def test_a_layout_that_points_outside_is_corrupt(column, value):
     digest, footer, _, _ = pack(5)
     layout = one_layout(footer, digest)
-    broken = dataclasses.replace(layout, **{column: np.full_like(getattr(layout, column), value)})
+    if column == "chunk_frames":
+        broken = dataclasses.replace(layout, chunk_frames=np.full_like(layout.chunk_frames, value))
+    else:
+        broken = dataclasses.replace(layout, frames=layout.frames.copy())
+        broken.frames[column] = value
     with pytest.raises(Corrupt):
         Layout.decode(broken.encode(), layout.manifest)
 

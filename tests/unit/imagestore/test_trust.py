@@ -12,6 +12,7 @@ import pytest
 from imagestore.backends.directory import Directory
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unavailable
 from imagestore.formats.chunking import ChunkerParams
+from imagestore.formats.columns import FRAME
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, MANIFESTS
 from imagestore.formats.layout import Layout
@@ -38,8 +39,7 @@ def add_image(store: Store, name: str, size_bytes: int, tag: str = "latest") -> 
         ids=NO_IDS,
     )
     digest = manifest.digest
-    none = (EMPTY_U4,) * 4
-    layout = Layout(digest, (), *none, np.zeros(0, np.uint8), NO_IDS, EMPTY_U4, EMPTY_U4)
+    layout = Layout(digest, (), np.zeros(0, FRAME), EMPTY_U4, EMPTY_U4)
     store.backend.put(LAYOUTS.key(digest), layout.encode())
     store.backend.put(MANIFESTS.key(digest), manifest.encode())
     store.names.set(name, tag, "x86_64", digest)
