@@ -7,9 +7,9 @@ and kept. Chunks that other local images hold are copied; the rest comes in rang
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -29,12 +29,11 @@ from imagestore.errors import (
     NoSpace,
     StoreError,
 )
-from imagestore.formats import columns
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.progress import Progress, Report, silent
-from imagestore.store.frames import READERS, Frames, ImageReader
+from imagestore.store.frames import READERS, Batch, Frames, ImageReader, LocalOrigin
 from imagestore.store.store import Store
 
 _COPY_CHUNKS = 256
@@ -131,9 +130,11 @@ class _Filling:
         """Until the file is whole."""
         with ThreadPoolExecutor(READERS, "sf-pull") as pool:
             if self._file.resumed:
-                self._resumed = self._copy(pool, None, np.arange(len(self._have)), self._offsets)
+                self._resumed = self._take(pool, self._in_place)
             for seed in seeds:
-                self._copy_seed(pool, seed)
+                with closing(LocalOrigin(self._manifest)) as here:
+                    here.add(seed.path, seed.manifest, None)
+                    self._seeded += self._take(pool, here.fetch)
             self._fetch_all(pool, store, fallbacks)
         if not self._have.all():
             raise Corrupt(f"the image {self._digest} is not whole after all")
@@ -154,43 +155,32 @@ class _Filling:
 
     # What is here already
 
-    def _copy_seed(self, pool: ThreadPoolExecutor, seed: Seed) -> None:
+    def _in_place(self, chunks: Numbers) -> Iterator[Batch]:
+        for chunk in chunks.tolist():
+            data = self._file.read(int(self._offsets[chunk]), int(self._lengths[chunk]))
+            yield Batch((chunk,), (data,), 0)
+
+    def _take(self, pool: ThreadPoolExecutor, batches: Callable[[Numbers], Iterator[Batch]]) -> int:
+        """Keep the missing chunks that are right; how many bytes that were."""
         missing = np.flatnonzero(~self._have)
-        at = columns.find(self._ids[missing], seed.manifest.ids)
-        same = at >= 0
-        if not same.any():
-            return
-        try:
-            descriptor = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return
-        try:
-            self._seeded += self._copy(pool, descriptor, missing[same], seed.manifest.offsets[at[same]])
-        finally:
-            os.close(descriptor)
+        parts = np.split(missing, range(_COPY_CHUNKS, len(missing), _COPY_CHUNKS))
 
-    def _copy(self, pool: ThreadPoolExecutor, source: int | None, chunks: Numbers, froms: Numbers) -> int:
-        """Take chunks from another file, or (None) see which are in place; only those with the right hash."""
-        batches = [slice(at, at + _COPY_CHUNKS) for at in range(0, len(chunks), _COPY_CHUNKS)]
-        ids = self._ids
-
-        def work(batch: slice) -> list[int]:
-            good = []
-            for chunk, start in zip(chunks[batch].tolist(), froms[batch].tolist(), strict=True):
-                length = int(self._lengths[chunk])
-                data = self._file.read(start, length) if source is None else os.pread(source, length, start)
-                if len(data) == length and blake3(data).digest() == ids[chunk].tobytes():
-                    if source is not None:
-                        self._file.put(int(self._offsets[chunk]), memoryview(data))
+        def work(part: Numbers) -> tuple[list[int], int]:
+            good, copied = list[int](), 0
+            for batch in batches(part):
+                chunk, data = batch.chunks[0], memoryview(batch.pieces[0])
+                if blake3(data).digest() == self._ids[chunk].tobytes():
+                    if batch.clone is not None:
+                        self._file.put(int(self._offsets[chunk]), data)
+                        copied += len(data)
                     good.append(chunk)
-            return good
+            return good, copied
 
         total = 0
-        for good in in_order(pool, work, batches, READERS):
+        for good, copied in in_order(pool, work, parts, READERS):
             self._have[good] = True
-            count = int(self._lengths[good].sum())
-            total += count
-            self._file.written(count if source is not None else 0)
+            total += int(self._lengths[good].sum())
+            self._file.written(copied)
             self._report()
         return total
 

@@ -5,6 +5,7 @@ a repack moved them meanwhile) or by a pack's footer. A request is a slice of fr
 pack holds; a frame is checked by its hash before it is expanded, a chunk by its id before it is used.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -313,37 +314,32 @@ class LocalOrigin:
 
     def __init__(self, manifest: Manifest) -> None:
         self._lengths, self._ids = manifest.lengths, manifest.ids
-        self._where: dict[int, tuple[int, int, bytearray | None, int]] = {}
-        self._files: list[int] = []
+        self._sources: list[tuple[int, bytearray | None]] = []
+        self._source, self._rows, self._offsets = np.full((3, len(manifest.ids)), -1, np.int64)
 
     def add(self, path: Path, other: Manifest, present: bytearray | None) -> None:
         """Use what `path`, an image with the manifest `other`, has. `present`: live flags per chunk, None for all."""
-        at = columns.find(self._ids, other.ids)
-        matches = np.flatnonzero(at >= 0)
-        if not len(matches):
+        rows = columns.find(self._ids, other.ids)
+        taken = (rows >= 0) & ((self._source < 0) | (present is None))
+        if not taken.any():
             return
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        self._files.append(fd)
-        theirs = at[matches]
-        rows = zip(matches.tolist(), theirs.tolist(), other.offsets[theirs].tolist(), strict=True)
-        for chunk, their, offset in rows:
-            if chunk not in self._where or present is None:
-                self._where[chunk] = (fd, offset, present, their)
+        with contextlib.suppress(OSError):
+            self._sources.append((os.open(path, os.O_RDONLY | os.O_CLOEXEC), present))
+            self._rows[taken], self._offsets[taken] = rows[taken], other.offsets[rows[taken]]
+            self._source[taken] = len(self._sources) - 1
 
-    def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
-        for chunk in chunks:
-            if chunk in self._where:
-                fd, offset, present, theirs = self._where[chunk]
-                if present is None or present[theirs]:
-                    data = os.pread(fd, int(self._lengths[chunk]), offset)
-                    yield Batch((chunk,), (data,), len(data), (fd, offset))
+    def fetch(self, chunks: Sequence[int] | Numbers) -> Iterator[Batch]:
+        at = np.asarray(chunks, np.int64)
+        at = at[self._source[at] >= 0]
+        places = (at, self._source[at], self._rows[at], self._offsets[at], self._lengths[at])
+        for chunk, source, row, offset, length in zip(*(one.tolist() for one in places), strict=True):
+            fd, present = self._sources[source]
+            if present is None or present[row]:
+                data = os.pread(fd, length, offset)
+                yield Batch((chunk,), (data,), len(data), (fd, offset))
 
     def close(self) -> None:
         """Let go of the other images' files. Nothing may be fetching any more."""
-        self._where.clear()
-        for fd in self._files:
-            os.close(fd)
-        self._files.clear()
+        self._source[:] = -1
+        while self._sources:
+            os.close(self._sources.pop()[0])
