@@ -6,7 +6,8 @@ Format of the streams: https://git.launchpad.net/simplestreams/tree/doc and, for
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,14 +70,14 @@ class Step:
     new_bytes: int
 
 
-@dataclass(slots=True)
 class Catalog:
     """Reads the store at most every few seconds. Not thread-safe: one thread at a time asks."""
 
-    store: Store
-    _images: list[Image] = field(default_factory=list)
-    _read_at_s: float = 0.0
-    _manifests: dict[Digest, Manifest] = field(default_factory=dict)
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.manifest = lru_cache(_MOST_MANIFESTS)(store.manifest)
+        self._images: list[Image] = []
+        self._read_at_s = 0.0
 
     def images(self) -> list[Image]:
         """All published images; where nothing is signed, all named ones; none of a store that cannot be listed."""
@@ -132,15 +133,6 @@ class Catalog:
             if (image.name, image.tag) == (name, tag) and arch in (image.arch, image.architecture):
                 return image
         raise NotFound(f"no image {name}:{tag} for {arch}")
-
-    def manifest(self, digest: Digest) -> Manifest:
-        """Kept for a while."""
-        found = self._manifests.get(digest)
-        if found is None:
-            found = self._manifests[digest] = self.store.manifest(digest)
-            if len(self._manifests) > _MOST_MANIFESTS:
-                self._manifests.pop(next(iter(self._manifests)))
-        return found
 
     def history(self, image: Image) -> list[Step]:
         """The versions of a name, newest first, as far as they are still here."""

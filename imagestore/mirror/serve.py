@@ -5,10 +5,10 @@ import json
 import logging
 import os
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -126,9 +126,8 @@ class _Site:
         self.catalog = Catalog(store)
         self._store = store
         self._one = ThreadPoolExecutor(1, "sf-catalog")
-        self._pool = ThreadPoolExecutor(4, "sf-content")
-        self._cache = GroupCache()
-        self._open: OrderedDict[bytes, Content] = OrderedDict()
+        cache, pool = GroupCache(), ThreadPoolExecutor(4, "sf-content")
+        self._content = lru_cache(_OPEN_IMAGES)(lambda digest: Content(store, digest, cache, pool))
         self._streams = 0
         self._environment = _environment()
 
@@ -174,15 +173,6 @@ class _Site:
         values = {"image": image, "files": files, "steps": steps, "provenance": provenance}
         return self._render("image.html", base, image.signer, **values)
 
-    def _content(self, image: Image) -> Content:
-        content = self._open.get(image.digest)
-        if content is None:
-            content = Content(self._store, image.digest, self._cache, self._pool)
-            self._open[image.digest] = content
-            if len(self._open) > _OPEN_IMAGES:
-                self._open.popitem(last=False)
-        return content
-
     async def file(self, request: Request, image: Image, file: str) -> Response:
         sums = image.sums
         if file == "SHA256SUMS" and sums:
@@ -195,7 +185,7 @@ class _Site:
             return Response(data, media_type="application/x-xz")
         if file not in _DISKS:
             raise NotFound(f"no file {quote(file[:80])} of {image.name}:{image.tag}")
-        content = await self.run(lambda: self._content(image))
+        content = await self.run(lambda: self._content(image.digest))
         format_ = _DISKS[file]
         etag = f'"{image.digest.hex()}.{format_}.{WRITER}"'
         modified_s = sums.created_s if sums else 0.0

@@ -16,16 +16,15 @@ from typing import Any
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner
-from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
 from imagestore.backends.directory import Directory
 from imagestore.durable import fsync_directory
-from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
+from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import MANIFESTS
 from imagestore.store.store import Store
-from imagestore.store.trust import Target, make_target, parse_targets, tree
+from imagestore.store.trust import Target, make_target, newest, parse_targets, read_metadata, tree
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
 LIFETIMES = {
@@ -242,20 +241,10 @@ class Publisher:
             return None, None
 
     def _read(self, file: str) -> Metadata[Any]:
-        key = self._base + file
-        try:
-            return Metadata.from_bytes(self._backend.get(key).data)
-        except (RepositoryError, ValueError) as error:
-            raise Corrupt(f"{self._backend.url}/{key}: {error}") from error
+        return read_metadata(self._backend, self._base + file)
 
     def _newest(self, role: str) -> int:
-        """The highest version in the store, also of a publication that was interrupted; 0 if there is none."""
-        versions = [0]
-        for stat in self._backend.list(self._base):
-            version, _, rest = stat.key.removeprefix(self._base).partition(".")
-            if rest == f"{role}.json" and version.isdecimal():
-                versions.append(int(version))
-        return max(versions)
+        return newest(self._backend, self._base, role).get(self._base, 0)
 
 
 def _expiry(role: str) -> datetime:

@@ -89,10 +89,8 @@ def load(directory: Path) -> list[Source]:
             if set(body) != {"source"} or not isinstance(body["source"], list):
                 raise Invalid("it has [[source]] tables and nothing else")
             sources += [parse(entry) for entry in body["source"]]
-        except FileNotFoundError as error:
-            raise NotFound(
-                f"no source lists in {directory}", hint=f"see those that come with sf: {SHIPPED}"
-            ) from error
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError, Invalid) as error:
             raise Invalid(f"{path}: {error}") from error
     if not sources:

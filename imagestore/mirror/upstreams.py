@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from imagestore.backends.directory import Directory
+from imagestore.outside import read_json, real
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """URL to {seen_s, gone_since_s (0 while it is there), error}; empty where nothing was noted or it is damaged."""
     try:
-        body = json.loads(path.read_text())
+        noted = read_json(path.read_bytes()).items()
+        times = ("seen_s", "gone_since_s")
         return {
-            str(url): {
-                "seen_s": float(seen["seen_s"]),
-                "gone_since_s": float(seen["gone_since_s"]),
-                "error": str(seen["error"]),
-            }
-            for url, seen in body.items()
+            str(url): {key: real(seen[key]) for key in times} | {"error": str(seen["error"])}
+            for url, seen in noted
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -26,12 +24,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 def note(path: Path, url: str, error: str) -> None:
     """Write down that a sync from `url` went well ("") or found it gone."""
-    known = read(path)
+    known, now = read(path), time.time()
     before = known.get(url, {"seen_s": 0.0, "gone_since_s": 0.0})
-    now = time.time()
-    known[url] = {
-        "seen_s": before["seen_s"] if error else now,
-        "gone_since_s": (before["gone_since_s"] or now) if error else 0.0,
-        "error": error,
-    }
+    gone = {"seen_s": before["seen_s"], "gone_since_s": before["gone_since_s"] or now}
+    known[url] = (gone if error else {"seen_s": now, "gone_since_s": 0.0}) | {"error": error}
     Directory(path.parent).put(path.name, json.dumps(known, indent=1).encode())

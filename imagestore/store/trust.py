@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tuf.api import exceptions as tuf
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
@@ -212,9 +213,8 @@ class SignedNames(Names):
     def read(self, name: str, tag: str) -> NameRecord:
         """The signed images of a name; each architecture that was verified."""
         reason = self._refresh()
-        images = {
-            arch: digest for (n, t, arch), digest in self._trust.names().items() if (n, t) == (name, tag)
-        }
+        known = self._trust.names()
+        images = {arch: digest for (n, t, arch), digest in known.items() if (n, t) == (name, tag)}
         if not images and reason is not None:
             raise reason
         if reason is not None:
@@ -292,22 +292,31 @@ def _explain(error: Exception, file: str, url: str) -> StoreError:
 
 def signed_targets(backend: Backend, prefix: str = TUF.prefix) -> dict[Target, set[Digest]]:
     """What the newest targets of every tree (or one) in our own store name, unverified: who brought them checked."""
-    newest: dict[str, int] = {}
-    for stat in backend.list(prefix):
-        base, _, file = stat.key.rpartition("/")
-        version, _, rest = file.partition(".")
-        if rest == "targets.json" and (number := decimal(version)) is not None:
-            newest[base] = max(newest.get(base, 0), number)
     found: dict[Target, set[Digest]] = {}
-    for base, version_number in newest.items():
-        key = f"{base}/{version_number}.targets.json"
-        try:
-            targets = Metadata[Targets].from_bytes(backend.get(key).data).signed
-        except (tuf.RepositoryError, ValueError) as error:
-            raise Corrupt(f"{backend.url}/{key}: {error}") from error
+    for base, version in newest(backend, prefix, "targets").items():
+        targets = read_metadata(backend, f"{base}{version}.targets.json").signed
         for target, digest in parse_targets(targets).items():
             found.setdefault(target, set()).add(digest)
     return found
+
+
+def newest(backend: Backend, prefix: str, role: str) -> dict[str, int]:
+    """By tree: the highest version of a role's metadata there, also of a publication that was interrupted."""
+    found: dict[str, int] = {}
+    for stat in backend.list(prefix):
+        base, slash, file = stat.key.rpartition("/")
+        version, _, rest = file.partition(".")
+        if rest == f"{role}.json" and (number := decimal(version)) is not None:
+            found[base + slash] = max(found.get(base + slash, 0), number)
+    return found
+
+
+def read_metadata(backend: Backend, key: str) -> Metadata[Any]:
+    """Unverified. Raises NotFound, Corrupt."""
+    try:
+        return Metadata.from_bytes(backend.get(key).data)
+    except (tuf.RepositoryError, ValueError) as error:
+        raise Corrupt(f"{backend.url}/{key}: {error}") from error
 
 
 def make_target(name: str, tag: str, architecture: str, digest: Digest, size_bytes: int) -> TargetFile:
