@@ -44,11 +44,11 @@ class Holds:
         for name, store in stores.items():
             if not store.backend.read_only:
                 try:
-                    self._settle(name, store, wanted)
+                    self._hold(name, store, wanted)
                 except StoreError as err:
                     log.warning("image store %s: cannot note which images instances need: %s", name, err)
 
-    def _settle(self, name: str, store: Store, wanted: Mapping[str, frozenset[Digest]]) -> None:
+    def _hold(self, name: str, store: Store, wanted: Mapping[str, frozenset[Digest]]) -> None:
         if name not in self._known:
             ours = store.backend.list(f"refs/{self._prefix}")
             self._known[name] = {stat.key.removeprefix("refs/"): frozenset() for stat in ours}

@@ -5,13 +5,15 @@ changed bit anywhere in it is noticed.
 """
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from imagestore.errors import Corrupt, Unsupported
+from imagestore.errors import Corrupt, Invalid, Unsupported
 from imagestore.formats.digest import Digest
 from imagestore.outside import read_json
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 def seal(body: dict[str, Any]) -> bytes:
@@ -33,6 +35,15 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
     if body.pop("format", None) != FORMAT:
         raise Unsupported(f"{what} has a later format", hint="a newer sf wrote it: upgrade")
     return body
+
+
+def decode(data: bytes, what: str, take: Callable[[dict[str, Any]], T]) -> T:
+    """What `take` makes of the body. Raises Corrupt where that is not what it expects, and as `unseal` does."""
+    body = unseal(data, what)
+    try:
+        return take(body)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, Invalid) as err:
+        raise Corrupt(f"{what}: {err}") from err
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

@@ -14,12 +14,12 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
-from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError
+from imagestore.errors import Conflict, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import CONDEMNED_KEY, LEASES, PACKS
-from imagestore.formats.sealed import seal, unseal
+from imagestore.formats.sealed import decode, seal
 from imagestore.outside import real, whole
 from imagestore.store.store import Store
 
@@ -47,14 +47,14 @@ class Condemned:
             found = store.backend.get(CONDEMNED_KEY)
         except NotFound:
             return cls()
-        body = unseal(found.data, CONDEMNED_KEY)
         modified_s = found.stat.modified_s
-        try:
+
+        def take(body: dict[str, Any]) -> "Condemned":
             old = {Digest.parse(text): real(since) for text, since in body["packs"].items()}
             new = {Digest.parse(text): modified_s for text in body["new"]}
             return cls(new | old, whole(body["epoch"]), found.stat.etag, modified_s)
-        except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
-            raise Corrupt(f"{CONDEMNED_KEY}: {err}") from err
+
+        return decode(found.data, CONDEMNED_KEY, take)
 
     def replace(
         self, store: Store, *, add: Iterable[Digest] = (), forget: Iterable[Digest] = ()
@@ -171,10 +171,10 @@ def leases(store: Store) -> Iterator[LeaseRecord]:
     for stat in store.backend.list(LEASES.prefix):
         with contextlib.suppress(NotFound):
             found = store.backend.get(stat.key)
-            body = unseal(found.data, stat.key)
-            try:
-                packs, images = (frozenset(map(Digest.parse, body[key])) for key in ("packs", "images"))
-                expires_s = found.stat.modified_s + real(body["duration_s"])
-            except (KeyError, TypeError, ValueError, AttributeError, Invalid) as err:
-                raise Corrupt(f"{stat.key}: {err}") from err
-            yield LeaseRecord(stat.key, packs, images, expires_s)
+            packs, images, duration_s = decode(found.data, stat.key, _of_lease)
+            yield LeaseRecord(stat.key, packs, images, found.stat.modified_s + duration_s)
+
+
+def _of_lease(body: dict[str, Any]) -> tuple[frozenset[Digest], frozenset[Digest], float]:
+    packs, images = (frozenset(map(Digest.parse, body[key])) for key in ("packs", "images"))
+    return packs, images, real(body["duration_s"])

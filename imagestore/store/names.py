@@ -17,7 +17,7 @@ from imagestore.backends.protocol import Backend
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import NAMES
-from imagestore.formats.sealed import seal, unseal
+from imagestore.formats.sealed import decode, seal
 from imagestore.outside import YEAR_9999_S, real, whole
 
 LATEST = "latest"
@@ -136,22 +136,13 @@ class NameRecord:
     @classmethod
     def decode(cls, data: bytes, *, etag: str | None = None, modified_s: float = 0.0) -> "NameRecord":
         """Raises Corrupt for what is no name, Unsupported for a later format."""
-        body = unseal(data, "name")
-        try:
-            now = _change(body, 0.0)
-            return cls(
-                check_name(body["name"]),
-                check_name(body["tag"]),
-                now.revision,
-                str(body["nonce"]),
-                now.images,
-                now.removed,
-                tuple(_change(entry, real(entry["at"], high=YEAR_9999_S)) for entry in body["history"]),
-                etag,
-                modified_s,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, Invalid) as err:
-            raise Corrupt(f"not a name's object: {err}") from err
+        return replace(decode(data, "name", cls._of), etag=etag, modified_s=modified_s)
+
+    @classmethod
+    def _of(cls, body: dict[str, Any]) -> "NameRecord":
+        history = tuple(_change(entry, real(entry["at"], high=YEAR_9999_S)) for entry in body["history"])
+        name, tag, now = check_name(body["name"]), check_name(body["tag"], "tag"), _change(body, 0.0)
+        return cls(name, tag, now.revision, str(body["nonce"]), now.images, now.removed, history)
 
 
 def _state(change: Change) -> dict[str, Any]:

@@ -38,9 +38,9 @@ def open_store(url: str, *, create: bool = False, single_writer: bool = False) -
     except NotFound:
         if not create:
             raise
-        return Store.init(backend, probed=settle(backend), single_writer=single_writer)
+        return Store.init(backend, probed=find_conditions(backend), single_writer=single_writer)
     try:
-        settle(backend, store.info.conditional)
+        find_conditions(backend, store.info.conditional)
     except StoreError as err:
         log.info("%s: not writable (%s)", store.url, err)
     return store
@@ -78,7 +78,7 @@ def open_backend(url: str) -> Backend:
     raise wrong
 
 
-def settle(backend: Backend, known: Mapping[str, str] | None = None) -> dict[str, str]:
+def find_conditions(backend: Backend, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Tell an S3 backend which conditions hold: what is known of its address, or what a probe finds (returned)."""
     s3 = _s3(backend)
     if s3 is None:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from imagestore.errors import Conflict, Corrupt, Invalid, NotFound
+from imagestore.errors import Conflict, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, REFS, TUF, untrashed
 from imagestore.formats.layout import Layout
-from imagestore.formats.sealed import seal, unseal
+from imagestore.formats.sealed import decode, seal
 from imagestore.store.leases import LEASE_S, Condemned, Lease, leases
 from imagestore.store.names import LATEST, NameRecord
 from imagestore.store.store import Store
@@ -156,11 +156,8 @@ def held(store: Store) -> Iterator[Digest]:
     """Everything that is held. Raises Corrupt, Unsupported."""
     for stat in store.backend.list(REFS.prefix):
         with suppress(NotFound):
-            body = unseal(store.backend.get(stat.key).data, stat.key)
-            try:
-                yield from map(Digest.parse, body["images"])
-            except (KeyError, TypeError, AttributeError, Invalid) as err:
-                raise Corrupt(f"{stat.key}: {err}") from err
+            data = store.backend.get(stat.key).data
+            yield from decode(data, stat.key, lambda body: [*map(Digest.parse, body["images"])])
 
 
 @dataclass(slots=True)

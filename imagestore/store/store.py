@@ -4,14 +4,14 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imagestore.backends.protocol import Backend
-from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
+from imagestore.errors import Conflict, Corrupt, Denied, NotFound, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, untrashed
-from imagestore.formats.sealed import seal, unseal
+from imagestore.formats.sealed import decode, seal
 from imagestore.store.names import Names
 
 if TYPE_CHECKING:  # numpy: not needed to resolve a name
@@ -45,17 +45,16 @@ class StoreInfo:
     @classmethod
     def decode(cls, data: bytes) -> "StoreInfo":
         """Raises Corrupt for nonsense, Unsupported for what a later version wrote."""
-        body = unseal(data, INFO.tree)
-        try:
-            if body["requires"]:
-                needs = ", ".join(body["requires"])
-                raise Unsupported(f"the store needs {needs}", hint="a newer sf made it: upgrade")
-            chunker = ChunkerParams.from_dict(body["chunker"])
-            conditional = dict(body["conditional"])
-            private = body.get("private", False) is not False
-            return cls(str(body["id"]), chunker, conditional=conditional, private=private)
-        except (ValueError, KeyError, TypeError, Invalid) as err:
-            raise Corrupt(f"not a store.json: {err}") from err
+        return decode(data, INFO.tree, cls._of)
+
+    @classmethod
+    def _of(cls, body: dict[str, Any]) -> "StoreInfo":
+        if body["requires"]:
+            needs = ", ".join(body["requires"])
+            raise Unsupported(f"the store needs {needs}", hint="a newer sf made it: upgrade")
+        chunker = ChunkerParams.from_dict(body["chunker"])
+        private = body.get("private", False) is not False
+        return cls(str(body["id"]), chunker, conditional=dict(body["conditional"]), private=private)
 
 
 class Store:

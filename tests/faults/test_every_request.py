@@ -16,7 +16,7 @@ from imagestore.errors import StoreError
 from imagestore.formats.digest import Digest
 from imagestore.gc import collect
 from imagestore.store.names import Names
-from imagestore.store.open import open_backend, settle
+from imagestore.store.open import find_conditions, open_backend
 from imagestore.store.roots import tag, undelete
 from imagestore.store.store import Store
 from tests import drills
@@ -108,7 +108,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, start: World) -> Iterat
             backend = Directory(tmp_path / place)
         else:
             backend = open_backend(base.replace("?", f"{place}?"))
-            settle(backend, known)
+            find_conditions(backend, known)
         world = World.__new__(World)
         world.directory, world.now_s, world.cache = tmp_path, 0.0, place
         world.images = dict(start.images)
@@ -121,7 +121,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, start: World) -> Iterat
     known: dict[str, str] = {}
     if request.param not in ("memory", "directory"):
         base = request.getfixturevalue(request.param).url("x/")
-        known = settle(open_backend(base))
+        known = find_conditions(open_backend(base))
     yield fresh
 
 
