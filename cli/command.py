@@ -12,12 +12,13 @@ import importlib
 import inspect
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click import Argument, Option
 
-from cli.settings import Settings
+if TYPE_CHECKING:
+    from imagestore import Settings
 
 API = ("namespace", "api_url")
 STORE = ("store",)
@@ -25,7 +26,7 @@ STORE = ("store",)
 
 def _keep(ctx: click.Context, param: click.Parameter, value: str | bool | None) -> None:
     if value:
-        ctx.ensure_object(Settings).flags[str(param.name)] = str(value)
+        ctx.ensure_object(dict)[str(param.name)] = str(value)
 
 
 _KEPT: dict[str, Any] = {"expose_value": False, "callback": _keep}
@@ -57,6 +58,32 @@ def shared(name: str) -> click.Parameter:
     """The parameter that a name stands for."""
     flags, attributes = _SHARED[name]
     return Option([*flags.split(), name], **attributes) if flags else Argument([name], **attributes)
+
+
+class _Unit(click.ParamType[Any]):
+    """A size or a duration, in the one form that settings have, too. `bare`: what a bare number counts."""
+
+    def __init__(self, name: str, bare: str) -> None:
+        self.name, self._bare = name, bare
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from imagestore import Invalid, duration_s, size_bytes
+
+        try:
+            return size_bytes(str(value), self._bare) if self.name == "size" else duration_s(str(value))
+        except Invalid as error:
+            self.fail(f"{error}: {error.hint}", param, ctx)
+
+
+SIZE, MEBIBYTES, GIBIBYTES = (_Unit("size", bare) for bare in ("", "M", "G"))
+"""Bytes."""
+DURATION = _Unit("duration", "s")
+"""Seconds."""
+
+
+def kept(*flags: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option that is a setting: it comes before the variable and the files of its name."""
+    return click.option(*flags, **_KEPT, **attributes)
 
 
 class Command(click.Command):
@@ -116,6 +143,15 @@ class Group(click.Group):
             super().format_commands(ctx, formatter)
 
 
-def settings() -> Settings:
-    """The settings of this invocation."""
-    return click.get_current_context().ensure_object(Settings)
+def flag(name: str) -> str:
+    """A flag that many commands have, as it stood on the command line."""
+    return str(click.get_current_context().ensure_object(dict).get(name, ""))
+
+
+def settings() -> "Settings":
+    """The settings of this invocation, in which flags come first."""
+    from imagestore import Settings
+
+    context = click.get_current_context()
+    found: Settings = context.meta.setdefault("sf.settings", Settings(context.ensure_object(dict)))
+    return found

@@ -8,7 +8,6 @@ import click
 
 from cli.command import Group, shared
 from cli.errors import INTERRUPTED, OK, USAGE, exit_code, one_line
-from cli.settings import Settings
 
 MEMBERS = {
     "image": ("cli.image.image:image", "Push, pull and manage disk images."),
@@ -57,10 +56,10 @@ def _log() -> None:
 
 def main() -> None:
     """Entry point: every way out has its code, and an error is one line on standard error."""
-    settings = Settings()
+    flags: dict[str, str] = {}
     _log()
     try:
-        result = sf.main(prog_name="sf", standalone_mode=False, obj=settings)
+        result = sf.main(prog_name="sf", standalone_mode=False, obj=flags)
         sys.stdout.flush()
         code = result if isinstance(result, int) else OK
     except BrokenPipeError:
@@ -74,7 +73,7 @@ def main() -> None:
         print("sf: interrupted", file=sys.stderr)
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last place that can turn an error into one line
-        if settings.flags.get("debug"):
+        if flags.get("debug"):
             import traceback
 
             traceback.print_exc()

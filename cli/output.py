@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from cli.command import settings
+from cli.command import flag
 from cli.errors import clean
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def live() -> bool:
 
 def say(text: str) -> None:
     """One line for the person who waits."""
-    if not settings().quiet:
+    if not flag("quiet"):
         print(clean(text), file=sys.stderr, flush=True)
 
 
@@ -111,7 +111,7 @@ def say(text: str) -> None:
 def status() -> Iterator[Callable[[str], None]]:
     """What is going on, in words: one live line on a terminal, a line per change elsewhere."""
     last = [""]
-    if live() and not settings().quiet:
+    if live() and not flag("quiet"):
         from rich.console import Console
         from rich.text import Text
 
@@ -130,7 +130,7 @@ def status() -> Iterator[Callable[[str], None]]:
 @contextmanager
 def progress(what: str) -> Iterator["Report"]:
     """A bar on a terminal, a plain line every few seconds elsewhere, nothing with -q."""
-    if settings().quiet:
+    if flag("quiet"):
         yield lambda _: None
     elif live():
         yield from _bar(what)

@@ -92,7 +92,9 @@ async def agent(
     address = address or config.mesh_address
     # Loopback would carry more than any uplink does.
     mtu_bytes = 0 if address.is_loopback else await asyncio.to_thread(net.largest_mtu, address)
-    limits = ("--fill-rate", config.fill_rate, "--cache-size", config.cache_size)
+    told = config.images
+    numbers = {"fill-rate": told.fill_bytes_s, "cache-size": told.cache_bytes, "read-ahead": told.read_ahead}
+    limits = tuple(word for name, number in numbers.items() for word in (f"--{name}", f"{number:.0f}"))
     urls = tuple(url for _, url in config.stores)
     peers = f"{address}:{config.peer_port}" if config.peer_port and not address.is_loopback else ""
     settings = Settings(urls, config.fill, config.read_timeout_s, limits, peers)

@@ -4,7 +4,7 @@ from .allocator import keep_buffers as keep_buffers
 from .cache.control import Away as Away
 from .cache.control import ControlClient as ControlClient
 from .cache.imaged import control_socket as control_socket
-from .cache.imaged import parse_size as parse_size
+from .cache.imaged import options_of as options_of
 from .cache.imaged import run_service as run_service
 from .cache.imaged import unprivileged as unprivileged
 from .cache.images import Cached as Cached
@@ -17,6 +17,7 @@ from .disks.qcow2.writer import QCOW2_HEADER as QCOW2_HEADER
 from .disks.qcow2.writer import qcow2_header as qcow2_header
 from .errors import Corrupt as Corrupt
 from .errors import Denied as Denied
+from .errors import Invalid as Invalid
 from .errors import NotFound as NotFound
 from .errors import StoreError as StoreError
 from .errors import Unavailable as Unavailable
@@ -31,6 +32,7 @@ from .progress import Report as Report
 from .pull import Seed as Seed
 from .pull import pull as pull
 from .push import push as push
+from .settings import Settings as Settings
 from .stats import store_stats as store_stats
 from .store.names import Reference as Reference
 from .store.names import check_architecture as check_architecture
@@ -43,6 +45,8 @@ from .store.roots import release as release
 from .store.roots import tag as tag
 from .store.roots import undelete as undelete
 from .store.store import Store as Store
+from .units import duration_s as duration_s
+from .units import size_bytes as size_bytes
 from .verify import VerifyReport as VerifyReport
 from .verify import repair as repair
 from .verify import verify_image as verify_image

@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from cli.command import settings
 from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
+from cli.settings import access
 
 ANSWER_S = 40.0
 """No request of the API may take 30 s."""
@@ -23,7 +24,7 @@ class Api:
     """`api("GET", "instances", "web", all=True)`. Authenticates at its first call, and again when the token ends."""
 
     def __init__(self) -> None:
-        self.url, self.namespace, self._key = settings().access()
+        self.url, self.namespace, self._key = access(settings())
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Problem(f"not the URL of an API: {self.url!r}", hint="http://HOST:PORT", code=USAGE)

@@ -13,10 +13,9 @@ import click
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import print_console, up
 from cli.cloud.network import EVENTS
-from cli.command import API, Group, settings
+from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group, settings
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.output import Row, say, show_list, show_one, size, status
-from cli.settings import user_config
 
 COLUMNS = (
     ("name", "name"),
@@ -60,11 +59,11 @@ def _links(row: Row) -> list[Object]:
     return [link for link in row.get("interfaces") or [] if isinstance(link, dict) and link.get("ipv4")]
 
 
-def _gigabytes(text: str) -> int:
-    match = re.fullmatch(r"([1-9]\d*)([GT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise Problem(f"not a disk size: {text!r}", hint="whole gigabytes, for example 8G", code=USAGE)
-    return int(match[1]) * (1024 if match[2].upper() == "T" else 1)
+def _gigabytes(size_bytes: int) -> int:
+    whole, rest = divmod(size_bytes, 2**30)
+    if rest or not whole:
+        raise Problem(f"not a disk size: {size(size_bytes)}", hint="whole gigabytes, such as 8G", code=USAGE)
+    return whole
 
 
 def _network(api: Api, text: str) -> Object:
@@ -96,9 +95,14 @@ def _ssh_key(path: Path) -> str:
 @click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST].")
 @click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--memory", type=click.IntRange(min=16), default=1024, show_default=True, help="In MiB.")
+@click.option("--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; a number: MiB.")
 @click.option(
-    "--disk", "disks", multiple=True, metavar="8G", help="The first: the image's disk. More: blank ones."
+    "--disk",
+    "disks",
+    type=GIBIBYTES,
+    multiple=True,
+    metavar="8G",
+    help="The first: the image's disk. More: blank ones.",
 )
 @click.option("--ssh-key", "ssh_keys", multiple=True, type=file, help="A public key. May be repeated.")
 @click.option("--user-data", type=file, help="For cloud-init.")
@@ -107,19 +111,19 @@ def _ssh_key(path: Path) -> str:
 @click.option("--vdi", type=click.Choice(["vnc", "spice"]), help="A graphical console as well.")
 @click.option("--on", "node", metavar="NODE", help="The node to run on.")
 @click.option("--wait", type=click.Choice(["no", "created", "boot"]), default="no", show_default=True)
-@click.option("--timeout", type=float, default=900, show_default=True, help="Seconds that --wait waits.")
+@click.option("--timeout", type=DURATION, default="15m", show_default=True, help="How long --wait waits.")
 def create(name: str, form: str, **given: Any) -> None:
     """Create a guest and start it."""
     if not given["image"] and not given["disks"]:
         raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
-    disks: list[Object] = [{"size": _gigabytes(text), "base": None} for text in given["disks"]] or [
+    disks: list[Object] = [{"size": _gigabytes(each), "base": None} for each in given["disks"]] or [
         {"size": None}
     ]
     disks[0]["base"] = given["image"]
     body: Object = {
         "name": name,
         "cpus": given["cpus"],
-        "memory": given["memory"],
+        "memory": given["memory"] // 2**20,
         "disk": disks,
         "ssh_key": "\n".join(map(_ssh_key, given["ssh_keys"])) or None,
         "user_data": base64.b64encode(given["user_data"].read_bytes()).decode()
@@ -199,7 +203,7 @@ def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -
     links = _links(found)
     if not links:
         raise Problem(f"{name} has no address", hint=f"sf instance show {name}", code=MISSING)
-    known = user_config().with_name("known_hosts")
+    known = settings().user_file.with_name("known_hosts")
     known.parent.mkdir(parents=True, exist_ok=True)
     # Networks share addresses, and guests get them one after another: a host key belongs to the uuid.
     options = (

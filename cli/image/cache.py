@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cli.command import Command, Group, settings
+from cli.command import DURATION, SIZE, Command, Group, kept, settings
 from cli.errors import Problem
 from cli.image.stores import found
 from cli.output import show_list, size, status, when
@@ -105,20 +105,18 @@ def prefetch(name: str, architecture: str) -> None:
 @click.option(
     "--to",
     "limit",
+    type=SIZE,
     default="0",
-    metavar="SIZE",
     help="What may stay; default: only what is in use or pinned.",
 )
-def prune(limit: str) -> None:
+def prune(limit: int) -> None:
     """Forget unused images, least recently used first."""
-    from imagestore import parse_size
-
-    for digest in _ask("prune", limit_bytes=parse_size(limit)):
+    for digest in _ask("prune", limit_bytes=limit):
         print(digest)
 
 
 @cache.add(examples="sf cache top")
-@click.option("--every", "interval_s", default=1.0, show_default=True, metavar="SECONDS")
+@click.option("--every", "interval_s", type=DURATION, default="1s", show_default=True)
 def top(interval_s: float) -> None:
     """Watch images arrive, until Ctrl-C."""
     import time
@@ -150,23 +148,17 @@ def top(interval_s: float) -> None:
 
 
 @click.command(cls=Command, examples="sf imaged\nsf imaged --fill-rate 20M --cache-size 100G")
-@click.option("--fill-rate", metavar="SIZE", help="Bytes a second for what nobody waits for; 0: no limit.")
-@click.option("--cache-size", metavar="SIZE", help="Forget unused images above this; 0: no limit.")
+@kept("--fill-rate", metavar="SIZE", help="Bytes a second for what nobody waits for; 0: no limit.")
+@kept("--cache-size", metavar="SIZE", help="Forget unused images above this; 0: no limit.")
 @click.option(
     "--user", default="", metavar="NAME", help="Give up root and become this user (and its groups)."
 )
 @click.option(
     "--group", default="", metavar="NAME", help="Who may connect besides: qemu's group, such as kvm."
 )
-def imaged(fill_rate: str | None, cache_size: str | None, user: str, group: str) -> None:
+def imaged(user: str, group: str) -> None:
     """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
-    from imagestore import Options, parse_size, run_service
+    from imagestore import options_of, run_service
 
-    state, get = settings().state_dir, settings().get
-    stores = tuple(get("store").split()) or ((state / "store").as_uri(),)
-    options = Options(
-        fill_bytes_s=parse_size(fill_rate or get("fill_rate", "0")),
-        cache_bytes=parse_size(cache_size or get("cache_size", "0")),
-        read_ahead=int(get("read_ahead", "2")),
-    )
-    run_service(state, stores, options, user=user, group=group)
+    told = settings()
+    run_service(told.state_dir, tuple(told.stores.values()), options_of(told), user=user, group=group)

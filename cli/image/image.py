@@ -1,14 +1,13 @@
 """`sf image`: disk images in a store. Needs no server."""
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cli.command import STORE, Group, settings
-from cli.errors import MISSING, USAGE, Problem
+from cli.command import DURATION, STORE, Group, settings
+from cli.errors import MISSING, Problem
 from cli.image.stores import digest_of, found, judge, opened, written
 from cli.output import progress, say, show_list, show_one, size, when
 
@@ -244,19 +243,20 @@ def history(name: str, form: str) -> None:
 @image.add(examples="sf image gc --dry-run\nsf image gc --grace 2h")
 @click.option("--dry-run", is_flag=True, help="Only say what a run would do.")
 @click.option(
-    "--grace", default="24h", show_default=True, help="Longer than any cache keeps names: 90s, 30m, 24h, 7d."
+    "--grace",
+    "grace_s",
+    type=DURATION,
+    default="24h",
+    show_default=True,
+    help="Longer than any cache keeps names: 90s, 30m, 24h, 7d.",
 )
 @click.option(
     "--repack-threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="SHARE"
 )
-def gc(form: str, single_writer: bool, dry_run: bool, grace: str, repack_threshold: float) -> None:
+def gc(form: str, single_writer: bool, dry_run: bool, grace_s: float, repack_threshold: float) -> None:
     """Free what no image needs; packs of which more than SHARE is unused are written anew."""
     from imagestore import collect
 
-    match = re.fullmatch(r"(\d+)([smhd])", grace)
-    if not match:
-        raise Problem(f"not a time: {grace!r}", hint="for example 30m, 24h, 7d", code=USAGE)
-    grace_s = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     with opened(alone=single_writer) as store:
         report = collect(store, grace_s=grace_s, repack_threshold=repack_threshold, dry_run=dry_run)
     show_one({**asdict(report), "name": store.url}, COLLECTED, form)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli.command import STORE, Group, settings
+from cli.command import MEBIBYTES, STORE, Group, settings
 from cli.errors import USAGE, Problem
 from cli.image.stores import judge, opened, written
 from cli.output import progress, say, show_list, show_one, size, status
@@ -66,17 +66,17 @@ def stats(form: str) -> None:
 )
 @click.option("--full", is_flag=True, help="Read and hash every byte, not only the structure.")
 @click.option(
-    "--rate-limit", type=float, default=0.0, metavar="MIB", help="Read at most so many MiB a second."
+    "--rate-limit", type=MEBIBYTES, default="0", help="Read at most so much a second; a number: MiB."
 )
 @click.option(
     "--repair", "other", metavar="URL", help="Mend what is wrong with the bytes of this other store."
 )
-def verify(full: bool, rate_limit: float, other: str | None, single_writer: bool) -> None:
+def verify(full: bool, rate_limit: int, other: str | None, single_writer: bool) -> None:
     """Check a store; exit 1 when anything is wrong."""
     from imagestore import repair, verify_store
 
     with opened(alone=single_writer) as found, progress("store") as tell:
-        report = verify_store(found, full=full, bytes_s=rate_limit * 2**20, progress=tell)
+        report = verify_store(found, full=full, bytes_s=rate_limit, progress=tell)
         if other and report.problems:
             with opened(other) as source:
                 report = repair(found, report, source, full=full)
@@ -106,8 +106,7 @@ def copy(source: str, target: str, images: tuple[str, ...], single_writer: bool)
 @remote.add(examples="sf remote ls")
 def ls(form: str) -> None:
     """List remotes in the order in which they are asked."""
-    named = [{"name": name, **values} for name, values in settings().remotes.items()]
-    show_list([{"name": "local", "url": settings().store_url}, *named], REMOTES, form)
+    show_list([{"name": name, "url": url} for name, url in settings().stores.items()], REMOTES, form)
 
 
 @remote.add(
@@ -132,7 +131,7 @@ def add(name: str, url: str, fingerprint: str | None, root: Path | None, unsigne
         raise Problem(f"{url} may be anybody's", hint=hint, code=USAGE)
     else:
         open_backend(url).close()
-    say(f"{name} is in {add_remote(name, {'url': url})}")
+    say(f"{name} is in {add_remote(name, url)}")
 
 
 @remote.add(examples="sf remote rm official")

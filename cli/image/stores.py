@@ -37,7 +37,7 @@ def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"
     from imagestore import NotFound, parse_reference
 
     wanted = parse_reference(text)
-    urls = {"local": settings().store_url} | {name: str(r["url"]) for name, r in settings().remotes.items()}
+    urls = settings().stores
     if wanted.remote and wanted.remote not in urls:
         raise Problem(f"no remote is called {wanted.remote!r}", hint="sf remote ls", code=MISSING)
     missing: list[NotFound] = []

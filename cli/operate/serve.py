@@ -2,7 +2,7 @@
 
 import click
 
-from cli.command import Command, settings
+from cli.command import Command, flag, kept, settings
 from cli.output import say
 
 
@@ -10,17 +10,15 @@ def _log() -> None:
     """Lines for the journal; with --debug all of ours."""
     import logging
 
-    level = logging.DEBUG if settings().flags.get("debug") else logging.WARNING
+    level = logging.DEBUG if flag("debug") else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @click.command(cls=Command, examples="sf serve\nsf serve --listen 127.0.0.1:13001 --store /srv/images")
-@click.option("--listen", metavar="HOST:PORT", help="Default: 127.0.0.1:13000.")
-@click.option(
-    "--store", metavar="URL", help="Where images are looked up first; default: the state directory's."
-)
-def serve(listen: str | None, store: str | None) -> None:
+@kept("--listen", metavar="HOST:PORT", help="Default: 127.0.0.1:13000.")
+@kept("--store", metavar="URL", help="Where images are looked up first; default: the state directory's.")
+def serve() -> None:
     """Run the API and this machine's agent, as root, until Ctrl-C; guests go on running without it."""
     import asyncio
 
@@ -28,21 +26,21 @@ def serve(listen: str | None, store: str | None) -> None:
     from compute import serve as run
 
     _log()
-    asyncio.run(run(load(listen=listen, store=store), say))
+    asyncio.run(run(load(settings()), say))
 
 
 @click.command(cls=Command, examples="sf agent --join https://10.0.0.1:13001 --token TOKEN\nsf agent")
 @click.option("--join", "url", metavar="URL", help="The server to belong to, once; sf node token prints it.")
 @click.option("--token", metavar="T", help="Single-use join token of that server.")
-@click.option("--name", "node_name", metavar="NAME", help="This node's name; default: the host's.")
-def agent(url: str | None, token: str | None, node_name: str | None) -> None:
+@kept("--name", "node_name", metavar="NAME", help="This node's name; default: the host's.")
+def agent(url: str | None, token: str | None) -> None:
     """Run this machine as a node of a server elsewhere, as root, until Ctrl-C; guests go on without it."""
     import asyncio
 
     from compute import load, serve_agent
 
     _log()
-    asyncio.run(serve_agent(load(node_name=node_name), url or "", token or "", say))
+    asyncio.run(serve_agent(load(settings()), url or "", token or "", say))
 
 
 @click.command(cls=Command, examples='eval "$(sf completion bash)"\nsf completion zsh > ~/.zfunc/_sf')
@@ -51,8 +49,7 @@ def completion(shell: str) -> None:
     """Print the shell's completion script."""
     from click.shell_completion import get_completion_class
 
-    from cli.main import sf
-
     found = get_completion_class(shell)
     assert found
+    sf = click.get_current_context().find_root().command
     print(found(sf, {}, "sf", "_SF_COMPLETE").source())

@@ -11,7 +11,6 @@ import fcntl
 import grp
 import os
 import pwd
-import re
 import signal
 import sys
 import zlib
@@ -23,6 +22,8 @@ from urllib.parse import unquote, urlsplit
 from imagestore.cache.control import ControlServer
 from imagestore.cache.service import ImageService, Options
 from imagestore.errors import Conflict, Invalid
+from imagestore.settings import Settings
+from imagestore.units import size_bytes
 
 _LONELY_S = 3.0
 
@@ -76,12 +77,13 @@ def _open_to_all(path: Path) -> bool:
     return bool(readable) and all(p.stat().st_mode & 0o001 for p in (path, *path.parents) if p.is_dir())
 
 
-def parse_size(text: str) -> int:
-    """Bytes from `20G`, `500M` or a number. Raises Invalid."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:iB|B)?", text)
-    if match is None:
-        raise Invalid(f"not a size: {text!r}", hint="such as 20G or 500M")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+def options_of(settings: Settings) -> Options:
+    """What the settings say of a service, whoever starts it. Raises Invalid."""
+    return Options(
+        fill_bytes_s=settings.parsed("fill_rate", size_bytes, "0"),
+        cache_bytes=settings.parsed("cache_size", size_bytes, "0"),
+        read_ahead=settings.parsed("read_ahead", int, "2"),
+    )
 
 
 def run_service(
@@ -145,14 +147,12 @@ def main() -> None:
     parser.add_argument("store", nargs="*")
     parser.add_argument("--user", default="")
     parser.add_argument("--group", default="")
-    parser.add_argument("--fill-rate", type=parse_size, default=0)
-    parser.add_argument("--cache-size", type=parse_size, default=0)
+    for name in ("--fill-rate", "--cache-size", "--read-ahead"):
+        parser.add_argument(name, default="")
     parser.add_argument("--while-needed", action="store_true")
-    told = parser.parse_args()
-    options = Options(fill_bytes_s=told.fill_rate, cache_bytes=told.cache_size)
-    run_service(
-        told.state, told.store, options, user=told.user, group=told.group, while_needed=told.while_needed
-    )
+    told = vars(parser.parse_args())
+    more = {name: told[name] for name in ("user", "group", "while_needed")}
+    run_service(told["state"], told["store"], options_of(Settings(told)), **more)
 
 
 if __name__ == "__main__":

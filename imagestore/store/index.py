@@ -5,7 +5,6 @@ once is kept in files under SF_CACHE_DIR. A miss costs a duplicate, never correc
 """
 
 import contextlib
-import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import HOOKS_KEY, INDEX
 from imagestore.formats.pack import Footer
+from imagestore.settings import Settings
 from imagestore.store.store import Store
 
 _CACHE_BYTES = 256 << 20
@@ -61,7 +61,7 @@ class LocalIndex:
     """Index parts of one store on this machine: copies of published ones, and packs of pushes that did not end."""
 
     def __init__(self, store_id: str, directory: Path | None = None) -> None:
-        home = directory or Path(os.environ.get("SF_CACHE_DIR") or Path.home() / ".cache" / "sf")
+        home = directory or Settings().cache_dir
         self._directory = home / "index" / Digest.of(store_id.encode()).hex()[:32]
 
     def get(self, name: Digest) -> IndexPart | None:

@@ -27,6 +27,7 @@ from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Un
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TUF
 from imagestore.outside import decimal
+from imagestore.settings import Settings
 from imagestore.store.names import NameRecord, Names, check_architecture, check_name
 from imagestore.store.store import Store, StoreInfo
 
@@ -175,9 +176,9 @@ class Trust:
 
 def memory(fingerprint: Digest) -> Path:
     """Where this machine (root) or user remembers what a signer showed: one memory for all mirrors of one signer."""
-    state = os.environ.get("SF_STATE_DIR") or ("/var/lib/sf" if os.geteuid() == 0 else "")
+    state = Settings().get("state_dir") or ("/var/lib/sf" if os.geteuid() == 0 else "")
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
-    base = Path(os.environ.get("SF_TRUST_DIR") or (Path(state) if state else Path(data) / "sf") / "trust")
+    base = Path(Settings().get("trust_dir") or (Path(state) if state else Path(data) / "sf") / "trust")
     return base / fingerprint.hex()[:32]
 
 

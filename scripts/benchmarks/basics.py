@@ -25,7 +25,6 @@ from benchmarks._harness import ROOT, Bench, Contestant, Failed
 from cli.cloud.api import Api
 from cli.errors import Problem
 from cli.main import sf as command
-from cli.settings import Settings
 from tests.servers import free_ports
 
 MEMORY_MIB = 192
@@ -139,7 +138,7 @@ class _Guests:
         namespace = os.open(f"/proc/{host.pid}/ns/net", os.O_RDONLY)
         _setns(namespace)
         os.close(namespace)
-        self._context = click.Context(command, obj=Settings({"api_url": f"http://{env['SF_LISTEN']}"}))
+        self._context = click.Context(command, obj={"api_url": f"http://{env['SF_LISTEN']}"})
         deadline = time.monotonic() + 60
         while True:
             try:

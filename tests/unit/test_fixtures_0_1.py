@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.settings import Settings
+from cli.settings import access
 from compute import config
 from compute.agent import link as remote
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
@@ -36,6 +36,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.serve import installation_id
 from compute.wire.spec import InstanceSpec, InstanceState, Power
+from imagestore import Options, Settings
 from imagestore.backends.directory import Directory
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.partial import PartialImage
@@ -387,7 +388,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_servers_file_is_read_by_the_server(files: Path) -> None:
-    assert config.load({"SF_CONFIG": str(files / "etc-config.toml")}) == config.Config(
+    assert config.load(Settings(environment={"SF_CONFIG": str(files / "etc-config.toml")})) == config.Config(
         state_dir=Path("/srv/sf"),
         stores=(
             ("local", "s3://images/sf?endpoint_url=https://s3.example&region=home"),
@@ -405,9 +406,8 @@ def test_the_servers_file_is_read_by_the_server(files: Path) -> None:
         resolvers=(IPv4Address("192.0.2.53"), IPv4Address("192.0.2.54")),
         excluded=(IPv4Network("10.0.0.0/16"), IPv4Network("172.16.0.0/12")),
         fill="idle",
-        fill_rate="20M",
         read_timeout_s=30.5,
-        cache_size="50G",
+        images=Options(fill_bytes_s=20 << 20, cache_bytes=50 << 30),
         peer_port=13102,
         cpu_ratio=4.5,
         memory_reserve_mib=1024,
@@ -420,14 +420,15 @@ def test_the_servers_file_is_read_by_the_command_line(files: Path, monkeypatch: 
     settings = Settings()
     assert settings.store_url == "s3://images/sf?endpoint_url=https://s3.example&region=home"
     assert settings.state_dir == Path("/srv/sf")
+    assert (settings.cache_dir, settings.get("accel")) == (Path("/var/cache/sf"), "tcg")
     assert list(settings.remotes) == ["office", "lab"]
-    assert settings.access() == ("http://[::1]:13100", "system", "")
+    assert access(settings) == ("http://[::1]:13100", "system", "")
 
 
 def test_the_users_file_is_read_by_both(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SF_CONFIG", str(files / "user-config.toml"))
     settings = Settings()
-    assert settings.access() == ("https://sf.example:13000", "shop", "not-a-secret")
+    assert access(settings) == ("https://sf.example:13000", "shop", "not-a-secret")
     urls = {"official": "https://images.example/", "signed": f"https://signed.example/#{SIGNER}"}
-    assert {name: values["url"] for name, values in settings.remotes.items()} == urls
-    assert dict(config.load().stores[1:]) == urls
+    assert settings.remotes == urls
+    assert dict(config.load(settings).stores[1:]) == urls

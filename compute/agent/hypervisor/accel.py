@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compute.errors import Invalid
-from imagestore import durable
+from imagestore import Settings, durable
 
 _TIME_LIMIT_S = 5
 _SAYS = b"K"
@@ -100,8 +100,8 @@ def _version(qemu: str) -> str:
 
 
 def find(state_dir: Path, qemu: str = "qemu-system-x86_64") -> Verdict:
-    """The accelerator to use. `SF_ACCEL` overrides; the verdict is kept per boot of the machine and qemu version."""
-    wish = os.environ.get("SF_ACCEL", "")
+    """The accelerator to use: the setting `accel`, or a verdict kept per boot of the machine and qemu version."""
+    wish = Settings().get("accel")
     if wish:
         if wish not in ("kvm", "tcg"):
             raise Invalid(f"SF_ACCEL is {wish!r}", hint="kvm or tcg")

@@ -12,7 +12,6 @@ import pytest
 from cli.cloud.api import Api
 from cli.errors import Problem
 from cli.main import sf
-from cli.settings import Settings
 
 SEEN: list[tuple[str, str, Any, str]] = []
 TOKENS = ["first", "second", "third"]
@@ -73,7 +72,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def api(url: str) -> Iterator[Api]:
-    with click.Context(sf, obj=Settings({"api_url": url, "key": "right", "namespace": "shop"})):
+    with click.Context(sf, obj={"api_url": url, "key": "right", "namespace": "shop"}):
         yield Api()
 
 
@@ -94,7 +93,7 @@ def test_it_authenticates_once_more_when_the_token_has_ended(api: Api) -> None:
 
 
 def test_a_wrong_key_is_an_authentication_error_and_tried_once(url: str) -> None:
-    with click.Context(sf, obj=Settings({"api_url": url, "key": "wrong"})), pytest.raises(Problem) as caught:
+    with click.Context(sf, obj={"api_url": url, "key": "wrong"}), pytest.raises(Problem) as caught:
         Api()("GET", "x")
     assert caught.value.code == 4
     assert len(SEEN) == 1
@@ -116,14 +115,14 @@ def test_a_connection_that_the_server_closed_is_opened_again(api: Api) -> None:
 
 def test_nobody_there_is_unreachable_with_or_without_a_key() -> None:
     for flags in ({"key": "k"}, {}):
-        settings = Settings({"api_url": "http://127.0.0.1:9", **flags})
-        with click.Context(sf, obj=settings), pytest.raises(Problem, match=r"127\.0\.0\.1:9") as caught:
+        given = {"api_url": "http://127.0.0.1:9", **flags}
+        with click.Context(sf, obj=given), pytest.raises(Problem, match=r"127\.0\.0\.1:9") as caught:
             Api()("GET", "x")
         assert caught.value.code == 8
 
 
 @pytest.mark.parametrize("bad", ["127.0.0.1:13000", "ftp://x", "http://"])
 def test_what_is_no_http_url_is_a_usage_error(bad: str) -> None:
-    with click.Context(sf, obj=Settings({"api_url": bad})), pytest.raises(Problem) as caught:
+    with click.Context(sf, obj={"api_url": bad}), pytest.raises(Problem) as caught:
         Api()
     assert caught.value.code == 2

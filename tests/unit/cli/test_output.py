@@ -8,10 +8,10 @@ import pytest
 
 from cli.cloud.console import beyond
 from cli.cloud.instance import _gigabytes
+from cli.command import GIBIBYTES
 from cli.errors import Problem
 from cli.main import sf
 from cli.output import progress, show_list, show_one, size, status, when
-from cli.settings import Settings
 
 ROWS = [{"name": "a", "size": 1536, "tags": ["x", "y"]}, {"name": "evil\x1b[2J", "size": None, "tags": []}]
 COLUMNS = (("name", "name"), ("size", lambda r: size(r["size"])), ("tags", "tags"))
@@ -53,14 +53,14 @@ def test_progress_without_a_terminal_is_a_line_per_stage_and_silent_when_quiet(
         ({}, "read a 0% 2 MiB new\nend a 100% 2 MiB new\n"),
         ({"quiet": "y"}, ""),
     ):
-        with click.Context(sf, obj=Settings(flags)), progress("a") as tell:
+        with click.Context(sf, obj=flags), progress("a") as tell:
             for now in (step("read", 0), step("read", 1), step("end", 4096)):
                 tell(now)  # type: ignore[arg-type]
         assert capsys.readouterr() == ("", wanted)
 
 
 def test_status_without_a_terminal_is_a_line_per_change(capsys: pytest.CaptureFixture[str]) -> None:
-    with click.Context(sf, obj=Settings()), status() as tell:
+    with click.Context(sf, obj={}), status() as tell:
         for text in ("a", "a", "b"):
             tell(text)
     assert capsys.readouterr().err == "a\nb\n"
@@ -79,10 +79,15 @@ def test_a_time_that_is_no_number_stays() -> None:
 
 
 def test_disk_sizes_are_whole_gigabytes() -> None:
-    assert [_gigabytes(text) for text in ("8", "8G", "8GiB", "2T")] == [8, 8, 8, 2048]
+    assert [_gigabytes(GIBIBYTES.convert(t, None, None)) for t in ("8", "8G", "8GiB", "2T")] == [
+        8,
+        8,
+        8,
+        2048,
+    ]
     for text in ("", "0", "-1", "1.5G", "8M", "G"):
-        with pytest.raises(Problem):
-            _gigabytes(text)
+        with pytest.raises((Problem, click.BadParameter)):
+            _gigabytes(GIBIBYTES.convert(text, None, None))
 
 
 def test_a_followed_console_prints_each_byte_once_though_its_head_is_cut() -> None:

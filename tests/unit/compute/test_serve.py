@@ -13,9 +13,10 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import load
-from compute.errors import Conflict, Denied, Invalid, Unauthenticated, Unavailable
+from compute.errors import Conflict, Denied, Unauthenticated, Unavailable
 from compute.process import only_one
 from compute.serve import _listen, installation_id
+from imagestore import Invalid, Settings
 
 
 def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> None:
@@ -25,11 +26,11 @@ def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> Non
         '[remotes.official]\nurl = "https://images.example/"\n'
     )
     env = {"SF_CONFIG": str(file), "SF_LISTEN": "127.0.0.1:2", "SF_STATE_DIR": str(tmp_path)}
-    config = load(env, listen="[::1]:3")
+    config = load(Settings({"listen": "[::1]:3"}, env))
     assert (config.host, config.port, config.uplink) == ("::1", 3, "eth9")
     assert [str(block) for block in config.excluded] == ["10.0.0.0/16", "172.16.0.0/12"]
     assert config.stores == (("local", f"file://{tmp_path}/store"), ("official", "https://images.example/"))
-    assert load(env).port == 2
+    assert load(Settings(environment=env)).port == 2
 
 
 @pytest.mark.parametrize(
@@ -37,13 +38,13 @@ def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> Non
 )
 def test_a_setting_that_makes_no_sense_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(Invalid, match="configuration"):
-        load(wrong)
+        load(Settings(environment=wrong))
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("listen = ")
     with pytest.raises(Invalid, match=r"c\.toml"):
-        load({"SF_CONFIG": str(tmp_path / "c.toml")})
+        load(Settings(environment={"SF_CONFIG": str(tmp_path / "c.toml")}))
 
 
 def test_one_server_per_state_directory(tmp_path: Path) -> None:
