@@ -38,7 +38,8 @@ class Reader:
                 self.recorder.touch(chunks)
             if self._partial.present.find(0, chunks.start, chunks.stop) >= 0:
                 return None
-            self._fetcher.touched(self._filling, chunks)
+            if self._filling.wanted.ahead:
+                self._fetcher.touched(self._filling, chunks)
             data = self._partial.read_now(offset, length)
         if data is not None:
             self.reads += 1

@@ -79,7 +79,7 @@ class Wanted:
         self._busy: dict[int, Job] = {}
         self._demand: collections.deque[Job] = collections.deque()
         self._prefetch: dict[int, None] = {}
-        self._ahead: set[int] = set()
+        self.ahead: set[int] = set()
         """Groups that were fetched ahead of a reader who has not come to them yet."""
         self._cursor = self._prefetching = 0
         self._demanded_s = self.paused_until_s = 0.0
@@ -112,7 +112,7 @@ class Wanted:
 
     def touched(self, chunks: range) -> bool:
         """A reader found these present. If they are here because they were ahead of it, it goes on being so: True."""
-        if not self._ahead or self._ahead.isdisjoint(self._group_of[chunk] for chunk in chunks):
+        if self.ahead.isdisjoint(self._group_of[chunk] for chunk in chunks):
             return False
         self._look_ahead(chunks)
         return True
@@ -123,7 +123,7 @@ class Wanted:
         That is as many frames as are there before it already; one if it is near its frame's end, as files go on; none
         behind a lonely read, where every second one would come for nothing.
         """
-        self._ahead.difference_update(self._group_of[chunk] for chunk in chunks)
+        self.ahead.difference_update(self._group_of[chunk] for chunk in chunks)
         if not self._read_ahead or self.fill is Fill.NOW:
             return
         first, last = self._group_of[chunks[0]], self._group_of[chunks[-1]]
@@ -131,7 +131,7 @@ class Wanted:
         near = self._ends[self._groups[last][-1]] - self._ends[chunks[-1]] < _NEAR_BYTES
         end = last + 1 + max(min(run, self._read_ahead), near)
         ahead = [group for group in range(last + 1, min(end, len(self._groups))) if not self._settled[group]]
-        self._ahead.update(ahead)
+        self.ahead.update(ahead)
         # In front of what a trace says: the guest is here now.
         self._prefetch = {**dict.fromkeys(ahead), **self._prefetch}
 
