@@ -18,19 +18,8 @@ from dataclasses import dataclass, replace
 
 from imagestore.backends.protocol import ObjectStat
 from imagestore.errors import Conflict, Corrupt, NotFound, StoreError, Unsupported
+from imagestore.formats import keys
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import (
-    BESIDE,
-    LAYOUTS,
-    MANIFESTS,
-    NAMES,
-    PACKS,
-    TRASH,
-    Kind,
-    kind_of,
-    trashed,
-    untrashed,
-)
 from imagestore.formats.layout import Layout
 from imagestore.store.frames import Frames, load
 from imagestore.store.inventory import Inventory, Table, named, read_layouts, reindex
@@ -93,7 +82,7 @@ class Seen:
 
     before_s: float
     condemned: Condemned
-    objects: Mapping[Kind, Mapping[Digest, ObjectStat]]
+    objects: Mapping[keys.Kind, Mapping[Digest, ObjectStat]]
     """Manifests, layouts and what is kept beside them."""
     inventory: Inventory
     """With the chunks in use marked live."""
@@ -111,13 +100,13 @@ def look(store: Store, grace_s: float) -> Seen:
     # What may be deleted is what was condemned before the roots are read: whoever sets a root later has to
     # look at the list and at the objects' etags after it, and helps himself.
     condemned = Condemned.read(store)
-    objects = {kind: dict(named(store, kind)) for kind in (MANIFESTS, LAYOUTS, *BESIDE)}
+    objects = {kind: dict(named(store, kind)) for kind in (keys.MANIFESTS, keys.LAYOUTS, *keys.BESIDE)}
     inventory = Inventory.read(store)
     roots = find_roots(store, now_s, before_s)
     packs_of = _mark(store, inventory, roots)
     trash = {
         stat.key
-        for kind in (MANIFESTS, LAYOUTS)
+        for kind in (keys.MANIFESTS, keys.LAYOUTS)
         for name, stat in objects[kind].items()
         if name not in roots.images and stat.modified_s <= before_s and _is_trash(store, stat)
     }
@@ -142,11 +131,11 @@ def _mark(store: Store, inventory: Inventory, roots: Roots) -> dict[Digest, tupl
 
 
 def _is_trash(store: Store, stat: ObjectStat) -> bool:
-    if stat.size_bytes < len(TRASH):
+    if stat.size_bytes < len(keys.TRASH):
         return False
     with suppress(NotFound):
-        found = store.backend.get(stat.key, 0, len(TRASH))
-        return found.data == TRASH and found.stat.etag == stat.etag
+        found = store.backend.get(stat.key, 0, len(keys.TRASH))
+        return found.data == keys.TRASH and found.stat.etag == stat.etag
     return False
 
 
@@ -172,7 +161,7 @@ def plan(seen: Seen, threshold: float) -> Plan:
     def old(stat: ObjectStat) -> bool:
         return stat.modified_s <= seen.before_s
 
-    def unused(kind: Kind) -> list[ObjectStat]:
+    def unused(kind: keys.Kind) -> list[ObjectStat]:
         return [stat for name, stat in seen.objects[kind].items() if name not in roots.images and old(stat)]
 
     live = {pack: table for pack, table in seen.inventory.tables.items() if table.live.any()}
@@ -190,15 +179,15 @@ def plan(seen: Seen, threshold: float) -> Plan:
     }
     condemn = ({pack for pack in left - used if old(packs[pack])} - condemned.keys()) | repack.keys()
     waiting = (condemn | condemned.keys()) & left
-    manifests, layouts = unused(MANIFESTS), unused(LAYOUTS)
+    manifests, layouts = unused(keys.MANIFESTS), unused(keys.LAYOUTS)
     gone = {stat.key for stat in manifests} & seen.trash
     beside = [
         stat
-        for kind in BESIDE
+        for kind in keys.BESIDE
         for name, stat in seen.objects[kind].items()
         if name not in roots.images
         and old(stat)
-        and (name not in seen.objects[MANIFESTS] or MANIFESTS.key(name) in gone)
+        and (name not in seen.objects[keys.MANIFESTS] or keys.MANIFESTS.key(name) in gone)
     ]
     delete = [*(stat for stat in (*manifests, *layouts) if stat.key in seen.trash), *beside]
     mark = [stat for stat in (*manifests, *layouts) if stat.key not in seen.trash and stat.size_bytes]
@@ -225,18 +214,18 @@ def _carry_out(store: Store, seen: Seen, todo: Plan, report: GcReport, threshold
     Then what is in no use now is condemned, for later runs. `report` loses what others were faster at.
     """
     for record in seen.roots.tombstones:
-        report.deleted_names -= not _remove(store, NAMES.key(record.name, record.tag), record.etag)
+        report.deleted_names -= not _remove(store, keys.NAMES.key(record.name, record.tag), record.etag)
     for key in seen.roots.dead_leases:
         _remove(store, key, None)
     for stat in todo.delete:
         marked = stat.key in seen.trash
         if not _remove(store, stat.key, stat.etag if marked else None):
-            report.deleted_images -= kind_of(stat.key) is MANIFESTS
+            report.deleted_images -= keys.kind_of(stat.key) is keys.MANIFESTS
             report.freed_bytes -= stat.size_bytes
     reindex(store, seen.inventory, todo.delete_packs)
     there = seen.inventory.packs.keys() - todo.delete_packs
     for pack in seen.inventory.packs.keys() - there:
-        store.backend.delete(PACKS.key(pack))
+        store.backend.delete(keys.PACKS.key(pack))
     # Also what a run that was killed here deleted.
     gone, condemned = seen.condemned.packs.keys() - there, seen.condemned
     if gone:
@@ -247,7 +236,7 @@ def _carry_out(store: Store, seen: Seen, todo: Plan, report: GcReport, threshold
         with suppress(NotFound, Conflict):
             found = store.backend.get(stat.key)
             if found.stat.etag == stat.etag:
-                store.backend.put(stat.key, trashed(found.data), if_match=stat.etag)
+                store.backend.put(stat.key, keys.trashed(found.data), if_match=stat.etag)
     if todo.condemn:
         condemned.replace(store, add=todo.condemn)
 
@@ -278,12 +267,12 @@ def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold:
         packer.publish_index()
         replaced: list[tuple[str, bytes, str]] = []
         for digest in affected:
-            key = LAYOUTS.key(digest)
+            key = keys.LAYOUTS.key(digest)
             _check(lease, packer.made)
             # A layout that was replaced meanwhile, or uses more of a pack than was marked, waits for the next run.
             with suppress(NotFound, Conflict):
                 found = store.backend.get(key)
-                layout = Layout.decode(untrashed(found.data), digest)
+                layout = Layout.decode(keys.untrashed(found.data), digest)
                 moved = placement.moved(layout, store.manifest(digest).ids, sparse)
                 if moved is None:
                     continue

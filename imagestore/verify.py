@@ -13,21 +13,6 @@ from imagestore.errors import Corrupt, Invalid, NotFound, StoreError, Unsupporte
 from imagestore.formats import keys
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks
-from imagestore.formats.keys import (
-    CONDEMNED_KEY,
-    GC,
-    HOOKS_KEY,
-    INDEX,
-    INFO,
-    LAYOUTS,
-    LEASES,
-    MANIFESTS,
-    NAMES,
-    PACKS,
-    REFS,
-    kind_of,
-    untrashed,
-)
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import unseal
@@ -84,20 +69,20 @@ def verify_store(
     _verify_small(store, report)
     inventory = Inventory.read(store)
     _verify_index(store, inventory, report)
-    manifests = {name: stat for name, stat in named(store, MANIFESTS) if stat.size_bytes}
+    manifests = {name: stat for name, stat in named(store, keys.MANIFESTS) if stat.size_bytes}
     packs_of: dict[Digest, set[Digest]] = {name: set() for name in manifests}
     for name in manifests:
-        with report.about(MANIFESTS.key(name), name):
+        with report.about(keys.MANIFESTS.key(name), name):
             manifest = store.manifest(name)
-            with report.about(LAYOUTS.key(name), name):
+            with report.about(keys.LAYOUTS.key(name), name):
                 layout = store.layout(name)
                 packs_of[name] = set(layout.packs)
                 _verify_layout(inventory, manifest, layout, report)
         report.images += 1
-    for name, stat in named(store, LAYOUTS):
+    for name, stat in named(store, keys.LAYOUTS):
         if stat.size_bytes and name not in manifests:  # left by a push that was cut off
             with report.about(stat.key):
-                Layout.decode(untrashed(store.backend.get(stat.key).data), name)
+                Layout.decode(keys.untrashed(store.backend.get(stat.key).data), name)
     total = sum(stat.size_bytes for stat in inventory.packs.values())
     for pack, stat in inventory.packs.items():
         with report.about(stat.key):
@@ -116,7 +101,7 @@ def verify_store(
         needed = find_roots(store, 0.0, float("inf")).images
         spare = packs_of.keys() - needed
         used = set().union(*(packs_of[name] for name in packs_of.keys() & needed))
-        doomed = {PACKS.key(pack) for pack in Condemned.read(store).packs.keys() - used}
+        doomed = {keys.PACKS.key(pack) for pack in Condemned.read(store).packs.keys() - used}
         for problem in list(report.problems):
             if problem.key in doomed or problem.image in spare:
                 report.problems.remove(problem)
@@ -127,16 +112,16 @@ def verify_store(
 def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> VerifyReport:
     """Read and hash every byte of one image. Raises nothing that can be reported."""
     report = VerifyReport(images=1)
-    with report.about(MANIFESTS.key(digest), digest):
+    with report.about(keys.MANIFESTS.key(digest), digest):
         manifest = store.manifest(digest)
-        with report.about(LAYOUTS.key(digest), digest):
+        with report.about(keys.LAYOUTS.key(digest), digest):
             layout = store.layout(digest)
             layout.check(manifest)
             chunk_packs = layout.frames["pack"][layout.chunk_frames]
             total = int(layout.frames["size"].sum())
             for number, pack in enumerate(layout.packs):
                 frames = Frames.of_image(manifest, layout, np.flatnonzero(chunk_packs == number))
-                with report.about(PACKS.key(pack), digest):
+                with report.about(keys.PACKS.key(pack), digest):
                     _load_all(store, frames)
                 report.packs += 1
                 report.checked_bytes += int(frames.table["size"].sum())
@@ -146,30 +131,32 @@ def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> 
 
 def _verify_small(store: Store, report: VerifyReport) -> None:
     """Everything with a seal, and whether names point at something."""
-    with report.about(INFO.tree):
-        StoreInfo.decode(store.backend.get(INFO.tree).data)
-    with report.about(CONDEMNED_KEY):
+    with report.about(keys.INFO.tree):
+        StoreInfo.decode(store.backend.get(keys.INFO.tree).data)
+    with report.about(keys.CONDEMNED_KEY):
         Condemned.read(store)
-    for kind in (LEASES, REFS, GC):
+    for kind in (keys.LEASES, keys.REFS, keys.GC):
         for stat in store.backend.list(kind.prefix):
             with report.about(stat.key), contextlib.suppress(NotFound):
                 unseal(store.backend.get(stat.key).data, stat.key)
-    for stat in store.backend.list(NAMES.prefix):
+    for stat in store.backend.list(keys.NAMES.prefix):
         if not stat.size_bytes:
             continue
         with report.about(stat.key), contextlib.suppress(NotFound):
             record = NameRecord.decode(store.backend.get(stat.key).data)
-            if stat.key != NAMES.key(record.name, record.tag):
+            if stat.key != keys.NAMES.key(record.name, record.tag):
                 raise Corrupt(f"{stat.key} holds the name {record.name}:{record.tag}")
             for digest in () if record.removed else record.images.values():
                 if not store.has_manifest(digest):
-                    report.problems.append(Problem(MANIFESTS.key(digest), f"{stat.key} needs it", digest))
+                    report.problems.append(
+                        Problem(keys.MANIFESTS.key(digest), f"{stat.key} needs it", digest)
+                    )
 
 
 def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> None:
     hooks = Hooks()
-    with report.about(HOOKS_KEY), contextlib.suppress(NotFound):
-        hooks = Hooks.decode(store.backend.get(HOOKS_KEY).data)
+    with report.about(keys.HOOKS_KEY), contextlib.suppress(NotFound):
+        hooks = Hooks.decode(store.backend.get(keys.HOOKS_KEY).data)
     for key in inventory.broken_parts:
         report.problems.append(Problem(key, "an index part is damaged"))
     expected = Hooks()
@@ -181,20 +168,20 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
         there = hooks.parts.index(name)
         mine, theirs = (h.keys[h.part_of_hook == n] for h, n in ((expected, at), (hooks, there)))
         if hooks.sizes[there] != expected.sizes[at] or not np.array_equal(np.sort(mine), np.sort(theirs)):
-            report.problems.append(Problem(HOOKS_KEY, f"the hooks of index part {name} are wrong"))
-    broken = {INDEX.digest(key) for key in inventory.broken_parts}
+            report.problems.append(Problem(keys.HOOKS_KEY, f"the hooks of index part {name} are wrong"))
+    broken = {keys.INDEX.digest(key) for key in inventory.broken_parts}
     # A hint that leads nowhere: collectors that meet can leave one. Beside a part that has none it is damage.
     left_out = inventory.parts.keys() - set(hooks.parts)
     for name in set(hooks.parts) - inventory.parts.keys() - broken:
         found = report.problems if left_out else report.waste
-        found.append(Problem(HOOKS_KEY, f"index part {name} is not there"))
+        found.append(Problem(keys.HOOKS_KEY, f"index part {name} is not there"))
 
 
 def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, report: VerifyReport) -> None:
     """Whether every chunk lies where the layout says, by the packs' own footers."""
     layout.check(manifest)
     for pack in layout.packs:
-        with report.about(PACKS.key(pack), layout.manifest):
+        with report.about(keys.PACKS.key(pack), layout.manifest):
             inventory.table(pack)
     for use in inventory.uses(layout):
         footer = use.table.footer
@@ -229,12 +216,12 @@ def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = Fal
         with contextlib.suppress(StoreError):
             repaired += _mend(store, other, key)
             continue
-        if kind_of(key) is PACKS:
+        if keys.kind_of(key) is keys.PACKS:
             broken.add(Digest.parse(key.rpartition("/")[2]))
     inventory = Inventory.read(store)
     reindex(store, inventory)
     images = {problem.image for problem in report.problems if problem.image is not None}
-    for digest, _ in named(store, LAYOUTS):
+    for digest, _ in named(store, keys.LAYOUTS):
         with contextlib.suppress(Corrupt, NotFound):
             if not broken.isdisjoint(store.layout(digest).packs):
                 images.add(digest)
@@ -253,7 +240,7 @@ def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = Fal
 
 def _mend(store: Store, other: Store, key: str) -> bool:
     """Put one object right. Raises NotFound, Corrupt when the other store cannot help, returns False for no need."""
-    match kind_of(key):
+    match keys.kind_of(key):
         case keys.PACKS:
             pack = Digest.parse(key[-64:])
             _load_all(other, Frames.of_pack(pack, read_footer(other, pack)))
