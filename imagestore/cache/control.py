@@ -1,26 +1,25 @@
 """The image service's control socket: one JSON object per line each way, `{"op": …}` and `{"ok": …}` or `{"error": …}`.
 
-Operations: attach, settle, detach, sync, booted, figures, join (peers), pin, unpin, prefetch, prune, ls, leave (end if
-nobody needs you), watch (waits until an event has happened after `after`, at most `wait_s`). Who may connect to the
-socket may do all of it.
+Operations are those methods of the service that OPERATIONS names, and `leave`: end if nobody needs you. Who may connect
+to the socket may do all of it.
 """
 
 import asyncio
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from imagestore import errors
-from imagestore.cache.open_images import SETTLE_S
 from imagestore.cache.service import ImageService
 from imagestore.errors import Invalid, StoreError, Unavailable
-from imagestore.formats.digest import Digest
 from imagestore.outside import read_json
 
 _LINE_BYTES = 1 << 20
+OPERATIONS = frozenset(
+    "attach settle detach sync booted figures join pin unpin prefetch prune ls watch".split()
+)
 Request = dict[str, Any]
 
 
@@ -71,9 +70,13 @@ class ControlServer:
     async def _answer(self, line: bytes) -> Request:
         try:
             request = read_json(line)
-            self.alone = False
-            handler = getattr(self, f"_do_{request['op']}")
-            return {"ok": await handler(request)}
+            op = request.pop("op")
+            self.alone = op == "leave"
+            if self.alone:
+                return {"ok": None}
+            if op not in OPERATIONS:
+                raise Invalid(f"there is no operation {op!r}")
+            return {"ok": await getattr(self._service, op)(**request)}
         except StoreError as error:
             return {"error": type(error).__name__, "message": str(error), "hint": error.hint}
         except OSError as error:
@@ -84,49 +87,6 @@ class ControlServer:
                 "message": f"bad request: {type(error).__name__}: {error}",
                 "hint": "",
             }
-
-    async def _do_attach(self, r: Request) -> Request:
-        more = {name: r[name] for name in ("fill", "patience_s") if name in r}
-        return await self._service.attach(Digest.parse(r["image"]), r["reader"], **more)
-
-    async def _do_settle(self, r: Request) -> None:
-        await self._service.settle(r["reader"])
-
-    async def _do_detach(self, r: Request) -> None:
-        await self._service.detach(r["reader"])
-
-    async def _do_sync(self, r: Request) -> None:
-        await self._service.sync(r["readers"])
-
-    async def _do_booted(self, r: Request) -> None:
-        self._service.images.booted(r["reader"], float(r.get("settle_s", SETTLE_S)))
-
-    async def _do_figures(self, r: Request) -> Request:
-        return self._service.images.figures(r["reader"])
-
-    async def _do_leave(self, r: Request) -> None:
-        self.alone = True
-
-    async def _do_join(self, r: Request) -> None:
-        await self._service.join(r["me"], r["listen"], r["peers"], bytes.fromhex(r["secret"]))
-
-    async def _do_pin(self, r: Request) -> None:
-        self._service.pin(Digest.parse(r["image"]), pinned=True)
-
-    async def _do_unpin(self, r: Request) -> None:
-        self._service.pin(Digest.parse(r["image"]), pinned=False)
-
-    async def _do_prefetch(self, r: Request) -> None:
-        await self._service.images.fetch(Digest.parse(r["image"]))
-
-    async def _do_prune(self, r: Request) -> list[str]:
-        return await self._service.prune(int(r["limit_bytes"]))
-
-    async def _do_ls(self, r: Request) -> Request:
-        return {"pid": os.getpid(), "free_bytes": self._service.free_bytes(), "images": self._service.ls()}
-
-    async def _do_watch(self, r: Request) -> list[Request]:
-        return await self._service.events(int(r["after"]), min(60.0, float(r.get("wait_s", 20))))
 
 
 class Away(Unavailable):

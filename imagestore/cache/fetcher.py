@@ -48,7 +48,7 @@ class Filling:
         fill: Fill = Fill.NEVER,
         read_ahead: int = 2,
     ) -> None:
-        self.partial, self.origins, self.peers = partial, list(origins), peers
+        self.digest, self.partial, self.origins, self.peers = partial.digest, partial, list(origins), peers
         self.wanted = Wanted(partial, layout, fill=fill, read_ahead=read_ahead, owner=self._owner)
         self.down: dict[Origin, float] = {}
         self.received: collections.Counter[str] = collections.Counter()

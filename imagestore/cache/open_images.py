@@ -11,11 +11,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from imagestore import durable
 from imagestore.cache.fetcher import Fetcher, Filling
 from imagestore.cache.images import ImageCache
 from imagestore.cache.nbd.server import NbdServer
@@ -24,7 +24,7 @@ from imagestore.cache.partial import PartialImage
 from imagestore.cache.peers import PATIENCE_S, Peers, Site
 from imagestore.cache.reader import Reader
 from imagestore.cache.traces import Traces
-from imagestore.cache.wanted import Fill, Wanted
+from imagestore.cache.wanted import Fill
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
@@ -40,30 +40,17 @@ _RELAY_S = 60.0
 """An image that is open for peers alone is closed when they have asked nothing for so long."""
 
 
-@dataclass(slots=True, eq=False)
-class Image:
+class Image(Filling):
     """An image that is open: being filled or served."""
 
-    digest: Digest
-    filling: Filling
-    local: LocalOrigin
-    exports: dict[str, tuple[NbdServer, Reader]] = field(default_factory=dict)
-    asked_s: float = 0.0
-    """When a peer last wanted something of it."""
-    chunks: dict[bytes, int] = field(default_factory=dict)
-    """Chunk by id, made when a peer asks for the first time."""
-
-    @property
-    def partial(self) -> PartialImage:
-        return self.filling.partial
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.partial.manifest
-
-    @property
-    def wanted(self) -> Wanted:
-        return self.filling.wanted
+    def __init__(self, local: LocalOrigin, *filling: Any, **more: Any) -> None:
+        super().__init__(*filling, **more)
+        self.local = local
+        self.exports: dict[str, tuple[NbdServer, Reader]] = {}
+        self.asked_s = 0.0
+        """When a peer last wanted something of it."""
+        self.chunks: dict[bytes, int] = {}
+        """Chunk by id, made when a peer asks for the first time."""
 
     def chunk_of(self, id_: bytes) -> int | None:
         """The (first) chunk with this id."""
@@ -73,8 +60,8 @@ class Image:
 
     def figures(self) -> dict[str, Any]:
         """How much of it is here, and from where that came."""
-        present, data = self.partial.present_bytes, self.manifest.data_bytes
-        return {"present_bytes": present, "data_bytes": data, "received": dict(self.filling.received)}
+        present, data = self.partial.present_bytes, self.partial.manifest.data_bytes
+        return {"present_bytes": present, "data_bytes": data, "received": dict(self.received)}
 
 
 class OpenImages:
@@ -123,7 +110,7 @@ class OpenImages:
         async with self._lock:
             image = await self._opened(digest)
             if reader not in image.exports:
-                source = Reader(self._fetcher, image.filling, patience_s=patience_s)
+                source = Reader(self._fetcher, image, patience_s=patience_s)
                 name = Digest.of(reader.encode()).hex()[:12]
                 server = NbdServer(source, self._run / name, group=self._socket_group)
                 await server.start()
@@ -132,7 +119,7 @@ class OpenImages:
             order = [Fill.NOW, Fill.IDLE, Fill.NEVER]
             image.wanted.fill = min(image.wanted.fill, fill, key=order.index)
             self._fetcher.pump()
-            return image.exports[reader][0].path, image.manifest.size_bytes
+            return image.exports[reader][0].path, image.partial.size_bytes
 
     async def unexport(self, reader: str) -> None:
         """The reader needs no socket any more. Twice is once."""
@@ -163,7 +150,7 @@ class OpenImages:
         chunks = [chunk for chunk in found if chunk is not None]
         if len(chunks) < len(found):
             return None
-        loose = await self._fetcher.obtain(image.filling, chunks, PATIENCE_S, for_peer=True)
+        loose = await self._fetcher.obtain(image, chunks, PATIENCE_S, for_peer=True)
         return [loose.get(chunk) or image.partial.read_chunk(chunk) for chunk in chunks]
 
     def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
@@ -193,12 +180,12 @@ class OpenImages:
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
         peers = Peers(self._site, digest, manifest)
-        filling = Filling(file, origins, layout, peers=peers, read_ahead=self._read_ahead)
-        image = self._images[digest] = Image(digest, filling, local)
+        image = Image(local, file, origins, layout, peers=peers, read_ahead=self._read_ahead)
+        self._images[digest] = image
         if file.complete and not whole:
             self._later(self._seal(image))
         elif not whole:
-            self._fetcher.add(filling)
+            self._fetcher.add(image)
             self._later(self._replay(image))
             self._later(self._make_room())
         return image
@@ -207,24 +194,21 @@ class OpenImages:
         with contextlib.suppress(NotFound, Corrupt):
             return self._cache.manifest(digest)
         manifest = self._stores.first(lambda store: store.manifest(digest))
-        path = self._cache.path(digest).with_suffix(".manifest")
-        path.with_suffix(".manifest-new").write_bytes(manifest.encode())
-        path.with_suffix(".manifest-new").rename(path)
+        durable.write(self._cache.path(digest).with_suffix(".manifest"), manifest.encode(), 0o666)
         return manifest
 
     def _seed(self, local: LocalOrigin, digest: Digest) -> None:
         for image in list(self._images.values()):
             if image.digest != digest:
-                local.add(image.partial.path, image.manifest, image.partial.present)
+                local.add(image.partial.path, image.partial.manifest, image.partial.present)
         for seed in self._cache.seeds():
             local.add(seed.path, seed.manifest, None)
 
     def _happened(self, filling: Filling, line: str) -> None:
-        for image in [image for image in self._images.values() if image.filling is filling]:
-            if line:
-                self._tell(str(image.digest), line)
-            else:
-                self._later(self._seal(image))
+        if line:
+            self._tell(str(filling.digest), line)
+        elif image := self._images.get(filling.digest):
+            self._later(self._seal(image))
 
     async def _seal(self, image: Image) -> None:
         """Everything is there: give the file its final name and tell the agent."""
@@ -251,19 +235,19 @@ class OpenImages:
     async def _release(self, image: Image) -> None:
         """Nobody reads it through us any more: an incomplete image stays as it is."""
         if self._images.pop(image.digest, None):
-            await self._fetcher.remove(image.filling)
+            await self._fetcher.remove(image)
             image.local.close()
             image.partial.close()
 
     async def _replay(self, image: Image) -> None:
-        trace = await asyncio.to_thread(self._traces.best, image.digest, image.manifest)
+        trace = await asyncio.to_thread(self._traces.best, image.digest, image.partial.manifest)
         if trace:
-            self._fetcher.prefetch(image.filling, trace.chunks(image.manifest.ids))
+            self._fetcher.prefetch(image, trace.chunks(image.partial.manifest.ids))
 
     def _end_trace(self, image: Image, reader: Reader) -> None:
         recorder, reader.recorder = reader.recorder, None
         if recorder and recorder.order:
-            self._later(asyncio.to_thread(self._traces.keep, image.digest, image.manifest, recorder))
+            self._later(asyncio.to_thread(self._traces.keep, image.digest, image.partial.manifest, recorder))
 
     def _later(self, work: Coroutine[Any, Any, object]) -> None:
         task = asyncio.ensure_future(work)
@@ -299,8 +283,8 @@ class OpenImages:
             return {}
         return image.figures() | {
             "fill": str(image.wanted.fill),
-            "requests": image.filling.requests,
-            "last_error": image.filling.last_error,
+            "requests": image.requests,
+            "last_error": image.last_error,
             "exports": {
                 name: reader.figures() | {"read_bytes": reader.read_bytes, "clients": server.connections}
                 for name, (server, reader) in image.exports.items()

@@ -55,8 +55,7 @@ class PartialImage:
         boot_id: str = "",
         files: Files = os,
     ) -> None:
-        self.path = raw
-        self.manifest = manifest
+        self.path, self.digest, self.manifest = raw, digest, manifest
         self.size_bytes = manifest.size_bytes
         self.starts: list[int] = manifest.offsets.tolist()
         self.ends: list[int] = (manifest.offsets + manifest.lengths).tolist()

@@ -22,7 +22,7 @@ from typing import Any
 from imagestore import durable
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.node_stores import Stores
-from imagestore.cache.open_images import OpenImages
+from imagestore.cache.open_images import SETTLE_S, OpenImages
 from imagestore.cache.peers import PeerServer, Site
 from imagestore.cache.wanted import Fill
 from imagestore.errors import Conflict, Invalid, NotFound, StoreError
@@ -94,15 +94,15 @@ class ImageService:
         await self._peers.close()
         self._stores.close()
 
-    async def join(self, me: str, listen: str, peers: Mapping[str, str], secret: bytes) -> None:
-        """Share with these nodes (name to host:port), listening on an address of ours. Raises OSError."""
-        self._site.me, self._site.addresses, self._site.secret = me, dict(peers), secret
+    async def join(self, me: str, listen: str, peers: Mapping[str, str], secret: str) -> None:
+        """Share with these nodes (name to host:port), listening on an address of ours. Raises OSError, ValueError."""
+        self._site.me, self._site.addresses, self._site.secret = me, dict(peers), bytes.fromhex(secret)
         await self._peers.listen(listen)
 
     # -- readers
 
     async def attach(
-        self, digest: Digest, reader: str, *, fill: str = Fill.NOW, patience_s: float = 120.0
+        self, image: str, reader: str, *, fill: str = Fill.NOW, patience_s: float = 120.0
     ) -> dict[str, Any]:
         """What an overlay is to be backed by: {kind: "raw", path} if the image is complete, else {kind: "nbd", path}.
 
@@ -111,7 +111,7 @@ class ImageService:
         """
         if not _READER.fullmatch(reader):
             raise Invalid(f"not a reader's name: {reader[:80]!r}")
-        known = self._references.get(reader)
+        digest, known = Digest.parse(image), self._references.get(reader)
         if known and known.image != str(digest):
             raise Conflict(f"{reader} is backed by {known.image}")
         if self._cache.has(digest):
@@ -149,6 +149,14 @@ class ImageService:
         for reader in set(self._references) - set(readers):
             await self.detach(reader)
 
+    async def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
+        """The guest is up: its boot trace ends soon."""
+        self.images.booted(reader, settle_s)
+
+    async def figures(self, reader: str) -> dict[str, Any]:
+        """From where the bytes of a reader's image came so far, and how long its reads waited; {} if it has none."""
+        return self.images.figures(reader)
+
     async def _remember(self, reader: str, reference: Reference | None) -> None:
         """From now on, also for the next service; None: there is no such reader."""
         if reference:
@@ -172,13 +180,20 @@ class ImageService:
 
     # -- policy
 
-    def pin(self, digest: Digest, *, pinned: bool) -> None:
-        """Keep an image although nobody uses it, or no longer."""
-        path = self._directory / f"{digest.hex()}.pin"
-        if pinned:
-            path.touch()
-        else:
-            path.unlink(missing_ok=True)
+    async def prefetch(self, image: str) -> None:
+        """Bring the whole image here, in the background."""
+        await self.images.fetch(Digest.parse(image))
+
+    async def pin(self, image: str) -> None:
+        """Keep an image although nobody uses it."""
+        self._pin(image).touch()
+
+    async def unpin(self, image: str) -> None:
+        """Keep it no longer than others."""
+        self._pin(image).unlink(missing_ok=True)
+
+    def _pin(self, image: str) -> Path:
+        return self._directory / f"{Digest.parse(image).hex()}.pin"
 
     async def prune(self, limit_bytes: int | None = None) -> list[str]:
         """Forget images, least recently used first, until the cache is below the limit; their digests."""
@@ -186,7 +201,7 @@ class ImageService:
         if not limit and limit_bytes is None:
             return []
         used = {reference.image for reference in self._references.values()}
-        rows = self.ls()
+        rows = self._rows()
         total = sum(row["used_bytes"] for row in rows)
         gone = []
         for row in sorted(rows, key=lambda row: float(row["used_s"])):
@@ -205,21 +220,21 @@ class ImageService:
 
     # -- seeing
 
-    def ls(self) -> list[dict[str, Any]]:
-        """A row for each image of the cache, complete or not."""
+    async def ls(self) -> dict[str, Any]:
+        """A row for each image of the cache, complete or not; room on its file system; our process."""
+        free_bytes = shutil.disk_usage(self._directory).free
+        return {"pid": os.getpid(), "free_bytes": free_bytes, "images": self._rows()}
+
+    def _rows(self) -> list[dict[str, Any]]:
         rows = list_images(self._directory)
         for row in rows:
             row |= self.images.row(Digest.parse(row["digest"]))
         return rows
 
-    def free_bytes(self) -> int:
-        """Room on the cache's file system."""
-        return shutil.disk_usage(self._directory).free
-
-    async def events(self, after: int, wait_s: float) -> list[dict[str, Any]]:
+    async def watch(self, after: int, wait_s: float = 20.0) -> list[dict[str, Any]]:
         """Lines for people and for the agent whose numbers `seq`, which grow, are above `after`; waits for one."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s):
+            async with asyncio.timeout(min(60.0, wait_s)):
                 while self._newest <= after:
                     await self._happened.wait()
         return [event for event in self._events if event["seq"] > after]

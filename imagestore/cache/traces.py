@@ -4,6 +4,7 @@ import contextlib
 from functools import partial
 from pathlib import Path
 
+from imagestore import durable
 from imagestore.cache.node_stores import Stores
 from imagestore.errors import Corrupt, StoreError, Unsupported
 from imagestore.formats.digest import Digest
@@ -39,9 +40,7 @@ class Traces:
         """Merge what a boot touched into the image's trace."""
         path = self._directory / digest.hex()
         trace, old = Trace.of(manifest.ids, recorder.order), _read(path)
-        beside = path.with_suffix(".new")
-        beside.write_bytes((old.merged(trace) if old else trace).encode())
-        beside.rename(path)
+        durable.write(path, (old.merged(trace) if old else trace).encode(), 0o666)
         if old is None:
             # The first boot here: others may have none yet. A store that we may not write to keeps what it has.
             with contextlib.suppress(StoreError):
