@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from compute.api import artifacts, instances, namespaces, networks, nodes, problems
-from compute.api.context import Services
+from compute.api.context import Ctx, Services
 from compute.api.edge import Edge, Metrics
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
@@ -90,7 +90,9 @@ def build(services: Services) -> FastAPI:
         return HTMLResponse(_PAGE.format("".join(f"<li>{word}" for word in CAPABILITIES)))
 
     @app.get("/metrics", include_in_schema=False)
-    def scrape() -> Response:
+    def scrape(ctx: Ctx) -> Response:
+        """The administrator's: names and figures of everybody's guests. Basic authentication will do."""
+        ctx.admin()
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/livez", tags=["health"])

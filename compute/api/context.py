@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
+from compute.api.edge import SLASH
 from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
 from compute.cluster.images import Resolver
@@ -19,19 +20,10 @@ from compute.cluster.records.taken import Taken, take
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
-from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
+from compute.errors import Conflict, Denied, NotFound, Precondition
 
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
-
-
-class Owned(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def namespace(self) -> str: ...
-    @property
-    def state(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +54,14 @@ class Context:
         self.request = request
         self.services: Services = request.app.state.services
         self.store = self.services.store
-        self.caller: Caller = self.services.authority.caller(request.headers.get("authorization", ""))
+        self.caller: Caller = self._caller()
+
+    def _caller(self, *, begun: bool = False) -> Caller:
+        return self.services.authority.caller(self.request.headers.get("authorization", ""), begun=begun)
+
+    def look_again(self) -> None:
+        """For answers that take long: whom does the caller stand for now? Raises Unauthenticated."""
+        self.caller = self._caller(begun=True)
 
     def read(self) -> Transaction:
         return Transaction(self.store)
@@ -83,30 +82,32 @@ class Context:
         self.read().get(Namespace, name)
         return name
 
-    def sees(self, item: Any, namespace: str | None = None) -> bool:
-        return self.caller.may(item.namespace) and (not namespace or item.namespace == namespace)
+    def sees(self, item: Any) -> bool:
+        return self.caller.may(item.namespace)
+
+    def lists(self, item: Any, namespace: str | None) -> bool:
+        """Whether a list shows it: of one's own namespace or the one asked for; the administrator's shows all."""
+        wanted = namespace or ("" if self.caller.admin else self.caller.namespace)
+        return self.sees(item) and wanted in ("", item.namespace)
 
     def find(self, cls: type[O], reference: str, namespace: str | None = None) -> O:
-        """By UUID (deleted ones too), or by name. Raises NotFound also for what the caller may not see."""
+        """By UUID (deleted ones too), or by name: of one's own namespace, or as `namespace/name`.
+
+        Raises NotFound also for what the caller may not see.
+        """
         txn = self.read()
         exact = txn.find(cls, reference)
-        if exact is not None and self.sees(exact, namespace):
+        if exact is not None and self.sees(exact):
             return exact
-        named = [
-            item
-            for item in txn.list(cls)
-            if getattr(item, "name", None) == reference
-            and getattr(item, "state", "") != "deleted"
-            and self.sees(item, namespace)
-        ]
-        if len(named) > 1:
-            raise Invalid(
-                f"{len(named)} {cls.KIND}s are called {reference[:80]}",
-                hint="use a UUID, or say the namespace",
-            )
-        if not named:
-            raise NotFound(f"{cls.KIND} {reference[:80]} not found", hint=f"see: sf {cls.KIND} ls")
-        return named[0]
+        said, _, name = reference.replace(SLASH, "/").rpartition("/")
+        home = said or namespace or self.caller.namespace
+        taken = txn.find(Taken, f"{cls.KIND}/{home}/{name}") if self.caller.may(home) else None
+        if taken is not None:
+            return txn.get(cls, taken.owner)
+        named = (t.name.split("/")[1] for t in txn.list(Taken, f"{cls.KIND}/") if t.name.endswith(f"/{name}"))
+        others = " or ".join(f"{other}/{name}" for other in named if self.caller.may(other))
+        hint = f"another namespace's is {others}" if others else f"see: sf {cls.KIND} ls"
+        raise NotFound(f"{cls.KIND} {name[:80]} not found in namespace {home[:80]}", hint=hint)
 
     def check_match(self, item: Stored) -> None:
         """Raises Precondition when If-Match names another revision than the one now read."""

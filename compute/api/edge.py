@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import HTTPException
 from fastapi.routing import APIRoute
@@ -23,6 +24,9 @@ DRAINED_BYTES = 2**26
 
 _TOO_LARGE = f"the body has more than {BODY_BYTES} bytes"
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"})
+SLASH = "%2F"
+"""How a slash inside one part of a path reaches the handlers, as in /instances/shop%2Fweb."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -74,6 +78,8 @@ class Edge:
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        if b"%2f" in (raw := scope.get("raw_path") or b"").lower():
+            scope["path"] = unquote(re.sub("%2f", "%252F", raw.decode("ascii"), flags=re.IGNORECASE))
         started = time.perf_counter()
         status = 500
         left = BODY_BYTES

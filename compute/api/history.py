@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,9 +14,10 @@ from pydantic import Field
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
 from compute.cluster.records.events import Event
+from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Invalid, NotFound
+from compute.errors import Invalid, NotFound, Unauthenticated
 
 METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
@@ -87,7 +89,7 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
         query = body or EventQuery()
         if follow:
             return StreamingResponse(
-                _stream(ctx, item, query),
+                _stream(ctx, partial(find, ctx, item.id), query),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store"},
             )
@@ -102,14 +104,26 @@ def _read(ctx: Context, item: Stored, query: EventQuery, after: str = "") -> lis
     return chosen[::-1][: query.limit]
 
 
-async def _stream(ctx: Context, item: Stored, query: EventQuery) -> AsyncIterator[str]:
-    """A reader that comes back says where it was by Last-Event-ID (the event's name)."""
+async def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -> AsyncIterator[str]:
+    """A reader that comes back says where it was by Last-Event-ID (the event's name).
+
+    It ends with the caller's key, with the trust by which it was seen, and with the object.
+    """
     feed = ctx.services.controller.feed
     after = ctx.request.headers.get("last-event-id", "")
+
+    def read() -> list[Event]:
+        ctx.look_again()
+        return _read(ctx, find(), query, after)
+
     while not await ctx.request.is_disconnected():
         seen = feed.revision
-        for event in reversed(await asyncio.to_thread(_read, ctx, item, query, after)):
+        try:
+            found = await asyncio.to_thread(read)
+        except (Unauthenticated, NotFound):
+            return
+        for event in reversed(found):
             after = event.name
             yield f"id: {event.name}\ndata: {json.dumps(views.event(event))}\n\n"
-        if not await feed.moved((Event.KIND,), seen, _KEEPALIVE_S):
+        if not await feed.moved((Event.KIND, Namespace.KIND), seen, _KEEPALIVE_S):
             yield ": still here\n\n"

@@ -103,7 +103,7 @@ def list_instances(ctx: Ctx, body: ListBody | None = None) -> Response:
     found = [
         views.instance(item, interfaces[item.uuid])
         for item in read.list(Instance)
-        if ctx.sees(item, query.namespace) and (query.all or item.state != InstanceState.DELETED)
+        if ctx.lists(item, query.namespace) and (query.all or item.state != InstanceState.DELETED)
     ]
     return JSONResponse(sorted(found, key=lambda view: view["created"]))
 
@@ -135,7 +135,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             side_channels=tuple(["sf-agent"] if body.side_channels is None else body.side_channels),
             metadata=body.metadata or {},
         )
-        wants = [_want(ctx, network) for network in body.network or ()]
+        wants = [_want(ctx, network, namespace) for network in body.network or ()]
         limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
 
         def make(txn: Transaction) -> Instance:
@@ -156,8 +156,8 @@ def _user_data(text: str) -> bytes:
     return data
 
 
-def _want(ctx: Context, body: NetworkBody) -> Want:
-    network = ctx.find(Network, body.network_uuid)
+def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
+    network = ctx.find(Network, body.network_uuid, namespace)
     return Want(
         network.uuid, body.address or "", body.macaddress or "", body.model or "virtio", bool(body.float)
     )
@@ -216,7 +216,7 @@ def get_interfaces(ctx: Ctx, ref: str) -> Response:
 @router.post("/instances/{ref}/interfaces")
 def plug_interface(ctx: Ctx, ref: str, body: PlugBody) -> Response:
     known = ctx.find(Instance, ref)
-    want = _want(ctx, body.network)
+    want = _want(ctx, body.network, known.namespace)
     made = ctx.act(
         lambda txn: ctx.once(txn, Interface, body, lambda t: acts.add_interface(t, known.uuid, want))
     )

@@ -49,6 +49,13 @@ def _find(ctx: Context, name: str) -> Namespace:
     return found
 
 
+def _own(ctx: Context, name: str) -> None:
+    """Keys and trust are the namespace's own affair: a friend could stay by them. Raises Denied, NotFound."""
+    _find(ctx, name)
+    if ctx.caller.namespace != name:
+        ctx.admin()
+
+
 @router.post("/auth")
 def login(request: Request, body: LoginBody) -> Response:
     services: Services = request.app.state.services
@@ -87,7 +94,7 @@ def list_keys(ctx: Ctx, ref: str) -> Response:
 
 @router.post("/auth/namespaces/{ref}/keys")
 def add_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
-    _find(ctx, ref)
+    _own(ctx, ref)
     auth.set_key(ctx.store, ref, body.key_name, body.key, must_exist=False)
     return JSONResponse(body.key_name)
 
@@ -99,7 +106,7 @@ def change_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
 
 @router.put("/auth/namespaces/{ref}/keys/{key_name}")
 def change_named_key(ctx: Ctx, ref: str, key_name: str, body: KeyValueBody) -> Response:
-    _find(ctx, ref)
+    _own(ctx, ref)
     auth.set_key(ctx.store, ref, key_name, body.key, must_exist=True)
     return JSONResponse(key_name)
 
@@ -111,15 +118,16 @@ def delete_key(ctx: Ctx, ref: str, key_name: str) -> Response:
             raise NotFound(f"namespace {ref} has no key {key_name[:80]}")
         return replace(item, keys={k: v for k, v in item.keys.items() if k != key_name})
 
-    _find(ctx, ref)
+    _own(ctx, ref)
     auth.change_namespace(ctx.store, ref, change)
     return JSONResponse(None)
 
 
 @router.post("/auth/namespaces/{ref}/trust")
 def add_trust(ctx: Ctx, ref: str, body: TrustBody) -> Response:
-    _find(ctx, ref)
-    if ctx.read().find(Namespace, body.external_namespace) is None:
+    _own(ctx, ref)
+    # A tenant is not told which namespaces there are: whoever is made later is trusted by nobody.
+    if ctx.caller.admin and ctx.read().find(Namespace, body.external_namespace) is None:
         raise Invalid(f"namespace {body.external_namespace[:80]} does not exist")
     changed = auth.change_namespace(
         ctx.store, ref, lambda n: replace(n, trust=tuple({*n.trust, body.external_namespace}))
@@ -129,7 +137,7 @@ def add_trust(ctx: Ctx, ref: str, body: TrustBody) -> Response:
 
 @router.delete("/auth/namespaces/{ref}/trust/{external}")
 def remove_trust(ctx: Ctx, ref: str, external: str) -> Response:
-    _find(ctx, ref)
+    _own(ctx, ref)
     changed = auth.change_namespace(
         ctx.store, ref, lambda n: replace(n, trust=tuple(t for t in n.trust if t != external))
     )

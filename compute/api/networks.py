@@ -19,7 +19,7 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, router_candidates
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Conflict, Invalid, Unavailable
+from compute.errors import Conflict, Invalid, NotFound, Unavailable
 
 router = APIRouter(tags=["networks"], route_class=Route)
 
@@ -55,13 +55,18 @@ def _find(ctx: Context, ref: str) -> Network:
 
 
 def _interface(ctx: Context, uuid: str) -> Interface:
-    return ctx.find(Interface, uuid)
+    """Seen by its instance's namespace and by its network's, which may have to unplug it."""
+    read = ctx.read()
+    found = read.find(Interface, uuid)
+    if found is None or not (ctx.sees(found) or ctx.sees(read.get(Network, found.network_uuid))):
+        raise NotFound(f"interface {uuid[:80]} not found", hint="see: sf network show")
+    return found
 
 
 @router.get("/networks")
 def list_networks(ctx: Ctx, body: ListBody | None = None) -> Response:
     query = body or ListBody()
-    found = [n for n in ctx.read().list(Network) if ctx.sees(n, query.namespace)]
+    found = [n for n in ctx.read().list(Network) if ctx.lists(n, query.namespace)]
     shown = [views.network(n) for n in found if query.all or n.state != "deleted"]
     return JSONResponse(sorted(shown, key=lambda view: view["created"]))
 
@@ -131,8 +136,7 @@ def delete_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Res
 @router.get("/networks/{ref}/interfaces")
 def network_interfaces(ctx: Ctx, ref: str) -> Response:
     known = ctx.find(Network, ref)
-    found = [i for i in interfaces.interfaces_on(ctx.read(), known.uuid) if ctx.sees(i)]
-    return JSONResponse([views.interface(i) for i in found])
+    return JSONResponse([views.interface(i) for i in interfaces.interfaces_on(ctx.read(), known.uuid)])
 
 
 @router.get("/networks/{ref}/addresses")
@@ -190,26 +194,26 @@ def remove_dns(ctx: Ctx, ref: str, body: DnsNameBody) -> Response:
 
 @router.get("/interfaces/{ref}")
 def get_interface(ctx: Ctx, ref: str) -> Response:
-    item = ctx.find(Interface, ref)
+    item = _interface(ctx, ref)
     return ctx.show(item, views.interface(item))
 
 
 @router.delete("/interfaces/{ref}")
 def unplug_interface(ctx: Ctx, ref: str) -> Response:
     """Take it out of its running instance."""
-    known = ctx.find(Interface, ref)
+    known = _interface(ctx, ref)
     return JSONResponse(ctx.act(lambda txn: remove_interface(txn, txn.get(Interface, known.uuid))))
 
 
 @router.post("/interfaces/{ref}/float")
 def float_interface(ctx: Ctx, ref: str) -> Response:
-    known = ctx.find(Interface, ref)
+    known = _interface(ctx, ref)
     return JSONResponse(views.interface(ctx.act(lambda txn: interfaces.float_interface(txn, known.uuid))))
 
 
 @router.post("/interfaces/{ref}/defloat")
 def defloat_interface(ctx: Ctx, ref: str) -> Response:
-    known = ctx.find(Interface, ref)
+    known = _interface(ctx, ref)
     return JSONResponse(views.interface(ctx.act(lambda txn: interfaces.defloat_interface(txn, known.uuid))))
 
 

@@ -68,6 +68,10 @@ def hash_key(key: str) -> KeyHash:
     return KeyHash(hash=hashed, nonce=secrets.token_hex(8))
 
 
+_NOBODY = KeyHash(hash="$2b$10$AdvMufpMnmcKxm5./Vxp9eZaPWP3h.fGsXaDofgT7FLDsTNIlITQm", nonce="")
+"""What a key is compared with where there is no such namespace, so that the same time passes: no bytes, hashed."""
+
+
 class Authority:
     """Checks keys and tokens against the state store."""
 
@@ -81,12 +85,10 @@ class Authority:
         self._jwt_secret = transact(store, lambda txn: secret(txn, "jwt-secret"))
 
     def login(self, namespace: str, key: str) -> dict[str, Any]:
-        """The answer of POST /auth. Raises NotFound (no such namespace), Unauthenticated."""
+        """The answer of POST /auth. Raises Unauthenticated, in the same words where there is no such namespace."""
         found = Transaction(self._store).find(Namespace, namespace)
-        if found is None:
-            raise NotFound(f"namespace {namespace[:80]} not found")
         mark = hmac.digest(self._pepper, f"{namespace}\0{key}".encode(), "sha256")
-        for name, known in found.keys.items():
+        for name, known in ((found.keys if found else {}) or {"": _NOBODY}).items():
             if self._known.get(mark) == known.nonce or self._matches(key, known):
                 self._known[mark] = known.nonce
                 now = int(time.time())
@@ -100,7 +102,7 @@ class Authority:
                 }
                 token = jwt.encode(claims, self._jwt_secret, algorithm="HS256")
                 return {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_S}
-        raise Unauthenticated(f"wrong key for namespace {namespace[:80]}")
+        raise Unauthenticated(f"wrong key for namespace {namespace[:80]}, or there is none")
 
     def _matches(self, key: str, known: KeyHash) -> bool:
         if not self._line.acquire(blocking=False):
@@ -111,15 +113,27 @@ class Authority:
         finally:
             self._line.release()
 
-    def caller(self, authorization: str) -> Caller:
-        """Whom an Authorization header stands for. Raises Unauthenticated."""
+    def caller(self, authorization: str, *, begun: bool = False) -> Caller:
+        """Whom an Authorization header stands for. Raises Unauthenticated.
+
+        begun: the request was let in before, so that only the end of its key ends it, and not its token's time.
+        """
         scheme, _, token = authorization.partition(" ")
+        if scheme.lower() == "basic":  # what a scraper of metrics can be told: it keeps a key, not a token
+            try:
+                name, _, key = base64.b64decode(token).decode().partition(":")
+            except ValueError as err:
+                raise Unauthenticated("not NAMESPACE:KEY in base64") from err
+            token, scheme = self.login(name, key)["access_token"], "bearer"
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated(
                 "no token", hint="POST /auth first; sf does it with the key in auth/local-key"
             )
         try:
-            claims = jwt.decode(token, self._jwt_secret, algorithms=["HS256"], issuer=_ISSUER)
+            options: Any = {"verify_exp": not begun}
+            claims = jwt.decode(
+                token, self._jwt_secret, algorithms=["HS256"], issuer=_ISSUER, options=options
+            )
         except jwt.InvalidTokenError as err:
             raise Unauthenticated(f"the token does not hold: {err}", hint="authenticate again") from err
         txn = Transaction(self._store)
@@ -135,8 +149,20 @@ def create_namespace(store: StateStore, name: str, key_name: str = "", key: str 
     """Raises Conflict when there is one, Invalid for a bad name."""
     keys = {check_name(key_name or "default", "key name"): hash_key(key)} if key else {}
     namespace = Namespace(name=check_name(name, "namespace"), keys=keys)
-    transact(store, lambda txn: txn.create(namespace))
+
+    def action(txn: Transaction) -> None:
+        _trust_nobody(txn, name)
+        txn.create(namespace)
+
+    transact(store, action)
     return namespace
+
+
+def _trust_nobody(txn: Transaction, name: str) -> None:
+    """Trust ends with the namespace that it named: the next one of that name is somebody else."""
+    for other in txn.list(Namespace):
+        if name in other.trust:
+            txn.update(replace(other, trust=tuple(t for t in other.trust if t != name)))
 
 
 def delete_namespace(store: StateStore, name: str) -> None:
@@ -149,6 +175,7 @@ def delete_namespace(store: StateStore, name: str) -> None:
         used = any(i.namespace == name and i.state != InstanceState.DELETED for i in txn.list(Instance))
         if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
             raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
+        _trust_nobody(txn, name)
         txn.delete(Namespace, name)
 
     transact(store, action)

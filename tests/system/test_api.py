@@ -258,7 +258,7 @@ def test_the_page_at_the_root_lists_capabilities_without_a_token(server: Running
 
 def test_machines_get_metrics_liveness_and_readiness(server: Running) -> None:
     server.network()
-    text = server.call("GET", "/metrics", namespace="").body.decode()
+    text = server.call("GET", "/metrics").body.decode()
     assert 'sf_objects{kind="network",state="created"} 1.0' in text
     assert 'route="/networks"' in text
     assert server.call("GET", "/livez", namespace="").status == 200
@@ -283,9 +283,10 @@ def test_a_namespace_sees_its_own_objects_and_those_of_who_trusts_it(server: Run
     assert server.call("GET", "/auth/namespaces/shop", namespace="lab").status == 404
     assert [n["name"] for n in server.get("/auth/namespaces", namespace="lab")] == ["lab"]
     server.call("POST", "/auth/namespaces/shop/trust", {"external_namespace": "lab"}, namespace="shop")
-    assert [n["name"] for n in server.get("/networks", namespace="lab")] == ["lan"]
-    assert server.call("DELETE", "/auth/namespaces/shop/trust/lab", namespace="shop").status == 200
     assert server.get("/networks", namespace="lab") == []
+    assert [n["name"] for n in server.get("/networks", {"namespace": "shop"}, namespace="lab")] == ["lan"]
+    assert server.call("DELETE", "/auth/namespaces/shop/trust/lab", namespace="shop").status == 200
+    assert server.get("/networks", {"namespace": "shop"}, namespace="lab") == []
     for verb, path in (
         ("POST", "/auth/namespaces"),
         ("DELETE", "/auth/namespaces/shop"),
@@ -297,19 +298,17 @@ def test_a_namespace_sees_its_own_objects_and_those_of_who_trusts_it(server: Run
         )
 
 
-def test_a_name_that_fits_several_objects_is_400(server: Running) -> None:
+def test_a_taken_network_name_is_a_conflict_in_its_namespace_alone(server: Running) -> None:
     server.call("POST", "/auth/namespaces", {"namespace": "shop"})
     server.network("lan")
     server.network("lan", namespace="shop")
-    answer = server.call("GET", "/networks/lan")
-    assert (answer.status, "2 networks" in answer.body["error"]) == (400, True)
     assert server.call("GET", "/networks/lan", {"namespace": "shop"}).body["namespace"] == "shop"
     assert server.call("POST", "/networks", {"name": "lan", "netblock": "10.9.0.0/24"}).status == 409
 
 
 def test_wrong_keys_tokens_and_namespaces_have_their_statuses(server: Running) -> None:
     assert server.login("system", "wrong").status == 401
-    assert server.login("nowhere", "x").status == 404
+    assert server.login("nowhere", "x").status == 401
     assert server.call("POST", "/auth", {"namespace": "system"}, namespace="").status == 400
     good = server.login("system", server.key).body
     assert (good["token_type"], good["expires_in"]) == ("Bearer", 900)

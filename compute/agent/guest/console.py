@@ -13,6 +13,10 @@ _UP = (b"login:", b"SF-GUEST-READY")
 _LOOKED_AT_BYTES = 64 << 10
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 class ConsoleLog:
     """The log at `path`; with the old part that a cut keeps it takes up to `limit_bytes` and what one turn adds."""
 
@@ -34,8 +38,12 @@ class ConsoleLog:
         with self.path.open("rb+") as log:
             log.seek(-min(size, self._limit // 4), os.SEEK_END)
             new = self._old.with_suffix(".tail")
-            new.write_bytes(log.read())
-            new.replace(self._old)
+            try:
+                with open(new, "wb", opener=_private) as kept:
+                    kept.write(log.read())
+                new.replace(self._old)
+            except OSError:  # a full disk: room counts more than what a flooding guest said last
+                new.unlink(missing_ok=True)
             log.truncate(0)
         return True
 
