@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -17,7 +16,7 @@ from compute.agent.guest.host import Plane
 from compute.agent.image_service import ServedImages, Settings
 from compute.config import Config
 from compute.errors import Conflict
-from imagestore import ImageCache, Store, StoreError, open_store
+from imagestore import ImageCache, Store, StoreError, durable, open_store
 from net import Plane as NetPlane
 
 log = logging.getLogger(__name__)
@@ -34,16 +33,15 @@ def only_one(state_dir: Path) -> Iterator[None]:
     """One server or agent per state directory, made if need be: the lock goes with the process, however that ends."""
     for name in ("", "run", "instances", "cache"):
         (state_dir / name).mkdir(mode=0o711, parents=True, exist_ok=True)
-    with (state_dir / "run" / "serve.lock").open("a+") as lock:
+    path = state_dir / "run" / "serve.lock"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            lock.seek(0)
-            hint = f"process {lock.read().strip() or 'unknown'} has it; stop it, or set SF_STATE_DIR"
+            descriptor = stack.enter_context(durable.locked(path, wait=False, mode=0o644))
+        except BlockingIOError as err:
+            hint = f"process {path.read_text().strip() or 'unknown'} has it; stop it, or set SF_STATE_DIR"
             raise Conflict(f"another sf serve uses {state_dir}", hint=hint) from err
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
         yield
 
 

@@ -1,6 +1,9 @@
-"""What a crash of the machine must not undo: written beside its place, synced, renamed."""
+"""What a crash of the machine must not undo: written beside its place, synced, renamed. And locks, which it does."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -21,5 +24,19 @@ def fsync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True, mode: int = 0o600) -> Iterator[int]:
+    """Hold a file's lock, making the file if need be; it goes with the process, however that ends. The descriptor.
+
+    No link is followed: the directory may be another user's. Raises BlockingIOError if another has it, unless `wait`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield descriptor
     finally:
         os.close(descriptor)

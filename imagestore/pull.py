@@ -5,7 +5,6 @@ and kept. Chunks that other local images hold are copied; the rest comes in rang
 """
 
 import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from blake3 import blake3
 from imagestore.disks.output import Output
 from imagestore.disks.qcow2.writer import plan
 from imagestore.disks.windows import in_order
-from imagestore.durable import fsync_directory
+from imagestore.durable import fsync_directory, locked
 from imagestore.errors import (
     Cancelled,
     Conflict,
@@ -81,11 +80,7 @@ def pull(
     beside = output.with_name(f".{output.name}.{digest.hex()[:16]}.{format_}")
     with ExitStack() as stack:
         try:
-            # Root may pull into the cache of a service that is not root: no link there is followed.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(beside, flags, 0o644)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = stack.enter_context(locked(beside, wait=False, mode=0o644))
         except BlockingIOError as error:
             raise Conflict(f"another pull is writing {output}") from error
         except OSError as error:

@@ -8,7 +8,7 @@ import click
 
 from cli.command import DURATION, STORE, Group, settings
 from cli.errors import MISSING, Problem
-from cli.image.stores import digest_of, found, judge, opened, written
+from cli.image.stores import found, judge, opened, written
 from cli.output import progress, say, show_list, show_one, size, when
 
 COLUMNS = (
@@ -191,12 +191,14 @@ def verify(name: str, architecture: str) -> None:
 @click.argument("new")
 def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
     """Give an image of the store another name as well."""
-    from imagestore import check_architecture, parse_reference
+    from imagestore import check_architecture
     from imagestore import tag as tag_image
 
     target, machine = written(new), check_architecture(architecture)
-    with opened(write=True, alone=single_writer) as store:
-        digest = digest_of(store, parse_reference(name), machine)
+    with found(name, machine) as (source, full, digest), opened(write=True, alone=single_writer) as store:
+        if source.url != store.url:
+            hint = f"sf store copy {source.url} {store.url} {full or 'NAME'} brings it here"
+            raise Problem(f"{name} is in {source.url}, not in {store.url}", hint=hint, code=MISSING)
         tag_image(store, digest, *target, machine)
     print(f"{':'.join(target)} {digest}")
 

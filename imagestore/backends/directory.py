@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from imagestore.backends.protocol import Data, Object, ObjectStat, check_key, pieces
-from imagestore.durable import fsync_directory
+from imagestore.durable import fsync_directory, locked
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
 
 _TEMPORARY = ".tmp"
@@ -113,7 +113,7 @@ class Directory:
                 tick_ns = os.fstat(file.fileno()).st_mtime_ns & ~0x3FFFFF
                 os.utime(file.fileno(), ns=(tick_ns, tick_ns | secrets.randbits(22)))
                 os.fsync(file.fileno())
-                with self._locked():
+                with locked(self.root / _LOCK, mode=0o666):
                     self._check(key, if_match, if_none_match)
                     temporary.rename(path)
                     undo.pop_all()
@@ -125,7 +125,7 @@ class Directory:
         path = self._path(key)
         with self._errors(key):
             try:
-                with self._locked():
+                with locked(self.root / _LOCK, mode=0o666):
                     path.lstat()
                     self._check(key, if_match, False)
                     path.unlink()
@@ -177,15 +177,6 @@ class Directory:
                 if time.time() - os.fstat(file.fileno()).st_mtime > _STALE_S:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
     def _make_directories(self, path: Path) -> None:
         if path.is_dir():

@@ -7,7 +7,6 @@ no guest reads through it, nothing is being filled and no agent has asked anythi
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import grp
 import os
 import pwd
@@ -15,12 +14,14 @@ import signal
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from imagestore.cache.control import ControlServer
 from imagestore.cache.service import ImageService, Options
+from imagestore.durable import locked
 from imagestore.errors import Conflict, Invalid
 from imagestore.settings import Settings
 from imagestore.units import size_bytes
@@ -115,9 +116,9 @@ def run_service(
 
 
 async def _serve(state: Path, stores: Sequence[str], options: Options, while_needed: bool) -> None:
-    with (state / "cache" / ".service").open("w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(state / "cache" / ".service", wait=False, mode=0o644))
         except BlockingIOError as error:
             raise Conflict(f"an image service runs on {state} already") from error
         service = ImageService(state / "cache", state / "run" / "nbd", stores, options)

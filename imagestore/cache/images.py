@@ -22,6 +22,7 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.pull import Seed
 from imagestore.store.names import parse_reference
+from imagestore.store.resolve import begins, resolve
 from imagestore.store.store import Store
 
 _SEEDS = 8
@@ -29,12 +30,10 @@ _SEEDS = 8
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference means now: a manifest, and the store to get it from (None: it is in the cache only)."""
+    """What a reference means now."""
 
     digest: Digest
-    name: str
     size_bytes: int
-    store: Store | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,39 +62,14 @@ class ImageCache:
 
         Raises Invalid, NotFound, Unavailable.
         """
-        reference = parse_reference(text)
-        if reference.digest_prefix and not reference.digest:
-            return self._resolve_prefix(reference.digest_prefix)
-        stores = self.stores
-        if reference.remote is not None:
-            if reference.remote not in stores:
-                raise NotFound(
-                    f"no remote is called {reference.remote!r}", hint=f"there are: {', '.join(stores)}"
-                )
-            stores = {reference.remote: stores[reference.remote]}
-        digest = reference.digest
-        if digest is not None and self.has(digest):
-            return Resolved(digest, text, self.manifest(digest).size_bytes, next(iter(stores.values()), None))
-        failure: NotFound | None = None
-        for remote, store in stores.items():
-            try:
-                found = digest or store.names.get(reference.name, reference.tag).digest(architecture)
-                size_bytes = self._manifest(found, store).size_bytes
-            except NotFound as error:
-                failure = failure or error
-                continue
-            name = f"{remote}/{reference.name}:{reference.tag}" if reference.name else str(found)
-            return Resolved(found, name, size_bytes, store)
-        raise failure or NotFound(f"no image {text}", hint="no remote is configured")
-
-    def _resolve_prefix(self, prefix: str) -> Resolved:
-        found = [digest for digest in self._digests() if digest.hex().startswith(prefix)]
-        if len(found) != 1:
-            problem = "several cached images begin" if found else "no cached image begins"
-            raise NotFound(
-                f"{problem} with b3:{prefix}", hint="a whole digest (64 hex digits) works for any image"
-            )
-        return Resolved(found[0], str(found[0]), self.manifest(found[0]).size_bytes, None)
+        wanted = parse_reference(text)
+        held = wanted.digest if wanted.digest and self.has(wanted.digest) else None
+        if wanted.digest_prefix and not wanted.digest:
+            held = begins(self._digests(), wanted.digest_prefix, "the cache")
+        if held is not None:
+            return Resolved(held, self.manifest(held).size_bytes)
+        found = resolve(text, architecture, self.stores)
+        return Resolved(found.digest, self._manifest(found.digest, found.store).size_bytes)
 
     def has(self, digest: Digest) -> bool:
         """Whether the image is complete here."""

@@ -8,7 +8,6 @@ bad or away, names verified before still resolve, with a warning, and nothing ne
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -21,6 +20,7 @@ from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
+from imagestore import durable
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
@@ -162,16 +162,13 @@ class Trust:
     def _locked(self) -> Iterator[None]:
         """python-tuf wants one user of its directory at a time."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._directory / ".tuf.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            with durable.locked(self._directory / ".tuf.lock"):
+                yield
         except tuf.RepositoryError as error:
             raise Corrupt(
                 f"{self._directory}: {error}", hint="delete it: sf then starts from the fingerprint again"
             ) from error
-        finally:
-            os.close(descriptor)
 
 
 def memory(fingerprint: Digest) -> Path:
