@@ -32,7 +32,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
-from imagestore import durable
+from imagestore import durable, listening
 from net import Plane
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
     with ExitStack() as stack:
         state_dir = config.state_dir
         stack.enter_context(process.only_one(state_dir))
+        listening.raise_limits()
         listener = stack.enter_context(_listen(config.host, config.port))
         store = SqliteStore(state_dir / "sf.db")
         stack.callback(store.close)
@@ -94,7 +95,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
 def _settings(app: FastAPI, **more: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S, **more
+        app, log_config=None, timeout_graceful_shutdown=_GRACE_S, **listening.settings(), **more
     )
 
 

@@ -1,5 +1,6 @@
 from . import durable as durable
 from . import errors as errors
+from . import listening as listening
 from .allocator import keep_buffers as keep_buffers
 from .cache.control import Away as Away
 from .cache.control import ControlClient as ControlClient

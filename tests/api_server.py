@@ -25,6 +25,7 @@ from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
+from imagestore import listening
 from imagestore.errors import NotFound
 from imagestore.formats.digest import Digest
 from imagestore.store.store import Store
@@ -193,7 +194,9 @@ def running(
         await controller.start()
         services = Services(settings, store, controller, Authority(store), resolver or KnownImages())
         agent = PlayedAgent(controller, "node1")
-        server = uvicorn.Server(uvicorn.Config(api.build(services), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(
+            uvicorn.Config(api.build(services), log_level="warning", **listening.settings())
+        )
         task = asyncio.create_task(agent.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

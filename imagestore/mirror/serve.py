@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from imagestore.disks.qcow2.writer import WRITER, plan
 from imagestore.errors import NotFound, StoreError
 from imagestore.formats.digest import Digest
+from imagestore.listening import raise_limits, settings
 from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_index
 from imagestore.mirror.content import AHEAD, Content, GroupCache, simplestreams_archive
 from imagestore.mirror.pull_through import PullThrough
@@ -262,6 +263,7 @@ def serve(options: Options, host: str, port: int, workers: int) -> None:
     """Run until interrupted. A pull-through has one worker: only there is each frame fetched once."""
     import uvicorn
 
+    raise_limits()
     app_of(options)  # what is wrong is said here, not by each worker
     os.environ[_OPTIONS] = json.dumps(asdict(options))
     uvicorn.run(
@@ -271,6 +273,6 @@ def serve(options: Options, host: str, port: int, workers: int) -> None:
         host=host,
         port=port,
         log_level="warning",
-        server_header=False,
         timeout_keep_alive=30,
+        **settings(),
     )

@@ -7,7 +7,6 @@ ever; everything else is to be asked for again. The table of kinds says which ke
 import asyncio
 import os
 import re
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.backends.wrappers import Wrapper
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.keys import PACKS, Kind, kind_of
+from imagestore.listening import Buckets, origin
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -212,9 +212,9 @@ class Limits:
     """Middleware: at most `most` requests at once, and of one address `per_second` (in bursts ten times that)."""
 
     def __init__(self, app: Any, *, most: int, per_second: float) -> None:
-        self._app, self._most, self._per_second = app, most, per_second
+        self._app, self._most = app, most
         self._running = 0
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._buckets = Buckets(per_second, 10 * per_second) if per_second else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -223,7 +223,7 @@ class Limits:
         if self._running >= self._most:
             await refuse(send, 503, "too many requests at once", retry_s=2)
             return
-        if self._per_second and not self._take((scope.get("client") or ("",))[0]):
+        if self._buckets and not self._buckets.take(origin((scope.get("client") or ("",))[0])):
             await refuse(send, 429, "too many requests", retry_s=1)
             return
         self._running += 1
@@ -231,13 +231,3 @@ class Limits:
             await self._app(scope, receive, send)
         finally:
             self._running -= 1
-
-    def _take(self, address: str) -> bool:
-        """A token bucket per address; those of addresses unseen for long are forgotten."""
-        now, most = time.monotonic(), self._per_second * 10
-        left, at = self._buckets.pop(address, (most, now))
-        left = min(most, left + (now - at) * self._per_second)
-        self._buckets[address] = (left - (left >= 1), now)
-        if len(self._buckets) > 10_000:
-            self._buckets.popitem(last=False)
-        return left >= 1
