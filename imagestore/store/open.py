@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -9,7 +10,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend
 from imagestore.backends.wrappers import Retried, Verified, Wrapper
-from imagestore.errors import Invalid, NotFound, StoreError
+from imagestore.errors import Conflict, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.store.store import Store
 
@@ -38,7 +39,9 @@ def open_store(url: str, *, create: bool = False, single_writer: bool = False) -
     except NotFound:
         if not create:
             raise
-        return Store.init(backend, probed=find_conditions(backend), single_writer=single_writer)
+        with suppress(Conflict):  # somebody else is making it now: theirs is as good
+            return Store.init(backend, probed=find_conditions(backend), single_writer=single_writer)
+        store = Store.open(backend, single_writer=single_writer)
     try:
         find_conditions(backend, store.info.conditional)
     except StoreError as err:
