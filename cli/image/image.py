@@ -128,17 +128,20 @@ def ls(form: str, removed: bool) -> None:
     """List images."""
     here = _here()
     with opened(create=settings().store_is_default) as store:
+        records = list(store.names.list(removed=removed))
+        wanted = {digest for record in records for digest in record.images.values()}
+        sizes = store.sizes(wanted) if form != "name" else {}
         rows = [
             {
                 "name": f"{r.name}:{r.tag}",
                 "architecture": architecture,
                 "digest": str(digest),
-                "size_bytes": None if form == "name" else store.size_bytes(digest),
+                "size_bytes": sizes.get(digest),
                 "present": here.get(str(digest), ""),
                 "removed": r.removed,
                 "modified_s": r.modified_s,
             }
-            for r in store.names.list(removed=removed)
+            for r in records
             for architecture, digest in r.images.items()
         ]
     show_list(rows, COLUMNS, form)
