@@ -75,6 +75,9 @@ def misbehaving(answers: dict[str, Answer]) -> Iterator[str]:
             with contextlib.suppress(OSError):
                 answer(self)
 
+        def do_HEAD(self) -> None:
+            self.do_GET()  # whoever asks drops what comes after the head
+
         def log_message(self, format: str, *args: object) -> None:
             pass
 

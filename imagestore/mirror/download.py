@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import urllib3
 
 from imagestore.backends.web import PATIENCE_S, Web, body, paced
-from imagestore.errors import Corrupt, Invalid, Unavailable
+from imagestore.errors import Invalid, Unavailable
 from imagestore.outside import decimal
 from imagestore.progress import Progress, Report, silent
 
 _SLOWEST_BYTES_S = 4 << 10
 _TEXT_BYTES = 4 << 20
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,19 @@ class Downloader:
     def __exit__(self, *error: object) -> None:
         self._web.close()
 
-    def text(self, url: str) -> str:
-        """A small file: a checksum list, a directory's page. Raises StoreError."""
-        response = self._open(url, {})
+    def small(self, url: str) -> bytes:
+        """A checksum list, a signature, a directory's page. Raises StoreError."""
+        response = self._web.open("GET", url, {}, url[:200], (200,))
         try:
-            data = b"".join(_pieces(response, url, _TEXT_BYTES))
+            return b"".join(_pieces(response, url, _TEXT_BYTES))
         finally:
             response.close()
-        return data.decode("utf-8", "replace")
+
+    def size_bytes(self, url: str) -> int:
+        """Of a file, as its server says; 0 if it does not. Raises StoreError."""
+        response = self._web.open("HEAD", url, {}, url[:200], (200,))
+        response.close()
+        return decimal(response.headers.get("content-length", "")) or 0
 
     def fetch(
         self,
@@ -61,33 +68,34 @@ class Downloader:
         """Download to `destination`, going on where an interrupted run stopped if the file is still the same.
 
         etag, last_modified: what is there already; an unchanged file is not sent again.
-        Raises Invalid past `limit_bytes`, Denied for a forbidden address, NotFound, Unavailable, Corrupt.
+        Raises Invalid past `limit_bytes`, Denied for a forbidden address, NotFound, Unavailable.
         """
         part, note = destination.with_suffix(".part"), destination.with_suffix(".part.json")
-        headers = {}
-        if etag:
-            headers["If-None-Match"] = etag
-        elif last_modified:
-            headers["If-Modified-Since"] = last_modified
-        start = 0
-        if part.exists() and (validator := _remembered(note, url)):
-            start = part.stat().st_size
-            headers = {"Range": f"bytes={start}-", "If-Range": validator} if start else headers
-        response = self._open(url, headers)
+        known = {"If-None-Match": etag} if etag else {}
+        if last_modified and not etag:
+            known = {"If-Modified-Since": last_modified}
+        validator = _remembered(note, url) if part.exists() else ""
+        start = part.stat().st_size if validator else 0
+        if start:
+            rest = {"Range": f"bytes={start}-", "If-Range": validator}
+            response = self._open(url, rest, 200, 206, 416)
+            if response.status == 416 or (response.status == 206 and not _goes_on(response, start)):
+                # It was whole already, or another one stands there now, or this server cannot count: all of it anew.
+                response.close()
+                part.unlink()
+                response = self._open(url, {}, 200)
+            start *= response.status == 206
+        else:
+            response = self._open(url, known, 200, *([304] if known else []))
         try:
             if response.status == 304:
                 return Fetched(None, url, etag, last_modified)
-            if response.status == 416:  # it was whole already, or is shorter now
-                part.unlink()
-                response.close()
-                response = self._open(url, {})
-            start = _resumed_at(response, url, start)
             length = decimal(response.headers.get("content-length", ""))
             total = 0 if length is None else start + length  # 0: the server does not say
             if max(total, start) > limit_bytes:
                 raise Invalid(f"{url}: {total} bytes are more than the limit of {limit_bytes}")
-            _remember(note, url, response)
             with part.open("ab" if start else "wb") as file:
+                _remember(note, url, response)  # only now: it would vouch for what lay there before
                 done = start
                 for piece in _pieces(response, url, limit_bytes - start):
                     file.write(piece)
@@ -102,8 +110,8 @@ class Downloader:
         finally:
             response.close()
 
-    def _open(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-        return self._web.open("GET", url, headers, url[:200], (200, 206, 304, 416))
+    def _open(self, url: str, headers: dict[str, str], *accepted: int) -> urllib3.BaseHTTPResponse:
+        return self._web.open("GET", url, headers, url[:200], accepted)
 
 
 def _pieces(response: urllib3.BaseHTTPResponse, url: str, limit_bytes: int) -> Iterator[bytes]:
@@ -115,14 +123,10 @@ def _pieces(response: urllib3.BaseHTTPResponse, url: str, limit_bytes: int) -> I
         yield piece
 
 
-def _resumed_at(response: urllib3.BaseHTTPResponse, url: str, start: int) -> int:
-    """Where the body begins: `start` only if the server says so."""
-    if response.status != 206:
-        return 0
-    said = response.headers.get("content-range", "")
-    if not said.startswith(f"bytes {start}-"):
-        raise Corrupt(f"{url}: asked from byte {start}, got {said!r}")
-    return start
+def _goes_on(response: urllib3.BaseHTTPResponse, start: int) -> bool:
+    """Whether a partial answer is what was asked for: from `start` to the end."""
+    said = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+    return said is not None and int(said[1]) == start and said[3] in ("*", str(int(said[2]) + 1))
 
 
 def _remember(note: Path, url: str, response: urllib3.BaseHTTPResponse) -> None:

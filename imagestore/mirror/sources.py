@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from imagestore.errors import Invalid, NotFound
+from imagestore.errors import Corrupt, Invalid, NotFound
 from imagestore.store.names import check_architecture, check_name
 
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
+_DIGITS = {name: digits for digits, name in ALGORITHMS.items()} | {"blake2b": 128}
 SHIPPED = Path(__file__).with_name("sources.d")
 """The lists that come with sf, in a wheel as well."""
 
 _HEX = re.compile(r"[0-9a-fA-F]{32,128}")
-_TAGGED = re.compile(r"(MD5|SHA1|SHA256|SHA384|SHA512) \((.+)\) = ([0-9a-fA-F]{32,128})")
+_TAGGED = re.compile(r"([A-Z0-9a-z-]{2,16}) \((.+)\) = ([0-9a-fA-F]{32,128})")
+_HASH = re.compile(r"(?:md|sha|blake|b2|rmd|ripemd|whirlpool|sm3)[0-9a-z]{0,8}")
+_ALIASES = {"b2": "blake2b", "blake2b512": "blake2b"}
 _NUMBER = re.compile(r"[0-9]+")
 _BUILD_LENGTH = 100
 _MOST_BYTES = 1 << 40
@@ -188,24 +191,42 @@ def locate(source: Source, architecture: str, build: str) -> Location:
     return Location(url, fill(source.checksums, file), fill(source.signature, file), build)
 
 
-def find_checksum(text: str, file: str) -> tuple[str, str]:
+def find_checksum(text: str, file: str, listed_in: str = "") -> tuple[str, str]:
     """(algorithm, hex digest) of a file out of a list as sha256sum, `sha256sum --tag` or a single digest write it.
 
-    The strongest wins where a list has several. Raises NotFound.
+    The strongest wins where a list has several. What is meant by a digest says its tag, the heading above it or the
+    list's name (`listed_in`), else its length. Raises NotFound; Corrupt where two different digests may be meant.
     """
-    found = []
+    found: dict[str, set[str]] = {}
+    heading = next(filter(None, map(_hash_word, re.split("[._-]", listed_in.replace(file, "")))), "")
     lines = [text.strip() + f"  {file}"] if len(text.split()) == 1 else text.splitlines()
     for line in map(str.strip, lines):
+        words = [_hash_word(word) for word in line.strip("# :").split()]
+        if len(words) in (1, 2) and words[0] and words[1:] in ([], [""]) and not _HEX.search(line):
+            heading = words[0]  # "# BLAKE2B HASH"
+            continue
         tagged = _TAGGED.fullmatch(line)
         digest, name = (
             (tagged[3], tagged[2]) if tagged else (*line.removeprefix("\\").split(None, 1), "", "")[:2]
         )
-        known = tagged[1].lower() if tagged else ALGORITHMS.get(len(digest))
-        if known and _HEX.fullmatch(digest) and name.removeprefix("*").removeprefix("./") == file:
-            found.append((known, digest.lower()))
+        algorithm = _hash_word(tagged[1]) if tagged else heading
+        if not algorithm or (not tagged and _DIGITS.get(algorithm, len(digest)) != len(digest)):
+            algorithm = ALGORITHMS.get(len(digest), "")
+        known = _DIGITS.get(algorithm) == len(digest) and _HEX.fullmatch(digest)
+        if known and name.removeprefix("*").removeprefix("./") == file:
+            found.setdefault(algorithm, set()).add(digest.lower())
     if not found:
         raise NotFound(f"the checksum file does not name {file}")
-    return max(found, key=lambda entry: len(entry[1]))
+    algorithm, digests = max(found.items(), key=lambda entry: (_DIGITS[entry[0]], entry[0]))
+    if len(digests) > 1:
+        raise Corrupt(f"the checksum file has several {algorithm} digests of {file}")
+    return algorithm, digests.pop()
+
+
+def _hash_word(word: str) -> str:
+    """sha512 of SHA-512 and SHA512SUMS; "" for what is no hash's name."""
+    plain = re.sub("[^a-z0-9]", "", word.lower()).removesuffix("s").removesuffix("sum")
+    return _ALIASES.get(plain, plain) if _HASH.fullmatch(plain) else ""
 
 
 def old_tag(tag: str, build: str) -> str:

@@ -9,12 +9,14 @@ import json
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from imagestore.disks.open import open_disk
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import PROVENANCE
@@ -22,11 +24,17 @@ from imagestore.mirror import sources
 from imagestore.mirror.download import Downloader, Fetched, hash_file
 from imagestore.mirror.sources import Location, Source
 from imagestore.outside import YEAR_9999_S, read_json, real
-from imagestore.progress import Report, silent
+from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
 from imagestore.store.store import Store
 
 ATTEMPTS = 3
+LONGEST_S = 6 * 3600.0
+"""What one image may take; then the next has its turn."""
+LEAST_DATA_BYTES, MOST_RATIO = 4 << 30, 64
+"""A disk may hold so much data, and so many times the file's size more."""
+_ODD = {"BADSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "NODATA", "UNEXPECTED", "FAILURE", "ERROR", "BADARMOR"}
+"""What gpgv says where it is not only a key that is missing (gnupg's doc/DETAILS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,8 @@ class Provenance:
     signed_by: str = ""
     etag: str = ""
     last_modified: str = ""
+    file_sha256: str = ""
+    """Of the file as it was downloaded, where upstream publishes no checksum."""
     fetched_at_s: float = 0.0
 
     def encode(self) -> bytes:
@@ -84,10 +94,12 @@ def sync(
     wanted: Iterable[Source],
     work: Path,
     *,
+    dry_run: bool = False,
     progress: Callable[[str], AbstractContextManager[Report]] = lambda title: nullcontext(silent),
 ) -> list[Outcome]:
     """Bring the newest build of every source into the store. `work`: where downloads lie, also between runs.
 
+    dry_run: only look what is new, and how large the files are (`new_bytes`).
     progress: given "name:tag arch", the report for that image. Errors are in the outcomes.
     """
     store.check_writable()
@@ -100,7 +112,7 @@ def sync(
                 started = time.monotonic()
                 try:
                     with progress(f"{source.title} {architecture}") as report:
-                        outcome = image.sync(report)
+                        outcome = image.preview() if dry_run else image.sync(_bounded(report, started))
                 except StoreError as error:
                     words = f"{error} ({error.hint})" if error.hint else str(error)
                     outcome = Outcome(source.title, architecture, "failed", words)
@@ -108,42 +120,92 @@ def sync(
     return outcomes
 
 
+def _bounded(progress: Report, started_s: float) -> Report:
+    def tell(done: Progress) -> None:
+        if time.monotonic() - started_s > LONGEST_S:
+            raise Invalid(f"it was given up after {LONGEST_S / 3600:.0f} hours")
+        progress(done)
+
+    return tell
+
+
+def check_work(path: Path, format_: str) -> None:
+    """A small file may stand for a disk full of data (one cluster, named again and again). Raises Invalid."""
+    most, at, data_bytes = LEAST_DATA_BYTES + MOST_RATIO * path.stat().st_size, 0, 0
+    with open_disk(path, format_) as disk:
+        while (stretch := disk.next_data(at)) is not None:
+            at = stretch[1]
+            data_bytes += stretch[1] - stretch[0]
+            if data_bytes > most:
+                raise Invalid(
+                    f"a file of {path.stat().st_size} bytes that means more than {most} bytes of data"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Upstream:
+    """What upstream has now of an image, and what we have."""
+
+    build: str
+    location: Location
+    algorithm: str
+    checksum: str
+    signed_by: str
+    current: Digest | None
+    same: bool
+    """Whether its checksum says that they are the same."""
+
+
 class _Image:
     """One source for one architecture."""
 
-    def __init__(
-        self,
-        store: Store,
-        web: Downloader,
-        source: Source,
-        architecture: str,
-        work: Path,
-    ) -> None:
+    def __init__(self, store: Store, web: Downloader, source: Source, architecture: str, work: Path) -> None:
         self._store, self._web, self._source, self._architecture = store, web, source, architecture
         self._work = work
 
-    def sync(self, progress: Report) -> Outcome:
-        source = self._source
-        build = ""
+    def _look(self) -> _Upstream:
+        source, build = self._source, ""
         if source.build_pattern:
             theirs = source.architectures[self._architecture]
-            page = self._web.text(source.build_page.replace("{arch}", theirs))
+            page = self._web.small(source.build_page.replace("{arch}", theirs)).decode(errors="replace")
             build = sources.newest(page, source.build_pattern, theirs)
         location = sources.locate(source, self._architecture, build)
         algorithm, checksum, signed_by = self._checksum(location)
         current = self._current()
+        same = bool(current and checksum and self._has(current, algorithm, checksum))
+        return _Upstream(build, location, algorithm, checksum, signed_by, current, same)
+
+    def _outcome(self, result: str, there: _Upstream, digest: Digest | None, new_bytes: int = 0) -> Outcome:
+        return Outcome(self._source.title, self._architecture, result, there.signed_by, digest, new_bytes)
+
+    def preview(self) -> Outcome:
+        """What `sync` would do, as far as that is known without downloading."""
+        there = self._look()
+        if there.same:
+            return self._outcome("unchanged", there, there.current)
+        return self._outcome("new", there, None, self._web.size_bytes(there.location.url))
+
+    def sync(self, progress: Report) -> Outcome:
+        """Bring it here, unless it is."""
+        source, there = self._source, self._look()
+        current, checksum = there.current, there.checksum
         known = read_provenance(self._store, current) if current else Provenance()
-        if current and checksum and self._has(current, algorithm, checksum):
-            self._tag(current)
-            return Outcome(source.title, self._architecture, "unchanged", signed_by, current)
-        fetched = self._download(location, algorithm, checksum, known if current else Provenance(), progress)
+        fetched, own = Fetched(None, ""), ""
+        if not there.same:
+            fetched = self._download(there.location, there.algorithm, checksum, known, progress)
+        if fetched.path is not None and not checksum:
+            own = hash_file(fetched.path, "sha256")
+            if current and own == known.file_sha256:
+                fetched.path.unlink()
+                fetched = Fetched(None, "")
         if fetched.path is None and current:
             self._tag(current)
-            return Outcome(source.title, self._architecture, "unchanged", signed_by, current)
+            return self._outcome("unchanged", there, current)
         assert fetched.path is not None
+        check_work(fetched.path, source.format)
         if current:
             self._keep(current, known)
-        facts = {"format": source.format} | ({algorithm: checksum} if checksum else {})
+        facts = {"format": source.format} | ({there.algorithm: checksum} if checksum else {})
         result = push(
             self._store,
             fetched.path,
@@ -157,13 +219,13 @@ class _Image:
             progress=progress,
         )
         provenance = Provenance(
-            location.url, build or fetched.last_modified, algorithm, checksum, signed_by,
-            fetched.etag, fetched.last_modified, round(self._store.backend.now()),
+            there.location.url, there.build or fetched.last_modified, there.algorithm, checksum, there.signed_by,
+            fetched.etag, fetched.last_modified, own, round(self._store.backend.now()),
         )  # fmt: skip
         self._store.backend.put(PROVENANCE.key(result.digest), provenance.encode())
         self._tag(result.digest)
         fetched.path.unlink()
-        return Outcome(source.title, self._architecture, "new", signed_by, result.digest, result.new_bytes)
+        return self._outcome("new", there, result.digest, result.new_bytes)
 
     def _current(self) -> Digest | None:
         record = self._store.names.read(self._source.name, self._source.tags[0])
@@ -179,16 +241,17 @@ class _Image:
         """(algorithm, hex digest, whose signature is on it); empty where upstream publishes none."""
         if not location.checksums:
             return "", "", ""
-        text = self._web.text(location.checksums)
+        text = self._web.small(location.checksums)
         signed_by = ""
         if self._source.signature:
             if not Path(self._source.keyring).exists():
                 signed_by = f"signature not checked: no keyring at {self._source.keyring}"
             else:
-                signature = "" if self._source.signature == "inline" else self._web.text(location.signature)
+                inline = self._source.signature == "inline"
+                signature = b"" if inline else self._web.small(location.signature)
                 text, signed_by = check_signature(text, signature, Path(self._source.keyring))
-        algorithm, checksum = sources.find_checksum(text, urlsplit(location.url).path.rpartition("/")[2])
-        return algorithm, checksum, signed_by
+        names = (urlsplit(url).path.rpartition("/")[2] for url in (location.url, location.checksums))
+        return *sources.find_checksum(text.decode(errors="replace"), *names), signed_by
 
     def _download(
         self, location: Location, algorithm: str, checksum: str, known: Provenance, progress: Report
@@ -233,27 +296,31 @@ class _Image:
             names.remove(name, gone)
 
 
-def check_signature(text: str, signature: str, keyring: Path) -> tuple[str, str]:
-    """(the signed text, who signed) by gpgv; an empty signature means that `text` is clear-signed. Raises Denied."""
+def check_signature(text: bytes, signature: bytes, keyring: Path) -> tuple[bytes, str]:
+    """(the signed text, who signed) by gpgv; an empty signature means that `text` is clear-signed. Raises Denied.
+
+    Of several signatures one by a key of the keyring is enough, where those by strangers are all that it cannot check.
+    """
     with tempfile.TemporaryDirectory(prefix="sf-gpgv-") as scratch:
         directory = Path(scratch)
-        (directory / "text").write_text(text)
+        (directory / "text").write_bytes(text)
         if signature:
-            (directory / "signature").write_text(signature)
+            (directory / "signature").write_bytes(signature)
         files = ["signature", "text"] if signature else ["text"]
         output = [] if signature else ["--output", "signed"]
         command = ["gpgv", "--status-fd", "1", "--keyring", str(keyring.absolute()), *output, *files]
         try:
-            done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(command, cwd=directory, capture_output=True, timeout=30)
         except FileNotFoundError as error:
             raise Invalid("gpgv is not installed", hint="apt-get install gpgv") from error
         except subprocess.TimeoutExpired as error:
             raise Denied("gpgv did not come to an end") from error
-        good = [
-            line.split(" ", 3)[3] for line in done.stdout.splitlines() if line.startswith("[GNUPG:] GOODSIG ")
-        ]
-        if done.returncode or not good:
+        told = [line.split(" ", 3) for line in done.stdout.decode(errors="replace").splitlines()]
+        words = Counter(line[1] for line in told if line[0] == "[GNUPG:]" and len(line) > 1)
+        good = [line[3] for line in told if line[1:2] == ["GOODSIG"] and len(line) > 3]
+        checked = words["NEWSIG"] - words["NO_PUBKEY"]
+        if not good or len(good) != checked or (done.returncode and _ODD & words.keys()):
             raise Denied(
                 "the signature on the checksum file is wrong, or by a key that is not in the keyring"
             )
-        return text if signature else (directory / "signed").read_text(), good[0]
+        return text if signature else (directory / "signed").read_bytes(), good[0]

@@ -202,7 +202,7 @@ def test_a_file_that_grows_for_ever_is_cut_off(tmp_path: Path) -> None:
         with pytest.raises(Invalid, match="limit"):
             downloader.fetch(url + "/file", tmp_path / "file", limit_bytes=8 << 20)
         with pytest.raises(Invalid, match="limit"):
-            downloader.text(url + "/file")
+            downloader.small(url + "/file")
     assert not (tmp_path / "file").exists()
 
 
@@ -224,10 +224,10 @@ def test_a_redirect_to_a_private_address_is_refused_and_a_strangers_url_may_not_
         }
         with web.misbehaving(answers) as url:
             with Downloader(trusted=True) as downloader:
-                assert downloader.text(url + "/own") == "fine"
+                assert downloader.small(url + "/own") == b"fine"
                 for path in targets:
                     with pytest.raises(Denied):
-                        downloader.text(url + path)
+                        downloader.small(url + path)
             with Downloader(trusted=False) as downloader:
                 for address in (
                     url + "/file",
@@ -236,7 +236,7 @@ def test_a_redirect_to_a_private_address_is_refused_and_a_strangers_url_may_not_
                     "http://[::1]/",
                 ):
                     with pytest.raises(Denied, match="no public address"):
-                        downloader.text(address)
+                        downloader.small(address)
 
 
 def test_public_addresses_are_told_from_private_ones() -> None:
@@ -253,7 +253,7 @@ def test_a_redirect_loop_ends(tmp_path: Path) -> None:
         Downloader(trusted=True) as downloader,
         pytest.raises(Unavailable, match="redirects"),
     ):
-        downloader.text(url + "/a")
+        downloader.small(url + "/a")
 
 
 @pytest.fixture(scope="module")
@@ -269,24 +269,60 @@ def gnupg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
     subprocess.run(["gpgconf", "--homedir", str(home), "--kill", "all"], check=True)
 
 
-def sign(home: Path, text: str, how: str) -> str:
-    command = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--armor", how]
-    return subprocess.run(command, input=text, check=True, capture_output=True, text=True).stdout
+def sign(home: Path, text: bytes, *how: str) -> bytes:
+    command = ["gpg", "--homedir", str(home), "--batch", "--quiet", *how]
+    return subprocess.run(command, input=text, check=True, capture_output=True).stdout
 
 
 def test_a_signature_is_checked_and_a_wrong_one_refused(gnupg: tuple[Path, Path]) -> None:
     home, keyring = gnupg
-    text = "aa  image\n"
-    assert check_signature(text, sign(home, text, "--detach-sign"), keyring)[0] == text
+    text = b"aa  image\n"
+    assert check_signature(text, sign(home, text, "--armor", "--detach-sign"), keyring)[0] == text
     clear = sign(home, text, "--clear-sign")
-    signed, signer = check_signature("ff  unsigned line before\n" + clear, "", keyring)
+    signed, signer = check_signature(b"ff  unsigned line before\n" + clear, b"", keyring)
     assert signed.strip() == text.strip() and "upstream@example.org" in signer
-    with pytest.raises(Denied, match="wrong"):
-        check_signature("bb  image\n", sign(home, text, "--detach-sign"), keyring)
-    with pytest.raises(Denied, match="wrong"):
-        check_signature(clear.replace("aa", "bb"), "", keyring)
-    with pytest.raises(Denied, match="wrong"):
-        check_signature(text, "", keyring)
+    for changed, signature in (
+        (b"bb  image\n", sign(home, text, "--detach-sign")),
+        (clear.replace(b"aa", b"bb"), b""),
+        (text, b""),
+    ):
+        with pytest.raises(Denied, match="wrong"):
+            check_signature(changed, signature, keyring)
+
+
+def test_a_binary_signature_is_taken_and_so_is_a_list_of_any_bytes(gnupg: tuple[Path, Path]) -> None:
+    """H3."""
+    home, keyring = gnupg
+    text = b"aa  image-of-\xe9\xff.img\n"
+    assert check_signature(text, sign(home, text, "--detach-sign"), keyring)[0] == text
+
+
+def test_one_known_signer_of_two_is_enough_while_the_other_is_only_unknown(
+    gnupg: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """H3."""
+    home, keyring = gnupg
+    base = ["gpg", "--homedir", str(home), "--batch", "--quiet"]
+    subprocess.run(
+        [*base, "--passphrase", "", "--quick-gen-key", "second@example.org", "ed25519", "sign", "never"],
+        check=True,
+    )
+    both = tmp_path / "both.gpg"
+    both.write_bytes(subprocess.run([*base, "--export"], check=True, capture_output=True).stdout)
+    text, users = b"aa  image\n", ("-u", "second@example.org", "-u", "upstream@example.org")
+    detached, clear = (sign(home, text, *users, how) for how in ("--detach-sign", "--clear-sign"))
+    for known in (keyring, both):
+        signed, signer = check_signature(text, detached, known)
+        assert signed == text and "example.org" in signer
+        assert check_signature(clear, b"", known)[0].strip() == text.strip()
+        with pytest.raises(Denied):
+            check_signature(b"bb  image\n", detached, known)
+        with pytest.raises(Denied):
+            check_signature(clear.replace(b"aa", b"bb"), b"", known)
+    # A good signature beside a bad one by a known key shows that somebody meddled.
+    other = sign(home, b"bb  image\n", "-u", "second@example.org", "--detach-sign")
+    with pytest.raises(Denied):
+        check_signature(text, sign(home, text, "-u", "upstream@example.org", "--detach-sign") + other, both)
 
 
 def test_a_checksum_file_with_a_wrong_signature_stops_its_source(
@@ -297,13 +333,13 @@ def test_a_checksum_file_with_a_wrong_signature_stops_its_source(
     data = qcow2(root / "image.qcow2", 1)
     sums = f"{hashlib.sha256(data).hexdigest()}  image.qcow2\n"
     (root / "SUMS").write_text(sums)
-    (root / "SUMS.gpg").write_text(sign(home, "something else", "--detach-sign"))
+    (root / "SUMS.gpg").write_bytes(sign(home, b"something else", "--armor", "--detach-sign"))
     wanted = source(
         url + "/image.qcow2", checksums=url + "/SUMS", signature=url + "/SUMS.gpg", keyring=str(keyring)
     )
     outcome = sync(store, [wanted], tmp_path / "work")[0]
     assert outcome.result == "failed" and "signature" in outcome.message
-    (root / "SUMS.gpg").write_text(sign(home, sums, "--detach-sign"))
+    (root / "SUMS.gpg").write_bytes(sign(home, sums.encode(), "--detach-sign"))
     outcome = sync(store, [wanted], tmp_path / "work")[0]
     assert outcome.result == "new" and "upstream@example.org" in outcome.message
     missing = replace(wanted, keyring=str(tmp_path / "none"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.errors import Invalid, NotFound
+from imagestore.errors import Corrupt, Invalid, NotFound
 from imagestore.mirror import sources
 
 GOOD = {"name": "debian", "tags": ["12"], "url": "https://example.org/debian-{arch}.qcow2"}
@@ -58,6 +58,23 @@ def test_checksums_are_found_in_every_form_and_the_strongest_wins() -> None:
     assert sources.find_checksum(f"{B}\n", "debian.qcow2") == ("sha512", B)
     with pytest.raises(NotFound):
         sources.find_checksum(gnu, "debian")
+
+
+def test_a_digest_of_another_hash_is_not_taken_for_sha_because_it_is_as_long() -> None:
+    """H4."""
+    other, b3 = "d" * 128, "c" * 128
+    gentoo = f"# BLAKE2B HASH\n{other}  disk.qcow2\n# SHA512 HASH\n{B}  disk.qcow2\n"
+    assert sources.find_checksum(gentoo, "disk.qcow2") == ("sha512", B)
+    assert sources.find_checksum(f"# BLAKE2B HASH\n{other}  disk.qcow2\n", "disk.qcow2") == ("blake2b", other)
+    tagged = f"BLAKE2b (disk.qcow2) = {other}\nSHA3-512 (disk.qcow2) = {b3}\nSHA512 (disk.qcow2) = {B}\n"
+    assert sources.find_checksum(tagged, "disk.qcow2") == ("sha512", B)
+    assert sources.find_checksum(f"{other}  disk.qcow2\n", "disk.qcow2", "B2SUMS") == ("blake2b", other)
+    assert sources.find_checksum(f"{B}  disk-b2.img\n", "disk-b2.img", "disk-b2.img.SHA512") == ("sha512", B)
+    for unknown in ("# WHIRLPOOL HASH", "SHA3-512:", "whirlpool"):
+        with pytest.raises(NotFound):
+            sources.find_checksum(f"{unknown}\n{other}  disk.qcow2\n", "disk.qcow2")
+    with pytest.raises(Corrupt):
+        sources.find_checksum(f"{other}  disk.qcow2\n{B}  disk.qcow2\n", "disk.qcow2")
 
 
 def test_the_newest_build_is_found_by_number() -> None:
