@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import os
 import subprocess
 import threading
@@ -76,7 +77,11 @@ def misbehaving(answers: dict[str, Answer]) -> Iterator[str]:
                 answer(self)
 
         def do_HEAD(self) -> None:
-            self.do_GET()  # whoever asks drops what comes after the head
+            real, self.wfile = self.wfile, io.BytesIO()
+            self.do_GET()
+            head, end, _ = self.wfile.getvalue().partition(b"\r\n\r\n")
+            self.wfile = real
+            self.wfile.write(head + end)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

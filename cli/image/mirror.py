@@ -1,6 +1,7 @@
 """`sf mirror`: carry images for others, sign their names, serve them."""
 
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from cli.image.stores import opened
 from cli.output import progress, say, show_list, show_one, size, status, when
 
 if TYPE_CHECKING:
-    from imagestore import Report, Store
+    from imagestore import Store
     from imagestore.mirror import Keyring, Publisher
 
 mirror = Group("mirror", needs=STORE, help="Carry images for others, sign their names, serve them.")
@@ -88,40 +89,51 @@ def init(keys: Path | None, root_keys: int, threshold: int) -> None:
 @click.option("--from", "origin", metavar="URL", help="Another mirror instead of the source lists.")
 @click.option("--sources", type=click.Path(path_type=Path), help="A source list or a directory of them.")
 @click.option("--publish/--no-publish", default=True, help="Sign the names afterwards, if there are keys.")
+@click.option("--dry-run", is_flag=True, help="Only show what would come from the source lists.")
+@click.option("--force", is_flag=True, help="Do not ask before everything is fetched.")
 @keys_option
 def sync(
     patterns: tuple[str, ...],
     origin: str | None,
     sources: Path | None,
     publish: bool,
+    dry_run: bool,
+    force: bool,
     keys: Path | None,
     form: str,
 ) -> None:
     """Bring the newest images of upstreams, or names of another mirror, into the store."""
+    if dry_run and origin:
+        raise click.UsageError("--dry-run looks at source lists, not at another mirror")
     with opened(create=True) as store:
-        rows = _replicate(origin, store, patterns) if origin else _from_sources(store, sources, patterns)
+        if origin:
+            rows = _replicate(origin, store, patterns)
+        else:
+            if dry_run or not (patterns or sources):
+                rows = _from_sources(store, sources, patterns, dry_run=True)
+                new = [row for row in rows if row["result"] == "new"]
+                say(f"{len(new)} of {len(rows)} images are new: {size(sum(r['bytes'] for r in new))}")
+                if dry_run:
+                    _show(rows, form)
+                    return
+                if new and not force and sys.stdin.isatty():
+                    click.confirm("fetch them all?", abort=True, err=True)
+            rows = _from_sources(store, sources, patterns)
         if publish and (_keyring(keys).directory / "fingerprint").exists():
             _publish(store, keys)
     _show(rows, form)
 
 
-def _from_sources(store: "Store", given: Path | None, patterns: tuple[str, ...]) -> list[dict[str, Any]]:
-    from fnmatch import fnmatchcase
-
+def _from_sources(
+    store: "Store", given: Path | None, patterns: tuple[str, ...], *, dry_run: bool = False
+) -> list[dict[str, Any]]:
     from imagestore.mirror import sources
     from imagestore.mirror import sync as sync_sources
 
-    own = Path("/etc/sf/sources.d")
-    wanted = [
-        source
-        for source in sources.load(given or (own if own.is_dir() else sources.SHIPPED))
-        if not patterns or any(fnmatchcase(source.title, pattern) for pattern in patterns)
-    ]
-
-    def report(title: str) -> AbstractContextManager["Report"]:
-        return progress(title)
-
-    outcomes = sync_sources(store, wanted, settings().state_dir / "mirror" / "downloads", progress=report)
+    own, work = Path("/etc/sf/sources.d"), settings().state_dir / "mirror" / "downloads"
+    lists = sources.load(given or (own if own.is_dir() else sources.SHIPPED))
+    wanted = sources.choose(lists, patterns, lambda source: [f"{source.name}:{tag}" for tag in source.tags])
+    outcomes = sync_sources(store, wanted, work, dry_run=dry_run, progress=progress)
     return [
         {
             "name": f"{outcome.title} {outcome.architecture}",
@@ -175,7 +187,8 @@ def _show(rows: list[dict[str, Any]], form: str) -> None:
     show_list(rows, SYNCED, form)
     bad = [row for row in rows if row["result"] == "failed"]
     if bad:
-        raise Problem(f"{len(bad)} of {len(rows)} failed", hint="the others are done", code=ERROR)
+        hint = "the others are done" if len(bad) < len(rows) else "the reason is in each line"
+        raise Problem(f"{len(bad)} of {len(rows)} failed", hint=hint, code=ERROR)
 
 
 @mirror.add(examples="sf mirror export /media/disk 'debian:*'")
@@ -289,7 +302,7 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every address of this machine."
 )
-@click.option("--port", default=8000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--upstream", metavar="URL", help="Be a cache of this mirror instead of serving the store.")
 @click.option("--keep-gib", default=20.0, show_default=True, help="How much of the upstream is kept.")
 @click.option("--requests", default=512, show_default=True, help="Requests at once, in each process.")

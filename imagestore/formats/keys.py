@@ -79,7 +79,7 @@ LAYOUTS = Kind("layouts", _DIGEST, True, Check.SHAPE, End.MARKED, True, "writers
 NAMES = Kind("names", f"{_WORD}/{_WORD}", True, Check.SEAL, End.TOMBSTONE, True, "writers")
 TRACES = Kind("traces", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "nodes")
 PROVENANCE = Kind("provenance", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
-SUMS = Kind("sums", _DIGEST, False, Check.SHAPE, End.IMAGE, True, "mirrors")
+SUMS = Kind("sums", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 TUF = Kind(
     "tuf", r"[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json", True, Check.SIGNATURE, End.OWNER, True, "signers"
 )  # fmt: skip

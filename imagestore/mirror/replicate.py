@@ -4,10 +4,9 @@ Images come first, then the owner's metadata, its timestamp last: who reads in t
 publication, whose images are all here. `adopt` puts one's own signature on what an owner left behind.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Snapshot, Timestamp
@@ -18,6 +17,7 @@ from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import BESIDE, TUF
 from imagestore.mirror.signing import Publisher, check_complete
+from imagestore.mirror.sources import choose
 from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Target, signed_targets, tree
 
@@ -37,23 +37,22 @@ class Replicated:
 def replicate(
     source: Store,
     target: Store,
-    patterns: Iterable[str] = (),
+    patterns: Collection[str] = (),
     *,
     report: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
 ) -> Iterator[Replicated]:
     """Copy names that match any of the patterns (`debian:*`; none: all), each with all it needs before its name is set.
 
-    A name that fails stops no other. The owner's signatures come last, and only when no name has failed.
+    A pattern that matches none raises NotFound before anything is done; a name that fails stops no other. The owner's
+    signatures come last, and only when no name has failed.
     """
     target.check_writable()
     source.check_public()
     if isinstance(source.names, SignedNames):
         source.names.require_fresh()
-    wanted, failed = list(patterns), False
-    for record in source.names.list():
+    failed = False
+    for record in choose(source.names.list(), patterns, lambda record: [f"{record.name}:{record.tag}"]):
         text = f"{record.name}:{record.tag}"
-        if wanted and not any(fnmatchcase(text, pattern) for pattern in wanted):
-            continue
         here = target.names.read(record.name, record.tag)
         for architecture, digest in sorted(record.images.items()):
             title = f"{text} {architecture}"

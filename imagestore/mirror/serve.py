@@ -1,9 +1,11 @@
 """`sf mirror serve`: the store's tree for sf, whole disks, simplestreams and pages for everybody else."""
 
 import asyncio
+import errno
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from jinja2 import Environment, PackageLoader
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from imagestore.disks.qcow2.writer import WRITER, plan
-from imagestore.errors import NotFound, StoreError
+from imagestore.errors import Conflict, Denied, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.listening import raise_limits, settings
 from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_index
@@ -259,12 +261,25 @@ def worker() -> Any:
     return app_of(Options(**json.loads(os.environ[_OPTIONS])))
 
 
+def check_free(host: str, port: int) -> None:
+    """Raises Conflict for a port that is taken, Invalid for an address that is not ours, Denied."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        kind_of_error = {errno.EADDRINUSE: Conflict, errno.EACCES: Denied}.get(error.errno or 0, Invalid)
+        raise kind_of_error(f"cannot serve at {host} port {port}: {error.strerror}") from error
+
+
 def serve(options: Options, host: str, port: int, workers: int) -> None:
     """Run until interrupted. A pull-through has one worker: only there is each frame fetched once."""
     import uvicorn
 
     raise_limits()
     app_of(options)  # what is wrong is said here, not by each worker
+    check_free(host, port)
     os.environ[_OPTIONS] = json.dumps(asdict(options))
     uvicorn.run(
         "imagestore.mirror.serve:worker",

@@ -14,15 +14,17 @@ the checksums' URL the last part of the image's.
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from imagestore.errors import Corrupt, Invalid, NotFound
 from imagestore.store.names import check_architecture, check_name
 
+T = TypeVar("T")
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 _DIGITS = {name: digits for digits, name in ALGORITHMS.items()} | {"blake2b": 128}
 SHIPPED = Path(__file__).with_name("sources.d")
@@ -105,6 +107,24 @@ def load(directory: Path) -> list[Source]:
                 raise Invalid(f"{source.name}:{key[1]} for {key[2]} has two sources")
             seen[key] = source.url
     return sources
+
+
+def choose(items: Iterable[T], patterns: Collection[str], names: Callable[[T], Iterable[str]]) -> list[T]:
+    """Those with a name (`NAME:TAG`) that matches any of the patterns; none: all. `debian` is `debian:*`.
+
+    Raises NotFound for a pattern that nothing matches.
+    """
+    known = [(item, list(names(item))) for item in items]
+    globs = {pattern: pattern if ":" in pattern else f"{pattern}:*" for pattern in patterns}
+    for pattern, glob in globs.items():
+        if not any(fnmatchcase(name, glob) for _, every in known for name in every):
+            there = ", ".join(sorted({name for _, every in known for name in every})[:20])
+            raise NotFound(f"nothing matches {pattern!r}", hint=f"there is {there or 'nothing'}")
+    return [
+        item
+        for item, every in known
+        if not globs or any(fnmatchcase(name, glob) for name in every for glob in globs.values())
+    ]
 
 
 def parse(body: Mapping[str, Any]) -> Source:

@@ -1,0 +1,115 @@
+"""The mirror's application over ASGI: what may be kept, odd requests, and the pages for people."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from imagestore.backends.directory import Directory
+from imagestore.formats.keys import KINDS, Check
+from imagestore.mirror.content import compute_sums
+from imagestore.mirror.serve import make_app
+from imagestore.push import push
+from imagestore.store.store import Store
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "cache"))
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(np.random.default_rng(1).bytes(1 << 20))
+    store = Store.init(Directory(tmp_path / "store"))
+    result = push(store, disk, "debian", "12", architecture="x86_64", os_name="debian", format_="raw")
+    compute_sums(store, result.digest)
+    return store
+
+
+def ask(store: Store, path: str, *, method: str = "GET", query: str = "", **headers: str) -> Answer:
+    """One request, its path as it stands: no client tidies it first."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        requests = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if requests:
+                return requests.pop()
+            await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        named = [(key.replace("_", "-").encode(), value.encode("latin-1")) for key, value in headers.items()]
+        scope = {
+            "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": query.encode(),
+            "headers": [(b"host", b"mirror.example"), *named], "scheme": "https", "server": ("mirror.example", 443),
+            "client": ("127.0.0.1", 1), "root_path": "", "http_version": "1.1",
+        }  # fmt: skip
+        await make_app(store)(scope, receive, send)
+
+    asyncio.run(run())
+    told = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+    return sent[0]["status"], told, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def test_only_what_its_name_proves_may_be_kept_for_ever(store: Store) -> None:
+    """H7."""
+    proven = {kind.tree for kind in KINDS if not kind.changes}
+    assert proven == {kind.tree for kind in KINDS if kind.check in (Check.NAME, Check.FOOTER)}
+    seen = set()
+    for stat in store.backend.list(""):
+        status, headers, _ = ask(store, f"/{stat.key}")
+        if status == 200:
+            tree = stat.key.partition("/")[0]
+            seen.add(tree)
+            assert ("immutable" in headers["cache-control"]) == (tree in proven), stat.key
+    assert {"packs", "manifests", "layouts", "names", "sums"} <= seen
+    configs = Path(__file__).resolve().parents[3] / "mirror-config"
+    for file in ("nginx/sf-mirror.conf", "caddy/Caddyfile"):
+        assert (
+            f"({'|'.join(kind.tree for kind in KINDS if kind.tree in proven)})/"
+            in (configs / file).read_text()
+        )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/names/../store.json",
+        "/names/debian/../../store.json",
+        "/names/debian/\0",
+        "/names/debian/12/",
+        "//store.json",
+        "/packs/../../../../etc/passwd",
+        "/images/../debian/12/amd64",
+        "/images/debian/12/amd64/../../../store.json",
+        "/images/debian/\0/amd64/disk.raw",
+        "/images/debian/12/amd64/\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
+        "/names/" + "a" * 9000 + "/b",
+        "/leases/x",
+    ],
+)
+def test_a_path_that_is_no_object_is_not_found(store: Store, path: str) -> None:
+    """H6."""
+    for method in ("GET", "HEAD"):
+        assert ask(store, path, method=method)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/store.json", "/images/debian/12/amd64/disk.raw"])
+def test_numbers_of_thousands_of_digits_are_no_error_of_ours(store: Store, path: str) -> None:
+    """H5."""
+    many = "9" * 5000
+    for header in (
+        f"bytes={many}-",
+        f"bytes=-{many}",
+        f"bytes=0-{many}",
+        f"bytes={many}-{many}",
+        "bytes=²-³",
+    ):
+        assert ask(store, path, range=header)[0] in (200, 206, 416)
+        assert ask(store, path, content_length=many, if_modified_since=many, if_range=many)[0] == 200
