@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
@@ -32,6 +32,10 @@ from compute.wire.spec import InstanceStatus, NodeEvent, NodeFacts
 
 _ANSWER_S = 15.0
 _LONGEST_WAIT_S = 25.0
+
+
+Wait = Annotated[float, Query(ge=0)]
+"""Seconds; no NaN, which would confuse the loop's timers."""
 
 
 class JoinBody(Body):
@@ -134,7 +138,7 @@ def build(services: Services) -> FastAPI:
         return JSONResponse(None)
 
     @app.get("/agent/v1/desired")
-    async def desired(node: Caller, after: int = 0, wait: float = 0) -> Response:
+    async def desired(node: Caller, after: int = 0, wait: Wait = 0) -> Response:
         return JSONResponse(to_plain(await controller.desired(node, after, min(wait, _LONGEST_WAIT_S))))
 
     @app.post("/agent/v1/report")
@@ -148,7 +152,7 @@ def build(services: Services) -> FastAPI:
         return JSONResponse({"fence_s": await controller.renew(node)})
 
     @app.get("/agent/v1/operations")
-    async def operations(node: Caller, wait: float = 0) -> Response:
+    async def operations(node: Caller, wait: Wait = 0) -> Response:
         return JSONResponse(await mailboxes[node].fetch(min(wait, _LONGEST_WAIT_S)))
 
     @app.post("/agent/v1/operations/{number}")

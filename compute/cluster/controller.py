@@ -17,13 +17,14 @@ from compute.cluster import desired, upkeep
 from compute.cluster.feed import Feed
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.claims import Claims
-from compute.cluster.records.nodes import Node
+from compute.cluster.records.nodes import Node, check_facts
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.reports import bounded, keep_events
 from compute.cluster.state.protocol import StateStore
 from compute.cluster.states import settle
-from compute.errors import NotFound, Unavailable
+from compute.errors import Conflict, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts
@@ -76,17 +77,23 @@ class Controller:
     # What agents call
 
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
-        """Say what the machine is, at every start of its agent and when its images change."""
+        """Say what the machine is, at every start of its agent and when its images change. Raises Invalid."""
+        check_facts(facts)
 
         def action(txn: Transaction) -> None:
             known = txn.find(Node, node)
             if known is None or known.state == "deleted":
                 raise NotFound(f"node {node} has not joined", hint="sf agent --join URL --token T")
+            same = (n for n in txn.list(Node) if n.name != node and n.state != "deleted")
+            taken = next((n for n in same if n.facts.get("address") == facts.address), None)
+            if taken is not None and not IPv4Address(facts.address).is_loopback:
+                hint = f"if that one is gone: sf node remove {taken.name}"
+                raise Conflict(f"{facts.address} is the address of node {taken.name}", hint=hint)
             plain = to_plain(facts)
             if known.facts != plain:
                 txn.update(replace(known, facts=plain, lastseen_s=time.time()))
             if known.facts == plain or {**known.facts, "images": plain["images"]} != plain:
-                txn.event(Node.KIND, node, "its agent started", type="status", **plain)
+                txn.event(Node.KIND, node, "its agent started", type="status", extra=plain)
 
         await self._act(action, node)
         self.nodes.attach(node, operations)
@@ -112,22 +119,9 @@ class Controller:
     ) -> None:
         """What an agent saw. When it returns, it is kept."""
         for status in statuses:
-            await self._act(partial(settle, node=node, status=status), node)
+            await self._act(partial(settle, node=node, status=bounded(status)), node)
         if events:
-
-            def action(txn: Transaction) -> None:
-                for event in events:
-                    txn.event(
-                        event.object_type,
-                        event.object_uuid,
-                        event.message,
-                        type=event.type,
-                        timestamp_s=event.timestamp_s,
-                        duration_s=event.duration_s,
-                        **event.extra,
-                    )
-
-            await self._act(action, node)
+            await self._act(partial(keep_events, node=node, events=events), node)
 
     async def renew(self, node: str) -> float:
         """A node on another machine lives `liveness.LEASE_S` longer. Returns when it must fence itself, in seconds."""

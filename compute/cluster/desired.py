@@ -12,7 +12,7 @@ from compute.cluster import liveness
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import Network
-from compute.cluster.records.nodes import Node
+from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.transaction import Transaction
 from compute.wire.codec import to_plain
@@ -75,8 +75,8 @@ def build(
         if interface.state == "created" and interface.instance_uuid in alive:
             by_network[interface.network_uuid].append(interface)
             by_instance[interface.instance_uuid].append(interface)
-    machines = {n.name: n for n in nodes if n.state != "deleted"}
-    mtu_bytes = min((int(n.facts.get("mtu_bytes", 1450)) for n in machines.values()), default=1450)
+    machines = {n.name: facts_of(n) for n in nodes if n.state != "deleted"}
+    mtu_bytes = min((facts.mtu_bytes if facts else 1450 for facts in machines.values()), default=1450)
     wanted = [
         _network(network, node, installation, mtu_bytes, by_network[network.uuid], alive)
         for network in sorted(networks, key=lambda n: n.uuid)
@@ -94,11 +94,11 @@ def build(
             node=node,
             networks=tuple(wanted),
             peers=tuple(
-                Peer(name, _address(other))
+                Peer(name, IPv4Address(other.address))
                 for name, other in sorted(machines.items())
-                if name != node and "address" in other.facts
+                if name != node and other
             ),
-            underlay=_address(here),
+            underlay=IPv4Address(here.address if here else "127.0.0.1"),
             uplink=uplink,
             resolvers=resolvers,
         ),
@@ -113,19 +113,13 @@ def build(
 def image_site(node: str, nodes: Iterable[Node], alive: Collection[str], secret: bytes) -> ImageSite:
     """With which of the living nodes the image service of `node` shares. Other stores, another key."""
     there = (n for n in nodes if n.state != "deleted" and (n.name == node or n.name in alive))
-    facts = {n.name: n.facts for n in there}
-    here = facts.pop(node, {})
-    stores = here.get("stores", [])
-    same = {n: f["peer_address"] for n, f in sorted(facts.items()) if f.get("stores") == stores}
-    peers = {name: address for name, address in same.items() if address}
-    if not peers or not here.get("peer_address"):
+    facts = {n.name: found for n in there if (found := facts_of(n)) and found.peer_address}
+    here = facts.pop(node, None)
+    same = {n: f.peer_address for n, f in sorted(facts.items()) if here and f.stores == here.stores}
+    if here is None or not same:
         return ImageSite()
-    key = hmac.digest(secret, "\n".join(stores).encode(), "sha256")
-    return ImageSite(node, here["peer_address"], peers, key)
-
-
-def _address(node: Node | None) -> IPv4Address:
-    return IPv4Address(node.facts.get("address", "127.0.0.1") if node else "127.0.0.1")
+    key = hmac.digest(secret, "\n".join(here.stores).encode(), "sha256")
+    return ImageSite(node, here.peer_address, same, key)
 
 
 def _network(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from compute.cluster.records import instances
 from compute.cluster.records.claims import Claims
 from compute.cluster.records.interfaces import Want
-from compute.cluster.records.nodes import Node
+from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity, NotFound
 
@@ -81,12 +81,13 @@ def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
         if node.state == "deleted":
             continue
         claims = txn.find(Claims, node.name) or Claims(name=node.name)
+        facts = facts_of(node)
         why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
         found.append(
             Room(
                 node.name,
-                int(node.facts.get("cpus", 0)),
-                int(node.facts.get("memory_mib", 0)),
+                facts.cpus if facts else 0,
+                facts.memory_mib if facts else 0,
                 claims.cpus,
                 claims.memory_mib,
                 usable=not why_not,
@@ -116,6 +117,6 @@ def create_instance(
         instance.memory_mib,
         limits=limits,
         wanted=instance.node,
-        holders=[n.name for n in txn.list(Node) if images <= set(n.facts.get("images", ()))],
+        holders=[n.name for n in txn.list(Node) if (f := facts_of(n)) and images <= set(f.images)],
     )
     return instances.create_instance(txn, replace(instance, node=node), wants)

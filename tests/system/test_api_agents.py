@@ -53,7 +53,8 @@ class FarAgent:
         self.identity = found.get("identity", "")
         return status, found
 
-    def register(self, address: str = "192.0.2.2") -> None:
+    def register(self, address: str = "") -> None:
+        address = address or f"192.0.2.{self.name[-1]}"
         facts = to_plain(NodeFacts(cpus=8, memory_mib=16384, address=address, mtu_bytes=1400))
         assert self.call("POST", "register", {"facts": facts})[0] == 200
 

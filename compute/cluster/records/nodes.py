@@ -1,8 +1,10 @@
 """Nodes: their records, which of them route, and how one is drained and removed."""
 
+import re
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
 from compute.cluster.records.claims import Claims
@@ -11,8 +13,12 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Conflict
-from compute.wire.spec import InstanceState
+from compute.errors import Conflict, Invalid
+from compute.wire.codec import from_plain
+from compute.wire.spec import InstanceState, NodeFacts
+
+_DIGEST = re.compile(r"b3:[0-9a-f]{64}")
+_LEAST_MTU, _MOST, _TEXT = 1200, 10_000, 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,39 @@ class Node(Stored):
     @property
     def id(self) -> str:
         return self.name
+
+
+def check_facts(facts: NodeFacts) -> NodeFacts:
+    """Raises Invalid for what no machine is: other nodes and the scheduler build on it."""
+    try:
+        address = IPv4Address(facts.address)
+        peer = facts.peer_address.rpartition(":")
+        fits = (
+            1 <= facts.cpus <= 2**14
+            and 1 <= facts.memory_mib <= 2**30
+            and _LEAST_MTU <= facts.mtu_bytes <= 2**16
+            and not (address.is_multicast or address.is_unspecified or address.is_reserved)
+            and (not peer[2] or (IPv4Address(peer[0]) == address and 0 < int(peer[2][:6]) < 2**16))
+            and all(len(text) <= _TEXT for text in (facts.architecture, facts.release, facts.accel))
+            and all(map(_DIGEST.fullmatch, facts.images))
+            and all(len(text) <= _TEXT for text in facts.stores)
+            and len(facts.images) + len(facts.stores) <= _MOST
+        )
+    except ValueError as err:
+        raise Invalid(f"a node cannot be like that: {err}") from err
+    if not fits:
+        raise Invalid(
+            "a node cannot be like that", hint="cpus, memory, address, MTU, images and stores are checked"
+        )
+    return facts
+
+
+def facts_of(node: Node) -> NodeFacts | None:
+    """What its agent said of it; None before it did, and where version 0.1 kept what makes no sense."""
+    try:
+        return check_facts(from_plain(NodeFacts, node.facts))
+    except Invalid:
+        return None
 
 
 def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[str]) -> Node:

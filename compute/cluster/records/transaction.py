@@ -2,7 +2,7 @@
 
 import time
 import uuid as uuid_module
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from compute.cluster.records.events import Event
@@ -80,7 +80,7 @@ class Transaction:
         type: str = "mutate",
         timestamp_s: float | None = None,
         duration_s: float | None = None,
-        **extra: Any,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Append to an object's history. Now and then the oldest go in the same commit."""
         now = time.time() if timestamp_s is None else timestamp_s
@@ -93,7 +93,7 @@ class Transaction:
             message=message,
             node=self.node,
             duration_s=duration_s,
-            extra=extra,
+            extra=dict(extra or {}),
         )
         self.writes[entry.key] = entry.encode()
         if tail.int % Event.TRIM == 0:

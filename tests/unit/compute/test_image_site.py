@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,13 @@ from compute.cluster.state.sqlite import SqliteStore
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import ImageSite, NodeDesired, NodeFacts
 
+MACHINE: dict[str, Any] = {"cpus": 1, "memory_mib": 512}
 STORES = ("file:///srv/images", "s3://images")
 
 
 def node(name: str, address: str = "", stores: tuple[str, ...] = STORES) -> Node:
-    facts = {"peer_address": address or f"192.0.2.{name[1]}:13002", "stores": list(stores)}
+    own = f"192.0.2.{name[1]}"
+    facts = MACHINE | {"address": own, "peer_address": address or f"{own}:13002", "stores": list(stores)}
     return Node(uuid=name, name=name, facts=facts, state="created")
 
 
@@ -54,8 +57,8 @@ def test_nodes_with_other_stores_are_no_peers_and_have_another_key() -> None:
     [
         [node("n1")],
         [node("n1"), node("n2", stores=())],
-        [Node(uuid="1", name="n1", facts={"peer_address": "", "stores": list(STORES)}), node("n2")],
-        [node("n1"), Node(uuid="2", name="n2", facts={"peer_address": "", "stores": list(STORES)})],
+        [Node(uuid="1", name="n1", facts=MACHINE | {"stores": list(STORES)}), node("n2")],
+        [node("n1"), Node(uuid="2", name="n2", facts=MACHINE | {"stores": list(STORES)})],
         [node("n1"), Node(uuid="2", name="n2", facts={})],
         [node("n2"), node("n3")],
     ],
@@ -99,7 +102,8 @@ def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_k
     monkeypatch.setattr(liveness, "LEASE_S", 1.0)
 
     async def register(controller: Controller, name: str) -> None:
-        facts = NodeFacts(4, 4096, peer_address=f"192.0.2.{name[1]}:13002", stores=STORES)
+        own = f"192.0.2.{name[1]}"
+        facts = NodeFacts(4, 4096, own, peer_address=f"{own}:13002", stores=STORES)
         await controller.register(name, facts, Mailbox(name))
 
     async def story() -> None:

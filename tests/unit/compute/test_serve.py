@@ -3,6 +3,7 @@
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,16 +100,20 @@ def test_the_servers_certificate_is_made_once_and_its_key_is_roots_alone(tmp_pat
     assert joining.JoinToken.parse(str(token)) == token
 
 
+def facts(number: int, mtu_bytes: int) -> dict[str, Any]:
+    return {"cpus": 1, "memory_mib": 512, "address": f"192.0.2.{number}", "mtu_bytes": mtu_bytes}
+
+
 def test_a_node_hears_only_of_networks_that_it_has_to_do_with() -> None:
     networks = [
         Network(uuid=f"u{n}", name=f"n{n}", namespace="s", netblock="10.0.0.0/24", vni=n, router_node=node)
         for n, node in ((1, "here"), (2, "there"), (3, ""))
     ]
     nodes = [
-        Node(uuid="1", name="here", facts={"address": "192.0.2.1", "mtu_bytes": 8950}),
-        Node(uuid="2", name="there", facts={"address": "192.0.2.2", "mtu_bytes": 1450}),
+        Node(uuid="1", name="here", facts=facts(1, 8950)),
+        Node(uuid="2", name="there", facts=facts(2, 1450)),
         Node(uuid="3", name="silent"),
-        Node(uuid="4", name="gone", state="deleted", facts={"address": "192.0.2.4", "mtu_bytes": 576}),
+        Node(uuid="4", name="gone", state="deleted", facts=facts(4, 1280)),
     ]
     found = build("here", "0123abcd", instances=[], interfaces=[], networks=networks, nodes=nodes).networks
     assert [n.name for n in found.networks] == ["n1"]
