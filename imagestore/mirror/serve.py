@@ -5,12 +5,13 @@ import errno
 import json
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -29,6 +30,7 @@ from imagestore.mirror.content import AHEAD, Content, GroupCache, simplestreams_
 from imagestore.mirror.pull_through import PullThrough
 from imagestore.mirror.sync import read_provenance
 from imagestore.mirror.tree import Limits, Receive, Scope, Send, Span, Tree, headers_of, prepare, public
+from imagestore.outside import decimal
 from imagestore.store.open import open_backend, open_store
 from imagestore.store.store import Store
 
@@ -43,8 +45,10 @@ _KERNEL_BYTES = 16 << 20
 _STREAMS_AHEAD = 12
 """While there are no more of them the cache of groups has room for what each will want next."""
 _OPTIONS = "SF_MIRROR_OPTIONS"
+_ROWS = 100
+"""Images on one page."""
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'"
 _SECURITY = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -75,33 +79,35 @@ def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0)
     registry = CollectorRegistry()
     requests = Counter("sf_mirror_requests", "Requests by kind", ["kind"], registry=registry)
 
-    @app.get("/livez")
+    get = partial(app.api_route, methods=["GET", "HEAD"])
+
+    @get("/livez")
     async def livez() -> PlainTextResponse:
         return PlainTextResponse("ok\n")
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
-    @app.get("/")
-    async def index(request: Request, q: str = "") -> HTMLResponse:
-        return await site.index(str(request.base_url), q[:100])
+    @get("/")
+    async def index(request: Request, q: str = "", page: str = "1") -> HTMLResponse:
+        return await site.index(str(request.base_url), q[:100], decimal(page) or 1)
 
-    @app.get("/streams/v1/index.json")
+    @get("/streams/v1/index.json")
     async def streams() -> JSONResponse:
         return JSONResponse(streams_index(await site.images()))
 
-    @app.get("/streams/v1/images.json")
+    @get("/streams/v1/images.json")
     async def streams_products() -> JSONResponse:
         return JSONResponse(
             await site.run(lambda: streams_images(site.catalog.images(), site.catalog.manifest))
         )
 
-    @app.get("/images/{name}/{tag}/{arch}/")
+    @get("/images/{name}/{tag}/{arch}/")
     async def page(request: Request, name: str, tag: str, arch: str) -> HTMLResponse:
         return await site.page(str(request.base_url), await site.find(name, tag, arch))
 
-    @app.api_route("/images/{name}/{tag}/{arch}/{file}", methods=["GET", "HEAD"])
+    @get("/images/{name}/{tag}/{arch}/{file}")
     async def file(request: Request, name: str, tag: str, arch: str, file: str) -> Response:
         return await site.file(request, await site.find(name, tag, arch), file)
 
@@ -144,11 +150,13 @@ class _Site:
         return await self.run(lambda: self.catalog.find(name, tag, arch))
 
     def _render(self, template: str, base: str, signer: Digest | None, **values: Any) -> HTMLResponse:
-        signed = f"--fingerprint {signer}" if signer else "--unsigned"
-        text = self._environment.get_template(template).render(base=base, root="/", signed=signed, **values)
-        return HTMLResponse(text, headers=_SECURITY | {"cache-control": "no-cache"})
+        values |= {"base": base, "root": "/", "nonce": (nonce := secrets.token_urlsafe(16))}
+        values["signed"] = f"--fingerprint {signer}" if signer else "--unsigned"
+        policy = f"{_POLICY}; script-src 'nonce-{nonce}'"
+        headers = _SECURITY | {"cache-control": "no-cache", "content-security-policy": policy}
+        return HTMLResponse(self._environment.get_template(template).render(values), headers=headers)
 
-    async def index(self, base: str, query: str) -> HTMLResponse:
+    async def index(self, base: str, query: str, number: int) -> HTMLResponse:
         images = await self.images()
         words = query.lower().split()
         found = [
@@ -160,7 +168,11 @@ class _Site:
             )
         ]
         signer = next((image.signer for image in images), None)
-        return self._render("index.html", base, signer, images=found, total=len(images), query=query)
+        pages = max(1, -(-len(found) // _ROWS))
+        number = min(number, pages)
+        shown = found[(number - 1) * _ROWS : number * _ROWS]
+        values = {"total": len(images), "query": query, "pages": pages, "number_now": number}
+        return self._render("index.html", base, signer, images=shown, **values)
 
     async def page(self, base: str, image: Image) -> HTMLResponse:
         def read() -> tuple[Any, ...]:

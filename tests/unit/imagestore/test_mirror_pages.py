@@ -113,3 +113,43 @@ def test_numbers_of_thousands_of_digits_are_no_error_of_ours(store: Store, path:
     ):
         assert ask(store, path, range=header)[0] in (200, 206, 416)
         assert ask(store, path, content_length=many, if_modified_since=many, if_range=many)[0] == 200
+
+
+def test_a_page_is_asked_for_by_head_as_well(store: Store) -> None:
+    """I11."""
+    image = "/images/debian/12/amd64"
+    for path in ("/", "/livez", "/metrics", "/streams/v1/index.json", "/streams/v1/images.json", f"{image}/"):
+        assert ask(store, path, method="HEAD")[0] == 200
+    for file in ("SHA256SUMS", "incus.tar.xz", "disk.qcow2", "disk.raw"):
+        assert ask(store, f"{image}/{file}", method="HEAD")[0] == 200
+    assert ask(store, "/", method="POST")[0] == 405
+
+
+def test_the_command_on_an_images_page_makes_a_guest_that_can_be_reached(store: Store) -> None:
+    """I13."""
+    _, headers, page = ask(store, "/images/debian/12/amd64/")
+    for words in (
+        "--network lan",
+        "--ssh-key",
+        "sf network create lan",
+        "sf instance ssh web -l debian",
+        "password",
+    ):
+        assert words in page.decode()
+    nonce = headers["content-security-policy"].partition("'nonce-")[2].partition("'")[0]
+    assert nonce and f'nonce="{nonce}"' in page.decode() and "unsafe-inline'; script" not in str(headers)
+
+
+def test_many_images_come_in_pages_that_keep_the_search(store: Store) -> None:
+    """I15."""
+    digest = store.names.get("debian", "12").digest("x86_64")
+    for number in range(250):
+        store.names.set("many", f"v{number:03}", "x86_64", digest)
+    seen: list[str] = []
+    for number in (1, 2, 3):
+        page = ask(store, "/", query=f"q=many&page={number}")[2].decode()
+        seen += [line for line in page.splitlines() if 'data-name="Image"' in line]
+        assert "q=many&amp;page=" in page
+    assert len(seen) == len(set(seen)) == 250
+    for odd in ("0", "99", "-1", "x", "9" * 5000):
+        assert ask(store, "/", query=f"page={odd}")[0] == 200
