@@ -11,7 +11,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,8 +19,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from imagestore.disks import ext4
-from imagestore.disks.open import Disk, open_disk, read_range
+from imagestore.disks.disk import Disk, read_range
+from imagestore.disks.filesystems import look
+from imagestore.disks.open import open_disk
 from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
 from imagestore.formats.columns import Ids, Numbers
@@ -54,6 +55,8 @@ class PushResult:
     """Stored bytes of new packs."""
     changed: bool
     """Whether the name points somewhere else now."""
+    notes: tuple[str, ...] = ()
+    """With `sparsify`: which parts of the disk are stored whole all the same, and why."""
 
 
 def push(
@@ -73,8 +76,8 @@ def push(
 ) -> PushResult:
     """Store the disk image at `path` and point `name:tag` at it for `architecture`.
 
-    format_: raw, qcow2, vmdk, vhdx, vdi, or None to look. sparsify: leave out blocks that the file system on it has
-    free. cache: directory of the local index instead of SF_CACHE_DIR.
+    format_: raw, qcow2, vmdk, vhdx, vdi, vhd, or None to look. sparsify: leave out blocks that ext4 on it has free
+    for certain. cache: directory of the local index instead of SF_CACHE_DIR.
     Raises Invalid for a bad image or name, Conflict when it is in use, and what the backend raises.
     """
     store.check_writable()
@@ -88,7 +91,8 @@ def push(
     with ExitStack() as stack:
         disk = stack.enter_context(open_disk(path, format_))
         writer = stack.enter_context(_Writer(store, disk, progress, cache))
-        return writer.push(name, tag, facts, ext4.look(disk, sparsify=sparsify))
+        special = look(disk, sparsify=sparsify)
+        return replace(writer.push(name, tag, facts, special), notes=special.notes)
 
 
 class _Writer:

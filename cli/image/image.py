@@ -42,6 +42,7 @@ PUSHED = (
     ("new", lambda r: size(r["new_bytes"])),
     ("already there", lambda r: size(r["known_bytes"])),
     ("written", lambda r: size(r["written_bytes"])),
+    ("not sparsified", "notes"),
 )
 COLLECTED = (
     ("images", "images"),
@@ -66,7 +67,7 @@ path = click.Path(dir_okay=False, path_type=Path)
 @click.argument("name")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option(
-    "--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi"]), help="Default: look."
+    "--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]), help="Default: look."
 )
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
 def push(
@@ -78,7 +79,7 @@ def push(
     labels: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Keep the disk in FILE (qcow2, raw, VMDK, VHDX or VDI) under NAME[:TAG]."""
+    """Keep the disk in FILE (qcow2, raw, VMDK, VHDX, VDI or fixed VHD) under NAME[:TAG]."""
     from imagestore import check_architecture, keep_buffers
     from imagestore import push as push_image
 
@@ -128,20 +129,17 @@ def ls(form: str, removed: bool) -> None:
     """List images."""
     here = _here()
     with opened(create=settings().store_is_default) as store:
-        records = list(store.names.list(removed=removed))
-        wanted = {digest for record in records for digest in record.images.values()}
-        sizes = store.sizes(wanted) if form != "name" else {}
         rows = [
             {
                 "name": f"{r.name}:{r.tag}",
                 "architecture": architecture,
                 "digest": str(digest),
-                "size_bytes": sizes.get(digest),
+                "size_bytes": None if form == "name" else store.size_bytes(digest),
                 "present": here.get(str(digest), ""),
                 "removed": r.removed,
                 "modified_s": r.modified_s,
             }
-            for r in records
+            for r in store.names.list(removed=removed)
             for architecture, digest in r.images.items()
         ]
     show_list(rows, COLUMNS, form)

@@ -1,88 +1,40 @@
-"""What an ext4 file system on a disk tells the chunker: where files lie, and which blocks are free.
+"""What an ext2, ext3 or ext4 file system says: where its files lie, and which of its blocks are free.
 
-Source: Linux, Documentation/filesystems/ext4. Only hints: metadata that is odd or beyond bounds is left out, and with
-it the cuts that it would have given; nothing here trusts the disk. Read are file systems with blocks of 4 KiB, whole
-disks or in primary MBR or GPT partitions that start at a multiple of 4 KiB. XFS and btrfs give no hints.
+Source: Linux, Documentation/filesystems/ext4. Where files lie is a hint: what is odd is left out, and with it the cuts
+that it would have given. What is free is left out of an image, so it is believed only of a file system that was
+unmounted cleanly, whose sums are right and with which all that is known of it agrees.
 """
 
+import functools
 from collections.abc import Iterator
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from imagestore.disks.chunker import runs
-from imagestore.disks.open import Disk, read_range
-from imagestore.disks.windows import Special
-from imagestore.errors import Invalid
-from imagestore.formats.chunking import BLOCK
+from imagestore.disks.disk import Disk, Doubt, read_range
+from imagestore.disks.extents import FILE, LARGE, OTHER, Numbers, Walk
 
-FILE_BYTES = 32 << 10
-"""Files from this size on start and end a chunk."""
-_MIN_EXTENT = FILE_BYTES // BLOCK
 _MAX_TABLE_BYTES = 2 << 30
-_MAX_NODES = 1 << 17
 _MAX_GROUPS = 1 << 19
-_MAX_CUTS = 1 << 24
-_META_BG, _64BIT, _RECOVER, _BIGALLOC = 0x10, 0x80, 0x4, 0x200
-_LEAF = np.dtype([("block", "<u4"), ("length", "<u2"), ("high", "<u2"), ("low", "<u4")])
-_NODE = np.dtype([("block", "<u4"), ("low", "<u4"), ("high", "<u2"), ("unused", "<u2")])
+_MAX_ROWS = 1 << 24
+_AT_ONCE = 1024
+_JOURNAL = 0x4
+_RECOVER, _META_BG, _64BIT, _CSUM_SEED = 0x4, 0x10, 0x80, 0x2000
+_GDT_CSUM, _BIGALLOC, _METADATA_CSUM, _ORPHANS = 0x10, 0x200, 0x400, 0x10000
+_KNOWN_INCOMPATIBLE, _KNOWN_RO_COMPATIBLE = 0x3E7C2, 0xF77F
+_BITMAP, _INODE_BITMAP, _INODE_TABLE = (0x0, 0x20), (0x4, 0x24), (0x8, 0x28)
+_CRC32C, _CRC16 = 0x82F63B78, 0xA001
 
 
-def look(disk: Disk, *, sparsify: bool) -> Special:
-    """Cuts, and with `sparsify` the free blocks, of every ext4 file system on the disk.
-
-    Raises Invalid when free blocks are wanted of a file system whose journal was not replayed.
-    """
-    cuts, hints, free = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
-    for start, end in _partitions(disk):
-        system = _Ext4.open(disk, start, end)
-        if system is not None:
-            large, every = system.boundaries()
-            cuts.append(large + start)
-            hints.append(every + start)
-            if sparsify:
-                free.append(system.free() + start)
-    together = np.concatenate(free)
-    return Special(
-        np.unique(np.concatenate(cuts)),
-        np.unique(np.concatenate(hints)),
-        together[np.argsort(together[:, 0], kind="stable")],
-    )
-
-
-def _partitions(disk: Disk) -> Iterator[tuple[int, int]]:
-    """(start, end) of the whole disk and of each partition, in blocks of 4 KiB."""
-    head = read_range(disk, 0, 8 * BLOCK)
-    whole = disk.size_bytes // BLOCK
-    yield 0, whole
-    found: list[tuple[int, int]] = []
-    if head[512:520] == b"EFI PART":
-        at, count, size = (
-            int.from_bytes(head[512 + a : 512 + b], "little") for a, b in ((72, 80), (80, 84), (84, 88))
-        )
-        if size in (128, 256) and at < 1 << 40:
-            table = read_range(disk, at * 512, min(count, 256) * size)
-            for entry in range(0, len(table) - size + 1, size):
-                first, last = (int.from_bytes(table[entry + a : entry + a + 8], "little") for a in (32, 40))
-                found.append((first, last + 1))
-    elif head[510:512] == b"\x55\xaa":
-        for entry in range(446, 510, 16):
-            first, count = (int.from_bytes(head[entry + a : entry + a + 4], "little") for a in (8, 12))
-            found.append((first, first + count))
-    end = 0
-    for first, last in sorted(found):
-        if first % 8 == 0 and max(end, 1) <= first // 8 < min(last // 8, whole):
-            end = min(last // 8, whole)
-            yield first // 8, end
-
-
-class _Ext4:
-    """One file system; blocks are counted from its start."""
+class Ext4:
+    """One file system in a stretch of a disk; blocks are its own, counted from its start."""
 
     @classmethod
-    def open(cls, disk: Disk, start: int, end: int) -> "_Ext4 | None":
-        """None when there is none that this can read."""
-        raw = read_range(disk, start * BLOCK + 1024, 1024)
+    def open(cls, disk: Disk, start: int, end: int) -> Self | None:
+        """None when there is none, or one whose numbers make no sense. Places in bytes of the disk."""
+        raw = read_range(disk, start + 1024, 1024)
         if len(raw) < 1024 or raw[0x38:0x3A] != b"\x53\xef":
             return None
         system = cls(disk, start, end, raw)
@@ -92,115 +44,226 @@ class _Ext4:
         def number(at: int, size: int = 4) -> int:
             return int.from_bytes(raw[at : at + size], "little")
 
-        self._disk, self._start = disk, start
-        incompatible, self.unclean = number(0x60), bool(number(0x60) & _RECOVER)
-        wide = bool(incompatible & _64BIT)
-        self._blocks = min(number(0x4) | (number(0x150) << 32 if wide else 0), end - start)
-        self._group_blocks, self._group_inodes = number(0x20), number(0x28)
-        self._inode_bytes = number(0x58, 2)
+        self._disk, self._start, self._raw, self._number = disk, start, raw, number
+        self._compatible, self._incompatible, self._ro_compatible = number(0x5C), number(0x60), number(0x64)
+        wide, dynamic = bool(self._incompatible & _64BIT), number(0x4C) > 0
+        scale = min(number(0x18), 7)
+        self.block_bytes = 1024 << scale
+        self._ratio_bits = number(0x1C) - number(0x18) if self._ro_compatible & _BIGALLOC else 0
+        self.claimed_bytes = (number(0x4) | (number(0x150) << 32 if wide else 0)) * self.block_bytes
+        """How large it is by its own word."""
+        self._blocks = min(self.claimed_bytes, end - start) // self.block_bytes
+        self._fits = self.claimed_bytes <= end - start
+        self._first, self._group_inodes = number(0x14), number(0x28)
+        self._group_clusters = number(0x24 if self._ro_compatible & _BIGALLOC else 0x20)
+        self._inode_bytes = number(0x58, 2) if dynamic else 128
         self._descriptor_bytes = number(0xFE, 2) if wide else 32
+        self._summed = bool(self._ro_compatible & (_GDT_CSUM | _METADATA_CSUM))
+        most = 8 * self.block_bytes
         self._readable = (
-            number(0x18) == 2
-            and not incompatible & _META_BG
-            and not number(0x64) & _BIGALLOC
-            and number(0x14) == 0
-            and self._group_blocks == 8 * BLOCK
-            and 0 < self._group_inodes <= 8 * BLOCK
-            and self._inode_bytes in (128, 256, 512, 1024)
+            scale <= 6
+            and not self._incompatible & _META_BG
+            and 0 <= self._ratio_bits <= 16
+            and self._first == (self.block_bytes == 1024 and not self._ro_compatible & _BIGALLOC)
+            and 8 <= self._group_clusters <= most
+            and self._group_clusters % 8 == 0
+            and 0 < self._group_inodes <= most
+            and self._inode_bytes in (128, 256, 512, 1024, 2048, 4096)
+            and self._inode_bytes <= self.block_bytes
             and self._descriptor_bytes in (32, 64)
+            and self._blocks > self._first
         )
+        self._group_blocks = self._group_clusters << max(self._ratio_bits, 0)
+        self._descriptors_at = 1024 // self.block_bytes + 1
+        self._groups = min(-(-(self._blocks - self._first) // max(self._group_blocks, 1)), _MAX_GROUPS)
 
-    def _groups(self) -> npt.NDArray[np.int64]:
-        """Rows of (block bitmap, inode table, flags, unused inodes), one per block group."""
-        count = min(-(-self._blocks // self._group_blocks), _MAX_GROUPS)
-        size = self._descriptor_bytes
-        raw = read_range(self._disk, (self._start + 1) * BLOCK, count * size)
-        table = (
-            np.frombuffer(raw, "<u2", len(raw) // size * (size // 2)).reshape(-1, size // 2).astype(np.int64)
-        )
+    def boundaries(self) -> tuple[Numbers, Numbers]:
+        """Where extents of files start and end, in bytes of the disk: the larger ones of the larger files, and all."""
+        rows = self._walked.rows
+        large, every = rows[rows[:, 2] == LARGE, :2], rows[rows[:, 2] >= FILE, :2]
+        return large.ravel() * self.block_bytes + self._start, every.ravel() * self.block_bytes + self._start
 
-        def wide(low: int, high: int) -> npt.NDArray[np.int64]:
-            value = table[:, low // 2] | table[:, low // 2 + 1] << 16
-            return value | (
-                table[:, high // 2] << 32 if size == 64 else 0
-            )  # 2**48 blocks are more than allowed
+    def free(self) -> Numbers:
+        """(start, end) of runs of free blocks, in bytes of the disk. Raises Doubt unless all speaks for them."""
+        for reason in self._reasons():
+            raise Doubt(reason)
+        found = self._free_blocks()
+        metadata, rows = self._metadata(), self._walked.rows
+        if not self._walked.whole:
+            raise Doubt("some of its inodes cannot be followed")
+        if _overlap(found, metadata):
+            raise Doubt("its bitmaps call blocks of its own metadata free: run e2fsck on it")
+        if _overlap(found, rows):
+            raise Doubt("its bitmaps call blocks of files free: run e2fsck on it")
+        return found * self.block_bytes + self._start
 
-        unused = table[:, 0x1C // 2] | (table[:, 0x32 // 2] << 16 if size == 64 else 0)
-        return np.stack([wide(0x0, 0x20), wide(0x8, 0x28), table[:, 0x12 // 2], unused], axis=1)
+    def _reasons(self) -> Iterator[str]:
+        """What the superblock, the journal and the descriptors say against it."""
+        number = self._number
+        orphans = number(0xE8) or self._ro_compatible & _ORPHANS
+        if self._incompatible & _RECOVER or number(0x3A, 2) & 1 == 0 or orphans:
+            yield "it was not unmounted cleanly: start and shut down the guest once, or run e2fsck on it"
+        if number(0x3A, 2) & 7 != 1:
+            yield "it is marked as having errors: run e2fsck on it"
+        if self._incompatible & ~_KNOWN_INCOMPATIBLE or self._ro_compatible & ~_KNOWN_RO_COMPATIBLE:
+            yield "it has features that sf does not know"
+        if number(0x5A, 2) != 0 or number(0) != self._groups * self._group_inodes:
+            yield "its superblock is a copy, or does not fit it"
+        if not self._fits or self._groups == _MAX_GROUPS:
+            yield "it is larger than the place where it lies"
+        if self._ro_compatible & _METADATA_CSUM:
+            right = _sums(np.frombuffer(self._raw[:0x3FC], np.uint8)[None], 0xFFFFFFFF, _CRC32C)
+            if self._raw[0x175] != 1 or int(right[0]) != number(0x3FC):
+                yield "the sum of its superblock is wrong: run e2fsck on it"
+        if self._compatible & _JOURNAL and not self._journal_is_empty():
+            yield "its journal is not empty, or elsewhere"
+        if self._summed and not self._descriptors_are_right():
+            yield "a group descriptor's sum is wrong: run e2fsck on it"
 
-    def boundaries(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where extents start and end, in blocks: the larger ones of the larger files, and all."""
-        found, count, read = [np.zeros((0, 3), np.int64)], 0, 0
-        for _, table, flags, unused in self._groups().tolist():
-            inodes = 0 if flags & 1 else self._group_inodes - min(unused, self._group_inodes)
-            read += inodes * self._inode_bytes
-            if read > _MAX_TABLE_BYTES or count > _MAX_CUTS:
-                break
-            if inodes and 0 < table < self._blocks:
-                raw = read_range(self._disk, (self._start + table) * BLOCK, inodes * self._inode_bytes)
-                found.append(self._extents(raw))
-                count += len(found[-1])
-        extents = np.concatenate(found)
-        return extents[extents[:, 2] == 1, :2].ravel(), extents[:, :2].ravel()
+    # The groups
 
-    def _extents(self, raw: bytes) -> npt.NDArray[np.int64]:
-        """Rows of (start, end, whether it is large) of the extents of the files in a stretch of the inode table."""
-        table = np.frombuffer(raw, np.uint8, len(raw) // self._inode_bytes * self._inode_bytes)
-        table = table.reshape(-1, self._inode_bytes)
-        mode = table[:, 0:2].copy().view("<u2")[:, 0]
-        links = table[:, 0x1A:0x1C].copy().view("<u2")[:, 0]
-        size = table[:, 4:8].copy().view("<u4")[:, 0] + (
-            table[:, 0x6C:0x70].copy().view("<u4")[:, 0].astype(np.int64) << 32
-        )
-        flags = table[:, 0x20:0x24].copy().view("<u4")[:, 0]
-        chosen = (mode & 0xF000 == 0x8000) & (links > 0) & (size > 0) & (flags & 0x80000 != 0)
-        nodes, large = np.ascontiguousarray(table[chosen, 0x28:0x64]), size[chosen] >= FILE_BYTES
-        found = [np.zeros((0, 3), np.int64)]
-        seen: set[int] = set()
-        while len(nodes):
-            header = nodes[:, :8].copy().view("<u2")
-            entries = (nodes.shape[1] - 12) // 12
-            good = (header[:, 0] == 0xF30A) & (header[:, 1] <= entries) & (header[:, 3] <= 5)
-            body = np.ascontiguousarray(nodes[:, 12 : 12 + entries * 12])
-            used = np.arange(entries) < header[:, 1:2]
-            chosen = used & (good & (header[:, 3] == 0))[:, None]
-            leaves = body.view(_LEAF)[chosen]
-            length = leaves["length"].astype(np.int64)
-            first = leaves["low"].astype(np.int64) | leaves["high"].astype(np.int64) << 32
-            # Longer than 32768 means allocated, not written: nothing of the file is there.
-            kept = (length >= 1) & (length <= 32768) & (first > 0) & (first + length <= self._blocks)
-            cut = np.broadcast_to(large[:, None], chosen.shape)[chosen] & (length >= _MIN_EXTENT)
-            found.append(np.stack([first, first + length, cut], axis=1)[kept])
-            chosen = used & (good & (header[:, 3] > 0))[:, None]
-            inner = body.view(_NODE)[chosen]
-            below = inner["low"].astype(np.int64) | inner["high"].astype(np.int64) << 32
-            below, first_use = np.unique(below, return_index=True)
-            large = np.broadcast_to(large[:, None], chosen.shape)[chosen][first_use]
-            fresh = np.array([0 < at < self._blocks and at not in seen for at in below.tolist()], np.bool_)
-            below, large = below[fresh], large[fresh]
-            seen.update(below.tolist())
-            if len(seen) > _MAX_NODES:
-                break
-            pages = b"".join(
-                read_range(self._disk, (self._start + at) * BLOCK, BLOCK) for at in below.tolist()
-            )
-            nodes = np.frombuffer(pages, np.uint8).reshape(-1, BLOCK)
+    @functools.cached_property
+    def _tables(self) -> npt.NDArray[np.uint8]:
+        """The group descriptors, one row each."""
+        size, at = self._descriptor_bytes, self._start + self._descriptors_at * self.block_bytes
+        raw = read_range(self._disk, at, self._groups * size)
+        return np.frombuffer(raw, np.uint8, len(raw) // size * size).reshape(-1, size)
+
+    def _column(self, low: int, high: int | None = None) -> Numbers:
+        """A field of each descriptor; its upper 16 or 32 bits lie behind the first 32 bytes."""
+        kind, shift = ("<u4", 32) if low < 0xC else ("<u2", 16)
+        rows, size = self._tables, int(kind[-1])
+        value = rows[:, low : low + size].copy().view(kind)[:, 0].astype(np.int64)
+        if high is not None and self._descriptor_bytes == 64:
+            value |= rows[:, high : high + size].copy().view(kind)[:, 0].astype(np.int64) << shift
+        return value
+
+    def _group_start(self, group: int) -> int:
+        return self._first + group * self._group_blocks
+
+    def _metadata(self) -> Numbers:
+        """(start, end) of blocks that hold no file: the superblock, descriptors, bitmaps, inode tables."""
+        inodes = -(-self._group_inodes * self._inode_bytes // self.block_bytes)
+        head = self._descriptors_at + -(-len(self._tables) * self._descriptor_bytes // self.block_bytes)
+        found = [np.array([[self._first, head]])]
+        for field, length in ((_BITMAP, 1), (_INODE_BITMAP, 1), (_INODE_TABLE, inodes)):
+            at = self._column(*field)
+            found.append(np.stack([at, at + length], axis=1))
         return np.concatenate(found)
 
-    def free(self) -> npt.NDArray[np.int64]:
-        """(start, end) of runs of free blocks."""
-        if self.unclean:
-            hint = "start and shut down the guest once, or run e2fsck on it"
-            raise Invalid(
-                "the file system was not unmounted cleanly: its free blocks are not known", hint=hint
-            )
+    def _free_blocks(self) -> Numbers:
+        """(start, end) of the runs of free blocks by the bitmaps; Doubt where they are not what was summed."""
+        bitmaps, flags = self._column(*_BITMAP), self._column(0x12)
+        told, sums = self._column(0xC, 0x2C), self._column(0x18, 0x38)
+        wide = self._descriptor_bytes == 64
         found = [np.zeros((0, 2), np.int64)]
-        for number, (bitmap, _, flags, _) in enumerate(self._groups().tolist()):
-            first = number * self._group_blocks
-            count = min(self._group_blocks, self._blocks - first)
-            if flags & 2 or not 0 < bitmap < self._blocks:
-                continue
-            raw = read_range(self._disk, (self._start + bitmap) * BLOCK, BLOCK)
-            bits = np.unpackbits(np.frombuffer(raw, np.uint8), count=count, bitorder="little")
-            found.append(np.array(runs(bits == 0), np.int64).reshape(-1, 2) + first)
+        # A group whose bitmap was never written is all free but for metadata: nothing of it is worth leaving out.
+        (groups,) = np.nonzero(flags & 2 == 0)
+        for some in np.split(groups, range(_AT_ONCE, len(groups), _AT_ONCE)):
+            if not ((bitmaps[some] > 0) & (bitmaps[some] < self._blocks)).all():
+                raise Doubt("a block bitmap lies outside of it")
+            raw = np.stack([np.frombuffer(self._read(at), np.uint8) for at in bitmaps[some].tolist()])
+            raw = raw[:, : self._group_clusters // 8]
+            if self._ro_compatible & _METADATA_CSUM:
+                right = _sums(raw, self._seed, _CRC32C).astype(np.int64)
+                if (right & (0xFFFFFFFF if wide else 0xFFFF) != sums[some]).any():
+                    raise Doubt("the sum of a block bitmap is wrong: run e2fsck on it")
+            for group, bits in zip(some.tolist(), raw, strict=True):
+                first = self._group_start(group)
+                blocks = min(self._group_blocks, self._blocks - first)
+                count = -(-blocks // (1 << self._ratio_bits))
+                unused = np.unpackbits(bits, count=count, bitorder="little") == 0
+                if int(unused.sum()) != told[group]:
+                    raise Doubt("a group counts other blocks as free than its bitmap: run e2fsck on it")
+                ends = np.array(runs(unused), np.int64).reshape(-1, 2) << self._ratio_bits
+                found.append(np.minimum(ends, blocks) + first)
         return np.concatenate(found)
+
+    @functools.cached_property
+    def _seed(self) -> int:
+        if self._incompatible & _CSUM_SEED:
+            return self._number(0x270)
+        return int(_sums(np.frombuffer(self._raw[0x68:0x78], np.uint8)[None], 0xFFFFFFFF, _CRC32C)[0])
+
+    def _descriptors_are_right(self) -> bool:
+        rows = self._tables
+        numbers = np.arange(len(rows), dtype="<u4")[:, None].view(np.uint8)
+        told = self._column(0x1E)
+        if self._ro_compatible & _METADATA_CSUM:
+            parts = [numbers, rows[:, :0x1E], np.zeros((len(rows), 2), np.uint8), rows[:, 0x20:]]
+            right = _sums(np.concatenate(parts, axis=1), self._seed, _CRC32C) & np.uint32(0xFFFF)
+        else:
+            uuid = np.broadcast_to(np.frombuffer(self._raw[0x68:0x78], np.uint8), (len(rows), 16))
+            parts = [uuid, numbers, rows[:, :0x1E], rows[:, 0x20:]]
+            right = _sums(np.concatenate(parts, axis=1), 0xFFFF, _CRC16)
+        return len(rows) == self._groups and bool((right == told).all())
+
+    # The inodes
+
+    @functools.cached_property
+    def _walked(self) -> Walk:
+        walk = self._walk()
+        flags = self._column(0x12)
+        columns = (self._column(*_INODE_BITMAP), self._column(*_INODE_TABLE), flags, self._column(0x1C, 0x32))
+        read = 0
+        for group, (bitmap, table, flag, unused) in enumerate(np.stack(columns, axis=1).tolist()):
+            if not self._summed and (flag & 3 or unused):
+                walk.whole = False  # the kernel would not look at either
+            inodes = 0 if flag & 1 else self._group_inodes - min(unused, self._group_inodes)
+            read += inodes * self._inode_bytes
+            if read > _MAX_TABLE_BYTES or walk.count > _MAX_ROWS:
+                walk.whole = False
+                break
+            if not inodes:
+                continue
+            length = inodes * self._inode_bytes
+            if not (0 < table <= self._blocks - -(-length // self.block_bytes) and 0 < bitmap < self._blocks):
+                walk.whole = False
+                continue
+            raw = read_range(self._disk, self._start + table * self.block_bytes, length)
+            bits = np.frombuffer(self._read(bitmap), np.uint8)
+            used = np.unpackbits(bits, count=inodes, bitorder="little").astype(np.bool_)
+            walk.table(raw, group * self._group_inodes + 1, used)
+        return walk
+
+    def _walk(self) -> Walk:
+        return Walk(self._read, self._blocks, self.block_bytes, self._inode_bytes)
+
+    def _journal_is_empty(self) -> bool:
+        """By its superblock (jbd2): nothing is left to be replayed."""
+        group, at = divmod(self._number(0xE0) - 1, self._group_inodes)
+        if not 0 <= group < len(self._tables):
+            return False
+        place = int(self._column(*_INODE_TABLE)[group]) * self.block_bytes + at * self._inode_bytes
+        walk = self._walk()
+        walk.table(read_range(self._disk, self._start + place, self._inode_bytes), 0, np.ones(1, np.bool_))
+        rows = walk.rows
+        of_file = rows[rows[:, 2] != OTHER]
+        if not len(rows):
+            return False
+        head = self._read(int((of_file if len(of_file) else rows)[0, 0]))
+        return head[:4] == b"\xc0\x3b\x39\x98" and head[0x1C:0x20] == bytes(4)
+
+    def _read(self, block: int) -> bytes:
+        """A block; one beyond the end is zeros."""
+        raw = read_range(self._disk, self._start + block * self.block_bytes, self.block_bytes)
+        return raw.ljust(self.block_bytes, b"\0")
+
+
+def _overlap(free: Numbers, used: Numbers) -> bool:
+    """Whether any (start, end, …) of `used` reaches into the sorted runs of `free`."""
+    if not len(free) or not len(used):
+        return False
+    at = np.minimum(np.searchsorted(free[:, 1], used[:, 0], side="right"), len(free) - 1)
+    return bool(((free[at, 0] < used[:, 1]) & (free[at, 1] > used[:, 0])).any())
+
+
+def _sums(rows: npt.NDArray[np.uint8], seed: int, polynomial: int) -> npt.NDArray[np.uint32]:
+    """The CRC (reflected, not inverted at its end) of each row, all rows at once."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, table >> 1 ^ np.uint32(polynomial), table >> 1)
+    value: npt.NDArray[Any] = np.full(len(rows), seed, np.uint32)
+    for column in np.ascontiguousarray(rows.T):
+        value = table[(value ^ column) & 0xFF] ^ value >> 8
+    return value

@@ -12,68 +12,74 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from imagestore.disks.filesystems import HEAD_BYTES, signs
+from imagestore.disks.lengths import check_whole, vhd_size
 from imagestore.errors import Invalid, NoSpace
 from imagestore.formats.manifest import MAX_DISK_BYTES
 
-FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi")
-_FOREIGN = {
-    b"LUKS\xba\xbe": "is encrypted (LUKS)",
-    b"conectix": "is a VHD image, which is not supported: convert it to VHDX or qcow2",
-    b"QED\0": "is a QED image, which is not supported: convert it to qcow2",
-    b"\x1f\x8b": "is compressed (gzip): unpack it first",
-    b"\xfd7zXZ": "is compressed (xz): unpack it first",
-    b"\x28\xb5\x2f\xfd": "is compressed (zstd): unpack it first",
-    b"BZh": "is compressed (bzip2): unpack it first",
-    b"PK\x03\x04": "is a zip archive: unpack it first",
-}
-_DISK_SIGNS = (
-    (510, b"\x55\xaa"), (1080, b"\x53\xef"), (0, b"XFSB"), (0x10040, b"_BHRfS_M"), (0x8001, b"CD001"),
-    (0, b"hsqs"), (512, b"LABELONE"), (512, b"EFI PART"), (4086, b"SWAPSPACE2"), (1024, b"\xe2\xe1\xf5\xe0"),
+FORMATS = ("raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd")
+_KNOWN = (
+    (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"vhdxfile", "vhdx"), (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+)  # fmt: skip
+_OTHERS = (
+    (0, b"QFI\xfb\0\0\0\1", "is a qcow image of version 1", "qemu-img convert -f qcow -O qcow2"),
+    (0, b"conectix", "is a dynamic VHD image", "qemu-img convert -f vpc -O qcow2"),
+    (0, b"QED\0", "is a QED image", "qemu-img convert -f qed -O qcow2"),
+    (0, b"WithoutFreeSpace", "is a Parallels image", "qemu-img convert -f parallels -O qcow2"),
+    (0, b"WithouFreSpacExt", "is a Parallels image", "qemu-img convert -f parallels -O qcow2"),
+    (0, b"COWD", "is a VMDK image of ESX", "qemu-img convert -f vmdk -O qcow2"),
+    (0, b"# Disk DescriptorFile", "describes a VMDK whose data is in other files (a flat or split one)",
+     "qemu-img convert -f vmdk -O qcow2"),
+    (0, b"Bochs Virtual HD Image", "is a Bochs image", "qemu-img convert -f bochs -O qcow2"),
+    (0, b"\x3a\xff\x26\xed", "is a sparse image of Android", "simg2img"),
+    (0, b"LUKS\xba\xbe", "is encrypted (LUKS)", "cryptsetup open"),
+    (0, b"\x1f\x8b", "is compressed (gzip)", "gunzip"), (0, b"\xfd7zXZ", "is compressed (xz)", "unxz"),
+    (0, b"\x28\xb5\x2f\xfd", "is compressed (zstd)", "unzstd"), (0, b"BZh", "is compressed (bzip2)", "bunzip2"),
+    (0, b"\x04\x22\x4d\x18", "is compressed (lz4)", "unlz4"), (0, b"LZIP", "is compressed (lzip)", "lzip -d"),
+    (0, b"\x89LZO", "is compressed (lzop)", "lzop -d"), (0, b"PK\x03\x04", "is a zip archive", "unzip"),
+    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "7z x"), (0, b"Rar!", "is a RAR archive", "unrar x"),
+    (257, b"ustar", "is a tar archive", "tar -xf"),
 )  # fmt: skip
 _CPU_S, _WALL_S, _MEMORY_BYTES = 600, 1800, 2 << 30
 
 
 def sniff(descriptor: int, what: str, format_: str | None) -> str:
     """The format of an open file, one of FORMATS. Raises Invalid when it is none, or not the one named."""
-    head = os.pread(descriptor, 0x10048, 0)
-    found = None
-    if head[:4] == b"QFI\xfb":
-        found = "qcow2"
-    elif head[:4] == b"KDMV" or head[:21] == b"# Disk DescriptorFile":
-        found = "vmdk"
-    elif head[:8] == b"vhdxfile":
-        found = "vhdx"
-    elif head[0x40:0x44] == b"\x7f\x10\xda\xbe":
-        found = "vdi"
-    if format_ is not None:
-        if format_ not in FORMATS:
-            raise Invalid(f"unknown image format {format_!r}", hint=f"one of {', '.join(FORMATS)}")
-        if format_ not in ("raw", found):
-            raise Invalid(f"{what} is no {format_} image")
+    if format_ not in (None, *FORMATS):
+        raise Invalid(f"unknown image format {format_!r}", hint=f"one of {', '.join(FORMATS)}")
+    if format_ == "raw":
         return format_
+    head = os.pread(descriptor, HEAD_BYTES, 0)
+    for at, sign, said, command in _OTHERS:
+        if head[at : at + len(sign)] == sign:
+            if at and head[:100].rstrip(b"\0").endswith(b".ovf"):
+                said, command = "is an OVA (a tar archive with a disk in it)", "tar -xf"
+            raise Invalid(f"{what} {said}", hint=f"push what `{command}` makes of it")
+    found = next((kind for at, sign, kind in _KNOWN if head[at : at + len(sign)] == sign), None)
+    found = found or ("vhd" if vhd_size(descriptor, what) else None)
+    if format_ not in (None, found):
+        raise Invalid(f"{what} is no {format_} image")
     if found:
         return found
-    for sign, reason in _FOREIGN.items():
-        if head.startswith(sign):
-            raise Invalid(f"{what} {reason}")
-    if not any(head[at : at + len(sign)] == sign for at, sign in _DISK_SIGNS):
+    tabled = head[510:512] == b"\x55\xaa" or b"EFI PART" in (head[512:520], head[4096:4104])
+    if not tabled and not signs(head):
         hint = "it has no partition table or file system that sf knows; --input-format raw takes any bytes as a disk"
         raise Invalid(f"{what} is no disk image", hint=hint)
     return "raw"
 
 
 @contextlib.contextmanager
-def convert(path: Path, format_: str) -> Iterator[int]:
-    """A descriptor of an unnamed raw copy of a VMDK, VHDX or VDI image, made by a limited qemu-img.
+def convert(image: int, path: Path, format_: str) -> Iterator[int]:
+    """A descriptor of an unnamed raw copy of an open VMDK, VHDX or VDI image, made by a limited qemu-img.
 
+    The descriptor that was judged is what qemu-img reads, whatever `path` leads to meanwhile.
     Raises Invalid when the image is unsafe or broken, NoSpace when the temporary directory is full.
     """
-    _judge(path, format_)
-    source = [
-        "--image-opts",
-        f"driver={format_},file.driver=file,file.locking=off,file.filename={_escape(path)}",
-    ]
-    told = json.loads(_qemu_img(path, ["info", "--output=json", *source], 1 << 20))
+    _judge(image, path, format_)
+    check_whole(image, str(path), format_)
+    where = f"file.driver=file,file.locking=off,file.filename={_place(image)}"
+    source = ["--image-opts", f"driver={format_},{where}"]
+    told = json.loads(_qemu_img(image, path, ["info", "--output=json", *source], 1 << 20))
     size = told.get("virtual-size", 0)
     if not 0 < size <= MAX_DISK_BYTES:
         raise Invalid(f"{path}: a disk of {size >> 40} TiB is larger than the 64 TiB allowed")
@@ -81,7 +87,7 @@ def convert(path: Path, format_: str) -> Iterator[int]:
         raise Invalid(f"{path}: the image has a backing file or is encrypted")
     with tempfile.TemporaryDirectory(prefix="sf-convert-") as directory:
         raw = Path(directory) / "disk.raw"
-        _qemu_img(path, ["convert", "-O", "raw", "-S", "4096", *source, str(raw)], size + (1 << 20))
+        _qemu_img(image, path, ["convert", "-O", "raw", "-S", "4096", *source, str(raw)], size + (1 << 20))
         descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -89,12 +95,12 @@ def convert(path: Path, format_: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _judge(path: Path, format_: str) -> None:
+def _judge(image: int, path: Path, format_: str) -> None:
     """oslo.utils' opinion: extents in other files, polyglots, headers that lie."""
     from oslo_utils.imageutils import format_inspector
 
     try:
-        inspector = format_inspector.detect_file_format(str(path))
+        inspector = format_inspector.detect_file_format(_place(image))
         if inspector is None or str(inspector) != format_:
             raise Invalid(f"{path} looks like {inspector} and like {format_}: refused")
         inspector.safety_check()
@@ -105,12 +111,12 @@ def _judge(path: Path, format_: str) -> None:
         raise Invalid(f"{path} is no good {format_} image: {error}") from error
 
 
-def _escape(path: Path) -> str:
-    """A file name inside qemu's comma-separated options."""
-    return str(path.absolute()).replace(",", ",,")
+def _place(image: int) -> str:
+    """Where a process that has the descriptor opens the same file again."""
+    return f"/proc/self/fd/{image}"
 
 
-def _qemu_img(path: Path, arguments: list[str], file_bytes: int) -> str:
+def _qemu_img(image: int, path: Path, arguments: list[str], file_bytes: int) -> str:
     limits = [f"--cpu={_CPU_S}", f"--as={_MEMORY_BYTES}", f"--fsize={file_bytes}", "--core=0"]
     try:
         done = subprocess.run(
@@ -119,6 +125,7 @@ def _qemu_img(path: Path, arguments: list[str], file_bytes: int) -> str:
             text=True,
             timeout=_WALL_S,
             stdin=subprocess.DEVNULL,
+            pass_fds=(image,),
             env={**os.environ, "LC_ALL": "C"},
         )
     except FileNotFoundError as error:
@@ -129,5 +136,5 @@ def _qemu_img(path: Path, arguments: list[str], file_bytes: int) -> str:
         last = (done.stderr.strip().splitlines() or [f"qemu-img ended with {done.returncode}"])[-1]
         if "No space left" in last:
             raise NoSpace(f"{path}: no space for the converted disk in {tempfile.gettempdir()}")
-        raise Invalid(f"{path}: {last.removeprefix('qemu-img: ')}")
+        raise Invalid(f"{path}: {last.removeprefix('qemu-img: ').replace(_place(image), path.name)}")
     return done.stdout

@@ -8,78 +8,14 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
+from imagestore.disks.disk import Disk, RawDisk
+from imagestore.disks.filesystems import claimed_bytes
 from imagestore.disks.inspection import convert, sniff
+from imagestore.disks.lengths import vhd_size
 from imagestore.disks.qcow2.reader import Qcow2
 from imagestore.errors import Conflict, Invalid
 from imagestore.formats.manifest import MAX_DISK_BYTES
-
-
-class Disk(Protocol):
-    """Random read access, from several threads at once."""
-
-    size_bytes: int
-    format: str
-
-    def next_data(self, offset: int) -> tuple[int, int] | None:
-        """(start, end) of the first stretch at or after `offset` that may hold other bytes than zeros."""
-        ...
-
-    def read(self, offset: int, out: memoryview) -> None:
-        """Fill `out`, which must lie inside one stretch of `next_data`. Raises Invalid for a broken image."""
-        ...
-
-
-def read_exactly(descriptor: int, offset: int, out: memoryview, what: str) -> None:
-    """pread until `out` is full. Raises Invalid when the file ends before."""
-    done = 0
-    while done < len(out):
-        count = os.preadv(descriptor, [out[done:]], offset + done)
-        if count == 0:
-            raise Invalid(f"{what} is cut short: it ends at byte {offset + done}")
-        done += count
-
-
-def read_range(disk: Disk, offset: int, length: int) -> bytes:
-    """Bytes of a disk, holes as zeros; fewer where the disk ends."""
-    length = max(0, min(length, disk.size_bytes - offset))
-    data, done = bytearray(length), 0
-    view = memoryview(data)
-    while done < length and (stretch := disk.next_data(offset + done)) is not None:
-        start, end = (min(max(at - offset, done), length) for at in stretch)
-        if start < end:
-            disk.read(offset + start, view[start:end])
-        done = end
-    return bytes(data)
-
-
-class RawDisk:
-    """A raw file or block device; its holes are found by SEEK_DATA."""
-
-    format = "raw"
-
-    def __init__(self, descriptor: int, what: str) -> None:
-        self._descriptor, self._what = descriptor, what
-        self.size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
-
-    def next_data(self, offset: int) -> tuple[int, int] | None:
-        """By lseek; a file system that does not know holes has one stretch of data."""
-        if offset >= self.size_bytes:
-            return None
-        try:
-            start = os.lseek(self._descriptor, offset, os.SEEK_DATA)
-            return start, min(os.lseek(self._descriptor, start, os.SEEK_HOLE), self.size_bytes)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return None
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            return offset, self.size_bytes
-
-    def read(self, offset: int, out: memoryview) -> None:
-        """One pread."""
-        read_exactly(self._descriptor, offset, out, self._what)
 
 
 def check_unused(descriptor: int, what: str) -> None:
@@ -103,7 +39,7 @@ def check_unused(descriptor: int, what: str) -> None:
 def open_disk(path: Path, format_: str | None = None) -> Iterator[Disk]:
     """Open an image file that nobody writes to.
 
-    format_: raw, qcow2, vmdk, vhdx or vdi; None looks at the file, and refuses what it does not know.
+    format_: raw, qcow2, vmdk, vhdx, vdi or vhd (fixed); None looks at the file, and refuses what it does not know.
     Raises Invalid for a path that cannot be read and for a bad image, Conflict when in use.
     """
     with contextlib.ExitStack() as stack:
@@ -120,12 +56,15 @@ def open_disk(path: Path, format_: str | None = None) -> Iterator[Disk]:
         match sniff(descriptor, str(path), format_):
             case "raw":
                 disk = RawDisk(descriptor, str(path))
+                if format_ is None and (claimed := claimed_bytes(disk)) > disk.size_bytes:
+                    said = f"{path} is cut short: it has {disk.size_bytes} bytes and speaks of {claimed}"
+                    raise Invalid(said, hint="--input-format raw takes it as it is")
+            case "vhd":
+                disk = RawDisk(descriptor, str(path), "vhd", vhd_size(descriptor, str(path)))
             case "qcow2":
                 disk = Qcow2(descriptor, str(path))
             case other:
-                raw = stack.enter_context(convert(path, other))
-                disk = RawDisk(raw, str(path))
-                disk.format = other
+                disk = RawDisk(stack.enter_context(convert(descriptor, path, other)), str(path), other)
         if disk.size_bytes > MAX_DISK_BYTES:
             raise Invalid(f"{path}: a disk of {disk.size_bytes >> 40} TiB is larger than the 64 TiB allowed")
         if disk.size_bytes == 0:

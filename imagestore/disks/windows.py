@@ -11,7 +11,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from imagestore.disks.chunker import U64, block_sums, cut, runs, zero_blocks
-from imagestore.disks.open import Disk
+from imagestore.disks.disk import Disk
 from imagestore.formats.chunking import BLOCK, ChunkerParams
 from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
@@ -47,6 +47,8 @@ class Special:
     """Sorted: where any file starts and ends."""
     free: npt.NDArray[np.int64]
     """Sorted (start, end) rows that are to be read as zeros."""
+    notes: tuple[str, ...] = ()
+    """Where free blocks are read all the same, and why."""
 
 
 def in_order(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:

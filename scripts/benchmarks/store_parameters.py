@@ -14,7 +14,7 @@ import zstandard
 from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench
-from imagestore.disks import ext4
+from imagestore.disks.filesystems import look
 from imagestore.disks.open import open_disk
 from imagestore.disks.windows import Special, Windows
 from imagestore.formats.chunking import ChunkerParams
@@ -25,7 +25,7 @@ _PLAIN = Special(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), 
 
 def _chunks(path: Path, params: ChunkerParams, cuts: bool) -> Iterator[tuple[bytes, memoryview]]:
     with open_disk(path, "raw") as disk, ThreadPoolExecutor(2) as pool:
-        special = ext4.look(disk, sparsify=False) if cuts else _PLAIN
+        special = look(disk, sparsify=False) if cuts else _PLAIN
         for window in Windows(disk, params, pool, special):
             view = window.data.data
             for at, (start, length) in enumerate(

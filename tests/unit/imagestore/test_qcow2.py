@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
+from imagestore.disks.disk import read_range
 from imagestore.disks.inspection import FORMATS
-from imagestore.disks.open import open_disk, read_range
+from imagestore.disks.open import open_disk
 from imagestore.errors import Conflict, Invalid, StoreError
 from tests.drills import rounds, seed
 
