@@ -36,6 +36,7 @@ _SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "names": ("", {"nargs": -1, "required": True, "metavar": "NAME..."}),
     "form": ("--format", {"type": _FORMATS, "default": "table", "show_default": True}),
     "everything": ("--all", {"is_flag": True, "help": "Deleted ones too."}),
+    "force": ("--force", {"is_flag": True, "help": "Do not ask."}),
     "limit": ("--limit", {"default": 100, "show_default": True}),
     "architecture": ("--arch", {"default": platform.machine(), "show_default": True}),
     "single_writer": (

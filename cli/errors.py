@@ -53,6 +53,9 @@ def one_line(error: BaseException) -> str:
         cause, hint = error.format_message(), f"see {error.ctx.command_path} --help" if error.ctx else ""
     elif isinstance(error, OSError) and error.strerror:
         cause = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, ModuleNotFoundError):
+        cause = f"this needs the Python package {error.name}"
+        hint = "pip install 'sf-cloud[node]' for sf serve and sf agent, 'sf-cloud[mirror]' for sf mirror"
     elif hint is None:  # nothing of ours raised it: its text may mean little without its class
         cause = f"{type(error).__name__}: {cause}"
     request = getattr(error, "request_id", "")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from cli.command import flag
 from cli.errors import clean
 
@@ -27,6 +29,8 @@ _STYLES = {"created": "green", "on": "green", "error": "bold red", "crashed": "b
 def show_list(rows: Iterable[Row], columns: Sequence[Column], form: str, *, name: str = "name") -> None:
     """Print a list: a table for people, JSON as it came, or one name per line."""
     rows = list(rows)
+    if len({row.get("namespace") for row in rows}) > 1:
+        columns = [columns[0], ("namespace", "namespace"), *columns[1:]]
     if form == "json":
         print(json.dumps(rows, indent=2, default=str))
     elif form == "name":
@@ -59,12 +63,11 @@ def _cell(row: Row, key: str | Callable[[Any], object]) -> str:
 def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     """Drawn by rich on a terminal; anywhere else plain text in columns. Only digests are cut, and only there."""
     if sys.stdout.isatty():
-        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
         for number, title in enumerate(titles):
             table.add_column(title, overflow="fold", no_wrap=number == 0)
         for row in cells:
@@ -96,6 +99,23 @@ def when(timestamp_s: object) -> str:
     return datetime.fromtimestamp(timestamp_s).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def ago(timestamp_s: object) -> str:
+    """How long ago that was, in one unit; what is no number as it is."""
+    if not isinstance(timestamp_s, int | float) or not timestamp_s:
+        return clean(timestamp_s or "")
+    gone_s = max(0.0, time.time() - timestamp_s)
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if gone_s >= seconds:
+            return f"{gone_s // seconds:.0f} {unit} ago"
+    return f"{gone_s:.0f} s ago"
+
+
+def confirm(question: str, force: bool) -> None:
+    """Ask the person at the terminal before something is destroyed; nobody there means yes. Raises click.Abort."""
+    if sys.stdin.isatty() and not force:
+        click.confirm(question, abort=True, err=True)
+
+
 def live() -> bool:
     """Whether progress may redraw its line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -108,18 +128,22 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def status() -> Iterator[Callable[[str], None]]:
-    """What is going on, in words: one live line on a terminal, a line per change elsewhere."""
+def status() -> Iterator[Callable[..., None]]:
+    """What is going on, in words: one live line on a terminal, a line per change elsewhere.
+
+    A second text is a detail that comes and goes: for the live line alone.
+    """
     last = [""]
     if live() and not flag("quiet"):
         from rich.console import Console
         from rich.text import Text
 
         with Console(stderr=True).status("") as shown:
-            yield lambda text: shown.update(Text(clean(text)))
+            one: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
+            yield lambda text, more="": shown.update(Text(clean(f"{text}  {more}"), **one))
         return
 
-    def line(text: str) -> None:
+    def line(text: str, more: str = "") -> None:
         if last != [text]:
             last[:] = [text]
             say(text)
@@ -149,15 +173,17 @@ def _bar(what: str) -> Iterator["Report"]:
     from rich.progress import Progress as Bar
     from rich.table import Column
 
-    whole, rest = Column(no_wrap=True, min_width=16), Column(no_wrap=True, overflow="ellipsis")
+    # 80 columns hold what, bar, sizes and time; what else there is to say is cut before any of these.
+    what_column = Column(no_wrap=True, overflow="ellipsis", max_width=24)
+    rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     columns = (
-        TextColumn("{task.description}", markup=False, table_column=rest),
-        BarColumn(16),
-        DownloadColumn(True, table_column=whole),
-        TimeRemainingColumn(True),
+        TextColumn("{task.description}", markup=False, table_column=what_column),
+        BarColumn(12, table_column=Column(min_width=12)),
+        DownloadColumn(True, table_column=Column(no_wrap=True, min_width=17)),
+        TimeRemainingColumn(True, table_column=Column(no_wrap=True, min_width=5)),
         TextColumn("{task.fields[detail]}", markup=False, table_column=rest),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True), expand=True) as bar:
         task = bar.add_task(what, total=None, detail="")
         yield lambda p: bar.update(
             task,

@@ -39,9 +39,13 @@ def access(settings: Settings) -> tuple[str, str, str]:
             return url, source.get("namespace") or "system", source["key"]
     namespace = next((s["namespace"] for s in sources if s.get("namespace")), "system")
     local = settings.state_dir / "auth" / "local-key"
-    if namespace == "system" and _LOOPBACK.match(url) and os.access(local, os.R_OK):
+    if namespace == "system" and is_loopback(url) and os.access(local, os.R_OK):
         return url, namespace, local.read_text().strip()
     return url, namespace, ""
+
+
+def is_loopback(url: str) -> bool:
+    return bool(_LOOPBACK.match(url))
 
 
 def _client_file(path: Path) -> dict[str, str]:

@@ -23,6 +23,14 @@ def up(api: Api, found: Row) -> str:
     return match[0].decode(errors="replace").strip() if match else ""
 
 
+def last_line(api: Api, found: Row) -> str:
+    """What the guest said last, for whoever waits for it; "" before it is there."""
+    if found["state"] != "created":
+        return ""
+    lines = _ESCAPES.sub(b"", _read(api, str(found["uuid"]), 2_000)).decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
 def _read(api: Api, name: str, length: int) -> bytes:
     return bytes(api("GET", "instances", name, "consoledata", length=length))
 

@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,32 +10,55 @@ from typing import Any
 import click
 
 from cli.cloud.api import Api, Object, poll
-from cli.cloud.console import print_console, up
+from cli.cloud.console import print_console
+from cli.cloud.create import attachment, gigabytes, image_of, ssh_key, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group, settings
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
-from cli.output import Row, say, show_list, show_one, size, status
+from cli.output import Row, confirm, say, show_list, show_one, size, when
 
 COLUMNS = (
     ("name", "name"),
-    ("state", "state"),
-    ("power", "power_state"),
+    ("state", lambda i: i["power_state"] if i["state"] == "created" else i["state"]),
     ("addresses", lambda i: " ".join(link["ipv4"] for link in _links(i))),
     ("cpus", "cpus"),
     ("memory", lambda i: size((i.get("memory") or 0) * 2**20)),
     ("node", "node"),
-    ("uuid", "uuid"),
 )
 FIELDS = (
-    *COLUMNS,
+    *COLUMNS[:1],
+    ("state", "state"),
+    ("power", "power_state"),
+    *COLUMNS[2:],
+    ("uuid", "uuid"),
     ("namespace", "namespace"),
-    ("disks", lambda i: [f"{d.get('device', '')} {d.get('base') or 'blank'}" for d in i.get("disks") or []]),
+    ("interfaces", lambda i: [_interface(link) for link in _links(i)]),
+    ("disks", lambda i: [_disk(disk) for disk in i.get("disks") or []]),
+    ("labels", lambda i: [f"{key}={value}" for key, value in (i.get("metadata") or {}).items()]),
+    ("created", lambda i: when(i.get("created"))),
+    ("changed", lambda i: when(i.get("updated"))),
+    ("screen", lambda i: _screen(i)),
     ("accelerator", "accel"),
     ("progress", "progress"),
     ("image", lambda i: [_arrived(*d) for d in sorted((i.get("image_bytes") or {}).items())]),
     ("agent", "agent_state"),
     ("error", "error_message"),
 )
+
+
+def _interface(link: Row) -> str:
+    floating = f", from outside {link['floating']}" if link.get("floating") else ""
+    return f"{link['ipv4']} {link.get('macaddr')}{floating}"
+
+
+def _disk(disk: Row) -> str:
+    return f"{disk.get('device', '')} {size(disk.get('size_bytes') or None)} {disk.get('base') or 'blank'}"
+
+
+def _screen(found: Row) -> str:
+    """How a viewer gets in, while the guest runs."""
+    port, kind = found.get("vdi_port"), (found.get("video") or {}).get("vdi")
+    return f"{kind} on port {port} of {found['node']}, password {found.get('vdi_password')}" if port else ""
 
 
 def _arrived(device: str, figures: Mapping[str, Any]) -> str:
@@ -52,6 +74,7 @@ def _arrived(device: str, figures: Mapping[str, Any]) -> str:
 LINKS = (("address", "ipv4"), ("mac", "macaddr"), ("network", "network_uuid"), ("uuid", "uuid"))
 
 instance = Group("instance", needs=API, help="Create, watch and control guests.")
+_DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -59,40 +82,12 @@ def _links(row: Row) -> list[Object]:
     return [link for link in row.get("interfaces") or [] if isinstance(link, dict) and link.get("ipv4")]
 
 
-def _gigabytes(size_bytes: int) -> int:
-    whole, rest = divmod(size_bytes, 2**30)
-    if rest or not whole:
-        raise Problem(f"not a disk size: {size(size_bytes)}", hint="whole gigabytes, such as 8G", code=USAGE)
-    return whole
-
-
-def _network(api: Api, text: str) -> Object:
-    """`lan`, or `lan,address=10.42.0.9,mac=02:…,model=virtio,float`."""
-    name, *options = text.split(",")
-    keys = {"address": "address", "mac": "macaddress", "model": "model"}
-    found: Object = {"network_uuid": api("GET", "networks", name)["uuid"]}
-    for option in options:
-        key, _, value = option.partition("=")
-        if key not in (*keys, "float"):
-            hint = f"{name},address=ADDRESS,mac=MAC,model=MODEL,float"
-            raise Problem(f"not an option of --network: {option!r}", hint=hint, code=USAGE)
-        found[keys.get(key, key)] = value if key in keys else True
-    return found
-
-
-def _ssh_key(path: Path) -> str:
-    text = path.read_text(errors="replace").strip()
-    if not re.match(r"(ssh|ecdsa|sk)-\S+ \S+", text):
-        raise Problem(f"{path} is no public ssh key", hint="the file that ends in .pub", code=USAGE)
-    return text
-
-
 @instance.add(
     examples="""sf instance create web --image debian:12 --network lan --cpus 1 --memory 512 --wait boot
     sf instance create db --image debian:12 --network lan,address=10.42.0.9 --disk 20G --disk 100G
     sf instance create ci --image debian:12 --network lan --ssh-key ~/.ssh/id_ed25519.pub --user-data init.yaml"""
 )
-@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST].")
+@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], or a disk image's file.")
 @click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; a number: MiB.")
@@ -114,9 +109,13 @@ def _ssh_key(path: Path) -> str:
 @click.option("--timeout", type=DURATION, default="15m", show_default=True, help="How long --wait waits.")
 def create(name: str, form: str, **given: Any) -> None:
     """Create a guest and start it."""
+    api = Api()
+    file = Path(given["image"] or "")
+    if file.is_file() and ("/" in given["image"] or file.suffix in _DISKS):
+        given["image"] = image_of(api, file)
     if not given["image"] and not given["disks"]:
         raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
-    disks: list[Object] = [{"size": _gigabytes(each), "base": None} for each in given["disks"]] or [
+    disks: list[Object] = [{"size": gigabytes(each), "base": None} for each in given["disks"]] or [
         {"size": None}
     ]
     disks[0]["base"] = given["image"]
@@ -125,7 +124,7 @@ def create(name: str, form: str, **given: Any) -> None:
         "cpus": given["cpus"],
         "memory": given["memory"] // 2**20,
         "disk": disks,
-        "ssh_key": "\n".join(map(_ssh_key, given["ssh_keys"])) or None,
+        "ssh_key": "\n".join(map(ssh_key, given["ssh_keys"])) or None,
         "user_data": base64.b64encode(given["user_data"].read_bytes()).decode()
         if given["user_data"]
         else None,
@@ -134,34 +133,15 @@ def create(name: str, form: str, **given: Any) -> None:
         "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
         "metadata": dict(label.partition("=")[::2] for label in given["labels"]) or None,
     }
-    api = Api()
-    body["network"] = [_network(api, text) for text in given["networks"]]
+    body["network"] = [attachment(api, text) for text in given["networks"]]
     made = api("POST", "instances", **body)
+    if not body["network"]:
+        say(f"{name} has no network: nobody will reach it but by its console (--network NAME)")
+    elif not body["ssh_key"] and not body["user_data"]:
+        say(f"{name} has no key: nobody will log in unless its image has a password (--ssh-key FILE.pub)")
     if given["wait"] != "no":
-        made = _wait(api, made["uuid"], given["wait"] == "boot", given["timeout"])
+        made = wait(api, made["uuid"], given["wait"] == "boot", given["timeout"])
     show_one(made, COLUMNS, form)
-
-
-def _wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:
-    """Follow an instance until it is created, or up."""
-    hint = f"sf instance events {uuid}"
-    with status() as tell:
-        for gone_s in poll(timeout_s):
-            found: Object = api("GET", "instances", uuid)
-            state, name = found["state"], found["name"]
-            if state.endswith("error") or found.get("power_state") == "crashed":
-                raise Problem(f"{name}: {found.get('error_message') or 'the guest crashed'}", hint=hint)
-            if state in ("delete-wait", "deleted"):
-                raise Problem(f"{name} was deleted meanwhile", hint=hint, code=MISSING)
-            sign = (up(api, found) if boot else "created") if state == "created" else ""
-            if sign:
-                ready = f"{name}: {sign} after {gone_s:.1f} s"
-                break
-            tell(f"{name}: {found.get('progress') or ('booting' if state == 'created' else state)}")
-        else:
-            raise Problem(f"{uuid} is not up after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
-    say(ready)
-    return found
 
 
 @instance.add(examples="sf instance ls --format name")
@@ -180,6 +160,18 @@ def show(name: str, form: str) -> None:
 def events(name: str, limit: int, form: str) -> None:
     """What happened to a guest, newest first."""
     show_list(Api()("GET", "instances", name, "events", limit=limit), EVENTS, form, name="message")
+
+
+@instance.add(examples="sf instance vnc web")
+def vnc(name: str, form: str) -> None:
+    """Where a guest's screen is shown (create --vdi), for a viewer that reaches the node, and its password."""
+    api = Api()
+    found = api("GET", "instances", name)
+    if not found.get("vdi_port"):
+        raise Problem(f"{name} shows no screen now", hint="create --vdi vnc, and start it", code=MISSING)
+    row = {"kind": (found["video"] or {}).get("vdi"), "password": found["vdi_password"], "name": name}
+    row["address"] = f"{api('GET', 'nodes', found['node'])['ip']}:{found['vdi_port']}"
+    show_one(row, (("address", "address"), ("kind", "kind"), ("password", "password")), form)
 
 
 @instance.add(examples="sf instance console web\nsf instance console web -f")
@@ -237,8 +229,9 @@ def _namespace(vni: int) -> str:
 
 @instance.add(examples="sf instance delete web")
 @click.option("--wait", is_flag=True, help="Until nothing is left of them.")
-def delete(names: tuple[str, ...], wait: bool) -> None:
+def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
     """Delete guests and their disks."""
+    confirm(f"delete {' '.join(names)} with all disks?", force)
     api = Api()
     doomed = {name: api("GET", "instances", name)["uuid"] for name in names}
     for uuid in doomed.values():
@@ -280,7 +273,10 @@ def add_interface(name: str, network: str, form: str) -> None:
     """Plug an interface into a running guest."""
     api = Api()
     show_one(
-        api("POST", "instances", name, "interfaces", network=_network(api, network)), LINKS, form, name="uuid"
+        api("POST", "instances", name, "interfaces", network=attachment(api, network)),
+        LINKS,
+        form,
+        name="uuid",
     )
 
 

@@ -5,7 +5,7 @@ import click
 from cli.cloud.api import Api
 from cli.command import API, Group
 from cli.errors import Problem
-from cli.output import Row, say, show_list, show_one, when
+from cli.output import Row, ago, confirm, say, show_list, show_one
 
 COLUMNS = (
     ("name", "name"),
@@ -13,10 +13,10 @@ COLUMNS = (
     ("vni", "vxlan_id"),
     ("state", "state"),
     ("services", lambda n: " ".join(s for s in ("dhcp", "dns", "nat") if n.get(f"provide_{s}"))),
-    ("uuid", "uuid"),
 )
 FIELDS = (
     *COLUMNS,
+    ("uuid", "uuid"),
     ("router", "router_node"),
     ("floating gateway", "floating_gateway"),
     ("namespace", "namespace"),
@@ -24,7 +24,7 @@ FIELDS = (
 )
 FINDINGS = (("node", "node"), ("problem", "problem"), ("fix", "fix"))
 EVENTS = (
-    ("time", lambda e: when(e.get("timestamp"))),
+    ("time", lambda e: ago(e.get("timestamp"))),
     ("type", "type"),
     ("node", "fqdn"),
     ("message", "message"),
@@ -67,8 +67,9 @@ def show(name: str, form: str) -> None:
 
 
 @network.add(examples="sf network delete lan")
-def delete(names: tuple[str, ...]) -> None:
+def delete(names: tuple[str, ...], force: bool) -> None:
     """Delete networks that no guest uses any more."""
+    confirm(f"delete {' '.join(names)}?", force)
     api = Api()
     for name in names:
         api("DELETE", "networks", name)

@@ -1,15 +1,15 @@
 """`sf image`: disk images in a store. Needs no server."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cli.command import DURATION, STORE, Group, settings
-from cli.errors import MISSING, Problem
+from cli.errors import MISSING, USAGE, Problem
 from cli.image.stores import found, judge, opened, written
-from cli.output import progress, say, show_list, show_one, size, when
+from cli.output import ago, progress, say, show_list, show_one, size, when
 
 COLUMNS = (
     ("name", "name"),
@@ -17,7 +17,7 @@ COLUMNS = (
     ("size", lambda i: size(i.get("size_bytes"))),
     ("digest", "digest"),
     ("on this node", "present"),
-    ("changed", lambda i: "removed" if i.get("removed") else when(i.get("modified_s"))),
+    ("changed", lambda i: "removed" if i.get("removed") else ago(i.get("modified_s"))),
 )
 FIELDS = (
     *COLUMNS,
@@ -53,6 +53,7 @@ COLLECTED = (
     ("tombstones gone", "deleted_names"),
     ("", lambda r: "nothing was changed (--dry-run)" if r["dry_run"] else ""),
 )
+BROUGHT = (("name", "name"), ("digest", "digest"), ("written", lambda r: size(r["written_bytes"])))
 PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
 
 image = Group("image", needs=STORE, help="Push, pull and manage disk images.")
@@ -93,10 +94,12 @@ def push(
     show_one(row, PUSHED, form)
 
 
-@image.add(examples="sf image pull debian:12 -o copy.qcow2\nsf image pull official/debian:12 -o disk.raw")
-@click.option(
-    "-o", "--output", required=True, type=path, help="The file; it appears when all of it is right."
+@image.add(
+    examples="""sf image pull debian:12 -o copy.qcow2
+    sf image pull official/debian:12 -o disk.raw
+    sf image pull official/debian:12"""
 )
+@click.option("-o", "--output", type=path, help="The file; without one the image comes to the local store.")
 @click.option(
     "--as", "kind", type=click.Choice(["qcow2", "raw"]), help="Default: raw for .raw and .img, else qcow2."
 )
@@ -104,13 +107,16 @@ def push(
     "--seed", "seeds", multiple=True, metavar="NAME=FILE", help="Take equal parts from the raw disk FILE."
 )
 def pull(
-    name: str, architecture: str, form: str, output: Path, kind: str | None, seeds: tuple[str, ...]
+    name: str, architecture: str, form: str, output: Path | None, kind: str | None, seeds: tuple[str, ...]
 ) -> None:
-    """Write an image to a file."""
+    """Write an image to a file, or bring it here from another store."""
     from imagestore import Seed, keep_buffers
     from imagestore import pull as pull_image
 
     keep_buffers()
+    if output is None:
+        _bring(name, architecture, form)
+        return
     given: list[Seed] = []
     for text in seeds:
         image_name, _, file = text.partition("=")
@@ -123,12 +129,31 @@ def pull(
     show_one(row, PULLED, form, name="output")
 
 
-@image.add(examples="sf image ls\nsf image ls --format json")
+def _bring(name: str, architecture: str, form: str) -> None:
+    from imagestore import copy_name
+
+    with found(name, architecture) as (source, full, digest), opened(create=True, write=True) as store:
+        if not full:
+            raise Problem(
+                f"{name} has no name to keep it under here", hint="NAME[:TAG][@b3:DIGEST]", code=USAGE
+            )
+        count = 0
+        if source.url != store.url:
+            say(f"copy {full} from {source.url} to {store.url}")
+            record = replace(source.names.get(*written(full)), images={architecture: digest})
+            count = sum(done.written_bytes for done in copy_name(source, store, record))
+    show_one({"name": full, "digest": str(digest), "written_bytes": count}, BROUGHT, form)
+
+
+@image.add(examples="sf image ls\nsf image ls official\nsf image ls --format json")
+@click.argument("remote", required=False)
 @click.option("--removed", is_flag=True, help="Those that undelete can bring back, too.")
-def ls(form: str, removed: bool) -> None:
-    """List images."""
-    here = _here()
-    with opened(create=settings().store_is_default) as store:
+def ls(remote: str | None, form: str, removed: bool) -> None:
+    """List images of the local store, or of a remote."""
+    here, stores = _here(), settings().stores
+    if (name := (remote or "local").rstrip("/")) not in stores:
+        raise Problem(f"no remote is called {name!r}", hint=f"there are: {', '.join(stores)}", code=MISSING)
+    with opened(stores[name], create=not remote and settings().store_is_default) as store:
         rows = [
             {
                 "name": f"{r.name}:{r.tag}",

@@ -6,13 +6,14 @@ import click
 
 from cli.cloud.api import Api
 from cli.command import API, Group
-from cli.output import say, show_list, show_one, when
+from cli.errors import CONFLICT, Problem
+from cli.output import ago, confirm, say, show_list, show_one
 
 NODES = (
     ("name", "name"),
     ("address", "ip"),
     ("state", "state"),
-    ("last seen", lambda n: when(n.get("lastseen"))),
+    ("last seen", lambda n: ago(n.get("lastseen"))),
     ("release", "release"),
 )
 NAMESPACES = (
@@ -57,8 +58,9 @@ def drain(name: str, undo: bool) -> None:
 
 
 @node.add(examples="sf node remove server2")
-def remove(name: str) -> None:
+def remove(name: str, force: bool) -> None:
     """Forget a node that is gone, and the guests that were on it."""
+    confirm(f"forget {name} and all guests on it?", force)
     Api()("DELETE", "nodes", name)
 
 
@@ -81,8 +83,9 @@ def namespace_create(name: str, form: str) -> None:
 
 
 @namespace.add("delete", examples="sf namespace delete shop")
-def namespace_delete(name: str) -> None:
+def namespace_delete(name: str, force: bool) -> None:
     """Delete a namespace that has no guests and networks any more."""
+    confirm(f"delete namespace {name} and its keys?", force)
     Api()("DELETE", *BASE, name)
     say(f"{name} deleted")
 
@@ -106,7 +109,16 @@ def key_add(of: str, name: str) -> None:
 
 @key.add("rm", examples="sf key rm shop laptop")
 @of
-def key_rm(of: str, name: str) -> None:
+def key_rm(of: str, name: str, force: bool) -> None:
     """Remove a key; what was logged in with it ends at once."""
-    Api()("DELETE", *BASE, of, "keys", name)
+    api = Api()
+    api("GET", *BASE, of)
+    if (of, name) == api.known_as and not force:
+        # Not even without a terminal: this is how root was locked out of its own server.
+        hint = "--force does it; sf serve makes system's local key anew when it starts"
+        raise Problem(
+            f"{name} is the key that you use: you could not log in any more", hint=hint, code=CONFLICT
+        )
+    confirm(f"remove key {name} of {of}? What is logged in with it ends at once.", force)
+    api("DELETE", *BASE, of, "keys", name)
     say(f"{name} removed")

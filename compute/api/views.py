@@ -94,6 +94,7 @@ def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
         console_port=item.console_port or None,
         vdi_port=item.vdi_port or None,
         vdi_tls_port=None,
+        vdi_password=item.extra.get("vdi_password"),
         ssh_key=item.ssh_key or None,
         user_data=base64.b64encode(item.user_data).decode() or None,
         uefi=item.uefi,

@@ -7,7 +7,7 @@ import click
 import pytest
 
 from cli.cloud.console import beyond
-from cli.cloud.instance import _gigabytes
+from cli.cloud.create import gigabytes
 from cli.command import GIBIBYTES
 from cli.errors import Problem
 from cli.main import sf
@@ -78,8 +78,8 @@ def test_a_time_that_is_no_number_stays() -> None:
     assert (when("yesterday"), when(None), when(0)) == ("yesterday", "", "")
 
 
-def test_disk_sizes_are_whole_gigabytes() -> None:
-    assert [_gigabytes(GIBIBYTES.convert(t, None, None)) for t in ("8", "8G", "8GiB", "2T")] == [
+def test_disk_sizes_are_wholegigabytes() -> None:
+    assert [gigabytes(GIBIBYTES.convert(t, None, None)) for t in ("8", "8G", "8GiB", "2T")] == [
         8,
         8,
         8,
@@ -87,7 +87,7 @@ def test_disk_sizes_are_whole_gigabytes() -> None:
     ]
     for text in ("", "0", "-1", "1.5G", "8M", "G"):
         with pytest.raises((Problem, click.BadParameter)):
-            _gigabytes(GIBIBYTES.convert(text, None, None))
+            gigabytes(GIBIBYTES.convert(text, None, None))
 
 
 def test_a_followed_console_prints_each_byte_once_though_its_head_is_cut() -> None:

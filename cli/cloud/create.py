@@ -1,0 +1,78 @@
+"""What `sf instance create` makes of its options, and how it waits for the guest."""
+
+import re
+import time
+from pathlib import Path
+
+from cli.cloud.api import Api, Object, poll
+from cli.cloud.console import last_line, up
+from cli.errors import MISSING, TIMEOUT, USAGE, Problem
+from cli.image.stores import opened
+from cli.output import progress, say, size, status
+
+
+def gigabytes(size_bytes: int) -> int:
+    whole, rest = divmod(size_bytes, 2**30)
+    if rest or not whole:
+        raise Problem(f"not a disk size: {size(size_bytes)}", hint="whole gigabytes, such as 8G", code=USAGE)
+    return whole
+
+
+def attachment(api: Api, text: str) -> Object:
+    """`lan`, or `lan,address=10.42.0.9,mac=02:…,model=virtio,float`."""
+    name, *options = text.split(",")
+    keys = {"address": "address", "mac": "macaddress", "model": "model"}
+    found: Object = {"network_uuid": api("GET", "networks", name)["uuid"]}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in (*keys, "float"):
+            hint = f"{name},address=ADDRESS,mac=MAC,model=MODEL,float"
+            raise Problem(f"not an option of --network: {option!r}", hint=hint, code=USAGE)
+        found[keys.get(key, key)] = value if key in keys else True
+    return found
+
+
+def ssh_key(path: Path) -> str:
+    text = path.read_text(errors="replace").strip()
+    if not re.match(r"(ssh|ecdsa|sk)-\S+ \S+", text):
+        raise Problem(f"{path} is no public ssh key", hint="the file that ends in .pub", code=USAGE)
+    return text
+
+
+def image_of(api: Api, file: Path) -> str:
+    """Keep a disk image's file in the local store, which this machine's server reads; the name that it got."""
+    from imagestore import keep_buffers, push
+
+    if not api.local:
+        hint = "sf image push FILE NAME --store URL, to a store that the server reads"
+        raise Problem(f"{api.url} cannot see {file}", hint=hint, code=USAGE)
+    keep_buffers()
+    name = re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:60] or "disk"
+    tag = time.strftime("%Y%m%d-%H%M%S", time.localtime(file.stat().st_mtime))
+    with opened(create=True, write=True) as store, progress(f"{name}:{tag}") as tell:
+        push(store, file, name, tag, progress=tell)
+    say(f"{file} is {name}:{tag} from now on")
+    return f"{name}:{tag}"
+
+
+def wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:
+    """Follow an instance until it is created, or up."""
+    hint = f"sf instance events {uuid}"
+    with status() as tell:
+        for gone_s in poll(timeout_s):
+            found: Object = api("GET", "instances", uuid)
+            state, name = found["state"], found["name"]
+            if state.endswith("error") or found.get("power_state") == "crashed":
+                raise Problem(f"{name}: {found.get('error_message') or 'the guest crashed'}", hint=hint)
+            if state in ("delete-wait", "deleted"):
+                raise Problem(f"{name} was deleted meanwhile", hint=hint, code=MISSING)
+            sign = (up(api, found) if boot else "created") if state == "created" else ""
+            if sign:
+                ready = f"{name}: {sign} after {gone_s:.1f} s"
+                break
+            doing = found.get("progress") or ("booting" if state == "created" else state)
+            tell(f"{name}: {doing}", f"{gone_s:.0f} s  {last_line(api, found) if boot else ''}")
+        else:
+            raise Problem(f"{uuid} is not up after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
+    say(ready)
+    return found
