@@ -8,6 +8,7 @@ that has been waiting longest: of the same address, or of all when the whole ser
 
 import asyncio
 import resource
+import threading
 import time
 from asyncio import constants
 from collections import OrderedDict
@@ -51,17 +52,19 @@ class Buckets:
     def __init__(self, per_second: float, burst: float) -> None:
         self._per_second, self._burst = per_second, burst
         self._left: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def take(self, key: Hashable, count: float = 1.0) -> bool:
         """False when there are no more; a negative count gives back."""
-        now = time.monotonic()
-        left, at = self._left.pop(key, (self._burst, now))
-        left = min(self._burst, left + (now - at) * self._per_second)
-        enough = left >= count
-        self._left[key] = (min(self._burst, left - count) if enough else left, now)
-        if len(self._left) > 10_000:
-            self._left.popitem(last=False)
-        return enough
+        with self._lock:
+            now = time.monotonic()
+            left, at = self._left.pop(key, (self._burst, now))
+            left = min(self._burst, left + (now - at) * self._per_second)
+            enough = left >= count
+            self._left[key] = (min(self._burst, left - count) if enough else left, now)
+            if len(self._left) > 10_000:
+                self._left.popitem(last=False)
+            return enough
 
 
 class Guarded(HttpToolsProtocol):

@@ -154,17 +154,20 @@ def ls(remote: str | None, form: str, removed: bool) -> None:
     if (name := (remote or "local").rstrip("/")) not in stores:
         raise Problem(f"no remote is called {name!r}", hint=f"there are: {', '.join(stores)}", code=MISSING)
     with opened(stores[name], create=not remote and settings().store_is_default) as store:
+        records = list(store.names.list(removed=removed))
+        wanted = {digest for record in records for digest in record.images.values()}
+        sizes = store.sizes(wanted) if form != "name" else {}
         rows = [
             {
                 "name": f"{r.name}:{r.tag}",
                 "architecture": architecture,
                 "digest": str(digest),
-                "size_bytes": None if form == "name" else store.size_bytes(digest),
+                "size_bytes": sizes.get(digest),
                 "present": here.get(str(digest), ""),
                 "removed": r.removed,
                 "modified_s": r.modified_s,
             }
-            for r in store.names.list(removed=removed)
+            for r in records
             for architecture, digest in r.images.items()
         ]
     show_list(rows, COLUMNS, form)

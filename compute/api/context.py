@@ -21,6 +21,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import Conflict, Denied, NotFound, Precondition
+from imagestore import listening
 
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
@@ -35,6 +36,11 @@ class Services:
     controller: Controller
     authority: Authority
     resolver: Resolver
+
+
+def address_of(request: Request) -> str:
+    """Who asks, for limits."""
+    return listening.origin(request.client.host) if request.client else ""
 
 
 class Body(BaseModel):
@@ -57,7 +63,8 @@ class Context:
         self.caller: Caller = self._caller()
 
     def _caller(self, *, begun: bool = False) -> Caller:
-        return self.services.authority.caller(self.request.headers.get("authorization", ""), begun=begun)
+        said = self.request.headers.get("authorization", "")
+        return self.services.authority.caller(said, address_of(self.request), begun=begun)
 
     def look_again(self) -> None:
         """For answers that take long: whom does the caller stand for now? Raises Unauthenticated."""

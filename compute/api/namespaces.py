@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, Services
+from compute.api.context import Body, Context, Ctx, Services, address_of
 from compute.api.edge import Route
 from compute.api.history import add_metadata
 from compute.cluster import auth
@@ -59,7 +59,7 @@ def _own(ctx: Context, name: str) -> None:
 @router.post("/auth")
 def login(request: Request, body: LoginBody) -> Response:
     services: Services = request.app.state.services
-    return JSONResponse(services.authority.login(body.namespace, body.key))
+    return JSONResponse(services.authority.login(body.namespace, body.key, address_of(request)))
 
 
 @router.get("/auth/namespaces")

@@ -1,8 +1,9 @@
 """Who calls: namespaces, their keys, and the short-lived tokens that stand for them.
 
-Keys are kept as bcrypt of their SHA-256 (bcrypt alone reads 72 bytes). A key that was right once is remembered for
-this process as an HMAC under a secret of the process, so that only its first use pays for bcrypt. A token is a JWT
-(HS256, 900 s) that names its key's nonce: changing or removing the key ends its tokens at once.
+Keys are kept as bcrypt of their SHA-256 (bcrypt alone reads 72 bytes), beside two bytes of a cheap hash: of wrong keys
+one in 65,536 costs a bcrypt, of a namespace's own the right one alone. A key that was right once is remembered for this
+process as an HMAC under a secret of the process, so that only its first use pays at all. A token is a JWT (HS256,
+900 s) that names its key's nonce: changing or removing the key ends its tokens at once.
 """
 
 import base64
@@ -11,7 +12,8 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,9 @@ from compute.cluster.records.secrets import secret
 from compute.cluster.records.stored import check_name
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
-from compute.errors import Conflict, Invalid, NotFound, Unauthenticated, Unavailable
+from compute.errors import ComputeError, Conflict, Invalid, NotFound, Unauthenticated, Unavailable
 from compute.wire.spec import InstanceState
-from imagestore import durable
+from imagestore import durable, listening
 
 SYSTEM = "system"
 """The administrator's namespace: it sees and may do everything."""
@@ -37,6 +39,8 @@ TOKEN_S = 900
 
 _BCRYPT_ROUNDS = 10
 _LINE = 16
+_TRIES = 32
+"""Wrong keys from one address for one namespace at once; then one a second."""
 _ISSUER = "sf"
 
 
@@ -65,11 +69,12 @@ def hash_key(key: str) -> KeyHash:
     if not key or len(key) > 1024:
         raise Invalid("a key has 1 to 1024 characters")
     hashed = bcrypt.hashpw(_digest(key), bcrypt.gensalt(_BCRYPT_ROUNDS)).decode()
-    return KeyHash(hash=hashed, nonce=secrets.token_hex(8))
+    nonce = secrets.token_hex(8)
+    return KeyHash(hash=hashed, nonce=nonce, lookup=_lookup(key, nonce))
 
 
-_NOBODY = KeyHash(hash="$2b$10$AdvMufpMnmcKxm5./Vxp9eZaPWP3h.fGsXaDofgT7FLDsTNIlITQm", nonce="")
-"""What a key is compared with where there is no such namespace, so that the same time passes: no bytes, hashed."""
+def _lookup(key: str, nonce: str) -> str:
+    return hashlib.sha256(f"{nonce}\0{key}".encode()).hexdigest()[:4]
 
 
 class Authority:
@@ -80,31 +85,58 @@ class Authority:
         self._pepper = secrets.token_bytes(32)
         self._known: dict[bytes, str] = {}
         """HMAC of a key that was right → the nonce of the record that it matched."""
-        self._slow, self._line = threading.Lock(), threading.BoundedSemaphore(_LINE)
-        """One bcrypt at a time, few in line: guessing keys takes neither the cores nor the API's threads."""
+        self._sure, self._slow, self._line = (
+            threading.Lock(),
+            threading.Lock(),
+            threading.BoundedSemaphore(_LINE),
+        )
+        """One bcrypt at a time of what is most likely right; keys of 0.1 have a line of their own, a short one."""
+        self._tries = listening.Buckets(per_second=1, burst=_TRIES)
         self._jwt_secret = transact(store, lambda txn: secret(txn, "jwt-secret"))
 
-    def login(self, namespace: str, key: str) -> dict[str, Any]:
-        """The answer of POST /auth. Raises Unauthenticated, in the same words where there is no such namespace."""
+    def login(self, namespace: str, key: str, address: str = "") -> dict[str, Any]:
+        """The answer of POST /auth. Raises Unauthenticated, in the same words where there is no such namespace.
+
+        address: who asks, as `listening.origin` has it. Raises Unavailable after too many wrong keys from there.
+        """
         found = Transaction(self._store).find(Namespace, namespace)
         mark = hmac.digest(self._pepper, f"{namespace}\0{key}".encode(), "sha256")
-        for name, known in ((found.keys if found else {}) or {"": _NOBODY}).items():
-            if self._known.get(mark) == known.nonce or self._matches(key, known):
-                self._known[mark] = known.nonce
-                now = int(time.time())
-                claims = {
-                    "iss": _ISSUER,
-                    "sub": namespace,
-                    "key": name,
-                    "nonce": known.nonce,
-                    "iat": now,
-                    "exp": now + TOKEN_S,
-                }
-                token = jwt.encode(claims, self._jwt_secret, algorithm="HS256")
-                return {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_S}
+        keys = found.keys if found else {}
+        seen, now = self._known.get(mark), int(time.time())
+        name = next((name for name, known in keys.items() if known.nonce == seen), "")
+        if not name:
+            name = self._find(namespace, key, keys, address)
+            self._known[mark] = keys[name].nonce
+        claims = {
+            "iss": _ISSUER,
+            "sub": namespace,
+            "key": name,
+            "nonce": keys[name].nonce,
+            "iat": now,
+            "exp": now + TOKEN_S,
+        }
+        token = jwt.encode(claims, self._jwt_secret, algorithm="HS256")
+        return {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_S}
+
+    def _find(self, namespace: str, key: str, keys: Mapping[str, KeyHash], address: str) -> str:
+        """Which of a namespace's keys it is."""
+        if not self._tries.take((address, namespace)):
+            raise Unavailable(
+                f"too many wrong keys for {namespace[:80]} from {address}", hint="wait a minute"
+            )
+        for name, known in keys.items():
+            lookup = _lookup(key, known.nonce)
+            if known.lookup in ("", lookup) and self._matches(key, known):
+                self._tries.take((address, namespace), -1)
+                if not known.lookup:
+                    self._upgrade(namespace, name, replace(known, lookup=lookup))
+                return name
         raise Unauthenticated(f"wrong key for namespace {namespace[:80]}, or there is none")
 
     def _matches(self, key: str, known: KeyHash) -> bool:
+        if known.lookup:
+            with self._sure:
+                return bcrypt.checkpw(_digest(key), known.hash.encode())
         if not self._line.acquire(blocking=False):
             raise Unavailable("too many logins at once", hint="try again in a moment")
         try:
@@ -113,7 +145,15 @@ class Authority:
         finally:
             self._line.release()
 
-    def caller(self, authorization: str, *, begun: bool = False) -> Caller:
+    def _upgrade(self, namespace: str, name: str, known: KeyHash) -> None:
+        def change(found: Namespace) -> Namespace:
+            same = name in found.keys and found.keys[name].nonce == known.nonce
+            return replace(found, keys=found.keys | {name: known}) if same else found
+
+        with suppress(ComputeError):  # it is right all the same, and will be asked for again
+            change_namespace(self._store, namespace, change)
+
+    def caller(self, authorization: str, address: str = "", *, begun: bool = False) -> Caller:
         """Whom an Authorization header stands for. Raises Unauthenticated.
 
         begun: the request was let in before, so that only the end of its key ends it, and not its token's time.
@@ -124,7 +164,7 @@ class Authority:
                 name, _, key = base64.b64decode(token).decode().partition(":")
             except ValueError as err:
                 raise Unauthenticated("not NAMESPACE:KEY in base64") from err
-            token, scheme = self.login(name, key)["access_token"], "bearer"
+            token, scheme = self.login(name, key, address)["access_token"], "bearer"
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated(
                 "no token", hint="POST /auth first; sf does it with the key in auth/local-key"

@@ -97,7 +97,9 @@ def named_images(stores: Iterable[Store]) -> Iterator[NamedImage]:
     """Every name of every store that can be listed; what one of them does not give is a line in the log."""
     for store in stores:
         try:
-            for record in store.names.list():
+            records = list(store.names.list())
+            sizes = store.sizes({digest for record in records for digest in record.images.values()})
+            for record in records:
                 name = f"{record.name}:{record.tag}"
                 digests = list(record.images.values())
                 yield NamedImage(
@@ -106,18 +108,10 @@ def named_images(stores: Iterable[Store]) -> Iterator[NamedImage]:
                     store_url=store.url,
                     revision=record.revision,
                     digests=tuple(str(d) for d in digests),
-                    sizes_bytes=tuple(_size_bytes(store, d) for d in digests),
+                    sizes_bytes=tuple(sizes.get(d, 0) for d in digests),
                 )
         except StoreError as err:
             log.warning("%s cannot be listed: %s", store.url, err)
-
-
-def _size_bytes(store: Store, digest: Digest) -> int:
-    try:
-        return store.size_bytes(digest)
-    except StoreError as err:
-        log.warning("%s: %s", store.url, err)
-        return 0
 
 
 def find_image(stores: Iterable[Store], reference: str) -> NamedImage:

@@ -5,11 +5,14 @@ https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
 """
 
 import contextlib
+import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -17,8 +20,10 @@ import botocore.exceptions as failures
 import urllib3.exceptions
 from botocore.config import Config
 
+from imagestore import durable
 from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, check_key, pieces
 from imagestore.backends.web import PATIENCE_S, receive
+from imagestore.backends.wrappers import Retried
 from imagestore.errors import (
     Conflict,
     Corrupt,
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 _READ_BYTES = 256 << 10
+log = logging.getLogger(__name__)
 _STATUS: dict[int, type[StoreError]] = {
     400: Invalid,
     401: Denied,
@@ -60,7 +66,8 @@ _CODES: dict[str, type[StoreError]] = {
 class S3:
     """Objects below `prefix` in a bucket, one request per verb (a listing: one per 1,000 keys).
 
-    `conditional` and `conditional_delete` are false until `probe` found that they hold, or the caller says so.
+    Which conditions hold (`conditions`: none, put, or delete, which means both) is known from the caller or from
+    `kept`, a file, or found out by a probe the first time that it matters: reading never asks.
     """
 
     read_only = False
@@ -102,9 +109,37 @@ class S3:
         self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
         self.address = f"{self._client.meta.endpoint_url}/{bucket}"
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
-        self.conditional = False
-        self.conditional_delete = False
+        self.known: str | None = None
+        self.kept: Path | None = None
+        self._probing = threading.RLock()
         self._skew_s: float | None = None
+
+    @property
+    def conditional(self) -> bool:
+        return self.conditions != "none"
+
+    @property
+    def conditions(self) -> str:
+        """Raises what a probe meets."""
+        with self._probing:
+            if self.known is None and self.kept is not None:
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    self.known = {"put": "put", "delete": "delete"}.get(self.kept.read_text())
+            if self.known is None:
+                found = None
+                try:
+                    found = Retried(self).repeat(self._probe)
+                finally:
+                    self.known = found
+                if found == "none":
+                    log.warning(
+                        "%s has no conditional writes: only one writer at a time may use it", self.address
+                    )
+                elif self.kept is not None:
+                    with contextlib.suppress(OSError):
+                        self.kept.parent.mkdir(parents=True, exist_ok=True)
+                        durable.write(self.kept, found.encode())
+            return self.known
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         ranged = start > 0 or length is not None
@@ -153,10 +188,8 @@ class S3:
     ) -> ObjectStat:
         body = b"".join(pieces(data))
         conditions: dict[str, Any] = {}
-        if self.conditional:
-            conditions = (
-                {"IfMatch": f'"{if_match}"'} if if_match else {"IfNoneMatch": "*"} if if_none_match else {}
-            )
+        if (if_match or if_none_match) and self.conditional:
+            conditions = {"IfMatch": f'"{if_match}"'} if if_match else {"IfNoneMatch": "*"}
         with self._errors(key):
             try:
                 answer = self._client.put_object(**self._at(key), Body=body, **conditions)
@@ -168,10 +201,10 @@ class S3:
             return ObjectStat(key, len(body), _etag(answer), self.now())
 
     def delete(self, key: str, *, if_match: str | None = None) -> None:
-        if if_match is not None and self.conditional and not self.conditional_delete:
+        if if_match is not None and self.conditions == "put":
             raise Unsupported(f"{self.url} has no conditional deletes")
         condition: dict[str, Any] = {}
-        if if_match and self.conditional_delete:
+        if if_match and self.conditions == "delete":
             condition = {"IfMatch": f'"{if_match}"'}
         try:
             with contextlib.suppress(NotFound), self._errors(key):
@@ -192,23 +225,22 @@ class S3:
     def close(self) -> None:
         self._client.close()
 
-    def probe(self) -> None:
-        """Find out whether conditions hold, with an object of its own (7 requests)."""
-        key = f"probe/{secrets.token_hex(8)}"
-        self.conditional = self.conditional_delete = True
+    def _probe(self) -> str:
+        """Find out with an object of its own which conditions hold (7 requests). From the start if one is lost."""
+        key, self.known = f"probe/{secrets.token_hex(8)}", "delete"
         try:
             etag = self.put(key, b"1", if_none_match=True).etag
             wrong = etag[:-4] + ("0000" if etag[-4:] != "0000" else "1111")
             created = self._refuses(lambda: self.put(key, b"2", if_none_match=True))
-            replaced = self._refuses(lambda: self.put(key, b"3", if_match=wrong))
-            if created and replaced:
-                self.put(key, b"4", if_match=etag)
-            self.conditional_delete = self._refuses(lambda: self.delete(key, if_match=wrong))
-            self.conditional = created and replaced
+            if not (self._refuses(lambda: self.put(key, b"3", if_match=wrong)) and created):
+                return "none"
+            self.put(key, b"4", if_match=etag)
+            return "delete" if self._refuses(lambda: self.delete(key, if_match=wrong)) else "put"
         except (Conflict, Unsupported, Invalid):
-            self.conditional = False
-        self.conditional_delete &= self.conditional
-        self.delete(key)
+            return "none"
+        finally:
+            with contextlib.suppress(StoreError):
+                Retried(self).delete(key)
 
     @staticmethod
     def _refuses(action: Any) -> bool:

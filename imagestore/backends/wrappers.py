@@ -80,6 +80,10 @@ class Retried(Wrapper):
         self._attempts, self._first_s, self._most_s, self._sleep = attempts, first_s, most_s, sleep
 
     def _do(self, verb: str, key: str, action: Callable[[], T]) -> T:
+        return self.repeat(action)
+
+    def repeat(self, action: Callable[[], T]) -> T:
+        """What `action` returns, once it does not raise Unavailable. It may be of many requests."""
         started = time.monotonic()
         for attempt in range(self._attempts):
             try:

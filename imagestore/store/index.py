@@ -5,15 +5,18 @@ once is kept in files under SF_CACHE_DIR. A miss costs a duplicate, never correc
 """
 
 import contextlib
+import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from imagestore.errors import Conflict, Corrupt, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import HOOKS_KEY, INDEX
 from imagestore.formats.pack import Footer
+from imagestore.outside import read_json
 from imagestore.settings import Settings
 from imagestore.store.store import Store
 
@@ -94,6 +97,18 @@ class LocalIndex:
         for pack in packs:
             with contextlib.suppress(OSError):
                 (self._directory / f"{pack.hex()}.pack").unlink(missing_ok=True)
+
+    def recall(self, what: str) -> dict[str, Any]:
+        """What `remember` kept last of it."""
+        try:
+            found = read_json((self._directory / f"{what}.json").read_bytes())
+        except (OSError, ValueError):
+            found = None
+        return found if isinstance(found, dict) else {}
+
+    def remember(self, what: str, facts: Mapping[str, Any]) -> None:
+        """Keep facts that spare requests to a store that is far away."""
+        self._write(f"{what}.json", json.dumps(facts).encode())
 
     def _write(self, name: str, data: bytes) -> None:
         """A hint that cannot be written, or is lost in a crash, is no error."""

@@ -10,15 +10,19 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from imagestore.backends.protocol import Backend
+from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import NAMES
+from imagestore.formats.keys import NAMES, kind_of
 from imagestore.formats.sealed import decode, seal
 from imagestore.outside import YEAR_9999_S, real, whole
+
+if TYPE_CHECKING:
+    from imagestore.store.index import LocalIndex
 
 LATEST = "latest"
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -165,6 +169,8 @@ class Names:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self.local: LocalIndex | None = None
+        """Where a list remembers the records that it read, if anywhere."""
 
     def get(self, name: str, tag: str = LATEST) -> NameRecord:
         """Raises NotFound, with the nearest names as the hint, also for a removed one."""
@@ -179,6 +185,13 @@ class Names:
 
     def read(self, name: str, tag: str) -> NameRecord:
         """The record as it is: a tombstone too, and revision 0 where there is none."""
+        record = self._read(name, tag)
+        if (record.name, record.tag) != (name, tag):
+            key = name_key(name, tag)
+            raise Corrupt(f"{self._backend.url}/{key} holds the name {record.name}:{record.tag}")
+        return record
+
+    def _read(self, name: str, tag: str) -> NameRecord:
         key = name_key(name, tag)
         try:
             found = self._backend.get(key)
@@ -186,10 +199,7 @@ class Names:
             return NameRecord(name, tag)
         if not found.data:  # deleted, where deletes know no conditions
             return NameRecord(name, tag, etag=found.stat.etag)
-        record = NameRecord.decode(found.data, etag=found.stat.etag, modified_s=found.stat.modified_s)
-        if (record.name, record.tag) != (name, tag):
-            raise Corrupt(f"{self._backend.url}/{key} holds the name {record.name}:{record.tag}")
-        return record
+        return NameRecord.decode(found.data, etag=found.stat.etag, modified_s=found.stat.modified_s)
 
     def set(self, name: str, tag: str, architecture: str, digest: Digest) -> NameRecord:
         """Point one architecture at a manifest; the others stay."""
@@ -272,16 +282,26 @@ class Names:
         raise Conflict(f"{name}:{tag} is being changed by too many writers at once", hint="try again")
 
     def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
-        """All names, in order; with `removed` the tombstones too."""
-        keys = [stat.key for stat in self._backend.list(NAMES.prefix) if stat.size_bytes]
-        with ThreadPoolExecutor(8, "names") as pool:
-            for record in pool.map(self._read_key, keys):
-                if record.revision and (removed or not record.removed):
-                    yield record
+        """All names, in order; with `removed` the tombstones too. What is no name's key is passed over.
 
-    def _read_key(self, key: str) -> NameRecord:
-        name, _, tag = key.removeprefix(NAMES.prefix).partition("/")
-        try:
-            return self.read(name, tag)
-        except Invalid as err:
-            raise Corrupt(f"{self._backend.url}/{key} is no name's object") from err
+        A record that was copied to another name's key counts as that name. Raises Corrupt.
+        """
+        stats = [s for s in self._backend.list(NAMES.prefix) if s.size_bytes and kind_of(s.key) is NAMES]
+        known, seen = self.local.recall("names") if self.local else {}, dict[str, list[str | None]]()
+
+        def read(stat: ObjectStat) -> NameRecord:
+            match known.get(stat.key):
+                case [stat.etag, str(text)]:
+                    with suppress(Corrupt, Unsupported):
+                        return NameRecord.decode(text.encode(), etag=stat.etag, modified_s=stat.modified_s)
+            return self._read(*stat.key.split("/")[1:])
+
+        with ThreadPoolExecutor(8, "names") as pool:
+            for stat, record in zip(stats, pool.map(read, stats), strict=True):
+                if record.revision:
+                    seen[stat.key] = [record.etag, record.encode().decode()]
+                    name, tag = stat.key.split("/")[1:]
+                    if removed or not record.removed:
+                        yield replace(record, name=name, tag=tag)
+        if self.local and seen != known:
+            self.local.remember("names", seen)

@@ -1,7 +1,6 @@
 """From a URL to an open store: the only place that builds backends."""
 
-import logging
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -9,15 +8,15 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend
 from imagestore.backends.wrappers import Retried, Verified, Wrapper
-from imagestore.errors import Invalid, NotFound, StoreError
+from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
+from imagestore.settings import Settings
 from imagestore.store.store import Store
 
 if TYPE_CHECKING:  # boto3: half a second
     from imagestore.backends.s3 import S3
 
 _FORMS = "use /path, file:///path, s3://bucket/prefix?endpoint_url=…&region=…&profile=… or https://host/path"
-log = logging.getLogger(__name__)
 
 
 def open_store(url: str, *, create: bool = False, single_writer: bool = False) -> Store:
@@ -38,11 +37,17 @@ def open_store(url: str, *, create: bool = False, single_writer: bool = False) -
     except NotFound:
         if not create:
             raise
-        return Store.init(backend, probed=find_conditions(backend), single_writer=single_writer)
-    try:
-        find_conditions(backend, store.info.conditional)
-    except StoreError as err:
-        log.info("%s: not writable (%s)", store.url, err)
+        with suppress(Conflict):  # somebody else is making it now: theirs is as good
+            return Store.init(backend, probed=find_conditions(backend), single_writer=single_writer)
+        store = Store.open(backend, single_writer=single_writer)
+    s3 = _s3(backend)
+    if s3 is not None:
+        from imagestore.store.index import LocalIndex
+
+        store.names.local = LocalIndex(store.info.id)
+        s3.known = store.info.conditional.get(s3.address)
+        at = Digest.of(f"{store.info.id} {s3.address}".encode())
+        s3.kept = Settings().cache_dir / "conditions" / at.hex()
     return store
 
 
@@ -78,19 +83,10 @@ def open_backend(url: str) -> Backend:
     raise wrong
 
 
-def find_conditions(backend: Backend, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Tell an S3 backend which conditions hold: what is known of its address, or what a probe finds (returned)."""
+def find_conditions(backend: Backend) -> dict[str, str]:
+    """Which conditions hold at an S3 backend's address, as `store.json` has it; for others nothing."""
     s3 = _s3(backend)
-    if s3 is None:
-        return {}
-    found = (known or {}).get(s3.address)
-    if found is None:
-        s3.probe()
-        found = "delete" if s3.conditional_delete else "put" if s3.conditional else "none"
-        if found == "none":
-            log.warning("%s has no conditional writes: only one writer at a time may change it", s3.address)
-    s3.conditional, s3.conditional_delete = found != "none", found == "delete"
-    return {s3.address: found}
+    return {} if s3 is None else {s3.address: s3.conditions}
 
 
 def _s3(backend: Backend) -> "S3 | None":

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from imagestore.errors import Conflict, NotFound
+from imagestore.errors import Conflict, Corrupt, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, REFS, TUF, untrashed
 from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import decode, seal
 from imagestore.store.leases import LEASE_S, Condemned, Lease, leases
 from imagestore.store.names import LATEST, NameRecord
@@ -30,7 +31,7 @@ class Offer:
         self, store: Store, lease: Lease, manifest: bytes, set_name: Callable[[], object] | None = None
     ) -> None:
         self._store, self._lease, self._set_name = store, lease, set_name
-        digest = Digest.of(manifest)
+        digest, self._manifest = Digest.of(manifest), manifest
         self._layout_key = LAYOUTS.key(digest)
         self._objects = {self._layout_key: b"", MANIFESTS.key(digest): manifest}
         self._etags: dict[str, str] = {}
@@ -67,12 +68,25 @@ class Offer:
         raise Conflict(f"the collector of {self._store.url} is faster than this writer", hint="try again")
 
     def _stands(self, key: str) -> bool:
-        """Whether an object is written and, once there is a name, still as it was."""
+        """Whether an object is written and, once there is a name, still as it was, or as good."""
         if key not in self._etags or not self._named:
             return key in self._etags
-        with suppress(NotFound):
-            return self._store.backend.stat(key).etag == self._etags[key]
+        with suppress(NotFound, Corrupt):
+            if self._store.backend.stat(key).etag == self._etags[key]:
+                return True
+            # Another push of the same disk wrote it, or a repack moved the chunks: to insist would never end.
+            found = self._store.backend.get(key)
+            if found.data == self._objects[key] or (key == self._layout_key and self._whole(found.data)):
+                self._etags[key] = found.stat.etag
+                return True
         return False
+
+    def _whole(self, data: bytes) -> bool:
+        """Whether a layout, unmarked, has all its packs and may use them. Raises Corrupt."""
+        layout = Layout.decode(data, Digest.parse(self._layout_key[-64:]))
+        layout.check(Manifest.decode(self._manifest))
+        packs = layout.packs
+        return not self._lease.unusable(packs) and all(self._store.has(PACKS.key(pack)) for pack in packs)
 
 
 def tag(store: Store, digest: Digest, name: str, tag: str, architecture: str) -> NameRecord:

@@ -2,12 +2,13 @@
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from imagestore.backends.protocol import Backend
-from imagestore.errors import Conflict, Corrupt, Denied, NotFound, Unsupported
+from imagestore.errors import Conflict, Corrupt, Denied, NotFound, StoreError, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, untrashed
@@ -142,15 +143,29 @@ class Store:
             raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
         return Manifest.decode(data)
 
-    def size_bytes(self, digest: Digest) -> int:
-        """Of the disk, as the manifest's first bytes say: for lists of many images. Raises NotFound, Corrupt."""
+    def sizes(self, digests: Iterable[Digest]) -> dict[Digest, int]:
+        """Bytes of the disks, for lists of many images, as their manifests' first bytes say, of those there."""
+        wanted, local = set(digests), self.names.local
+        known = local.recall("sizes") if local else {}
+        fresh = [digest for digest in wanted if not isinstance(known.get(digest.hex()), int)]
+        with ThreadPoolExecutor(8, "sizes") as pool:
+            read = {d.hex(): size for d, size in zip(fresh, pool.map(self._size, fresh), strict=True) if size}
+        if local and read:
+            local.remember("sizes", known | read)
+        known |= read
+        return {digest: known[digest.hex()] for digest in wanted if digest.hex() in known}
+
+    def _size(self, digest: Digest) -> int | None:
         try:
             head = self.backend.get(MANIFESTS.key(digest), 0, 1024).data
-        except Corrupt:  # shorter than that
-            head = b""
-        # The keys are sorted and a quote inside a label is escaped: this can be nothing but the key itself.
-        found = re.search(rb'"size_bytes":(\d{1,15})[,}]', head)
-        return int(found[1]) if found else self.manifest(digest).size_bytes
+            # The keys are sorted and a quote inside a label is escaped: this can be nothing but the key itself.
+            found = re.search(rb'"size_bytes":(\d{1,15})[,}]', head)
+        except StoreError:  # shorter than that, perhaps
+            found = None
+        try:
+            return int(found[1]) if found else self.manifest(digest).size_bytes
+        except StoreError:
+            return None
 
     def has_manifest(self, digest: Digest) -> bool:
         """One request without a body."""

@@ -15,7 +15,7 @@ from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.backends.wrappers import RateLimited, Retried, Verified
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
-from imagestore.store.open import find_conditions, open_backend
+from imagestore.store.open import open_backend
 from tests.counted import Counted
 from tests.memory import Memory
 
@@ -40,7 +40,6 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]
                 pytest.skip("SF_TEST_S3_URL names no server")
             url = parts._replace(path=f"{parts.path}/{secrets.token_hex(8)}").geturl()
         made = open_backend(url)
-        find_conditions(made)
     yield made
     made.close()
 

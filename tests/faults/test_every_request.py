@@ -108,7 +108,8 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, start: World) -> Iterat
             backend = Directory(tmp_path / place)
         else:
             backend = open_backend(base.replace("?", f"{place}?"))
-            find_conditions(backend, known)
+            inner = backend.inner  # type: ignore[attr-defined]
+            inner.known = known[inner.address]
         world = World.__new__(World)
         world.directory, world.now_s, world.cache = tmp_path, 0.0, place
         world.images = dict(start.images)

@@ -12,6 +12,8 @@ class KeyHash:
 
     hash: str
     nonce: str
+    lookup: str = ""
+    """Two bytes of SHA-256 over nonce and key: they refuse a wrong key before bcrypt has to. Version 0.1 had none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
