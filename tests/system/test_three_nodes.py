@@ -13,126 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts.private_libvirtd import PrivateHost
-from tests.system.machine import Machine, within
+from tests.system.cluster import WORLD, Cluster
+from tests.system.machine import within
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-WORLD = "10.77.0.254"
 FULL_MTU_PING = "ping -c 3 -W 5 -s 1422"  # 1450 with the headers of IPv4 and ICMP
-
-
-class Cluster:
-    """n1 (server), n2 and n3 on one switch; networks `lan` and `other` use the same addresses."""
-
-    def __init__(self, stack: ExitStack, directory: Path, image: Path) -> None:
-        self.world = stack.enter_context(PrivateHost(libvirtd=False))
-        self._net(self.world, "ip link add br0 type bridge; ip link set br0 up")
-        self._net(self.world, f"ip address add {WORLD}/24 dev br0")
-        self.key = directory / "key"
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.key], check=True)
-        self.nodes: dict[str, Machine] = {}
-        for name in ("n1", "n2", "n3"):
-            home = directory / name
-            home.mkdir()
-            settings = {
-                "SF_ACCEL": "tcg",
-                "SF_NODE_NAME": name,
-                "SF_MESH_ADDRESS": f"10.77.0.{name[1]}",
-                "SF_UPLINK": "eth0",
-                "SF_FLOATING_POOL": "10.77.0.192/28",
-                "SF_STORE": f"file://{directory}/n1/sf/store",
-                "SF_AGENT_LISTEN": "10.77.0.1:13001",
-            }
-            self.nodes[name] = Machine(stack.enter_context(PrivateHost()), home, **settings)
-            self.plug(name)
-            stack.callback(self._stop, name)
-        self.server = self.nodes["n1"]
-        self.server.sf("image", "push", str(image), "tiny:1")
-        self.server.start()
-        for name in ("n2", "n3"):
-            (token,) = [self.server.listed("node", "token")]
-            self.nodes[name].start("agent", "--join", token["url"], "--token", token["token"])
-        within(60, lambda: len(self.alive()) == 3, "three nodes are there")
-
-    def _stop(self, name: str) -> None:
-        if self.nodes[name].server is not None and (self.nodes[name].host.directory / "pid").exists():
-            self.nodes[name].signal()
-
-    @staticmethod
-    def _net(host: PrivateHost, script: str) -> None:
-        """A shell script in a machine's network namespace, with this machine's processes in sight."""
-        command = ["nsenter", "-t", str(host.pid), "-n", "sh", "-ec", script]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-
-    def plug(self, name: str) -> None:
-        """Give a machine that was just switched on its cable and its firewall."""
-        node = self.nodes[name].host
-        self._net(
-            self.world,
-            f"ip link del {name} 2>/dev/null || true\n"
-            f"ip link add {name} type veth peer name eth0 netns /proc/{node.pid}/ns/net\n"
-            f"ip link set {name} master br0 up",
-        )
-        self._net(
-            node,
-            f"ip address add 10.77.0.{name[1]}/24 dev eth0; ip link set eth0 up\n"
-            f"ip route add default via {WORLD}\n"
-            "sysctl -qw net.bridge.bridge-nf-call-iptables=1 || true\n"
-            "iptables -P FORWARD DROP",
-        )
-
-    def alive(self) -> list[str]:
-        return [node["name"] for node in self.server.listed("node", "ls") if node["state"] == "created"]
-
-    def create(self, name: str, node: str, network: str) -> None:
-        words = ["--image", "tiny:1", "--network", network, "--memory", "128", "--on", node]
-        self.server.sf("instance", "create", name, *words, "--ssh-key", f"{self.key}.pub")
-
-    def ready(self, *names: str) -> None:
-        for name in names:
-            address = self.server.instance(name)["interfaces"][0]["ipv4"]
-            within(150, lambda n=name: self.server.ready_line(n), f"{name} is ready")  # type: ignore[misc]
-            assert self.server.ready_line(name).split()[2:] == [name, address]
-
-    def router(self, network: str = "lan") -> str:
-        """The node that the server lets route."""
-        return str(self.server.listed("network", "show", network)["router_node"])
-
-    def gateways(self, network: str = "lan") -> list[str]:
-        """The nodes whose namespace of the network really has the gateway's address."""
-        vni = self.server.listed("network", "show", network)["vxlan_id"]
-        found = []
-        for name, node in self.nodes.items():
-            if not (node.host.directory / "pid").exists():
-                continue
-            listed = node.host.run(["ip", "netns", "list"]).stdout.split()
-            (space,) = [space for space in listed if space.endswith(f"-{vni:06x}")] or [""]
-            if space:
-                shown = node.host.run(["ip", "-n", space, "-4", "-o", "address"]).stdout
-                found += [name] if " 10.42.0.1/" in shown else []
-        return found
-
-    def inside(self, name: str, command: str, network: str = "lan") -> subprocess.CompletedProcess[str]:
-        """Run a command in a guest, by ssh from its network's router."""
-        vni = self.server.listed("network", "show", network)["vxlan_id"]
-        node = self.nodes[self.router(network)].host
-        (space,) = [s for s in node.run(["ip", "netns", "list"]).stdout.split() if s.endswith(f"-{vni:06x}")]
-        address = self.server.instance(name)["interfaces"][0]["ipv4"]
-        options = [
-            "StrictHostKeyChecking=no",
-            "UserKnownHostsFile=/dev/null",
-            "ConnectTimeout=20",
-            "LogLevel=ERROR",
-        ]
-        ssh = ["ssh", "-i", str(self.key), *(word for o in options for word in ("-o", o)), f"root@{address}"]
-        return node.run(["ip", "netns", "exec", space, *ssh, command], check=False)
-
-    def from_world(self, address: str) -> bool:
-        return self.world.run(["ping", "-c", "1", "-W", "1", address], check=False).returncode == 0
-
-    def floating(self, name: str) -> str:
-        return str(self.server.instance(name)["interfaces"][0]["floating"])
 
 
 @pytest.fixture(scope="module")
@@ -255,10 +141,10 @@ def never_two_until(cluster: Cluster, true: Callable[[], bool], what: str) -> fl
 
 def test_a_partitioned_router_stops_by_itself_and_another_takes_over(cluster: Cluster) -> None:
     old, floating = move_router_off_the_server(cluster), cluster.floating("a")
-    cluster._net(cluster.world, f"ip link set {old} down")
+    cluster.net(cluster.world, f"ip link set {old} down")
     never_two_until(cluster, lambda: cluster.gateways() not in ([], [old]), "another node routes")
     assert cluster.router() != old
-    cluster._net(cluster.world, f"ip link set {old} up")
+    cluster.net(cluster.world, f"ip link set {old} up")
     never_two_until(cluster, lambda: cluster.from_world(floating), "the floating address answers again")
     within(60, lambda: cluster.inside("a", "ping -c 1 -W 3 b").returncode == 0, "the mesh is whole again")
     assert cluster.gateways() == [cluster.router()]
