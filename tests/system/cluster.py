@@ -5,7 +5,7 @@ a further machine, which is also the switch between them.
 """
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +16,10 @@ WORLD = "10.77.0.254"
 
 
 class Cluster:
-    """n1 (server), n2, … on one switch. `settings` are every machine's; `image` is pushed as tiny:1."""
+    """n1 (server), n2, … on one switch. `settings` are every machine's; `image` is pushed as tiny:1.
+
+    prepare: is handed each machine before anything of sf runs on it.
+    """
 
     def __init__(
         self,
@@ -24,6 +27,7 @@ class Cluster:
         directory: Path,
         image: Path,
         names: Sequence[str] = ("n1", "n2", "n3"),
+        prepare: Callable[["Cluster", Machine], object] = lambda cluster, machine: None,
         **settings: str,
     ) -> None:
         self.world = stack.enter_context(PrivateHost(libvirtd=False))
@@ -47,6 +51,7 @@ class Cluster:
             }
             self.nodes[name] = Machine(stack.enter_context(PrivateHost()), home, **own)
             self.plug(name)
+            prepare(self, self.nodes[name])
             stack.callback(self._stop, name)
         self.server = self.nodes["n1"]
         self.server.sf("image", "push", str(image), "tiny:1")
