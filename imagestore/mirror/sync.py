@@ -22,7 +22,7 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.keys import PROVENANCE
 from imagestore.mirror import sources
 from imagestore.mirror.download import Downloader, Fetched, hash_file
-from imagestore.mirror.sources import Location, Source
+from imagestore.mirror.sources import Source
 from imagestore.outside import YEAR_9999_S, read_json, real
 from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
@@ -61,8 +61,6 @@ class Provenance:
     signed_by: str = ""
     etag: str = ""
     last_modified: str = ""
-    file_sha256: str = ""
-    """Of the file as it was downloaded, where upstream publishes no checksum."""
     fetched_at_s: float = 0.0
 
     def encode(self) -> bytes:
@@ -142,127 +140,102 @@ def check_work(path: Path, format_: str) -> None:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Upstream:
-    """What upstream has now of an image, and what we have."""
-
-    build: str
-    location: Location
-    algorithm: str
-    checksum: str
-    signed_by: str
-    current: Digest | None
-    same: bool
-    """Whether its checksum says that they are the same."""
-
-
 class _Image:
     """One source for one architecture."""
 
     def __init__(self, store: Store, web: Downloader, source: Source, architecture: str, work: Path) -> None:
         self._store, self._web, self._source, self._architecture = store, web, source, architecture
         self._work = work
+        record = store.names.read(source.name, source.tags[0])
+        self._current = None if record.removed else record.images.get(architecture)
 
-    def _look(self) -> _Upstream:
+    def _look(self) -> Provenance:
+        """What upstream has now."""
         source, build = self._source, ""
         if source.build_pattern:
             theirs = source.architectures[self._architecture]
             page = self._web.small(source.build_page.replace("{arch}", theirs)).decode(errors="replace")
             build = sources.newest(page, source.build_pattern, theirs)
         location = sources.locate(source, self._architecture, build)
-        algorithm, checksum, signed_by = self._checksum(location)
-        current = self._current()
-        same = bool(current and checksum and self._has(current, algorithm, checksum))
-        return _Upstream(build, location, algorithm, checksum, signed_by, current, same)
+        there = Provenance(location.url, build)
+        if not location.checksums:
+            return there
+        text, signed_by = self._web.small(location.checksums), ""
+        if source.signature and not Path(source.keyring).exists():
+            signed_by = f"signature not checked: no keyring at {source.keyring}"
+        elif source.signature:
+            signature = b"" if source.signature == "inline" else self._web.small(location.signature)
+            text, signed_by = check_signature(text, signature, Path(source.keyring))
+        names = (urlsplit(url).path.rpartition("/")[2] for url in (location.url, location.checksums))
+        algorithm, checksum = sources.find_checksum(text.decode(errors="replace"), *names)
+        return replace(there, algorithm=algorithm, checksum=checksum, signed_by=signed_by)
 
-    def _outcome(self, result: str, there: _Upstream, digest: Digest | None, new_bytes: int = 0) -> Outcome:
+    def _have(self, there: Provenance) -> bool:
+        """Whether what our name stands for was made from the file with this checksum."""
+        if not self._current or not there.checksum:
+            return False
+        try:
+            return dict(self._store.manifest(self._current).source).get(there.algorithm) == there.checksum
+        except (NotFound, Corrupt):
+            return False
+
+    def _outcome(self, result: str, there: Provenance, digest: Digest | None, new_bytes: int = 0) -> Outcome:
         return Outcome(self._source.title, self._architecture, result, there.signed_by, digest, new_bytes)
 
     def preview(self) -> Outcome:
         """What `sync` would do, as far as that is known without downloading."""
         there = self._look()
-        if there.same:
-            return self._outcome("unchanged", there, there.current)
-        return self._outcome("new", there, None, self._web.size_bytes(there.location.url))
+        if self._have(there):
+            return self._outcome("unchanged", there, self._current)
+        return self._outcome("new", there, None, self._web.size_bytes(there.url))
 
     def sync(self, progress: Report) -> Outcome:
         """Bring it here, unless it is."""
-        source, there = self._source, self._look()
-        current, checksum = there.current, there.checksum
-        known = read_provenance(self._store, current) if current else Provenance()
-        fetched, own = Fetched(None, ""), ""
-        if not there.same:
-            fetched = self._download(there.location, there.algorithm, checksum, known, progress)
-        if fetched.path is not None and not checksum:
-            own = hash_file(fetched.path, "sha256")
-            if current and own == known.file_sha256:
-                fetched.path.unlink()
-                fetched = Fetched(None, "")
-        if fetched.path is None and current:
-            self._tag(current)
-            return self._outcome("unchanged", there, current)
-        assert fetched.path is not None
-        check_work(fetched.path, source.format)
-        if current:
-            self._keep(current, known)
-        facts = {"format": source.format} | ({there.algorithm: checksum} if checksum else {})
+        source, there, path = self._source, self._look(), None
+        known = read_provenance(self._store, self._current) if self._current else Provenance()
+        if not self._have(there):
+            fetched = self._download(there, known, progress)
+            path = fetched.path
+            there = replace(there, etag=fetched.etag, last_modified=fetched.last_modified)
+        if path is not None and not there.checksum:
+            there = replace(there, algorithm="sha256", checksum=hash_file(path, "sha256"))
+            if self._have(there):
+                path.unlink()
+                path = None
+        if path is None and self._current:
+            self._tag(self._current)
+            return self._outcome("unchanged", there, self._current)
+        assert path is not None
+        check_work(path, source.format)
+        if self._current:
+            self._keep(self._current, known)
         result = push(
             self._store,
-            fetched.path,
+            path,
             source.name,
             source.tags[0],
             architecture=self._architecture,
             labels=source.labels,
             os_name=source.os,
-            source=facts,
+            source={"format": source.format, there.algorithm: there.checksum},
             format_=source.format,
             progress=progress,
         )
-        provenance = Provenance(
-            there.location.url, there.build or fetched.last_modified, there.algorithm, checksum, there.signed_by,
-            fetched.etag, fetched.last_modified, own, round(self._store.backend.now()),
-        )  # fmt: skip
-        self._store.backend.put(PROVENANCE.key(result.digest), provenance.encode())
+        now_s = round(self._store.backend.now())
+        there = replace(there, build=there.build or there.last_modified, fetched_at_s=now_s)
+        self._store.backend.put(PROVENANCE.key(result.digest), there.encode())
         self._tag(result.digest)
-        fetched.path.unlink()
+        path.unlink()
         return self._outcome("new", there, result.digest, result.new_bytes)
 
-    def _current(self) -> Digest | None:
-        record = self._store.names.read(self._source.name, self._source.tags[0])
-        return None if record.removed else record.images.get(self._architecture)
-
-    def _has(self, digest: Digest, algorithm: str, checksum: str) -> bool:
-        try:
-            return dict(self._store.manifest(digest).source).get(algorithm) == checksum
-        except (NotFound, Corrupt):
-            return False
-
-    def _checksum(self, location: Location) -> tuple[str, str, str]:
-        """(algorithm, hex digest, whose signature is on it); empty where upstream publishes none."""
-        if not location.checksums:
-            return "", "", ""
-        text = self._web.small(location.checksums)
-        signed_by = ""
-        if self._source.signature:
-            if not Path(self._source.keyring).exists():
-                signed_by = f"signature not checked: no keyring at {self._source.keyring}"
-            else:
-                inline = self._source.signature == "inline"
-                signature = b"" if inline else self._web.small(location.signature)
-                text, signed_by = check_signature(text, signature, Path(self._source.keyring))
-        names = (urlsplit(url).path.rpartition("/")[2] for url in (location.url, location.checksums))
-        return *sources.find_checksum(text.decode(errors="replace"), *names), signed_by
-
-    def _download(
-        self, location: Location, algorithm: str, checksum: str, known: Provenance, progress: Report
-    ) -> Fetched:
+    def _download(self, there: Provenance, known: Provenance, progress: Report) -> Fetched:
         """The file, with the right checksum; fetched again when it is wrong, given up after ATTEMPTS."""
-        path = self._work / f"{Digest.of(location.url.encode()).hex()[:24]}.image"
-        same_url = known.url == location.url and not checksum
+        path = self._work / f"{Digest.of(there.url.encode()).hex()[:24]}.image"
+        same_url = known.url == there.url and not there.checksum
         for attempt in range(ATTEMPTS):
             try:
                 fetched = self._web.fetch(
-                    location.url,
+                    there.url,
                     path,
                     limit_bytes=self._source.limit_bytes,
                     etag=known.etag if same_url else "",
@@ -274,10 +247,14 @@ class _Image:
                     raise
                 time.sleep(2**attempt)
                 continue
-            if fetched.path is None or not checksum or hash_file(path, algorithm) == checksum:
+            if (
+                fetched.path is None
+                or not there.checksum
+                or hash_file(path, there.algorithm) == there.checksum
+            ):
                 return fetched
             path.unlink()
-        message = f"{location.url}: its {algorithm} is not the published one, {ATTEMPTS} times over"
+        message = f"{there.url}: its {there.algorithm} is not the published one, {ATTEMPTS} times over"
         raise Corrupt(message, hint="upstream may be in the middle of a change; the next run tries again")
 
     def _tag(self, digest: Digest) -> None:
