@@ -82,14 +82,10 @@ def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
 
 
 def size(value: float | None) -> str:
-    """Bytes for people, in powers of two; "" if unknown."""
-    if value is None:
-        return ""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+    """Bytes for people; "" if unknown."""
+    from imagestore import size_text
+
+    return "" if value is None else size_text(value)
 
 
 def when(timestamp_s: object) -> str:

@@ -49,6 +49,7 @@ from .store.roots import undelete as undelete
 from .store.store import Store as Store
 from .units import duration_s as duration_s
 from .units import size_bytes as size_bytes
+from .units import size_text as size_text
 from .verify import VerifyReport as VerifyReport
 from .verify import repair as repair
 from .verify import verify_image as verify_image

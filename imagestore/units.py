@@ -23,3 +23,12 @@ def duration_s(text: str) -> float:
     if match is None:
         raise Invalid(f"not a duration: {text[:40]!r}", hint="such as 90s, 30m, 2h, 1d or 4w")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def size_text(count: float) -> str:
+    """Bytes for people, in powers of two: 1.4 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

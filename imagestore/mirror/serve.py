@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from jinja2 import Environment, PackageLoader
 from prometheus_client import CollectorRegistry, Counter, generate_latest
+from starlette.types import Receive, Scope, Send
 
 from imagestore.disks.qcow2.writer import WRITER, plan
 from imagestore.errors import Conflict, Denied, Invalid, NotFound, StoreError
@@ -29,10 +30,11 @@ from imagestore.mirror.catalog import Catalog, Image, streams_images, streams_in
 from imagestore.mirror.content import AHEAD, Content, GroupCache, simplestreams_archive
 from imagestore.mirror.pull_through import PullThrough
 from imagestore.mirror.sync import read_provenance
-from imagestore.mirror.tree import Limits, Receive, Scope, Send, Span, Tree, headers_of, prepare, public
+from imagestore.mirror.tree import Limits, Ranged, Tree, public
 from imagestore.outside import decimal
 from imagestore.store.open import open_backend, open_store
 from imagestore.store.store import Store
+from imagestore.units import size_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,19 +56,9 @@ _SECURITY = {
 }
 
 
-def bytes_text(count: int) -> str:
-    """A size for people: 1.4 GiB."""
-    size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007 - the last one stays
-        if size < 1024:
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
-
-
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("imagestore.mirror"), autoescape=True)
-    environment.filters["bytes"] = bytes_text
+    environment.filters["bytes"] = size_text
     environment.filters["date"] = lambda at_s: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at_s))
     return environment
 
@@ -123,7 +115,7 @@ def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0)
         is_tree = scope["type"] == "http" and public(scope["path"]) is not None
         if scope["type"] == "http":
             requests.labels("tree" if is_tree else "site").inc()
-        await (tree(scope, receive, send) if is_tree else app(scope, receive, send))  # type: ignore[arg-type]
+        await (tree(scope, receive, send) if is_tree else app(scope, receive, send))
 
     return Limits(dispatch, most=most_requests, per_second=per_second)
 
@@ -137,7 +129,6 @@ class _Site:
         self._one = ThreadPoolExecutor(1, "sf-catalog")
         cache, pool = GroupCache(), ThreadPoolExecutor(4, "sf-content")
         self._content = lru_cache(_OPEN_IMAGES)(lambda digest: Content(store, digest, cache, pool))
-        self._streams = 0
         self._environment = _environment()
 
     async def run(self, function: Callable[[], T]) -> T:
@@ -201,46 +192,26 @@ class _Site:
         if file not in _DISKS:
             raise NotFound(f"no file {quote(file[:80])} of {image.name}:{image.tag}")
         content = await self.run(lambda: self._content(image.digest))
-        format_ = _DISKS[file]
-        etag = f'"{image.digest.hex()}.{format_}.{WRITER}"'
+        etag = f"{image.digest.hex()}.{_DISKS[file]}.{WRITER}"
         modified_s = sums.created_s if sums else 0.0
-        found, headers = prepare(
-            headers_of(request.scope), content.size_bytes(format_), etag, modified_s, b"no-cache"
-        )
-        headers.append((b"content-type", b"application/octet-stream"))
-        plain = {key.decode(): value.decode() for key, value in headers}
-        if found is None:
-            return Response(status_code=304, headers=plain)
-        if request.method == "HEAD" or found.status == 416:
-            return Response(status_code=found.status, headers=plain)
-        first = await asyncio.to_thread(_join, content, format_, found.start, min(_FIRST_BYTES, found.length))
-        return StreamingResponse(self._streamed(content, format_, found, first), found.status, plain)
-
-    async def _streamed(
-        self, content: Content, format_: str, found: Span, data: bytes
-    ) -> AsyncIterator[bytes]:
-        """In batches from threads; the first was read before the status was sent, for it may have failed.
-
-        A slow client holds one of them, a small one, and nothing is read ahead for it.
-        """
-        done = len(data)
-        self._streams += 1
-        try:
-            yield data
-            while left := found.length - done:
-                yield b""  # waits until the batch is taken, with none in our hands
-                size = min(_BATCH_BYTES if done >= _KERNEL_BYTES else _FIRST_BYTES, left)
-                ahead = AHEAD if self._streams <= _STREAMS_AHEAD and left > _BATCH_BYTES else 0
-                data = await asyncio.to_thread(_join, content, format_, found.start + done, size, ahead)
-                done += size
-                yield data
-        finally:
-            self._streams -= 1
+        read = partial(_read_disk, content, _DISKS[file])
+        return _Disk(content.size_bytes(_DISKS[file]), etag, modified_s, "no-cache", read, _batch_bytes)
 
 
-def _join(content: Content, format_: str, start: int, length: int, ahead: int = 0) -> bytes:
-    """Chunks together: a hop between threads for each would cost more than the chunk."""
-    return b"".join(content.read(format_, start, length, ahead))
+class _Disk(Ranged):
+    """A whole disk: these are counted apart from packs, for whose clients nothing is read ahead."""
+
+    running = 0
+
+
+def _batch_bytes(done: int) -> int:
+    return _BATCH_BYTES if done >= _KERNEL_BYTES else _FIRST_BYTES
+
+
+async def _read_disk(content: Content, format_: str, start: int, length: int, after: int) -> bytes:
+    """In a thread, chunks together: a hop for each would cost more than the chunk. For slow clients none ahead."""
+    ahead = AHEAD if _Disk.running <= _STREAMS_AHEAD and after else 0
+    return await asyncio.to_thread(lambda: b"".join(content.read(format_, start, length, ahead)))
 
 
 @dataclass(frozen=True, slots=True)

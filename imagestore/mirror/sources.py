@@ -12,11 +12,11 @@
 the checksums' URL the last part of the image's.
 """
 
+import fnmatch
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -115,16 +115,15 @@ def choose(items: Iterable[T], patterns: Collection[str], names: Callable[[T], I
     Raises NotFound for a pattern that nothing matches.
     """
     known = [(item, list(names(item))) for item in items]
-    globs = {pattern: pattern if ":" in pattern else f"{pattern}:*" for pattern in patterns}
-    for pattern, glob in globs.items():
-        if not any(fnmatchcase(name, glob) for _, every in known for name in every):
+    chosen = [] if patterns else [item for item, _ in known]
+    for pattern in patterns:
+        glob = pattern if ":" in pattern else f"{pattern}:*"
+        matching = [item for item, every in known if fnmatch.filter(every, glob)]
+        if not matching:
             there = ", ".join(sorted({name for _, every in known for name in every})[:20])
             raise NotFound(f"nothing matches {pattern!r}", hint=f"there is {there or 'nothing'}")
-    return [
-        item
-        for item, every in known
-        if not globs or any(fnmatchcase(name, glob) for name in every for glob in globs.values())
-    ]
+        chosen += [item for item in matching if item not in chosen]
+    return chosen
 
 
 def parse(body: Mapping[str, Any]) -> Source:

@@ -8,10 +8,14 @@ import asyncio
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from typing import Any
+
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat
@@ -20,17 +24,12 @@ from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.keys import PACKS, Kind, kind_of
 from imagestore.listening import Buckets, origin
 
-Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
-
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PIECE_BYTES = 256 << 10
 _FAR_PIECE_BYTES = 512 << 10
 """Of what is not in a directory here: each piece is a request to somebody."""
 _OPEN_FILES = 256
-_FOREVER = b"public, max-age=31536000, immutable"
+_FOREVER = "public, max-age=31536000, immutable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,49 +56,81 @@ def span(header: str | None, size_bytes: int) -> Span:
     return Span(206, start, end - start) if start < end else Span(416, 0, 0)
 
 
-def headers_of(scope: Scope) -> dict[bytes, str]:
-    """A request's headers; of repeated ones the last."""
-    return {key: value.decode("latin-1") for key, value in scope["headers"]}
+class Ranged(Response):
+    """The answer that carries a file, a range of it, or none of it (RFC 9110, sections 13 and 14).
+
+    read: the bytes at a place, so many, told how many of the answer come after them. piece: how many to read at once,
+    by how many are sent. The first piece is read before the status is sent, for it may fail. A slow client holds one
+    piece of memory, the server's: an empty send waits until that is taken, where the next piece would wait in our
+    hands. Nothing more is read for one that has hung up.
+    """
+
+    running = 0
+    """Bodies under way in this process, of each class."""
+
+    def __init__(
+        self,
+        size_bytes: int,
+        etag: str,
+        modified_s: float,
+        cache: str,
+        read: Callable[[int, int, int], Awaitable[bytes]],
+        piece: Callable[[int], int],
+    ) -> None:
+        super().__init__()
+        self._size_bytes, self._etag, self._read, self._piece = size_bytes, f'"{etag}"', read, piece
+        self._told = {
+            "etag": self._etag,
+            "last-modified": formatdate(modified_s, usegmt=True),
+            "cache-control": cache,
+            "accept-ranges": "bytes",
+            "x-content-type-options": "nosniff",
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
+        known, told = headers.get(b"if-none-match", ""), dict(self._told)
+        if known == "*" or self._etag in (part.strip().removeprefix("W/") for part in known.split(",")):
+            return await Response(None, 304, told)(scope, receive, send)
+        same = headers.get(b"if-range", self._etag) in (self._etag, told["last-modified"])
+        found = span(headers.get(b"range") if same else None, self._size_bytes)
+        told |= {"content-type": "application/octet-stream", "content-length": str(found.length)}
+        if found.status == 206:
+            end = found.start + found.length - 1
+            told["content-range"] = f"bytes {found.start}-{end}/{self._size_bytes}"
+        elif found.status == 416:
+            told["content-range"] = f"bytes */{self._size_bytes}"
+        head = Response(None, found.status, told)
+        if scope["method"] == "HEAD" or not found.length:
+            return await head(scope, receive, send)
+        start = {"type": "http.response.start", "status": found.status, "headers": head.raw_headers}
+        kind, gone, done = type(self), None, 0
+        kind.running += 1
+        try:
+            while done < found.length and not (gone and gone.done()):
+                size = min(self._piece(done), found.length - done)
+                if gone:
+                    await send({"type": "http.response.body", "body": b"", "more_body": True})
+                data = await self._read(found.start + done, size, found.length - done - size)
+                if not done:
+                    await send(start)
+                    gone = asyncio.create_task(_hung_up(receive)) if size < found.length else None
+                done += size
+                await send({"type": "http.response.body", "body": data, "more_body": done < found.length})
+        finally:
+            kind.running -= 1
+            if gone:
+                gone.cancel()
 
 
-def prepare(
-    headers: Mapping[bytes, str], size_bytes: int, etag: str, modified_s: float, cache: bytes
-) -> tuple[Span | None, Headers]:
-    """(what to send, the answer's headers); None where the client has it already (304)."""
-    out: Headers = [
-        (b"etag", etag.encode()),
-        (b"last-modified", formatdate(modified_s, usegmt=True).encode()),
-        (b"cache-control", cache),
-        (b"accept-ranges", b"bytes"),
-        (b"x-content-type-options", b"nosniff"),
-    ]
-    known = headers.get(b"if-none-match", "")
-    if known == "*" or etag in (part.strip().removeprefix("W/") for part in known.split(",")):
-        return None, out
-    condition = headers.get(b"if-range", etag)
-    found = span(headers.get(b"range") if condition in (etag, out[1][1].decode()) else None, size_bytes)
-    out.append((b"content-length", str(found.length).encode()))
-    if found.status == 206:
-        end = found.start + found.length - 1
-        out.append((b"content-range", f"bytes {found.start}-{end}/{size_bytes}".encode()))
-    elif found.status == 416:
-        out.append((b"content-range", f"bytes */{size_bytes}".encode()))
-    return found, out
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
-async def answer(send: Send, status: int, headers: Headers, body: bytes = b"") -> None:
-    """A whole response."""
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def refuse(send: Send, status: int, text: str, *, retry_s: int | None = None) -> None:
+def refusal(status: int, text: str, *, retry_s: int | None = None) -> Response:
     """An error in one plain line."""
-    body = f"{text}\n".encode()
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-    if retry_s is not None:
-        headers.append((b"retry-after", str(retry_s).encode()))
-    await answer(send, status, headers, body)
+    return PlainTextResponse(f"{text}\n", status, {} if retry_s is None else {"retry-after": str(retry_s)})
 
 
 def public(path: str) -> tuple[str, Kind] | None:
@@ -122,33 +153,29 @@ class Tree:
         self._files: OrderedDict[str, int] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        named = public(scope["path"])
-        if named is None:
-            return await refuse(send, 404, "no such object")
-        if scope["method"] not in ("GET", "HEAD"):
-            return await refuse(send, 405, "read-only")
-        key, immutable = named[0], not named[1].changes
-        headers = headers_of(scope)
         try:
-            stat = await self._stat(key, immutable)
-            etag = f'"{key[-64:]}"' if immutable else f'"{stat.etag.strip(chr(34))}"'
-            found, out = prepare(
-                headers, stat.size_bytes, etag, stat.modified_s, _FOREVER if immutable else b"no-cache"
-            )
-            out.append((b"content-type", b"application/octet-stream"))
-            if found is None:
-                await answer(send, 304, out)
-            elif scope["method"] == "HEAD" or not found.length:
-                await answer(send, found.status, out)
-            else:
-                await self._body(receive, send, key, found, out)
+            answer = await self._answer(scope)
+            await answer(scope, receive, send)
         except NotFound:
-            await refuse(send, 404, "no such object")
+            await refusal(404, "no such object")(scope, receive, send)
         except StoreError as error:
             # What went wrong behind us is our log's business; the client may come again.
-            await refuse(
-                send, 502 if isinstance(error, Corrupt) else 503, "the store did not give it", retry_s=5
-            )
+            status = 502 if isinstance(error, Corrupt) else 503
+            await refusal(status, "the store did not give it", retry_s=5)(scope, receive, send)
+
+    async def _answer(self, scope: Scope) -> Response:
+        named = public(scope["path"])
+        if named is None:
+            return refusal(404, "no such object")
+        if scope["method"] not in ("GET", "HEAD"):
+            return refusal(405, "read-only")
+        key, immutable = named[0], not named[1].changes
+        stat = await self._stat(key, immutable)
+        etag, cache = (key[-64:], _FOREVER) if immutable else (stat.etag.strip('"'), "no-cache")
+        most = _PIECE_BYTES if self._root else _FAR_PIECE_BYTES
+        return Ranged(
+            stat.size_bytes, etag, stat.modified_s, cache, partial(self._read, key), lambda done: most
+        )
 
     async def _stat(self, key: str, immutable: bool) -> ObjectStat:
         if not immutable:
@@ -160,31 +187,9 @@ class Tree:
                 self._stats.popitem(last=False)
         return stat
 
-    async def _body(self, receive: Receive, send: Send, key: str, found: Span, out: Headers) -> None:
-        """In pieces; the first is read before the status is sent, for it may fail.
-
-        A slow client holds one piece of memory, the server's: an empty send waits until that is taken, where
-        the next piece would wait in our hands. Nothing more is read for one that has hung up.
-        """
-        end, at = found.start + found.length, found.start
-        most = _PIECE_BYTES if self._root else _FAR_PIECE_BYTES
-        gone = None
-        try:
-            while at < end and not (gone and gone.done()):
-                size = min(most, end - at)
-                if gone:
-                    await send({"type": "http.response.body", "body": b"", "more_body": True})
-                data = self._local(key, at, size)
-                if data is None:
-                    data = (await asyncio.to_thread(self._backend.get, key, at, size)).data
-                if at == found.start:
-                    await send({"type": "http.response.start", "status": found.status, "headers": out})
-                    gone = asyncio.create_task(_hung_up(receive)) if size < found.length else None
-                at += size
-                await send({"type": "http.response.body", "body": data, "more_body": at < end})
-        finally:
-            if gone:
-                gone.cancel()
+    async def _read(self, key: str, start: int, length: int, after: int) -> bytes:
+        data = self._local(key, start, length)
+        return data or (await asyncio.to_thread(self._backend.get, key, start, length)).data
 
     def _local(self, key: str, at: int, size: int) -> bytes | None:
         """Of a pack in a directory, without a thread: a pack never changes, so its descriptor may be kept."""
@@ -203,11 +208,6 @@ class Tree:
         return data if len(data) == size else None
 
 
-async def _hung_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 class Limits:
     """Middleware: at most `most` requests at once, and of one address `per_second` (in bursts ten times that)."""
 
@@ -221,10 +221,10 @@ class Limits:
             await self._app(scope, receive, send)
             return
         if self._running >= self._most:
-            await refuse(send, 503, "too many requests at once", retry_s=2)
+            await refusal(503, "too many requests at once", retry_s=2)(scope, receive, send)
             return
         if self._buckets and not self._buckets.take(origin((scope.get("client") or ("",))[0])):
-            await refuse(send, 429, "too many requests", retry_s=1)
+            await refusal(429, "too many requests", retry_s=1)(scope, receive, send)
             return
         self._running += 1
         try:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from imagestore import listening
 from imagestore.listening import Buckets, Guarded, origin
-from imagestore.mirror.tree import Receive, Scope, Send
 
 ROOT = Path(__file__).resolve().parents[3]
 GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
