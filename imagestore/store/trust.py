@@ -12,11 +12,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tuf.api import exceptions as tuf
-from tuf.api.metadata import Metadata, Root, TargetFile, Targets
+from tuf.api.metadata import Metadata, Root, TargetFile, Targets, Timestamp
 from tuf.ngclient import Updater
 from tuf.ngclient.fetcher import FetcherInterface
 
@@ -177,6 +178,15 @@ def memory(fingerprint: Digest) -> Path:
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
     base = Path(Settings().get("trust_dir") or (Path(state) if state else Path(data) / "sf") / "trust")
     return base / fingerprint.hex()[:32]
+
+
+def trusted_until(fingerprint: Digest) -> datetime | None:
+    """When the last word of a signer that this machine verified expires; None before it has seen any."""
+    try:
+        data = (memory(fingerprint) / "timestamp.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    return Metadata[Timestamp].from_bytes(data).signed.expires
 
 
 def open_signed(backend: Backend, fingerprint: Digest) -> Store:
