@@ -3,6 +3,19 @@
 `api/problems.py` maps these (and those of imagestore and net) to HTTP statuses; `cli` maps them to exit codes.
 """
 
+import traceback
+
+_LONGEST = 500
+
+
+def brief(error: BaseException) -> str:
+    """One line for the log: what it was and where; of a group its first. Others may have chosen its text."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = "".join(f" ({frame.filename}:{frame.lineno})" for frame in where)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST]}{place}"
+
 
 class ComputeError(Exception):
     """Base of all errors of this package. `hint` says what to do next."""
@@ -46,6 +59,10 @@ class Precondition(ComputeError):
 
 class Unavailable(ComputeError):
     """A node does not answer: worth a retry."""
+
+
+class NoSpace(Unavailable):
+    """The disk is full."""
 
 
 class Stale(ComputeError):

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -15,7 +15,7 @@ from compute.agent.agent import Agent, Controller
 from compute.agent.guest.host import Plane
 from compute.agent.image_service import ServedImages, Settings
 from compute.config import Config
-from compute.errors import Conflict
+from compute.errors import Conflict, brief
 from imagestore import ImageCache, Store, StoreError, durable, open_store
 from net import Plane as NetPlane
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 _REOPEN_S = 10.0
+_AGAIN_S = 5.0
 _MTU_BYTES = 1450
 """Inside a VXLAN over Ethernet."""
 
@@ -112,27 +113,59 @@ async def agent(
 async def _nothing() -> None: ...
 
 
+async def lasting(what: str, part: Callable[[], Awaitable[None]]) -> None:
+    """Until cancelled: `part`, and from the beginning after an error, which is said once while it stays the same."""
+    said = ""
+    while True:
+        try:
+            await part()
+        except ImportError:  # no pause mends that
+            raise
+        except Exception as err:  # noqa: BLE001 - here every error ends that has no better owner: no part ends the others
+            if said != (said := brief(err)):
+                log.error("%s: %s; it begins anew", what, said)
+        await asyncio.sleep(_AGAIN_S)
+
+
 async def run(
-    agent: Agent,
-    *parts: asyncio.Task[None] | Coroutine[Any, Any, None],
+    make_agent: Callable[[], Awaitable[Agent]],
+    *parts: Callable[[], Awaitable[None]],
+    answering: Sequence[asyncio.Task[None]] = (),
     close: Callable[[], Awaitable[None]] = _nothing,
 ) -> None:
-    """Agent and parts, until SIGINT or SIGTERM, or until one fails: then its error. `close` comes first."""
+    """An agent and the other parts, until SIGINT or SIGTERM, or until one that answers fails: then its error.
+
+    `close` comes first in the end, then the agent, which still has something to say to the others.
+    """
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    ended = asyncio.create_task(stop.wait())
-    tasks = [ended, *map(asyncio.ensure_future, (agent.run(), *parts))]
+        loop.add_signal_handler(number, stop.set)
+    loop.set_exception_handler(_unheard)
+
+    async def agent() -> None:
+        await (await make_agent()).run()
+
+    acting = asyncio.create_task(lasting("agent", agent))
+    others = [asyncio.create_task(lasting(getattr(part, "__name__", "part"), part)) for part in parts]
+    tasks = [asyncio.create_task(stop.wait()), acting, *others, *answering]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         await close()
-        await agent.stop()
+        acting.cancel()
+        await asyncio.wait([acting])
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+def _unheard(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Errors of tasks that nobody waits for, without their tracebacks of any length."""
+    error = context.get("exception")
+    log.error("%s%s", context["message"], f": {brief(error)}" if error else "")
 
 
 def release() -> str:

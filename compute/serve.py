@@ -12,6 +12,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         stack.callback(controller.stop)
         await controller.start()
         plane = Plane(installation, state_dir)
-        agent = await process.agent(config, config.node_name, controller, plane, plane, images)
+        agent = partial(process.agent, config, config.node_name, controller, plane, plane, images)
         services = Services(config, store, controller, Authority(store), images)
         servers = [(_Server(_settings(api.build(services))), listener)]
         if config.agent_listen:
@@ -87,8 +88,15 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             await asyncio.wait(answering, timeout=2 * _GRACE_S)
 
         holds = Holds(store, installation)
-        parts = controller.keep_up(), process.reopen_stores(config, images), holds.keep(images)
-        await process.run(agent, *answering, *parts, close=close)
+
+        async def image_stores() -> None:
+            await process.reopen_stores(config, images)
+
+        async def instances_images() -> None:
+            await holds.keep(images)
+
+        parts = controller.keep_up, image_stores, instances_images
+        await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
 

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 
 from compute import process
 from compute.agent import link as remote
@@ -36,9 +37,13 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
         images = stack.enter_context(process.images(config))
         plane = Plane(identity.installation, state_dir)
         controller = remote.RemoteController(identity, state_dir, plane, config.uplink)
-        agent = await process.agent(
-            config, identity.node, controller, controller.plane, plane, images, address
+        agent = partial(
+            process.agent, config, identity.node, controller, controller.plane, plane, images, address
         )
         say(f"sf agent {process.release()}: node {identity.node} of {identity.url}, mesh address {address}")
-        await process.run(agent, controller.run(), process.reopen_stores(config, images))
+
+        async def image_stores() -> None:
+            await process.reopen_stores(config, images)
+
+        await process.run(agent, controller.run, image_stores)
         say("stopped; guests and their networks go on running")

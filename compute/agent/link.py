@@ -256,6 +256,8 @@ class RemoteController:
 
     async def run(self) -> None:
         """Until cancelled."""
+        if self._client.is_closed:  # an error ended it before
+            self._client = _client(self._identity)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._renewing())

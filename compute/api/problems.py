@@ -1,6 +1,7 @@
 """Errors as answers: one table from exceptions to statuses, one shape, and the request id that finds it in the log."""
 
 import logging
+import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,8 @@ from net import errors as net
 
 log = logging.getLogger(__name__)
 
+_TRACE = 4000
+
 STATUSES: dict[type[Exception], int] = {
     compute.Invalid: 400,
     compute.Unauthenticated: 401,
@@ -24,6 +27,7 @@ STATUSES: dict[type[Exception], int] = {
     compute.Precondition: 412,
     compute.Unavailable: 503,
     compute.NoCapacity: 507,
+    compute.NoSpace: 507,
     images.Invalid: 400,
     images.NotFound: 404,
     images.Conflict: 409,
@@ -74,7 +78,8 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
-    log.error("request %s failed", getattr(request.state, "request_id", ""), exc_info=error)
+    log.error("request %s failed: %s", getattr(request.state, "request_id", ""), compute.brief(error))
+    log.debug("%s", "".join(traceback.format_exception(error, limit=-10))[-_TRACE:])
     return answer(request, 500, f"internal error: {type(error).__name__}", "the server's log has the details")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from compute.cluster.state.protocol import StateStore
-from compute.errors import Compacted
+from compute.errors import Compacted, Unavailable
 
 _WATCH_S = 1.0
 
@@ -38,6 +38,9 @@ class Feed:
                 revision = changes[-1].revision if changes else revision
             except Compacted:
                 kinds, revision = {"*"}, self._store.revision()
+            except Unavailable:  # said by whoever needs the store
+                kinds = set()
+                self._stop.wait(_WATCH_S)
             if kinds and not self._stop.is_set():
                 with suppress(RuntimeError):  # the loop was closed at this moment
                     loop.call_soon_threadsafe(self._note, kinds, revision)

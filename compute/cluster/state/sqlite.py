@@ -7,6 +7,8 @@ monotonic clock and a restart gives every lease its full time again: refreshing 
     kv(key, value, revision, lease)   log(revision, key, value): the history for watches   lease(id, ttl_s)
 """
 
+import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -15,9 +17,12 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from compute.cluster.state.protocol import ABSENT, Change, Record
-from compute.errors import Compacted, LeaseLost, Stale, Unavailable
+from compute.errors import Compacted, LeaseLost, NoSpace, Stale, Unavailable
+
+log = logging.getLogger(__name__)
 
 _SCHEMA = """
 create table if not exists kv(key text primary key, value blob not null, revision integer not null, lease integer)
@@ -32,6 +37,8 @@ insert into meta select 1, 1, 1 where not exists (select 1 from meta);
 
 HISTORY = 4096
 """Log entries that a watch can look back on."""
+
+_RESERVE_BYTES, _RESERVE_EVERY_S = 4 << 20, 60.0
 
 _SWEEP_S = 0.25
 """How late an expired lease may be noticed."""
@@ -60,17 +67,17 @@ class SqliteStore:
         self._reading = threading.Lock()
         self._leases: dict[int, tuple[float, float]] = {}
         """id → (ttl_s, monotonic time at which it dies)"""
+        self._reserve, self._reserve_at = path.with_suffix(".reserve"), 0.0
         try:
-            path.touch(
-                mode=0o600
-            )  # tokens are signed with what it holds; SQLite gives its other files the same mode
-            self._write = self._connect()
-            self._write.executescript(_SCHEMA)
-            self._read = self._connect()
+            self._open()
         except (sqlite3.Error, OSError) as err:
-            raise Unavailable(
-                f"cannot open {path}: {err}", hint="check the file's owner and free space"
-            ) from err
+            try:
+                self._reserve.unlink()
+                self._open()
+            except (sqlite3.Error, OSError):
+                hint = "check the file's owner and free space"
+                raise Unavailable(f"cannot open {path}: {err}", hint=hint) from err
+        self._keep_reserve()
         self._revision: int
         self._compacted: int
         self._revision, self._compacted = self._write.execute(
@@ -82,26 +89,47 @@ class SqliteStore:
         self._thread = threading.Thread(target=self._run, name="state-writer", daemon=True)
         self._thread.start()
 
+    def _open(self) -> None:
+        # Tokens are signed with what it holds; SQLite gives its other files the same mode.
+        self._path.touch(mode=0o600)
+        self._write = self._connect()
+        self._write.executescript(_SCHEMA)
+        self._read = self._connect()
+
     def _connect(self) -> sqlite3.Connection:
         link = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
         link.execute("pragma journal_mode=wal")
         link.execute("pragma synchronous=full")
         return link
 
+    def _keep_reserve(self) -> None:
+        """Room for what must be written on a full disk, so that guests can be deleted and the server starts."""
+        if self._reserve.exists() or time.monotonic() < self._reserve_at:
+            return
+        self._reserve_at = time.monotonic() + _RESERVE_EVERY_S
+        try:
+            self._reserve.touch(mode=0o600)
+            with self._reserve.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+        except OSError:  # not yet
+            self._reserve.unlink(missing_ok=True)
+
     # Reading
 
     def get(self, key: str) -> Record | None:
-        with self._reading:
-            row = self._read.execute("select key, value, revision from kv where key=?", (key,)).fetchone()
-        return Record(*row) if row else None
+        rows = self._select("select key, value, revision from kv where key=?", key)
+        return Record(*rows[0]) if rows else None
 
     def list(self, prefix: str) -> Sequence[Record]:
-        with self._reading:
-            rows = self._read.execute(
-                "select key, value, revision from kv where key >= ? and key < ? order by key",
-                (prefix, prefix + "\U0010ffff"),
-            ).fetchall()
-        return [Record(*row) for row in rows]
+        order = "select key, value, revision from kv where key >= ? and key < ? order by key"
+        return [Record(*row) for row in self._select(order, prefix, prefix + "\U0010ffff")]
+
+    def _select(self, order: str, *values: object) -> Sequence[tuple[Any, ...]]:
+        try:
+            with self._reading:
+                return self._read.execute(order, values).fetchall()
+        except sqlite3.Error as err:  # an unreadable page, or closed meanwhile: never "there is none"
+            raise Unavailable(f"cannot read {self._path}: {err}", hint="check its disk") from err
 
     def revision(self) -> int:
         return self._revision
@@ -117,13 +145,14 @@ class SqliteStore:
                 newest = self._revision
             if after_revision < self._compacted:
                 raise Compacted(f"history before revision {self._compacted} is gone")
-            with self._reading:
-                if self._closed:
-                    return []
-                rows = self._read.execute(
-                    "select key, value, revision from log where revision > ? and key >= ? and key < ? order by rowid",
-                    (after_revision, prefix, prefix + "\U0010ffff"),
-                ).fetchall()
+            if self._closed:
+                return []
+            rows = self._select(
+                "select key, value, revision from log where revision > ? and key >= ? and key < ? order by rowid",
+                after_revision,
+                prefix,
+                prefix + "\U0010ffff",
+            )
             if rows:
                 return [Change(*row) for row in rows]
             after_revision = newest
@@ -224,12 +253,19 @@ class SqliteStore:
             if self._write.in_transaction:
                 self._write.execute("rollback")
             self._leases = leases
-            failure = Unavailable(
+            full = getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+            if full and self._reserve.exists():
+                log.error("the disk of %s is full; its reserve is used: delete something", self._path)
+                self._reserve.unlink()
+                self._apply(batch)
+                return
+            failure = (NoSpace if full else Unavailable)(
                 f"cannot write {self._path}: {err}", hint="check free space on its filesystem"
             )
             for job in batch:
                 job.done.set_exception(failure)
             return
+        self._keep_reserve()
         with self._moved:
             self._revision, self._compacted = revision, compacted
             self._moved.notify_all()
