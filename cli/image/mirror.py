@@ -1,7 +1,6 @@
 """`sf mirror`: carry images for others, sign their names, serve them."""
 
 import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 from cli.command import STORE, Group, settings
 from cli.errors import ERROR, Problem
 from cli.image.stores import opened
-from cli.output import progress, say, show_list, show_one, size, status, when
+from cli.output import confirm, progress, say, show_list, show_one, size, status, when
 
 if TYPE_CHECKING:
     from imagestore import Store
@@ -90,7 +89,6 @@ def init(keys: Path | None, root_keys: int, threshold: int) -> None:
 @click.option("--sources", type=click.Path(path_type=Path), help="A source list or a directory of them.")
 @click.option("--publish/--no-publish", default=True, help="Sign the names afterwards, if there are keys.")
 @click.option("--dry-run", is_flag=True, help="Only show what would come from the source lists.")
-@click.option("--force", is_flag=True, help="Do not ask before everything is fetched.")
 @keys_option
 def sync(
     patterns: tuple[str, ...],
@@ -116,8 +114,8 @@ def sync(
                 if dry_run:
                     _show(rows, form)
                     return
-                if new and not force and sys.stdin.isatty():
-                    click.confirm("fetch them all?", abort=True, err=True)
+                if new:
+                    confirm("fetch them all?", force)
             rows = _from_sources(store, sources, patterns)
         if publish and (_keyring(keys).directory / "fingerprint").exists():
             _publish(store, keys)
@@ -135,15 +133,12 @@ def _from_sources(
     wanted = sources.choose(lists, patterns, lambda source: [f"{source.name}:{tag}" for tag in source.tags])
     outcomes = sync_sources(store, wanted, work, dry_run=dry_run, progress=progress)
     return [
-        {
-            "name": f"{outcome.title} {outcome.architecture}",
-            "result": outcome.result,
-            "bytes": outcome.new_bytes,
-            "seconds": outcome.seconds,
-            "message": outcome.message,
-        }
-        for outcome in outcomes
+        _row(f"{o.title} {o.architecture}", o.result, o.new_bytes, o.message, o.seconds) for o in outcomes
     ]
+
+
+def _row(name: str, result: str, count: int, message: str, seconds: object = "") -> dict[str, Any]:
+    return {"name": name, "result": result, "bytes": count, "seconds": seconds, "message": message}
 
 
 def _replicate(origin: str, store: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -170,16 +165,8 @@ def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list
             tell(name)
             return nullcontext()
 
-        return [
-            {
-                "name": r.name,
-                "result": r.result,
-                "bytes": r.written_bytes,
-                "seconds": "",
-                "message": r.message,
-            }
-            for r in replicate(source, target, patterns, report=report)
-        ]
+        done = replicate(source, target, patterns, report=report)
+        return [_row(one.name, one.result, one.written_bytes, one.message) for one in done]
 
 
 def _show(rows: list[dict[str, Any]], form: str) -> None:
