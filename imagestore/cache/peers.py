@@ -14,14 +14,17 @@ other. A request that is recorded and sent again brings only what its answer, un
 import asyncio
 import contextlib
 import hmac
-import http.client
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 
+import urllib3
+import urllib3.exceptions as failures
 from blake3 import blake3
 
-from imagestore.errors import StoreError, Unavailable
+from imagestore.backends import web
+from imagestore.backends.web import receive
+from imagestore.errors import Corrupt, StoreError, Unavailable
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import Batch
@@ -29,6 +32,8 @@ from imagestore.store.frames import Batch
 OWNED_CHUNKS = 256
 PATIENCE_S = 20.0
 _MAX_CHUNKS = 4096
+_KEPT = 16
+"""Connections to one peer: as many as threads fetch."""
 _CLIENTS = 1024
 _AWAY_S = 15.0
 """For so long a node that did not answer is not asked again."""
@@ -50,7 +55,7 @@ class Site:
         self.me = ""
         self.addresses: Mapping[str, str] = {}
         self.secret = b""
-        self._local = threading.local()
+        self._pool = urllib3.PoolManager(maxsize=_KEPT)
         self._away: dict[str, float] = {}
 
     def owner(self, digest: Digest, chunk: int, *, others: bool = False) -> str:
@@ -65,32 +70,27 @@ class Site:
             nodes = {node for node in nodes - {self.me} if self._away.get(node, 0) <= now}
         return max(nodes, key=lambda node: blake3(stretch + node.encode()).digest(), default="")
 
-    def ask(self, node: str, path: str, body: bytes) -> bytes:
-        """One request, over this thread's connection to that node. Raises Unavailable."""
+    def ask(self, node: str, path: str, body: bytes, wanted: int) -> bytes:
+        """One request, over a kept connection: exactly `wanted` bytes. Raises Unavailable."""
         if self._away.get(node, 0) > time.monotonic():
             raise Unavailable(f"node {node} did not answer lately")
-        kept: dict[str, http.client.HTTPConnection] = self._local.__dict__.setdefault("kept", {})
-        address = self.addresses.get(node, "")
-        for _ in range(2):  # the second time for a connection that the peer had closed meanwhile
-            fresh = address not in kept
-            connection = kept.pop(address, None) or http.client.HTTPConnection(
-                address, timeout=PATIENCE_S + 2
-            )
+        send = partial(
+            self._pool.request, "POST", f"http://{self.addresses.get(node, '')}{path}", body=body,
+            headers={"Authorization": sign(self.secret, path, body)}, timeout=PATIENCE_S + 2,
+            retries=False, redirect=False, preload_content=False,
+        )  # fmt: skip
+        try:
             try:
-                connection.request("POST", path, body, {"Authorization": sign(self.secret, path, body)})
-                answer = connection.getresponse()
-                data = answer.read()
-                if answer.status in (200, 404):
-                    kept[address] = connection
-                if answer.status == 200:
-                    return data
-                raise Unavailable(f"node {node} answered {answer.status}")
-            except (OSError, http.client.HTTPException) as error:
-                connection.close()
-                if fresh or isinstance(error, TimeoutError):
-                    self._away[node] = time.monotonic() + _AWAY_S
-                    raise Unavailable(f"node {node}: {error}") from error
-        raise Unavailable(f"node {node} does not answer")
+                answer = send()
+            except failures.ProtocolError:  # the peer had closed a kept connection meanwhile
+                answer = send()
+            if answer.status == 200:
+                return receive(web.body(answer, node), wanted, node, patience_s=PATIENCE_S)
+        except (failures.HTTPError, OSError, Unavailable, Corrupt) as error:
+            self._away[node] = time.monotonic() + _AWAY_S
+            raise Unavailable(f"node {node}: {error}") from error
+        answer.release_conn()
+        raise Unavailable(f"node {node} answered {answer.status}")
 
 
 class Peers:
@@ -125,7 +125,8 @@ class PeerOrigin:
         # One that is away costs this request its time-out and is no error: the store is asked next.
         with contextlib.suppress(Unavailable):
             path = f"/chunks/{self._peers.digest.hex()}"
-            data = memoryview(self._peers.site.ask(self._node, path, ids[list(chunks)].tobytes()))
+            asked, wanted = ids[list(chunks)].tobytes(), int(lengths[list(chunks)].sum())
+            data = memoryview(self._peers.site.ask(self._node, path, asked, wanted))
             pieces, at = [], 0
             for chunk in chunks:
                 pieces.append(data[at : at + int(lengths[chunk])])

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 
 from imagestore.cache.peers import OWNED_CHUNKS, Peers, PeerServer, Site, sign
+from imagestore.errors import Unavailable
 from imagestore.formats.digest import Buffer, Digest
 from tests.servers import free_ports
 from tests.tiny_store import disk
@@ -120,3 +124,38 @@ def test_strangers_and_nonsense_get_nothing_from_a_peer(tmp_path: Path) -> None:
         await server.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_peer_that_drips_or_never_ends_costs_no_more_than_the_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One set of HTTP rules, for peers as well: the store is asked instead, and the peer not for a while."""
+    monkeypatch.setattr("imagestore.cache.peers.PATIENCE_S", 0.2)
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(head)
+        for _ in range(500):
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(head.replace(b"Content-Length: 100000", b"Connection: close"))
+        while True:
+            connection.sendall(bytes(1 << 16))
+
+    for answer in (drip, endless):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve(answer: Callable[[socket.socket], None] = answer) -> None:
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    answer(connection)
+
+            threading.Thread(target=serve, daemon=True).start()
+            asker = site("me", slow=f"127.0.0.1:{server.getsockname()[1]}")
+            with pytest.raises(Unavailable):
+                asker.ask("slow", "/chunks/x", b"i" * 32, 50_000)
+            with pytest.raises(Unavailable, match="lately"):
+                asker.ask("slow", "/chunks/x", b"i" * 32, 50_000)
