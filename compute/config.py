@@ -2,6 +2,7 @@
 
 import platform
 import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -16,6 +17,8 @@ class Config:
     state_dir: Path = Path("/var/lib/sf")
     stores: tuple[tuple[str, str], ...] = ()
     """(name, URL) of the image stores that names are looked up in, in order; () is the one under `state_dir`."""
+    stores_again: Callable[[], Mapping[str, str]] = field(default=dict, compare=False)
+    """The same as the settings have them by now: remotes come and go while a server runs."""
     host: str = "127.0.0.1"
     port: int = 13000
     node_name: str = "localhost"
@@ -51,6 +54,7 @@ def load(settings: Settings) -> Config:
     return Config(
         state_dir=settings.state_dir,
         stores=tuple(settings.stores.items()),
+        stores_again=lambda: Settings(settings.flags, settings.environment).stores,
         host=host or "127.0.0.1",
         port=port,
         node_name=settings.get("node_name") or socket.gethostname().split(".")[0] or "localhost",

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
-_REOPEN_S = 10.0
+_LOOK_S = 3.0
 _AGAIN_S = 5.0
 _MTU_BYTES = 1450
 """Inside a VXLAN over Ethernet."""
@@ -46,36 +46,45 @@ def only_one(state_dir: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def images(config: Config) -> Iterator[ImageCache]:
-    """The node's cache over the stores that can be reached now; they are closed in the end."""
-    found = ImageCache(config.state_dir / "cache", {})
-    found.stores = _open_stores(config, {})
-    try:
-        yield found
-    finally:
-        for store in found.stores.values():
+class NodeStores:
+    """This machine's image stores, as its settings have them now: open where they can be reached.
+
+    create: make the default one, a directory under `state_dir`, where there is none.
+    """
+
+    def __init__(self, config: Config, *, create: bool) -> None:
+        self._config, self._create = config, create
+        self._opened: dict[str, Store] = {}
+        self._said: dict[str, str] = {}
+        self.urls: Mapping[str, str] = dict(config.stores)
+        self.images = ImageCache(config.state_dir / "cache", {})
+        self._open()
+
+    async def keep(self) -> None:
+        """For ever: stores and remotes that are added or come back are seen. Raises Invalid for unreadable settings."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            self.urls = await asyncio.to_thread(self._config.stores_again) or self.urls
+            await asyncio.to_thread(self._open)
+
+    def _open(self) -> None:
+        """All that can be reached, in their order; one that cannot keeps no guest from starting."""
+        found = {}
+        for name, url in self.urls.items():
+            try:
+                default = url == (self._config.state_dir / "store").as_uri()
+                if url not in self._opened:
+                    self._opened[url] = open_store(url, create=default and self._create)
+                found[name] = self._opened[url]
+            except StoreError as err:
+                if self._said.get(url) != (said := str(err)) and not (default and not self._create):
+                    log.warning("image store %s: %s", name, said)
+                self._said[url] = said
+        self.images.stores = found
+
+    def close(self) -> None:
+        for store in self._opened.values():
             store.backend.close()
-
-
-def _open_stores(config: Config, opened: Mapping[str, Store]) -> dict[str, Store]:
-    """All that can be reached, in their order; one that cannot keeps no guest from starting."""
-    found = {}
-    for name, url in config.stores:
-        try:
-            default = url == (config.state_dir / "store").as_uri()
-            found[name] = opened[name] if name in opened else open_store(url, create=default)
-        except StoreError as err:
-            log.warning("image store %s: %s", name, err)
-    return found
-
-
-async def reopen_stores(config: Config, images: ImageCache) -> None:
-    """For ever: try those again that could not be reached."""
-    while True:
-        await asyncio.sleep(_REOPEN_S)
-        if len(images.stores) < len(config.stores):
-            images.stores = await asyncio.to_thread(_open_stores, config, images.stores)
 
 
 async def agent(
@@ -84,7 +93,7 @@ async def agent(
     controller: Controller,
     plane: Plane,
     net: NetPlane,
-    images: ImageCache,
+    stores: NodeStores,
     address: IPv4Address | None = None,
 ) -> Agent:
     """This machine's agent and its image service. `address`: where other nodes reach this one, if not as configured."""
@@ -94,15 +103,16 @@ async def agent(
     told = config.images
     numbers = {"fill-rate": told.fill_bytes_s, "cache-size": told.cache_bytes, "read-ahead": told.read_ahead}
     limits = tuple(word for name, number in numbers.items() for word in (f"--{name}", f"{number:.0f}"))
-    urls = tuple(url for _, url in config.stores)
     peers = f"{address}:{config.peer_port}" if config.peer_port and not address.is_loopback else ""
-    settings = Settings(urls, config.fill, config.read_timeout_s, limits, peers)
+    settings = Settings(
+        lambda: tuple(stores.urls.values()), config.fill, config.read_timeout_s, limits, peers
+    )
     return Agent(
         controller,
         node,
         config.state_dir,
         plane,
-        ServedImages(images, config.state_dir, settings),
+        ServedImages(stores.images, config.state_dir, settings),
         config.libvirt_uri,
         address=address,
         mtu_bytes=mtu_bytes or _MTU_BYTES,

@@ -64,15 +64,21 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         ensure_local_key(store, state_dir / "auth" / "local-key")
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
         installation = installation_id(state_dir)
-        images = stack.enter_context(process.images(config))
+        stores = process.NodeStores(config, create=True)
+        stack.callback(stores.close)
         controller = Controller(
-            store, installation, config.node_name, uplink=config.uplink, resolvers=config.resolvers
+            store,
+            installation,
+            config.node_name,
+            uplink=config.uplink,
+            resolvers=config.resolvers,
+            stores=lambda: stores.urls,
         )
         stack.callback(controller.stop)
         await controller.start()
         plane = Plane(installation, state_dir)
-        agent = partial(process.agent, config, config.node_name, controller, plane, plane, images)
-        services = Services(config, store, controller, Authority(store), images)
+        agent = partial(process.agent, config, config.node_name, controller, plane, plane, stores)
+        services = Services(config, store, controller, Authority(store), stores.images)
         servers = [(_Server(_settings(api.build(services))), listener)]
         if config.agent_listen:
             host, _, port = config.agent_listen.rpartition(":")
@@ -89,13 +95,10 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
         holds = Holds(store, installation)
 
-        async def image_stores() -> None:
-            await process.reopen_stores(config, images)
-
         async def instances_images() -> None:
-            await holds.keep(images)
+            await holds.keep(stores.images)
 
-        parts = controller.keep_up, image_stores, instances_images
+        parts = controller.keep_up, stores.keep, instances_images
         await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")

@@ -34,16 +34,13 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
             hint = f"sf node remove {identity.node} there, then remove {state_dir}/agent.json here"
             raise Conflict(f"this machine belongs to {identity.url} already", hint=hint)
         address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
-        images = stack.enter_context(process.images(config))
+        stores = process.NodeStores(config, create=False)
+        stack.callback(stores.close)
         plane = Plane(identity.installation, state_dir)
         controller = remote.RemoteController(identity, state_dir, plane, config.uplink)
         agent = partial(
-            process.agent, config, identity.node, controller, controller.plane, plane, images, address
+            process.agent, config, identity.node, controller, controller.plane, plane, stores, address
         )
         say(f"sf agent {process.release()}: node {identity.node} of {identity.url}, mesh address {address}")
-
-        async def image_stores() -> None:
-            await process.reopen_stores(config, images)
-
-        await process.run(agent, controller.run, image_stores)
+        await process.run(agent, controller.run, stores.keep)
         say("stopped; guests and their networks go on running")

@@ -190,9 +190,12 @@ def running(
     started, stop = threading.Event(), asyncio.Event()
 
     async def serve() -> None:
-        controller = Controller(store, INSTALLATION, "node1")
+        known = resolver or KnownImages()
+        controller = Controller(
+            store, INSTALLATION, "node1", stores=lambda: {n: s.url for n, s in known.stores.items()}
+        )
         await controller.start()
-        services = Services(settings, store, controller, Authority(store), resolver or KnownImages())
+        services = Services(settings, store, controller, Authority(store), known)
         agent = PlayedAgent(controller, "node1")
         server = uvicorn.Server(
             uvicorn.Config(api.build(services), log_level="warning", **listening.settings())

@@ -175,6 +175,7 @@ class Agent:
             if not orphans_known:
                 orphans_known = await self._adopt_orphans(host, desired)
             self._apply_instances(host, desired)
+            await self._images.use(desired.stores)
             await self._images.share(desired.image_site)
             await self._register(host.verdict)
             wait_s = _WAIT_S if quiet > 1 and orphans_known else _RETRY_S

@@ -9,15 +9,14 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from compute.agent.guest.host import Backing
 from compute.errors import Unavailable
-from compute.wire.spec import ImageSite
+from compute.wire.spec import ImageSite, called
 from imagestore import Away, ControlClient, Digest, ImageCache, StoreError, control_socket, unprivileged
 
 log = logging.getLogger(__name__)
@@ -33,23 +32,14 @@ Heard = Callable[[str, str], None]
 class Settings:
     """How guests boot from images that are not there yet."""
 
-    stores: tuple[str, ...]
+    stores: Callable[[], Sequence[str]]
+    """URLs as this machine's settings have them now."""
     fill: str = "now"
     patience_s: float = 120.0
     arguments: tuple[str, ...] = ()
     """More for the service's command line."""
     peer_address: str = ""
     """host:port where other nodes may be served."""
-
-
-def called(url: str) -> str:
-    """What a store is called wherever it is used: its URL without credentials, signer and way of access."""
-    parts = urlsplit(url)
-    if parts.scheme in ("", "file"):
-        return f"file://{parts.path.rstrip('/')}"
-    endpoint = dict(parse_qsl(parts.query)).get("endpoint_url")
-    host = parts.netloc.rpartition("@")[2].lower()
-    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}{f'?{called(endpoint)}' if endpoint else ''}"
 
 
 class ServedImages:
@@ -62,11 +52,22 @@ class ServedImages:
         self._starting = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self.peer_address = settings.peer_address
-        self.stores = tuple(sorted({called(url) for url in settings.stores}))
+        self.stores = tuple(sorted({called(url) for url in settings.stores()}))
+        """What the stores are called that can be read."""
+        self._handed: dict[str, str] = {}
         self._site: ImageSite | None = None
         self._trouble = ""
         self._missed: dict[str, str] = {}
         self._closed: Path | None = None
+
+    async def use(self, handed: Mapping[str, str]) -> None:
+        """The server's stores, what each is called → URL, are read too, from now on."""
+        if handed != self._handed:
+            self._handed = dict(handed)
+            await self._tell("use", stores=list(self._urls().values()))
+
+    def _urls(self) -> dict[str, str]:
+        return {called(url): url for url in self._settings.stores()} | self._handed
 
     async def backing(self, reader: str, digest: str) -> Backing:
         """What a guest that is about to start reads its image from.
@@ -189,6 +190,9 @@ class ServedImages:
                     heard("", "")
                 await self._join(logging.WARNING)  # it may be another service than a moment ago
                 await self._say_missed()
+                urls = self._urls()
+                readable = await self._client.ask("readable")
+                self.stores = tuple(sorted(name for name, url in urls.items() if url in readable))
                 events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
                 if not events:
                     heard("", "")  # figures have grown meanwhile
@@ -204,7 +208,7 @@ class ServedImages:
     async def _ensure_running(self) -> None:
         async with self._starting:
             try:
-                await self._client.ask("figures", reader="", timeout_s=_START_S)
+                await self._client.ask("use", stores=list(self._urls().values()), timeout_s=_START_S)
                 return
             except Away:
                 pass
@@ -218,7 +222,7 @@ class ServedImages:
                     except OSError as err:
                         raise Away(f"the image service cannot be started: {err}") from err
                 try:
-                    await self._client.ask("figures", reader="", timeout_s=_START_S)
+                    await self._client.ask("use", stores=list(self._urls().values()), timeout_s=_START_S)
                     return
                 except Away:
                     await asyncio.sleep(0.02)
@@ -232,14 +236,14 @@ class ServedImages:
         (self._state_dir / "run").mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "imagestore.cache.imaged", "--while-needed", *self._settings.arguments]
         if os.geteuid() == 0:
-            prefix, closed = unprivileged(self._state_dir, self._settings.stores)
+            prefix, closed = unprivileged(self._state_dir, self._settings.stores())
             if closed and not self._closed:
                 log.warning("%s is closed to other users: the image service keeps the right to read", closed)
             argv, self._closed = [*prefix, *argv], closed
         # Begun anew each time, so that it stays small.
         with self._log.open("wb") as log_file:
             return subprocess.Popen(
-                [*argv, str(self._state_dir), *self._settings.stores],
+                [*argv, str(self._state_dir), *self._settings.stores()],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -30,7 +30,7 @@ from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
 from compute.wire.operations import NodeOperations, answer
-from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts
+from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, called
 from imagestore import durable
 from net import Finding, Network, NodeNetworks, Port
 
@@ -231,12 +231,21 @@ class RemoteController:
             if after_revision:
                 log.warning("%s", err)
                 await asyncio.sleep(_AWAY_S)
-            return self._last
+            return self._led(self._last)
         if self._last is None or found != self._last:
             await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())
         self._last = found
         self._lease.confirm(asked)
-        return found
+        return self._led(found)
+
+    def _led(self, desired: NodeDesired) -> NodeDesired:
+        """With the whole URLs of stores that the server gives over our own connection."""
+        server, node = urlsplit(self._identity.url), self._identity.node
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(self._identity.certificate)).hexdigest()
+        base = f"https://{node}:{desired.store_token}@{server.netloc}/agent/v1/stores"
+        here = {n: f"{base}/{quote(n, safe='')}?sha256={pin}" for n, url in desired.stores.items() if not url}
+        given = {called(url): url for url in desired.stores.values() if url}
+        return replace(desired, stores={f"server/{name}": url for name, url in here.items()} | given)
 
     def _load(self) -> NodeDesired | None:
         try:

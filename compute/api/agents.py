@@ -6,9 +6,11 @@
     POST /agent/v1/report     {statuses, events}             → null, once it is kept
     POST /agent/v1/renew                                     → {fence_s}: without another renewal the node fences itself
     GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
+    GET  /agent/v1/stores/NAME/KEY                           → an object of a store, or a range of it
     POST /agent/v1/operations/ID {result} or {error, hint}   → null; `result` of `console` is base64
 
-All but `join` carry `Authorization: Node NAME:IDENTITY`. Errors are those of the API; 401 means: join again.
+All but `join` carry `Authorization: Node NAME:IDENTITY`, those of stores the token of `NodeDesired` (Basic). Errors are
+those of the API; 401 means: join again.
 """
 
 import asyncio
@@ -19,16 +21,20 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
+from starlette.types import Receive, Scope, Send
 
 from compute.api import problems
 from compute.api.context import Body, Services
 from compute.api.edge import Edge, Metrics, Route
 from compute.cluster import joining
+from compute.cluster.auth import basic
 from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.operations import client
 from compute.wire.spec import InstanceStatus, NodeEvent, NodeFacts
+from imagestore import Store
+from imagestore.mirror import Tree
 
 _ANSWER_S = 15.0
 _LONGEST_WAIT_S = 25.0
@@ -160,4 +166,24 @@ def build(services: Services) -> FastAPI:
         mailboxes[node].answer(number, body)
         return JSONResponse(None)
 
+    app.mount("/agent/v1/stores", NodesStores(services))
     return app
+
+
+class NodesStores:
+    """The server's stores for joined nodes, read-only: what else only this machine could reach."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._trees: dict[str, tuple[Store, Tree]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        node, token = basic(Request(scope).headers.get("authorization", ""))
+        joining.check_reader(Transaction(self._services.store), node, token)
+        name, _, key = scope["path"].removeprefix("/agent/v1/stores/").partition("/")
+        store = self._services.resolver.stores.get(name)
+        if store is None:
+            raise NotFound(f"no store is called {name[:80]}")
+        if name not in self._trees or self._trees[name][0] is not store:
+            self._trees[name] = store, Tree(store.backend)
+        await self._trees[name][1]({**scope, "path": f"/{key}"}, receive, send)

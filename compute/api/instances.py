@@ -17,9 +17,10 @@ from compute.cluster.records import instances as acts
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
-from compute.cluster.scheduler import Limits
+from compute.cluster.scheduler import Limits, unreadable
 from compute.cluster.scheduler import create_instance as create
 from compute.errors import Invalid
 from compute.wire.spec import InstanceState
@@ -136,10 +137,13 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             metadata=body.metadata or {},
         )
         wants = [_want(ctx, network, namespace) for network in body.network or ()]
+        images = {disk.image for disk in instance.disks if disk.image}
+        known = ctx.read().list(Node)
+        closed = unreadable(ctx.services.resolver.stores, known, images, controller.server)
         limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
 
         def make(txn: Transaction) -> Instance:
-            return create(txn, instance, wants, limits=limits, usable=controller.nodes.usable())
+            return create(txn, instance, wants, limits=limits, usable=controller.nodes.usable() | closed)
 
         made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))
     made = ctx.find(Instance, made.uuid)

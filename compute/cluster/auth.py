@@ -77,6 +77,18 @@ def _lookup(key: str, nonce: str) -> str:
     return hashlib.sha256(f"{nonce}\0{key}".encode()).hexdigest()[:4]
 
 
+def basic(authorization: str) -> tuple[str, str]:
+    """Name and password of a Basic Authorization header (RFC 7617). Raises Unauthenticated."""
+    scheme, _, told = authorization.partition(" ")
+    try:
+        name, colon, password = base64.b64decode(told).decode().partition(":")
+    except ValueError as err:
+        raise Unauthenticated("not NAME:PASSWORD in base64") from err
+    if scheme.lower() != "basic" or not colon:
+        raise Unauthenticated("no name and password")
+    return name, password
+
+
 class Authority:
     """Checks keys and tokens against the state store."""
 
@@ -160,11 +172,7 @@ class Authority:
         """
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() == "basic":  # what a scraper of metrics can be told: it keeps a key, not a token
-            try:
-                name, _, key = base64.b64decode(token).decode().partition(":")
-            except ValueError as err:
-                raise Unauthenticated("not NAMESPACE:KEY in base64") from err
-            token, scheme = self.login(name, key, address)["access_token"], "bearer"
+            token, scheme = self.login(*basic(authorization), address)["access_token"], "bearer"
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated(
                 "no token", hint="POST /auth first; sf does it with the key in auth/local-key"

@@ -7,7 +7,7 @@ the same verbs. Reports are facts about the past and may arrive late or twice: w
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address
@@ -43,8 +43,11 @@ class Controller:
         *,
         uplink: str = "",
         resolvers: tuple[IPv4Address, ...] = (),
+        stores: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._uplink, self._resolvers = uplink, resolvers
+        self.stores = stores
+        """Names and URLs of the image stores, as they are now."""
         self.store = store
         self.installation = installation
         self.server = server
@@ -112,7 +115,10 @@ class Controller:
     def _build(self, node: str) -> NodeDesired:
         read = Transaction(self.store)
         living = self.nodes.among(read.list(Node))
-        return desired.read(read, node, self.installation, living, self._uplink, self._resolvers)
+        # What only this machine can reach, or only with its keys, goes over the node's own connection.
+        web = {name: url if url.startswith("http") else "" for name, url in self.stores().items()}
+        handed = {} if node == self.server else web
+        return desired.read(read, node, self.installation, living, self._uplink, self._resolvers, handed)
 
     async def report(
         self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]

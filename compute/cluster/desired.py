@@ -13,7 +13,7 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, facts_of
-from compute.cluster.records.secrets import site_secret
+from compute.cluster.records.secrets import site_secret, store_token
 from compute.cluster.records.transaction import Transaction
 from compute.wire.codec import to_plain
 from compute.wire.spec import ImageSite, InstanceSpec, InstanceState, InterfaceSpec, NodeDesired
@@ -38,6 +38,7 @@ def read(
     alive: Collection[str],
     uplink: str = "",
     resolvers: tuple[IPv4Address, ...] = (),
+    stores: Mapping[str, str] | None = None,
 ) -> NodeDesired:
     """What `node` must be now. The revision is a hash of it, so that every server gives the same one."""
     nodes = txn.list(Node)
@@ -52,6 +53,8 @@ def read(
         resolvers=resolvers,
     )
     now = replace(now, image_site=image_site(node, nodes, alive, site_secret(txn)))
+    if stores:
+        now = replace(now, stores=dict(stores), store_token=store_token(txn, node))
     digest = hashlib.blake2b(json.dumps(to_plain(now)).encode(), digest_size=6).digest()
     return replace(now, revision=int.from_bytes(digest))
 

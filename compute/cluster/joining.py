@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from compute.cluster.records.claims import Claims
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.secrets import store_token
 from compute.cluster.records.stored import check_name, new_uuid
 from compute.cluster.records.taken import Taken, take
 from compute.cluster.records.transaction import Transaction
@@ -60,6 +61,14 @@ def join(txn: Transaction, secret: str, name: str) -> tuple[Node, str]:
     txn.create(Claims(name=name))
     txn.event(Node.KIND, name, "the node joined", type="audit")
     return node, identity
+
+
+def check_reader(txn: Transaction, name: str, token: str) -> None:
+    """Whether a node may read the server's stores. Raises Unauthenticated."""
+    node = txn.find(Node, name)
+    right = node is not None and node.state != "deleted" and node.identity
+    if not right or not hmac.compare_digest(store_token(txn, name).encode(), token.encode()):
+        raise Unauthenticated(f"node {name[:80]} may not read stores by this token")
 
 
 def check_identity(txn: Transaction, name: str, identity: str) -> Node:

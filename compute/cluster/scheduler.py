@@ -13,6 +13,8 @@ from compute.cluster.records.interfaces import Want
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity, NotFound
+from compute.wire.spec import called
+from imagestore import Digest, Store, StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,29 @@ def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
             )
         )
     return found
+
+
+def unreadable(
+    stores: Mapping[str, Store], nodes: Sequence[Node], images: Collection[str], server: str
+) -> dict[str, str]:
+    """Node → why it cannot have these images: it reads no store that has them. Asks stores, so outside transactions."""
+    found: dict[str, str] = {}
+    for node in nodes:
+        facts = facts_of(node)
+        if node.name == server or facts is None:
+            continue
+        reads = [s for n, s in stores.items() if {f"server/{n}", called(s.url)} & set(facts.stores)]
+        for image in set(images) - set(facts.images) if len(reads) < len(stores) else ():
+            if not any(_has(store, image) for store in reads):
+                found[node.name] = f"can read no store that has {image[:15]}…"
+    return found
+
+
+def _has(store: Store, image: str) -> bool:
+    try:
+        return store.has_manifest(Digest.parse(image))
+    except StoreError:  # it may come back before the guest asks
+        return True
 
 
 def create_instance(

@@ -18,15 +18,19 @@ from imagestore.outside import decimal
 
 
 class Http(ReadOnly):
-    """Objects below a URL. A body that comes slower than `slowest_bytes_s` after `patience_s` is given up."""
+    """Objects below a URL; `?sha256=…` after it is the one certificate that is believed.
+
+    A body that comes slower than `slowest_bytes_s` after `patience_s` is given up.
+    """
 
     def __init__(
         self, url: str, *, patience_s: float = PATIENCE_S, slowest_bytes_s: float = 32 << 10
     ) -> None:
-        self._base, parts = url.rstrip("/"), urlsplit(url.rstrip("/"))
+        plain, _, pin = url.partition("?sha256=")
+        self._base, parts = plain.rstrip("/"), urlsplit(plain.rstrip("/"))
         self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         self._pace = {"patience_s": patience_s, "slowest_bytes_s": slowest_bytes_s}
-        self._web = Web(patience_s=patience_s)
+        self._web = Web(patience_s=patience_s, pin=pin)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         ranged = start > 0 or length is not None

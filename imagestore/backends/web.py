@@ -39,12 +39,15 @@ _STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound,
 
 
 class Web:
-    """Keeps connections, for any number of threads. `trusted`: the URLs are this machine's administrator's."""
+    """Keeps connections, for any number of threads. `trusted`: the URLs are this machine's administrator's.
 
-    def __init__(self, *, trusted: bool = True, patience_s: float = PATIENCE_S) -> None:
-        self._trusted = trusted
+    pin: the SHA-256 of the one certificate that is believed, whatever it names, instead of authorities.
+    """
+
+    def __init__(self, *, trusted: bool = True, patience_s: float = PATIENCE_S, pin: str = "") -> None:
+        self._trusted, self._pin = trusted, pin
         self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=patience_s)
-        self._proxies = getproxies() if trusted else {}
+        self._proxies = getproxies() if trusted and not pin else {}
         self._pools: dict[str, urllib3.PoolManager] = {}
         """By proxy; "" is none."""
 
@@ -116,7 +119,11 @@ class Web:
     def _pool(self, proxy: str) -> urllib3.PoolManager:
         """The connections through one proxy, or through none."""
         if proxy not in self._pools:
-            more: dict[str, Any] = {"maxsize": _KEPT, "ssl_context": ssl.create_default_context()}
+            context = ssl.create_default_context()
+            more: dict[str, Any] = {"maxsize": _KEPT, "ssl_context": context}
+            if self._pin:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                more["assert_fingerprint"] = self._pin
             if proxy:
                 at = proxy if "://" in proxy else f"http://{proxy}"
                 headers = urllib3.make_headers(proxy_basic_auth=_credentials(at))

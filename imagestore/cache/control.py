@@ -18,7 +18,7 @@ from imagestore.outside import read_json
 
 _LINE_BYTES = 1 << 20
 OPERATIONS = frozenset(
-    "attach settle detach sync booted figures join pin unpin prefetch prune ls watch".split()
+    "attach settle detach sync booted figures join use readable pin unpin prefetch prune ls watch".split()
 )
 Request = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from imagestore.backends.wrappers import Retried
@@ -45,6 +46,15 @@ class Stores:
             except StoreError as error:
                 failure = error if not at else failure
         raise failure
+
+    def readable(self) -> list[str]:
+        """Those that can be opened now."""
+        found = []
+        for url in list(self.urls):
+            with suppress(StoreError):
+                self.get(url)
+                found.append(url)
+        return found
 
     def close(self) -> None:
         """Close all that were opened."""

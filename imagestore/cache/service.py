@@ -99,6 +99,14 @@ class ImageService:
         self._site.me, self._site.addresses, self._site.secret = me, dict(peers), bytes.fromhex(secret)
         await self._peers.listen(listen)
 
+    async def use(self, stores: Sequence[str]) -> None:
+        """Fetch from the stores at these URLs, in this order, from now on."""
+        self._stores.urls = [str(url) for url in stores]
+
+    async def readable(self) -> list[str]:
+        """Those of them that can be opened now."""
+        return await asyncio.to_thread(self._stores.readable)
+
     # -- readers
 
     async def attach(

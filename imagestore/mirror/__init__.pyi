@@ -10,3 +10,4 @@ from .serve import serve as serve
 from .signing import Keyring as Keyring
 from .signing import Publisher as Publisher
 from .sync import sync as sync
+from .tree import Tree as Tree

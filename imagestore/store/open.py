@@ -1,5 +1,6 @@
 """From a URL to an open store: the only place that builds backends."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from imagestore.store.store import Store
 if TYPE_CHECKING:  # boto3: half a second
     from imagestore.backends.s3 import S3
 
+_PIN = re.compile(r"https?\?|https\?sha256=[0-9a-f]{64}")
 _FORMS = "use /path, file:///path, s3://bucket/prefix?endpoint_url=…&region=…&profile=… or https://host/path"
 
 
@@ -76,7 +78,7 @@ def open_backend(url: str) -> Backend:
         from imagestore.backends.s3 import S3
 
         return Retried(S3(parts.netloc, parts.path, **options))
-    if parts.scheme in ("http", "https") and not parts.query:
+    if parts.scheme in ("http", "https") and _PIN.fullmatch(f"{parts.scheme}?{parts.query}"):
         from imagestore.backends.http import Http
 
         return Retried(Verified(Http(url)))

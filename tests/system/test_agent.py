@@ -6,7 +6,7 @@ import os
 import pwd
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +141,8 @@ class Shelf:
     async def only(self, readers: list[str]) -> None: ...
 
     async def share(self, site: ImageSite) -> None: ...
+
+    async def use(self, handed: Mapping[str, str]) -> None: ...
 
     async def gone(self, reader: str) -> None: ...
 

@@ -63,7 +63,7 @@ class LazyBench(Bench):
 
     @contextlib.asynccontextmanager
     async def agent(self) -> AsyncIterator[Agent]:
-        settings = Settings((self.url,), self.fill, 60.0, self.arguments)
+        settings = Settings(lambda: (self.url,), self.fill, 60.0, self.arguments)
         images = ServedImages(ImageCache(self.directory / "cache", {}), self.directory, settings)
         agent = Agent(self.desk, "here", self.directory, NoNetworks(), images, self.host.uri)
         running = asyncio.create_task(agent.run())

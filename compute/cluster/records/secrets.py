@@ -1,5 +1,6 @@
 """What only the servers of one installation know."""
 
+import hmac
 import secrets
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -27,6 +28,11 @@ def secret(txn: Transaction, name: str, *, renew: bool = False) -> str:
     if former:
         txn.delete(Taken, name)
     return found.value
+
+
+def store_token(txn: Transaction, node: str) -> str:
+    """With which a joined node reads the server's stores; another for all when a node was removed."""
+    return hmac.digest(site_secret(txn), f"stores/{node}".encode(), "sha256").hex()
 
 
 def site_secret(txn: Transaction, *, renew: bool = False) -> bytes:

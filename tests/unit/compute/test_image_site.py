@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from compute.agent.image_service import called
 from compute.api.agents import Mailbox
 from compute.cluster import liveness
 from compute.cluster.controller import Controller
@@ -18,7 +17,7 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.spec import ImageSite, NodeDesired, NodeFacts
+from compute.wire.spec import ImageSite, NodeDesired, NodeFacts, called
 
 MACHINE: dict[str, Any] = {"cpus": 1, "memory_mib": 512}
 STORES = ("file:///srv/images", "s3://images")
