@@ -167,7 +167,9 @@ class Qcow2:
 
     def _table(self, offset: int, entries: int) -> npt.NDArray[np.uint64]:
         """A big-endian table of the file."""
-        if offset % self._cluster or (entries and not 0 < offset <= self._file_bytes - entries * 8):
+        if not entries:  # of a disk of no bytes, wherever it is said to be
+            return np.zeros(0, np.uint64)
+        if offset % self._cluster or not 0 < offset <= self._file_bytes - entries * 8:
             raise self._refuse("is cut short or corrupt: a table lies past its end")
         data = os.pread(self._descriptor, entries * 8, offset)
         if len(data) != entries * 8:

@@ -265,3 +265,10 @@ def test_a_disk_that_a_running_qemu_holds_is_refused(tmp_path):
         qemu.kill()
         qemu.wait()
     assert len(content(path)) == 6 << 20
+
+
+def test_a_disk_of_no_bytes_is_empty_wherever_its_table_is_said_to_be(tmp_path):
+    good = convert(make_raw(tmp_path / "disk.raw"), tmp_path / "good.qcow2", "qcow2")
+    bad = patched(patched(good, tmp_path / "a", 24, ">Q", 0), tmp_path / "bad", 40, ">Q", 2**64 - 512)
+    with pytest.raises(Invalid, match="empty"):
+        content(bad)
