@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
 
 from compute.agent.agent import Agent, Controller
 from compute.agent.guest.host import Plane
@@ -123,6 +122,15 @@ async def agent(
 async def _nothing() -> None: ...
 
 
+def shortened(record: logging.LogRecord) -> bool:
+    """A filter for loggers of others: a line for an error, instead of a traceback whose length a tenant chooses."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None:
+        record.msg, record.args = f"{record.getMessage().strip()[:200]}: {brief(error)}", ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
 async def lasting(what: str, part: Callable[[], Awaitable[None]]) -> None:
     """Until cancelled: `part`, and from the beginning after an error, which is said once while it stays the same."""
     said = ""
@@ -151,7 +159,8 @@ async def run(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    loop.set_exception_handler(_unheard)
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(shortened)
 
     async def agent() -> None:
         await (await make_agent()).run()
@@ -170,12 +179,6 @@ async def run(
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-
-
-def _unheard(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Errors of tasks that nobody waits for, without their tracebacks of any length."""
-    error = context.get("exception")
-    log.error("%s%s", context["message"], f": {brief(error)}" if error else "")
 
 
 def release() -> str:

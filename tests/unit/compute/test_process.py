@@ -50,6 +50,19 @@ def test_a_missing_package_is_not_waited_for() -> None:
         asyncio.run(process.lasting("agent", part))
 
 
+def test_tracebacks_of_the_web_server_and_the_loop_are_a_line_each(caplog: pytest.LogCaptureFixture) -> None:
+    """E5"""
+    logger = logging.getLogger("uvicorn.error")
+    logger.addFilter(process.shortened)
+    try:
+        deep(500)
+    except ValueError as err:
+        logger.error("Exception in ASGI application\n", exc_info=err)
+    finally:
+        logger.removeFilter(process.shortened)
+    assert "ValueError: chosen by" in caplog.text and len(caplog.text) < 1500
+
+
 def test_an_error_of_any_length_is_one_short_line_with_its_place() -> None:
     """E5: 75-KiB tracebacks"""
     try:
