@@ -13,6 +13,7 @@ from .cache.images import ImageCache as ImageCache
 from .cache.images import list_images as list_images
 from .cache.service import Options as Options
 from .cache.wanted import Fill as Fill
+from .copy import copy_image as copy_image
 from .copy import copy_name as copy_name
 from .disks.qcow2.writer import QCOW2_HEADER as QCOW2_HEADER
 from .disks.qcow2.writer import qcow2_header as qcow2_header

@@ -1,7 +1,7 @@
 """Pull: from a manifest to a raw or qcow2 file, every byte verified, only what is missing fetched.
 
-The file is written beside its place and renamed when it is whole. What a pull that was cut off left there is hashed
-and kept. Chunks that other local images hold are copied; the rest comes in ranges of neighbouring frames.
+A file is written beside its place and renamed when it is whole, a block device itself. What a pull that was cut off
+left there is hashed and kept. Chunks that other local images hold are copied; the rest comes in ranges of frames.
 """
 
 import errno
@@ -16,10 +16,9 @@ from threading import Event
 import numpy as np
 from blake3 import blake3
 
-from imagestore.disks.output import Output
+from imagestore.disks.output import Output, target
 from imagestore.disks.qcow2.writer import plan
 from imagestore.disks.windows import in_order
-from imagestore.durable import fsync_directory, locked
 from imagestore.errors import (
     Cancelled,
     Conflict,
@@ -69,7 +68,7 @@ def pull(
     cancel: Event | None = None,
     durable: bool = True,
 ) -> PullResult:
-    """Write the image `digest` to `output` (replacing it when whole) as raw or qcow2.
+    """Write the image `digest` to `output` as raw or qcow2: to a file, replaced when whole, or onto a block device.
 
     fallbacks: stores to ask for a range that the first cannot give whole. durable: fsync before the rename.
     Raises NotFound, Corrupt, Unavailable, NoSpace, Cancelled; Invalid for a path that cannot be written.
@@ -77,31 +76,28 @@ def pull(
     if format_ not in ("raw", "qcow2"):
         raise Invalid(f"cannot write format {format_!r}", hint="raw or qcow2")
     manifest = store.manifest(digest)
-    beside = output.with_name(f".{output.name}.{digest.hex()[:16]}.{format_}")
     with ExitStack() as stack:
         try:
-            descriptor = stack.enter_context(locked(beside, wait=False, mode=0o644))
+            place = stack.enter_context(target(output, f"{digest.hex()[:16]}.{format_}"))
         except BlockingIOError as error:
             raise Conflict(f"another pull is writing {output}") from error
         except OSError as error:
             raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
         try:
             qcow2 = plan(manifest) if format_ == "qcow2" else None
-            file = Output(descriptor, manifest.size_bytes, qcow2, durable=durable)
+            file = Output(place, manifest.size_bytes, qcow2, durable=durable)
             stack.callback(file.close)
             filling = _Filling(file, manifest, digest, progress, cancel)
             try:
                 result = filling.fill(store, seeds, fallbacks)
             except StoreError:
                 if not filling.began:
-                    beside.unlink(missing_ok=True)
+                    place.discard()
                 raise
             file.finish()
-            beside.rename(output)
-            if durable:
-                fsync_directory(output.parent)
+            place.commit()
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            place.discard()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise NoSpace(f"no space left for {output}") from error
             raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error

@@ -1,7 +1,11 @@
 """`sf image`: disk images in a store. Needs no server."""
 
+import shutil
+import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -9,7 +13,7 @@ import click
 from cli.command import DURATION, STORE, Group, settings
 from cli.errors import MISSING, USAGE, Problem
 from cli.image.stores import found, judge, opened, written
-from cli.output import ago, progress, say, show_list, show_one, size, when
+from cli.output import ago, confirm, progress, say, show_list, show_one, size, when
 
 COLUMNS = (
     ("name", "name"),
@@ -53,6 +57,7 @@ COLLECTED = (
     ("tombstones gone", "deleted_names"),
     ("", lambda r: "nothing was changed (--dry-run)" if r["dry_run"] else ""),
 )
+SUFFIXES = {".raw": "raw", ".img": "raw", ".qcow2": "qcow2", ".qcow": "qcow2"}
 BROUGHT = (("name", "name"), ("digest", "digest"), ("written", lambda r: size(r["written_bytes"])))
 PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
 
@@ -96,20 +101,21 @@ def push(
 
 @image.add(
     examples="""sf image pull debian:12 -o copy.qcow2
-    sf image pull official/debian:12 -o disk.raw
+    sf image pull official/debian:12 -o /dev/vg/web
     sf image pull official/debian:12"""
 )
-@click.option("-o", "--output", type=path, help="The file; without one the image comes to the local store.")
 @click.option(
-    "--as", "kind", type=click.Choice(["qcow2", "raw"]), help="Default: raw for .raw and .img, else qcow2."
+    "-o", "--output", type=path, help="A file, a device or -; without, the image comes to the local store."
+)
+@click.option(
+    "--as", "kind", type=click.Choice(["qcow2", "raw"]), help="Default: by the suffix; devices and - are raw."
 )
 @click.option(
     "--seed", "seeds", multiple=True, metavar="NAME=FILE", help="Take equal parts from the raw disk FILE."
 )
-def pull(
-    name: str, architecture: str, form: str, output: Path | None, kind: str | None, seeds: tuple[str, ...]
-) -> None:
-    """Write an image to a file, or bring it here from another store."""
+@click.option("--force", is_flag=True, help="Do not ask before a device is written.")
+def pull(name: str, architecture: str, form: str, output: Path | None, force: bool, **given: Any) -> None:
+    """Write an image to a file or a device, or bring it here from another store."""
     from imagestore import Seed, keep_buffers
     from imagestore import pull as pull_image
 
@@ -117,14 +123,26 @@ def pull(
     if output is None:
         _bring(name, architecture, form)
         return
-    given: list[Seed] = []
-    for text in seeds:
+    seeds: list[Seed] = []
+    for text in given["seeds"]:
         image_name, _, file = text.partition("=")
         with found(image_name, architecture) as (store, _, digest):
-            given.append(Seed(store.manifest(digest), Path(file)))
-    kind = kind or ("raw" if output.suffix in (".raw", ".img") else "qcow2")
-    with found(name, architecture) as (store, full, digest), progress(name) as tell:
-        result = pull_image(store, digest, output, format_=kind, progress=tell, seeds=given)
+            seeds.append(Seed(store.manifest(digest), Path(file)))
+    stream, device = str(output) == "-", output.is_block_device()
+    kind = given["kind"] or ("raw" if stream or device else SUFFIXES.get(output.suffix))
+    if not kind:
+        raise Problem(f"what is {output} to be?", hint="--as qcow2, or --as raw", code=USAGE)
+    if stream and sys.stdout.isatty():
+        raise Problem("a disk does not go to a terminal", hint=f"sf image pull {name} -o - | …", code=USAGE)
+    confirm(f"overwrite what is on {output} with {name}?", force or not device)
+    with found(name, architecture) as (store, full, digest), ExitStack() as stack:
+        # What arrives in any order leaves in its own.
+        whole = Path(stack.enter_context(TemporaryDirectory()), "disk") if stream else output
+        with progress(name) as tell:
+            result = pull_image(store, digest, whole, format_=kind, progress=tell, seeds=seeds)
+        if stream:
+            shutil.copyfileobj(stack.enter_context(whole.open("rb")), sys.stdout.buffer, 1 << 20)
+            return
     row = {"name": full, "output": str(output), "format": kind, **asdict(result), "digest": str(digest)}
     show_one(row, PULLED, form, name="output")
 
