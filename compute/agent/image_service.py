@@ -104,11 +104,12 @@ class ServedImages:
         return path if path.exists() else None
 
     def admit(self, group: int) -> None:
-        """Exports are this group's to connect to, also those that a service makes after a restart."""
-        sockets = self._state_dir / "run" / "nbd"
-        sockets.mkdir(mode=0o711, parents=True, exist_ok=True)
-        os.chown(sockets, -1, group)
-        sockets.chmod(0o2711)
+        """Exports are this group's to connect to, also those that a service makes after a restart; images, to read."""
+        for name, mode in (("run/nbd", 0o2711), ("cache", 0o710)):
+            directory = self._state_dir / name
+            directory.mkdir(mode=0o710, parents=True, exist_ok=True)
+            os.chown(directory, -1, group)
+            directory.chmod(mode)
 
     async def settled(self, reader: str) -> None:
         """The guest reads the raw file itself now."""

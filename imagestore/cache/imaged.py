@@ -34,13 +34,17 @@ def control_socket(state: Path) -> Path:
     return state / "run" / "imaged" / "sock"
 
 
-def prepare(state: Path, uid: int = -1) -> None:
+def prepare(state: Path, uid: int = -1, group: int = -1) -> None:
     """Make the service's directories; give them, and what another user's service left there, to this user.
 
-    Nothing here follows a link: the directories may have been the user's before. The group of run/nbd is qemu's.
+    Nothing here follows a link: the directories may have been the user's before. The group of run/nbd and of the cache,
+    which is closed to others, is qemu's.
     """
     for name in ("cache", "cache/readers", "cache/traces", "run/imaged", "run/nbd"):
         (state / name).mkdir(mode=0o711, parents=True, exist_ok=True)
+        if name == "cache":
+            os.chown(state / name, -1, group)
+            (state / name).chmod(0o710)
         if uid >= 0:
             directory = os.open(state / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -102,7 +106,7 @@ def run_service(
         entry = pwd.getpwnam(user) if user else None
     except KeyError as error:
         raise Invalid(f"there is no user {user!r} or no group {group!r}") from error
-    prepare(state, entry.pw_uid if entry else -1)
+    prepare(state, entry.pw_uid if entry else -1, options.socket_group)
     if entry:
         os.setgroups([options.socket_group] if group else [])
         os.setgid(entry.pw_gid)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from compute.agent.image_service import ServedImages, Settings
 from imagestore.backends.directory import Directory
 from imagestore.cache.imaged import unprivileged
+from imagestore.cache.images import ImageCache
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
@@ -336,3 +338,24 @@ def test_nodes_that_all_lost_their_stores_do_not_wait_for_each_other(tmp_path: P
         for socket in sockets:
             copy_by_nbd(socket, tmp_path / "copy.raw")
             assert (tmp_path / "copy.raw").read_bytes() == DATA
+
+
+def test_an_image_in_the_cache_is_read_by_qemus_group_and_by_no_other_user(tmp_path: Path) -> None:
+    """F5"""
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    for directory in (tmp_path, *tmp_path.parents[:-2]):
+        directory.chmod(0o711)
+    (tmp_path / "state" / "cache").mkdir(parents=True)
+    (tmp_path / "state" / "cache").chmod(0o711)  # as earlier versions made it
+
+    def reads(group: int) -> bool:
+        who = ["setpriv", "--reuid=65534", f"--regid={group}", "--clear-groups"]
+        return subprocess.run([*who, "head", "-c1", path], capture_output=True).returncode == 0
+
+    with Imaged(tmp_path / "state", url) as imaged:
+        imaged.ask("prefetch", image=str(digest))
+        imaged.wait_complete(digest)
+        path = imaged.row(digest)["path"]
+        assert not reads(65534)
+        ServedImages(ImageCache(tmp_path / "state/cache", {}), tmp_path / "state", Settings(())).admit(4711)
+        assert reads(4711) and not reads(65534)
