@@ -8,7 +8,6 @@ from .cache.imaged import control_socket as control_socket
 from .cache.imaged import options_of as options_of
 from .cache.imaged import run_service as run_service
 from .cache.imaged import unprivileged as unprivileged
-from .cache.images import Cached as Cached
 from .cache.images import ImageCache as ImageCache
 from .cache.images import list_images as list_images
 from .cache.service import Options as Options

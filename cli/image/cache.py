@@ -63,12 +63,12 @@ def verify() -> None:
     from imagestore import Corrupt, ImageCache
 
     held = ImageCache(settings().state_dir / "cache", {})
-    images, bad = held.list(), 0
+    images, bad = held.digests(), 0
     with status() as tell:
         for one in images:
-            tell(f"verify {one.digest}")
+            tell(f"verify {one}")
             try:
-                held.verify(one.digest)
+                held.verify(one)
             except Corrupt as error:
                 bad += 1
                 print(error)

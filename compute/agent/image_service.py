@@ -96,7 +96,7 @@ class ServedImages:
 
     def here(self) -> tuple[str, ...]:
         """Digests of the images that are complete."""
-        return tuple(str(image.digest) for image in self._cache.list())
+        return tuple(sorted(map(str, self._cache.digests())))
 
     def complete(self, digest: str) -> Path | None:
         """The complete raw file of an image, if it is here."""

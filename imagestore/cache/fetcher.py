@@ -105,7 +105,8 @@ class Fetcher:
             self._images.remove(image)
         while image.running:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(image.partial.flush)
+        with contextlib.suppress(OSError):  # what it was to keep is fetched once more
+            await asyncio.to_thread(image.partial.flush)
 
     async def close(self) -> None:
         """Wait for what is under way, flush every image."""
@@ -271,6 +272,7 @@ class Fetcher:
 
     def _say(self, image: Filling, line: str) -> None:
         now = time.monotonic()
-        if now - image.said.get(line, -_SAID_S) >= _SAID_S:
+        image.said = {old: at for old, at in image.said.items() if now - at < _SAID_S}
+        if line not in image.said:
             image.said[line] = now
             self._happened(image, line)

@@ -7,9 +7,9 @@ Only the image service puts images here (imagestore.cache.open_images); the file
 they are written and again by `verify`.
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from imagestore.errors import Corrupt, NotFound, StoreError
+from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
+from imagestore.outside import read_json
 from imagestore.pull import Seed
 from imagestore.store.names import parse_reference
 from imagestore.store.resolve import begins, resolve
@@ -34,16 +35,6 @@ class Resolved:
 
     digest: Digest
     size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cached:
-    """A complete image. `size_bytes`: of the disk; `used_bytes`: on this file system."""
-
-    digest: Digest
-    path: Path
-    size_bytes: int
-    used_bytes: int
 
 
 class ImageCache:
@@ -65,7 +56,7 @@ class ImageCache:
         wanted = parse_reference(text)
         held = wanted.digest if wanted.digest and self.has(wanted.digest) else None
         if wanted.digest_prefix and not wanted.digest:
-            held = begins(self._digests(), wanted.digest_prefix, "the cache")
+            held = begins(self.digests(), wanted.digest_prefix, "the cache")
         if held is not None:
             return Resolved(held, self.manifest(held).size_bytes)
         found = resolve(text, architecture, self.stores)
@@ -90,18 +81,20 @@ class ImageCache:
             raise Corrupt(f"{path} does not match its name", hint="`sf cache verify` repairs the cache")
         return Manifest.decode(data)
 
-    def list(self) -> list[Cached]:
-        """Complete images, by digest."""
+    def digests(self) -> list[Digest]:
+        """Of the complete images, the newest first."""
         found = []
-        for digest in self._digests():
-            status = self.path(digest).stat()
-            found.append(Cached(digest, self.path(digest), status.st_size, status.st_blocks * 512))
-        return found
+        for path in self.directory.glob("*.raw"):
+            with suppress(Invalid, OSError):  # somebody else's file, or one that is forgotten just now
+                digest, changed_ns = Digest.parse(path.stem), path.stat().st_mtime_ns
+                if path.is_file() and not path.with_suffix(".have").exists():
+                    found.append((-changed_ns, digest))
+        return [digest for _, digest in sorted(found)]
 
     def seeds(self) -> tuple[Seed, ...]:
         """Complete images to copy chunks from, the newest first."""
         found = []
-        for digest in sorted(self._digests(), key=lambda one: -self.path(one).stat().st_mtime_ns)[:_SEEDS]:
+        for digest in self.digests()[:_SEEDS]:
             with suppress(NotFound, Corrupt):
                 found.append(Seed(self.manifest(digest), self.path(digest)))
         return tuple(found)
@@ -128,11 +121,6 @@ class ImageCache:
         self.path(digest).unlink(missing_ok=True)
         (self.directory / f"{digest.hex()}.manifest").unlink(missing_ok=True)
 
-    def _digests(self) -> Iterator[Digest]:
-        for path in sorted(self.directory.glob("*.raw")):
-            if len(path.stem) == 64 and not path.with_suffix(".have").exists():
-                yield Digest.parse(path.stem)
-
     def _manifest(self, digest: Digest, store: Store) -> Manifest:
         try:
             return self.manifest(digest)
@@ -158,13 +146,13 @@ def list_images(directory: Path) -> list[dict[str, Any]]:
     """What a cache directory holds, complete or not; no service needed."""
     readers: dict[str, list[str]] = {}
     for path in sorted((directory / "readers").glob("*.json")):
-        with suppress(OSError, ValueError):
-            readers.setdefault(json.loads(path.read_text())["image"], []).append(path.stem)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            readers.setdefault(read_json(path.read_bytes())["image"], []).append(path.stem)
     rows: list[dict[str, Any]] = []
     # Incomplete ones first: one that is completed meanwhile is found under its final name, here or below.
     paths = [*directory.glob("*.part"), *directory.glob("*.raw")]
     for path in sorted(paths):
-        with suppress(StoreError, FileNotFoundError):
+        with suppress(StoreError, OSError):
             digest, raw = Digest.parse(path.stem), path.with_suffix(".raw")
             try:
                 status = path.stat()
@@ -172,6 +160,8 @@ def list_images(directory: Path) -> list[dict[str, Any]]:
                 if raw in paths:
                     continue
                 path, status = raw, raw.stat()
+            if not stat.S_ISREG(status.st_mode):
+                continue
             rows.append(
                 {
                     "digest": str(digest),

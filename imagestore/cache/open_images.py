@@ -36,6 +36,7 @@ TRACE_S = 600.0
 """A boot that nobody reported as over ends its trace after this time."""
 SETTLE_S = 20.0
 """A trace goes on for so long after the guest is up: what starts beside the login prompt belongs to the boot."""
+_SEAL_S = 30.0
 _RELAY_S = 60.0
 """An image that is open for peers alone is closed when they have asked nothing for so long."""
 
@@ -218,7 +219,8 @@ class OpenImages:
         try:
             await asyncio.to_thread(image.partial.seal, path)
         except OSError as error:
-            self._tell(str(image.digest), f"cannot complete the image: {error}")
+            self._tell(str(image.digest), f"cannot complete the image, which is tried again: {error}")
+            asyncio.get_running_loop().call_later(_SEAL_S, self._happened, image, "")
             return
         if image.partial.complete:
             self._tell(str(image.digest), "the image is complete", complete=str(path))

@@ -34,7 +34,9 @@ PATIENCE_S = 20.0
 _MAX_CHUNKS = 4096
 _KEPT = 16
 """Connections to one peer: as many as threads fetch."""
-_CLIENTS = 1024
+_CLIENTS = 256
+"""Connections at once; one more ends the oldest, for strangers may hold many."""
+_HEAD_S = 10.0
 _AWAY_S = 15.0
 """For so long a node that did not answer is not asked again."""
 _ID = 32
@@ -139,7 +141,7 @@ class PeerServer:
 
     def __init__(self, site: Site, give: Give) -> None:
         self._site, self._give = site, give
-        self._clients: set[asyncio.Task[None]] = set()
+        self._clients: dict[asyncio.Task[None], None] = {}
         self._server: asyncio.Server | None = None
         self.listening = ""
 
@@ -164,20 +166,23 @@ class PeerServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task
-        self._clients.add(task)
+        self._clients[task] = None
+        if len(self._clients) > _CLIENTS:
+            next(iter(self._clients)).cancel()
         try:
-            if len(self._clients) <= _CLIENTS:
-                with contextlib.suppress(OSError, EOFError, ValueError, asyncio.LimitOverrunError):
-                    while await self._one(reader, writer):
-                        pass
+            with contextlib.suppress(OSError, EOFError, ValueError, asyncio.LimitOverrunError):
+                while await self._one(reader, writer):
+                    pass
         finally:
-            self._clients.discard(task)
+            self._clients.pop(task)
             writer.transport.abort()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; False when the connection is to end."""
-        async with asyncio.timeout(60):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        async with asyncio.timeout(60):  # between two requests
+            first = await reader.readexactly(1)
+        async with asyncio.timeout(_HEAD_S):
+            head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             verb, path, _ = head[0].split(" ")
             headers = {
                 name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])
@@ -186,8 +191,8 @@ class PeerServer:
             if verb != "POST" or not 0 < length <= _MAX_CHUNKS * _ID or length % _ID:
                 return False
             body = await reader.readexactly(length)
-        told = headers.get("authorization", "")
-        if not self._site.secret or not hmac.compare_digest(told, sign(self._site.secret, path, body)):
+        told, right = headers.get("authorization", ""), sign(self._site.secret, path, body)
+        if not self._site.secret or not hmac.compare_digest(told.encode(), right.encode()):
             writer.write(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
             return False
         pieces: Sequence[Buffer] | None = None

@@ -27,9 +27,11 @@ from imagestore.cache.peers import PeerServer, Site
 from imagestore.cache.wanted import Fill
 from imagestore.errors import Conflict, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
+from imagestore.outside import read_json
 
 log = logging.getLogger(__name__)
 _KEPT_EVENTS = 256
+_REOPEN_S = 5.0
 _READER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -78,18 +80,33 @@ class ImageService:
         self._happened = asyncio.Event()
 
     async def start(self) -> None:
-        """Open again what guests were reading when the last service ended."""
-        for path in sorted((self._directory / "readers").glob("*.json")):
+        """Open again what guests were reading when the last service ended; what fails is tried again."""
+        self._unopened = dict.fromkeys(sorted((self._directory / "readers").glob("*.json")), "")
+        await self._reopen()
+        self._reopening = asyncio.create_task(self._keep_reopening())
+
+    async def _keep_reopening(self) -> None:
+        while self._unopened:
+            await asyncio.sleep(_REOPEN_S)
+            await self._reopen()
+
+    async def _reopen(self) -> None:
+        for path, said in list(self._unopened.items()):
             try:
-                reference = Reference(**json.loads(path.read_text()))
-                self._references[reference.reader] = reference
-                if reference.nbd:
-                    await self._export(reference)
+                if path.exists():
+                    reference = Reference(**read_json(path.read_bytes()))
+                    reference = self._references.setdefault(reference.reader, reference)
+                    if reference.nbd:
+                        await self._export(reference)
+                del self._unopened[path]
             except (ValueError, TypeError, StoreError, OSError) as error:
-                self._tell("", f"cannot serve the reader {path.stem} again: {error}", reader=path.stem)
+                self._unopened[path] = str(error)
+                if said != str(error):
+                    self._tell("", f"cannot serve the reader {path.stem} yet: {error}", reader=path.stem)
 
     async def close(self) -> None:
         """Stop serving; what was fetched is kept. Guests wait for the next service."""
+        self._reopening.cancel()
         await self.images.close()
         await self._peers.close()
         self._stores.close()

@@ -1,6 +1,8 @@
 """The image service as a process: killed, restarted, without its store, with little room."""
 
+import asyncio
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -12,8 +14,11 @@ import pytest
 
 from compute.agent.image_service import ServedImages, Settings
 from imagestore.backends.directory import Directory
+from imagestore.cache import open_images
 from imagestore.cache.imaged import unprivileged
 from imagestore.cache.images import ImageCache
+from imagestore.cache.partial import PartialImage
+from imagestore.cache.service import ImageService
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
@@ -357,5 +362,80 @@ def test_an_image_in_the_cache_is_read_by_qemus_group_and_by_no_other_user(tmp_p
         imaged.wait_complete(digest)
         path = imaged.row(digest)["path"]
         assert not reads(65534)
-        ServedImages(ImageCache(tmp_path / "state/cache", {}), tmp_path / "state", Settings(())).admit(4711)
+        ServedImages(ImageCache(tmp_path / "state/cache", {}), tmp_path / "state", Settings()).admit(4711)
         assert reads(4711) and not reads(65534)
+
+
+def test_a_reader_that_cannot_be_served_again_yet_is_served_when_its_store_is_back(tmp_path: Path) -> None:
+    """E7"""
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    with Imaged(tmp_path / "state", url) as imaged:
+        socket = Path(imaged.ask("attach", image=str(digest), reader="a", fill="never")["path"])
+        imaged.kill()
+        (tmp_path / "store").rename(tmp_path / "away")
+        (tmp_path / "state/cache" / f"{digest.hex()}.manifest").unlink()
+        (tmp_path / "state/cache/readers/b.json").write_text("[" * 100_000)
+        socket.unlink()
+        imaged.start()
+        assert [
+            word in message
+            for word in "ab"
+            for message in imaged.messages()
+            if f"reader {word} yet" in message
+        ]
+        assert not socket.exists()
+        (tmp_path / "away").rename(tmp_path / "store")
+        deadline = time.monotonic() + 60
+        while not socket.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        copy_by_nbd(str(socket), tmp_path / "copy.raw")
+        assert len([message for message in imaged.messages() if "reader b yet" in message]) == 1
+
+
+def test_what_others_left_in_the_cache_is_in_nobodys_way(tmp_path: Path) -> None:
+    """E7"""
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    cache = tmp_path / "state" / "cache"
+    for name in ("x" * 64 + ".raw", "notes.raw", "0" * 64 + ".part", "readers/x.json"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(b"what is this")
+    (cache / ("1" * 64 + ".raw")).mkdir()
+    (cache / ("2" * 64 + ".raw")).symlink_to("nowhere")
+    with Imaged(tmp_path / "state", url) as imaged:
+        assert imaged.ask("attach", image=str(digest), reader="a", fill="now")["kind"] == "nbd"
+        imaged.wait_complete(digest)
+        imaged.ask("detach", reader="a")
+        imaged.ask("prune", limit_bytes=0)
+        assert not (cache / f"{digest.hex()}.raw").exists()
+    ImageCache(cache, {}).seeds()
+
+
+def test_an_image_that_cannot_be_completed_now_is_completed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E7"""
+    monkeypatch.setattr(open_images, "_SEAL_S", 0.1)
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    for name in ("state/cache/readers", "state/cache/traces", "run"):
+        (tmp_path / name).mkdir(parents=True)
+    seal, tries = PartialImage.seal, []
+
+    def failing(image: PartialImage, path: Path) -> None:
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        seal(image, path)
+
+    monkeypatch.setattr(PartialImage, "seal", failing)
+
+    async def story() -> None:
+        service = ImageService(tmp_path / "state/cache", tmp_path / "run", [url])
+        await service.start()
+        await service.prefetch(str(digest))
+        while not tries or not tries[0].exists():
+            await asyncio.sleep(0.02)
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+    assert len(tries) == 3

@@ -353,7 +353,7 @@ def test_a_node_cache_lists_its_images_and_the_complete_one_verifies(cache: Path
     rows = {row["digest"]: (row["complete"], row["size_bytes"]) for row in list_images(cache)}
     assert rows == {str(WHOLE): (True, 1 << 20), str(LAZY): (False, 3 << 20)}
     images = ImageCache(cache, {})
-    assert [image.digest for image in images.list()] == [WHOLE]
+    assert images.digests() == [WHOLE]
     images.verify(WHOLE)
 
 

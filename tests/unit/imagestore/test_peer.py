@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -159,3 +160,38 @@ def test_a_peer_that_drips_or_never_ends_costs_no_more_than_the_patience(
                 asker.ask("slow", "/chunks/x", b"i" * 32, 50_000)
             with pytest.raises(Unavailable, match="lately"):
                 asker.ask("slow", "/chunks/x", b"i" * 32, 50_000)
+
+
+def test_strangers_who_hold_all_connections_keep_no_peer_out_and_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E7"""
+    monkeypatch.setattr("imagestore.cache.peers._CLIENTS", 8)
+    port, failures = free_ports(1, first=28000), list[object]()
+
+    async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
+        return [b"ok"]
+
+    async def test() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+        server = PeerServer(site("me"), give)
+        await server.listen(f"127.0.0.1:{port}")
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        for _, writer in idle:
+            with contextlib.suppress(ConnectionError):
+                writer.write(
+                    b"POST /x HTTP/1.1\r\nContent-Length: 32\r\nAuthorization: \xe9\r\n\r\n" + b"i" * 32
+                )
+                await writer.drain()
+        path, ids = "/chunks/" + "ab" * 32, b"i" * 32
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            answer = await client.post(path, content=ids, headers={"Authorization": sign(SECRET, path, ids)})
+            assert answer.content == b"ok"
+        for _, writer in idle:
+            writer.close()
+        await server.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+    gc.collect()
+    assert failures == []
