@@ -1,7 +1,8 @@
 """Images from one store to another: only the chunks that the other one does not hold, frames as they are."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +12,12 @@ from imagestore.formats.columns import first_of_each
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import READERS, ImageReader
-from imagestore.store.inventory import Inventory
 from imagestore.store.leases import Lease
-from imagestore.store.lookup import Lookup
+from imagestore.store.lookup import Footers, Lookup
 from imagestore.store.names import NameRecord
 from imagestore.store.packing import Packer, carry
 from imagestore.store.placement import Placement
-from imagestore.store.roots import Offer, check_present
+from imagestore.store.roots import Offer, can_be_read, check_present
 from imagestore.store.store import Store
 
 
@@ -47,36 +47,32 @@ def copy_image(
     digest: Digest,
     *,
     set_name: Callable[[], object] | None = None,
-    inventory: Inventory | None = None,
-    avoid: Collection[Digest] = (),
+    known: Footers | None = None,
 ) -> CopyResult:
     """Make `digest` whole in the target, with chunks of the source where it lacks them.
 
-    inventory, avoid: for repairs: where to look for chunks in the target instead of its index, and which packs of it
-    are not to be used. Raises NotFound, Corrupt, and what the backends raise.
+    known: for repairs: packs of the target to look for chunks in; its layout of the image is not believed.
+    Raises NotFound, Corrupt, and what the backends raise.
     """
     target.check_writable()
     manifest = _manifest(source, target, digest)
-    if inventory is None and target.has_manifest(digest):
-        try:
-            check_present(target, digest)
-            if set_name is not None:
-                set_name()
-                check_present(target, digest)
+    if known is None and target.has_manifest(digest) and can_be_read(target, digest):
+        if set_name is None:
             return CopyResult(manifest.data_bytes, 0)
-        except NotFound:
-            pass
+        with suppress(NotFound):
+            set_name()
+            check_present(target, digest)
+            return CopyResult(manifest.data_bytes, 0)
     each, reader = first_of_each(manifest.ids), ImageReader(lambda: source, digest, manifest)
     placement, lease = Placement(), Lease(target, "copy")
     with Lookup(target, lease, placement) as lookup, Packer(target, lease, placement) as packer:
+        if known is None:
+            lookup.follow(digest)
         lookup.engage()
-        if inventory is None:
+        if known is None:
             lookup.load_parts(manifest.ids)
         else:
-            footers = {pack: table.footer for pack, table in inventory.tables.items() if pack not in avoid}
-            for pack in lease.reuse(footers):
-                placement.add_footer(pack, footers[pack])
-
+            lookup.know(known)
         offer, bad = Offer(target, lease, manifest.encode(), set_name), set[Digest]()
         while True:
             packer.avoid(bad)

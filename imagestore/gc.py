@@ -123,7 +123,7 @@ def _mark(store: Store, inventory: Inventory, roots: Roots) -> dict[Digest, tupl
                 use.table.live[use.rows] = True
         except (NotFound, Corrupt) as err:
             if digest in roots.must:
-                hint = "sf store verify --repair; until then nothing can be collected"
+                hint = "sf store verify --repair-from URL|FILE; until then nothing can be collected"
                 raise Corrupt(f"image {digest} is in use and not whole: {err}", hint=hint) from err
             continue
         packs_of[digest] = layout.packs
@@ -168,10 +168,11 @@ def plan(seen: Seen, threshold: float) -> Plan:
     used = live.keys() | roots.packs
     doomed = {pack for pack, since in condemned.items() if since <= seen.before_s} - used
     left = packs.keys() - doomed
+    sound = left - seen.condemned.damaged
     repack = {
         pack: table
         for pack, table in live.items()
-        if pack in left
+        if pack in sound
         and (
             pack in condemned
             or (pack not in roots.packs and old(packs[pack]) and table.dead_share > threshold + 1e-9)

@@ -24,17 +24,17 @@ from imagestore.disks.filesystems import look
 from imagestore.disks.open import open_disk
 from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
-from imagestore.formats.columns import Ids, Numbers
+from imagestore.formats.columns import Ids, Numbers, is_among
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
 from imagestore.store.leases import Lease
-from imagestore.store.lookup import Lookup
+from imagestore.store.lookup import Footers, Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
 from imagestore.store.placement import Placement, too_scattered
-from imagestore.store.roots import Offer
+from imagestore.store.roots import Offer, can_be_read
 from imagestore.store.store import Store
 
 _PARTS_BYTES = 10 << 20
@@ -95,6 +95,22 @@ def push(
         return replace(writer.push(name, tag, facts, special), notes=special.notes)
 
 
+def restore(store: Store, path: Path, images: Iterable[Digest], known: Footers) -> list[Digest]:
+    """Store again what these images lack and the disk at `path` has; returns those that are whole with it.
+
+    known: packs of the store to look for chunks in; the layouts are not believed.
+    Raises Invalid for a bad disk, and what the backend raises.
+    """
+    store.check_writable()
+    with ExitStack() as stack:
+        try:
+            disk = stack.enter_context(open_disk(path))
+        except Invalid:  # any bytes can have been pushed as raw; each chunk shows whether it is right
+            disk = stack.enter_context(open_disk(path, "raw"))
+        writer = stack.enter_context(_Writer(store, disk, silent, None))
+        return writer.restore(images, known, ext4.look(disk, sparsify=False))
+
+
 class _Writer:
     """One push: a context manager that owns its threads and, from the first look into the index on, a lease."""
 
@@ -108,6 +124,8 @@ class _Writer:
         self._offsets, self._lengths, self._rows = (np.zeros(0, np.int64) for _ in range(3))
         self._stack = ExitStack()
         self._new_bytes = self._known_bytes = 0
+        self._wanted: Ids | None = None
+        """The only chunks to store, where not all are."""
 
     def __enter__(self) -> Self:
         workers = min(8, len(os.sched_getaffinity(0)))
@@ -124,7 +142,11 @@ class _Writer:
     def push(self, name: str, tag: str, facts: dict[str, Any], special: Special) -> PushResult:
         """The whole of it."""
         record, architecture = self._store.names.read(name, tag), facts["architecture"]
-        self._lookup.follow(record, architecture)
+        images = {} if record.removed else record.images
+        current = images.get(architecture)
+        parent = current or next(iter(images.values()), None)
+        if parent is not None:
+            self._lookup.follow(parent)
         windows = Windows(self._disk, self._store.info.chunker, self._pool, special)
         self._pack(self._new_chunks(windows))
         manifest = _manifest(
@@ -133,8 +155,7 @@ class _Writer:
         )  # fmt: skip
         encoded = manifest.encode()
         digest = Digest.of(encoded)
-        current = None if record.removed else record.images.get(architecture)
-        if digest == current:
+        if digest == current and can_be_read(self._store, digest):
             return self._result(digest, changed=False)
         self._lookup.engage()
         set_name = partial(self._store.names.set, name, tag, architecture, digest)
@@ -147,7 +168,25 @@ class _Writer:
             layout.check(manifest)
             bad = offer(layout)
             if not bad:
-                return self._result(digest, changed=True)
+                return self._result(digest, changed=digest != current)
+
+    def restore(self, images: Iterable[Digest], known: Footers, special: Special) -> list[Digest]:
+        """All of `restore`."""
+        manifests = [self._store.manifest(digest) for digest in images if self._store.has_manifest(digest)]
+        self._lookup.engage()
+        self._lookup.know(known)
+        wanted = [manifest.ids[self._placement.find(manifest.ids) < 0] for manifest in manifests]
+        self._wanted = np.concatenate([np.zeros((0, 32), np.uint8), *wanted])
+        self._pack(self._new_chunks(Windows(self._disk, self._store.info.chunker, self._pool, special)))
+        self._packer.publish_index()
+        whole = []
+        for manifest in manifests:
+            rows = self._placement.find(manifest.ids)
+            if (rows >= 0).all():
+                layout = self._placement.layout(manifest.digest, rows)
+                if not Offer(self._store, self._lease, manifest.encode())(layout):
+                    whole.append(manifest.digest)
+        return whole
 
     def _result(self, digest: Digest, *, changed: bool) -> PushResult:
         self._report(self._disk.size_bytes)
@@ -172,6 +211,8 @@ class _Writer:
         for window in self._lookup.ahead(windows):
             rows = self._placement.find(window.ids)
             unknown = np.flatnonzero(rows < 0)
+            if self._wanted is not None:
+                unknown = unknown[is_among(window.ids[unknown], self._wanted)]
             if len(unknown):
                 rows[unknown] = yield from self._add(window, unknown)
             self._known_bytes += int(window.lengths.sum())

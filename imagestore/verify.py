@@ -2,8 +2,9 @@
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -17,11 +18,12 @@ from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import unseal
 from imagestore.progress import Progress, Report, silent
+from imagestore.push import restore
 from imagestore.store.frames import Frames, load
 from imagestore.store.inventory import Inventory, named, read_footer, reindex
 from imagestore.store.leases import Condemned
 from imagestore.store.names import NameRecord
-from imagestore.store.roots import find_roots
+from imagestore.store.roots import can_be_read, find_roots
 from imagestore.store.store import Store, StoreInfo
 
 
@@ -98,15 +100,30 @@ def verify_store(
         report.checked_bytes += stat.size_bytes if full else 0
         progress(Progress("verify", report.checked_bytes if full else 0, total))
     with contextlib.suppress(Corrupt, Unsupported):
+        condemned = _note_damage(store, report, inventory.packs.keys(), sound=full)
         needed = find_roots(store, 0.0, float("inf")).images
         spare = packs_of.keys() - needed
         used = set().union(*(packs_of[name] for name in packs_of.keys() & needed))
-        doomed = {keys.PACKS.key(pack) for pack in Condemned.read(store).packs.keys() - used}
+        doomed = {keys.PACKS.key(pack) for pack in (condemned.packs.keys() | condemned.damaged) - used}
         for problem in list(report.problems):
             if problem.key in doomed or problem.image in spare:
                 report.problems.remove(problem)
                 report.waste.append(problem)
     return report
+
+
+def _note_damage(store: Store, report: VerifyReport, packs: Iterable[Digest], *, sound: bool) -> Condemned:
+    """Say in the store which of these packs that are there nobody may begin to use; with `sound` which may again.
+
+    Where that cannot be written, the report alone says it.
+    """
+    condemned, looked_at = Condemned.read(store), set(packs)
+    bad = looked_at & {pack for problem in report.problems if (pack := keys.PACKS.digest(problem.key))}
+    damaged = condemned.damaged - (looked_at if sound else set()) | bad
+    if damaged != condemned.damaged and not store.backend.read_only:
+        with contextlib.suppress(StoreError):
+            return condemned.replace(store, damaged=damaged)
+    return condemned
 
 
 def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> VerifyReport:
@@ -126,6 +143,8 @@ def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> 
                 report.packs += 1
                 report.checked_bytes += int(frames.table["size"].sum())
                 progress(Progress("verify", report.checked_bytes, total))
+            with contextlib.suppress(Corrupt, Unsupported):
+                _note_damage(store, report, store.has_packs(layout.pack_sizes()), sound=False)
     return report
 
 
@@ -203,38 +222,32 @@ def _load_all(store: Store, frames: Frames) -> None:
         pass
 
 
-def repair(store: Store, report: VerifyReport, other: Store, *, full: bool = False) -> VerifyReport:
-    """Mend what a verify found with another store's objects and chunks, and verify again.
+def repair(store: Store, report: VerifyReport, other: Store | Path, *, full: bool = False) -> VerifyReport:
+    """Mend what a verify found with another store's objects and chunks, or with a disk's, and verify again.
 
     What has the same name everywhere is taken as it is, if it is right there. Chunks of packs that the other store
-    does not have are stored in new packs here, and the damaged packs are condemned.
+    does not have are stored in new packs here; nobody uses the damaged ones any more, and the collector takes them.
     """
     store.check_writable()
-    broken: set[Digest] = set()
-    repaired = 0
+    report.repaired = 0
     for key in {problem.key for problem in report.problems}:
         with contextlib.suppress(StoreError):
-            repaired += _mend(store, other, key)
-            continue
-        if keys.kind_of(key) is keys.PACKS:
-            broken.add(Digest.parse(key.rpartition("/")[2]))
+            report.repaired += _mend(store, other if isinstance(other, Store) else store, key)
     inventory = Inventory.read(store)
     reindex(store, inventory)
+    known = [(pack, table.footer) for pack, table in inventory.tables.items()]
     images = {problem.image for problem in report.problems if problem.image is not None}
-    for digest, _ in named(store, keys.LAYOUTS):
-        with contextlib.suppress(Corrupt, NotFound):
-            if not broken.isdisjoint(store.layout(digest).packs):
-                images.add(digest)
-    condemned = Condemned.read(store)
-    for digest in images:
-        with contextlib.suppress(NotFound, Corrupt):
-            copy_image(other, store, digest, inventory=inventory, avoid=broken | condemned.packs.keys())
-            repaired += 1
-    # Writers must not go on using what is damaged.
-    if broken & inventory.packs.keys():
-        condemned.replace(store, add=broken & inventory.packs.keys())
+    every = (digest for digest, stat in named(store, keys.LAYOUTS) if stat.size_bytes)
+    images |= {digest for digest in every if not can_be_read(store, digest)}
+    if isinstance(other, Path):
+        report.repaired += len(restore(store, other, sorted(images), known))
+    else:
+        for digest in images:
+            with contextlib.suppress(NotFound, Corrupt):
+                copy_image(other, store, digest, known=known)
+                report.repaired += 1
     again = verify_store(store, full=full)
-    again.repaired = repaired
+    again.repaired = report.repaired
     return again
 
 
@@ -245,6 +258,8 @@ def _mend(store: Store, other: Store, key: str) -> bool:
             pack = Digest.parse(key[-64:])
             _load_all(other, Frames.of_pack(pack, read_footer(other, pack)))
             store.backend.put(key, other.backend.get(key).data)
+            condemned = Condemned.read(store)
+            condemned.replace(store, damaged=condemned.damaged - {pack})
         case keys.MANIFESTS:
             store.backend.put(key, other.manifest(Digest.parse(key[-64:])).encode())
         case keys.NAMES:

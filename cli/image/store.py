@@ -1,5 +1,6 @@
 """`sf store` and `sf remote`."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,23 +63,31 @@ def stats(form: str) -> None:
 
 
 @store.add(
-    examples="sf store verify\nsf store verify --full --rate-limit 50\nsf store verify --full --repair /mnt/copy"
+    examples="""sf store verify
+    sf store verify --full --rate-limit 50
+    sf store verify --full --repair-from /mnt/copy
+    sf store verify --full --repair-from debian-12.qcow2"""
 )
 @click.option("--full", is_flag=True, help="Read and hash every byte, not only the structure.")
 @click.option(
     "--rate-limit", type=MEBIBYTES, default="0", help="Read at most so much a second; a number: MiB."
 )
 @click.option(
-    "--repair", "other", metavar="URL", help="Mend what is wrong with the bytes of this other store."
+    "--repair-from",
+    "other",
+    metavar="URL|FILE",
+    help="Mend what is wrong with the bytes of this other store, or of the disk image that was pushed.",
 )
-def verify(full: bool, rate_limit: int, other: str | None, single_writer: bool) -> None:
+@click.option("--repair", "older", hidden=True)
+def verify(full: bool, rate_limit: int, other: str | None, older: str | None, single_writer: bool) -> None:
     """Check a store; exit 1 when anything is wrong."""
     from imagestore import repair, verify_store
 
+    other = other or older
     with opened(alone=single_writer) as found, progress("store") as tell:
         report = verify_store(found, full=full, bytes_s=rate_limit, progress=tell)
         if other and report.problems:
-            with opened(other) as source:
+            with nullcontext(Path(other)) if Path(other).is_file() else opened(other) as source:
                 report = repair(found, report, source, full=full)
     mended = f", {report.repaired} objects mended" if report.repaired else ""
     read = f"every byte of {size(report.checked_bytes)} is right" if full else "the structure is right"

@@ -55,5 +55,7 @@ def judge(report: "VerifyReport", what: str, good: str) -> None:
         image = f" (image {trouble.image})" if trouble.image else ""
         print(clean(f"{trouble.key}: {trouble.reason}{image}"))
     if report.problems:
-        raise Problem(f"{what}: {len(report.problems)} problems", hint="sf store verify --full --repair URL")
+        raise Problem(
+            f"{what}: {len(report.problems)} problems", hint="sf store verify --full --repair-from URL|FILE"
+        )
     print(f"{what}: {good}")

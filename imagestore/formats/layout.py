@@ -81,6 +81,12 @@ class Layout:
         if len(self.chunk_frames) and self.chunk_frames.max() >= len(self.frames):
             raise Corrupt("layout: a chunk lies in no frame")
 
+    def pack_sizes(self) -> dict[Digest, int]:
+        """How long each pack must be at least, in bytes."""
+        ends = np.zeros(len(self.packs), np.int64)
+        np.maximum.at(ends, self.frames["pack"], self.frames["offset"] + self.frames["size"])
+        return dict(zip(self.packs, ends.tolist(), strict=True))
+
     def check(self, manifest: Manifest) -> None:
         """Whether this places every chunk of `manifest` inside a frame. Raises Corrupt."""
         if len(self.chunk_frames) != len(manifest.lengths):

@@ -266,7 +266,7 @@ def check_complete(store: Store, digests: set[Digest]) -> dict[Digest, int]:
         layout = store.layout(digest)
         missing = [pack for pack in layout.packs if pack.hex() not in packs]
         if missing:
-            hint = "`sf store verify --repair` may bring it back"
+            hint = "`sf store verify --repair-from URL` may bring it back"
             raise NotFound(f"{store.url}: {digest} lacks {len(missing)} of its packs", hint=hint)
         sizes[digest] = store.backend.stat(MANIFESTS.key(digest)).size_bytes
     return sizes

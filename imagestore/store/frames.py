@@ -153,7 +153,7 @@ class Frames:
                 if digests == frames["hash"].tobytes() and len(data) == ends[-1]:
                     return stored
                 reason = f"{store.url}/{key}: bytes {start} to {start + ends[-1]} do not match their hash"
-                failures.append(Corrupt(reason, hint="`sf store verify --repair`"))
+                failures.append(Corrupt(reason, hint="`sf store verify --repair-from URL`"))
             except (Corrupt, NotFound, Unavailable) as error:
                 failures.append(error)
         raise failures[0]

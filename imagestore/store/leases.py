@@ -33,12 +33,14 @@ class Condemned:
 
     packs: since when, by the store's clock. What the last write added has no time of its own: it is the object's.
     epoch: counts the lists that forgot packs, which happens only after these were deleted.
+    damaged: packs that a verify found bad. Images that lie in them go on doing so until their chunks are stored again.
     """
 
     packs: dict[Digest, float] = field(default_factory=dict)
     epoch: int = 0
     etag: str | None = None
     modified_s: float = 0.0
+    damaged: frozenset[Digest] = frozenset()
 
     @classmethod
     def read(cls, store: Store) -> "Condemned":
@@ -52,25 +54,34 @@ class Condemned:
         def take(body: dict[str, Any]) -> "Condemned":
             old = {Digest.parse(text): real(since) for text, since in body["packs"].items()}
             new = {Digest.parse(text): modified_s for text in body["new"]}
-            return cls(new | old, whole(body["epoch"]), found.stat.etag, modified_s)
+            damaged = frozenset(map(Digest.parse, body.get("damaged", ())))
+            return cls(new | old, whole(body["epoch"]), found.stat.etag, modified_s, damaged)
 
         return decode(found.data, CONDEMNED_KEY, take)
 
     def replace(
-        self, store: Store, *, add: Iterable[Digest] = (), forget: Iterable[Digest] = ()
+        self,
+        store: Store,
+        *,
+        add: Iterable[Digest] = (),
+        forget: Iterable[Digest] = (),
+        damaged: Iterable[Digest] | None = None,
     ) -> "Condemned":
         """Publish the list with packs added (or their time begun again) and others, deleted before, forgotten.
 
-        Raises Conflict when another collector was first.
+        damaged: all that are, None for those that were. Raises Conflict when another collector was first.
         """
         new, gone = set(add), set(forget)
         kept = {pack: since for pack, since in self.packs.items() if pack not in gone | new}
         epoch = self.epoch + bool(gone)
-        body = {
+        body: dict[str, Any] = {
             "packs": {pack.hex(): round(since, 3) for pack, since in kept.items()},
             "new": sorted(pack.hex() for pack in new),
             "epoch": epoch,
         }
+        bad = frozenset(self.damaged if damaged is None else damaged) - gone
+        if bad:
+            body["damaged"] = sorted(pack.hex() for pack in bad)
         data = seal(body)
         try:
             stat = store.backend.put(CONDEMNED_KEY, data, if_match=self.etag, if_none_match=self.etag is None)
@@ -80,7 +91,7 @@ class Condemned:
             if found.data != data:
                 raise
             stat = found.stat
-        return Condemned(kept | dict.fromkeys(new, stat.modified_s), epoch, stat.etag, stat.modified_s)
+        return Condemned(kept | dict.fromkeys(new, stat.modified_s), epoch, stat.etag, stat.modified_s, bad)
 
 
 class Lease:
@@ -130,9 +141,9 @@ class Lease:
         return wanted - self.unusable(wanted)
 
     def unusable(self, packs: Iterable[Digest]) -> set[Digest]:
-        """Which of `packs` must not be used: condemned or gone. One request, unless packs were deleted meanwhile."""
+        """Which of `packs` must not be used: condemned, damaged, gone. One request, unless some were deleted."""
         condemned, wanted = Condemned.read(self._store), set(packs)
-        bad = wanted & condemned.packs.keys()
+        bad = wanted & (condemned.packs.keys() | condemned.damaged)
         if self._epoch != condemned.epoch:
             # The list forgot some packs since the lease began: those that it names no longer are gone.
             bad |= {pack for pack in wanted - bad if not self._store.has(PACKS.key(pack))}

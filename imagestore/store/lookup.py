@@ -1,9 +1,9 @@
 """Finding out which chunks a store holds: the name's last image, this machine's memory, and the published hooks."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Self
 
 import numpy as np
@@ -13,17 +13,17 @@ from imagestore.errors import Corrupt, NotFound
 from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
-from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import Footer
 from imagestore.store import index
 from imagestore.store.leases import Lease
-from imagestore.store.names import NameRecord
 from imagestore.store.placement import Placement
 from imagestore.store.store import Store
 
 _AHEAD_WINDOWS = 10
 """How far unknown chunks are looked up in the hooks before they count as new."""
+
+Footers = Collection[tuple[Digest, Footer]]
 
 
 class Lookup:
@@ -44,7 +44,7 @@ class Lookup:
         self._store, self._lease, self._placement, self._local = store, lease, placement, local
         self._stack = ExitStack()
         self._pool = ThreadPoolExecutor(4, "sf-lookup")
-        self._lineage: tuple[Digest, int, int] | None = None
+        self._lineage: list[tuple[Digest, int, int]] = []
         self._engaged = False
         self._hooks = Hooks()
         self._asked: set[Digest] = set()
@@ -57,18 +57,12 @@ class Lookup:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def follow(self, record: NameRecord, architecture: str) -> None:
-        """Take the chunks of the name's image as known; where they lie is asked when it matters."""
-        images = {} if record.removed else record.images
-        digest = images.get(architecture) or next(iter(images.values()), None)
-        if digest is None:
-            return
-        try:
+    def follow(self, digest: Digest) -> None:
+        """Take the chunks of an image as known; where they lie is asked when it matters."""
+        with suppress(NotFound, Corrupt):
             ids = self._store.manifest(digest).ids
-        except (NotFound, Corrupt):
-            return
-        first = self._placement.chunks.add(ids, -1, 0)
-        self._lineage = digest, first, first + len(ids)
+            first = self._placement.chunks.add(ids, -1, 0)
+            self._lineage.append((digest, first, first + len(ids)))
 
     def engage(self) -> None:
         """Take a lease, then find out where chunks lie: before anything is relied on or written."""
@@ -76,40 +70,37 @@ class Lookup:
             return
         self._engaged = True
         self._stack.enter_context(self._lease)
-        layout = self._layout()
+        layouts = [self._layout(*one) for one in self._lineage]
         unfinished = self._local.unfinished() if self._local is not None else []
-        named = {*(layout.packs if layout else ()), *(pack for pack, _ in unfinished)}
-        usable = self._reuse(named)
-        if self._lineage is not None:
-            _, first, end = self._lineage
+        sizes = {pack: footer.data_bytes for pack, footer in unfinished}
+        for layout in layouts:
+            sizes |= layout.pack_sizes() if layout else {}
+        usable = self._there(sizes)
+        for layout, (_, first, end) in zip(layouts, self._lineage, strict=True):
             chunks = self._placement.chunks.rows[first:end]
             if layout is None:
                 lost = self._placement.add_pack(Digest(bytes(32)), usable=False)
                 chunks["frame"] = self._placement.add_frame(lost)
             else:
                 start = self._placement.add_layout(layout, usable)
-                chunks["frame"], chunks["offset"] = (
-                    start + layout.chunk_frames.astype(np.int64),
-                    layout.chunk_offsets,
-                )
-        there = self._load(unfinished, usable)
+                chunks["frame"] = start + layout.chunk_frames.astype(np.int64)
+                chunks["offset"] = layout.chunk_offsets
+        self._load(unfinished, usable)
         if self._local is not None:
-            self._local.forget_packs(pack for pack, _ in unfinished if pack not in there)
+            self._local.forget_packs(pack for pack, _ in unfinished if pack not in usable)
         self._hooks, _ = index.read_hooks(self._store)
 
-    def _layout(self) -> Layout | None:
-        if self._lineage is None:
-            return None
-        digest, first, end = self._lineage
+    def _layout(self, digest: Digest, first: int, end: int) -> Layout | None:
         try:
             layout = self._store.layout(digest)
         except (NotFound, Corrupt):
             return None
         return layout if len(layout.chunk_frames) == end - first else None
 
-    def _reuse(self, packs: set[Digest]) -> set[Digest]:
-        """Those of `packs` that may be relied on (if they exist: a hint may be old)."""
-        return self._lease.reuse(packs) if packs else packs
+    def _there(self, sizes: Mapping[Digest, int]) -> set[Digest]:
+        """Those of these packs that may be relied on and are there, at least so many bytes of each."""
+        usable = self._lease.reuse(sizes) if sizes else set()
+        return self._store.has_packs({pack: sizes[pack] for pack in usable})
 
     def ahead(self, windows: Iterable[Window]) -> Iterator[Window]:
         """The windows again, some later, and the index parts loaded whose hooks they meet."""
@@ -127,13 +118,18 @@ class Lookup:
     def load_parts(self, ids: Ids) -> None:
         """Read the index parts whose hooks are among the unknown ones of `ids`."""
         unknown = ids[self._placement.find(ids) < 0]
-        footers: list[tuple[Digest, Footer]] = []
+        footers = list[tuple[Digest, Footer]]()
         for name, size_bytes in self._hooks.matching(unknown) if len(unknown) else ():
             if name not in self._asked:
                 self._asked.add(name)
                 part = self._part(name, size_bytes)
                 footers += part.footers if part is not None else ()
-        self._load(footers, self._reuse({pack for pack, _ in footers} - set(self._placement.packs)))
+        self.know(footers)
+
+    def know(self, footers: Footers) -> None:
+        """Make known what lies in these packs, as far as they may be relied on and are there."""
+        known = set(self._placement.packs)
+        self._load(footers, self._there({p: footer.data_bytes for p, footer in footers if p not in known}))
 
     def _part(self, name: Digest, size_bytes: int) -> IndexPart | None:
         part = self._local.get(name) if self._local is not None else None
@@ -148,20 +144,9 @@ class Lookup:
             self._local.keep(name, part)
         return part
 
-    def _load(self, footers: Iterable[tuple[Digest, Footer]], usable: set[Digest]) -> set[Digest]:
-        """Make known what lies in packs that a hint told of; those that are there."""
+    def _load(self, footers: Footers, usable: set[Digest]) -> None:
+        """Make known what lies in these packs."""
         known = set(self._placement.packs)
-        fresh = {pack: footer for pack, footer in footers if pack in usable and pack not in known}
-        there = set()
-        for pack, exists in zip(fresh, self._pool.map(self._is_there, fresh.items()), strict=True):
-            if exists:
-                there.add(pack)
-                self._placement.add_footer(pack, fresh[pack])
-        return there
-
-    def _is_there(self, pack: tuple[Digest, Footer]) -> bool:
-        try:
-            stat = self._store.backend.stat(PACKS.key(pack[0]))
-        except NotFound:
-            return False
-        return stat.size_bytes >= pack[1].data_bytes
+        for pack, footer in dict(footers).items():
+            if pack in usable and pack not in known:
+                self._placement.add_footer(pack, footer)

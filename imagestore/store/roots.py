@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from imagestore.errors import Conflict, Corrupt, NotFound
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, REFS, TUF, untrashed
+from imagestore.formats.keys import LAYOUTS, MANIFESTS, REFS, TUF, untrashed
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import decode, seal
@@ -86,7 +86,9 @@ class Offer:
         layout = Layout.decode(data, Digest.parse(self._layout_key[-64:]))
         layout.check(Manifest.decode(self._manifest))
         packs = layout.packs
-        return not self._lease.unusable(packs) and all(self._store.has(PACKS.key(pack)) for pack in packs)
+        return not self._lease.unusable(packs) and len(self._store.has_packs(layout.pack_sizes())) == len(
+            packs
+        )
 
 
 def tag(store: Store, digest: Digest, name: str, tag: str, architecture: str) -> NameRecord:
@@ -114,6 +116,17 @@ def _checked(store: Store, record: NameRecord) -> NameRecord:
     return record
 
 
+def can_be_read(store: Store, digest: Digest) -> bool:
+    """Whether an image is whole as far as can be told without reading its packs, and as far as a verify found."""
+    try:
+        check_present(store, digest)
+        layout = store.layout(digest)
+        layout.check(store.manifest(digest))
+        return Condemned.read(store).damaged.isdisjoint(layout.packs)
+    except (NotFound, Corrupt):
+        return False
+
+
 def check_present(store: Store, digest: Digest) -> None:
     """Whether manifest, layout and packs are there and not condemned; marks of the collector are taken off.
 
@@ -126,8 +139,8 @@ def check_present(store: Store, digest: Digest) -> None:
         layout = store.layout(digest)
         if not Condemned.read(store).packs.keys().isdisjoint(layout.packs):
             raise gone
-        for pack in layout.packs:
-            store.backend.stat(PACKS.key(pack))
+        if len(store.has_packs(layout.pack_sizes())) < len(layout.packs):
+            raise gone
     except NotFound as err:
         raise gone from err
 

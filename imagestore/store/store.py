@@ -4,6 +4,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from imagestore.backends.protocol import Backend
 from imagestore.errors import Conflict, Corrupt, Denied, NotFound, StoreError, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, untrashed
+from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, PACKS, untrashed
 from imagestore.formats.sealed import decode, seal
 from imagestore.store.names import Names
 
@@ -177,6 +178,17 @@ class Store:
             return self.backend.stat(key).size_bytes > 0
         except NotFound:
             return False
+
+    def has_packs(self, sizes: Mapping[Digest, int]) -> set[Digest]:
+        """Those of these packs that are there and at least so many bytes long. A request without a body for each."""
+
+        def there(pack: Digest) -> bool:
+            with suppress(NotFound):
+                return self.backend.stat(PACKS.key(pack)).size_bytes >= sizes[pack]
+            return False
+
+        with ThreadPoolExecutor(8, "packs") as pool:
+            return {pack for pack, found in zip(sizes, pool.map(there, sizes), strict=True) if found}
 
     def layout(self, manifest: Digest) -> "Layout":
         """Where the chunks of a manifest lie, as of now. Raises NotFound, Corrupt."""

@@ -8,10 +8,12 @@ import pytest
 
 from imagestore.backends.protocol import Backend, Data, ObjectStat
 from imagestore.backends.wrappers import Wrapper
-from imagestore.formats.keys import LAYOUTS, kind_of
+from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, kind_of
 from imagestore.push import push
+from imagestore.store.leases import Condemned
 from imagestore.store.open import open_store
 from imagestore.store.store import Store
+from imagestore.verify import repair, verify_store
 from tests.world import World, disk
 
 
@@ -86,3 +88,92 @@ def test_first_pushes_at_once_into_a_new_store_all_arrive(tmp_path: Path) -> Non
             thread.join()
         assert failures == []
         assert len(list(open_store(at.as_uri()).names.list())) == 6
+
+
+def packs_of(world: World) -> list[str]:
+    return [key for key in world.memory.objects if key.startswith("packs/")]
+
+
+def hurt(world: World, key: str) -> None:
+    data = bytearray(world.memory.objects[key].data)
+    data[len(data) // 3] ^= 1
+    world.memory.put(key, bytes(data))
+
+
+@pytest.mark.parametrize("name", ["one", "other"])
+@pytest.mark.parametrize("harm", ["lost", "cut short", "damaged", "layout lost", "manifest damaged"])
+def test_a_push_that_ends_well_means_that_the_image_can_be_read(world: World, harm: str, name: str) -> None:
+    """B3, B4: it said "already there", and under a new name it published the damage again."""
+    data = disk(1, 2, 3)
+    digest = world.push("one", data)
+    for key in packs_of(world)[:1]:
+        match harm:
+            case "lost":
+                del world.memory.objects[key]
+            case "cut short":
+                world.memory.put(key, world.memory.objects[key].data[: 600 << 10])
+            case "damaged":
+                hurt(world, key)
+                assert verify_store(world.store, full=True).problems
+            case "layout lost":
+                del world.memory.objects[LAYOUTS.key(digest)]
+            case "manifest damaged":
+                hurt(world, MANIFESTS.key(digest))
+    assert world.push(name, data) == digest
+    world.check(name)
+    world.check("one")
+    again = verify_store(world.store, full=True)
+    assert again.problems == []
+    world.collect_for(200)
+    world.check_all()
+    assert Condemned.read(world.store).damaged == frozenset()
+
+
+def test_another_disk_that_shares_chunks_avoids_a_damaged_pack_too(world: World) -> None:
+    """B4: its whole kind: what a verify found bad is used by nobody any more."""
+    world.push("one", disk(1, 2))
+    hurt(world, packs_of(world)[0])
+    verify_store(world.store, full=True)
+    world.push("two", disk(2, 5))
+    world.check("two")
+
+
+def test_what_turns_out_to_be_right_after_all_may_be_used_again(world: World) -> None:
+    world.push("one", disk(1))
+    (key,) = packs_of(world)
+    whole = world.memory.objects[key]
+    hurt(world, key)
+    verify_store(world.store, full=True)
+    assert Condemned.read(world.store).damaged == {PACKS.digest(key)}
+    world.memory.objects[key] = whole
+    assert verify_store(world.store, full=True).problems == []
+    assert Condemned.read(world.store).damaged == frozenset()
+
+
+def test_a_collector_goes_on_beside_a_damaged_pack_that_is_noted(world: World) -> None:
+    world.push("one", disk(1, 2))
+    world.push("two", disk(1, 9))
+    hurt(world, packs_of(world)[0])
+    hurt(world, packs_of(world)[1])
+    assert verify_store(world.store, full=True).problems
+    world.store.names.remove("one")
+    world.collect_for(100, repack_threshold=0)
+    assert {problem.image for problem in verify_store(world.store).problems} <= set(world.images)
+
+
+def test_a_store_is_repaired_from_the_file_that_was_pushed(world: World) -> None:
+    """B5: there was no way but a second store."""
+    one, two = disk(1, 2), disk(2, 3)
+    world.push("one", one)
+    world.push("two", two)
+    lost, bad = packs_of(world)[:2]
+    del world.memory.objects[lost]
+    hurt(world, bad)
+    report = verify_store(world.store, full=True)
+    assert report.problems
+    for data, left in ((one, True), (two, False)):
+        path = world.directory / "file.raw"
+        path.write_bytes(data)
+        report = repair(world.store, report, path, full=True)
+        assert bool(report.problems) == left
+    world.check_all()
