@@ -108,7 +108,7 @@ def restore(store: Store, path: Path, images: Iterable[Digest], known: Footers) 
         except Invalid:  # any bytes can have been pushed as raw; each chunk shows whether it is right
             disk = stack.enter_context(open_disk(path, "raw"))
         writer = stack.enter_context(_Writer(store, disk, silent, None))
-        return writer.restore(images, known, ext4.look(disk, sparsify=False))
+        return writer.restore(images, known, look(disk, sparsify=False))
 
 
 class _Writer:
