@@ -1,9 +1,9 @@
 """Images that their stores must keep because an instance is made of them, whatever becomes of their names.
 
 One object `refs/<installation>-<uuid>` per instance in each store that has its images; the collector takes it for a
-root. It is made and removed by comparing what should be there with what is: at the start, then every few seconds.
-What is missing for these seconds is covered by the collector's grace: an image counts as in use for hours after it
-lost its name.
+root. It is made and removed by comparing what should be there with what is, at the start, then every few seconds: so
+one that was lost, or came back from a copy, is put right. What is missing for these seconds is covered by the
+collector's grace: an image counts as in use for hours after it lost its name.
 """
 
 import asyncio
@@ -18,15 +18,16 @@ from imagestore import Digest, ImageCache, NotFound, Store, StoreError, hold, re
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 5.0
+EVERY_S = 10.0
 
 
 class Holds:
-    """Remembers what each store holds for this installation, so that nothing is asked twice."""
+    """Looks what each store holds for this installation; an object that is as it was written is known by its etag."""
 
     def __init__(self, store: StateStore, installation: str) -> None:
         self._store, self._prefix = store, f"{installation}-"
-        self._known: dict[str, dict[str, frozenset[Digest]]] = {}
+        self._written: dict[tuple[str, str], tuple[frozenset[Digest], str | None]] = {}
+        self._said: set[tuple[str, str]] = set()
 
     async def keep(self, images: ImageCache) -> None:
         """For ever; a store that cannot be reached is tried again."""
@@ -49,19 +50,18 @@ class Holds:
                     log.warning("image store %s: cannot note which images instances need: %s", name, err)
 
     def _hold(self, name: str, store: Store, wanted: Mapping[str, frozenset[Digest]]) -> None:
-        if name not in self._known:
-            ours = store.backend.list(f"refs/{self._prefix}")
-            self._known[name] = {stat.key.removeprefix("refs/"): frozenset() for stat in ours}
-        known = self._known[name]
+        ours = store.backend.list(f"refs/{self._prefix}")
+        there = {stat.key.removeprefix("refs/"): stat.etag for stat in ours}
         for holder, digests in wanted.items():
-            if digests and known.get(holder) != digests:
+            if digests and self._written.get((name, holder)) != (digests, there.get(holder)):
                 here = [digest for digest in digests if store.has_manifest(digest)]
                 try:
-                    if here:
-                        hold(store, holder, here)
-                except NotFound as err:  # not whole any more: said once, as nothing here can mend it
-                    log.warning("image store %s: instance %s: %s", name, holder, err)
-                known[holder] = digests
-        for holder in known.keys() - {holder for holder, digests in wanted.items() if digests}:
+                    self._written[name, holder] = digests, hold(store, holder, here) if here else None
+                except (
+                    NotFound
+                ) as err:  # not whole any more: said once, and tried again, as it may be repaired
+                    if (name, holder) not in self._said:
+                        log.warning("image store %s: instance %s: %s", name, holder, err)
+                    self._said.add((name, holder))
+        for holder in there.keys() - {holder for holder, digests in wanted.items() if digests}:
             release(store, holder)
-            del known[holder]

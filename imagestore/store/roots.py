@@ -159,19 +159,20 @@ def _restore(store: Store, key: str) -> None:
     raise Conflict(f"{store.url}/{key} is being changed by others", hint="try again")
 
 
-def hold(store: Store, holder: str, images: Iterable[Digest]) -> None:
+def hold(store: Store, holder: str, images: Iterable[Digest]) -> str:
     """Keep images for as long as something uses them (an instance, under its uuid), whatever their names do.
 
-    Raises NotFound when one of them is not (or no longer) whole; then nothing is held.
+    Returns the etag of what says so. Raises NotFound when one of them is not whole (any more); then nothing is held.
     """
     digests = sorted(set(images))
-    store.backend.put(REFS.key(holder), seal({"images": [digest.hex() for digest in digests]}))
+    stat = store.backend.put(REFS.key(holder), seal({"images": [digest.hex() for digest in digests]}))
     try:
         for digest in digests:
             check_present(store, digest)
     except NotFound:
         release(store, holder)
         raise
+    return stat.etag
 
 
 def release(store: Store, holder: str) -> None:
