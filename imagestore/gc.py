@@ -12,12 +12,13 @@ Any number of collectors may run, stop for days between two requests, or die: wh
 decided for good before. Everything that cannot be understood ends the run before it changes anything.
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from imagestore.backends.protocol import ObjectStat
-from imagestore.errors import Conflict, Corrupt, NotFound, StoreError, Unsupported
+from imagestore.errors import Conflict, Corrupt, NoSpace, NotFound, StoreError, Unsupported
 from imagestore.formats import keys
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
@@ -26,11 +27,12 @@ from imagestore.store.inventory import Inventory, Table, named, read_layouts, re
 from imagestore.store.leases import Condemned, Lease
 from imagestore.store.packing import Packer, carry
 from imagestore.store.placement import Placement
-from imagestore.store.roots import Roots, find_roots
+from imagestore.store.roots import AHEAD_S, Roots, find_roots
 from imagestore.store.store import Store
 
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ class GcReport:
     deleted_images: int = 0
     deleted_names: int = 0
     """Tombstones whose grace is over."""
+    doubtful_times: int = 0
+    """Times that cannot be right, because the store's clock was wrong once: what bears them stays for too long."""
 
 
 def collect(
@@ -60,27 +64,39 @@ def collect(
     grace_s: float = GRACE_S,
     repack_threshold: float = REPACK_THRESHOLD,
     dry_run: bool = False,
+    mend_times: bool = False,
 ) -> GcReport:
     """One run. `grace_s` has to be longer than any cache in front of the store keeps layouts and names.
 
     repack_threshold: packs of which more than this share is in no use are written anew, 0 to 1.
+    mend_times: what bears a time that cannot be right begins its grace now.
     Raises Conflict when another collector was at the same, Corrupt or Unsupported for what cannot be understood.
     """
-    if not dry_run:
-        store.check_writable()
-    seen = look(store, grace_s)
-    found = plan(seen, repack_threshold)
-    report = replace(found.report, dry_run=dry_run)
-    if not dry_run:
-        _carry_out(store, seen, found, report, repack_threshold)
-    return report
+
+    def run() -> GcReport:
+        seen = look(store, grace_s, mend_times=mend_times)
+        found = plan(seen, repack_threshold)
+        report = replace(found.report, dry_run=dry_run)
+        if not dry_run:
+            _carry_out(store, seen, found, report, repack_threshold)
+        return report
+
+    if dry_run:
+        return run()
+    store.check_writable()
+    return store.freeing(run)
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a run saw of a store. `before_s`: what is older by the store's clock is past its grace."""
+    """What a run saw of a store. `before_s`: what is older by the store's clock is past its grace.
+
+    ahead_s: what is younger was written by a clock that was wrong, and with `mend_times` counts as old.
+    """
 
     before_s: float
+    ahead_s: float
+    mend_times: bool
     condemned: Condemned
     objects: Mapping[keys.Kind, Mapping[Digest, ObjectStat]]
     """Manifests, layouts and what is kept beside them."""
@@ -93,10 +109,10 @@ class Seen:
     """Keys of old manifests and layouts in no use that a run marked before."""
 
 
-def look(store: Store, grace_s: float) -> Seen:
+def look(store: Store, grace_s: float, *, mend_times: bool = False) -> Seen:
     """Everything that a plan needs. Raises Corrupt, Unsupported for what cannot be understood."""
     now_s = store.backend.now()
-    before_s = now_s - grace_s
+    before_s, ahead_s = now_s - grace_s, now_s + AHEAD_S
     # What may be deleted is what was condemned before the roots are read: whoever sets a root later has to
     # look at the list and at the objects' etags after it, and helps himself.
     condemned = Condemned.read(store)
@@ -110,7 +126,9 @@ def look(store: Store, grace_s: float) -> Seen:
         for name, stat in objects[kind].items()
         if name not in roots.images and stat.modified_s <= before_s and _is_trash(store, stat)
     }
-    return Seen(before_s, condemned, objects, inventory, roots, packs_of, frozenset(trash))
+    return Seen(
+        before_s, ahead_s, mend_times, condemned, objects, inventory, roots, packs_of, frozenset(trash)
+    )  # fmt: skip
 
 
 def _mark(store: Store, inventory: Inventory, roots: Roots) -> dict[Digest, tuple[Digest, ...]]:
@@ -159,14 +177,21 @@ def plan(seen: Seen, threshold: float) -> Plan:
     condemned, packs, roots = seen.condemned.packs, seen.inventory.packs, seen.roots
 
     def old(stat: ObjectStat) -> bool:
-        return stat.modified_s <= seen.before_s
+        return stat.modified_s <= seen.before_s or (seen.mend_times and stat.modified_s > seen.ahead_s)
 
     def unused(kind: keys.Kind) -> list[ObjectStat]:
         return [stat for name, stat in seen.objects[kind].items() if name not in roots.images and old(stat)]
 
     live = {pack: table for pack, table in seen.inventory.tables.items() if table.live.any()}
     used = live.keys() | roots.packs
-    doomed = {pack for pack, since in condemned.items() if since <= seen.before_s} - used
+    # Nothing is condemned before it was made: such a time is as wrong as one to come.
+    odd = {
+        pack
+        for pack, since in condemned.items()
+        if since > seen.ahead_s
+        or (pack in packs and since + AHEAD_S < packs[pack].modified_s <= seen.ahead_s)
+    }
+    doomed = {pack for pack, since in condemned.items() if since <= seen.before_s} - used - odd
     left = packs.keys() - doomed
     sound = left - seen.condemned.damaged
     repack = {
@@ -179,6 +204,8 @@ def plan(seen: Seen, threshold: float) -> Plan:
         )
     }
     condemn = ({pack for pack in left - used if old(packs[pack])} - condemned.keys()) | repack.keys()
+    condemn |= odd & left if seen.mend_times else set()
+    late = [s for of in (packs, *seen.objects.values()) for s in of.values() if s.modified_s > seen.ahead_s]
     waiting = (condemn | condemned.keys()) & left
     manifests, layouts = unused(keys.MANIFESTS), unused(keys.LAYOUTS)
     gone = {stat.key for stat in manifests} & seen.trash
@@ -205,6 +232,7 @@ def plan(seen: Seen, threshold: float) -> Plan:
         trashed_images=sum(stat in mark for stat in manifests),
         deleted_images=len(gone),
         deleted_names=len(roots.tombstones),
+        doubtful_times=len(odd) + len(late) + len(roots.odd_names) + len(roots.odd_leases),
     )
     return Plan(delete, doomed, repack, mark, condemn, report)
 
@@ -216,8 +244,11 @@ def _carry_out(store: Store, seen: Seen, todo: Plan, report: GcReport, threshold
     """
     for record in seen.roots.tombstones:
         report.deleted_names -= not _remove(store, keys.NAMES.key(record.name, record.tag), record.etag)
-    for key in seen.roots.dead_leases:
+    for key in (*seen.roots.dead_leases, *(seen.roots.odd_leases if seen.mend_times else ())):
         _remove(store, key, None)
+    for record in seen.roots.odd_names if seen.mend_times else ():
+        with suppress(Conflict):
+            store.names.mend_times(record, seen.ahead_s)
     for stat in todo.delete:
         marked = stat.key in seen.trash
         if not _remove(store, stat.key, stat.etag if marked else None):
@@ -231,15 +262,21 @@ def _carry_out(store: Store, seen: Seen, todo: Plan, report: GcReport, threshold
     gone, condemned = seen.condemned.packs.keys() - there, seen.condemned
     if gone:
         condemned = condemned.replace(store, forget=gone)
-    if todo.repack:
-        _repack(store, seen, todo.repack, threshold)
+    condemn = set(todo.condemn)
+    try:
+        if todo.repack:
+            _repack(store, seen, todo.repack, threshold)
+    except NoSpace as err:  # there will be some when a later run has deleted what is condemned now
+        log.warning("%s: packs cannot be written anew: %s", store.url, err)
+        condemn -= todo.repack.keys() - condemned.packs.keys()
     for stat in todo.mark:
-        with suppress(NotFound, Conflict):
+        with suppress(NotFound, Conflict, NoSpace):
             found = store.backend.get(stat.key)
             if found.stat.etag == stat.etag:
-                store.backend.put(stat.key, keys.trashed(found.data), if_match=stat.etag)
-    if todo.condemn:
-        condemned.replace(store, add=todo.condemn)
+                data = keys.trashed(keys.untrashed(found.data))
+                store.backend.put(stat.key, data, if_match=stat.etag)
+    if condemn:
+        condemned.replace(store, add=condemn)
 
 
 def _remove(store: Store, key: str, etag: str | None) -> bool:

@@ -155,10 +155,10 @@ def _verify_small(store: Store, report: VerifyReport) -> None:
     with report.about(keys.CONDEMNED_KEY):
         Condemned.read(store)
     for kind in (keys.LEASES, keys.REFS, keys.GC):
-        for stat in store.backend.list(kind.prefix):
+        for stat in store.objects(kind):
             with report.about(stat.key), contextlib.suppress(NotFound):
                 unseal(store.backend.get(stat.key).data, stat.key)
-    for stat in store.backend.list(keys.NAMES.prefix):
+    for stat in store.objects(keys.NAMES):
         if not stat.size_bytes:
             continue
         with report.about(stat.key), contextlib.suppress(NotFound):
@@ -186,7 +186,10 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
     for at, name in enumerate(expected.parts):
         there = hooks.parts.index(name)
         mine, theirs = (h.keys[h.part_of_hook == n] for h, n in ((expected, at), (hooks, there)))
-        if hooks.sizes[there] != expected.sizes[at] or not np.array_equal(np.sort(mine), np.sort(theirs)):
+        # An older sf took sixteen of a part, not of each pack.
+        enough = len(theirs) >= min(16, len(mine)) and np.isin(theirs, mine).all()
+        enough = enough and len(np.unique(theirs)) == len(theirs)
+        if hooks.sizes[there] != expected.sizes[at] or not enough:
             report.problems.append(Problem(keys.HOOKS_KEY, f"the hooks of index part {name} are wrong"))
     broken = {keys.INDEX.digest(key) for key in inventory.broken_parts}
     # A hint that leads nowhere: collectors that meet can leave one. Beside a part that has none it is damage.

@@ -4,6 +4,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +49,14 @@ PUSHED = (
     ("written", lambda r: size(r["written_bytes"])),
     ("not sparsified", "notes"),
 )
+
+
+def doubt(count: int, mended: bool) -> str:
+    if not count or mended:
+        return f"{count}, whose grace begins now" if count else ""
+    return f"{count}: the store's clock was wrong once; sf image gc --mend-times"
+
+
 COLLECTED = (
     ("images", "images"),
     ("in use", lambda r: size(r["used_bytes"])),
@@ -55,6 +64,7 @@ COLLECTED = (
     ("after the grace", lambda r: f"{size(r['waiting_bytes'])} in {r['waiting_packs']} packs"),
     ("written anew", lambda r: f"{size(r['copied_bytes'])} out of {r['repacked_packs']} packs"),
     ("tombstones gone", "deleted_names"),
+    ("times in doubt", lambda r: doubt(r["doubtful_times"], r["mend_times"])),
     ("", lambda r: "nothing was changed (--dry-run)" if r["dry_run"] else ""),
 )
 SUFFIXES = {".raw": "raw", ".img": "raw", ".qcow2": "qcow2", ".qcow": "qcow2"}
@@ -253,7 +263,7 @@ def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
 def _remove(names: tuple[str, ...], architecture: str | None, alone: bool) -> None:
     with opened(write=True, alone=alone) as store:
         for text in names:
-            store.names.remove(*written(text), architecture)
+            store.freeing(partial(store.names.remove, *written(text), architecture))
             say(f"{text} removed (sf image undelete {text} brings it back until gc has run)")
 
 
@@ -302,13 +312,16 @@ def history(name: str, form: str) -> None:
 @click.option(
     "--repack-threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="SHARE"
 )
-def gc(form: str, single_writer: bool, dry_run: bool, grace_s: float, repack_threshold: float) -> None:
+@click.option(
+    "--mend-times", is_flag=True, help="What bears a time that is yet to come begins its grace now."
+)
+def gc(form: str, single_writer: bool, **given: Any) -> None:
     """Free what no image needs; packs of which more than SHARE is unused are written anew."""
     from imagestore import collect
 
     with opened(alone=single_writer) as store:
-        report = collect(store, grace_s=grace_s, repack_threshold=repack_threshold, dry_run=dry_run)
-    show_one({**asdict(report), "name": store.url}, COLLECTED, form)
+        report = collect(store, **given)
+    show_one({**asdict(report), "mend_times": given["mend_times"], "name": store.url}, COLLECTED, form)
 
 
 @image.add(examples="sf image trace debian:12")

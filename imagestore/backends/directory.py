@@ -15,6 +15,8 @@ from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFo
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"
+_RESERVE = ".reserve"
+_RESERVE_BYTES = 4 << 20
 _STALE_S = 60.0
 _KINDS: dict[int, type[StoreError]] = {
     errno.ENOENT: NotFound,
@@ -135,13 +137,33 @@ class Directory:
 
     def now(self) -> float:
         """The file system's clock: over NFS that is the server's, as in `modified_s`."""
-        with self._errors(".tmp"):
-            temporary, descriptor = self._temporary()
+        with self._errors(_LOCK):
+            self._make_directories(self.root)
+            descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
+                os.utime(descriptor)  # and not a new file, for which a full disk has no room
                 return os.fstat(descriptor).st_mtime
             finally:
                 os.close(descriptor)
-                temporary.unlink(missing_ok=True)
+
+    def keep_reserve(self) -> None:
+        """Set space aside, as far as there is any, so that on a full disk things can be deleted."""
+        path, size = self.root / _RESERVE, _RESERVE_BYTES
+        while not path.exists() and size >= 64 << 10:
+            try:
+                with path.open("xb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                self.spend_reserve()
+                size //= 2
+
+    def spend_reserve(self) -> bool:
+        """Give that space free; false if there was none."""
+        try:
+            (self.root / _RESERVE).unlink()
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Nothing is held open."""

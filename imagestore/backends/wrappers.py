@@ -60,6 +60,13 @@ class Wrapper:
         self.inner.close()
 
 
+def innermost(backend: Backend) -> Backend:
+    """What all wrappers are around."""
+    while isinstance(backend, Wrapper):
+        backend = backend.inner
+    return backend
+
+
 class Retried(Wrapper):
     """Repeats what was Unavailable, waiting about 0.2, 0.4, 0.8 … seconds, at most `most_s` in all.
 

@@ -1,7 +1,7 @@
 """Index parts and hooks, as bytes: what tells a writer which chunks a store holds (docs/formats.md).
 
 An index part holds the footers of the packs of one push. Hooks list for every part the ids that begin with a zero
-byte, and at least sixteen: a writer loads the parts whose hooks it meets.
+byte, and at least sixteen of each pack: a writer loads the parts whose hooks it meets.
 """
 
 from collections.abc import Iterable
@@ -50,12 +50,12 @@ class IndexPart:
 
     @property
     def hooks(self) -> Keys:
-        """Keys by which a writer recognises that this part is worth loading."""
-        if not self.footers:
-            return np.zeros(0, np.uint64)
-        ids = np.concatenate([footer.ids for _, footer in self.footers])
-        every = np.unique(columns.keys(ids))
-        return np.union1d(every[:_MIN_HOOKS], columns.keys(ids[ids[:, 0] == 0]))
+        """Keys by which a writer recognises that this part is worth loading: of each pack, so also of small pushes."""
+        found = [np.zeros(0, np.uint64)]
+        for _, footer in self.footers:
+            found.append(np.unique(columns.keys(footer.ids))[:_MIN_HOOKS])
+            found.append(columns.keys(footer.ids[footer.ids[:, 0] == 0]))
+        return np.unique(np.concatenate(found))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from imagestore.formats.digest import Digest
 TRASH = b"sf-trash 1 "
 _TRASH_BYTES = len(TRASH) + 33
 _DIGEST = r"([0-9a-f]{2})/\1[0-9a-f]{62}"
-_HOLDER = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
+_HOLDER = r"[a-z0-9][a-z0-9-]{0,199}"
 _WORD = r"[a-z0-9][a-z0-9._-]{0,99}"
 
 
@@ -83,7 +83,7 @@ SUMS = Kind("sums", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 TUF = Kind(
     "tuf", r"[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json", True, Check.SIGNATURE, End.OWNER, True, "signers"
 )  # fmt: skip
-LEASES = Kind("leases", _HOLDER, True, Check.SEAL, End.EXPIRY, False, "writers, collector")
+LEASES = Kind("leases", r"[0-9a-f]{32}", True, Check.SEAL, End.EXPIRY, False, "writers, collector")
 REFS = Kind("refs", _HOLDER, True, Check.SEAL, End.OWNER, False, "servers")
 GC = Kind("gc", "condemned", True, Check.SEAL, End.OWNER, False, "collector")
 

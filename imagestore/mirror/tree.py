@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat
-from imagestore.backends.wrappers import Wrapper
+from imagestore.backends.wrappers import innermost
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.keys import PACKS, Kind, kind_of
 from imagestore.listening import Buckets, origin
@@ -146,9 +146,7 @@ class Tree:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._stats: OrderedDict[str, ObjectStat] = OrderedDict()
-        inner = backend
-        while isinstance(inner, Wrapper):
-            inner = inner.inner
+        inner = innermost(backend)
         self._root = inner.root if isinstance(inner, Directory) else None
         self._files: OrderedDict[str, int] = OrderedDict()
 

@@ -23,6 +23,8 @@ from imagestore.store.store import Store
 _SHIFT = (MAX_FRAME_BYTES - 1).bit_length()
 _MOST_TAIL_BYTES = 64 << 20
 _ATTEMPTS = 5
+_SMALL_BYTES, _MANY_SMALL, _MERGED_BYTES = 128 << 10, 16, 1 << 20
+"""Index parts below the first are put together, when there are so many, into parts of about the last."""
 
 
 class Table:
@@ -72,14 +74,15 @@ class Inventory:
     store: Store
     packs: dict[Digest, ObjectStat] = field(default_factory=dict)
     parts: dict[Digest, Sequence[Digest]] = field(default_factory=dict)
+    part_stats: dict[Digest, ObjectStat] = field(default_factory=dict)
     broken_parts: list[str] = field(default_factory=list)
     tables: dict[Digest, Table] = field(default_factory=dict)
 
     @classmethod
     def read(cls, store: Store) -> Self:
         """List packs and index, read the index parts: about one request per push that there was."""
-        found = cls(store, dict(named(store, PACKS)))
-        names = [name for name, _ in named(store, INDEX)]
+        found = cls(store, dict(named(store, PACKS)), part_stats=dict(named(store, INDEX)))
+        names = list(found.part_stats)
         with ThreadPoolExecutor(8, "index") as pool:
             for name, part in zip(names, pool.map(lambda name: read_part(store, name), names), strict=True):
                 if part is None:
@@ -113,7 +116,7 @@ class Inventory:
 
 
 def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ()) -> None:
-    """Index parts without packs that are gone or about to go; hooks of all parts and of no others."""
+    """Index parts without packs that are gone or about to go, small ones together; hooks of these and of no others."""
     stale: set[Digest] = set()
     for name, packs in list(inventory.parts.items()):
         kept = [pack for pack in packs if pack in inventory.packs and pack not in doomed]
@@ -121,6 +124,16 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
             stale.add(name)
             if kept:
                 inventory.parts[publish_part(store, inventory.part(kept))] = kept
+    small = [stat for name, stat in inventory.part_stats.items() if name in inventory.parts.keys() - stale]
+    small = sorted((s for s in small if s.size_bytes < _SMALL_BYTES), key=lambda s: (s.modified_s, s.key))
+    while len(small) >= _MANY_SMALL:  # neighbours in time are wanted together
+        names, size = list[Digest](), 0
+        while small and size < _MERGED_BYTES:
+            size += small[0].size_bytes
+            names.append(Digest.parse(small.pop(0).key[-64:]))
+        together = [pack for name in names for pack in inventory.parts[name]]
+        inventory.parts[publish_part(store, inventory.part(together))] = together
+        stale |= set(names)
     for _ in range(_ATTEMPTS):
         hooks, etag = read_hooks(store)
         missing = inventory.parts.keys() - stale - set(hooks.parts)
@@ -184,7 +197,4 @@ def open_tail(tail: bytes, pack: Digest, size_bytes: int) -> Footer:
 
 def named(store: Store, kind: Kind) -> Iterator[tuple[Digest, ObjectStat]]:
     """Objects of a kind that is named by a digest; anything else there is not ours."""
-    for stat in store.backend.list(kind.prefix):
-        digest = kind.digest(stat.key)
-        if digest is not None:
-            yield digest, stat
+    return ((Digest.parse(stat.key[-64:]), stat) for stat in store.objects(kind))

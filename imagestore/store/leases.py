@@ -179,7 +179,7 @@ class LeaseRecord:
 
 def leases(store: Store) -> Iterator[LeaseRecord]:
     """All leases, also those that ran out. Raises Corrupt, Unsupported: then nothing may be collected."""
-    for stat in store.backend.list(LEASES.prefix):
+    for stat in store.objects(LEASES):
         with contextlib.suppress(NotFound):
             found = store.backend.get(stat.key)
             packs, images, duration_s = decode(found.data, stat.key, _of_lease)

@@ -234,6 +234,12 @@ class Names:
 
         return self._change(name, tag, change)
 
+    def mend_times(self, record: NameRecord, ahead_s: float) -> None:
+        """Write it as it is, so that its time is now; in its history nothing is after `ahead_s`. Raises Conflict."""
+        history = tuple(replace(change, at_s=min(change.at_s, ahead_s)) for change in record.history)
+        data = replace(record, history=history).encode()
+        self._backend.put(name_key(record.name, record.tag), data, if_match=record.etag)
+
     def history(self, name: str, tag: str = LATEST) -> list[Change]:
         """Every state still remembered, newest first; a tombstone has one too. Raises NotFound."""
         record = self.read(name, tag)

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend
-from imagestore.backends.wrappers import Retried, Verified, Wrapper
+from imagestore.backends.wrappers import Retried, Verified, innermost
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.settings import Settings
@@ -92,8 +92,7 @@ def find_conditions(backend: Backend) -> dict[str, str]:
 
 
 def _s3(backend: Backend) -> "S3 | None":
-    while isinstance(backend, Wrapper):
-        backend = backend.inner
+    backend = innermost(backend)
     if backend.url.startswith("s3://"):
         from imagestore.backends.s3 import S3
 

@@ -19,6 +19,8 @@ from imagestore.store.names import LATEST, NameRecord
 from imagestore.store.store import Store
 
 _ATTEMPTS = 5
+AHEAD_S = 3600.0
+"""A time that is so far ahead of the store's clock was written by a clock that was wrong."""
 
 
 class Offer:
@@ -182,7 +184,7 @@ def release(store: Store, holder: str) -> None:
 
 def held(store: Store) -> Iterator[Digest]:
     """Everything that is held. Raises Corrupt, Unsupported."""
-    for stat in store.backend.list(REFS.prefix):
+    for stat in store.objects(REFS):
         with suppress(NotFound):
             data = store.backend.get(stat.key).data
             yield from decode(data, stat.key, lambda body: [*map(Digest.parse, body["images"])])
@@ -198,6 +200,9 @@ class Roots:
     tombstones: list[NameRecord] = field(default_factory=list)
     """Whose grace is over."""
     dead_leases: list[str] = field(default_factory=list)
+    odd_names: list[NameRecord] = field(default_factory=list)
+    """Of a time that is yet to come or before its history's, as are odd leases: the store's clock was wrong once."""
+    odd_leases: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> set[Digest]:
@@ -209,14 +214,19 @@ def find_roots(store: Store, now_s: float, before_s: float) -> Roots:
     """Everything in use at `now_s`, and what was in use at `before_s` or later. Raises Corrupt, Unsupported."""
     roots = Roots()
     for record in store.names.list(removed=True):
+        ended_s = record.modified_s
+        newest_s = max((change.at_s for change in record.history), default=0.0)
+        # By a clock that was behind, a removal seems older than what was removed.
+        odd = max(ended_s, newest_s) > now_s + AHEAD_S or ended_s < newest_s - AHEAD_S
+        if odd:
+            roots.odd_names.append(record)
         if not record.removed:
             roots.must |= set(record.images.values())
-        elif record.modified_s <= before_s:
+        elif ended_s <= before_s and not odd:
             roots.tombstones.append(record)
             continue
         else:
             roots.may |= set(record.images.values())
-        ended_s = record.modified_s
         for change in record.history:
             if ended_s > before_s:
                 roots.may |= set(change.images.values())
@@ -226,6 +236,8 @@ def find_roots(store: Store, now_s: float, before_s: float) -> Roots:
         if lease.expires_s < now_s:
             roots.dead_leases.append(lease.key)
         else:
+            if lease.expires_s > now_s + AHEAD_S + LEASE_S:
+                roots.odd_leases.append(lease.key)
             roots.packs |= lease.packs
             roots.may |= lease.images
     if next(iter(store.backend.list(TUF.prefix)), None) is not None:

@@ -2,23 +2,27 @@
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from imagestore.backends.protocol import Backend
-from imagestore.errors import Conflict, Corrupt, Denied, NotFound, StoreError, Unsupported
+from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import Backend, ObjectStat
+from imagestore.backends.wrappers import innermost
+from imagestore.errors import Conflict, Corrupt, Denied, NoSpace, NotFound, StoreError, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, PACKS, untrashed
+from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, PACKS, Kind, kind_of, untrashed
 from imagestore.formats.sealed import decode, seal
 from imagestore.store.names import Names
 
 if TYPE_CHECKING:  # numpy: not needed to resolve a name
     from imagestore.formats.layout import Layout
     from imagestore.formats.manifest import Manifest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,22 @@ class Store:
         if not self.backend.conditional and not self.single_writer:
             hint = "with --single-writer it works as long as nobody else writes at the same time"
             raise Unsupported(f"{self.url} has no conditional writes, which keep writers apart", hint=hint)
+        directory = innermost(self.backend)
+        if isinstance(directory, Directory):
+            directory.keep_reserve()
+
+    def freeing(self, action: Callable[[], T]) -> T:
+        """What `action` returns, which frees space in the end: where there is none, with what was set aside for it."""
+        try:
+            return action()
+        except NoSpace:
+            directory = innermost(self.backend)
+            if not isinstance(directory, Directory) or not directory.spend_reserve():
+                raise
+            try:
+                return action()
+            finally:
+                directory.keep_reserve()
 
     def check_public(self) -> None:
         """Raises Denied for a private store."""
@@ -167,6 +187,10 @@ class Store:
             return int(found[1]) if found else self.manifest(digest).size_bytes
         except StoreError:
             return None
+
+    def objects(self, kind: Kind) -> Iterator[ObjectStat]:
+        """Those of a kind; what lies among them and has no such key is none of ours."""
+        return (stat for stat in self.backend.list(kind.prefix) if kind_of(stat.key) is kind)
 
     def has_manifest(self, digest: Digest) -> bool:
         """One request without a body."""

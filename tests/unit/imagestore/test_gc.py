@@ -156,7 +156,7 @@ def test_a_lease_that_ran_out_keeps_nothing_and_its_writer_is_told(world: World)
         assert lease.unusable(packs) == packs
 
 
-@pytest.mark.parametrize("key", ["names/a/latest", "leases/x", "refs/x", CONDEMNED_KEY])
+@pytest.mark.parametrize("key", ["names/a/latest", "leases/" + "0" * 32, "refs/x", CONDEMNED_KEY])
 def test_what_is_not_understood_ends_the_run_before_it_changes_anything(world: World, key: str) -> None:
     world.push("a", disk(1))
     world.push("b", disk(2))
