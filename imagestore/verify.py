@@ -187,8 +187,8 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
         there = hooks.parts.index(name)
         mine, theirs = (h.keys[h.part_of_hook == n] for h, n in ((expected, at), (hooks, there)))
         # An older sf took sixteen of a part, not of each pack.
-        enough = len(theirs) >= min(16, len(mine)) and np.isin(theirs, mine).all()
-        enough = enough and len(np.unique(theirs)) == len(theirs)
+        once = len(np.unique(theirs)) == len(theirs) >= min(16, len(mine))
+        enough = once and bool(np.isin(theirs, mine).all())
         if hooks.sizes[there] != expected.sizes[at] or not enough:
             report.problems.append(Problem(keys.HOOKS_KEY, f"the hooks of index part {name} are wrong"))
     broken = {keys.INDEX.digest(key) for key in inventory.broken_parts}
