@@ -56,12 +56,12 @@ def copy_image(
     """
     target.check_writable()
     manifest = _manifest(source, target, digest)
-    if known is None and target.has_manifest(digest) and can_be_read(target, digest):
-        if set_name is None:
-            return CopyResult(manifest.data_bytes, 0)
+    if known is None and can_be_read(target, digest):
         with suppress(NotFound):
-            set_name()
             check_present(target, digest)
+            if set_name is not None:
+                set_name()
+                check_present(target, digest)
             return CopyResult(manifest.data_bytes, 0)
     each, reader = first_of_each(manifest.ids), ImageReader(lambda: source, digest, manifest)
     placement, lease = Placement(), Lease(target, "copy")

@@ -145,8 +145,7 @@ class _Writer:
         images = {} if record.removed else record.images
         current = images.get(architecture)
         parent = current or next(iter(images.values()), None)
-        if parent is not None:
-            self._lookup.follow(parent)
+        followed = parent is not None and self._lookup.follow(parent)
         windows = Windows(self._disk, self._store.info.chunker, self._pool, special)
         self._pack(self._new_chunks(windows))
         manifest = _manifest(
@@ -155,7 +154,7 @@ class _Writer:
         )  # fmt: skip
         encoded = manifest.encode()
         digest = Digest.of(encoded)
-        if digest == current and can_be_read(self._store, digest):
+        if digest == current and followed and can_be_read(self._store, digest, manifest):
             return self._result(digest, changed=False)
         self._lookup.engage()
         set_name = partial(self._store.names.set, name, tag, architecture, digest)

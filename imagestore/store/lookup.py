@@ -57,12 +57,14 @@ class Lookup:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def follow(self, digest: Digest) -> None:
-        """Take the chunks of an image as known; where they lie is asked when it matters."""
+    def follow(self, digest: Digest) -> bool:
+        """Take the chunks of an image as known; where they lie is asked when it matters. False if it is not there."""
         with suppress(NotFound, Corrupt):
             ids = self._store.manifest(digest).ids
             first = self._placement.chunks.add(ids, -1, 0)
             self._lineage.append((digest, first, first + len(ids)))
+            return True
+        return False
 
     def engage(self) -> None:
         """Take a lease, then find out where chunks lie: before anything is relied on or written."""

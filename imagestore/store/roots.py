@@ -118,15 +118,18 @@ def _checked(store: Store, record: NameRecord) -> NameRecord:
     return record
 
 
-def can_be_read(store: Store, digest: Digest) -> bool:
-    """Whether an image is whole as far as can be told without reading its packs, and as far as a verify found."""
-    try:
-        check_present(store, digest)
+def can_be_read(store: Store, digest: Digest, manifest: Manifest | None = None) -> bool:
+    """Whether an image is whole as far as can be told without reading its packs, and as far as a verify found.
+
+    manifest: if it was read already. Two requests, and one without a body for each pack.
+    """
+    with suppress(NotFound, Corrupt):
         layout = store.layout(digest)
-        layout.check(store.manifest(digest))
-        return Condemned.read(store).damaged.isdisjoint(layout.packs)
-    except (NotFound, Corrupt):
-        return False
+        layout.check(manifest or store.manifest(digest))
+        condemned = Condemned.read(store)
+        bad = (condemned.packs.keys() | condemned.damaged) & set(layout.packs)
+        return not bad and len(store.has_packs(layout.pack_sizes())) == len(layout.packs)
+    return False
 
 
 def check_present(store: Store, digest: Digest) -> None:
