@@ -362,7 +362,9 @@ def test_an_image_in_the_cache_is_read_by_qemus_group_and_by_no_other_user(tmp_p
         imaged.wait_complete(digest)
         path = imaged.row(digest)["path"]
         assert not reads(65534)
-        ServedImages(ImageCache(tmp_path / "state/cache", {}), tmp_path / "state", Settings(tuple)).admit(4711)
+        ServedImages(ImageCache(tmp_path / "state/cache", {}), tmp_path / "state", Settings(tuple)).admit(
+            4711
+        )
         assert reads(4711) and not reads(65534)
 
 
