@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.command import STORE, Group, settings
+from cli.command import GIBIBYTES, STORE, Group, settings
 from cli.errors import ERROR, Problem
 from cli.image.stores import opened
 from cli.output import confirm, progress, say, show_list, show_one, size, status, when
@@ -284,14 +284,16 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
 @mirror.add(
     examples="""sf mirror serve
     sf mirror serve --host 0.0.0.0 --port 8080 --store 's3://images/sf?region=eu-central-1'
-    sf mirror serve --upstream https://images.example/#b3:… --keep-gib 50"""
+    sf mirror serve --upstream https://images.example/#b3:… --keep 50G"""
 )
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every address of this machine."
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--upstream", metavar="URL", help="Be a cache of this mirror instead of serving the store.")
-@click.option("--keep-gib", default=20.0, show_default=True, help="How much of the upstream is kept.")
+@click.option(
+    "--keep", "--keep-gib", type=GIBIBYTES, default="20G", show_default=True, help="So much of the upstream."
+)
 @click.option("--requests", default=512, show_default=True, help="Requests at once, in each process.")
 @click.option(
     "--rate",
@@ -306,7 +308,7 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
     help="Processes; with --upstream it is one.",
 )
 def serve(
-    host: str, port: int, upstream: str | None, keep_gib: float, requests: int, rate: float, workers: int
+    host: str, port: int, upstream: str | None, keep: int, requests: int, rate: float, workers: int
 ) -> None:
     """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""
     from imagestore.mirror import Options
@@ -319,7 +321,7 @@ def serve(
         settings().store_url,
         upstream or "",
         str(settings().state_dir / "mirror" / "pull-through"),
-        int(keep_gib * (1 << 30)),
+        keep,
         requests,
         rate,
     )

@@ -11,9 +11,13 @@ from compute.api.edge import Route
 from compute.api.history import add_metadata
 from compute.cluster import auth
 from compute.cluster.records.namespaces import Namespace
-from compute.errors import Invalid, NotFound
+from compute.errors import Conflict, Invalid, NotFound
 
 router = APIRouter(tags=["auth"], route_class=Route)
+
+
+_RESERVED = ("all", "local", "my")
+"""Before the slash of a name they mean something else."""
 
 
 class LoginBody(Body):
@@ -70,6 +74,8 @@ def list_namespaces(ctx: Ctx) -> Response:
 @router.post("/auth/namespaces")
 def create_namespace(ctx: Ctx, body: CreateBody) -> Response:
     ctx.admin()
+    if body.namespace in {*_RESERVED, *dict(ctx.services.config.stores)}:
+        raise Conflict(f"{body.namespace}/… means something else already", hint="sf remote ls; another name")
     made = auth.create_namespace(ctx.store, body.namespace, body.key_name or "", body.key or "")
     return JSONResponse(views.namespace(made))
 

@@ -272,3 +272,14 @@ def test_who_waits_for_a_boot_sees_what_the_guest_says_last(server: Running) -> 
     with click.Context(sf, obj={}):
         assert last_line(Api(), found) == "[ 9.8] Starting sshd..."
         assert last_line(Api(), {**found, "state": "creating"}) == ""
+
+
+def test_no_namespace_is_called_what_a_store_or_a_word_of_ours_is_called(server: Running) -> None:
+    """I8, its kind: what stands before the slash means one thing."""
+    for name in ("my", "all", "local"):
+        refused("namespace", "create", name, code=5)
+    ok("namespace", "create", "shop")
+
+
+def test_help_has_its_short_form_everywhere() -> None:
+    assert ok("instance", "create", "-h") == ok("instance", "create", "--help")
