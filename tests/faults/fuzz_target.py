@@ -9,11 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import atheris  # type: ignore[import-not-found]
 
 with atheris.instrument_imports(include=["imagestore"]):
+    from imagestore.cache.nbd import server as nbd
+    from imagestore.cache.nbd.handshake import MAX_REQUEST_BYTES
     from imagestore.disks import filesystems
     from imagestore.disks.disk import RawDisk, read_range
     from imagestore.disks.qcow2.reader import Qcow2
@@ -92,6 +95,8 @@ class Wire(asyncio.Transport):
         self.closed = False
 
     def write(self, data: Any) -> None: ...
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+    def writelines(self, list_of_data: Any) -> None: ...
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
     def get_write_buffer_size(self) -> int:
@@ -143,6 +148,56 @@ class Heads:
             raise self.failed[0]
 
 
+class Nothing:
+    """A disk of zeros, of which every other 4 KiB have to be waited for."""
+
+    size_bytes = 2 * MAX_REQUEST_BYTES
+    zeros = memoryview(bytes(MAX_REQUEST_BYTES))
+
+    def read_now(self, offset: int, length: int) -> memoryview | None:
+        assert 0 < length <= MAX_REQUEST_BYTES and 0 <= offset <= self.size_bytes - length
+        return None if offset & 4096 else self.zeros[:length]
+
+    async def read(self, offset: int, length: int) -> memoryview:
+        if offset & 8192:
+            raise OSError
+        return self.zeros[:length]
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        assert 0 < length <= self.size_bytes - offset
+        return [(length, True)]
+
+    def prefetch(self, offset: int, length: int) -> None:
+        assert 0 < length <= self.size_bytes - offset
+
+
+class Nbd:
+    """What a client sends to the image service, in two pieces."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.server = nbd.NbdServer(Nothing(), Path("unused"))
+
+    def __call__(self, data: bytes) -> None:
+        self.loop.run_until_complete(self.talk(data))
+        assert not self.server.connections
+
+    async def talk(self, data: bytes) -> None:
+        failures: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+        half = data[0] if data else 0
+        link, wire = nbd.Connection(self.server), Wire()
+        link.connection_made(wire)
+        for part in (data[1:half], data[max(1, half) :]):
+            if part and not wire.closed:
+                link.data_received(part)
+                for _ in range(3):
+                    await asyncio.sleep(0)
+        link.connection_lost(None)
+        await asyncio.sleep(0)
+        assert not failures, failures
+
+
 TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "qcow2": lambda: qcow2,
     "ext4": lambda: file_system,
@@ -151,6 +206,7 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "footer": lambda: footer,
     "json": lambda: text,
     "head": Heads,
+    "nbd": Nbd,
 }
 
 

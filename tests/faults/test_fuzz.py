@@ -1,9 +1,9 @@
 """Parsers of what comes from outside, under a fuzzer that looks where its bytes lead (atheris, libFuzzer).
 
-`scripts/test --all` gives each MINUTES; else a few hundred inputs, so that the targets themselves stay right. NBD has
-its own in the tests of its protocol.
+`scripts/test --all` gives each MINUTES; else a few hundred inputs, so that the targets themselves stay right.
 """
 
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ pytest.importorskip(
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 2
-TARGETS = ("qcow2", "ext4", "manifest", "layout", "footer", "json", "head")
+TARGETS = ("qcow2", "ext4", "manifest", "layout", "footer", "json", "head", "nbd")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         b"\x20POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET /%ff HTTP/1.1\r\n\r\n",
         b"\x30GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n1\r\na\r\n0\r\n\r\n",
     )  # fmt: skip
+    options = (
+        struct.pack(">IQII", 3, 0x49484156454F5054, 8, 0)
+        + struct.pack(">QIIIIII", 0x49484156454F5054, 10, 27, 0, 1, 15, 0)[:-4]
+        + b"base:allocation"
+        + struct.pack(">QIIIH", 0x49484156454F5054, 7, 6, 0, 0)
+    )
+    asked = ((0, 0, 512), (0, 4096, 8192), (7, 0, 1 << 20), (5, 0, 4096), (1, 0, 4), (2, 0, 0))
+    requests = b"".join(struct.pack(">IHHQQI", 0x25609513, 0, kind, kind, at, n) for kind, at, n in asked)
+    (place / "nbd" / "whole").write_bytes(b"\x20" + options + requests)
+    (place / "nbd" / "name").write_bytes(
+        b"\x00" + struct.pack(">IQII", 1, 0x49484156454F5054, 1, 0) + requests
+    )
     for number, head in enumerate(heads):
         (place / "head" / str(number)).write_bytes(head)
     yield place
