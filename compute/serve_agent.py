@@ -8,6 +8,7 @@ from compute import process
 from compute.agent import link as remote
 from compute.config import Config
 from compute.errors import Conflict, Invalid
+from imagestore import listening
 from net import Plane
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
     with ExitStack() as stack:
         state_dir = config.state_dir
         stack.enter_context(process.only_one(state_dir))
+        listening.raise_limits()
         identity = remote.load(state_dir)
         if identity is None:
             if not (url and token):

@@ -3,19 +3,26 @@
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a small file; it is the old one or the new one at any moment, and the new one when this returns."""
-    beside = path.with_name(path.name + ".new")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    """Replace a small file; it is the old one or the new one at any moment, and the new one when this returns.
+
+    Several at once: each writes under a name of its own, so that none publishes half of another's.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with contextlib.ExitStack() as undo:
+        file = os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+        undo.callback(beside.unlink, missing_ok=True)
+        with file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+        undo.pop_all()
     fsync_directory(path.parent)
 
 

@@ -78,15 +78,12 @@ class ControlServer:
                 raise Invalid(f"there is no operation {op!r}")
             return {"ok": await getattr(self._service, op)(**request)}
         except StoreError as error:
-            return {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+            failure = error
         except OSError as error:
-            return {"error": "Unavailable", "message": str(error), "hint": ""}
+            failure = Unavailable(str(error))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return {
-                "error": "Invalid",
-                "message": f"bad request: {type(error).__name__}: {error}",
-                "hint": "",
-            }
+            failure = Invalid(f"bad request: {type(error).__name__}: {error}")
+        return {"error": type(failure).__name__, "message": str(failure), "hint": failure.hint}
 
 
 class Away(Unavailable):
