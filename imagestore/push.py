@@ -24,13 +24,13 @@ from imagestore.disks.filesystems import look
 from imagestore.disks.open import open_disk
 from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
-from imagestore.formats.columns import Ids, Numbers, is_among
+from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
 from imagestore.store.leases import Lease
-from imagestore.store.lookup import Footers, Lookup
+from imagestore.store.lookup import Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
 from imagestore.store.placement import Placement, too_scattered
@@ -62,7 +62,7 @@ class PushResult:
 def push(
     store: Store,
     path: Path,
-    name: str,
+    name: str | None,
     tag: str = "latest",
     *,
     architecture: str = os.uname().machine,
@@ -74,14 +74,14 @@ def push(
     progress: Report = silent,
     cache: Path | None = None,
 ) -> PushResult:
-    """Store the disk image at `path` and point `name:tag` at it for `architecture`.
+    """Store the disk image at `path` and point `name:tag` at it for `architecture`; or, without a name, only store it.
 
     format_: raw, qcow2, vmdk, vhdx, vdi, vhd, or None to look. sparsify: leave out blocks that ext4 on it has free
     for certain. cache: directory of the local index instead of SF_CACHE_DIR.
     Raises Invalid for a bad image or name, Conflict when it is in use, and what the backend raises.
     """
     store.check_writable()
-    check_name(name), check_name(tag, "tag")
+    check_name(name or "none"), check_name(tag, "tag")
     facts = {
         "architecture": check_architecture(architecture),
         "labels": check_labels(dict(labels or {}), "labels"),
@@ -93,22 +93,6 @@ def push(
         writer = stack.enter_context(_Writer(store, disk, progress, cache))
         special = look(disk, sparsify=sparsify)
         return replace(writer.push(name, tag, facts, special), notes=special.notes)
-
-
-def restore(store: Store, path: Path, images: Iterable[Digest], known: Footers) -> list[Digest]:
-    """Store again what these images lack and the disk at `path` has; returns those that are whole with it.
-
-    known: packs of the store to look for chunks in; the layouts are not believed.
-    Raises Invalid for a bad disk, and what the backend raises.
-    """
-    store.check_writable()
-    with ExitStack() as stack:
-        try:
-            disk = stack.enter_context(open_disk(path))
-        except Invalid:  # any bytes can have been pushed as raw; each chunk shows whether it is right
-            disk = stack.enter_context(open_disk(path, "raw"))
-        writer = stack.enter_context(_Writer(store, disk, silent, None))
-        return writer.restore(images, known, look(disk, sparsify=False))
 
 
 class _Writer:
@@ -124,8 +108,6 @@ class _Writer:
         self._offsets, self._lengths, self._rows = (np.zeros(0, np.int64) for _ in range(3))
         self._stack = ExitStack()
         self._new_bytes = self._known_bytes = 0
-        self._wanted: Ids | None = None
-        """The only chunks to store, where not all are."""
 
     def __enter__(self) -> Self:
         workers = min(8, len(os.sched_getaffinity(0)))
@@ -139,10 +121,11 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def push(self, name: str, tag: str, facts: dict[str, Any], special: Special) -> PushResult:
+    def push(self, name: str | None, tag: str, facts: dict[str, Any], special: Special) -> PushResult:
         """The whole of it."""
-        record, architecture = self._store.names.read(name, tag), facts["architecture"]
-        images = {} if record.removed else record.images
+        names, architecture = self._store.names, facts["architecture"]
+        record = names.read(name, tag) if name else None
+        images = record.images if record and not record.removed else {}
         current = images.get(architecture)
         parent = current or next(iter(images.values()), None)
         followed = parent is not None and self._lookup.follow(parent)
@@ -157,7 +140,7 @@ class _Writer:
         if digest == current and followed and can_be_read(self._store, digest, manifest):
             return self._result(digest, changed=False)
         self._lookup.engage()
-        set_name = partial(self._store.names.set, name, tag, architecture, digest)
+        set_name = partial(names.set, name, tag, architecture, digest) if name else None
         offer, bad = Offer(self._store, self._lease, encoded, set_name), set[Digest]()
         while True:
             self._packer.avoid(bad)
@@ -168,24 +151,6 @@ class _Writer:
             bad = offer(layout)
             if not bad:
                 return self._result(digest, changed=digest != current)
-
-    def restore(self, images: Iterable[Digest], known: Footers, special: Special) -> list[Digest]:
-        """All of `restore`."""
-        manifests = [self._store.manifest(digest) for digest in images if self._store.has_manifest(digest)]
-        self._lookup.engage()
-        self._lookup.know(known)
-        wanted = [manifest.ids[self._placement.find(manifest.ids) < 0] for manifest in manifests]
-        self._wanted = np.concatenate([np.zeros((0, 32), np.uint8), *wanted])
-        self._pack(self._new_chunks(Windows(self._disk, self._store.info.chunker, self._pool, special)))
-        self._packer.publish_index()
-        whole = []
-        for manifest in manifests:
-            rows = self._placement.find(manifest.ids)
-            if (rows >= 0).all():
-                layout = self._placement.layout(manifest.digest, rows)
-                if not Offer(self._store, self._lease, manifest.encode())(layout):
-                    whole.append(manifest.digest)
-        return whole
 
     def _result(self, digest: Digest, *, changed: bool) -> PushResult:
         self._report(self._disk.size_bytes)
@@ -210,8 +175,6 @@ class _Writer:
         for window in self._lookup.ahead(windows):
             rows = self._placement.find(window.ids)
             unknown = np.flatnonzero(rows < 0)
-            if self._wanted is not None:
-                unknown = unknown[is_among(window.ids[unknown], self._wanted)]
             if len(unknown):
                 rows[unknown] = yield from self._add(window, unknown)
             self._known_bytes += int(window.lengths.sum())

@@ -18,7 +18,7 @@ from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import unseal
 from imagestore.progress import Progress, Report, silent
-from imagestore.push import restore
+from imagestore.push import push
 from imagestore.store.frames import Frames, load
 from imagestore.store.inventory import Inventory, named, read_footer, reindex
 from imagestore.store.leases import Condemned
@@ -233,22 +233,25 @@ def repair(store: Store, report: VerifyReport, other: Store | Path, *, full: boo
     """
     store.check_writable()
     report.repaired = 0
+    if isinstance(other, Path):
+        try:
+            push(store, other, None)
+        except Invalid:  # any bytes can have been pushed as raw
+            push(store, other, None, format_="raw")
+        other = store
     for key in {problem.key for problem in report.problems}:
         with contextlib.suppress(StoreError):
-            report.repaired += _mend(store, other if isinstance(other, Store) else store, key)
+            report.repaired += _mend(store, other, key)
     inventory = Inventory.read(store)
     reindex(store, inventory)
     known = [(pack, table.footer) for pack, table in inventory.tables.items()]
     images = {problem.image for problem in report.problems if problem.image is not None}
     every = (digest for digest, stat in named(store, keys.LAYOUTS) if stat.size_bytes)
     images |= {digest for digest in every if not can_be_read(store, digest)}
-    if isinstance(other, Path):
-        report.repaired += len(restore(store, other, sorted(images), known))
-    else:
-        for digest in images:
-            with contextlib.suppress(NotFound, Corrupt):
-                copy_image(other, store, digest, known=known)
-                report.repaired += 1
+    for digest in images:
+        with contextlib.suppress(NotFound, Corrupt):
+            copy_image(other, store, digest, known=known)
+            report.repaired += 1
     again = verify_store(store, full=full)
     again.repaired = report.repaired
     return again

@@ -109,17 +109,8 @@ class Reader:
 
 def first_of_each(ids: Ids) -> npt.NDArray[np.int64]:
     """Where each different digest stands first."""
-    return np.unique(_whole(ids), return_index=True)[1]
-
-
-def is_among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
-    """For each digest whether it is one of the others."""
-    return np.isin(_whole(ids), _whole(others))
-
-
-def _whole(ids: Ids) -> npt.NDArray[Any]:
-    """One value for each digest."""
-    return np.ascontiguousarray(ids).view(f"V{SIZE_BYTES}").ravel()
+    rows = np.ascontiguousarray(ids).view(f"V{SIZE_BYTES}").ravel()
+    return np.unique(rows, return_index=True)[1]
 
 
 def keys(ids: Ids) -> npt.NDArray[np.uint64]:
