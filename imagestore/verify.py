@@ -66,7 +66,7 @@ def verify_store(
     be reported as missing: check again before acting on it.
     """
     if bytes_s:
-        store = Store(RateLimited(store.backend, bytes_s), store.info)
+        store = Store(RateLimited(store.backend, bytes_s), store.info, single_writer=store.single_writer)
     report = VerifyReport()
     _verify_small(store, report)
     inventory = Inventory.read(store)
@@ -113,15 +113,16 @@ def verify_store(
 
 
 def _note_damage(store: Store, report: VerifyReport, packs: Iterable[Digest], *, sound: bool) -> Condemned:
-    """Say in the store which of these packs that are there nobody may begin to use; with `sound` which may again.
+    """Say in the store which of these packs that are there nobody may begin to use; with `sound` that no others are.
 
     Where that cannot be written, the report alone says it.
     """
     condemned, looked_at = Condemned.read(store), set(packs)
     bad = looked_at & {pack for problem in report.problems if (pack := keys.PACKS.digest(problem.key))}
-    damaged = condemned.damaged - (looked_at if sound else set()) | bad
-    if damaged != condemned.damaged and not store.backend.read_only:
+    damaged = bad if sound else condemned.damaged | bad
+    if damaged != condemned.damaged:
         with contextlib.suppress(StoreError):
+            store.check_writable()
             return condemned.replace(store, damaged=damaged)
     return condemned
 

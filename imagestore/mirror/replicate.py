@@ -18,6 +18,7 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.keys import BESIDE, TUF
 from imagestore.mirror.signing import Publisher, check_complete
 from imagestore.mirror.sources import choose
+from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Target, signed_targets, tree
 
@@ -56,7 +57,8 @@ def replicate(
         here = target.names.read(record.name, record.tag)
         for architecture, digest in sorted(record.images.items()):
             title = f"{text} {architecture}"
-            if not here.removed and here.images.get(architecture) == digest:
+            same = not here.removed and here.images.get(architecture) == digest
+            if same and can_be_read(target, digest):
                 yield Replicated(title, "unchanged")
                 continue
             try:

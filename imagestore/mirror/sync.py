@@ -26,6 +26,7 @@ from imagestore.mirror.sources import Source
 from imagestore.outside import YEAR_9999_S, read_json, real
 from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
+from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
 
 ATTEMPTS = 3
@@ -172,7 +173,7 @@ class _Image:
 
     def _have(self, there: Provenance) -> bool:
         """Whether what our name stands for was made from the file with this checksum."""
-        if not self._current or not there.checksum:
+        if not self._current or not there.checksum or not can_be_read(self._store, self._current):
             return False
         try:
             return dict(self._store.manifest(self._current).source).get(there.algorithm) == there.checksum

@@ -8,7 +8,9 @@ import pytest
 
 from imagestore.backends.protocol import Backend, Data, ObjectStat
 from imagestore.backends.wrappers import Wrapper
+from imagestore.copy import copy_image, copy_name
 from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, kind_of
+from imagestore.mirror.replicate import replicate
 from imagestore.push import push
 from imagestore.store.leases import Condemned
 from imagestore.store.open import open_store
@@ -177,3 +179,20 @@ def test_a_store_is_repaired_from_the_file_that_was_pushed(world: World) -> None
         report = repair(world.store, report, path, full=True)
         assert bool(report.problems) == left
     world.check_all()
+
+
+def test_a_copy_and_a_mirror_see_that_what_they_have_cannot_be_read(world: World, tmp_path: Path) -> None:
+    """B3: its whole kind: they said "unchanged"."""
+    digest = world.push("one", disk(1, 2))
+    for how in ("copy", "mirror"):
+        mine = World(tmp_path / how)
+        mine.images = world.images
+        copy_name(world.store, mine.store, world.store.names.get("one"))
+        for key in packs_of(mine):
+            del mine.memory.objects[key]
+        if how == "copy":
+            assert copy_image(world.store, mine.store, digest).written_bytes > 0
+        else:
+            assert [one.result for one in replicate(world.store, mine.store)] == ["new"]
+        mine.check("one")
+        assert [one.result for one in replicate(world.store, mine.store)] == ["unchanged"]
