@@ -7,6 +7,7 @@ that read through it, and the next agent finds it by its socket.
 import asyncio
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,16 @@ from typing import Any
 from compute.agent.guest.host import Backing
 from compute.errors import Unavailable
 from compute.wire.spec import ImageSite, called
-from imagestore import Away, ControlClient, Digest, ImageCache, StoreError, control_socket, unprivileged
+from imagestore import (
+    Away,
+    ControlClient,
+    Digest,
+    ImageCache,
+    Invalid,
+    StoreError,
+    control_socket,
+    unprivileged,
+)
 
 log = logging.getLogger(__name__)
 _START_S = 15.0
@@ -181,7 +191,7 @@ class ServedImages:
 
     async def listen(self, heard: Heard) -> None:
         """Keep the service running and pass its events on, for ever. `heard("", "")`: look at everything again."""
-        after = None
+        after, said = None, ""
         while True:
             try:
                 await self._ensure_running()
@@ -202,7 +212,8 @@ class ServedImages:
                     for reader in event["readers"]:
                         heard(reader, event["message"])
             except StoreError as err:
-                log.warning("%s", err)
+                if said != (said := str(err)):
+                    log.warning("%s", err)
                 await asyncio.sleep(_RETRY_S)
                 after = None
 
@@ -213,6 +224,11 @@ class ServedImages:
                 return
             except Away:
                 pass
+            except Invalid:
+                log.info(
+                    "the image service is of an earlier version: it is ended, and guests wait for the next"
+                )
+                os.kill((await self._client.ask("ls"))["pid"], signal.SIGTERM)
             deadline = asyncio.get_running_loop().time() + _START_S
             while asyncio.get_running_loop().time() < deadline:
                 if self._process is None or self._process.poll() is not None:
@@ -225,7 +241,7 @@ class ServedImages:
                 try:
                     await self._client.ask("use", stores=list(self._urls().values()), timeout_s=_START_S)
                     return
-                except Away:
+                except (Away, Invalid):
                     await asyncio.sleep(0.02)
         raise Away("the image service does not start", hint=f"see {self._log}")
 

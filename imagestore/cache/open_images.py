@@ -174,9 +174,7 @@ class OpenImages:
         origins: list[Origin] = [local]
         layout: Layout | None = None
         if not whole:
-            stored = [
-                StoreOrigin(u, partial(self._stores.get, u), digest, manifest) for u in self._stores.urls
-            ]
+            stored = self._stored(digest, manifest)
             origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
@@ -190,6 +188,17 @@ class OpenImages:
             self._later(self._replay(image))
             self._later(self._make_room())
         return image
+
+    def _stored(self, digest: Digest, manifest: Manifest) -> list[StoreOrigin]:
+        urls = self._stores.urls
+        return [StoreOrigin(url, partial(self._stores.get, url), digest, manifest) for url in urls]
+
+    def renew(self) -> None:
+        """The stores are others now, also for what is open."""
+        for image in self._images.values():
+            if not image.partial.complete:
+                stored = self._stored(image.digest, image.partial.manifest)
+                image.origins = [image.local, *stored]
 
     def _manifest(self, digest: Digest) -> Manifest:
         with contextlib.suppress(NotFound, Corrupt):

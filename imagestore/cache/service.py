@@ -118,7 +118,10 @@ class ImageService:
 
     async def use(self, stores: Sequence[str]) -> None:
         """Fetch from the stores at these URLs, in this order, from now on."""
-        self._stores.urls = [str(url) for url in stores]
+        urls = [str(url) for url in stores]
+        if urls != self._stores.urls:
+            self._stores.urls = urls
+            self.images.renew()
 
     async def readable(self) -> list[str]:
         """Those of them that can be opened now."""

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 from compute.agent.image_service import ServedImages, Settings
 from imagestore.backends.directory import Directory
 from imagestore.cache import open_images
-from imagestore.cache.imaged import unprivileged
+from imagestore.cache.control import Away, ControlClient
+from imagestore.cache.imaged import control_socket, unprivileged
 from imagestore.cache.images import ImageCache
 from imagestore.cache.partial import PartialImage
 from imagestore.cache.service import ImageService
@@ -441,3 +443,45 @@ def test_an_image_that_cannot_be_completed_now_is_completed_later(
 
     asyncio.run(asyncio.wait_for(story(), 60))
     assert len(tries) == 3
+
+
+def test_an_image_that_is_open_comes_from_the_stores_that_were_added_since(tmp_path: Path) -> None:
+    """I3"""
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    other, _ = make_store(tmp_path / "other", DATA)
+    with Imaged(tmp_path / "state", url) as imaged:
+        socket = imaged.ask("attach", image=str(digest), reader="a", fill="never", patience_s=30)["path"]
+        (tmp_path / "store").rename(tmp_path / "gone")
+        imaged.ask("use", stores=[url, other])
+        copy_by_nbd(socket, tmp_path / "copy.raw")
+    assert (tmp_path / "copy.raw").read_bytes() == DATA
+
+
+def test_a_service_of_an_earlier_version_is_replaced_by_the_next_agent(tmp_path: Path) -> None:
+    """I3: it knows only the old list, and the new words not at all."""
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    older = (
+        "from imagestore.cache import control; from imagestore.cache.imaged import main\n"
+        "control.OPERATIONS -= {'use', 'readable'}; main()"
+    )
+    state, client = tmp_path / "state", ControlClient(control_socket(tmp_path / "state"))
+
+    async def pid() -> int:
+        while True:
+            with contextlib.suppress(Away):
+                return int((await client.ask("ls"))["pid"])
+            await asyncio.sleep(0.05)
+
+    async def story() -> None:
+        process = subprocess.Popen([sys.executable, "-c", older, "--while-needed", state, "file:///nowhere"])
+        assert await pid() == process.pid
+        images = ServedImages(ImageCache(state / "cache", {}), state, Settings(lambda: (url,), "never"))
+        assert (await images.backing("a", str(digest))).socket
+        assert await pid() != process.pid
+        process.wait()
+        await images.only([])
+        await images.leave()
+        assert images._process
+        await asyncio.to_thread(images._process.wait)
+
+    asyncio.run(asyncio.wait_for(story(), 60))
