@@ -112,6 +112,17 @@ def body(data: bytes, **headers: str) -> Answer:
     return answer
 
 
+def raw(data: bytes, *lines: str) -> Answer:
+    """A body under header lines as they are, whatever they say."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        head = "".join(f"{line}\r\n" for line in ("HTTP/1.1 200 OK", *lines, ""))
+        handler.wfile.write(head.encode("latin-1", "replace") + data)
+        handler.close_connection = True
+
+    return answer
+
+
 def redirect(to: str) -> Answer:
     """A temporary redirect."""
 

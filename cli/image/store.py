@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -26,7 +27,7 @@ IMAGES = (
     ("deleting frees", lambda i: size(i["own_bytes"])),
     ("digest", "digest"),
 )
-REMOTES = (("name", "name"), ("url", "url"))
+REMOTES = (("name", "name"), ("url", "url"), ("state", "state"))
 
 store = Group("store", needs=STORE, help="Make, check and copy image stores.")
 remote = Group("remote", help="Other stores to look names up in.")
@@ -114,8 +115,25 @@ def copy(source: str, target: str, images: tuple[str, ...], single_writer: bool)
 
 @remote.add(examples="sf remote ls")
 def ls(form: str) -> None:
-    """List remotes in the order in which they are asked."""
-    show_list([{"name": name, "url": url} for name, url in settings().stores.items()], REMOTES, form)
+    """List remotes in the order in which they are asked, and what is wrong with those that cannot be."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    found = settings().stores
+    default = settings().store_url if settings().store_is_default else ""
+    with ThreadPoolExecutor(8) as pool:
+        states = pool.map(partial(_state, default), found.values())
+        rows = [{"name": n, "url": u, "state": s} for (n, u), s in zip(found.items(), states, strict=True)]
+    show_list(rows, REMOTES, form)
+
+
+def _state(default: str, url: str) -> str:
+    from imagestore import NotFound, StoreError
+
+    try:
+        with opened(url):
+            return "ok"
+    except StoreError as error:
+        return "not made yet" if isinstance(error, NotFound) and url == default else str(error)
 
 
 @remote.add(

@@ -37,7 +37,7 @@ from imagestore import Store
 from imagestore.mirror import Tree
 
 _ANSWER_S = 15.0
-_LONGEST_WAIT_S = 25.0
+_LONGEST_WAIT_S = 25.0  # first in min(): NaN is not less than it
 
 
 Wait = Annotated[float, Query(ge=0)]
@@ -145,7 +145,7 @@ def build(services: Services) -> FastAPI:
 
     @app.get("/agent/v1/desired")
     async def desired(node: Caller, after: int = 0, wait: Wait = 0) -> Response:
-        return JSONResponse(to_plain(await controller.desired(node, after, min(wait, _LONGEST_WAIT_S))))
+        return JSONResponse(to_plain(await controller.desired(node, after, min(_LONGEST_WAIT_S, wait))))
 
     @app.post("/agent/v1/report")
     async def report(node: Caller, body: ReportBody) -> Response:
@@ -159,7 +159,7 @@ def build(services: Services) -> FastAPI:
 
     @app.get("/agent/v1/operations")
     async def operations(node: Caller, wait: Wait = 0) -> Response:
-        return JSONResponse(await mailboxes[node].fetch(min(wait, _LONGEST_WAIT_S)))
+        return JSONResponse(await mailboxes[node].fetch(min(_LONGEST_WAIT_S, wait)))
 
     @app.post("/agent/v1/operations/{number}")
     async def answer(node: Caller, number: int, body: AnswerBody) -> Response:

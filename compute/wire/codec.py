@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 
 def _bytes(value: Any) -> bytes:
-    return value if isinstance(value, bytes) else base64.b64decode(str(value), validate=True)
+    if not isinstance(value, str | bytes):
+        raise ValueError("not base64")
+    return value if isinstance(value, bytes) else base64.b64decode(value, validate=True)
 
 
 def _text(value: bytes) -> str:

@@ -9,7 +9,7 @@ from inspect import iscoroutinefunction
 from types import SimpleNamespace
 from typing import Any, Protocol, cast, get_type_hints
 
-from compute.errors import Invalid
+from compute.errors import Invalid, Unavailable
 from compute.wire.codec import Base64, from_plain, to_plain
 
 Ask = Callable[[str, Sequence[Any]], Awaitable[Any]]
@@ -54,7 +54,11 @@ def client(ask: Ask) -> NodeOperations:
     """A node's operations from afar."""
 
     async def call(verb: str, result: Any, *arguments: Any) -> Any:
-        return from_plain(result, await ask(verb, to_plain(arguments)))
+        said = await ask(verb, to_plain(arguments))
+        try:
+            return from_plain(result, said)
+        except Invalid as err:  # whoever asked is not to blame
+            raise Unavailable(f"the node answers {verb} with nonsense") from err
 
     verbs = {verb: partial(call, verb, result) for verb, (_, result) in _declared().items()}
     return cast(NodeOperations, SimpleNamespace(**verbs))

@@ -18,6 +18,7 @@ from imagestore.formats.keys import TRACES
 from imagestore.formats.trace import Trace
 from imagestore.store.store import Store
 from tests.unit.imagestore.images import convert, identical, make_raw
+from tests.web import misbehaving, raw
 
 SF = Path(sys.executable).with_name("sf")
 MIB = 1 << 20
@@ -103,6 +104,28 @@ def test_lists_and_shows_have_three_forms_and_quiet_is_quiet(user: User, disk: P
         assert json.loads(user.types(*words, "--format", "json").stdout)
         assert names.strip() and names.strip() in table
     assert "\x1b" not in user.types("image", "ls").stdout
+
+
+def test_a_remote_that_cannot_be_used_is_a_line_of_the_list(user: User, disk: Path) -> None:
+    """E4: and other commands, which do not need it, go on."""
+    user.types("image", "push", disk, "a", "-q")
+    config = user.home / ".config/sf/config.toml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    with misbehaving({"/store.json": raw(b"{}", "Content-Length: ²")}) as url:
+        urls = {
+            "nonsense": url,
+            "away": "http://127.0.0.1:1",
+            "wrong": "https://[x/",
+            "gone": str(user.home / "no"),
+        }
+        config.write_text("".join(f'[remotes.{name}]\nurl = "{urls[name]}"\n' for name in urls))
+        rows = json.loads(user.types("remote", "ls", "--format", "json").stdout)
+    states = {row["name"]: row["state"] for row in rows}
+    assert list(states) == ["local", *urls]
+    assert states["local"] == "ok"
+    assert "not a store's URL" in states["wrong"] and "no image store" in states["gone"]
+    assert all(states[name] and "\n" not in states[name] for name in urls)
+    assert "a:latest" in user.types("image", "ls").stdout
 
 
 def test_names_are_tagged_removed_and_brought_back(user: User, disk: Path) -> None:

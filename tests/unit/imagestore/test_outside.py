@@ -19,7 +19,7 @@ from imagestore.mirror.sync import Provenance
 from imagestore.mirror.tree import span
 from imagestore.store.names import NameRecord, name_key
 from imagestore.store.open import open_backend, open_store
-from tests.web import Answer, misbehaving
+from tests.web import misbehaving, raw
 
 _PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
@@ -88,17 +88,6 @@ def test_a_headers_number_has_ascii_digits_and_not_too_many(text: str) -> None:
     """E4."""
     assert outside.decimal("010") == 10
     assert outside.decimal(text) is None
-
-
-def raw(data: bytes, *lines: str) -> Answer:
-    """Headers as they are, of a server that says nonsense."""
-
-    def answer(handler: Any) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
-        handler.wfile.write("".join(f"{line}\r\n" for line in lines).encode("utf-8") + b"\r\n" + data)
-        handler.close_connection = True
-
-    return answer
 
 
 @pytest.mark.parametrize("length", ["²", "٣", "9" * 5000, "-1", "NaN", "1e3", "", "0x10"])
