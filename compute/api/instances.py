@@ -2,7 +2,7 @@
 
 import base64
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -14,7 +14,7 @@ from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import resolve_disks
 from compute.cluster.records import instances as acts
-from compute.cluster.records.instances import Instance
+from compute.cluster.records.instances import NO_VIDEO, Instance
 from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
@@ -23,7 +23,7 @@ from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits, unreadable
 from compute.cluster.scheduler import create_instance as create
 from compute.errors import Invalid
-from compute.wire.spec import InstanceState
+from compute.wire.spec import AGENT_CHANNEL, InstanceState
 
 router = APIRouter(tags=["instances"], route_class=Route)
 
@@ -52,6 +52,23 @@ class NetworkBody(Body):
     float: bool | None = None
 
 
+class VideoBody(Body):
+    model: Literal["cirrus", "virtio", "vga", "qxl", "bochs", "none"] = "cirrus"
+    memory: int = Field(default=16384, ge=0, le=2**18)
+    """KiB."""
+    vdi: Literal["vnc", "spice", "none", ""] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What the guest gets; virtio's card has no memory of its own. Raises Invalid."""
+        vdi, most = None if self.vdi in ("none", "") else self.vdi, 16384 if self.model == "cirrus" else 2**18
+        memory = 0 if self.model in ("virtio", "none") else self.memory
+        if memory and (memory.bit_count() != 1 or not 4096 <= memory <= most):
+            raise Invalid(f"video: memory is {memory} KiB", hint=f"4096, twice or four times that, … {most}")
+        if vdi and self.model == "none":
+            raise Invalid(f"video: {vdi} shows a card, and the model is none")
+        return {"model": self.model, "memory": memory, "vdi": vdi}
+
+
 class CreateBody(Body):
     name: str
     cpus: int
@@ -64,11 +81,11 @@ class CreateBody(Body):
     """Base64."""
     placed_on: str | None = None
     namespace: str | None = None
-    video: dict[str, Any] | None = None
+    video: VideoBody | None = None
     uefi: bool | None = None
     secure_boot: bool | None = None
     nvram_template: str | None = None
-    configdrive: str | None = None
+    configdrive: Literal["openstack-disk", "none"] | None = None
     metadata: dict[str, Any] | None = None
     side_channels: list[str] | None = None
 
@@ -117,6 +134,12 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     wanted = tuple(d.model_dump() for d in body.disk)
     if body.secure_boot or body.nvram_template:
         raise Invalid("secure boot and NVRAM templates are not offered", hint="leave both out; uefi works")
+    if body.configdrive == "none" and (body.ssh_key or body.user_data):
+        raise Invalid("without a config drive nothing hands the guest its ssh_key or user_data")
+    channels = [AGENT_CHANNEL] if body.side_channels is None else body.side_channels
+    if unknown := set(channels) - {AGENT_CHANNEL}:
+        hint = f"leave side_channels out, or name {AGENT_CHANNEL}: qemu-guest-agent answers there"
+        raise Invalid(f"no side channel {min(unknown)[:80]!r} is offered", hint=hint)
     made = ctx.made_before(ctx.read(), Instance, body)
     if made is None:
         instance = Instance(
@@ -131,9 +154,10 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             disk_spec=wanted,
             ssh_key=body.ssh_key or "",
             user_data=_user_data(body.user_data or ""),
-            video=body.video or {"model": "cirrus", "memory": 16384},
+            video=body.video.given() if body.video else NO_VIDEO,
+            configdrive=body.configdrive or "openstack-disk",
             uefi=bool(body.uefi),
-            side_channels=tuple(["sf-agent"] if body.side_channels is None else body.side_channels),
+            side_channels=tuple(channels),
             metadata=body.metadata or {},
         )
         wants = [_want(ctx, network, namespace) for network in body.network or ()]

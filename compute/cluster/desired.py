@@ -16,7 +16,14 @@ from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.secrets import site_secret, store_token
 from compute.cluster.records.transaction import Transaction
 from compute.wire.codec import to_plain
-from compute.wire.spec import ImageSite, InstanceSpec, InstanceState, InterfaceSpec, NodeDesired
+from compute.wire.spec import (
+    AGENT_CHANNEL,
+    ImageSite,
+    InstanceSpec,
+    InstanceState,
+    InterfaceSpec,
+    NodeDesired,
+)
 from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
 
@@ -180,7 +187,11 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         user_data=instance.user_data,
         metadata=tuple((key, str(value)) for key, value in sorted(instance.metadata.items())),
         uefi=instance.uefi,
-        vdi=str(instance.video.get("vdi") or ""),
+        config_drive=instance.configdrive != "none",
+        agent=AGENT_CHANNEL in instance.side_channels,
+        vdi=instance.video.get("vdi") or "",
+        video="" if instance.video["model"] == "none" else instance.video["model"],
+        video_kib=instance.video["memory"],
         power=instance.power,
         reboot_soft=instance.reboot_soft,
         reboot_hard=instance.reboot_hard,

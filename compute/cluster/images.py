@@ -54,6 +54,7 @@ def resolve_disks(
 def _resolve(resolver: Resolver, disk: Mapping[str, Any], device: str, architecture: str) -> DiskSpec:
     size_bytes = int(disk.get("size") or 0) * GIB
     bus = disk.get("bus") or "virtio"
+    bus = "sata" if bus == "ide" else bus  # q35 has no IDE
     if disk.get("type") not in (None, "disk"):
         raise Invalid(f"disk {device}: type {str(disk['type'])[:40]!r} is not offered", hint="type is disk")
     base = str(disk.get("base") or "")

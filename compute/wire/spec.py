@@ -12,6 +12,9 @@ from urllib.parse import parse_qsl, urlsplit
 from compute.wire.codec import Base64
 from net import NodeNetworks
 
+AGENT_CHANNEL = "org.qemu.guest_agent.0"
+"""The virtio port that qemu-guest-agent in a guest answers on."""
+
 
 class InstanceState(StrEnum):
     """initial → preflight → creating → created → delete-wait → deleted; failures pass <state>-error to error."""
@@ -80,8 +83,15 @@ class InstanceSpec:
     user_data: Base64 = b""
     metadata: tuple[tuple[str, str], ...] = ()
     uefi: bool = False
+    config_drive: bool = True
+    agent: bool = True
+    """Whether the guest has AGENT_CHANNEL."""
     vdi: str = ""
     """"" (serial console only), "vnc" or "spice"."""
+    video: str = ""
+    """The graphics card, by qemu's name; "" is virtio where there is a `vdi`, else none."""
+    video_kib: int = 0
+    """Its memory; 0 is what qemu gives it."""
     power: Power = Power.ON
     reboot_soft: int = 0
     """Counters: the agent reboots when they grew since it last looked."""

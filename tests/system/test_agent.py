@@ -473,15 +473,21 @@ def test_every_kind_of_disk_firmware_and_display_starts(bench: Bench) -> None:
         spec = bench.spec()
         busy = replace(spec, disks=(*spec.disks, *buses), vdi="vnc")
         uefi = bench.spec(uefi=True, vdi="spice")
+        bare = bench.spec(config_drive=False, agent=False)
+        cards = [bench.spec(video=card, video_kib=16384) for card in ("cirrus", "vga", "qxl", "bochs")]
         async with bench.agent() as agent:
-            bench.desk.want(busy, uefi)
+            bench.desk.want(busy, uefi, bare, *cards)
+            for each in (bare, *cards):
+                await bench.desk.seen(lambda s: s.power_state == "on", each.uuid)
+            await says(agent, bare, b"HELLO")
+            await says(agent, cards[0], b"HELLO")
             for each in (busy, uefi):
                 status = await bench.desk.seen(lambda s: s.power_state == "on", each.uuid)
                 assert status.vdi_port >= 5900 and len(status.extra["vdi_password"]) == 8
             await says(agent, busy, b"HELLO")
             listening = bench.host.run(["ss", "-ltnH"]).stdout.split("\n")
             assert {line.split()[3].rpartition(":")[0] for line in listening if line} == {"127.0.0.1"}
-            await remove(bench, busy, uefi)
+            await remove(bench, busy, uefi, bare, *cards)
 
     asyncio.run(story())
 

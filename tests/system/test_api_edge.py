@@ -103,3 +103,64 @@ def test_a_network_without_dns_takes_no_names(server: Running) -> None:
     answer = server.call("POST", "/networks/lan/dns", {"name": "db", "value": "10.42.0.9"})
     assert answer.status == 406
     assert "no DNS" in answer.body["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"configdrive": "iso9660"}, "configdrive"),
+        ({"configdrive": "none", "user_data": "YQ=="}, "config drive"),
+        ({"configdrive": "none", "ssh_key": "ssh-rsa x"}, "config drive"),
+        ({"video": {"model": "voodoo"}}, "video.model"),
+        ({"video": {"model": "cirrus", "memory": 12345}}, "memory"),
+        ({"video": {"model": "cirrus", "memory": 65536}}, "memory"),
+        ({"video": {"model": "none", "vdi": "vnc"}}, "none"),
+        ({"video": {"vdi": "teletype"}}, "vdi"),
+        ({"video": {"heads": 2}}, "unknown key"),
+        ({"side_channels": ["sf-agent"]}, "side channel"),
+        ({"side_channels": ["sf-agent2", "org.qemu.guest_agent.0"]}, "side channel"),
+        ({"disk": [{"base": "debian:12", "bus": "nvme"}]}, "bus"),
+    ],
+)
+def test_what_a_guest_cannot_have_is_refused_and_not_forgotten(
+    server: Running, change: dict[str, Any], word: str
+) -> None:
+    """F8, F9, F10, F12."""
+    answer = server.instance(**change)
+    assert answer.status == 400, answer.body
+    assert word in answer.body["error"]
+    assert "nvme" not in answer.body.get("hint", "")
+    assert server.get("/instances") == []
+
+
+def test_what_is_shown_of_a_guest_is_what_its_node_gives_it(server: Running) -> None:
+    """F8, F9, F10."""
+    agent = "org.qemu.guest_agent.0"
+    plain = {"model": "none", "memory": 0, "vdi": None}
+    cirrus = {"model": "cirrus", "memory": 16384, "vdi": None}
+    for name, asked, video, channels, drive in (
+        ("a", {}, plain, [agent], "openstack-disk"),
+        ("b", {"video": {"model": "cirrus", "memory": 16384}}, cirrus, [agent], "openstack-disk"),
+        ("c", {"video": {"memory": "16384"}, "side_channels": [agent]}, cirrus, [agent], "openstack-disk"),
+        (
+            "d",
+            {"video": {"model": "virtio", "vdi": "vnc"}},
+            {**plain, "model": "virtio", "vdi": "vnc"},
+            [agent],
+            "",
+        ),
+        ("e", {"configdrive": "none", "side_channels": []}, plain, [], "none"),
+    ):
+        uuid = server.instance(name, **asked).body["uuid"]
+        shown = server.wait_for(f"/instances/{uuid}", "created")
+        assert (shown["video"], shown["side_channels"]) == (video, channels), name
+        assert shown["configdrive"] == (drive or "openstack-disk")
+        assert server.agent.desired
+        (spec,) = [spec for spec in server.agent.desired.instances if spec.name == name]
+        assert (spec.video or "none", spec.video_kib, spec.vdi or None) == tuple(video.values()), name
+        assert (spec.agent, spec.config_drive) == (bool(channels), drive != "none")
+
+
+def test_an_ide_disk_is_shown_as_what_it_is(server: Running) -> None:
+    shown = server.instance(disk=[{"base": "debian:12", "bus": "ide"}]).body
+    assert (shown["disks"][0]["bus"], shown["disk_spec"][0]["bus"]) == ("sata", "ide")

@@ -18,6 +18,7 @@ from compute import config
 from compute.agent import link as remote
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
 from compute.cluster.auth import Authority
+from compute.cluster.desired import spec
 from compute.cluster.joining import certificate, check_identity
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.addresses import Ipam
@@ -256,7 +257,15 @@ def test_sf_db_lets_in_who_had_a_key(db: SqliteStore, state: Path) -> None:
     assert authority.login("system", (state / "auth/local-key").read_text().strip())["access_token"]
 
 
-KINDS = (Artifact, Event, Instance, Interface, Ipam, Network, Node, Taken)  # namespaces have cheap hashes now
+KINDS = (
+    Artifact,
+    Event,
+    Interface,
+    Ipam,
+    Network,
+    Node,
+    Taken,
+)  # namespaces have cheap hashes now, instances cards
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.KIND)
@@ -266,6 +275,21 @@ def test_a_record_that_has_not_changed_its_form_is_written_back_byte_for_byte(
     records = db.list(f"{kind.KIND}/")
     assert records
     assert [kind.decode(r.value, r.revision).encode() for r in records] == [r.value for r in records]
+
+
+def test_guests_of_0_1_are_shown_with_what_they_have_and_keep_it(db: SqliteStore) -> None:
+    """What was asked for stood there; what there was is a virtio card with a graphical console, and none without."""
+    guests = Transaction(db).list(Instance)
+    assert guests
+    for guest in guests:
+        made = spec(guest, (), "0badcafe")
+        assert guest.video == {
+            "model": "virtio" if made.vdi else "none",
+            "memory": 0,
+            "vdi": made.vdi or None,
+        }
+        assert (made.agent, made.config_drive, made.video_kib) == (True, True, 0)
+        assert Instance.decode(guest.encode(), guest.revision) == guest
 
 
 def test_a_secret_that_was_the_owner_of_a_unique_thing_stays_the_same_secret(db: SqliteStore) -> None:
@@ -339,7 +363,9 @@ def test_a_guests_record_is_taken_up_and_written_as_it_was(
         assert record.spec.disks[0].image == str(LAZY)
         assert held.arrived["vda"]["present_bytes"] == 659456
     asyncio.run(disks.save())
-    assert json.loads((tmp_path / "record.json").read_text()) == json.loads(written)
+    before, now = json.loads(written), json.loads((tmp_path / "record.json").read_text())
+    now["spec"] = {name: now["spec"][name] for name in before["spec"]}  # what is new there has its default
+    assert now == before
 
 
 @pytest.fixture

@@ -235,11 +235,12 @@ class Guest:
     def _materialise(self, nics: tuple[domain.Nic, ...], disks: tuple[domain.Disk, ...]) -> None:
         """Config drive and domain definition from the newest spec."""
         spec, host = self.spec, self.host
-        drive = self.directory / "config.iso"
-        half = drive.with_suffix(".new")
-        half.touch(mode=0o600)
-        half.write_bytes(config_drive.iso(config_drive.files(spec, dict(self.networks))))
-        half.replace(drive)
+        if spec.config_drive:
+            drive = self.directory / "config.iso"
+            half = drive.with_suffix(".new")
+            half.touch(mode=0o600)
+            half.write_bytes(config_drive.iso(config_drive.files(spec, dict(self.networks))))
+            half.replace(drive)
         self.console.cut()
         self.console.begin()
         self._up = False

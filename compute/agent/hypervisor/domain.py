@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from compute.wire.spec import InstanceSpec
+from compute.wire.spec import AGENT_CHANNEL, InstanceSpec
 
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
-AGENT_CHANNEL = "org.qemu.guest_agent.0"
 _BUS = {"ide": "sata"}  # q35 has no IDE
 SPARE_PORTS = 8
 """pcie-root-ports kept free for hot-plug: q35 cannot add a port to a running guest."""
@@ -196,20 +195,24 @@ def domain_xml(domain: Domain) -> str:
         element = _overlay(disk)
         _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
         devices.append(element)
-    _config_drive(devices, domain.directory / "config.iso")
+    if spec.config_drive:
+        _config_drive(devices, domain.directory / "config.iso")
     for nic in domain.nics:
         devices.append(_interface(nic))
     serial = _add(devices, "serial", type="pty")
     _add(serial, "log", file=str(domain.directory / "console.log"), append="on")
     _add(serial, "target", port="0")
-    _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
+    if spec.agent:
+        _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
     _add(devices, "memballoon", model="virtio")
     if domain.graphics is not None:
         graphics = _add(devices, "graphics", type=domain.graphics.kind, autoport="yes")
         graphics.set("passwd", domain.graphics.password)
         _add(graphics, "listen", type="address", address=domain.graphics.listen)
-        _add(_add(devices, "video"), "model", type="virtio")
+    if spec.video or domain.graphics is not None:
+        memory = {"vram": str(spec.video_kib)} if spec.video_kib else {}
+        _add(_add(devices, "video"), "model", type=spec.video or "virtio", **memory)
     return ET.tostring(root, encoding="unicode")
 
 

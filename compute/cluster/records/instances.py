@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,19 +14,31 @@ from compute.cluster.records.taken import Taken, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
 from compute.wire.codec import Base64
-from compute.wire.spec import DiskSpec, InstanceState, Power
+from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceState, Power
 
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
 _MAX_DISKS = 16
 _MAX_INTERFACES = 16
-_BUSES = frozenset({"virtio", "scsi", "sata", "ide", "usb", "nvme"})
+_BUSES = frozenset({"virtio", "scsi", "sata", "ide", "usb"})
 _MODELS = frozenset({"virtio", "e1000", "e1000e", "rtl8139"})
 _BUSY = frozenset({InstanceState.INITIAL, InstanceState.PREFLIGHT, InstanceState.CREATING})
+
+
+NO_VIDEO = {"model": "none", "memory": 0, "vdi": None}
+
+
+def _as_it_was(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 0.1 kept what was asked for, and gave each guest the agent's channel and no card but virtio's."""
+    vdi = (old.get("video") or {}).get("vdi") or None
+    video = {**NO_VIDEO, "vdi": vdi} | ({"model": "virtio"} if vdi else {})
+    return old | {"schema": 2, "video": video, "side_channels": [AGENT_CHANNEL]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance(Stored):
     KIND: ClassVar[str] = "instance"
+    SCHEMA: ClassVar[int] = 2
+    UPGRADES: ClassVar[dict[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {1: _as_it_was}
     uuid: str
     name: str
     namespace: str
@@ -38,7 +50,8 @@ class Instance(Stored):
     """What the user asked for, word for word."""
     ssh_key: str = ""
     user_data: Base64 = b""
-    video: dict[str, Any] = field(default_factory=dict)
+    video: dict[str, Any] = field(default_factory=lambda: dict(NO_VIDEO))
+    """What the guest has: model, memory (KiB, 0 for qemu's choice), vdi."""
     uefi: bool = False
     secure_boot: bool = False
     nvram_template: str = ""

@@ -35,6 +35,9 @@ def tree(value: domain.Domain) -> ElementTree.Element:
     [
         BASE,
         replace(BASE, spec=replace(BASE.spec, uefi=True)),
+        replace(
+            BASE, spec=replace(BASE.spec, video="cirrus", video_kib=16384, config_drive=False, agent=False)
+        ),
         replace(BASE, accel="kvm", cpu="qemu64", graphics=domain.Graphics("vnc", "192.0.2.1", "secret")),
     ],
 )
@@ -43,6 +46,22 @@ def test_it_fits_libvirts_schema(tmp_path: Path, value: domain.Domain) -> None:
     path.write_text(domain.domain_xml(value))
     done = subprocess.run(["virt-xml-validate", path, "domain"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_guest_has_the_card_the_channel_and_the_drive_that_it_was_promised() -> None:
+    """F8."""
+
+    def has(**change: object) -> tuple[list[dict[str, str]], int, int]:
+        root = tree(replace(BASE, spec=replace(BASE.spec, **change)))  # type: ignore[arg-type]
+        drives = [t for t in root.iterfind("devices/disk/target") if t.get("dev") == "vdz"]
+        cards = [model.attrib for model in root.iterfind("devices/video/model")]
+        return cards, len(root.findall("devices/channel")), len(drives)
+
+    assert has() == ([], 1, 1)
+    assert has(video="cirrus", video_kib=8192) == ([{"type": "cirrus", "vram": "8192"}], 1, 1)
+    assert has(agent=False, config_drive=False) == ([], 0, 0)
+    shown = tree(replace(BASE, graphics=domain.Graphics("vnc", "192.0.2.1", "secret")))
+    assert [model.attrib for model in shown.iterfind("devices/video/model")] == [{"type": "virtio"}]
 
 
 def test_it_carries_the_installations_id_and_finds_it_again() -> None:

@@ -60,7 +60,7 @@ def test_a_record_of_a_newer_program_is_refused_and_an_old_one_upgraded() -> Non
     class Thing(Stored):
         KIND: ClassVar[str] = "thing"
 
-    data = instance().encode().replace(b'"schema":1', b'"schema":2')
+    data = instance().encode().replace(b'"schema":2', b'"schema":3')
     with pytest.raises(Invalid, match="newer"):
         Instance.decode(data, 1)
 
