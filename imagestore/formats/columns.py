@@ -7,6 +7,7 @@ and their lengths follow from the header, so that one value has one encoding.
 """
 
 import json
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def frame_rows(*of_frames: npt.NDArray[Any] | int) -> Rows:
 class Reader:
     """Takes an encoded object apart; everything that does not fit exactly is Corrupt."""
 
-    def __init__(self, data: bytes, magic: bytes, what: str) -> None:
+    def __init__(self, data: bytes, magic: bytes, what: str, keys: AbstractSet[str]) -> None:
         self._data, self._what = data, what
         if not data.startswith(magic):
             raise Corrupt(f"this is no {what} (or one of a newer format)")
@@ -72,6 +73,8 @@ class Reader:
             raise Corrupt(f"{what}: the header is no JSON: {error}") from error
         if not isinstance(self.header, dict) or again != text:
             raise Corrupt(f"{what}: the header is not in canonical form")
+        if self.header.keys() != keys:
+            raise Corrupt(f"{what}: keys are missing or unknown")
         self._at = start + size
 
     def count(self, key: str, limit: int) -> int:

@@ -42,7 +42,7 @@ class IndexPart:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Raises Corrupt."""
-        read = columns.Reader(data, PART_MAGIC, "index part")
+        read = columns.Reader(data, PART_MAGIC, "index part", {"packs"})
         packs = read.count("packs", _MAX_PACKS)
         encoded = [read.column("u1", size).tobytes() for size in read.column("<u4", packs).tolist()]
         read.end()
@@ -78,7 +78,7 @@ class Hooks:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Raises Corrupt."""
-        read = columns.Reader(data, HOOKS_MAGIC, "hooks")
+        read = columns.Reader(data, HOOKS_MAGIC, "hooks", {"hooks", "parts"})
         parts, hooks = read.count("parts", _MAX_PARTS), read.count("hooks", _MAX_PARTS)
         names = tuple(Digest(row.tobytes()) for row in read.ids(parts))
         sizes = tuple(read.column("<u4", parts).tolist())

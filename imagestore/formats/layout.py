@@ -49,9 +49,7 @@ class Layout:
     @classmethod
     def decode(cls, data: bytes, manifest: Digest) -> Self:
         """Read and check the layout of the manifest with this digest. Raises Corrupt."""
-        read = columns.Reader(data, MAGIC, "layout")
-        if set(read.header) != {"chunks", "frames", "manifest", "packs"}:
-            raise Corrupt("layout: keys are missing or unknown")
+        read = columns.Reader(data, MAGIC, "layout", {"chunks", "frames", "manifest", "packs"})
         try:
             belongs_to = Digest.parse(read.text("manifest"))
         except Invalid as error:

@@ -111,9 +111,7 @@ class Manifest:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Read and check an encoded manifest from anywhere. Raises Corrupt."""
-        read = columns.Reader(data, MAGIC, "manifest")
-        if set(read.header) != _KEYS:
-            raise Corrupt("manifest: keys are missing or unknown")
+        read = columns.Reader(data, MAGIC, "manifest", _KEYS)
         runs, chunks = read.count("runs", MAX_CHUNKS), read.count("chunks", MAX_CHUNKS)
         parent = read.text("parent")
         try:

@@ -146,9 +146,7 @@ class Footer:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Read and check an encoded footer. Raises Corrupt."""
-        read = columns.Reader(data, MAGIC, "pack footer")
-        if set(read.header) != {"chunks", "frames", "salt"}:
-            raise Corrupt("pack footer: keys are missing or unknown")
+        read = columns.Reader(data, MAGIC, "pack footer", {"chunks", "frames", "salt"})
         frames, chunks = read.count("frames", MAX_FRAMES), read.count("chunks", MAX_CHUNKS)
         codecs = read.column("u1", frames)
         sizes, plain_sizes, counts = (read.column("<u4", frames) for _ in range(3))

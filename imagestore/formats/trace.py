@@ -74,7 +74,7 @@ class Trace:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Raises Corrupt."""
-        read = columns.Reader(data, MAGIC, "boot trace")
+        read = columns.Reader(data, MAGIC, "boot trace", {"boots", "chunks"})
         boots, chunks = read.count("boots", 2 * _MAX_BOOTS), read.count("chunks", MAX_CHUNKS)
         trace = cls(boots, read.column("<u8", chunks), read.column("<f4", chunks), read.column("<u2", chunks))
         read.end()

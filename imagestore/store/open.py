@@ -33,7 +33,7 @@ def open_store(url: str, *, create: bool = False, single_writer: bool = False) -
     if fingerprint:
         from imagestore.store.trust import open_signed
 
-        return open_signed(backend, Digest.parse(fingerprint))
+        return _remembering(open_signed(backend, Digest.parse(fingerprint)))
     try:
         store = Store.open(backend, single_writer=single_writer)
     except NotFound:
@@ -44,12 +44,16 @@ def open_store(url: str, *, create: bool = False, single_writer: bool = False) -
         store = Store.open(backend, single_writer=single_writer)
     s3 = _s3(backend)
     if s3 is not None:
-        from imagestore.store.index import LocalIndex
-
-        store.names.local = LocalIndex(store.info.id)
         s3.known = store.info.conditional.get(s3.address)
         at = Digest.of(f"{store.info.id} {s3.address}".encode())
         s3.kept = Settings().cache_dir / "conditions" / at.hex()
+    return store if isinstance(backend, Directory) else _remembering(store)
+
+
+def _remembering(store: Store) -> Store:
+    from imagestore.store.index import LocalIndex
+
+    store.names.local = LocalIndex(store.info.id)
     return store
 
 

@@ -17,6 +17,7 @@ from imagestore.formats.keys import INFO
 from imagestore.push import push
 from imagestore.store.open import find_conditions, open_backend, open_store
 from imagestore.store.store import Store
+from imagestore.verify import verify_store
 from tests.servers import Server, tool
 from tests.world import disk
 
@@ -78,8 +79,9 @@ def proxy(seaweedfs: Server) -> Iterator[Proxy]:
     made.close()
 
 
-def through(proxy: Proxy, bucket: str) -> str:
-    return f"s3://{bucket}/x?endpoint_url={quote(f'http://127.0.0.1:{proxy.port}', safe='')}&region=us-east-1"
+def through(proxy: Proxy | None, bucket: str, server: Server | None = None) -> str:
+    endpoint = f"http://127.0.0.1:{proxy.port}" if proxy else server.endpoint if server else ""
+    return f"s3://{bucket}/x?endpoint_url={quote(endpoint, safe='')}&region=us-east-1"
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["lost request", "lost answer"])
@@ -117,6 +119,37 @@ def test_a_store_at_another_address_is_probed_by_the_first_writer_alone(
         list(store.names.list())
         store.backend.close()
         assert proxy.count("PUT", "DELETE") == wanted, proxy.requests
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["six disks", "one disk and name"])
+def test_six_first_pushes_at_once_into_a_new_bucket_all_arrive(
+    seaweedfs: Server, tmp_path: Path, same: bool
+) -> None:
+    """D1, D2 on a real server: three of six failed, and who pushed the same lost to the other."""
+    url = through(None, seaweedfs.bucket(), seaweedfs)
+    failures, start = list[BaseException](), threading.Barrier(6)
+
+    def first(number: int) -> None:
+        path = tmp_path / f"disk{number}"
+        path.write_bytes(disk(1 if same else number, blocks=8))
+        start.wait()
+        try:
+            store = open_store(url, create=True)
+            push(
+                store, path, "one" if same else f"n{number}", format_="raw", cache=tmp_path / f"cache{number}"
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test says it
+            failures.append(error)
+
+    threads = [threading.Thread(target=first, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    store = open_store(url)
+    assert len(list(store.names.list())) == (1 if same else 6)
+    assert verify_store(store, full=True).problems == []
 
 
 def test_a_list_of_images_asks_once_for_what_it_does_not_know_yet(
