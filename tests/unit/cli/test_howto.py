@@ -24,6 +24,7 @@ def lines() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), lines())
 def test_a_command_of_the_documentation_exists_with_its_options(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
+    words = words[: words.index("|")] if "|" in words else words
     command: click.Command = sf
     context = click.Context(sf)
     while isinstance(command, click.Group):
@@ -32,7 +33,7 @@ def test_a_command_of_the_documentation_exists_with_its_options(page: str, line:
         command, words = found, words[1:]
     known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     for word in words:
-        if word.startswith("-"):
+        if word.startswith("-") and word != "-":
             assert word.partition("=")[0] in known, f"{page}: {word} in {line}"
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
     plain = len([word for word in words if not word.startswith("-")])
