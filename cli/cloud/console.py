@@ -12,6 +12,7 @@ _UP = re.compile(rb"SF-GUEST-READY [^\r\n]+|^[^\r\n]*\blogin: ?$", re.MULTILINE)
 
 _ESCAPES = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]"
+    rb"|\xc2[\x80-\x9f]"  # the same controls as UTF-8 has them
 )
 
 

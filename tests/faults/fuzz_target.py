@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["imagestore"]):
     from imagestore.disks import filesystems
     from imagestore.disks.disk import RawDisk, read_range
     from imagestore.disks.qcow2.reader import Qcow2
-    from imagestore.errors import Corrupt, StoreError
+    from imagestore.errors import Corrupt, StoreError, Unsupported
     from imagestore.formats.digest import Digest
     from imagestore.formats.layout import Layout
     from imagestore.formats.manifest import Manifest
@@ -212,7 +212,7 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
 
 def main() -> None:
     target = TARGETS[sys.argv[1]]()
-    ours = Corrupt if target in (manifest, layout, footer, text) else StoreError
+    ours = (Corrupt, Unsupported) if target in (manifest, layout, footer, text) else StoreError
 
     def once(data: bytes) -> None:
         with contextlib.suppress(ours):

@@ -37,3 +37,19 @@ def test_a_document_names_only_modules_that_are_there(document: Path) -> None:
         r"`((?:imagestore|compute|net|cli|scripts|tests)/[\w/.*-]+\.py)`", document.read_text()
     )
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_who_can_do_what_names_tests_that_are_there() -> None:
+    """J: every row of SECURITY.md has a test, and every test that it names exists."""
+    text = (ROOT / "SECURITY.md").read_text()
+    sections = re.split(r"^### ", text, flags=re.M)[1:]
+    assert [section.split("\n")[0] for section in sections] == [
+        *("A tenant", "A trusted tenant", "A guest", "A joined node", "A remote or upstream"),
+        *("A mirror's client", "A local user", "A host on the underlay"),
+    ]
+    rows = [line for section in sections for line in section.splitlines() if line.startswith("| ")]
+    for row in (row for row in rows if not row.startswith("| wants to")):
+        named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row.rpartition(" | ")[2])
+        assert named, row
+        for path, name in named:
+            assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.M), f"{path}::{name}"

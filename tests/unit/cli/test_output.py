@@ -1,12 +1,14 @@
 """Results go to standard output in the form asked for; progress goes to standard error."""
 
+import io
 import json
+import re
 from types import SimpleNamespace
 
 import click
 import pytest
 
-from cli.cloud.console import beyond
+from cli.cloud.console import _emit, beyond
 from cli.cloud.create import gigabytes
 from cli.command import GIBIBYTES
 from cli.errors import Problem
@@ -96,3 +98,22 @@ def test_a_followed_console_prints_each_byte_once_though_its_head_is_cut() -> No
     assert beyond(log[:5000], log[3000:6000]) == log[5000:6000]
     assert beyond(b"", log) == log
     assert beyond(log, b"rebooted\n") == b"rebooted\n"
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_nothing_that_a_guest_writes_commands_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    evil = (
+        b"\x1b[2J\x1b[31mred\x1b[0m \x1b]0;title\x07\x1b]52;c;ZXZpbA==\x1b\\ \x1bP$q\x1b\\ \x1b"
+        b"c \xc2\x9b2J \xc2\x9d0;t\x07 \x9b31m \x0e\x07\x00\x7f caf\xc3\xa9\r\n\x1b["
+    )
+    out = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout", out)
+    size = -(-len(evil) // chunks)
+    for at in range(0, len(evil), size):
+        _emit(evil[at : at + size])
+    written = out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"red" in written and b"caf\xc3\xa9\r\n" in written
+    assert not re.search(rb"[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]", written)
