@@ -13,6 +13,7 @@ from pathlib import Path
 from compute.agent.agent import Agent, Controller
 from compute.agent.guest.host import Plane
 from compute.agent.image_service import ServedImages, Settings
+from compute.agent.memory import Memory
 from compute.config import Config
 from compute.errors import Conflict, brief
 from imagestore import ImageCache, Store, StoreError, durable, open_store
@@ -93,6 +94,7 @@ async def agent(
     plane: Plane,
     net: NetPlane,
     stores: NodeStores,
+    memory: Memory,
     address: IPv4Address | None = None,
 ) -> Agent:
     """This machine's agent and its image service. `address`: where other nodes reach this one, if not as configured."""
@@ -116,6 +118,7 @@ async def agent(
         address=address,
         mtu_bytes=mtu_bytes or _MTU_BYTES,
         release=release(),
+        memory=memory,
     )
 
 

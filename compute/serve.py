@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from compute import process
+from compute.agent.memory import Memory
 from compute.api import agents
 from compute.api import app as api
 from compute.api.context import Services
@@ -29,6 +30,7 @@ from compute.cluster.holding import Holds
 from compute.cluster.joining import certificate
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
+from compute.cluster.records.nodes import Node, find_machine
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
@@ -75,9 +77,12 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             stores=lambda: stores.urls,
         )
         stack.callback(controller.stop)
-        await controller.start()
+        own = find_machine(Transaction(store).list(Node), "", config.node_name)
+        memory = Memory(state_dir, proof=own.uuid if own else "")
+        stack.enter_context(memory.alone(installation))
+        await controller.start(memory.now.inventory())
         plane = Plane(installation, state_dir)
-        agent = partial(process.agent, config, config.node_name, controller, plane, plane, stores)
+        agent = partial(process.agent, config, controller.server, controller, plane, plane, stores, memory)
         services = Services(config, store, controller, Authority(store), stores.images)
         servers = [(_Server(_settings(api.build(services))), listener)]
         if config.agent_listen:

@@ -1,11 +1,13 @@
 """`sf agent`: this machine as a node of a server elsewhere. The entry point that builds its adapters."""
 
+import hashlib
 import logging
 from contextlib import ExitStack
 from functools import partial
 
 from compute import process
 from compute.agent import link as remote
+from compute.agent.memory import Memory
 from compute.config import Config
 from compute.errors import Conflict, Invalid
 from imagestore import listening
@@ -35,13 +37,15 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
         elif url and url != identity.url:
             hint = f"sf node remove {identity.node} there, then remove {state_dir}/agent.json here"
             raise Conflict(f"this machine belongs to {identity.url} already", hint=hint)
+        memory = Memory(state_dir, proof=hashlib.sha256(identity.secret.encode()).hexdigest()[:32])
+        stack.enter_context(memory.alone(identity.installation))
         address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
         stores = process.NodeStores(config, create=False)
         stack.callback(stores.close)
         plane = Plane(identity.installation, state_dir)
         controller = remote.RemoteController(identity, state_dir, plane, config.uplink)
         agent = partial(
-            process.agent, config, identity.node, controller, controller.plane, plane, stores, address
+            process.agent, config, identity.node, controller, controller.plane, plane, stores, memory, address
         )
         say(f"sf agent {process.release()}: node {identity.node} of {identity.url}, mesh address {address}")
         await process.run(agent, controller.run, stores.keep)

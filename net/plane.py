@@ -73,7 +73,7 @@ class Plane:
         """Removes everything that carries this installation's id, and nothing else."""
         with self._lock:
             observed = self.observe()
-            self._carry_out(diff({HOST: Facts()}, observed))
+            self._carry_out(diff({HOST: Facts()}, observed, guests_too=True))
             for running in self._running():
                 dnsmasq.stop(running.pid)
             if self._directory.is_dir():

@@ -184,10 +184,10 @@ class PrivateHost:
         if not kept.is_dir():
             shutil.copytree(cache, kept, dirs_exist_ok=True)
 
-    def kill_libvirtd(self) -> None:
-        """kill -9, as the out-of-memory killer would."""
+    def kill_libvirtd(self, number: int = 9) -> None:
+        """kill -9, as the out-of-memory killer would; -15 as an upgrade does."""
         pid = (self.directory / "run/libvirtd.pid").read_text().strip()
-        self.run(["kill", "-9", pid])
+        self.run(["kill", f"-{number}", pid])
         while self.run(["kill", "-0", pid], check=False).returncode == 0:
             time.sleep(0.01)
 

@@ -57,6 +57,33 @@ def drain(name: str, undo: bool) -> None:
     Api()("POST", "nodes", name, "undrain" if undo else "drain")
 
 
+ORPHANS = (
+    ("uuid", "uuid"),
+    ("node", "node"),
+    ("name", lambda o: f"{o['namespace']}/{o['name']}" if o["name"] else "unknown"),
+    ("power", "power_state"),
+    ("state", "state"),
+    ("since", lambda o: ago(o["since"])),
+    ("trouble", "error_message"),
+)
+
+
+@node.add(examples="sf node orphans\nsf node orphans --adopt UUID\nsf node orphans --delete UUID")
+@click.option("--adopt", metavar="UUID", help="Make its records anew.")
+@click.option("--delete", metavar="UUID", help="Remove it, disks and all.")
+def orphans(adopt: str, delete: str, form: str) -> None:
+    """Guests that run on nodes and are in no record: they are left as they are until you adopt or delete them."""
+    api = Api()
+    if adopt:
+        made = api("POST", "nodes", "orphans", adopt, "adopt")
+        say(f"{made['namespace']}/{made['name']} adopted")
+    if delete:
+        api("DELETE", "nodes", "orphans", delete)
+        say(f"deletion of {delete} asked for")
+    if not adopt and not delete:
+        show_list(api("GET", "nodes", "orphans"), ORPHANS, form)
+
+
 @node.add(examples="sf node remove server2")
 def remove(name: str, force: bool) -> None:
     """Forget a node that is gone, and the guests that were on it."""

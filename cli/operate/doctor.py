@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -129,15 +130,20 @@ def _server() -> Iterator[Line]:
             yield WARNING, f"node {name} is drained: it gets nothing new", f"sf node drain {name} --undo"
         else:
             yield OK, f"node {name}: {node['accel']}", ""
-        for one in _orphans(api, name):
-            what = f"node {name} keeps {' '.join(str(value) for value in one.values())}, which nobody knows"
-            yield WARNING, what, f"sf node orphans {name}"
+    for one in _orphans(api):
+        name = f"{one['namespace']}/{one['name']}" if one["name"] else one["uuid"]
+        trouble = f": {one['error_message']}" if one["error_message"] else ""
+        yield (
+            WARNING,
+            f"node {one['node']} keeps guest {name}, which no record knows{trouble}",
+            "sf node orphans",
+        )
     yield from _guests(api)
 
 
-def _orphans(api: Api, node: str) -> list[dict[str, object]]:
+def _orphans(api: Api) -> list[dict[str, Any]]:
     try:
-        return list(api("GET", "nodes", node, "orphans"))
+        return list(api("GET", "nodes", "orphans"))
     except Problem as error:
         if error.code != MISSING:
             raise

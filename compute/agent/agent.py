@@ -8,9 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,23 +17,26 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+from compute.agent import quarantine
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Host, Plane
 from compute.agent.hypervisor import accel
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_service import ServedImages
+from compute.agent.memory import Memory
 from compute.agent.operations import Operations
+from compute.agent.reports import Reports
 from compute.errors import ComputeError, Unavailable
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import (
     InstanceSpec,
     InstanceState,
     InstanceStatus,
+    Inventory,
     NodeDesired,
     NodeEvent,
     NodeFacts,
 )
-from imagestore import StoreError
 from net import NetError, NodeNetworks
 
 P = ParamSpec("P")
@@ -45,8 +46,6 @@ log = logging.getLogger(__name__)
 _WAIT_S = 20.0
 _CUT_S = 1.0
 _RETRY_S = 1.0
-_KEPT_EVENTS = 10_000
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Controller(Protocol):
@@ -59,6 +58,8 @@ class Controller(Protocol):
     async def report(
         self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]
     ) -> None: ...
+
+    async def inventory(self, node: str, seen: Inventory) -> None: ...
 
 
 class Agent:
@@ -76,6 +77,7 @@ class Agent:
         address: IPv4Address = IPv4Address("127.0.0.1"),
         mtu_bytes: int = 1450,
         release: str = "",
+        memory: Memory | None = None,
     ) -> None:
         self._controller, self._node, self._state_dir = controller, node_name, state_dir
         self._plane, self._libvirt_uri = plane, libvirt_uri
@@ -89,17 +91,17 @@ class Agent:
         self._registered: NodeFacts | None = None
         self._trouble = ""
         self.operations = Operations(node_name, plane, self._plane_lock, self._guests)
-        self._statuses: list[InstanceStatus] = []
-        self._events: deque[NodeEvent] = deque(maxlen=_KEPT_EVENTS)
-        self._to_report = asyncio.Event()
-        self._lost = asyncio.Event()
+        self._reports = Reports(partial(controller.report, node_name))
+        self._said: Inventory | None = None
+        self._lost, self._shown = asyncio.Event(), asyncio.Event()
+        state_dir.mkdir(parents=True, exist_ok=True)
+        self._memory = memory or Memory(state_dir)
         self._main: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until cancelled. Waits for the server and for libvirt however long they take."""
         self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
-        self._state_dir.mkdir(parents=True, exist_ok=True)
         verdict = await loop.run_in_executor(self._pool, accel.find, self._state_dir)
         await self._register(verdict)
         desired = await self._patiently(self._controller.desired, self._node, 0, 0)
@@ -111,6 +113,7 @@ class Agent:
         hypervisor = Hypervisor(self._libvirt_uri, desired.networks.installation, notified)
         host = Host(
             node=self._node,
+            machine=self._memory.now.machine,
             installation=desired.networks.installation,
             directory=self._state_dir / "instances",
             address=self._address,
@@ -120,13 +123,14 @@ class Agent:
             images=self._images,
             verdict=verdict,
             pool=self._pool,
-            publish=self._publish,
-            note=self._note,
+            publish=self._reports.publish,
+            note=self._reports.note,
+            shown=self._shown.set,
         )
         host.directory.mkdir(exist_ok=True)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._reporting())
+                group.create_task(self._reports.run())
                 group.create_task(self._connecting(hypervisor))
                 group.create_task(self._cutting())
                 group.create_task(self._images.listen(self._heard))
@@ -137,7 +141,7 @@ class Agent:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             with contextlib.suppress(ComputeError, TimeoutError):
                 async with asyncio.timeout(2):
-                    await self._report_once()
+                    await self._reports.flush()
             await self._images.leave()
             hypervisor.close()
             self._pool.shutdown(wait=False)
@@ -168,18 +172,39 @@ class Agent:
 
     async def _follow(self, host: Host, desired: NodeDesired) -> None:
         """Act on each desired state, and look again at intervals."""
-        orphans_known, quiet = False, 0
+        quiet, settled = 0, False
         while True:
-            # A neighbour ignores a second gratuitous ARP within a second: look again soon after a change.
-            quiet = quiet + 1 if await self._apply_networks(desired.networks) else 0
-            if not orphans_known:
-                orphans_known = await self._adopt_orphans(host, desired)
-            self._apply_instances(host, desired)
-            await self._images.use(desired.stores)
-            await self._images.share(desired.image_site)
+            self._shown.clear()
+            hold = not await host.do(self._memory.follows, desired) or desired.hold
+            answered = await self._watch_unknown(host, set() if hold else {i.uuid for i in desired.instances})
+            if not hold:
+                unknown = [guest for guest in self._guests.values() if not guest.known]
+                # A neighbour ignores a second gratuitous ARP within a second: look again soon after a change.
+                applied = await self._apply_networks(quarantine.keep(desired.networks, unknown))
+                quiet = quiet + 1 if applied else 0
+                await self._apply_instances(host, desired)
+                await self._images.use(desired.stores)
+                await self._images.share(desired.image_site)
+                settled = settled or (answered and await self._settle_images(host))
             await self._register(host.verdict)
-            wait_s = _WAIT_S if quiet > 1 and orphans_known else _RETRY_S
-            desired = await self._patiently(self._controller.desired, self._node, desired.revision, wait_s)
+            said = answered and await self._say_inventory(desired)
+            wait_s = _WAIT_S if quiet > 1 and settled and said else _RETRY_S
+            desired = await self._next(desired.revision, wait_s)
+
+    async def _next(self, revision: int, wait_s: float) -> NodeDesired:
+        """Another desired state than `revision`; the same after `wait_s`, or when there is something to say."""
+        asking = asyncio.ensure_future(
+            self._patiently(self._controller.desired, self._node, revision, wait_s)
+        )
+        shown = asyncio.ensure_future(self._shown.wait())
+        try:
+            await asyncio.wait({asking, shown}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return await asking
+        finally:
+            asking.cancel()
+            shown.cancel()
+        return await self._patiently(self._controller.desired, self._node, 0, 0)
 
     async def _apply_networks(self, networks: NodeNetworks) -> bool:
         """Bring the data plane to `networks`; True if it was so already. A failure is reported and tried again."""
@@ -190,50 +215,71 @@ class Agent:
             except (NetError, OSError) as err:
                 if str(err) != self._trouble:  # said once, tried every second
                     log.error("networks: %s", err)
-                    self._note(NodeEvent("node", self._node, time.time(), "status", f"networks: {err}"))
+                    self._reports.note(
+                        NodeEvent("node", self._node, time.time(), "status", f"networks: {err}")
+                    )
                 self._trouble = str(err)
                 return False
         self.operations.networks, self._trouble = networks, ""
         return not done
 
-    async def _adopt_orphans(self, host: Host, desired: NodeDesired) -> bool:
-        """What carries our id and is no longer wanted is removed by an owner as if it were deleted now."""
-        try:
-            await host.do(host.hypervisor.connect)
-            domains = await host.do(host.hypervisor.ours)
-            self._images.admit(await host.do(host.hypervisor.qemu_group))
-            disks = ((spec.uuid, disk) for spec in desired.instances for disk in spec.disks)
-            await self._images.only([f"{uuid}-{disk.device}" for uuid, disk in disks if disk.image])
-        except (ComputeError, StoreError, OSError) as err:
-            log.warning("%s", err)
+    async def _watch_unknown(self, host: Host, wanted: set[str]) -> bool:
+        """What is here and not wanted is watched and left alone. False while libvirt could not be asked."""
+        here, answered = await quarantine.find(host, self._memory.now.machine)
+        for uuid in sorted({*here, *self._guests} - wanted):
+            guest = await self._guest(host, InstanceSpec(uuid, uuid, "", 1, 16, ()))
+            if guest.known:
+                guest.update(None, {})
+                log.warning("instance %s is left as it is: the server does not know it now", uuid)
+        return answered
+
+    async def _say_inventory(self, desired: NodeDesired) -> bool:
+        """Tell the server what it does not know; False while it could not be told all of it."""
+        if not desired.epoch:  # it is of a version that does not ask
+            return True
+        seen = quarantine.inventory(self._memory.now, desired, self._guests.values())
+        if seen is None:
             return False
-        wanted = {spec.uuid for spec in desired.instances}
-        kept = {path.name for path in host.directory.iterdir() if _UUID.fullmatch(path.name)}
-        for uuid in {*domains, *kept} - wanted:
-            self._own(host, InstanceSpec(uuid, uuid, "", 1, 16, (), delete=True), desired)
+        if self._said is None or seen != replace(self._said, reached=seen.reached):
+            try:
+                await self._controller.inventory(self._node, seen)
+            except ComputeError as err:
+                log.info("the server was not told what is here: %s", err)
+                return False
+            self._said = seen
         return True
 
-    def _apply_instances(self, host: Host, desired: NodeDesired) -> None:
+    async def _settle_images(self, host: Host) -> bool:
+        """The image service learns as whom guests run, and which disks there still are."""
+        guests = list(self._guests.values())
+        disks = ((g.spec.uuid, disk) for g in guests for disk in (*g.spec.disks, *g.record.spec.disks))
+        try:
+            self._images.admit(await host.do(host.hypervisor.qemu_group))
+            if all(guest.recorded for guest in guests):
+                await self._images.only(sorted({f"{uuid}-{d.device}" for uuid, d in disks if d.image}))
+        except (ComputeError, OSError) as err:
+            log.warning("%s", err)
+            return False
+        return True
+
+    async def _apply_instances(self, host: Host, desired: NodeDesired) -> None:
         wanted = {spec.uuid: spec for spec in desired.instances}
+        networks = {network.uuid: network for network in desired.networks.networks}
         self._deleted &= wanted.keys()
         for uuid, spec in wanted.items():
             if uuid in self._deleted and spec.delete:  # done; the server has not heard it yet
-                self._publish(InstanceStatus(uuid, InstanceState.DELETED))
+                self._reports.publish(InstanceStatus(uuid, InstanceState.DELETED))
             else:
-                self._own(host, spec, desired)
-        for uuid, guest in self._guests.items():
-            if uuid not in wanted:
-                self._own(host, replace(guest.spec, delete=True), desired)
+                (await self._guest(host, spec)).update(spec, networks)
 
-    def _own(self, host: Host, spec: InstanceSpec, desired: NodeDesired) -> None:
-        networks = {network.uuid: network for network in desired.networks.networks}
+    async def _guest(self, host: Host, spec: InstanceSpec) -> Guest:
         guest = self._guests.get(spec.uuid)
         if guest is None:
-            guest = self._guests[spec.uuid] = Guest(host, spec)
-            guest.update(spec, networks)
+            guest = Guest(host, spec)
+            await guest.load()
+            self._guests[spec.uuid] = guest
             self._tasks[spec.uuid] = asyncio.create_task(self._run(guest), name=f"guest {spec.uuid}")
-        else:
-            guest.update(spec, networks)
+        return guest
 
     async def _run(self, guest: Guest) -> None:
         uuid = guest.spec.uuid
@@ -273,42 +319,6 @@ class Agent:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await self._lost.wait()
-
-    # Reporting
-
-    def _publish(self, status: InstanceStatus) -> None:
-        """Queue a status; one that only refines the last of the same state replaces it."""
-        for index in range(len(self._statuses) - 1, -1, -1):
-            if self._statuses[index].uuid == status.uuid:
-                if self._statuses[index].state == status.state:
-                    del self._statuses[index]
-                break
-        self._statuses.append(status)
-        self._to_report.set()
-
-    def _note(self, event: NodeEvent) -> None:
-        self._events.append(event)
-        self._to_report.set()
-
-    async def _reporting(self) -> None:
-        while True:
-            await self._to_report.wait()
-            self._to_report.clear()
-            try:
-                await self._report_once()
-            except Unavailable:
-                await asyncio.sleep(_RETRY_S)
-                self._to_report.set()
-
-    async def _report_once(self) -> None:
-        statuses, events = list(self._statuses), list(self._events)
-        if not statuses and not events:
-            return
-        await self._controller.report(self._node, statuses, events)
-        self._statuses = [status for status in self._statuses if not any(status is s for s in statuses)]
-        for event in events:
-            with contextlib.suppress(ValueError):
-                self._events.remove(event)
 
     # Looking after
 

@@ -30,7 +30,7 @@ from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
 from compute.wire.operations import NodeOperations, answer
-from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts, called
+from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts, called
 from imagestore import durable
 from net import Finding, Network, NodeNetworks, Port
 
@@ -262,6 +262,10 @@ class RemoteController:
             await _ask(self._client, "POST", "report", json=body)
         except ComputeError as err:
             raise Unavailable(str(err), hint=err.hint) from err
+
+    async def inventory(self, node: str, seen: Inventory) -> None:
+        """Raises ComputeError: the agent says it again."""
+        await _ask(self._client, "POST", "inventory", json={"seen": to_plain(seen)})
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -4,6 +4,7 @@
     POST /agent/v1/register   {facts}                        → null
     GET  /agent/v1/desired    ?after=REVISION&wait=SECONDS   → NodeDesired, as codec.to_plain has it; waits for a change
     POST /agent/v1/report     {statuses, events}             → null, once it is kept
+    POST /agent/v1/inventory  {seen}                         → null: what the node remembers, and has unasked
     POST /agent/v1/renew                                     → {fence_s}: without another renewal the node fences itself
     GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
     GET  /agent/v1/stores/NAME/KEY                           → an object of a store, or a range of it
@@ -32,7 +33,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.operations import client
-from compute.wire.spec import InstanceStatus, NodeEvent, NodeFacts
+from compute.wire.spec import InstanceStatus, Inventory, NodeEvent, NodeFacts
 from imagestore import Store
 from imagestore.mirror import Tree
 
@@ -57,6 +58,10 @@ class RegisterBody(Body):
 class ReportBody(Body):
     statuses: list[dict[str, Any]] = Field(default_factory=list, max_length=10_000)
     events: list[dict[str, Any]] = Field(default_factory=list, max_length=10_000)
+
+
+class InventoryBody(Body):
+    seen: dict[str, Any]
 
 
 class AnswerBody(Body):
@@ -151,6 +156,11 @@ def build(services: Services) -> FastAPI:
     async def report(node: Caller, body: ReportBody) -> Response:
         statuses = [from_plain(InstanceStatus, one) for one in body.statuses]
         await controller.report(node, statuses, [from_plain(NodeEvent, one) for one in body.events])
+        return JSONResponse(None)
+
+    @app.post("/agent/v1/inventory")
+    async def inventory(node: Caller, body: InventoryBody) -> Response:
+        await controller.inventory(node, from_plain(Inventory, body.seen))
         return JSONResponse(None)
 
     @app.post("/agent/v1/renew")

@@ -7,8 +7,10 @@ from compute.api import views
 from compute.api.context import Context, Ctx
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
+from compute.cluster import quarantine
 from compute.cluster.joining import TOKEN_S, certificate
 from compute.cluster.joining import make_token as make_join_token
+from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import nodes as acts
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
@@ -56,6 +58,28 @@ def make_token(ctx: Ctx) -> Response:
     *_, fingerprint = certificate(config.state_dir / "auth")
     token = ctx.act(lambda txn: make_join_token(txn, fingerprint))
     return JSONResponse({"token": str(token), "url": f"https://{config.agent_listen}", "expires_in": TOKEN_S})
+
+
+@router.get("/nodes/orphans")
+def list_orphans(ctx: Ctx) -> Response:
+    """Guests that nodes have and no record knows; they are left as they are."""
+    ctx.admin()
+    return JSONResponse([views.orphan(one) for one in ctx.read().list(Quarantined)])
+
+
+@router.post("/nodes/orphans/{uuid}/adopt")
+def adopt_orphan(ctx: Ctx, uuid: str) -> Response:
+    """Make the records of such a guest from what its node knows of it."""
+    ctx.admin()
+    made = ctx.act(lambda txn: quarantine.adopt(txn, uuid))
+    return JSONResponse({"uuid": made.uuid, "name": made.name, "namespace": made.namespace})
+
+
+@router.delete("/nodes/orphans/{uuid}")
+def delete_orphan(ctx: Ctx, uuid: str) -> Response:
+    """Have such a guest removed by its node, with its disks."""
+    ctx.admin()
+    return JSONResponse(views.orphan(ctx.act(lambda txn: quarantine.order_deletion(txn, uuid))))
 
 
 @router.get("/nodes/{ref}")

@@ -7,6 +7,7 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from compute.cluster.images import GIB, NamedImage, blob_uuid
+from compute.cluster.quarantine import Quarantined
 from compute.cluster.records.events import Event
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
@@ -131,6 +132,21 @@ def node(item: Node, *, alive: bool, server: bool) -> Json:
         "is_network_node": True,
         "is_database_node": server,
         "is_cluster_maintainer": server,
+    }
+
+
+def orphan(item: Quarantined) -> Json:
+    spec = item.orphan.spec
+    return {
+        "uuid": item.uuid,
+        "node": item.node,
+        "name": spec.name if spec else "",
+        "namespace": spec.namespace if spec else "",
+        "addresses": [interface.address for interface in spec.interfaces] if spec else [],
+        "power_state": item.orphan.power,
+        "since": item.since_s,
+        "state": "delete-wait" if item.delete else "orphan",
+        "error_message": item.orphan.trouble,
     }
 
 

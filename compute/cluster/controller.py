@@ -13,11 +13,12 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import TypeVar
 
-from compute.cluster import desired, upkeep
+from compute.cluster import desired, quarantine, upkeep
 from compute.cluster.feed import Feed
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.claims import Claims
-from compute.cluster.records.nodes import Node, check_facts
+from compute.cluster.records.epochs import compare, epoch, heard
+from compute.cluster.records.nodes import Node, check_facts, find_machine, rename
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction, transact
@@ -27,7 +28,7 @@ from compute.cluster.states import settle
 from compute.errors import Conflict, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
-from compute.wire.spec import InstanceStatus, NodeDesired, NodeEvent, NodeFacts
+from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
 
 T = TypeVar("T")
 
@@ -55,20 +56,40 @@ class Controller:
         self.feed = Feed(store)
         self.nodes = Liveness(store, server)
 
-    async def start(self) -> None:
-        """Make the server's own node known, so that the API can place on it before its agent has probed the machine."""
-        self.feed.start()
+    async def start(self, seen: Inventory | None = None) -> None:
+        """Make the server's own node known, so that the API can place on it before its agent has probed the machine.
 
-        def action(txn: Transaction) -> None:
-            if txn.find(Node, self.server) is None:
+        `seen`: who this machine is and what it remembers. The name that this node has follows the configured one,
+        unless another has that: then it keeps its own, and `server` says so.
+        """
+        self.feed.start()
+        seen = seen or Inventory("", "", 0)
+
+        def action(txn: Transaction) -> str:
+            nodes = txn.list(Node)
+            known = find_machine(nodes, seen.machine, self.server)
+            if known is None and txn.find(Node, self.server) is None:
                 memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
                 facts = to_plain(NodeFacts(cpus=os.cpu_count() or 1, memory_mib=memory_mib))
-                txn.create(Node(uuid=new_uuid(), name=self.server, facts=facts))
-            if txn.find(Claims, self.server) is None:
-                txn.create(Claims(name=self.server))
+                known = Node(uuid=new_uuid(), name=self.server, facts=facts, machine=seen.machine)
+            elif known is None:
+                raise Conflict(
+                    f"node {self.server} is another machine", hint="give this one another node_name"
+                )
+            elif known.name != self.server and not any(
+                n.name == self.server and n.state != "deleted" for n in nodes
+            ):
+                known = rename(txn, known, self.server)
+            txn.update(replace(known, machine=seen.machine))
+            if txn.find(Claims, known.name) is None:
+                txn.create(Claims(name=known.name))
+            names = {known.name, *(n.name for n in nodes if n.state != "deleted" and n.uuid != known.uuid)}
+            compare(txn, list(names), seen.epoch, seen.reached)
             site_secret(txn)
+            return known.name
 
-        await self._act(action, self.server)
+        self.server = await self._act(action, self.server)
+        self.nodes.server = self.server
 
     def stop(self) -> None:
         self.feed.stop()
@@ -128,6 +149,25 @@ class Controller:
             await self._act(partial(settle, node=node, status=bounded(status)), node)
         if events:
             await self._act(partial(keep_events, node=node, events=events), node)
+
+    async def inventory(self, node: str, seen: Inventory) -> None:
+        """What a node remembers, and what it has that is in no record. Raises Conflict for a copy of another node."""
+
+        def action(txn: Transaction) -> None:
+            known = txn.get(Node, node)
+            if known.machine not in ("", seen.machine):
+                raise Conflict(
+                    f"node {node} is another state directory than this", hint="join this one by itself"
+                )
+            if known.machine != seen.machine:
+                txn.update(replace(known, machine=seen.machine))
+            names = [n.name for n in txn.list(Node) if n.state != "deleted"]
+            began = compare(txn, names, seen.epoch, seen.reached)
+            quarantine.note(txn, node, seen.orphans)
+            if not began and seen.epoch == epoch(txn).number:
+                heard(txn, node)
+
+        await self._act(action, node)
 
     async def renew(self, node: str) -> float:
         """A node on another machine lives `liveness.LEASE_S` longer. Returns when it must fence itself, in seconds."""

@@ -9,6 +9,8 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 from compute.cluster import liveness
+from compute.cluster.quarantine import Quarantined
+from compute.cluster.records.epochs import Epoch, epoch
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import Network
@@ -27,10 +29,12 @@ from compute.wire.spec import (
 from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
 
-KINDS = frozenset({Instance.KIND, Interface.KIND, Network.KIND, Node.KIND, liveness.KIND})
+KINDS = frozenset(
+    {Instance.KIND, Interface.KIND, Network.KIND, Node.KIND, Epoch.KIND, Quarantined.KIND, liveness.KIND}
+)
 """Of what `read` is made."""
 
-LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR)
+LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR, InstanceState.DELETED)
 
 
 def gateway_of(netblock: IPv4Network) -> IPv4Address:
@@ -59,11 +63,21 @@ def read(
         uplink=uplink,
         resolvers=resolvers,
     )
-    now = replace(now, image_site=image_site(node, nodes, alive, site_secret(txn)))
+    gone = [one.uuid for one in txn.list(Quarantined) if one.node == node and one.delete]
+    removals = tuple(InstanceSpec(uuid, uuid, "", 1, 16, (), delete=True) for uuid in gone)
+    present = epoch(txn)
+    now = replace(
+        now,
+        instances=(*now.instances, *removals),
+        image_site=image_site(node, nodes, alive, site_secret(txn)),
+        epoch=present.number,
+        former=present.former,
+        hold=bool(present.waiting),
+    )
     if stores:
         now = replace(now, stores=dict(stores), store_token=store_token(txn, node))
     digest = hashlib.blake2b(json.dumps(to_plain(now)).encode(), digest_size=6).digest()
-    return replace(now, revision=int.from_bytes(digest))
+    return replace(now, revision=int.from_bytes(digest), reached=txn.store.revision())
 
 
 def build(
@@ -78,7 +92,9 @@ def build(
     resolvers: tuple[IPv4Address, ...] = (),
 ) -> NodeDesired:
     """Instances placed on `node`, the networks that they or its routers need, and every port of those networks."""
+    instances = list(instances)
     alive = {i.uuid: i for i in instances if i.state != InstanceState.DELETED}
+    removed = (i for i in instances if i.unconfirmed and i.node == node)
     by_network: dict[str, list[Interface]] = defaultdict(list)
     by_instance: dict[str, list[Interface]] = defaultdict(list)
     for interface in interfaces:
@@ -116,7 +132,8 @@ def build(
             spec(alive[uuid], by_instance[uuid], installation)
             for uuid in sorted(alive)
             if alive[uuid].node == node
-        ),
+        )
+        + tuple(spec(instance, (), installation) for instance in removed),
     )
 
 
@@ -196,5 +213,6 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         reboot_soft=instance.reboot_soft,
         reboot_hard=instance.reboot_hard,
         delete=instance.state in LEAVING,
+        made=instance.state == InstanceState.CREATED,
         failed=instance.state == InstanceState.ERROR,
     )

@@ -27,7 +27,7 @@ class Liveness:
     """`server` is the name of this process's own node."""
 
     def __init__(self, store: StateStore, server: str) -> None:
-        self._store, self._server = store, server
+        self._store, self.server = store, server
         self._ways: dict[str, NodeOperations] = {}
 
     def attach(self, node: str, operations: NodeOperations) -> None:
@@ -48,11 +48,11 @@ class Liveness:
 
     def alive(self, node: str) -> bool:
         """The server's own agent registered, or the node renewed its lease in time."""
-        return node in self._ways if node == self._server else self._store.get(f"{KIND}/{node}") is not None
+        return node in self._ways if node == self.server else self._store.get(f"{KIND}/{node}") is not None
 
     def among(self, nodes: Iterable[Node]) -> list[str]:
         """Those that live, the server's own always: it may start a moment later than the first question."""
-        leased = {record.key.partition("/")[2] for record in self._store.list(f"{KIND}/")} | {self._server}
+        leased = {record.key.partition("/")[2] for record in self._store.list(f"{KIND}/")} | {self.server}
         return [n.name for n in nodes if n.state != "deleted" and n.name in leased]
 
     def usable(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ A report that is no edge of this drawing is ignored; a delete is accepted in eve
 import time
 from dataclasses import replace
 
+from compute.cluster.quarantine import Quarantined, forget
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.transaction import Transaction
 from compute.wire.spec import InstanceState, InstanceStatus
@@ -55,11 +56,16 @@ def path_to(now: InstanceState, reported: InstanceState) -> list[InstanceState]:
 def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
     """Bring one report of `node` into the record; what does not fit is dropped."""
     found = txn.find(Instance, status.uuid)
+    orphan = txn.find(Quarantined, status.uuid) if status.state == InstanceState.DELETED else None
+    if orphan is not None and orphan.node == node and orphan.delete:
+        forget(txn, orphan)
     if found is None or found.node != node:
         return
     if status.state == InstanceState.DELETED:
         if found.state == InstanceState.DELETE_WAIT:
             finish_delete(txn, found)
+        elif found.unconfirmed:
+            txn.update(replace(found, unconfirmed=False))
         return
     steps = path_to(found.state, status.state)
     if steps and steps[-1].value.endswith("-error"):

@@ -56,7 +56,8 @@ def _sweep(txn: Transaction) -> None:
     """Records of the deleted stay an hour for those who poll, request keys a day, events as long as their object."""
     now = time.time()
     for instance in txn.list(Instance):
-        if instance.state == InstanceState.DELETED and instance.updated_s < now - _KEEP_DELETED_S:
+        done = instance.state == InstanceState.DELETED and not instance.unconfirmed
+        if done and instance.updated_s < now - _KEEP_DELETED_S:
             txn.purge(instance)
     for network in txn.list(Network):
         if network.state == "deleted" and network.deleted_s < now - _KEEP_DELETED_S:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from compute.wire.codec import Base64
-from net import NodeNetworks
+from net import Network, NodeNetworks
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 """The virtio port that qemu-guest-agent in a guest answers on."""
@@ -97,6 +97,8 @@ class InstanceSpec:
     """Counters: the agent reboots when they grew since it last looked."""
     reboot_hard: int = 0
     delete: bool = False
+    made: bool = False
+    """Its disks were made once: where they are not, they are never made anew."""
     failed: bool = False
     """The record is in state error: keep what is there for the user to look at, build and start nothing."""
 
@@ -125,6 +127,39 @@ class NodeDesired:
     """The server's stores: what each is called → URL; "" where the server gives it over the node's own connection."""
     store_token: str = field(default="", repr=False)
     """With which it does."""
+    epoch: str = ""
+    """Which history of the state this is part of, and how far that is: a node remembers both, and says them."""
+    former: tuple[str, ...] = ()
+    """Histories that this one follows."""
+    reached: int = 0
+    hold: bool = False
+    """The state is older than what some node saw: begin nothing, stop nothing, and say what is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A guest of ours, or the disks of one, that a node has and the desired state does not know. It is left alone."""
+
+    uuid: str
+    power: str
+    """As in InstanceStatus."""
+    spec: InstanceSpec | None = None
+    """What it was made from, out of its record or its domain; None if nobody can tell."""
+    networks: tuple[Network, ...] = ()
+    """Those that its interfaces are on, as they were then, without ports."""
+    trouble: str = ""
+    """What is wrong: a damaged record, an address that somebody else has by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a node remembers and what it has that is not desired."""
+
+    machine: str
+    """The random id in its state directory: the node itself, whatever its name is."""
+    epoch: str
+    reached: int
+    orphans: tuple[Orphan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

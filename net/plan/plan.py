@@ -56,13 +56,17 @@ def plan(desired: NodeNetworks, observed: Observed) -> list[Action]:
     return diff(target(desired, observed), observed)
 
 
-def diff(wanted: Mapping[str, Facts], observed: Observed) -> list[Action]:
-    """The actions that lead from observed to wanted. A namespace that is not wanted is removed."""
+def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = False) -> list[Action]:
+    """The actions that lead from observed to wanted. A namespace that is not wanted is removed, unless a guest has
+    its tap there (or `guests_too`): who made the tap takes it away, and what runs is not cut off because nobody
+    knows it."""
     actions: list[Action] = []
     host = observed.namespaces[HOST]
     namespaces = {**observed.namespaces, HOST: _without(host, _renewed(wanted, observed))}
     for name in sorted({*wanted, *namespaces}):
         want, have = wanted.get(name), namespaces.get(name)
+        if want is None and have is not None and not have.broken and _taps(have) and not guests_too:
+            continue
         if have is not None and (want is None or have.broken):
             actions += [
                 Action(Verb.DELETE, name, item) for item in (have.dnsmasq, *have.links.values()) if item
@@ -98,13 +102,15 @@ def _without(facts: Facts, gone: set[str]) -> Facts:
 
 def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
     actions: list[Action] = []
-    lost = {
-        n for n, link in have.links.items() if n not in want.links and (name != HOST or link.kind != "tun")
-    }
+    lost = have.links.keys() - want.links.keys() - _taps(have).keys()
     lost |= {
         n for n, link in want.links.items() if n in have.links and _must_be_new(link, have.links[n], host)
     }
     actions += [Action(Verb.DELETE, name, have.links[n]) for n in lost]
+    strays = (
+        [] if name == HOST else [link for n, link in _taps(have).items() if n not in want.links and link.up]
+    )
+    actions += [Action(Verb.CHANGE, name, replace(link, up=False), link) for link in strays]
     absent, readdressed = set(), set()
     for n, link in want.links.items():
         held = have.links.get(n) if n not in lost else None
@@ -144,6 +150,10 @@ def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
     elif have.dnsmasq and not want.dnsmasq:
         actions.append(Action(Verb.DELETE, name, have.dnsmasq))
     return actions
+
+
+def _taps(facts: Facts) -> dict[str, Link]:
+    return {n: link for n, link in facts.links.items() if link.kind == "tun"}
 
 
 def _must_be_new(want: Link, have: Link, host: Facts) -> bool:

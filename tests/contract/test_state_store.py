@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compute.cluster.state.protocol import ABSENT, StateStore
 from compute.cluster.state.sqlite import HISTORY, SqliteStore
-from compute.errors import Compacted, LeaseLost, Stale, Unavailable
+from compute.errors import Compacted, ComputeError, LeaseLost, Stale, Unavailable
 
 Reopen = Callable[[], StateStore]
 
@@ -257,7 +257,7 @@ def test_any_sequence_of_commits_ends_where_a_dictionary_would(
 
 def test_sqlite_runs_with_a_journal_that_survives_power_loss(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "sf.db")
-    link = store._connect()
+    link = store._connect(tmp_path / "sf.db")
     assert link.execute("pragma journal_mode").fetchone() == ("wal",)
     assert link.execute("pragma synchronous").fetchone() == (2,)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
@@ -267,7 +267,7 @@ def test_sqlite_runs_with_a_journal_that_survives_power_loss(tmp_path: Path) -> 
 
 def test_sqlite_says_what_is_wrong_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "sf.db").write_bytes(b"no database" * 100)
-    with pytest.raises(Unavailable, match="cannot open"):
+    with pytest.raises(ComputeError, match=r"sf\.db is damaged: file is not a database"):
         SqliteStore(tmp_path / "sf.db")
 
 

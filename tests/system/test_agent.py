@@ -22,9 +22,11 @@ from compute.wire.spec import (
     InstanceSpec,
     InstanceState,
     InstanceStatus,
+    Inventory,
     NodeDesired,
     NodeEvent,
     NodeFacts,
+    Orphan,
     Power,
 )
 from imagestore.errors import Corrupt
@@ -43,7 +45,8 @@ class Desk:
     """A controller that the test turns by hand: it keeps what is desired and what was reported."""
 
     def __init__(self, installation: str) -> None:
-        self.now = NodeDesired(1, NodeNetworks(installation, "here"))
+        self.now = NodeDesired(1, NodeNetworks(installation, "here"), epoch="first")
+        self.inventory_: Inventory | None = None
         self.statuses: list[InstanceStatus] = []
         self.events: list[NodeEvent] = []
         self.images: tuple[str, ...] = ()
@@ -71,10 +74,24 @@ class Desk:
         self.statuses += statuses
         self.events += events
 
+    async def inventory(self, node: str, seen: Inventory) -> None:
+        self.inventory_ = seen
+
+    async def orphans(self, *wanted: tuple[str, str]) -> tuple[Orphan, ...]:
+        """What the node has unasked, once it is these (uuid, power)."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(60):
+                while self.inventory_ is None or {(o.uuid, o.power) for o in self.inventory_.orphans} != set(
+                    wanted
+                ):
+                    await asyncio.sleep(0.02)
+                return self.inventory_.orphans
+        raise AssertionError(self.inventory_)
+
     async def seen(self, wanted: Callable[[InstanceStatus], bool], instance: str) -> InstanceStatus:
         """The newest status of an instance, once it fits."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while True:
                     of_it = [status for status in self.statuses if status.uuid == instance]
                     if of_it and wanted(of_it[-1]):
@@ -288,14 +305,140 @@ def test_what_was_deleted_while_the_agent_was_away_is_removed_at_its_start(bench
         spec = bench.spec()
         async with bench.agent() as agent:
             await bench.boot(agent, spec)
-        bench.desk.want()
         bench.host.run(["mkdir", "-p", str(bench.directory / "instances" / str(uuid.uuid4()))])
+        bench.desk.want(replace(spec, delete=True))
         async with bench.agent():
             await bench.desk.seen(lambda s: s.state is InstanceState.DELETED, spec.uuid)
             async with asyncio.timeout(30):
                 while list((bench.directory / "instances").iterdir()):
                     await asyncio.sleep(0.05)
         assert bench.domains() == []
+
+    asyncio.run(story())
+
+
+def test_a_guest_that_is_not_desired_runs_on_is_shown_and_is_taken_up_or_removed_when_asked(
+    bench: Bench,
+) -> None:
+    """A1: absence deletes neither at the start nor later; not the running guest, not the disks of one that is off."""
+
+    async def story() -> None:
+        on, off = bench.spec(), bench.spec(user_data=b"mine")
+        async with bench.agent() as agent:
+            await bench.boot(agent, on, off)
+            pid = bench.qemu(on)
+            bench.desk.want(on, replace(off, power=Power.OFF))
+            await bench.desk.seen(lambda s: s.power_state == "off", off.uuid)
+            bench.desk.want()
+            found = await bench.desk.orphans((on.uuid, "on"), (off.uuid, "off"))
+            assert {o.uuid: o.spec and o.spec.user_data for o in found} == {on.uuid: b"", off.uuid: b"mine"}
+        bench.desk.inventory_ = None
+        async with bench.agent() as agent:
+            await bench.desk.orphans((on.uuid, "on"), (off.uuid, "off"))
+            assert bench.qemu(on) == pid
+            assert b"HELLO" in await agent.operations.console(on.uuid, -1)
+            bench.desk.want(on, replace(off, delete=True))
+            await bench.desk.seen(lambda s: s.state is InstanceState.DELETED, off.uuid)
+            await bench.desk.orphans()
+            assert bench.qemu(on) == pid
+            bench.desk.want(replace(on, power=Power.PAUSED))
+            await bench.desk.seen(lambda s: s.power_state == "paused", on.uuid)
+            assert bench.qemu(on) == pid
+            await remove(bench, on)
+
+    asyncio.run(story())
+
+
+def test_while_the_server_holds_nothing_is_begun_and_nothing_ended(bench: Bench) -> None:
+    """A4: after a restore or loss nothing is started, created or stopped before every node has spoken."""
+
+    async def story() -> None:
+        runs, new = bench.spec(), bench.spec()
+        async with bench.agent() as agent:
+            await bench.boot(agent, runs)
+            bench.desk.now = replace(bench.desk.now, hold=True, epoch="second", former=("first",))
+            bench.desk.want(new, replace(runs, delete=True))
+            pid = bench.qemu(runs)
+            async with asyncio.timeout(30):
+                while bench.desk.inventory_ is None or bench.desk.inventory_.epoch != "second":
+                    await asyncio.sleep(0.02)
+            assert bench.desk.inventory_.orphans == () and bench.qemu(runs) == pid
+            assert [s for s in bench.desk.statuses if s.uuid == new.uuid] == []
+            bench.desk.now = replace(bench.desk.now, hold=False)
+            await bench.boot(agent, runs, new)
+            assert bench.qemu(runs) == pid
+            await remove(bench, runs, new)
+
+    asyncio.run(story())
+
+
+def test_a_node_does_nothing_for_a_state_that_lacks_what_it_has_seen(bench: Bench) -> None:
+    """A4: an older database, or another one, is not believed until it says that it follows what the node remembers."""
+
+    async def story() -> None:
+        runs, new = bench.spec(), bench.spec()
+        bench.desk.now = replace(bench.desk.now, reached=100)
+        async with bench.agent() as agent:
+            await bench.boot(agent, runs)
+        for strange in (
+            replace(bench.desk.now, reached=50),
+            replace(bench.desk.now, epoch="another", reached=500),
+        ):
+            bench.desk.now, bench.desk.inventory_ = strange, None
+            bench.desk.want(new)
+            async with bench.agent():
+                await bench.desk.orphans((runs.uuid, "on"))
+                assert bench.desk.inventory_ is not None
+                assert (bench.desk.inventory_.epoch, bench.desk.inventory_.reached) == ("first", 100)
+                assert [s for s in bench.desk.statuses if s.uuid == new.uuid] == []
+        bench.desk.now = replace(bench.desk.now, epoch="first", reached=101)
+        async with bench.agent():
+            await remove(bench, runs)
+
+    asyncio.run(story())
+
+
+def test_disks_that_were_made_once_are_never_made_anew(bench: Bench) -> None:
+    """A1: naming a node back, or a database put back, made deleted guests anew with empty disks."""
+
+    async def story() -> None:
+        spec = bench.spec(made=True)
+        async with bench.agent():
+            bench.desk.want(spec)
+            status = await bench.desk.seen(lambda s: s.state is InstanceState.CREATED_ERROR, spec.uuid)
+            assert "its disks are not on this node" in status.error_message
+            assert not (bench.directory / "instances" / spec.uuid).exists()
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"spec": 7}', b"\xff\x00", None], ids=repr)
+def test_a_damaged_record_is_said_and_rebuilt_from_what_is_there(bench: Bench, damage: bytes | None) -> None:
+    """A7: shown as created and on, its deletion never ended, and a traceback came every 20 s."""
+
+    async def story() -> None:
+        known, unknown = bench.spec(), bench.spec(user_data=b"mine")
+        async with bench.agent() as agent:
+            await bench.boot(agent, known, unknown)
+        pids = [bench.qemu(known), bench.qemu(unknown)]
+        for each in (known, unknown):
+            record = bench.directory / "instances" / each.uuid / "record.json"
+            record.unlink() if damage is None else record.write_bytes(damage)
+        known = replace(known, made=True)
+        bench.desk.want(known)
+        bench.desk.statuses.clear()
+        async with bench.agent():
+            status = await bench.desk.seen(lambda s: s.power_state == "on", known.uuid)
+            assert damage is None or "record.json is damaged" in status.error_message
+            (found,) = await bench.desk.orphans((unknown.uuid, "on"))
+            assert found.spec == unknown
+            assert [bench.qemu(known), bench.qemu(unknown)] == pids
+            assert any("is rebuilt from its domain" in e.message for e in bench.desk.events)
+            known = replace(known, reboot_hard=1)
+            bench.desk.want(known, unknown)
+            await bench.desk.seen(lambda s: s.power_state == "on" and not s.error_message, known.uuid)
+            await remove(bench, known, unknown)
 
     asyncio.run(story())
 
@@ -331,6 +474,33 @@ def test_killing_libvirtd_loses_no_guest(bench: Bench) -> None:
             await remove(bench, spec)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("number", [15, 9], ids=["TERM", "KILL"])
+def test_guests_that_are_created_while_libvirtd_is_restarted_come_up_all_the_same(
+    bench: Bench, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D10: 8 of 20 ended in error for good, and owners of running guests died with tracebacks."""
+
+    async def story() -> None:
+        old, specs = bench.spec(), [bench.spec() for _ in range(8)]
+        async with bench.agent() as agent:
+            await bench.boot(agent, old)
+            pid = bench.qemu(old)
+            for count in range(1, 5):
+                bench.desk.want(old, *specs[: 2 * count])
+                await asyncio.sleep(0.15 * count)  # into another step of their start each time
+                await asyncio.to_thread(bench.host.kill_libvirtd, number)
+                await asyncio.sleep(0.3)
+                await asyncio.to_thread(bench.host.start_libvirtd)
+            for spec in specs:
+                await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            assert [s for s in bench.desk.statuses if s.state.value.endswith("error")] == []
+            assert bench.qemu(old) == pid
+            await remove(bench, old, *specs)
+
+    asyncio.run(story())
+    assert "Traceback" not in caplog.text and "never retrieved" not in caplog.text
 
 
 def test_power_verbs_pause_off_on_and_hard_reboot(bench: Bench) -> None:

@@ -38,7 +38,7 @@ def test_an_instance_goes_from_created_to_deleted_and_gives_everything_back(serv
     assert server.call("DELETE", "/networks/lan").status == 200
     store = server.services.store
     left = {record.key.split("/")[0] for record in store.list("") if not record.key.startswith("event/")}
-    assert left == {"namespace", "secret", "node", "claims", "instance", "network"}
+    assert left == {"namespace", "secret", "epoch", "node", "claims", "instance", "network"}
     assert [r.key for r in store.list("secret/")] == ["secret/jwt-secret", "secret/site-secret"]
     assert b'"cpus":0,"memory_mib":0' in store.list("claims/")[0].value
     assert network["uuid"] == server.get(f"/networks/{network['uuid']}")["uuid"]

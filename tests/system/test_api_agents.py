@@ -249,6 +249,9 @@ def test_a_removed_node_is_forgotten_with_its_guests_and_may_join_again(
     assert server.get("/networks/lan/interfaces") == []
     assert [n["name"] for n in server.get("/nodes")] == ["node1"]
     nothing = agent.desired()
+    assert [(i.uuid, i.delete) for i in nothing.instances] == [(uuid, True)]
+    assert agent.report(InstanceStatus(uuid, InstanceState.DELETED)) == 200
+    nothing = agent.desired()
     assert (nothing.instances, nothing.networks.networks) == ((), ())
     assert agent.call("POST", "register", {"facts": to_plain(NodeFacts(1, 1))})[0] == 404
     joined(server, address)

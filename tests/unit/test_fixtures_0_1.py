@@ -266,6 +266,8 @@ KINDS = (
     Node,
     Taken,
 )  # namespaces have cheap hashes now, instances cards
+ADDED: dict[type[Stored], str] = {Node: "machine"}
+"""A field that came later; what it starts with says nothing."""
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.KIND)
@@ -274,7 +276,17 @@ def test_a_record_that_has_not_changed_its_form_is_written_back_byte_for_byte(
 ) -> None:
     records = db.list(f"{kind.KIND}/")
     assert records
-    assert [kind.decode(r.value, r.revision).encode() for r in records] == [r.value for r in records]
+    now = [kind.decode(r.value, r.revision).encode() for r in records]
+    if kind in ADDED:
+        assert [_without(value, ADDED[kind]) for value in now] == [json.loads(r.value) for r in records]
+    else:
+        assert now == [r.value for r in records]
+
+
+def _without(value: bytes, field: str) -> dict[str, object]:
+    plain = json.loads(value)
+    assert not plain.pop(field)
+    return dict(plain)
 
 
 def test_guests_of_0_1_are_shown_with_what_they_have_and_keep_it(db: SqliteStore) -> None:

@@ -1,5 +1,6 @@
 """A guest's disks: an overlay each, on an image that is complete or, at first, on the image service's export."""
 
+import asyncio
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,10 @@ _MOVE_BYTES = 256 << 20
 
 _RECONNECT_S = 3600
 """For how long a guest waits for an image service that is away."""
+
+
+class Leaving(Exception):
+    """The guest is to be deleted: nothing more is waited for."""
 
 
 class Disks:
@@ -38,8 +43,20 @@ class Disks:
     def _reader(self, device: str) -> str:
         return f"{self._uuid}-{device}"
 
-    async def images(self, spec: InstanceSpec) -> dict[str, Backing]:
-        """Device → what its image is read from, as soon as that is there. Raises imagestore's errors."""
+    async def images(self, spec: InstanceSpec, leaving: asyncio.Event) -> dict[str, Backing]:
+        """Device → what its image is read from, as soon as that is there. Raises Leaving, imagestore's errors."""
+        fetch = asyncio.ensure_future(self._fetch(spec))
+        leave = asyncio.ensure_future(leaving.wait())
+        try:
+            await asyncio.wait({fetch, leave}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.is_set():
+                raise Leaving
+            return await fetch
+        finally:
+            fetch.cancel()
+            leave.cancel()
+
+    async def _fetch(self, spec: InstanceSpec) -> dict[str, Backing]:
         return {
             disk.device: await self._host.images.backing(self._reader(disk.device), disk.image)
             for disk in spec.disks

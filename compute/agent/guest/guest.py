@@ -11,6 +11,7 @@ be told from one never begun; so after kill -9 at any moment the next agent goes
 """
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import time
@@ -19,16 +20,18 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from compute.agent.guest import config_drive
 from compute.agent.guest.console import ConsoleLog
-from compute.agent.guest.disks import Disks
+from compute.agent.guest.define import define
+from compute.agent.guest.disks import Disks, Leaving
 from compute.agent.guest.host import Backing, Host
-from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
+from compute.agent.guest.rebuild import rebuilt
+from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld
 from compute.agent.guest.taps import Taps
+from compute.agent.guest.voice import Voice
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState, Refused
-from compute.errors import ComputeError, Unavailable
-from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, NodeEvent, Power
+from compute.errors import ComputeError, Invalid, NotFound, Unavailable
+from compute.wire.spec import InstanceSpec, InstanceState, Orphan, Power
 from imagestore import StoreError
 from net import NetError, Network
 
@@ -36,10 +39,6 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _ENDED = {"halted": "the guest powered itself off", "destroyed": "somebody stopped the guest"}
-
-
-class _Leaving(Exception):
-    """It is to be deleted: nothing more is waited for."""
 
 
 class Guest:
@@ -52,26 +51,39 @@ class Guest:
         self._journal = Journal(self.directory, host.do)
         course = Course(spec, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
         self._course = self._journal.part(course)
+        self._voice = Voice(host, spec.uuid)
         self._taps = Taps(host, self._journal.part(TapsHeld()))
-        self._disks = Disks(host, spec.uuid, self._journal.part(DisksHeld()), self.event)
+        self._disks = Disks(host, spec.uuid, self._journal.part(DisksHeld()), self._voice.event)
         self.console = ConsoleLog(self.directory / "console.log")
         self.gone = False
         """Nothing of it is left."""
         self._leaving, self._wake = asyncio.Event(), asyncio.Event()
-        self._agent_ready: bool | None = None
         self._up = False
         """Its console said so."""
-        self._stage = InstanceState.PREFLIGHT
+        self.known, self._recorded, self._damage, self._trouble = True, False, "", ""
+        self.orphan: Orphan | None = None
+        """How it is while it is not known."""
 
     @property
     def record(self) -> Course:
         """How far it got."""
         return self._course.now
 
-    def update(self, spec: InstanceSpec, networks: Mapping[str, Network]) -> None:
-        """New desired state."""
-        changed = spec != self.spec
-        self.spec, self.networks = spec, networks
+    @property
+    def recorded(self) -> bool:
+        """It is known what it was made from."""
+        return self.known or self._recorded
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Its taps, as its record has them."""
+        return self._taps.held
+
+    def update(self, spec: InstanceSpec | None, networks: Mapping[str, Network]) -> None:
+        """New desired state; None: nobody knows it now, so it is only watched."""
+        known, spec = spec is not None, spec or self.spec
+        changed = (spec, known) != (self.spec, self.known)
+        self.spec, self.networks, self.known = spec, networks, known
         if spec.delete:
             self._leaving.set()
         if changed:
@@ -80,7 +92,7 @@ class Guest:
     def wake(self, what: str = "") -> None:
         """Something happened: look again. `what` as libvirt_adapter notifies it."""
         if what.startswith("agent "):
-            self._agent_ready = what == "agent ready"
+            self._voice.agent_ready = what == "agent ready"
         self._up = self._up or what == "up"
         self._wake.set()
 
@@ -89,16 +101,28 @@ class Guest:
         self.console.cut()
         return not self._up and bool(self._disks.held.served) and self.console.up()
 
+    def notice(self, trouble: str) -> None:
+        """What is wrong with it, seen from elsewhere."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._wake.set()
+
+    async def load(self) -> None:
+        """Take up the record; a damaged one is rebuilt as soon as libvirt can be asked."""
+        try:
+            self._recorded = await self.host.do(self._journal.load)
+        except (Invalid, OSError) as err:
+            self._damage = str(err)
+
     async def run(self) -> None:
         """Until nothing of it is left, or until cancelled: then the guest runs on."""
-        await self.host.do(self._journal.load)
         self._wake.set()
         while not self.gone:
             await self._wake.wait()
             self._wake.clear()
             try:
                 await self._attempt()
-            except (Unavailable, OSError) as err:
+            except (ComputeError, StoreError, NetError, OSError) as err:
                 # libvirtd is away (the guest lives on), or the record cannot be written: nothing is lost by waiting.
                 log.warning("instance %s: %s", self.spec.uuid, err)
                 asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
@@ -106,7 +130,7 @@ class Guest:
     async def _attempt(self) -> None:
         try:
             await self._settle()
-        except _Leaving:
+        except Leaving:
             self._wake.set()
         except Unavailable:
             raise
@@ -117,13 +141,22 @@ class Guest:
 
     async def _settle(self) -> None:
         spec = self.spec
+        if not self._recorded:
+            await self._recover()
+        if not self.known:
+            await self._watch()
+            return
         if spec.delete:
             await self._delete()
             return
         if self.record.phase is Phase.FAILED or spec.failed:
-            self._publish(self._stage_error(), message=self.record.message)
+            self._voice.fail(self.record.message)
             return
         if self.record.phase is Phase.NEW:
+            if spec.made:
+                self._voice.stage = InstanceState.CREATED
+                self._voice.fail("its disks are not on this node; none are made anew")
+                return
             await self._prepare()
         unpaused = self.record.spec.power is Power.PAUSED and spec.power is Power.ON
         if spec != self.record.spec:
@@ -143,6 +176,30 @@ class Guest:
             await self._keep(state if not unpaused else replace(state, reason=""))
         await self._report()
 
+    async def _recover(self) -> None:
+        """Without a record: make one from what is here, if it was made."""
+        xml = ""
+        with contextlib.suppress(NotFound):
+            xml = await self.host.do(self.host.hypervisor.xml, self.spec.uuid)
+        spec = self.spec if self.known and not self.spec.delete else domain.spec_of(xml) if xml else None
+        parts = rebuilt(self.host.node, self.directory, spec, xml, self._damage) if spec else None
+        if parts is not None:
+            await self._journal.rebuild(*parts)
+            self._recorded = True
+            self._voice.event(
+                f"its record is rebuilt from its domain and disks: {self._damage or 'it was lost'}"
+            )
+
+    async def _watch(self) -> None:
+        """Nobody knows it: it is left as it is, and shown."""
+        state = await self.host.do(self.host.hypervisor.state, self.spec.uuid)
+        networks = {tap.network.uuid: tap.network for tap in self.taps if tap.network}
+        spec, trouble = self.record.spec if self._recorded else None, self._trouble or self._damage
+        seen = Orphan(self.spec.uuid, state.power, spec, tuple(networks.values()), trouble)
+        if seen != self.orphan:
+            self.orphan = seen
+            self.host.shown()
+
     async def _observe(self) -> DomainState:
         """What libvirt says; a guest that was up and is off by itself is noted as ended."""
         state = await self.host.do(self.host.hypervisor.state, self.spec.uuid)
@@ -155,7 +212,7 @@ class Guest:
                 why = _ENDED.get(state.ended, crash)
                 await self._course.save(phase=Phase.ENDED, message=why, crashed=why == crash)
                 await self._taps.remove()
-                self.event(why)
+                self._voice.event(why)
         return state
 
     async def _keep(self, state: DomainState) -> None:
@@ -164,7 +221,7 @@ class Guest:
         if self.spec.reboot_soft > self.record.reboot_soft:
             await self._course.save(reboot_soft=self.spec.reboot_soft)
             await self.host.do(hypervisor.reboot, uuid)
-            self.event("asked the guest to reboot")
+            self._voice.event("asked the guest to reboot")
         await self._taps.plug(self.spec, self.networks)
         await self._disks.move(self.spec)
         if self.spec.power is Power.PAUSED and state.power == "on":
@@ -176,31 +233,20 @@ class Guest:
 
     async def _prepare(self) -> None:
         """Bring the images and make the disks."""
-        self._stage = InstanceState.PREFLIGHT
-        self._publish(self._stage)
+        self._voice.publish(InstanceState.PREFLIGHT)
         await self._course.save()
+        self._recorded = True
         images = await self._images()
-        self._stage = InstanceState.CREATING
-        self._publish(self._stage)
+        self._voice.publish(InstanceState.CREATING)
         await self._disks.make(self.spec, images)
         await self._course.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
 
     async def _images(self) -> dict[str, Backing]:
-        """What the disks stand on, as soon as that is there. Raises _Leaving."""
-        fetch = asyncio.ensure_future(self._disks.images(self.spec))
-        leaving = asyncio.ensure_future(self._leaving.wait())
-        try:
-            await asyncio.wait({fetch, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if self._leaving.is_set():
-                raise _Leaving
-            return await fetch
-        finally:
-            fetch.cancel()
-            leaving.cancel()
+        return await self._disks.images(self.spec, self._leaving)
 
     async def _power_on(self) -> None:
         began = time.monotonic()
-        self._publish(self._stage_now(), "transition-to-on")
+        self._voice.publish(self._stage_now(), "transition-to-on")
         await self._course.save(phase=Phase.STARTING)
         for again in (True, True, False):
             try:
@@ -212,7 +258,7 @@ class Guest:
                     raise
                 log.warning("instance %s is started once more: %s", self.spec.uuid, err)
         await self._course.save(phase=Phase.UP, created=True, message="", crashed=False)
-        self.event("started", duration_s=time.monotonic() - began, accel=str(self.host.verdict))
+        self._voice.event("started", duration_s=time.monotonic() - began, accel=str(self.host.verdict))
 
     async def _start(self) -> None:
         """Define, start with the CPUs stopped, move the taps into their networks, let the CPUs run."""
@@ -224,7 +270,10 @@ class Guest:
             undo.push_async_callback(host.do, hypervisor.destroy, uuid)
             nics = [await self._taps.make(spec, interface, self.networks) for interface in spec.interfaces]
             disks = await self._disks.begin(spec, await self._images())
-            await host.do(self._materialise, tuple(nics), disks)
+            networks, password = dict(self.networks), self.record.vdi_password
+            await host.do(define, host, self.directory, spec, networks, disks, tuple(nics), password)
+            await host.do(self.console.begin)
+            self._up = False
             await host.do(hypervisor.start_paused, uuid)
             await self._disks.hold(disks)
             await self._taps.adopt(self.networks)
@@ -232,42 +281,12 @@ class Guest:
                 await host.do(hypervisor.resume, uuid)
             undo.pop_all()
 
-    def _materialise(self, nics: tuple[domain.Nic, ...], disks: tuple[domain.Disk, ...]) -> None:
-        """Config drive and domain definition from the newest spec."""
-        spec, host = self.spec, self.host
-        if spec.config_drive:
-            drive = self.directory / "config.iso"
-            half = drive.with_suffix(".new")
-            half.touch(mode=0o600)
-            half.write_bytes(config_drive.iso(config_drive.files(spec, dict(self.networks))))
-            half.replace(drive)
-        self.console.cut()
-        self.console.begin()
-        self._up = False
-        graphics = None
-        if spec.vdi:
-            graphics = domain.Graphics(spec.vdi, str(host.address), self.record.vdi_password)
-        host.hypervisor.define(
-            domain.domain_xml(
-                domain.Domain(
-                    installation=host.installation,
-                    spec=spec,
-                    directory=self.directory,
-                    accel=host.verdict.accel,
-                    cpu=host.verdict.cpu,
-                    disks=disks,
-                    nics=nics,
-                    graphics=graphics,
-                )
-            )
-        )
-
     async def _power_off(self) -> None:
-        self._publish(self._stage_now(), "transition-to-off")
+        self._voice.publish(self._stage_now(), "transition-to-off")
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
         await self._taps.remove()
         await self._course.save(phase=Phase.OFF, created=True, message="", crashed=False)
-        self.event("powered off")
+        self._voice.event("powered off")
 
     async def _delete(self) -> None:
         """Remove everything; what was begun is begun again after a crash until the directory is gone."""
@@ -278,32 +297,28 @@ class Guest:
         if self.directory.exists():
             await self.host.do(shutil.rmtree, self.directory)
         self.gone = True
-        self._publish(InstanceState.DELETED)
+        self._voice.publish(InstanceState.DELETED)
 
     # Saying
 
     def _stage_now(self) -> InstanceState:
         return InstanceState.CREATED if self.record.created else InstanceState.CREATING
 
-    def _stage_error(self) -> InstanceState:
-        return InstanceState(f"{self._stage}-error")
-
     async def _failed(self, err: Exception) -> None:
         """Say why. Before the first start it is an error for good; later the instance stays, with its reason."""
         hint = getattr(err, "hint", "")
         message = f"{err}{f' ({hint})' if hint else ''}"
-        self.event(f"failed: {message}")
+        self._voice.event(f"failed: {message}")
         if not self.record.created:
             await self._course.save(phase=Phase.FAILED, message=message)
-            self._publish(self._stage_error(), message=message)
+            self._voice.fail(message)
             return
         if self.record.phase is Phase.STARTING:
             await self._course.save(phase=Phase.ENDED, message=message, crashed=True)
         state = await self.host.do(self.host.hypervisor.state, self.spec.uuid)
-        self._publish(InstanceState.CREATED, state.power, message)
+        self._voice.publish(InstanceState.CREATED, state.power, message)
 
     async def _report(self) -> None:
-        self._stage = InstanceState.CREATED
         uuid, hypervisor = self.spec.uuid, self.host.hypervisor
         state = await self.host.do(hypervisor.state, uuid)
         if state.power == "off" and self.record.phase is Phase.UP:
@@ -311,32 +326,22 @@ class Guest:
             return
         port, extra = 0, dict[str, Any]()
         if state.power != "off":
-            if self._agent_ready is None:
-                self._agent_ready = await self.host.do(hypervisor.agent_ready, uuid)
-            if self._agent_ready or self._up:
+            if self._voice.agent_ready is None:
+                self._voice.agent_ready = await self.host.do(hypervisor.agent_ready, uuid)
+            if self._voice.agent_ready or self._up:
                 await self._disks.booted()
             if self.spec.vdi:
                 port = domain.graphics_port(await self.host.do(hypervisor.xml, uuid))
                 extra["vdi_password"] = self.record.vdi_password
         else:
-            self._agent_ready = None
+            self._voice.agent_ready = None
         if self._disks.held.arrived:
             extra["image_bytes"] = self._disks.held.arrived
         power = "crashed" if self.record.crashed else state.power
         message = self.record.message or state.reason
-        self._publish(InstanceState.CREATED, power, message, vdi_port=port, extra=extra)
-
-    def _publish(self, stage: InstanceState, power: str = "off", message: str = "", **more: Any) -> None:
-        more |= {"accel": str(self.host.verdict), "agent_state": "ready" if self._agent_ready else ""}
-        self.host.publish(InstanceStatus(self.spec.uuid, stage, power, message, **more))
-
-    def event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:
-        """A line of the instance's history."""
-        self.host.note(
-            NodeEvent("instance", self.spec.uuid, time.time(), "status", message, duration_s, extra)
-        )
+        self._voice.publish(InstanceState.CREATED, power, message, vdi_port=port, extra=extra)
 
     def heard(self, device: str, message: str) -> None:
         """Something that the image service says of a disk's image."""
-        self.event(f"{device}: {message}")
+        self._voice.event(f"{device}: {message}")
         self._wake.set()

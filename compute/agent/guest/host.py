@@ -75,6 +75,8 @@ class Host:
     """What the guests of one agent share."""
 
     node: str
+    machine: str
+    """The node's own id."""
     installation: str
     directory: Path
     """`instances/` of the state directory."""
@@ -88,6 +90,8 @@ class Host:
     pool: ThreadPoolExecutor
     publish: Callable[[InstanceStatus], None]
     note: Callable[[NodeEvent], None]
+    shown: Callable[[], None]
+    """A guest that nobody knows is seen otherwise than before."""
 
     async def do(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run something slow and synchronous in the agent's own threads."""

@@ -11,10 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from compute.errors import ComputeError, Invalid
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import InstanceSpec
 from imagestore import durable
-from net import Port
+from net import Network, Port
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ class Tap:
     port: Port
     network_uuid: str
     adopted: bool = False
+    network: Network | None = None
+    """The network as it was when the tap was adopted, without ports: it outlives a state that knows it no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +104,24 @@ class Journal:
         self._parts.append(made)
         return made
 
-    def load(self) -> None:
-        """Take up what an earlier agent wrote, if there is something."""
+    def load(self) -> bool:
+        """Take up what an earlier agent wrote; whether there is something. Raises Invalid for a damaged record."""
         try:
             plain = json.loads(self._path.read_text())
+            found = [from_plain(type(part.now), plain) for part in self._parts]
         except FileNotFoundError:
-            return
-        for part in self._parts:
-            part.now = from_plain(type(part.now), plain)
+            return False
+        except (ValueError, ComputeError) as err:
+            raise Invalid(f"{self._path} is damaged: {err}") from err
+        for part, now in zip(self._parts, found, strict=True):
+            part.now = now
+        return True
+
+    async def rebuild(self, *values: Any) -> None:
+        """New values for all parts, in their order."""
+        for part, now in zip(self._parts, values, strict=True):
+            part.now = now
+        await self._save()
 
     async def _save(self) -> None:
         await self._do(self._write)

@@ -20,6 +20,11 @@ class Taps:
     def __init__(self, host: Host, held: Part[TapsHeld]) -> None:
         self._host, self._held = host, held
 
+    @property
+    def held(self) -> tuple[Tap, ...]:
+        """Those that were asked for."""
+        return self._held.now.taps
+
     async def make(self, spec: InstanceSpec, interface: InterfaceSpec, networks: Networks) -> domain.Nic:
         """Make the tap, written down first. The network must be among the desired ones."""
         network = networks.get(interface.network_uuid)
@@ -43,13 +48,12 @@ class Taps:
         """Move taps that qemu holds open into their networks."""
         for tap in self._held.now.taps:
             network = networks.get(tap.network_uuid)
-            if tap.adopted or network is None:
+            if (tap.adopted and tap.network) or network is None:
                 continue
             await self._host.wire(self._host.plane.adopt_tap, network, tap.port)
-            done = (
-                replace(t, adopted=t.adopted or t.port.uuid == tap.port.uuid) for t in self._held.now.taps
-            )
-            await self._held.save(taps=tuple(done))
+            kept = replace(network, ports=(), routed=(), dns_entries=(), router_floating=None)
+            done = replace(tap, adopted=True, network=kept)
+            await self._held.save(taps=tuple(done if t is tap else t for t in self._held.now.taps))
 
     async def remove(self, keep: frozenset[str] = frozenset()) -> None:
         """Remove the taps of all interfaces but `keep`."""
@@ -64,7 +68,7 @@ class Taps:
         """Bring the running guest's interfaces to what is wanted; a removal ends when the guest has let go."""
         known = {tap.port.uuid for tap in self._held.now.taps}
         wanted = {interface.uuid for interface in spec.interfaces}
-        if known == wanted and all(tap.adopted for tap in self._held.now.taps):
+        if known == wanted and all(tap.adopted and tap.network for tap in self._held.now.taps):
             return
         do, hypervisor = self._host.do, self._host.hypervisor
         live = domain.live_interfaces(await do(hypervisor.xml, spec.uuid))

@@ -5,11 +5,14 @@ guests share; what belongs to one guest it gives to the user that qemu runs as. 
 through libvirt alone, so by nobody without rights) whose output qemu also appends to a log file.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 from xml.etree import ElementTree as ET
 
-from compute.wire.spec import AGENT_CHANNEL, InstanceSpec
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceSpec
 
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
 _BUS = {"ide": "sata"}  # q35 has no IDE
@@ -54,6 +57,8 @@ class Domain:
     """Everything that goes into the XML."""
 
     installation: str
+    machine: str
+    """The node's own id."""
     spec: InstanceSpec
     directory: Path
     """Where its config.iso, its console.log and (with UEFI) its nvram.fd are."""
@@ -160,6 +165,8 @@ def domain_xml(domain: Domain) -> str:
     ours = ET.SubElement(metadata, f"{{{METADATA_NAMESPACE}}}instance")
     ours.set("installation", domain.installation)
     ours.set("uuid", spec.uuid)
+    ours.set("machine", domain.machine)
+    ours.text = json.dumps(to_plain(spec))
     _add(root, "memory", str(spec.memory_mib), unit="MiB")
     _add(root, "vcpu", str(spec.cpus))
     os = _add(root, "os", **({"firmware": "efi"} if spec.uefi else {}))
@@ -220,10 +227,47 @@ def _read(xml: str) -> ET.Element:
     return ET.fromstring(xml)  # noqa: S314 - libvirt wrote it
 
 
-def installation_of(xml: str) -> tuple[str, str]:
-    """(installation id, instance uuid) from a domain's metadata, or two empty strings for a stranger's domain."""
+def installation_of(xml: str) -> tuple[str, str, str]:
+    """(installation's id, instance's uuid, node's id) from a domain's metadata, empty for a stranger's domain.
+
+    Version 0.1 wrote no node's id.
+    """
     ours = _read(xml).find(f"metadata/{{{METADATA_NAMESPACE}}}instance")
-    return ("", "") if ours is None else (ours.get("installation", ""), ours.get("uuid", ""))
+    names = ("installation", "uuid", "machine")
+    return ("", "", "") if ours is None else cast(Any, tuple(ours.get(name, "") for name in names))
+
+
+def console_log(xml: str) -> Path:
+    """Where a domain of ours logs: in its instance's directory."""
+    log = _read(xml).find("devices/serial/log")
+    return Path("" if log is None else log.get("file", ""))
+
+
+def spec_of(xml: str) -> InstanceSpec | None:
+    """What a domain of ours was made from. Version 0.1 did not write it there: then as far as the domain shows it."""
+    root = _read(xml)
+    ours = root.find(f"metadata/{{{METADATA_NAMESPACE}}}instance")
+    if ours is None:
+        return None
+    if ours.text and ours.text.strip():
+        return from_plain(InstanceSpec, json.loads(ours.text))
+    namespace, _, called = (root.findtext("title") or "/").partition("/")
+    disks = []
+    for element in root.iterfind("devices/disk"):
+        target, backing = element.find("target"), element.find("backingStore/source")
+        if target is not None and element.find("readonly") is None:
+            image = Path("" if backing is None else backing.get("file", "")).name
+            digest = f"b3:{image}" if len(image) == 64 else ""
+            disks.append(DiskSpec(target.get("dev", ""), digest, bus=target.get("bus", "virtio")))
+    memory_mib = int(root.findtext("memory") or 0) >> 10
+    uuid = ours.get("uuid", "")
+    return InstanceSpec(uuid, called, namespace, int(root.findtext("vcpu") or 1), memory_mib, tuple(disks))
+
+
+def served(xml: str) -> tuple[str, ...]:
+    """Devices whose image is read from an NBD export."""
+    disks = _read(xml).iterfind("devices/disk/backingStore[@type='network']/../target")
+    return tuple(target.get("dev", "") for target in disks)
 
 
 def live_interfaces(xml: str) -> frozenset[str]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import libvirt
@@ -25,13 +26,7 @@ _MOVE_S = 60.0
 _EVENT_THREAD_LOCK = threading.Lock()
 _event_thread: threading.Thread | None = None  # libvirt has one event loop per process, whoever connects
 
-_GONE = (
-    libvirt.VIR_ERR_NO_CONNECT,
-    libvirt.VIR_ERR_INVALID_CONN,
-    libvirt.VIR_ERR_RPC,
-    libvirt.VIR_ERR_SYSTEM_ERROR,
-    libvirt.VIR_ERR_NO_SUPPORT,
-)
+_ENDING_S = 0.5
 
 
 class Refused(ComputeError):
@@ -156,9 +151,19 @@ class Hypervisor:
                 raise NotFound(str(err)) from err
             if code == libvirt.VIR_ERR_OPERATION_INVALID:
                 raise Conflict(str(err)) from err
-            if code in _GONE and not self._alive():
-                raise Unavailable(f"libvirt at {self._uri} went away: {err}") from err
+            if code == libvirt.VIR_ERR_OPERATION_TIMEOUT or not self._stays(connection):
+                raise Unavailable(f"libvirt at {self._uri} went away or is busy: {err}") from err
             raise Refused(str(err)) from err
+
+    def _stays(self, connection: Any) -> bool:
+        """Whether a refusal was libvirt's own word: one that is ending finds many for it, and answers a moment yet."""
+        try:
+            connection.getLibVersion()
+            time.sleep(_ENDING_S)
+            connection.getLibVersion()
+        except libvirt.libvirtError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def _domain(self, uuid: str) -> Iterator[Any]:
@@ -170,18 +175,23 @@ class Hypervisor:
         with self._calling() as connection:
             return domain.qemu_group(connection.getCapabilities())
 
-    def ours(self) -> list[str]:
-        """Uuids of all domains, running or not, whose metadata carries the installation's id."""
+    def ours(self, machine: str, directory: Path) -> list[str]:
+        """Uuids of all domains, running or not, whose metadata carries the ids of the installation and of this node.
+
+        One of 0.1, which knows no node, is ours if its console's log is below `directory`.
+        """
         found = []
         with self._calling() as connection:
             for one in connection.listAllDomains():
                 try:
-                    installation, uuid = domain.installation_of(one.XMLDesc())
+                    xml = one.XMLDesc()
                 except libvirt.libvirtError as err:
                     if err.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # somebody's that has just gone
                         raise
                     continue
-                found += [uuid] if installation == self._installation else []
+                installation, uuid, node = domain.installation_of(xml)
+                here = node == machine if node else domain.console_log(xml).is_relative_to(directory)
+                found += [uuid] if installation == self._installation and here else []
         return found
 
     def define(self, xml: str) -> None:

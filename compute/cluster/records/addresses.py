@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from typing import ClassVar
 
+from compute.cluster.records.epochs import check
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity
@@ -46,6 +47,7 @@ def ensure_floating(txn: Transaction, pool: IPv4Network | None) -> None:
 
 
 def take_floating(txn: Transaction, holder: str) -> str:
+    check(txn)
     known = txn.find(Ipam, FLOATING)
     if known is None:
         raise NoCapacity(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from compute.cluster.records import epochs
 from compute.cluster.records.claims import claim
 from compute.cluster.records.interfaces import Interface, Want, attach, detach
 from compute.cluster.records.networks import find_network
@@ -72,6 +73,8 @@ class Instance(Stored):
     created_s: float = 0
     updated_s: float = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+    unconfirmed: bool = False
+    """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
 
 
 def check(instance: Instance, wants: Sequence[Want]) -> None:
@@ -103,6 +106,7 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
 
     `scheduler.create_instance` checks it and finds the node, in the same transaction.
     """
+    epochs.check(txn)
     now = time.time()
     instance = replace(instance, created_s=now, updated_s=now)
     take_name(txn, Instance.KIND, instance.namespace, instance.name, instance.uuid)
@@ -131,7 +135,7 @@ def delete_instance(txn: Transaction, uuid: str) -> Instance:
     return found
 
 
-def finish_delete(txn: Transaction, found: Instance) -> None:
+def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = False) -> None:
     """The node has nothing of it any more: give back addresses, name and claims, all or nothing."""
     for interface in interfaces_of(txn, found.uuid):
         detach(txn, interface)
@@ -140,12 +144,14 @@ def finish_delete(txn: Transaction, found: Instance) -> None:
     if taken is not None and taken.owner == found.uuid:
         txn.delete(Taken, name)
     claim(txn, found.node, -found.cpus, -found.memory_mib)
-    txn.update(replace(found, state=InstanceState.DELETED, power_state="off", updated_s=time.time()))
+    gone = replace(found, state=InstanceState.DELETED, power_state="off", unconfirmed=unconfirmed)
+    txn.update(replace(gone, updated_s=time.time()))
     txn.event(Instance.KIND, found.uuid, "state is deleted")
 
 
 def power(txn: Transaction, uuid: str, verb: str) -> Instance:
-    """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict."""
+    """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict, Unavailable."""
+    epochs.check(txn)
     found = txn.get(Instance, uuid)
     if found.state in _BUSY:
         raise NotReady(f"instance {found.name} is {found.state}", hint="wait until it is created")

@@ -6,6 +6,7 @@ from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
 from compute.cluster.records.addresses import Ipam, give_back_floating, parse_address, take_floating
+from compute.cluster.records.epochs import check
 from compute.cluster.records.networks import Network
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.transaction import Transaction
@@ -39,13 +40,16 @@ class Want:
     mac: str = ""
     model: str = "virtio"
     float: bool = False
+    uuid: str = ""
+    """Of one that was before."""
 
 
 def attach(
     txn: Transaction, network: Network, instance_uuid: str, namespace: str, order: int, want: Want
 ) -> Interface:
     """An interface with an address and a MAC of its own. Raises net's Invalid, Conflict and Exhausted."""
-    uuid = new_uuid()
+    check(txn)
+    uuid = want.uuid or new_uuid()
     known = txn.get(Ipam, network.uuid)
     wanted = parse_address(want.address) if want.address else None
     pool, address = ipam.allocate(known.pool, uuid, time.time(), wanted)

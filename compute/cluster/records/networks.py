@@ -8,6 +8,7 @@ from ipaddress import IPv4Network
 from typing import Any, ClassVar
 
 from compute.cluster.records.addresses import FLOATING, Ipam, give_back_floating, parse_address, take_floating
+from compute.cluster.records.epochs import check
 from compute.cluster.records.stored import Stored, check_name, new_uuid
 from compute.cluster.records.taken import Taken, take, take_name
 from compute.cluster.records.transaction import Transaction
@@ -59,6 +60,7 @@ def create_network(
 
     router_nodes: who may route, best first. Raises Conflict, net's Invalid and Exhausted.
     """
+    check(txn)
     check_name(network.name, "network name")
     netblock = ipam.check_netblock(network.netblock, excluded)
     take_name(txn, Network.KIND, network.namespace, network.name, network.uuid)

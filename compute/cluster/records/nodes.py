@@ -2,12 +2,13 @@
 
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
 from compute.cluster.records.claims import Claims
+from compute.cluster.records.epochs import heard
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.networks import Network
 from compute.cluster.records.secrets import site_secret
@@ -32,6 +33,8 @@ class Node(Stored):
     state: str = "created"
     identity: str = ""
     """SHA-256 of the secret that its agent shows; "" for the server's own agent."""
+    machine: str = ""
+    """The random id in its state directory: the node, whatever its name is. "" until it has said it."""
     drained: bool = False
     lastseen_s: float = 0
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +90,7 @@ def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[
 def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_nodes: Sequence[str]) -> Node:
     """Forget it, and the instances that were on it. Raises Conflict for the server, or while it lives and has some.
 
-    Its identity stays: a machine that comes back is told that it has nothing to run, and clears up.
+    Its identity and the deletions stay: a machine that comes back is told what to remove, until it has done so.
     """
     found = txn.get(Node, name)
     if name == server:
@@ -97,7 +100,8 @@ def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_node
         hint = "delete them first, or switch the node off: then they are given up"
         raise Conflict(f"node {name} is alive and has {len(here)} instances", hint=hint)
     for instance in here:
-        finish_delete(txn, txn.get(Instance, instance.uuid))
+        finish_delete(txn, txn.get(Instance, instance.uuid), unconfirmed=True)
+    heard(txn, name)
     move_routers(txn, name, router_nodes)
     txn.delete(Claims, name)
     found = replace(found, state="deleted", lastseen_s=time.time())
@@ -105,6 +109,33 @@ def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_node
     site_secret(txn, renew=True)
     txn.event(Node.KIND, name, "removed", type="audit")
     return found
+
+
+def find_machine(nodes: Iterable[Node], machine: str, name: str) -> Node | None:
+    """The node with this id; else one without that adopts it: the server's own of 0.1, best by its name."""
+    own = [n for n in nodes if not n.identity and not n.machine and n.state != "deleted"]
+    found = [n for n in nodes if n.machine == machine and machine] or [n for n in own if n.name == name]
+    return next(iter(found or (own if len(own) == 1 else [])), None)
+
+
+def rename(txn: Transaction, known: Node, name: str) -> Node:
+    """Another label for the same node: whatever is recorded under its name follows."""
+    taken = txn.find(Node, name)
+    for instance in txn.list(Instance):
+        if instance.node == known.name:
+            txn.update(replace(instance, node=name))
+    for network in txn.list(Network):
+        if network.router_node == known.name:
+            txn.update(replace(network, router_node=name))
+    claims = txn.get(Claims, known.name)
+    before = txn.find(Claims, name)
+    txn.update(replace(claims, name=name, revision=before.revision if before else 0))
+    txn.delete(Claims, known.name)
+    txn.delete(Node, known.name)
+    made = replace(known, name=name, revision=taken.revision if taken else 0)
+    txn.update(made)
+    txn.event(Node.KIND, name, f"was called {known.name}", type="audit")
+    return made
 
 
 def move_routers(txn: Transaction, away_from: str, router_nodes: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ monotonic clock and a restart gives every lease its full time again: refreshing 
     kv(key, value, revision, lease)   log(revision, key, value): the history for watches   lease(id, ttl_s)
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from compute.cluster.state.protocol import ABSENT, Change, Record
-from compute.errors import Compacted, LeaseLost, NoSpace, Stale, Unavailable
+from compute.errors import Compacted, ComputeError, Conflict, LeaseLost, NoSpace, Stale, Unavailable
+from imagestore import durable
 
 log = logging.getLogger(__name__)
 
@@ -90,14 +92,45 @@ class SqliteStore:
         self._thread.start()
 
     def _open(self) -> None:
-        # Tokens are signed with what it holds; SQLite gives its other files the same mode.
-        self._path.touch(mode=0o600)
-        self._write = self._connect()
-        self._write.executescript(_SCHEMA)
-        self._read = self._connect()
+        """Raises ComputeError for what is no database of ours, or none any more; sqlite3.Error, OSError."""
+        if not self._path.exists():
+            self._make()
+        elif not self._path.stat().st_size:
+            raise self._damaged("it is empty")
+        try:
+            self._write = self._connect(self._path)
+            faults = [text for (text,) in self._write.execute("pragma quick_check(3)")]
+            if faults != ["ok"]:
+                raise self._damaged("; ".join(faults))
+            (format_,) = self._write.execute("select format from meta").fetchone()
+            self._read = self._connect(self._path)
+        except sqlite3.DatabaseError as err:
+            if err.sqlite_errorname in ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"):
+                raise self._damaged(str(err)) from err
+            raise
+        if format_ != 1:
+            raise Conflict(
+                f"{self._path} has format {format_}", hint="a newer version of sf wrote it: upgrade"
+            )
 
-    def _connect(self) -> sqlite3.Connection:
-        link = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
+    def _make(self) -> None:
+        """A new database under its name at once and whole: an empty file is never one that was just begun."""
+        new = self._path.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        # Tokens are signed with what it holds; SQLite gives its other files the same mode.
+        new.touch(mode=0o600)
+        with contextlib.closing(self._connect(new)) as made:
+            made.executescript(_SCHEMA)
+        new.rename(self._path)
+        durable.fsync_directory(self._path.parent)
+
+    def _damaged(self, why: str) -> ComputeError:
+        hint = "put a copy of it in its place, or move it (with -wal and -shm) away: sf node orphans then shows guests"
+        return ComputeError(f"{self._path} is damaged: {why}", hint=hint)
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
+        link = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         link.execute("pragma journal_mode=wal")
         link.execute("pragma synchronous=full")
         return link

@@ -13,6 +13,7 @@ from compute.wire.spec import InstanceSpec
 
 BASE = domain.Domain(
     installation="0badcafe",
+    machine="m1",
     spec=InstanceSpec("6b1f9d1e-7a77-4f0e-9a54-0f6a5f0e2f11", "<web> & more", "system", 2, 512, ()),
     directory=Path("/s"),
     accel="tcg",
@@ -65,8 +66,8 @@ def test_a_guest_has_the_card_the_channel_and_the_drive_that_it_was_promised() -
 
 
 def test_it_carries_the_installations_id_and_finds_it_again() -> None:
-    assert domain.installation_of(domain.domain_xml(BASE)) == (BASE.installation, BASE.spec.uuid)
-    assert domain.installation_of("<domain><name>theirs</name></domain>") == ("", "")
+    assert domain.installation_of(domain.domain_xml(BASE)) == (BASE.installation, BASE.spec.uuid, "m1")
+    assert domain.installation_of("<domain><name>theirs</name></domain>") == ("", "", "")
 
 
 def test_an_image_that_guests_share_is_never_relabelled_and_formats_are_named() -> None:

@@ -134,6 +134,25 @@ def test_uplinks_keep_their_addresses_and_meet_nobodys(desired: NodeNetworks) ->
     assert not set(transits(desired, taken).values()) & set(first.values())
 
 
+def test_a_guest_whose_network_or_port_nobody_wants_keeps_its_tap() -> None:
+    """A1: networks and taps of guests that the state did not know went with it. A stray one is shut, no more."""
+    block = IPv4Network("10.1.0.0/24")
+    port = Port("p", "02:00:00:00:00:01", block[2], "web", "n1")
+    network = Network("u", 5, "lan", block, block[1], router_node="n1", ports=(port,))
+    desired = NodeNetworks(INSTALLATION, "n1", (network,))
+    observed = _as_desired(desired, EMPTY)
+    space, tap = names.namespace(INSTALLATION, 5), names.tap(INSTALLATION, "p")
+    facts, whole = observed.namespaces[space], target(desired, EMPTY)[space]
+    held = replace(facts, links={**facts.links, tap: whole.links[tap]}, entries=whole.entries)
+    observed = replace(observed, namespaces={**observed.namespaces, space: held})
+    gone = plan(replace(desired, networks=()), observed)
+    assert gone and {action.namespace for action in gone} == {HOST}
+    without = plan(replace(desired, networks=(replace(network, ports=()),)), observed)
+    (shut,) = [action for action in without if isinstance(action.item, Link) and action.item.kind == "tun"]
+    assert (shut.verb, shut.namespace, shut.item.name, shut.item.up) == (Verb.CHANGE, space, tap, False)
+    assert any(action.item == Space(space) for action in diff({HOST: Facts()}, observed, guests_too=True))
+
+
 def test_a_dead_tap_goes_and_one_that_waits_for_its_guest_stays() -> None:
     block = IPv4Network("10.1.0.0/24")
     port = Port("p", "02:00:00:00:00:01", block[2], "web", "n1")

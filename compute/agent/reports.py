@@ -1,0 +1,61 @@
+"""What a node's agent has to say to the server: kept until the server has heard it."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from compute.errors import Unavailable
+from compute.wire.spec import InstanceStatus, NodeEvent
+
+_KEPT_EVENTS = 10_000
+_RETRY_S = 1.0
+
+
+class Reports:
+    """`send` carries statuses and events to the server; it raises Unavailable while that is away."""
+
+    def __init__(
+        self, send: Callable[[Sequence[InstanceStatus], Sequence[NodeEvent]], Awaitable[None]]
+    ) -> None:
+        self._send = send
+        self._statuses: list[InstanceStatus] = []
+        self._events: deque[NodeEvent] = deque(maxlen=_KEPT_EVENTS)
+        self._waiting = asyncio.Event()
+
+    def publish(self, status: InstanceStatus) -> None:
+        """Queue a status; one that only refines the last of the same state replaces it."""
+        for index in range(len(self._statuses) - 1, -1, -1):
+            if self._statuses[index].uuid == status.uuid:
+                if self._statuses[index].state == status.state:
+                    del self._statuses[index]
+                break
+        self._statuses.append(status)
+        self._waiting.set()
+
+    def note(self, event: NodeEvent) -> None:
+        """Queue a line of history."""
+        self._events.append(event)
+        self._waiting.set()
+
+    async def run(self) -> None:
+        """Send what comes, until cancelled."""
+        while True:
+            await self._waiting.wait()
+            self._waiting.clear()
+            try:
+                await self.flush()
+            except Unavailable:
+                await asyncio.sleep(_RETRY_S)
+                self._waiting.set()
+
+    async def flush(self) -> None:
+        """Send all of it now. Raises Unavailable."""
+        statuses, events = list(self._statuses), list(self._events)
+        if not statuses and not events:
+            return
+        await self._send(statuses, events)
+        self._statuses = [status for status in self._statuses if not any(status is s for s in statuses)]
+        for event in events:
+            with contextlib.suppress(ValueError):
+                self._events.remove(event)

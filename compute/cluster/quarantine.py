@@ -1,0 +1,181 @@
+"""Guests that nodes have and no record knows: what they hold is taken, until somebody adopts or deletes them."""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from compute.cluster.records.addresses import Ipam, parse_address
+from compute.cluster.records.claims import claim
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.interfaces import Want, attach
+from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.taken import Taken, take, take_name
+from compute.cluster.records.transaction import Transaction
+from compute.errors import Conflict, NotFound
+from compute.wire.spec import AGENT_CHANNEL, InstanceState, Orphan
+from net import NetError, ipam
+from net import Network as NetNetwork
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined(Stored):
+    KIND: ClassVar[str] = "orphan"
+    uuid: str
+    node: str
+    orphan: Orphan
+    since_s: float
+    delete: bool = False
+    """Ordered: it stays here until its node has nothing of it any more."""
+
+
+def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> None:
+    """All that a node has and nobody knows, in place of what it said before."""
+    before = {known.uuid: known for known in txn.list(Quarantined) if known.node == node and not known.delete}
+    for orphan in orphans:
+        had = before.pop(orphan.uuid, None)
+        if had is None:
+            name = f"{orphan.spec.namespace}/{orphan.spec.name}" if orphan.spec else "nobody knows its name"
+            message = (
+                f"guest {orphan.uuid} ({name}) is in no record: it is left as it is; see sf node orphans"
+            )
+            log.warning("node %s: %s", node, message)
+            txn.event(Node.KIND, node, message, type="status")
+        elif orphan.trouble not in ("", had.orphan.trouble):
+            txn.event(
+                Node.KIND,
+                node,
+                f"guest {orphan.uuid}, which is in no record: {orphan.trouble}",
+                type="status",
+            )
+        if had is None or had.orphan != orphan:
+            since_s, revision = (had.since_s, had.revision) if had else (time.time(), 0)
+            made = Quarantined(uuid=orphan.uuid, node=node, orphan=orphan, since_s=since_s, revision=revision)
+            if had is None:
+                known = txn.find(
+                    Quarantined, orphan.uuid
+                )  # another node has it as well, or its deletion was ordered
+                made = replace(made, delete=known.delete) if known else made
+            txn.update(made)
+            hold(txn, made)
+    for gone in before.values():
+        forget(txn, gone)
+
+
+def hold(txn: Transaction, known: Quarantined) -> None:
+    """Its addresses and VNIs are taken; what another has already is that one's."""
+    for network in known.orphan.networks:
+        if txn.find(Taken, f"vni/{network.vni}") is None:
+            take(txn, f"vni/{network.vni}", network.uuid)
+    for interface in known.orphan.spec.interfaces if known.orphan.spec else ():
+        pool = txn.find(Ipam, interface.network_uuid)
+        try:
+            if pool is not None:
+                address = parse_address(interface.address)
+                held, _ = ipam.allocate(pool.pool, interface.uuid, time.time(), address)
+                txn.update(replace(pool, pool=held))
+        except NetError as err:
+            log.warning("guest %s, which is in no record: %s", known.uuid, err)
+
+
+def forget(txn: Transaction, known: Quarantined) -> None:
+    """It is gone: give back what it held."""
+    txn.delete(Quarantined, known.uuid)
+    for network in known.orphan.networks:
+        taken = txn.find(Taken, f"vni/{network.vni}")
+        if taken is not None and taken.owner == network.uuid and txn.find(Network, network.uuid) is None:
+            txn.delete(Taken, taken.name)
+    for interface in known.orphan.spec.interfaces if known.orphan.spec else ():
+        pool = txn.find(Ipam, interface.network_uuid)
+        if pool is not None:
+            address = parse_address(interface.address)
+            free = ipam.release(pool.pool, address, interface.uuid, time.time())
+            txn.update(replace(pool, pool=free))
+
+
+def find(txn: Transaction, uuid: str) -> Quarantined:
+    """Raises NotFound."""
+    found = txn.find(Quarantined, uuid)
+    if found is None:
+        raise NotFound(f"no guest {uuid[:80]} is without a record", hint="see: sf node orphans")
+    return found
+
+
+def order_deletion(txn: Transaction, uuid: str) -> Quarantined:
+    """Ask its node to remove it, disks and all."""
+    found = replace(find(txn, uuid), delete=True)
+    txn.update(found)
+    txn.event(
+        Node.KIND, found.node, f"deletion of guest {uuid}, which is in no record, asked for", type="audit"
+    )
+    return found
+
+
+def adopt(txn: Transaction, uuid: str) -> Instance:
+    """Make the records of a guest from what its node knows of it, those of its networks too. Raises Conflict."""
+    found = find(txn, uuid)
+    spec, before = found.orphan.spec, txn.find(Instance, uuid)
+    if spec is None:
+        raise Conflict(f"nobody knows what guest {uuid} was made from", hint="it can only be deleted")
+    if found.delete or (before is not None and before.state != InstanceState.DELETED):
+        raise Conflict(f"guest {uuid} is to be deleted, or has a record", hint=f"sf instance show {uuid}")
+    namespace = spec.namespace if txn.find(Namespace, spec.namespace) else "system"
+    networks = {
+        network.uuid: _network(txn, network, namespace, found.node) for network in found.orphan.networks
+    }
+    name = _name(txn, Instance.KIND, namespace, spec.name, uuid)
+    for order, interface in enumerate(spec.interfaces):
+        network = networks.get(interface.network_uuid) or txn.get(Network, interface.network_uuid)
+        want = Want(network.uuid, interface.address, interface.mac, interface.model, uuid=interface.uuid)
+        attach(txn, network, uuid, namespace, order, want)
+    claim(txn, found.node, spec.cpus, spec.memory_mib)
+    now = time.time()
+    made = Instance(
+        uuid=uuid, name=name, namespace=namespace, node=found.node, cpus=spec.cpus, memory_mib=spec.memory_mib,
+        disks=spec.disks, ssh_key="\n".join(spec.ssh_keys), user_data=spec.user_data, uefi=spec.uefi,
+        video={"model": spec.video or "none", "memory": spec.video_kib, "vdi": spec.vdi or None},
+        configdrive="openstack-disk" if spec.config_drive else "none",
+        side_channels=(AGENT_CHANNEL,) if spec.agent else (), state=InstanceState.CREATED, power=spec.power,
+        power_state=found.orphan.power, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard,
+        metadata=dict(spec.metadata), created_s=now, updated_s=now, revision=before.revision if before else 0,
+    )  # fmt: skip
+    txn.update(made)
+    txn.delete(Quarantined, uuid)
+    txn.event(Instance.KIND, uuid, f"adopted on {found.node}", type="audit")
+    return made
+
+
+def _network(txn: Transaction, network: NetNetwork, namespace: str, node: str) -> Network:
+    known = txn.find(Network, network.uuid)
+    if known is not None and known.state != "deleted":
+        return known
+    taken = txn.find(Taken, f"vni/{network.vni}")
+    if taken is not None and taken.owner != network.uuid:
+        raise Conflict(f"VNI {network.vni} of network {network.name} is another network's by now")
+    if taken is None:
+        take(txn, f"vni/{network.vni}", network.uuid)
+    made = Network(
+        uuid=network.uuid, name=_name(txn, Network.KIND, namespace, network.name, network.uuid),
+        namespace=namespace, netblock=str(network.netblock), vni=network.vni, router_node=node,
+        provide_dhcp=network.provide_dhcp, provide_nat=network.provide_nat, provide_dns=network.provide_dns,
+        created_s=time.time(), revision=known.revision if known else 0,
+    )  # fmt: skip
+    txn.update(made)
+    txn.update(Ipam(name=network.uuid, pool=ipam.Pool.of(network.netblock)))
+    for other in txn.list(Quarantined):
+        hold(txn, other)
+    return made
+
+
+def _name(txn: Transaction, kind: str, namespace: str, wanted: str, uuid: str) -> str:
+    """The name that it had, or one like it if another has that by now."""
+    if txn.find(Taken, f"{kind}/{namespace}/{wanted}") is not None:
+        wanted = f"{wanted[:54]}-{uuid[:8]}"
+    take_name(txn, kind, namespace, wanted, uuid)
+    return wanted

@@ -1,0 +1,66 @@
+"""The history that the state is part of. A database that was lost, replaced or put back is another one.
+
+Every node remembers the epoch and how far it was (`compute.agent.memory`). Whoever finds a node that saw what this
+state does not hold begins a new epoch; until every node has said what runs there, nothing is started, made or given.
+A node saw the revision of whatever it was told to run, so no guest is missed by a state that is not older than that.
+"""
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Transaction
+from compute.errors import Unavailable
+
+_FORMER = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch(Stored):
+    KIND: ClassVar[str] = "epoch"
+    name: str = "state"
+    number: str = ""
+    """Random."""
+    former: tuple[str, ...] = ()
+    """Those before it, the newest first."""
+    waiting: tuple[str, ...] = ()
+    """Nodes that have not said yet what runs there."""
+    why: str = ""
+
+
+def epoch(txn: Transaction) -> Epoch:
+    """The present one; of a state that has none yet it has no number."""
+    return txn.find(Epoch, "state") or Epoch()
+
+
+def compare(txn: Transaction, nodes: list[str], seen: str, reached: int) -> bool:
+    """What one node remembers ("" if nothing) against this state; True if a new epoch begins with it."""
+    now, revision = epoch(txn), txn.store.revision()
+    if not now.number and not seen:
+        txn.update(Epoch(number=secrets.token_hex(8)))
+    if seen in ("", *now.former) or (seen == now.number and reached <= revision):
+        return False
+    why = f"at revision {revision}, where a node has seen {reached}" if seen == now.number else "another one"
+    former = tuple(number for number in (now.number, seen, *now.former) if number)[:_FORMER]
+    number = secrets.token_hex(8)
+    why = f"the state is {why} than before: it was put back, replaced or lost"
+    txn.update(replace(now, number=number, former=former, waiting=tuple(sorted(nodes)), why=why))
+    return True
+
+
+def heard(txn: Transaction, node: str) -> None:
+    """A node has said what runs there, or is gone for good."""
+    now = epoch(txn)
+    if node in now.waiting:
+        txn.update(replace(now, waiting=tuple(name for name in now.waiting if name != node)))
+
+
+def check(txn: Transaction) -> None:
+    """Raises Unavailable while nothing may begin."""
+    now = epoch(txn)
+    if now.waiting:
+        hint = "sf node orphans shows what is found; sf node remove NODE, for one that is gone for good"
+        raise Unavailable(
+            f"{now.why}; waiting for {', '.join(now.waiting)} to say what runs there", hint=hint
+        )

@@ -1,0 +1,212 @@
+"""The server's side of guests that no record knows, and of a database that was put back."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+
+from compute.cluster import quarantine
+from compute.cluster.controller import Controller
+from compute.cluster.quarantine import Quarantined
+from compute.cluster.records import epochs
+from compute.cluster.records.addresses import Ipam
+from compute.cluster.records.claims import Claims
+from compute.cluster.records.epochs import epoch
+from compute.cluster.records.instances import Instance, finish_delete
+from compute.cluster.records.interfaces import Want, attach
+from compute.cluster.records.networks import Network, create_network, find_network
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.stored import new_uuid
+from compute.cluster.records.taken import Taken
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.state.sqlite import SqliteStore
+from compute.cluster.states import settle
+from compute.errors import Conflict, NotFound, Unavailable
+from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, InterfaceSpec, Inventory, Orphan
+from net import Network as NetNetwork
+from tests import invariants
+
+BLOCK = IPv4Network("10.0.0.0/28")
+LAN = NetNetwork("aaaaaaaa-0000-4000-8000-000000000001", 77, "lan", BLOCK, BLOCK[1])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "sf.db")
+    yield store
+    store.close()
+
+
+def started(store: SqliteStore, name: str = "n1", seen: Inventory | None = None) -> Controller:
+    controller = Controller(store, "0badcafe", name)
+    asyncio.run(controller.start(seen or Inventory("m1", "", 0)))
+    controller.stop()
+    return controller
+
+
+def orphan(address: str = "10.0.0.2", network: str = LAN.uuid, **changes: object) -> Orphan:
+    uuid = new_uuid()
+    nic = InterfaceSpec(new_uuid(), network, f"02:00:00:00:00:{uuid[:2]}", address)
+    spec = InstanceSpec(uuid, "web", "system", 1, 32, (), (nic,))
+    return replace(Orphan(uuid, "on", spec, (LAN,)), **changes)  # type: ignore[arg-type]
+
+
+def network(store: SqliteStore) -> Network:
+    made = Network(uuid=new_uuid(), name="lan", namespace="system", netblock=str(BLOCK), vni=0)
+    return transact(store, lambda txn: create_network(txn, made, excluded=(), router_nodes=["n1"]))
+
+
+def note(store: SqliteStore, *orphans: Orphan, node: str = "n1") -> None:
+    transact(store, lambda txn: quarantine.note(txn, node, orphans))
+
+
+def test_addresses_and_vnis_of_a_guest_without_a_record_count_as_taken(store: SqliteStore) -> None:
+    """A3."""
+    started(store)
+    lan, guest = network(store), orphan()
+    here = orphan(network=lan.uuid, networks=())
+    note(store, guest, here)
+    assert Transaction(store).get(Taken, "vni/77").owner == LAN.uuid
+    given = transact(store, lambda txn: attach(txn, lan, "i", "system", 0, Want(lan.uuid)))
+    assert given.address == "10.0.0.3"
+    assert any("is in no record" in e.value.decode() for e in store.list("event/node/n1/"))
+    note(store)
+    assert Transaction(store).find(Taken, "vni/77") is None
+    assert list(Transaction(store).get(Ipam, lan.uuid).pool.held.values()) == [given.uuid]
+
+
+def test_an_address_that_another_has_stays_that_ones(store: SqliteStore) -> None:
+    started(store)
+    lan = network(store)
+    given = transact(store, lambda txn: attach(txn, lan, "i", "system", 0, Want(lan.uuid)))
+    guest = orphan(given.address, lan.uuid, networks=())
+    note(store, guest)
+    assert list(Transaction(store).get(Ipam, lan.uuid).pool.held.values()) == [given.uuid]
+    with pytest.raises(Exception, match="in use"):
+        transact(store, lambda txn: quarantine.adopt(txn, guest.uuid))
+    note(store)
+    assert list(Transaction(store).get(Ipam, lan.uuid).pool.held.values()) == [given.uuid]
+
+
+def test_adoption_makes_all_records_and_leaves_nothing_of_the_quarantine(store: SqliteStore) -> None:
+    """A3."""
+    started(store)
+    first, second = orphan("10.0.0.2"), orphan("10.0.0.3")
+    note(store, first, second)
+    made = transact(store, lambda txn: quarantine.adopt(txn, first.uuid))
+    assert (made.name, made.state, made.power_state) == ("web", InstanceState.CREATED, "on")
+    again = transact(store, lambda txn: quarantine.adopt(txn, second.uuid))
+    assert again.name == f"web-{second.uuid[:8]}"
+    found = find_network(Transaction(store), LAN.uuid)
+    assert (found.vni, found.netblock, found.router_node) == (77, str(BLOCK), "n1")
+    invariants.check(store)
+    note(store)
+    invariants.check(store)
+    with pytest.raises(NotFound):
+        transact(store, lambda txn: quarantine.adopt(txn, first.uuid))
+    transact(store, lambda txn: finish_delete(txn, txn.get(Instance, first.uuid)))
+    transact(store, lambda txn: finish_delete(txn, txn.get(Instance, second.uuid)))
+    invariants.check(store)
+
+
+def test_a_deletion_that_was_ordered_stays_until_the_node_has_confirmed_it(store: SqliteStore) -> None:
+    """A3."""
+    controller = started(store)
+    guest = orphan()
+    note(store, guest)
+    transact(store, lambda txn: quarantine.order_deletion(txn, guest.uuid))
+    note(store)  # its node knows it now: as one to be deleted
+    (wanted,) = asyncio.run(controller.desired("n1")).instances
+    assert (wanted.uuid, wanted.delete) == (guest.uuid, True)
+    transact(store, lambda txn: settle(txn, "n1", InstanceStatus(guest.uuid, InstanceState.DELETED)))
+    assert Transaction(store).list(Quarantined) == []
+    assert Transaction(store).find(Taken, "vni/77") is None
+
+
+def test_nobody_knows_what_it_was_made_from(store: SqliteStore) -> None:
+    started(store)
+    guest = orphan(spec=None, networks=())
+    note(store, guest)
+    with pytest.raises(Conflict, match="nobody knows"):
+        transact(store, lambda txn: quarantine.adopt(txn, guest.uuid))
+
+
+def refused(store: SqliteStore) -> bool:
+    try:
+        epochs.check(Transaction(store))
+    except Unavailable as err:
+        assert "sf node remove" in err.hint
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("epoch_", "more"), [("", 0), ("same", 0), ("same", 1000), ("lost", 0)])
+def test_a_new_epoch_begins_for_a_state_that_lacks_what_a_node_saw(
+    store: SqliteStore, epoch_: str, more: int
+) -> None:
+    """A4: nothing begins until every node has said what runs there."""
+    started(store)
+    first = epoch(Transaction(store)).number
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x", machine="m2")))
+    transact(store, lambda txn: txn.create(Claims(name="n2")))
+    saw = Inventory("m1", first if epoch_ == "same" else epoch_, store.revision() + more if epoch_ else 0)
+    controller = started(store, seen=saw)
+    begins = bool(more) or epoch_ == "lost"
+    now = epoch(Transaction(store))
+    assert (now.number != first, refused(store)) == (begins, begins)
+    if begins:
+        assert now.waiting == ("n1", "n2") and saw.epoch in now.former and first in now.former
+        with pytest.raises(Unavailable, match="n1, n2"):
+            network(store)
+        hold = asyncio.run(controller.desired("n2"))
+        assert hold.hold and hold.epoch == now.number
+        asyncio.run(controller.inventory("n2", Inventory("m2", first, 1)))  # it has not heard of the new one
+        assert epoch(Transaction(store)).waiting == ("n1", "n2")
+        asyncio.run(controller.inventory("n2", Inventory("m2", now.number, 1, (orphan(),))))
+        asyncio.run(controller.inventory("n1", Inventory("m1", now.number, 1)))
+        assert not refused(store) and not asyncio.run(controller.desired("n2")).hold
+        network(store)
+
+
+def test_a_far_node_that_saw_more_begins_one_too(store: SqliteStore) -> None:
+    """A4."""
+    controller = started(store)
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x")))
+    number = epoch(Transaction(store)).number
+    asyncio.run(controller.inventory("n2", Inventory("m2", number, 10**6)))
+    assert refused(store)
+    with pytest.raises(Conflict, match="another state directory"):
+        asyncio.run(controller.inventory("n2", Inventory("copy", number, 1)))
+
+
+def test_the_same_machine_under_another_name_is_the_same_node(store: SqliteStore) -> None:
+    """A2: another name made another node, and everything on the first was removed."""
+    started(store)
+    lan = network(store)
+    transact(store, lambda txn: txn.create(Instance(uuid="i", name="w", namespace="system", node="n1", cpus=1,
+                                                    memory_mib=32, disks=())))  # fmt: skip
+    for name in ("renamed", "n1"):
+        controller = started(store, name)
+        read = Transaction(store)
+        assert [(n.name, n.machine) for n in read.list(Node)] == [(name, "m1")]
+        assert [c.name for c in read.list(Claims)] == [name]
+        assert (read.get(Instance, "i").node, read.get(Network, lan.uuid).router_node) == (name, name)
+        assert controller.server == name
+
+
+def test_a_state_of_0_1_is_adopted_by_the_server_under_any_name(store: SqliteStore) -> None:
+    """A2: upgraded on read."""
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="old")))
+    transact(store, lambda txn: txn.create(Claims(name="old")))
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="far", identity="x")))
+    started(store, "new")
+    assert {n.name: n.machine for n in Transaction(store).list(Node)} == {"new": "m1", "far": ""}
+
+
+def test_a_name_that_another_node_has_stays_that_nodes(store: SqliteStore) -> None:
+    started(store)
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x")))
+    assert started(store, "n2").server == "n1"
