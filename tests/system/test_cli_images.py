@@ -335,7 +335,7 @@ def test_a_full_disk_during_push_is_said_and_the_store_still_verifies(user: User
     script = (
         f"mount -t tmpfs -o size=24m tmpfs {place}; {SF} -q image push {small} small >/dev/null\n"
         f"{SF} image push {large} large -q; echo $?; {SF} store verify --full -q >/dev/null; echo $?\n"
-        f"{SF} image ls --format name; find {place} -name '.*' -type f ! -name .lock"
+        f"{SF} image ls --format name; find {place} -name '.*' -type f ! -name .lock ! -name .reserve"
     )
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
     done = subprocess.run(argv, env=user.environment, capture_output=True, text=True, timeout=120)
