@@ -49,35 +49,36 @@ def only_one(state_dir: Path) -> Iterator[None]:
 class NodeStores:
     """This machine's image stores, as its settings have them now: open where they can be reached.
 
-    create: make the default one, a directory under `state_dir`, where there is none.
+    default: with the directory under `state_dir`, made where there is none; a joined node has the server's instead.
     """
 
-    def __init__(self, config: Config, *, create: bool) -> None:
-        self._config, self._create = config, create
+    def __init__(self, config: Config, *, default: bool) -> None:
+        self._config, self._default = config, default
+        self._local = (config.state_dir / "store").as_uri()
         self._opened: dict[str, Store] = {}
         self._said: dict[str, str] = {}
-        self.urls: Mapping[str, str] = dict(config.stores)
+        self.urls: Mapping[str, str] = {}
         self.images = ImageCache(config.state_dir / "cache", {})
-        self._open()
+        self._look(dict(config.stores))
 
     async def keep(self) -> None:
         """For ever: stores and remotes that are added or come back are seen. Raises Invalid for unreadable settings."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            self.urls = await asyncio.to_thread(self._config.stores_again) or self.urls
-            await asyncio.to_thread(self._open)
+            await asyncio.to_thread(self._look)
 
-    def _open(self) -> None:
+    def _look(self, urls: Mapping[str, str] | None = None) -> None:
         """All that can be reached, in their order; one that cannot keeps no guest from starting."""
+        now = urls or self._config.stores_again() or self.urls
+        self.urls = {name: url for name, url in now.items() if self._default or url != self._local}
         found = {}
         for name, url in self.urls.items():
             try:
-                default = url == (self._config.state_dir / "store").as_uri()
                 if url not in self._opened:
-                    self._opened[url] = open_store(url, create=default and self._create)
+                    self._opened[url] = open_store(url, create=url == self._local)
                 found[name] = self._opened[url]
             except StoreError as err:
-                if self._said.get(url) != (said := str(err)) and not (default and not self._create):
+                if self._said.get(url) != (said := str(err)):
                     log.warning("image store %s: %s", name, said)
                 self._said[url] = said
         self.images.stores = found

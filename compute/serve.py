@@ -66,7 +66,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         ensure_local_key(store, state_dir / "auth" / "local-key")
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
         installation = installation_id(state_dir)
-        stores = process.NodeStores(config, create=True)
+        stores = process.NodeStores(config, default=True)
         stack.callback(stores.close)
         controller = Controller(
             store,

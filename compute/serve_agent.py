@@ -40,7 +40,7 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
         memory = Memory(state_dir, proof=hashlib.sha256(identity.secret.encode()).hexdigest()[:32])
         stack.enter_context(memory.alone(identity.installation))
         address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
-        stores = process.NodeStores(config, create=False)
+        stores = process.NodeStores(config, default=False)
         stack.callback(stores.close)
         plane = Plane(identity.installation, state_dir)
         controller = remote.RemoteController(identity, state_dir, plane, config.uplink)

@@ -10,14 +10,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compute.agent.guest.host import Backing
 from compute.errors import Unavailable
-from compute.wire.spec import ImageSite, called
+from compute.wire.spec import ImageSite
 from imagestore import (
     Away,
     ControlClient,
@@ -62,22 +62,28 @@ class ServedImages:
         self._starting = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self.peer_address = settings.peer_address
-        self.stores = tuple(sorted({called(url) for url in settings.stores()}))
-        """What the stores are called that can be read."""
-        self._handed: dict[str, str] = {}
+        self._handed: tuple[str, ...] = ()
+        self._identities: dict[str, str] = {}
+        """URL → the store's identity, once it was opened."""
         self._site: ImageSite | None = None
         self._trouble = ""
         self._missed: dict[str, str] = {}
         self._closed: Path | None = None
 
-    async def use(self, handed: Mapping[str, str]) -> None:
-        """The server's stores, what each is called → URL, are read too, from now on."""
-        if handed != self._handed:
-            self._handed = dict(handed)
-            await self._tell("use", stores=list(self._urls().values()))
+    async def use(self, handed: Iterable[str]) -> None:
+        """The stores at these URLs, which the server knows, are read too, from now on."""
+        if (now := tuple(handed)) != self._handed:
+            self._handed = now
+            await self._tell("use", stores=self._urls())
 
-    def _urls(self) -> dict[str, str]:
-        return {called(url): url for url in self._settings.stores()} | self._handed
+    def _urls(self) -> list[str]:
+        return list(dict.fromkeys((*self._settings.stores(), *self._handed)))
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Identities of the stores that this node reads."""
+        known = (self._identities.get(url) for url in self._urls())
+        return tuple(sorted({identity for identity in known if identity}))
 
     async def backing(self, reader: str, digest: str) -> Backing:
         """What a guest that is about to start reads its image from.
@@ -201,9 +207,7 @@ class ServedImages:
                     heard("", "")
                 await self._join(logging.WARNING)  # it may be another service than a moment ago
                 await self._say_missed()
-                urls = self._urls()
-                readable = await self._client.ask("readable")
-                self.stores = tuple(sorted(name for name, url in urls.items() if url in readable))
+                self._identities |= await self._client.ask("readable")
                 events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
                 if not events:
                     heard("", "")  # figures have grown meanwhile
@@ -220,7 +224,7 @@ class ServedImages:
     async def _ensure_running(self) -> None:
         async with self._starting:
             try:
-                await self._client.ask("use", stores=list(self._urls().values()), timeout_s=_START_S)
+                await self._client.ask("use", stores=self._urls(), timeout_s=_START_S)
                 return
             except Away:
                 pass
@@ -239,7 +243,7 @@ class ServedImages:
                     except OSError as err:
                         raise Away(f"the image service cannot be started: {err}") from err
                 try:
-                    await self._client.ask("use", stores=list(self._urls().values()), timeout_s=_START_S)
+                    await self._client.ask("use", stores=self._urls(), timeout_s=_START_S)
                     return
                 except (Away, Invalid):
                     await asyncio.sleep(0.02)

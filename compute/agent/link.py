@@ -30,7 +30,7 @@ from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
 from compute.wire.operations import NodeOperations, answer
-from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts, called
+from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
 from imagestore import durable
 from net import Finding, Network, NodeNetworks, Port
 
@@ -243,9 +243,8 @@ class RemoteController:
         server, node = urlsplit(self._identity.url), self._identity.node
         pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(self._identity.certificate)).hexdigest()
         base = f"https://{node}:{desired.store_token}@{server.netloc}/agent/v1/stores"
-        here = {n: f"{base}/{quote(n, safe='')}?sha256={pin}" for n, url in desired.stores.items() if not url}
-        given = {called(url): url for url in desired.stores.values() if url}
-        return replace(desired, stores={f"server/{name}": url for name, url in here.items()} | given)
+        whole = {n: url or f"{base}/{quote(n, safe='')}?sha256={pin}" for n, url in desired.stores.items()}
+        return replace(desired, stores=whole)
 
     def _load(self) -> NodeDesired | None:
         try:

@@ -13,7 +13,6 @@ from compute.cluster.records.interfaces import Want
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity, NotFound
-from compute.wire.spec import called
 from imagestore import Digest, Store, StoreError
 
 
@@ -108,7 +107,7 @@ def unreadable(
         facts = facts_of(node)
         if node.name == server or facts is None:
             continue
-        reads = [s for n, s in stores.items() if {f"server/{n}", called(s.url)} & set(facts.stores)]
+        reads = [store for store in stores.values() if store.info.id in facts.stores]
         for image in set(images) - set(facts.images) if len(reads) < len(stores) else ():
             if not any(_has(store, image) for store in reads):
                 found[node.name] = f"can read no store that has {image[:15]}…"

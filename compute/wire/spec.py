@@ -7,7 +7,6 @@ talk through a call, between machines over HTTPS as JSON; the agent cannot tell 
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from compute.wire.codec import Base64
 from net import Network, NodeNetworks
@@ -124,7 +123,7 @@ class NodeDesired:
     instances: tuple[InstanceSpec, ...] = ()
     image_site: ImageSite = ImageSite()
     stores: dict[str, str] = field(default_factory=dict, repr=False)
-    """The server's stores: what each is called → URL; "" where the server gives it over the node's own connection."""
+    """The server's stores: its name there → URL; "" where the server gives it over the node's own connection."""
     store_token: str = field(default="", repr=False)
     """With which it does."""
     epoch: str = ""
@@ -196,16 +195,6 @@ class NodeEvent:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def called(url: str) -> str:
-    """What a store is called wherever it is used: its URL without credentials, signer and way of access."""
-    parts = urlsplit(url)
-    if parts.scheme in ("", "file"):
-        return f"file://{parts.path.rstrip('/')}"
-    endpoint = dict(parse_qsl(parts.query)).get("endpoint_url")
-    host = parts.netloc.rpartition("@")[2].lower()
-    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}{f'?{called(endpoint)}' if endpoint else ''}"
-
-
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
     """What an agent says of its machine when it registers."""
@@ -225,4 +214,4 @@ class NodeFacts:
     peer_address: str = ""
     """host:port where its image service can serve other nodes; "" if it is not to."""
     stores: tuple[str, ...] = ()
-    """What the stores are called that it can read now (sorted): only nodes with the same ones share."""
+    """Identities of the image stores that it reads (sorted): only nodes with the same ones share."""

@@ -47,13 +47,12 @@ class Stores:
                 failure = error if not at else failure
         raise failure
 
-    def readable(self) -> list[str]:
-        """Those that can be opened now."""
-        found = []
+    def readable(self) -> dict[str, str]:
+        """URL → identity of those that can be opened now."""
+        found = {}
         for url in list(self.urls):
             with suppress(StoreError):
-                self.get(url)
-                found.append(url)
+                found[url] = self.get(url).info.id
         return found
 
     def close(self) -> None:

@@ -123,8 +123,8 @@ class ImageService:
             self._stores.urls = urls
             self.images.renew()
 
-    async def readable(self) -> list[str]:
-        """Those of them that can be opened now."""
+    async def readable(self) -> dict[str, str]:
+        """URL → identity of those of them that can be opened now."""
         return await asyncio.to_thread(self._stores.readable)
 
     # -- readers

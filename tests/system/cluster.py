@@ -45,7 +45,6 @@ class Cluster:
                 "SF_MESH_ADDRESS": f"10.77.0.{name[1]}",
                 "SF_UPLINK": "eth0",
                 "SF_FLOATING_POOL": "10.77.0.192/28",
-                "SF_STORE": f"file://{directory}/n1/sf/store",
                 "SF_AGENT_LISTEN": "10.77.0.1:13001",
                 **settings,
             }

@@ -6,7 +6,7 @@ import os
 import pwd
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,7 +159,7 @@ class Shelf:
 
     async def share(self, site: ImageSite) -> None: ...
 
-    async def use(self, handed: Mapping[str, str]) -> None: ...
+    async def use(self, handed: Iterable[str]) -> None: ...
 
     async def gone(self, reader: str) -> None: ...
 

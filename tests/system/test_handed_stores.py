@@ -85,16 +85,16 @@ def test_a_joined_node_boots_the_servers_images_from_its_directory(
 ) -> None:
     """I1"""
     stores = handed(identity, tmp_path)
-    assert list(stores) == ["server/local"]
-    store = open_store(stores["server/local"])
+    assert list(stores) == ["local"]
+    store = open_store(stores["local"])
     pull(store, stocked[1], tmp_path / "out.raw", format_="raw", durable=False)
     assert hashlib.sha256((tmp_path / "out.raw").read_bytes()).digest() == hashlib.sha256(DISK).digest()
     store.backend.close()
     with Imaged(tmp_path / "node", (tmp_path / "nothing").as_uri()) as service:
         with pytest.raises(StoreError):
             service.ask("attach", image=str(stocked[1]), reader="w-vda")
-        service.ask("use", stores=[(tmp_path / "nothing").as_uri(), stores["server/local"]])
-        assert service.ask("readable") == [stores["server/local"]]
+        service.ask("use", stores=[(tmp_path / "nothing").as_uri(), stores["local"]])
+        assert service.ask("readable") == {stores["local"]: stocked[0].info.id}
         assert service.ask("attach", image=str(stocked[1]), reader="w-vda")["size_bytes"] == len(DISK)
         service.wait_complete(stocked[1])
 
@@ -103,7 +103,7 @@ def test_the_servers_stores_are_for_its_nodes_alone_and_read_only(
     server: Running, identity: remote.Identity, stocked: tuple[Store, Digest], tmp_path: Path
 ) -> None:
     """I1"""
-    url = handed(identity, tmp_path)["server/local"]
+    url = handed(identity, tmp_path)["local"]
     token = url.split(":")[2].split("@")[0]
     with pytest.raises(Denied):
         open_store(url.replace(token, "0" * len(token)))
@@ -135,13 +135,13 @@ def test_a_node_that_reads_no_store_with_the_image_is_not_chosen_and_says_why(
     def create(name: str, **more: Any) -> Any:
         return server.instance(name, disk=[{"base": "tiny:1"}], **more)
 
-    register(server, stores=("file:///elsewhere",))
+    register(server, stores=("another",))
     refused = create("a", placed_on="node2")
     assert refused.status == 507
     assert "node2 can read no store that has b3:" in refused.body["error"]
     assert create("b").body["node"] == "node1"
     assert server.instance("blank", disk=[{"size": 1}], placed_on="node2").status == 200
-    register(server, stores=("server/local",))
+    register(server, stores=(stocked[0].info.id,))
     assert create("c", placed_on="node2").body["node"] == "node2"
     register(server, stores=(), images=(str(stocked[1]),))
     assert create("d", placed_on="node2").body["node"] == "node2"
@@ -159,7 +159,7 @@ def test_stores_and_remotes_that_are_added_are_seen_by_a_server_that_runs(
     (tmp_path / "state").mkdir()
 
     async def story() -> None:
-        stores = process.NodeStores(config.load(read), create=True)
+        stores = process.NodeStores(config.load(read), default=True)
         keeping = asyncio.create_task(stores.keep())
 
         async def until(names: list[str]) -> None:
