@@ -188,7 +188,8 @@ class Agent:
                 settled = settled or (answered and await self._settle_images(host))
             await self._register(host.verdict)
             said = answered and await self._say_inventory(desired)
-            wait_s = _WAIT_S if quiet > 1 and settled and said else _RETRY_S
+            done = quiet > 1 and settled and said and self._images.stores
+            wait_s = _WAIT_S if done else _RETRY_S
             desired = await self._next(desired.revision, wait_s)
 
     async def _next(self, revision: int, wait_s: float) -> NodeDesired:

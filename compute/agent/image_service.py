@@ -63,7 +63,7 @@ class ServedImages:
         self._process: subprocess.Popen[bytes] | None = None
         self.peer_address = settings.peer_address
         self._handed: tuple[str, ...] = ()
-        self._identities: dict[str, str] = {}
+        self._identities: dict[str, str] | None = None
         """URL → the store's identity, once it was opened."""
         self._site: ImageSite | None = None
         self._trouble = ""
@@ -75,15 +75,21 @@ class ServedImages:
         if (now := tuple(handed)) != self._handed:
             self._handed = now
             await self._tell("use", stores=self._urls())
+            self._learn(await self._tell("readable"))
+
+    def _learn(self, readable: dict[str, str] | None) -> None:
+        if readable is not None:
+            self._identities = (self._identities or {}) | readable
 
     def _urls(self) -> list[str]:
         return list(dict.fromkeys((*self._settings.stores(), *self._handed)))
 
     @property
-    def stores(self) -> tuple[str, ...]:
-        """Identities of the stores that this node reads."""
-        known = (self._identities.get(url) for url in self._urls())
-        return tuple(sorted({identity for identity in known if identity}))
+    def stores(self) -> tuple[str, ...] | None:
+        """Identities of the stores that this node reads; None before the service has tried."""
+        if self._identities is None:
+            return None
+        return tuple(sorted({self._identities[url] for url in self._urls() if url in self._identities}))
 
     async def backing(self, reader: str, digest: str) -> Backing:
         """What a guest that is about to start reads its image from.
@@ -207,7 +213,7 @@ class ServedImages:
                     heard("", "")
                 await self._join(logging.WARNING)  # it may be another service than a moment ago
                 await self._say_missed()
-                self._identities |= await self._client.ask("readable")
+                self._learn(await self._client.ask("readable"))
                 events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
                 if not events:
                     heard("", "")  # figures have grown meanwhile

@@ -142,8 +142,8 @@ def image_site(node: str, nodes: Iterable[Node], alive: Collection[str], secret:
     there = (n for n in nodes if n.state != "deleted" and (n.name == node or n.name in alive))
     facts = {n.name: found for n in there if (found := facts_of(n)) and found.peer_address}
     here = facts.pop(node, None)
-    same = {n: f.peer_address for n, f in sorted(facts.items()) if here and f.stores == here.stores}
-    if here is None or not same:
+    same = {n: f.peer_address for n, f in sorted(facts.items()) if here and here.stores == f.stores}
+    if here is None or not here.stores or not same:
         return ImageSite()
     key = hmac.digest(secret, "\n".join(here.stores).encode(), "sha256")
     return ImageSite(node, here.peer_address, same, key)

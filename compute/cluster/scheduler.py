@@ -25,9 +25,8 @@ class Room:
     memory_mib: int
     claimed_cpus: int
     claimed_memory_mib: int
-    usable: bool = True
-    """False while it is drained or missing."""
     why_not: str = ""
+    """Why it takes nothing: it is drained or missing, or cannot have the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ def place(
             continue
         free_mib = room.memory_mib - limits.memory_reserve_mib - room.claimed_memory_mib
         free_cpus = int(room.cpus * limits.cpu_ratio) - room.claimed_cpus
-        if not room.usable:
+        if room.why_not:
             reasons.append(f"{room.node} {room.why_not}")
         elif free_mib < memory_mib:
             reasons.append(f"{room.node} has {max(free_mib, 0)} MiB of memory free")
@@ -84,17 +83,8 @@ def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
         claims = txn.find(Claims, node.name) or Claims(name=node.name)
         facts = facts_of(node)
         why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
-        found.append(
-            Room(
-                node.name,
-                facts.cpus if facts else 0,
-                facts.memory_mib if facts else 0,
-                claims.cpus,
-                claims.memory_mib,
-                usable=not why_not,
-                why_not=why_not,
-            )
-        )
+        size = (facts.cpus, facts.memory_mib) if facts else (0, 0)
+        found.append(Room(node.name, *size, claims.cpus, claims.memory_mib, why_not))
     return found
 
 
@@ -105,7 +95,7 @@ def unreadable(
     found: dict[str, str] = {}
     for node in nodes:
         facts = facts_of(node)
-        if node.name == server or facts is None:
+        if node.name == server or facts is None or facts.stores is None:
             continue
         reads = [store for store in stores.values() if store.info.id in facts.stores]
         for image in set(images) - set(facts.images) if len(reads) < len(stores) else ():

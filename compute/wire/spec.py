@@ -213,5 +213,5 @@ class NodeFacts:
     """Digests of the images that its cache holds completely."""
     peer_address: str = ""
     """host:port where its image service can serve other nodes; "" if it is not to."""
-    stores: tuple[str, ...] = ()
-    """Identities of the image stores that it reads (sorted): only nodes with the same ones share."""
+    stores: tuple[str, ...] | None = None
+    """Identities of the image stores that it reads (sorted): only nodes with the same share. None: it will tell."""

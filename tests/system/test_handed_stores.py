@@ -135,6 +135,8 @@ def test_a_node_that_reads_no_store_with_the_image_is_not_chosen_and_says_why(
     def create(name: str, **more: Any) -> Any:
         return server.instance(name, disk=[{"base": "tiny:1"}], **more)
 
+    register(server)
+    assert create("early", placed_on="node2").status == 200  # it has not said yet
     register(server, stores=("another",))
     refused = create("a", placed_on="node2")
     assert refused.status == 507
@@ -145,7 +147,7 @@ def test_a_node_that_reads_no_store_with_the_image_is_not_chosen_and_says_why(
     assert create("c", placed_on="node2").body["node"] == "node2"
     register(server, stores=(), images=(str(stocked[1]),))
     assert create("d", placed_on="node2").body["node"] == "node2"
-    assert len(Transaction(server.services.store).list(Instance)) == 4
+    assert len(Transaction(server.services.store).list(Instance)) == 5
 
 
 def test_stores_and_remotes_that_are_added_are_seen_by_a_server_that_runs(

@@ -48,7 +48,7 @@ def check_facts(facts: NodeFacts) -> NodeFacts:
     """Raises Invalid for what no machine is: other nodes and the scheduler build on it."""
     try:
         address = IPv4Address(facts.address)
-        peer = facts.peer_address.rpartition(":")
+        peer, stores = facts.peer_address.rpartition(":"), facts.stores or ()
         fits = (
             1 <= facts.cpus <= 2**14
             and 1 <= facts.memory_mib <= 2**30
@@ -57,8 +57,8 @@ def check_facts(facts: NodeFacts) -> NodeFacts:
             and (not peer[2] or (IPv4Address(peer[0]) == address and 0 < int(peer[2][:6]) < 2**16))
             and all(len(text) <= _TEXT for text in (facts.architecture, facts.release, facts.accel))
             and all(map(_DIGEST.fullmatch, facts.images))
-            and all(len(text) <= _TEXT for text in facts.stores)
-            and len(facts.images) + len(facts.stores) <= _MOST
+            and all(len(text) <= _TEXT for text in stores)
+            and len(facts.images) + len(stores) <= _MOST
         )
     except ValueError as err:
         raise Invalid(f"a node cannot be like that: {err}") from err

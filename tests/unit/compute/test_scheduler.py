@@ -11,7 +11,7 @@ LIMITS = Limits(cpu_ratio=2.0, memory_reserve_mib=512)
 
 
 def room(node: str, memory_mib: int = 4096, used_mib: int = 0, used_cpus: int = 0, why_not: str = "") -> Room:
-    return Room(node, 4, memory_mib, used_cpus, used_mib, not why_not, why_not)
+    return Room(node, 4, memory_mib, used_cpus, used_mib, why_not)
 
 
 def test_the_node_with_most_free_memory_takes_it() -> None:
@@ -51,11 +51,11 @@ def test_each_node_says_why_it_does_not_fit() -> None:
 def test_a_placement_always_fits_and_is_found_when_there_is_one(
     used: list[tuple[int, int, bool]], cpus: int, memory_mib: int
 ) -> None:
-    rooms = [Room(f"n{i}", 4, 4096, c, m, ok, "" if ok else "away") for i, (c, m, ok) in enumerate(used)]
+    rooms = [Room(f"n{i}", 4, 4096, c, m, "" if ok else "away") for i, (c, m, ok) in enumerate(used)]
     fits = {
         r.node
         for r in rooms
-        if r.usable and r.claimed_cpus + cpus <= 8 and r.claimed_memory_mib + memory_mib <= 4096 - 512
+        if not r.why_not and r.claimed_cpus + cpus <= 8 and r.claimed_memory_mib + memory_mib <= 4096 - 512
     }
     try:
         assert place(rooms, cpus, memory_mib, limits=LIMITS) in fits
