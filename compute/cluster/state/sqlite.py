@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class SqliteStore:
             self._open()
         except (sqlite3.Error, OSError) as err:
             try:
-                self._reserve.unlink()
+                self._spend()
                 self._open()
             except (sqlite3.Error, OSError):
                 hint = "check the file's owner and free space"
@@ -137,15 +138,25 @@ class SqliteStore:
 
     def _keep_reserve(self) -> None:
         """Room for what must be written on a full disk, so that guests can be deleted and the server starts."""
-        if self._reserve.exists() or time.monotonic() < self._reserve_at:
+        if time.monotonic() < self._reserve_at:
             return
         self._reserve_at = time.monotonic() + _RESERVE_EVERY_S
-        try:
+        with suppress(OSError):  # no room for it yet
             self._reserve.touch(mode=0o600)
             with self._reserve.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
-        except OSError:  # not yet
-            self._reserve.unlink(missing_ok=True)
+                kept = os.fstat(file.fileno()).st_size
+                try:
+                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+                except OSError:
+                    file.truncate(kept)
+
+    def _spend(self) -> bool:
+        """Give a piece of the reserve away; False if there is none left."""
+        left = self._reserve.stat().st_size if self._reserve.exists() else 0
+        if left:
+            log.error("the disk of %s is full; of the reserve %d KiB are left", self._path, left >> 10)
+            os.truncate(self._reserve, max(0, left - _RESERVE_BYTES // 8))
+        return left > 0
 
     # Reading
 
@@ -287,9 +298,7 @@ class SqliteStore:
                 self._write.execute("rollback")
             self._leases = leases
             full = getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-            if full and self._reserve.exists():
-                log.error("the disk of %s is full; its reserve is used: delete something", self._path)
-                self._reserve.unlink()
+            if full and self._spend():
                 self._apply(batch)
                 return
             failure = (NoSpace if full else Unavailable)(
