@@ -60,7 +60,7 @@ def state(directory: Path) -> None:
     fill(directory)
     again = SqliteStore(directory / "sf.db")
     assert len(again.list("large/")) == kept
-    again._reserve_at = 0
+    again._reserve.next_s = 0
     ballast.unlink()
     again.commit({"small": b"x"}, expect={})
     assert (directory / "sf.reserve").stat().st_blocks * 512 >= 4 << 20

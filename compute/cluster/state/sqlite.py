@@ -9,19 +9,18 @@ monotonic clock and a restart gives every lease its full time again: refreshing 
 
 import contextlib
 import logging
-import os
 import queue
 import sqlite3
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compute.cluster.state.protocol import ABSENT, Change, Record
+from compute.cluster.state.reserve import Reserve
 from compute.errors import Compacted, ComputeError, Conflict, LeaseLost, NoSpace, Stale, Unavailable
 from imagestore import durable
 
@@ -40,8 +39,6 @@ insert into meta select 1, 1, 1 where not exists (select 1 from meta);
 
 HISTORY = 4096
 """Log entries that a watch can look back on."""
-
-_RESERVE_BYTES, _RESERVE_EVERY_S = 4 << 20, 60.0
 
 _SWEEP_S = 0.25
 """How late an expired lease may be noticed."""
@@ -70,17 +67,17 @@ class SqliteStore:
         self._reading = threading.Lock()
         self._leases: dict[int, tuple[float, float]] = {}
         """id → (ttl_s, monotonic time at which it dies)"""
-        self._reserve, self._reserve_at = path.with_suffix(".reserve"), 0.0
+        self._reserve = Reserve(path.with_suffix(".reserve"))
         try:
             self._open()
         except (sqlite3.Error, OSError) as err:
             try:
-                self._spend()
+                self._reserve.spend()
                 self._open()
             except (sqlite3.Error, OSError):
                 hint = "check the file's owner and free space"
                 raise Unavailable(f"cannot open {path}: {err}", hint=hint) from err
-        self._keep_reserve()
+        self._reserve.keep()
         self._revision: int
         self._compacted: int
         self._revision, self._compacted = self._write.execute(
@@ -135,28 +132,6 @@ class SqliteStore:
         link.execute("pragma journal_mode=wal")
         link.execute("pragma synchronous=full")
         return link
-
-    def _keep_reserve(self) -> None:
-        """Room for what must be written on a full disk, so that guests can be deleted and the server starts."""
-        if time.monotonic() < self._reserve_at:
-            return
-        self._reserve_at = time.monotonic() + _RESERVE_EVERY_S
-        with suppress(OSError):  # no room for it yet
-            self._reserve.touch(mode=0o600)
-            with self._reserve.open("r+b") as file:
-                kept = os.fstat(file.fileno()).st_size
-                try:
-                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
-                except OSError:
-                    file.truncate(kept)
-
-    def _spend(self) -> bool:
-        """Give a piece of the reserve away; False if there is none left."""
-        left = self._reserve.stat().st_size if self._reserve.exists() else 0
-        if left:
-            log.error("the disk of %s is full; of the reserve %d KiB are left", self._path, left >> 10)
-            os.truncate(self._reserve, max(0, left - _RESERVE_BYTES // 8))
-        return left > 0
 
     # Reading
 
@@ -298,7 +273,7 @@ class SqliteStore:
                 self._write.execute("rollback")
             self._leases = leases
             full = getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-            if full and self._spend():
+            if full and self._reserve.spend():
                 self._apply(batch)
                 return
             failure = (NoSpace if full else Unavailable)(
@@ -307,7 +282,7 @@ class SqliteStore:
             for job in batch:
                 job.done.set_exception(failure)
             return
-        self._keep_reserve()
+        self._reserve.keep()
         with self._moved:
             self._revision, self._compacted = revision, compacted
             self._moved.notify_all()
