@@ -47,6 +47,7 @@ from .store.roots import release as release
 from .store.roots import tag as tag
 from .store.roots import undelete as undelete
 from .store.store import Store as Store
+from .store.trust import trust_memories as trust_memories
 from .store.trust import trusted_until as trusted_until
 from .units import duration_s as duration_s
 from .units import size_bytes as size_bytes

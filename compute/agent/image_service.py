@@ -26,6 +26,7 @@ from imagestore import (
     Invalid,
     StoreError,
     control_socket,
+    trust_memories,
     unprivileged,
 )
 
@@ -267,6 +268,9 @@ class ServedImages:
             if closed and not self._closed:
                 log.warning("%s is closed to other users: the image service keeps the right to read", closed)
             argv, self._closed = [*prefix, *argv], closed
+        # It may not read the file that SF_CONFIG names, nor root's home; what they say it is told.
+        told = {**os.environ, "SF_TRUST_DIR": str(trust_memories())}
+        told.pop("SF_CONFIG", None)
         # Begun anew each time, so that it stays small.
         with self._log.open("wb") as log_file:
             return subprocess.Popen(
@@ -275,4 +279,5 @@ class ServedImages:
                 stdout=log_file,
                 stderr=log_file,
                 start_new_session=True,
+                env=told,
             )

@@ -64,7 +64,7 @@ def unprivileged(state: Path, stores: Sequence[str]) -> tuple[list[str], Path | 
     # A number that neither adduser nor systemd gives away, nor a container's 16 bits leave out.
     uid = 60706 + zlib.crc32(os.fsencode(state.resolve())) % 478
     prepare(state, uid)
-    needed = [Path(sys.executable), Path(sys.prefix), Path(__file__).parent, state / "cache"]
+    needed = [Path(sys.executable), Path(sys.prefix), Path(__file__).parent, state]
     for parts in map(urlsplit, stores):
         if parts.scheme in ("", "file"):
             needed.append(Path(unquote(parts.path)) / "packs")

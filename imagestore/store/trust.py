@@ -172,12 +172,16 @@ class Trust:
             ) from error
 
 
-def memory(fingerprint: Digest) -> Path:
-    """Where this machine (root) or user remembers what a signer showed: one memory for all mirrors of one signer."""
+def trust_memories() -> Path:
+    """Where this machine (root) or user remembers what signers showed: one memory for all mirrors of one signer."""
     state = Settings().get("state_dir") or ("/var/lib/sf" if os.geteuid() == 0 else "")
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
-    base = Path(Settings().get("trust_dir") or (Path(state) if state else Path(data) / "sf") / "trust")
-    return base / fingerprint.hex()[:32]
+    return Path(Settings().get("trust_dir") or (Path(state) if state else Path(data) / "sf") / "trust")
+
+
+def memory(fingerprint: Digest) -> Path:
+    """Where what one signer showed is kept."""
+    return trust_memories() / fingerprint.hex()[:32]
 
 
 def trusted_until(fingerprint: Digest) -> datetime | None:
