@@ -92,7 +92,7 @@ def _answer(status: int, headers: Mapping[str, str], data: bytes) -> Any:
     if headers.get("content-type", "").startswith("application/json"):
         try:
             found = json.loads(data) if data else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Problem(f"the API answered {status} with broken JSON", code=UNREACHABLE) from error
     if status < 400:
         return found

@@ -6,14 +6,13 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx
+from compute.api.context import Body, Context, Ctx, DeleteAllBody
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.api.instances import DeleteAllBody
 from compute.cluster.images import NamedImage, find_image, named_images
 from compute.cluster.records.artifacts import Artifact
 from compute.cluster.records.instances import Instance
-from compute.errors import Invalid
+from compute.cluster.records.nodes import Node, facts_of
 
 router = APIRouter(tags=["artifacts"], route_class=Route)
 
@@ -39,16 +38,21 @@ def _viewer(ctx: Context) -> Callable[[NamedImage], dict[str, object]]:
 
 @router.get("/artifacts")
 def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
-    view = _viewer(ctx)
-    return JSONResponse([view(image) for image in named_images(ctx.services.resolver.stores.values())])
+    """Of one node: those that its cache holds. They are the namespace system's, whatever their store."""
+    view, query, held = _viewer(ctx), body or ListBody(), set[str]()
+    if query.namespace not in (None, "system"):
+        return JSONResponse([])
+    if query.node:
+        facts = facts_of(ctx.read().get(Node, query.node))
+        held = set(facts.images if facts else ())
+    found = named_images(ctx.services.resolver.stores.values())
+    return JSONResponse([view(i) for i in found if not query.node or held & set(i.digests)])
 
 
 @router.delete("/artifacts")
 def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
     """Every artifact of a namespace: it has none of its own, names belong to their store (`sf image rm`)."""
-    if not body.confirm:
-        raise Invalid("confirm is not true")
-    ctx.namespace(body.namespace)
+    ctx.emptied(body)
     return JSONResponse([])
 
 

@@ -20,7 +20,7 @@ from compute.cluster.records.taken import Taken, take
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
-from compute.errors import Conflict, Denied, NotFound, Precondition
+from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
 from imagestore import listening
 
 T = TypeVar("T")
@@ -53,6 +53,16 @@ class NamespaceBody(Body):
     namespace: str | None = None
 
 
+class ListBody(Body):
+    all: bool = False
+    namespace: str | None = None
+
+
+class DeleteAllBody(Body):
+    confirm: bool = False
+    namespace: str | None = None
+
+
 class Context:
     """One authenticated request."""
 
@@ -76,6 +86,15 @@ class Context:
     def act(self, action: Callable[[Transaction], T]) -> T:
         return transact(self.store, action, self.services.config.node_name)
 
+    def change(self, known: Stored, action: Callable[[Transaction, str], T]) -> T:
+        """`action` on an object that was found, by its id. Raises Precondition, and what `action` raises."""
+
+        def act(txn: Transaction) -> T:
+            self.check_match(txn.get(type(known), known.id))
+            return action(txn, known.id)
+
+        return self.act(act)
+
     def admin(self) -> None:
         """Raises Denied."""
         if not self.caller.admin:
@@ -96,6 +115,23 @@ class Context:
         """Whether a list shows it: of one's own namespace or the one asked for; the administrator's shows all."""
         wanted = namespace or ("" if self.caller.admin else self.caller.namespace)
         return self.sees(item) and wanted in ("", item.namespace)
+
+    def listed(self, cls: type[O], query: ListBody | None) -> list[O]:
+        """What a list shows, the deleted only where all are asked for."""
+        query = query or ListBody()
+        found = [i for i in self.read().list(cls) if self.lists(i, query.namespace)]
+        return [i for i in found if query.all or getattr(i, "state", "") != "deleted"]
+
+    def doomed(self, cls: type[O], body: DeleteAllBody) -> list[O]:
+        """All of a namespace that is to be emptied. Raises Invalid without the word."""
+        return self.listed(cls, ListBody(namespace=self.emptied(body)))
+
+    def emptied(self, body: DeleteAllBody) -> str:
+        """The namespace that is to be emptied. Raises Invalid without the word, Denied."""
+        if not body.confirm:
+            hint = '{"confirm": true} deletes all of the namespace'
+            raise Invalid("confirm is not true", hint=hint)
+        return self.namespace(body.namespace)
 
     def find(self, cls: type[O], reference: str, namespace: str | None = None) -> O:
         """By UUID (deleted ones too), or by name: of one's own namespace, or as `namespace/name`.

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, NamespaceBody
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import resolve_disks
@@ -23,17 +23,12 @@ from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits, unreadable
 from compute.cluster.scheduler import create_instance as create
 from compute.errors import Invalid
-from compute.wire.spec import AGENT_CHANNEL, InstanceState
+from compute.wire.spec import AGENT_CHANNEL
 
 router = APIRouter(tags=["instances"], route_class=Route)
 
 USER_DATA_BYTES = 2**16
 _VERBS = ("rebootsoft", "reboothard", "poweroff", "poweron", "pause", "unpause")
-
-
-class ListBody(Body):
-    all: bool = False
-    namespace: str | None = None
 
 
 class DiskBody(Body):
@@ -94,11 +89,6 @@ class PlugBody(Body):
     network: NetworkBody
 
 
-class DeleteAllBody(Body):
-    confirm: bool = False
-    namespace: str | None = None
-
-
 class ConsoleBody(Body):
     length: int = Field(default=10240, ge=-1, le=2**31)
 
@@ -113,16 +103,10 @@ def _view(ctx: Context, item: Instance) -> dict[str, Any]:
 
 @router.get("/instances")
 def list_instances(ctx: Ctx, body: ListBody | None = None) -> Response:
-    query = body or ListBody()
-    read = ctx.read()
     interfaces: dict[str, list[Interface]] = defaultdict(list)
-    for interface in read.list(Interface):
+    for interface in ctx.read().list(Interface):
         interfaces[interface.instance_uuid].append(interface)
-    found = [
-        views.instance(item, interfaces[item.uuid])
-        for item in read.list(Instance)
-        if ctx.lists(item, query.namespace) and (query.all or item.state != InstanceState.DELETED)
-    ]
+    found = [views.instance(item, interfaces[item.uuid]) for item in ctx.listed(Instance, body)]
     return JSONResponse(sorted(found, key=lambda view: view["created"]))
 
 
@@ -194,14 +178,7 @@ def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
 @router.delete("/instances")
 def delete_instances(ctx: Ctx, body: DeleteAllBody) -> Response:
     """Every instance of a namespace; answers with their UUIDs."""
-    if not body.confirm:
-        raise Invalid("confirm is not true", hint='{"confirm": true} deletes every instance of the namespace')
-    namespace = ctx.namespace(body.namespace)
-    doomed = [
-        i.uuid
-        for i in ctx.read().list(Instance)
-        if i.namespace == namespace and i.state != InstanceState.DELETED
-    ]
+    doomed = [instance.uuid for instance in ctx.doomed(Instance, body)]
     for uuid in doomed:
         ctx.act(lambda txn, uuid=uuid: acts.delete_instance(txn, uuid))  # type: ignore[misc]
     return JSONResponse(doomed)
@@ -216,19 +193,14 @@ def get_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Respo
 @router.delete("/instances/{ref}")
 def delete_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
     known = ctx.find(Instance, ref, body.namespace if body else None)
-
-    def action(txn: Transaction) -> Instance:
-        ctx.check_match(txn.get(Instance, known.uuid))
-        return acts.delete_instance(txn, known.uuid)
-
-    return JSONResponse(_view(ctx, ctx.act(action)))
+    return JSONResponse(_view(ctx, ctx.change(known, acts.delete_instance)))
 
 
 def _add_verb(verb: str) -> None:
     @router.post(f"/instances/{{ref}}/{verb}", name=verb)
     def act(ctx: Ctx, ref: str) -> Response:
-        known = ctx.find(Instance, ref)
-        return JSONResponse(_view(ctx, ctx.act(lambda txn: acts.power(txn, known.uuid, verb))))
+        changed = ctx.change(_find(ctx, ref), lambda txn, uuid: acts.power(txn, uuid, verb))
+        return JSONResponse(_view(ctx, changed))
 
 
 for _verb in _VERBS:

@@ -6,10 +6,9 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, NamespaceBody
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.api.instances import DeleteAllBody, ListBody
 from compute.cluster.records import interfaces
 from compute.cluster.records import networks as acts
 from compute.cluster.records.addresses import parse_address
@@ -65,9 +64,7 @@ def _interface(ctx: Context, uuid: str) -> Interface:
 
 @router.get("/networks")
 def list_networks(ctx: Ctx, body: ListBody | None = None) -> Response:
-    query = body or ListBody()
-    found = [n for n in ctx.read().list(Network) if ctx.lists(n, query.namespace)]
-    shown = [views.network(n) for n in found if query.all or n.state != "deleted"]
+    shown = [views.network(n) for n in ctx.listed(Network, body)]
     return JSONResponse(sorted(shown, key=lambda view: view["created"]))
 
 
@@ -100,19 +97,15 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
 @router.delete("/networks")
 def delete_networks(ctx: Ctx, body: DeleteNetworksBody) -> Response:
     """Every network of a namespace that has no interfaces; answers with their UUIDs."""
-    if not body.confirm:
-        raise Invalid("confirm is not true", hint='{"confirm": true} deletes every network of the namespace')
-    namespace = ctx.namespace(body.namespace)
     gone = []
-    for network in ctx.read().list(Network):
-        if network.namespace == namespace and network.state != "deleted":
-            try:
-                ctx.act(lambda txn, uuid=network.uuid: acts.delete_network(txn, uuid))  # type: ignore[misc]
-            except Conflict:
-                if not body.clean_wait:
-                    raise
-                continue
-            gone.append(network.uuid)
+    for network in ctx.doomed(Network, body):
+        try:
+            ctx.act(lambda txn, uuid=network.uuid: acts.delete_network(txn, uuid))  # type: ignore[misc]
+        except Conflict:
+            if not body.clean_wait:
+                raise
+            continue
+        gone.append(network.uuid)
     return JSONResponse(gone)
 
 
@@ -125,12 +118,7 @@ def get_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Respon
 @router.delete("/networks/{ref}")
 def delete_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
     known = ctx.find(Network, ref, body.namespace if body else None)
-
-    def action(txn: Transaction) -> Network:
-        ctx.check_match(txn.get(Network, known.uuid))
-        return acts.delete_network(txn, known.uuid)
-
-    return JSONResponse(views.network(ctx.act(action)))
+    return JSONResponse(views.network(ctx.change(known, acts.delete_network)))
 
 
 @router.get("/networks/{ref}/interfaces")
@@ -170,26 +158,26 @@ async def doctor(ctx: Ctx, ref: str) -> Response:
 
 @router.post("/networks/{ref}/route")
 def route(ctx: Ctx, ref: str, body: RouteBody) -> Response:
-    known = ctx.find(Network, ref)
-    return JSONResponse(ctx.act(lambda txn: acts.route(txn, known.uuid, body.next_hop)))
+    return JSONResponse(ctx.change(_find(ctx, ref), lambda txn, uuid: acts.route(txn, uuid, body.next_hop)))
 
 
 @router.delete("/networks/{ref}/route/{address}")
 def unroute(ctx: Ctx, ref: str, address: str) -> Response:
-    known = ctx.find(Network, ref)
-    return JSONResponse(ctx.act(lambda txn: acts.unroute(txn, known.uuid, address)))
+    return JSONResponse(ctx.change(_find(ctx, ref), lambda txn, uuid: acts.unroute(txn, uuid, address)))
 
 
 @router.post("/networks/{ref}/dns")
 def set_dns(ctx: Ctx, ref: str, body: DnsBody) -> Response:
-    known = ctx.find(Network, ref)
-    return JSONResponse(ctx.act(lambda txn: acts.set_dns(txn, known.uuid, body.name, body.value)))
+    return _set_dns(ctx, ref, body.name, body.value)
 
 
 @router.delete("/networks/{ref}/dns")
 def remove_dns(ctx: Ctx, ref: str, body: DnsNameBody) -> Response:
-    known = ctx.find(Network, ref)
-    return JSONResponse(ctx.act(lambda txn: acts.set_dns(txn, known.uuid, body.name, None)))
+    return _set_dns(ctx, ref, body.name, None)
+
+
+def _set_dns(ctx: Context, ref: str, name: str, value: str | None) -> Response:
+    return JSONResponse(ctx.change(_find(ctx, ref), lambda txn, uuid: acts.set_dns(txn, uuid, name, value)))
 
 
 @router.get("/interfaces/{ref}")
@@ -201,20 +189,18 @@ def get_interface(ctx: Ctx, ref: str) -> Response:
 @router.delete("/interfaces/{ref}")
 def unplug_interface(ctx: Ctx, ref: str) -> Response:
     """Take it out of its running instance."""
-    known = _interface(ctx, ref)
-    return JSONResponse(ctx.act(lambda txn: remove_interface(txn, txn.get(Interface, known.uuid))))
+    found = _interface(ctx, ref)
+    return JSONResponse(ctx.change(found, lambda txn, uuid: remove_interface(txn, txn.get(Interface, uuid))))
 
 
 @router.post("/interfaces/{ref}/float")
 def float_interface(ctx: Ctx, ref: str) -> Response:
-    known = _interface(ctx, ref)
-    return JSONResponse(views.interface(ctx.act(lambda txn: interfaces.float_interface(txn, known.uuid))))
+    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), interfaces.float_interface)))
 
 
 @router.post("/interfaces/{ref}/defloat")
 def defloat_interface(ctx: Ctx, ref: str) -> Response:
-    known = _interface(ctx, ref)
-    return JSONResponse(views.interface(ctx.act(lambda txn: interfaces.defloat_interface(txn, known.uuid))))
+    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), interfaces.defloat_interface)))
 
 
 add_metadata(router, "/networks/{ref}", _find)

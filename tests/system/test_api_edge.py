@@ -164,3 +164,30 @@ def test_what_is_shown_of_a_guest_is_what_its_node_gives_it(server: Running) -> 
 def test_an_ide_disk_is_shown_as_what_it_is(server: Running) -> None:
     shown = server.instance(disk=[{"base": "debian:12", "bus": "ide"}]).body
     assert (shown["disks"][0]["bus"], shown["disk_spec"][0]["bus"]) == ("sata", "ide")
+
+
+def test_artifacts_of_a_node_are_those_that_it_holds_and_no_namespace_has_any_but_system(
+    tmp_path: Path,
+) -> None:
+    """F, of its kind: `node` and `namespace` were taken and ignored."""
+    resolver = KnownImages()
+    resolver.stores = {"local": open_store(str(tmp_path / "store"), create=True)}
+    resolver.stores["local"].names.set("c", "d", "x86_64", Digest.of(b"gone"))
+    with running(tmp_path / "state", resolver=resolver) as server:
+        assert [image["name"] for image in server.get("/artifacts", {"namespace": "system"})] == ["c:d"]
+        assert server.get("/artifacts", {"namespace": "shop"}) == []
+        assert server.get("/artifacts", {"node": "node1"}) == []
+        assert server.call("GET", "/artifacts", {"node": "mars"}).status == 404
+
+
+def test_every_change_of_an_object_heeds_if_match(server: Running) -> None:
+    server.network()
+    server.instance(network="lan")
+    stale = {"If-Match": '"1"'}
+    for verb, path, body in (
+        ("POST", "/instances/web/poweroff", None),
+        ("POST", "/networks/lan/dns", {"name": "db", "value": "10.42.0.9"}),
+        ("DELETE", "/networks/lan/dns", {"name": "db"}),
+        ("DELETE", "/instances/web", None),
+    ):
+        assert server.call(verb, path, body, headers=stale).status == 412, path
