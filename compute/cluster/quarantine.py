@@ -9,7 +9,7 @@ from typing import ClassVar
 from compute.cluster.records.addresses import Ipam, parse_address
 from compute.cluster.records.claims import claim
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.interfaces import Want, attach
+from compute.cluster.records.interfaces import Interface, Want, attach
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
@@ -41,7 +41,11 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> None:
     for orphan in orphans:
         had = before.pop(orphan.uuid, None)
         if had is None:
-            name = f"{orphan.spec.namespace}/{orphan.spec.name}" if orphan.spec else "nobody knows its name"
+            name = (
+                f"{orphan.spec.namespace[:64]}/{orphan.spec.name[:64]}"
+                if orphan.spec
+                else "nobody knows its name"
+            )
             message = (
                 f"guest {orphan.uuid} ({name}) is in no record: it is left as it is; see sf node orphans"
             )
@@ -51,7 +55,7 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> None:
             txn.event(
                 Node.KIND,
                 node,
-                f"guest {orphan.uuid}, which is in no record: {orphan.trouble}",
+                f"guest {orphan.uuid}, which is in no record: {orphan.trouble[:500]}",
                 type="status",
             )
         if had is None or had.orphan != orphan:
@@ -93,7 +97,8 @@ def forget(txn: Transaction, known: Quarantined) -> None:
             txn.delete(Taken, taken.name)
     for interface in known.orphan.spec.interfaces if known.orphan.spec else ():
         pool = txn.find(Ipam, interface.network_uuid)
-        if pool is not None:
+        # A node may say that it has a guest which is another's: what that one holds by its record stays held.
+        if pool is not None and txn.find(Interface, interface.uuid) is None:
             address = parse_address(interface.address)
             free = ipam.release(pool.pool, address, interface.uuid, time.time())
             txn.update(replace(pool, pool=free))

@@ -10,7 +10,8 @@ import pytest
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.transaction import Transaction, transact
 from compute.wire.codec import to_plain
-from compute.wire.spec import InstanceState, InstanceStatus, NodeEvent, NodeFacts
+from compute.wire.spec import InstanceState, InstanceStatus, Inventory, NodeEvent, NodeFacts, Orphan
+from tests import invariants
 from tests.api_server import Running
 from tests.system.test_api_agents import FarAgent, address, joined, server
 
@@ -152,6 +153,26 @@ def test_what_a_node_says_of_its_guests_cannot_break_who_reads_it(server: Runnin
     assert node.report(InstanceStatus(uuid, InstanceState.CREATED, "on", extra=good)) == 200
     assert server.get(f"/instances/{uuid}")["image_bytes"] == good["image_bytes"]
     assert node.call("POST", "report", {"statuses": [{"uuid": uuid, "state": "heaven"}]})[0] == 400
+
+
+def test_a_node_that_claims_anothers_guest_as_its_own_takes_nothing_from_it(
+    server: Running, node: FarAgent
+) -> None:
+    """E3: what it stops to claim was given back, and the next guest got the first one's address"""
+    server.network()
+    uuid = server.instance("web", "lan", placed_on="node1").body["uuid"]
+    server.wait_for(f"/instances/{uuid}", "created")
+    (spec,) = [s for s in server.agent.desired.instances if s.uuid == uuid]  # type: ignore[union-attr]
+    loud = replace(spec, name="n" * 10**5)
+    for orphan in (Orphan(uuid, "on", loud), Orphan("0" * 36, "on", loud)):
+        for orphans in ((orphan,), ()):
+            seen = Inventory("m", "", 0, orphans)
+            assert node.call("POST", "inventory", {"seen": to_plain(seen)})[0] == 200
+        invariants.check(server.services.store)
+    messages = [event["message"] for event in server.get("/nodes/node2/events")]
+    assert max(map(len, messages)) < 1000
+    other = server.instance("other", "lan").body
+    assert other["interfaces"][0]["ipv4"] != server.get(f"/instances/{uuid}")["interfaces"][0]["ipv4"]
 
 
 @pytest.mark.parametrize("query", ["desired?wait=nan", "operations?wait=nan", "desired?wait=-1"])
