@@ -24,13 +24,17 @@ SETTLED = ("created", "error")
 
 
 class User:
-    """`have`: guests that were answered for and not deleted since, name → uuid. `pushed`: images likewise."""
+    """`have`: guests that were answered for and not deleted since, name → uuid. `pushed`: images likewise.
+
+    doubtful: guests whose delete was asked for and the answer lost: they may be there or not.
+    """
 
     def __init__(self, name: str, state: Path, log: Path, stop: Path, seed: int) -> None:
         self.name, self.state, self.log, self.stop = name, state, log, stop
         self.rng = random.Random(seed)
         self.have: dict[str, str] = {}
         self.pushed: list[str] = []
+        self.doubtful: list[str] = []
         self.number = 0
         key = (state / "auth" / "local-key").read_text().strip()
         self.api = Running("http://127.0.0.1:13000", key, None, None, None)  # type: ignore[arg-type]
@@ -81,6 +85,7 @@ class User:
         answer = self.ask("DELETE", f"/instances/{uuid}")
         if answer is None:
             self.have[name] = uuid  # asked again later: a delete may be repeated
+            self.doubtful.append(uuid)
             return "unknown"
         return self.wait(uuid, "deleted") if answer.status in (200, 404) else f"refused {answer.status}"
 
@@ -118,7 +123,7 @@ class User:
             verb = self.rng.choice([*verbs, self.network, self.push])
             self.say(op=verb.__name__, phase="begin")
             self.say(op=verb.__name__, phase="end", result=verb())
-        self.say(op="", phase="over", have=self.have, pushed=self.pushed)
+        self.say(op="", phase="over", have=self.have, doubtful=self.doubtful, pushed=self.pushed)
 
 
 if __name__ == "__main__":
