@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 
 from cli.cloud.api import Api
 from cli.command import API, Command, settings
-from cli.errors import MISSING, Problem, clean
+from cli.errors import Problem, clean
 from cli.image.stores import opened
 from cli.output import show_list, size
 from cli.settings import RESERVED
@@ -124,41 +123,33 @@ def _server() -> Iterator[Line]:
         yield WARNING, f"{name} is a namespace and a store: {name}/… means the store", f"sf remote rm {name}"
     for node in api("GET", "nodes"):
         name, state = node["name"], node["state"]
-        if state == "missing":
-            yield WRONG, f"node {name} says nothing", f"start sf agent there, or: sf node remove {name}"
+        mend = f"start sf agent there, or: sf node remove {name}"
+        if node.get("awaited"):
+            yield (
+                WRONG,
+                f"nothing begins before node {name} has said what runs there: {node['awaited']}",
+                mend,
+            )
+        elif state == "missing":
+            yield WRONG, f"node {name} says nothing", mend
         elif state == "drained":
             yield WARNING, f"node {name} is drained: it gets nothing new", f"sf node drain {name} --undo"
         else:
             yield OK, f"node {name}: {node['accel']}", ""
-    for one in _orphans(api):
+    for one in api("GET", "nodes", "orphans") if api.namespace == "system" else ():
         name = f"{one['namespace']}/{one['name']}" if one["name"] else one["uuid"]
         trouble = f": {one['error_message']}" if one["error_message"] else ""
-        yield (
-            WARNING,
-            f"node {one['node']} keeps guest {name}, which no record knows{trouble}",
-            "sf node orphans",
-        )
+        what = f"node {one['node']} keeps guest {name}, which no record knows{trouble}"
+        yield WARNING, what, "sf node orphans"
     yield from _guests(api)
-
-
-def _orphans(api: Api) -> list[dict[str, Any]]:
-    try:
-        return list(api("GET", "nodes", "orphans"))
-    except Problem as error:
-        if error.code != MISSING:
-            raise
-        return []  # a server of an older release
 
 
 def _guests(api: Api) -> Iterator[Line]:
     for one in api("GET", "instances"):
         name = f"{one['namespace']}/{one['name']}"
         if one["state"].endswith("error") or one["power_state"] == "crashed":
-            yield (
-                WARNING,
-                f"guest {name}: {one['error_message'] or 'it crashed'}",
-                f"sf instance events {name}",
-            )
+            what = f"guest {name}: {one['error_message'] or 'it crashed'}"
+            yield WARNING, what, f"sf instance events {name}"
     for one in api("GET", "networks"):
         name, found = f"{one['namespace']}/{one['name']}", api("GET", "networks", one["uuid"], "doctor")
         for finding in found:

@@ -12,6 +12,7 @@ from compute.cluster.joining import TOKEN_S, certificate
 from compute.cluster.joining import make_token as make_join_token
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import nodes as acts
+from compute.cluster.records.epochs import epoch
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.errors import Conflict, NotFound
@@ -34,8 +35,9 @@ def _find_to_change(ctx: Context, ref: str) -> Stored:
 
 
 def _view(ctx: Context, node: Node) -> dict[str, object]:
-    controller = ctx.services.controller
-    return views.node(node, alive=controller.nodes.alive(node.name), server=node.name == controller.server)
+    controller, now = ctx.services.controller, epoch(ctx.read())
+    alive, server = controller.nodes.alive(node.name), node.name == controller.server
+    return views.node(node, alive=alive, server=server, awaited=now.why if node.name in now.waiting else "")
 
 
 def _living(ctx: Context) -> list[str]:

@@ -115,7 +115,8 @@ def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
     )
 
 
-def node(item: Node, *, alive: bool, server: bool) -> Json:
+def node(item: Node, *, alive: bool, server: bool, awaited: str) -> Json:
+    """`awaited`: why nothing begins before this node has said what runs there; "" if it has."""
     state = item.state if item.state == "deleted" else "created" if alive else "missing"
     return _common(item) | {
         "uuid": item.uuid,
@@ -128,6 +129,7 @@ def node(item: Node, *, alive: bool, server: bool) -> Json:
         "memory": item.facts.get("memory_mib", 0),
         "architecture": item.facts.get("architecture", ""),
         "accel": item.facts.get("accel", ""),
+        "awaited": awaited or None,
         "is_hypervisor": True,
         "is_network_node": True,
         "is_database_node": server,

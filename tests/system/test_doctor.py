@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from click.testing import CliRunner
 from cli.errors import exit_code
 from cli.main import sf
 from cli.operate import doctor
+from compute.cluster.records.epochs import epoch
+from compute.cluster.records.transaction import transact
 from imagestore.backends.directory import Directory
 from imagestore.mirror import signing
 from imagestore.store.store import Store
@@ -103,6 +106,24 @@ def test_nodes_guests_and_networks_are_looked_at(server: Running) -> None:
     )
     assert any("is drained" in w and "--undo" in w for w in warnings)
     assert any("the bridge is missing" in line for line in lines("wrong"))
+
+
+def test_after_a_restore_the_nodes_that_have_not_spoken_yet_are_named(server: Running) -> None:
+    """A4: while nothing begins, it is said why, and what ends it."""
+    node = server.agent.node
+    transact(
+        server.services.store,
+        lambda txn: txn.update(replace(epoch(txn), waiting=(node,), why="the state was put back")),
+    )
+    line = next(line for line in lines("wrong") if "nothing begins" in line)
+    assert node in line and "the state was put back" in line and f"sf node remove {node}" in line
+
+
+def test_a_tenant_may_ask_the_doctor_too(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.call("POST", "/auth/namespaces", {"namespace": "shop", "key_name": "k", "key": "its-key"})
+    monkeypatch.setenv("SF_NAMESPACE", "shop")
+    monkeypatch.setenv("SF_KEY", "its-key")
+    assert not [line for line in lines("wrong") if line.startswith("server")]
 
 
 def test_the_dates_of_trust_are_said_before_they_pass(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
