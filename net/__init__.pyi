@@ -7,6 +7,7 @@ from .plan.model import NodeNetworks as NodeNetworks
 from .plan.model import Peer as Peer
 from .plan.model import Port as Port
 from .plan.names import namespace as namespace
+from .plan.names import own_macs as own_macs
 from .plan.names import port_mac as port_mac
 from .plan.names import tap as tap
 from .plane import Plane as Plane

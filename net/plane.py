@@ -130,6 +130,8 @@ class Plane:
         ):
             if space.link(names.bridge(network.vni)) is None:
                 raise Failed(f"network {network.name} is not on this node yet", hint="apply it first")
+            if port.mac in names.own_macs(self.installation, network.vni, [port.node]):
+                raise Conflict(f"{port.mac} is the MAC address of network {network.name} itself")
             self._pin(space, network, port, name)
             if space.link(name) is None:
                 host.move_link(name, space)

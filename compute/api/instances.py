@@ -22,8 +22,9 @@ from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits, unreadable
 from compute.cluster.scheduler import create_instance as create
-from compute.errors import Invalid
+from compute.errors import Conflict, Invalid
 from compute.wire.spec import AGENT_CHANNEL
+from net import ipam, own_macs
 
 router = APIRouter(tags=["instances"], route_class=Route)
 
@@ -170,6 +171,12 @@ def _user_data(text: str) -> bytes:
 
 def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
     network = ctx.find(Network, body.network_uuid, namespace)
+    nodes = [node.name for node in ctx.read().list(Node)]
+    own = own_macs(ctx.services.controller.installation, network.vni, nodes)
+    if body.macaddress and ipam.check_mac(body.macaddress) in own:
+        raise Conflict(
+            f"{body.macaddress} is a MAC address of the network itself", hint="give none to have one chosen"
+        )
     return Want(
         network.uuid, body.address or "", body.macaddress or "", body.model or "virtio", bool(body.float)
     )

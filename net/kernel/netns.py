@@ -24,6 +24,7 @@ from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 
 from net.errors import Failed
 from net.kernel import libnft, rtnetlink
+from net.plan import names
 from net.plan.facts import HOST, Entry, Kind, Link
 from net.plan.nft import VXLAN_PORT
 
@@ -278,8 +279,9 @@ class Netns:
             verb = "append" if add else "del"
             self._ip.fdb(verb, ifindex=index, lladdr=item.key, dst=item.value, flags=_SELF, state=state)
         elif item.kind is Kind.FDB:
-            verb = "replace" if add else "del"
-            self._ip.fdb(verb, ifindex=index, lladdr=item.key, flags=_MASTER, state=_NOARP)
+            own = item.dev.startswith(names.BRIDGE_PREFIX)
+            how = {"flags": _SELF, "state": _PERMANENT} if own else {"flags": _MASTER, "state": _NOARP}
+            self._ip.fdb("replace" if add else "del", ifindex=index, lladdr=item.key, **how)
         elif item.kind is Kind.NEIGHBOUR:
             what = {"ifindex": index, "dst": item.key, "lladdr": item.value, "state": _PERMANENT}
             self._ip.neigh("replace" if add else "del", **what)

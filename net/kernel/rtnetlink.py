@@ -121,7 +121,8 @@ def entries(asking: socket.socket, names: dict[int, str], *, connected_only: boo
             yield Entry(Kind.ADDRESS, names.get(index, ""), f"{_ip(a.get(2))}/{length}")
     for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=B11x", socket.AF_BRIDGE)):
         index, state = struct.unpack("=xxxxiHxx", fixed)
-        if 1 in a or (9 in a and state == _NOARP):  # has a remote end, or a bridge's static entry
+        own = state == _PERMANENT and 9 in a and _number(a[9]) == index  # a bridge's for itself
+        if 1 in a or own or (9 in a and state == _NOARP):  # has a remote end, or a bridge's static entry
             yield Entry(Kind.FDB, names.get(index, ""), a.get(2, b"").hex(":"), _ip(a.get(1)))
     for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=B11x", socket.AF_INET)):
         index, state = struct.unpack("=xxxxiHxx", fixed)

@@ -1,9 +1,13 @@
 """DHCP and DNS of one network as text: the files that its dnsmasq reads (dnsmasq(8)).
 
+A word in these files can be syntax: `ignore`, `infinite` and `5m` mean something in an entry for a host. So a guest's
+name stands there with the network's domain behind it, which no keyword and no time has, or not at all.
+
 Leases are no state: every guest has a fixed entry, and `dhcp-authoritative` confirms an address to a guest that had it
 before a restart.
 """
 
+import re
 from collections.abc import Sequence
 from ipaddress import IPv4Address
 
@@ -12,6 +16,9 @@ from net.plan.facts import Dnsmasq
 from net.plan.model import Network
 
 _LEASE = "24h"
+_OUT = "out"
+"""The tag of guests whose packets the router takes elsewhere."""
+_NAME = re.compile(r"[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63}){0,126}\.?")
 
 
 def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool) -> Dnsmasq:
@@ -45,17 +52,20 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool)
             f"dhcp-option=option:domain-search,{domain}",
         ]
         routed = [f"{address}/32,{network.gateway}" for address, _ in sorted(network.routed)]
-        if uplink:
-            lines.append(f"dhcp-option=option:router,{network.gateway}")
-        else:
-            lines.append("dhcp-option=option:router")
-        if routed:
-            ways = [f"0.0.0.0/0,{network.gateway}", *routed] if uplink else routed
-            lines.append(f"dhcp-option=option:classless-static-route,{','.join(ways)}")
+        for tag, router, ways in (
+            (_OUT, f",{network.gateway}", [f"0.0.0.0/0,{network.gateway}", *routed]),
+            (f"!{_OUT}", "", routed),
+        ):
+            lines.append(f"dhcp-option=tag:{tag},option:router{router}")
+            if routed:
+                lines.append(f"dhcp-option=tag:{tag},option:classless-static-route,{','.join(ways)}")
         if network.provide_dns:
             lines.append(f"dhcp-option=option:dns-server,{network.gateway}")
-        hosts = sorted(f"{port.mac},{port.address},{port.hostname}" for port in network.ports)
-    entries = [(port.hostname, port.address) for port in network.ports if port.hostname]
-    entries += network.dns_entries
+        for port in network.ports:
+            tags = [f"set:{_OUT}"] if uplink and network.leads_out(port) else []
+            called = [f"{port.hostname}.{domain}"] if _NAME.fullmatch(port.hostname) else []
+            hosts.append(",".join([port.mac, *tags, str(port.address), *called]))
+    entries = [(port.hostname, port.address) for port in network.ports] + list(network.dns_entries)
+    entries = [(name, address) for name, address in entries if _NAME.fullmatch(name)]
     answers = sorted(f"{address} {name}" for name, address in entries) if network.provide_dns else []
-    return Dnsmasq(*("".join(f"{line}\n" for line in text) for text in (lines, hosts, answers)))
+    return Dnsmasq(*("".join(f"{line}\n" for line in text) for text in (lines, sorted(hosts), answers)))

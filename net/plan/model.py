@@ -37,7 +37,8 @@ class Network:
     provide_dhcp: bool = True
     provide_nat: bool = True
     provide_dns: bool = True
-    domain: str = "sf.local"
+    domain: str = "sf.internal"
+    """Of its names: `.internal` is reserved for this (ICANN, 2024), `.local` belongs to mDNS (RFC 6762)."""
     router_node: str = ""
     """The node that routes for this network and runs its DHCP/DNS."""
     router_floating: IPv4Address | None = None
@@ -47,6 +48,11 @@ class Network:
     """Routed IPs: (address, next hop inside the network)."""
     dns_entries: tuple[tuple[str, IPv4Address], ...] = ()
     """Extra names that the network's DNS answers."""
+
+    def leads_out(self, port: Port) -> bool:
+        """Whether the router takes what this port sends anywhere else."""
+        routed = any(via == port.address for _, via in self.routed)
+        return self.provide_nat or routed or port.floating is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ An interface name has at most 15 characters (IFNAMSIZ). Names that stand in the 
 import functools
 import hashlib
 import re
+from collections.abc import Iterable
 
 from net.errors import Invalid
 
@@ -48,8 +49,11 @@ def namespace_prefix(installation: str) -> str:
     return f"sf-{installation}-"
 
 
+BRIDGE_PREFIX = "br-"
+
+
 def bridge(vni: int) -> str:
-    return f"br-{vni:06x}"
+    return f"{BRIDGE_PREFIX}{vni:06x}"
 
 
 def vxlan(vni: int) -> str:
@@ -95,6 +99,13 @@ def router_mac(installation: str, vni: int) -> str:
 def bridge_mac(installation: str, vni: int, node: str) -> str:
     """The MAC of the bridge on a node that does not route."""
     return _mac(f"bridge/{installation}/{vni}/{node}")
+
+
+def own_macs(installation: str, vni: int, nodes: Iterable[str]) -> frozenset[str]:
+    """Those of a network itself, which no port may have: who has the gateway's gets what is meant for the router."""
+    return frozenset(
+        {router_mac(installation, vni), *(bridge_mac(installation, vni, node) for node in nodes)}
+    )
 
 
 def port_mac(seed: str) -> str:

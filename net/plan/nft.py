@@ -59,7 +59,12 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
         f" arp saddr ip {_set([*addresses, IPv4Address(0)])} accept"
     )
     yield drop("ether type arp", "arp")
-    yield "ether type ip ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
+    # A DHCP server goes by the MAC inside the message (RFC 2131, chaddr: byte 36 behind the start of the UDP header),
+    # so it must be the sender's own. A fragment that ends before it is not accepted.
+    asks = f"udp sport 68 udp dport 67 @th,288,48 0x{mac.replace(':', '')}"
+    yield f"ether type ip ip saddr 0.0.0.0 ip daddr 255.255.255.255 {asks} accept"
+    yield f"ether type ip ip saddr {own} {asks} accept"
+    yield drop("ether type ip udp dport 67", "dhcp")
     yield drop(f"ether type ip ip saddr != {own}", "ipv4")
     yield drop("ether type ip udp sport 67", "dhcp")
     yield drop(f"ether type ip udp dport {VXLAN_PORT}", "vxlan")

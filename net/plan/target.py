@@ -93,6 +93,10 @@ def _namespace(
     alias = f"{names.owned(desired.installation)}network {network.uuid}"
     router_mac = names.router_mac(desired.installation, vni)
     mac = router_mac if routes else names.bridge_mac(desired.installation, vni, desired.node)
+    # Records of version 0.1 may have a port with a MAC of the network's own: it gets nothing.
+    nodes = {desired.node, *(peer.node for peer in desired.peers)}
+    own = names.own_macs(desired.installation, vni, nodes)
+    network = replace(network, ports=tuple(port for port in network.ports if port.mac not in own))
     remotes = {peer.node: str(peer.address) for peer in desired.peers if peer.node != desired.node}
     local = {tap_name(desired, port): port for port in network.ports if port.node == desired.node}
     mtu = network.mtu_bytes
@@ -113,6 +117,8 @@ def _namespace(
         entries |= {Entry(Kind.ADDRESS, up, f"{inside}/31"), Entry(Kind.ROUTE, up, "0.0.0.0/0", str(outside))}
         if network.router_floating:
             entries.add(Entry(Kind.ADDRESS, up, f"{network.router_floating}/32"))
+    # The bridge's own: the kernel made it with the bridge, and forgets it when it was a port's meanwhile.
+    entries.add(Entry(Kind.FDB, br, mac))
     entries |= {Entry(Kind.FDB, name, port.mac) for name, port in local.items()}
     entries |= {Entry(Kind.NEIGHBOUR, br, str(port.address), port.mac) for port in network.ports}
     elsewhere = [(port.mac, port.node) for port in network.ports if port.node != desired.node]

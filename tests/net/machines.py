@@ -340,7 +340,7 @@ def arp(operation: int, mac: str, address: object, target: object) -> bytes:
     return struct.pack("!HHBBH", 1, 0x0800, 6, 4, operation) + packed(mac) + sender + b"\0" * 6 + wanted
 
 
-def _dhcp_frame(mac: str, transaction: bytes, options: bytes) -> bytes:
+def dhcp_frame(mac: str, transaction: bytes, options: bytes) -> bytes:
     body = b"\1\1\6\0" + transaction + b"\0" * 20 + packed(mac) + b"\0" * 10 + b"\0" * 192
     body += b"\x63\x82\x53\x63" + options + b"\xff"
     return ethernet(
@@ -350,13 +350,13 @@ def _dhcp_frame(mac: str, transaction: bytes, options: bytes) -> bytes:
 
 def _lease(mac: str, timeout_s: float) -> dict[int, bytes]:
     transaction, deadline = os.urandom(4), time.monotonic() + timeout_s
-    wanted = b"\x37\x07\x01\x03\x06\x0f\x1a\x77\x79"
+    wanted = b"\x37\x08\x01\x03\x06\x0c\x0f\x1a\x77\x79"
     ask = b"\x35\x01\x01" + wanted
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as raw:
         raw.bind(("eth0", 0))
         raw.settimeout(0.5)
         while time.monotonic() < deadline:
-            raw.send(_dhcp_frame(mac, transaction, ask))
+            raw.send(dhcp_frame(mac, transaction, ask))
             again = time.monotonic() + 1
             while time.monotonic() < again:
                 try:

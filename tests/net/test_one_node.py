@@ -29,15 +29,15 @@ def test_a_guest_gets_its_address_by_dhcp_resolves_its_neighbour_and_reaches_the
         assert IPv4Address(options[0]) == one.address
         assert IPv4Address(options[3]) == network.gateway
         assert int.from_bytes(options[26]) == network.mtu_bytes
-        assert options[15] == b"sf.local"
-        assert options[119] == b"\x02sf\x05local\x00"
+        assert options[15] == b"sf.internal"
+        assert options[119] == b"\x02sf\x08internal\x00"
         other.dhcp()
         assert guest.pings(network.gateway)
         assert guest.pings(two.address, size=network.mtu_bytes - 28)
         assert guest.pings(OUTSIDE)
         guest.space.sh("mount --bind /dev/null /etc/resolv.conf")
-        assert _resolve(guest, network.gateway, "guest3.sf.local") == [two.address]
-        assert _resolve(guest, network.gateway, "nobody.sf.local") == []
+        assert _resolve(guest, network.gateway, "guest3.sf.internal") == [two.address]
+        assert _resolve(guest, network.gateway, "nobody.sf.internal") == []
 
 
 def _resolve(guest, server: IPv4Address, name: str) -> list[IPv4Address]:  # type: ignore[no-untyped-def]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.api_server import Running, running
+from net.plan import names
+from tests.api_server import INSTALLATION, Running, running
 
 
 @pytest.fixture
@@ -122,6 +123,35 @@ def test_wrong_input_is_refused_in_words_and_leaves_nothing(
     answer = server.instance(**change)
     assert (answer.status, word in answer.body["error"]) == (status, True), answer.body
     assert [r.key for r in server.services.store.list("")] == before
+
+
+def test_the_networks_own_macs_are_given_to_nobody(server: Running) -> None:
+    """G1: an interface could take the gateway's MAC, and with it what its neighbours send to the router."""
+    network = server.services.controller.store  # the record knows the VNI
+    uuid = server.network()["uuid"]
+    vni = json.loads(next(r.value for r in network.list("network/") if uuid in r.key))["vni"]
+    created(server)
+    for mac in (
+        names.router_mac(INSTALLATION, vni),
+        names.bridge_mac(INSTALLATION, vni, server.agent.node).upper(),
+    ):
+        wanted = {"network_uuid": "lan", "macaddress": mac}
+        assert server.instance("thief", network=[wanted]).status == 409
+        answer = server.call("POST", "/instances/web/interfaces", {"network": wanted})
+        assert answer.status == 409 and "network itself" in answer.body["error"]
+
+
+def test_names_that_differ_in_case_alone_do_not_meet_on_a_network_with_dns(server: Running) -> None:
+    """G3: `Twin` and `twin` shared a DNS name."""
+    server.network()
+    server.call("POST", "/networks", {"name": "mute", "netblock": "10.43.0.0/24", "provide_dns": False})
+    created(server, "Twin", network="lan")
+    answer = server.instance("twin", network="lan")
+    assert answer.status == 409 and "DNS" in answer.body["error"]
+    created(server, "twin", network="mute")
+    plug = {"network": {"network_uuid": "lan"}}
+    assert server.call("POST", "/instances/twin/interfaces", plug).status == 409
+    assert server.call("POST", "/instances/Twin/interfaces", plug).status == 200
 
 
 def test_a_taken_instance_name_is_a_conflict_until_it_is_deleted(server: Running) -> None:

@@ -44,9 +44,15 @@ def _static(interface: InterfaceSpec, network: Network, *, default_route: bool) 
     }
 
 
+def _leads_out(interface: InterfaceSpec, network: Network) -> bool:
+    own = (port for port in network.ports if port.uuid == interface.uuid)
+    return network.provide_nat or any(map(network.leads_out, own))
+
+
 def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, Any]:
     """network_data.json: MAC and MTU always, `ipv4_dhcp` where the network serves it, else the address itself."""
     links, plans, resolvers = [], [], []
+    first = next((i for i in spec.interfaces if _leads_out(i, networks[i.network_uuid])), None)
     for number, interface in enumerate(spec.interfaces):
         network = networks[interface.network_uuid]
         links.append(
@@ -62,9 +68,10 @@ def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, 
         if network.provide_dhcp:
             plan["type"] = "ipv4_dhcp"
         else:
-            plan.update(_static(interface, network, default_route=number == 0))
+            plan.update(_static(interface, network, default_route=interface is first))
             if network.provide_dns:
                 resolvers.append({"type": "dns", "address": str(network.gateway)})
+                plan["dns_search"] = [network.domain]
         plans.append(plan)
     return {"links": links, "networks": plans, "services": resolvers}
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from compute.cluster.records import epochs
 from compute.cluster.records.claims import claim
-from compute.cluster.records.interfaces import Interface, Want, attach, detach
+from compute.cluster.records.interfaces import Interface, Want, attach, detach, interfaces_on
 from compute.cluster.records.networks import find_network
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take_name
@@ -111,11 +111,21 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
     instance = replace(instance, created_s=now, updated_s=now)
     take_name(txn, Instance.KIND, instance.namespace, instance.name, instance.uuid)
     for order, want in enumerate(wants):
-        attach(txn, find_network(txn, want.network), instance.uuid, instance.namespace, order, want)
+        _attach(txn, instance, order, want)
     claim(txn, instance.node, instance.cpus, instance.memory_mib)
     txn.create(instance)
     txn.event(Instance.KIND, instance.uuid, f"asked for; placed on {instance.node}", type="audit")
     return instance
+
+
+def _attach(txn: Transaction, instance: Instance, order: int, want: Want) -> Interface:
+    """Two names that differ in case alone are one name for DNS."""
+    network, name = find_network(txn, want.network), instance.name.lower()
+    others = {i.instance_uuid for i in interfaces_on(txn, network.uuid)} - {instance.uuid}
+    if network.provide_dns and any(i.uuid in others and i.name.lower() == name for i in txn.list(Instance)):
+        hint = "choose another name, or a network without DNS"
+        raise Conflict(f"network {network.name} has a guest that DNS knows as {name}", hint=hint)
+    return attach(txn, network, instance.uuid, instance.namespace, order, want)
 
 
 def interfaces_of(txn: Transaction, instance_uuid: str) -> list[Interface]:
@@ -193,7 +203,7 @@ def add_interface(txn: Transaction, uuid: str, want: Want) -> Interface:
     order = max((i.order for i in held), default=-1) + 1
     # The record is written too, so that a deletion at the same moment repeats this and sees it.
     txn.update(replace(found, updated_s=time.time()))
-    made = attach(txn, find_network(txn, want.network), uuid, found.namespace, order, want)
+    made = _attach(txn, found, order, want)
     txn.event(Instance.KIND, uuid, f"interface {made.uuid} with {made.address} asked for", type="audit")
     return made
 

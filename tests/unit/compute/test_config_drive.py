@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from compute.agent.guest import config_drive
 from compute.wire.spec import DiskSpec, InstanceSpec, InterfaceSpec
-from net.plan.model import Network
+from net.plan.model import Network, Port
 
 LAN = Network("lan-uuid", 7, "lan", IPv4Network("10.42.0.0/24"), IPv4Address("10.42.0.1"), mtu_bytes=1450)
 STATIC = Network(
@@ -90,3 +91,20 @@ def test_only_the_first_interface_brings_a_default_route() -> None:
 def test_a_network_that_is_not_there_is_an_error() -> None:
     with pytest.raises(KeyError):
         config_drive.network_data(SPEC, {})
+
+
+def test_the_default_route_is_the_first_that_leads_out() -> None:
+    """G4: a guest whose first network is without NAT and DHCP had a default route to nowhere."""
+    inner = replace(STATIC, uuid="inner", provide_nat=False)
+    spec = replace(
+        SPEC, interfaces=(InterfaceSpec("if-0", "inner", "02:00:00:00:00:03", "10.43.0.10"), *SPEC.interfaces)
+    )
+    first, second, _ = config_drive.network_data(spec, {"inner": inner, **NETWORKS})["networks"]
+    assert second["routes"] and not first["routes"]
+    assert second["dns_search"] == ["sf.internal"]
+    port = Port(
+        "if-0", "02:00:00:00:00:03", IPv4Address("10.43.0.10"), "web", floating=IPv4Address("192.0.2.9")
+    )
+    reached = replace(inner, ports=(port,))
+    first, second, _ = config_drive.network_data(spec, {"inner": reached, **NETWORKS})["networks"]
+    assert first["routes"] and not second["routes"]

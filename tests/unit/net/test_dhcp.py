@@ -1,7 +1,10 @@
 """What dnsmasq is told, and where its upstream servers come from."""
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+
+import pytest
 
 from net.kernel import dnsmasq
 from net.plan import dhcp
@@ -12,24 +15,62 @@ BLOCK = IPv4Network("10.42.0.0/24")
 PORT = Port("p", "02:00:00:00:00:01", BLOCK[2], "web", "n1")
 
 
+def _network(**more: object) -> Network:
+    return Network("u", 5, "lan", BLOCK, BLOCK[1], **{"ports": (PORT,), **more})  # type: ignore[arg-type]
+
+
 def _settings(*, uplink: bool = True, **more: object) -> Dnsmasq:
-    network = Network("u", 5, "lan", BLOCK, BLOCK[1], ports=(PORT,), **more)  # type: ignore[arg-type]
-    return dhcp.settings(network, [IPv4Address("192.0.2.53")] if uplink else [], uplink=uplink)
+    return dhcp.settings(_network(**more), [IPv4Address("192.0.2.53")] if uplink else [], uplink=uplink)
 
 
 def test_every_guest_has_its_fixed_address_and_its_name() -> None:
-    made = _settings(mtu_bytes=8950, dns_entries=(("db.sf.local", IPv4Address("10.42.0.9")),))
-    assert made.hosts == "02:00:00:00:00:01,10.42.0.2,web\n"
-    assert made.names == "10.42.0.2 web\n10.42.0.9 db.sf.local\n"
-    for line in ("dhcp-option=option:mtu,8950", "server=192.0.2.53", "dhcp-option=option:router,10.42.0.1"):
+    made = _settings(mtu_bytes=8950, dns_entries=(("db.sf.internal", IPv4Address("10.42.0.9")),))
+    assert made.hosts == "02:00:00:00:00:01,set:out,10.42.0.2,web.sf.internal\n"
+    assert made.names == "10.42.0.2 web\n10.42.0.9 db.sf.internal\n"
+    for line in (
+        "dhcp-option=option:mtu,8950",
+        "server=192.0.2.53",
+        "dhcp-option=tag:out,option:router,10.42.0.1",
+    ):
         assert line in made.config.splitlines()
 
 
 def test_a_network_without_a_way_out_gives_no_default_route_but_its_routed_addresses() -> None:
-    lines = _settings(uplink=False, routed=((IPv4Address("203.0.113.7"), BLOCK[2]),)).config.splitlines()
-    assert "dhcp-option=option:router" in lines
-    assert "dhcp-option=option:classless-static-route,203.0.113.7/32,10.42.0.1" in lines
+    settings = _settings(uplink=False, routed=((IPv4Address("203.0.113.7"), BLOCK[2]),))
+    lines = settings.config.splitlines()
+    assert "dhcp-option=tag:!out,option:router" in lines
+    assert "dhcp-option=tag:!out,option:classless-static-route,203.0.113.7/32,10.42.0.1" in lines
+    assert not [line for line in settings.hosts.splitlines() if "set:out" in line]
     assert not [line for line in lines if line.startswith("server=")]
+
+
+@pytest.mark.parametrize("name", ["ignore", "infinite", "5m", "1w", "10", "tag", "0x5"])
+def test_no_guests_name_is_a_word_of_the_servers_language(name: str) -> None:
+    """G3."""
+    made = dhcp.settings(_network(ports=(replace(PORT, hostname=name),)), [], uplink=True)
+    assert made.hosts == f"02:00:00:00:00:01,set:out,10.42.0.2,{name}.sf.internal\n"
+    assert made.names == f"10.42.0.2 {name}\n"
+
+
+@pytest.mark.parametrize("name", ["a b", "x\n0.0.0.0 www", "a,ignore", "#", "", "../x", "a" * 64])
+def test_what_is_no_name_reaches_no_file(name: str) -> None:
+    """G3."""
+    network = _network(ports=(replace(PORT, hostname=name),), dns_entries=((name, BLOCK[9]),))
+    made = dhcp.settings(network, [], uplink=True)
+    assert made.hosts == "02:00:00:00:00:01,set:out,10.42.0.2\n"
+    assert made.names == ""
+
+
+def test_only_a_guest_whose_packets_go_out_is_told_of_a_router() -> None:
+    """G4: where there is no NAT, a floating or a routed address of another guest leads nobody else out."""
+    ports = (
+        PORT,
+        replace(PORT, uuid="f", address=BLOCK[3], floating=BLOCK[99]),
+        replace(PORT, uuid="r", address=BLOCK[4]),
+    )
+    network = _network(provide_nat=False, ports=ports, routed=((IPv4Address("203.0.113.7"), BLOCK[4]),))
+    hosts = dhcp.settings(network, [], uplink=True).hosts.splitlines()
+    assert ["set:out" in line for line in hosts] == [False, True, True]
 
 
 def test_without_dhcp_no_address_is_offered_and_without_dns_no_name_is_answered() -> None:
