@@ -8,16 +8,16 @@ import click
 from cli.command import DURATION, SIZE, Command, Group, kept, settings
 from cli.errors import Problem
 from cli.image.stores import found
-from cli.output import show_list, size, status, when
+from cli.output import ago, show_list, size, status
 
 ROWS = (
     ("digest", "digest"),
     ("disk", lambda row: size(row["size_bytes"])),
-    ("on this node", lambda row: size(row["used_bytes"])),
+    ("held", lambda row: size(row["used_bytes"])),
     ("present", lambda row: present(row)),
     ("pinned", lambda row: "yes" if row["pinned"] else ""),
     ("used by", lambda row: len(row["readers"]) or ""),
-    ("last used", lambda row: when(row["used_s"])),
+    ("last used", lambda row: ago(row["used_s"])),
 )
 
 cache = Group("cache", help="Images that this node holds.")

@@ -18,10 +18,10 @@ from cli.output import ago, confirm, progress, say, show_list, show_one, size, w
 
 COLUMNS = (
     ("name", "name"),
-    ("architecture", "architecture"),
+    ("arch", "architecture"),
     ("size", lambda i: size(i.get("size_bytes"))),
     ("digest", "digest"),
-    ("on this node", "present"),
+    ("here", "present"),
     ("changed", lambda i: "removed" if i.get("removed") else ago(i.get("modified_s"))),
 )
 FIELDS = (

@@ -27,6 +27,8 @@ from cli.cloud.api import Api
 from cli.cloud.console import last_line
 from cli.cloud.instance import COLUMNS as GUESTS
 from cli.errors import Problem, exit_code
+from cli.image.cache import ROWS as CACHED
+from cli.image.image import COLUMNS as IMAGES
 from cli.main import sf
 from cli.output import ago, show_list
 from tests.api_server import Running, running
@@ -204,20 +206,33 @@ def test_the_others_are_done_only_where_there_are_others(home: Path) -> None:
 
 def test_a_guest_takes_one_line_of_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """I21"""
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "80")
     links = [{"ipv4": "10.42.0.17"}]
     rows = [
         {"name": f"guest-number-{n}", "state": "created", "power_state": "on", "interfaces": links, "cpus": 2}
         | {"memory": 2048, "node": "server1", "namespace": namespace, "uuid": "0" * 36}
         for n, namespace in enumerate(("system", "shop"))
     ]
-    show_list(rows, GUESTS, "table")
+    assert len(drawn(monkeypatch, rows, GUESTS)) == 3
+    cached = {"digest": "b3:" + "0" * 64, "size_bytes": 8 << 30, "used_bytes": 999 << 20, "complete": True}
+    cached |= {"pinned": True, "readers": ["web-vda"], "used_s": time.time() - 50 * 60}
+    assert len(drawn(monkeypatch, [cached], CACHED)) == 2
+    image = {"name": "debian-of-us:12", "architecture": "aarch64", "size_bytes": 999 << 20, "present": "100%"}
+    image |= {"digest": "b3:" + "0" * 64, "modified_s": time.time() - 50 * 60}
+    assert len(drawn(monkeypatch, [image], IMAGES)) == 2
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, rows: Any, columns: Any) -> list[str]:
+    """The lines of a list on a terminal of 80 columns."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setenv("COLUMNS", "80")
+        show_list(rows, columns, "table")
     plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
     lines = [line for line in plain.splitlines() if line.strip()]
-    assert len(lines) == 3 and all(len(line) <= 80 for line in lines), lines
+    assert all(len(line) <= 80 for line in lines), lines
+    return lines
 
 
 def test_times_in_lists_are_relative() -> None:
