@@ -80,6 +80,31 @@ def test_statuses_have_their_kinds_and_redirects_go_to_web_servers_only(
             Http(f"{served[1]}/{place}").get("packs/ab/cd")
 
 
+def test_a_store_on_plain_http_leads_to_nothing_else_that_only_this_machine_can_reach() -> None:
+    """H8."""
+    asked: list[bytes] = []
+
+    def inside(connection: socket.socket, request: bytes) -> None:
+        asked.append(request)
+        sends("200 OK", b"hi", "Content-Length: 2")(connection, request)
+
+    with liar(inside) as there:
+        port = there.rpartition(":")[2]
+        for host in (
+            "127.0.0.1",
+            "localhost",
+            "[::1]",
+            "[::ffff:127.0.0.1]",
+            "169.254.169.254",
+            "10.0.0.1",
+            "0.0.0.0",
+        ):
+            moved = sends("302 There", b"", "Content-Length: 0", f"Location: http://{host}:{port}/x")
+            with liar(moved) as url, pytest.raises(Denied):
+                Http(url).get("store.json")
+    assert not asked
+
+
 def test_a_store_on_a_web_server_is_read_like_any_other(tmp_path: Path) -> None:
     world = World(tmp_path / "world", backend=Directory(tmp_path / "store"))
     digest = world.push("a", disk(1))
