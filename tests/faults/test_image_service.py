@@ -227,7 +227,9 @@ def test_a_full_disk_stops_the_fill_and_not_the_guest(tmp_path: Path) -> None:
 def test_a_suspended_client_and_one_that_hammers_leave_the_others_alone(tmp_path: Path) -> None:
     url, (digest,) = make_store(tmp_path / "store", DATA)
     with Imaged(tmp_path / "state", url) as imaged:
-        sockets = [imaged.ask("attach", image=str(digest), reader=f"vd{n}")["path"] for n in range(3)]
+        asked = [imaged.ask("attach", image=str(digest), reader=f"vd{n}", fill="never") for n in range(3)]
+        sockets = [one["path"] for one in asked]
+        imaged.ask("prefetch", image=str(digest))  # not before all have their sockets
         imaged.wait_complete(digest)
         bench = ["qemu-img", "bench", "-f", "raw", "-c", "100000000", "-d", "64", "-s", "65536"]
         greedy = [
