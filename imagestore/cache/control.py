@@ -1,7 +1,7 @@
 """The image service's control socket: one JSON object per line each way, `{"op": …}` and `{"ok": …}` or `{"error": …}`.
 
-Operations are those methods of the service that OPERATIONS names, and `leave`: end if nobody needs you. Who may connect
-to the socket may do all of it.
+Operations are those methods of the service that OPERATIONS names, those of its images that OF_IMAGES does, and `leave`:
+end if nobody needs you. Who may connect to the socket may do all of it.
 """
 
 import asyncio
@@ -17,9 +17,8 @@ from imagestore.errors import Invalid, StoreError, Unavailable
 from imagestore.outside import read_json
 
 _LINE_BYTES = 1 << 20
-OPERATIONS = frozenset(
-    "attach settle detach sync booted figures join use readable pin unpin prefetch prune ls watch".split()
-)
+OPERATIONS = frozenset("attach settle detach sync join use readable pin unpin prune ls watch".split())
+OF_IMAGES = frozenset(("booted", "figures", "prefetch"))
 Request = dict[str, Any]
 
 
@@ -74,9 +73,10 @@ class ControlServer:
             self.alone = op == "leave"
             if self.alone:
                 return {"ok": None}
-            if op not in OPERATIONS:
+            if op not in OPERATIONS | OF_IMAGES:
                 raise Invalid(f"there is no operation {op!r}")
-            return {"ok": await getattr(self._service, op)(**request)}
+            owner = self._service.images if op in OF_IMAGES else self._service
+            return {"ok": await getattr(owner, op)(**request)}
         except StoreError as error:
             failure = error
         except OSError as error:

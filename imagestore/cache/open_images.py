@@ -133,12 +133,11 @@ class OpenImages:
                     if not image.exports:
                         await self._release(image)
 
-    async def fetch(self, digest: Digest) -> None:
-        """Bring the whole image here."""
-        if not self._cache.has(digest):
+    async def prefetch(self, image: str) -> None:
+        """Bring the whole image here, in the background."""
+        if not self._cache.has(digest := Digest.parse(image)):
             async with self._lock:
-                image = await self._opened(digest)
-                image.wanted.fill = Fill.NOW
+                (await self._opened(digest)).wanted.fill = Fill.NOW
                 self._fetcher.pump()
 
     async def give(self, digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
@@ -154,7 +153,7 @@ class OpenImages:
         loose = await self._fetcher.obtain(image, chunks, PATIENCE_S, for_peer=True)
         return [loose.get(chunk) or image.partial.read_chunk(chunk) for chunk in chunks]
 
-    def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
+    async def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
         """The guest is up: its boot trace ends soon."""
         for image in self._images.values():
             if reader in image.exports:
@@ -280,7 +279,7 @@ class OpenImages:
         """Whether somebody reads through us or waits for an image to become complete."""
         return any(image.exports or image.wanted.fill is Fill.NOW for image in self._images.values())
 
-    def figures(self, reader: str) -> dict[str, Any]:
+    async def figures(self, reader: str) -> dict[str, Any]:
         """From where the bytes of a reader's image came so far, and how long its reads waited; {} if it has none."""
         for image in self._images.values():
             if reader in image.exports:

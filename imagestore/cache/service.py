@@ -22,7 +22,7 @@ from typing import Any
 from imagestore import durable
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.node_stores import Stores
-from imagestore.cache.open_images import SETTLE_S, OpenImages
+from imagestore.cache.open_images import OpenImages
 from imagestore.cache.peers import PeerServer, Site
 from imagestore.cache.wanted import Fill
 from imagestore.errors import Conflict, Invalid, NotFound, StoreError
@@ -177,14 +177,6 @@ class ImageService:
         for reader in set(self._references) - set(readers):
             await self.detach(reader)
 
-    async def booted(self, reader: str, settle_s: float = SETTLE_S) -> None:
-        """The guest is up: its boot trace ends soon."""
-        self.images.booted(reader, settle_s)
-
-    async def figures(self, reader: str) -> dict[str, Any]:
-        """From where the bytes of a reader's image came so far, and how long its reads waited; {} if it has none."""
-        return self.images.figures(reader)
-
     async def _remember(self, reader: str, reference: Reference | None) -> None:
         """From now on, also for the next service; None: there is no such reader."""
         if reference:
@@ -207,10 +199,6 @@ class ImageService:
         return await self.images.export(digest, reference.reader, fill, reference.patience_s)
 
     # -- policy
-
-    async def prefetch(self, image: str) -> None:
-        """Bring the whole image here, in the background."""
-        await self.images.fetch(Digest.parse(image))
 
     async def pin(self, image: str) -> None:
         """Keep an image although nobody uses it."""

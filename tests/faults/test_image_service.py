@@ -438,7 +438,7 @@ def test_an_image_that_cannot_be_completed_now_is_completed_later(
     async def story() -> None:
         service = ImageService(tmp_path / "state/cache", tmp_path / "run", [url])
         await service.start()
-        await service.prefetch(str(digest))
+        await service.images.prefetch(str(digest))
         while not tries or not tries[0].exists():
             await asyncio.sleep(0.02)
         await service.close()
