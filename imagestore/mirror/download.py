@@ -24,7 +24,6 @@ class Fetched:
     """What a download brought. `path` is None where the server said that nothing has changed."""
 
     path: Path | None
-    url: str
     etag: str = ""
     last_modified: str = ""
 
@@ -89,7 +88,7 @@ class Downloader:
             response = self._open(url, known, 200, *([304] if known else []))
         try:
             if response.status == 304:
-                return Fetched(None, url, etag, last_modified)
+                return Fetched(None, etag, last_modified)
             length = decimal(response.headers.get("content-length", ""))
             total = 0 if length is None else start + length  # 0: the server does not say
             if max(total, start) > limit_bytes:
@@ -106,7 +105,7 @@ class Downloader:
             part.replace(destination)
             note.unlink(missing_ok=True)
             said = response.headers
-            return Fetched(destination, url, said.get("etag", ""), said.get("last-modified", ""))
+            return Fetched(destination, said.get("etag", ""), said.get("last-modified", ""))
         finally:
             response.close()
 

@@ -16,7 +16,7 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -66,16 +66,6 @@ class Source:
     def title(self) -> str:
         """For reports."""
         return f"{self.name}:{self.tags[0]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where one build for one architecture is."""
-
-    url: str
-    checksums: str
-    signature: str
-    build: str
 
 
 _KEYS = {
@@ -198,16 +188,16 @@ def newest(page: str, pattern: str, arch: str) -> str:
     return str(max(found, key=lambda text: [int(number) for number in _NUMBER.findall(text)]))
 
 
-def locate(source: Source, architecture: str, build: str) -> Location:
-    """The URLs of one build."""
+def locate(source: Source, architecture: str, build: str) -> Source:
+    """With the URLs of one build for one architecture."""
 
     def fill(text: str, file: str = "") -> str:
         theirs = source.architectures[architecture]
         return text.replace("{arch}", theirs).replace("{build}", build).replace("{file}", file)
 
     url = fill(source.url)
-    file = url.rpartition("/")[2]
-    return Location(url, fill(source.checksums, file), fill(source.signature, file), build)
+    checksums, signature = (fill(one, url.rpartition("/")[2]) for one in (source.checksums, source.signature))
+    return replace(source, url=url, checksums=checksums, signature=signature)
 
 
 def find_checksum(text: str, file: str, listed_in: str = "") -> tuple[str, str]:

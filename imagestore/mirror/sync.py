@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -66,8 +66,7 @@ class Provenance:
 
     def encode(self) -> bytes:
         """JSON."""
-        body = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps(body, sort_keys=True, indent=1).encode()
+        return json.dumps(asdict(self), sort_keys=True, indent=1).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> "Provenance":
