@@ -61,11 +61,11 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         stack.enter_context(process.only_one(state_dir))
         listening.raise_limits()
         listener = stack.enter_context(_listen(config.host, config.port))
+        installation = installation_id(state_dir)
         store = SqliteStore(state_dir / "sf.db")
         stack.callback(store.close)
         ensure_local_key(store, state_dir / "auth" / "local-key")
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
-        installation = installation_id(state_dir)
         stores = process.NodeStores(config, default=True)
         stack.callback(stores.close)
         controller = Controller(
@@ -129,7 +129,12 @@ def installation_id(state_dir: Path) -> str:
     path = state_dir / "installation.json"
     try:
         return str(json.loads(path.read_text())["id"])
-    except FileNotFoundError:
+    except FileNotFoundError as err:
+        if (state_dir / "sf.db").exists():
+            hint = (
+                "restore it: without it nothing of ours is known (if there never was a guest: remove sf.db)"
+            )
+            raise Unavailable(f"{path} is lost", hint=hint) from err
         durable.write(path, json.dumps({"id": secrets.token_hex(4)}).encode(), 0o644)
         return installation_id(state_dir)
     except (ValueError, KeyError, TypeError) as err:

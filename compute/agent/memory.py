@@ -8,8 +8,10 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +69,8 @@ class Memory:
         A file in /run/lock for those who share files, a socket's name for those who share the network.
         """
         name = f"sf-{installation}-{self.now.machine}"
-        path = _LOCKS / f"{name}.lock"
+        shared = _LOCKS if os.access(_LOCKS, os.W_OK) else Path(tempfile.gettempdir())
+        path = shared / f"{name}.lock"
         with contextlib.ExitStack() as held:
             lock = held.enter_context(path.open("a+"))
             try:

@@ -25,12 +25,13 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.reports import bounded, keep_events
 from compute.cluster.state.protocol import StateStore
 from compute.cluster.states import settle
-from compute.errors import Conflict, NotFound, Unavailable
+from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
 
 T = TypeVar("T")
+_MOST_ORPHANS = 4096
 
 
 class Controller:
@@ -152,6 +153,8 @@ class Controller:
 
     async def inventory(self, node: str, seen: Inventory) -> None:
         """What a node remembers, and what it has that is in no record. Raises Conflict for a copy of another node."""
+        if len(seen.orphans) > _MOST_ORPHANS:
+            raise Invalid(f"no node has {len(seen.orphans)} guests")
 
         def action(txn: Transaction) -> None:
             known = txn.get(Node, node)
@@ -162,7 +165,8 @@ class Controller:
             if known.machine != seen.machine:
                 txn.update(replace(known, machine=seen.machine))
             names = [n.name for n in txn.list(Node) if n.state != "deleted"]
-            began = compare(txn, names, seen.epoch, seen.reached)
+            if began := compare(txn, names, seen.epoch, seen.reached):
+                txn.event(Node.KIND, node, f"it says that {epoch(txn).why}", type="audit")
             quarantine.note(txn, node, seen.orphans)
             if not began and seen.epoch == epoch(txn).number:
                 heard(txn, node)

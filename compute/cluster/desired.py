@@ -53,6 +53,7 @@ def read(
 ) -> NodeDesired:
     """What `node` must be now. The revision is a hash of it, so that every server gives the same one."""
     nodes = txn.list(Node)
+    orphans = [one for one in txn.list(Quarantined) if one.node == node]
     now = build(
         node,
         installation,
@@ -60,10 +61,11 @@ def read(
         interfaces=txn.list(Interface),
         networks=txn.list(Network),
         nodes=nodes,
+        also={i.network_uuid for one in orphans if one.orphan.spec for i in one.orphan.spec.interfaces},
         uplink=uplink,
         resolvers=resolvers,
     )
-    gone = [one.uuid for one in txn.list(Quarantined) if one.node == node and one.delete]
+    gone = [one.uuid for one in orphans if one.delete]
     removals = tuple(InstanceSpec(uuid, uuid, "", 1, 16, (), delete=True) for uuid in gone)
     present = epoch(txn)
     now = replace(
@@ -88,10 +90,11 @@ def build(
     interfaces: Iterable[Interface],
     networks: Iterable[Network],
     nodes: Iterable[Node],
+    also: Collection[str] = (),
     uplink: str = "",
     resolvers: tuple[IPv4Address, ...] = (),
 ) -> NodeDesired:
-    """Instances placed on `node`, the networks that they or its routers need, and every port of those networks."""
+    """Instances placed on `node`, the networks that they, its routers or `also` need, and every port of those."""
     instances = list(instances)
     alive = {i.uuid: i for i in instances if i.state != InstanceState.DELETED}
     removed = (i for i in instances if i.unconfirmed and i.node == node)
@@ -109,6 +112,7 @@ def build(
         if network.state == "created"
         and (
             network.router_node == node
+            or network.uuid in also
             or any(alive[i.instance_uuid].node == node for i in by_network[network.uuid])
         )
     ]

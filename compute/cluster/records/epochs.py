@@ -5,6 +5,7 @@ state does not hold begins a new epoch; until every node has said what runs ther
 A node saw the revision of whatever it was told to run, so no guest is missed by a state that is not older than that.
 """
 
+import logging
 import secrets
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -12,6 +13,8 @@ from typing import ClassVar
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Unavailable
+
+log = logging.getLogger(__name__)
 
 _FORMER = 32
 
@@ -45,6 +48,7 @@ def compare(txn: Transaction, nodes: list[str], seen: str, reached: int) -> bool
     former = tuple(number for number in (now.number, seen, *now.former) if number)[:_FORMER]
     number = secrets.token_hex(8)
     why = f"the state is {why} than before: it was put back, replaced or lost"
+    log.warning("%s; nothing begins until %s have said what runs there", why, ", ".join(nodes))
     txn.update(replace(now, number=number, former=former, waiting=tuple(sorted(nodes)), why=why))
     return True
 

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
 from compute.cluster.records.claims import Claims
-from compute.cluster.records.epochs import heard
+from compute.cluster.records.epochs import epoch, heard
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.networks import Network
 from compute.cluster.records.secrets import site_secret
@@ -132,6 +132,10 @@ def rename(txn: Transaction, known: Node, name: str) -> Node:
     txn.update(replace(claims, name=name, revision=before.revision if before else 0))
     txn.delete(Claims, known.name)
     txn.delete(Node, known.name)
+    present = epoch(txn)
+    if known.name in present.waiting:
+        waiting = {*present.waiting, name} - {known.name}
+        txn.update(replace(present, waiting=tuple(sorted(waiting))))
     made = replace(known, name=name, revision=taken.revision if taken else 0)
     txn.update(made)
     txn.event(Node.KIND, name, f"was called {known.name}", type="audit")

@@ -24,7 +24,7 @@ from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.cluster.states import settle
-from compute.errors import Conflict, NotFound, Unavailable
+from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, InterfaceSpec, Inventory, Orphan
 from net import Network as NetNetwork
 from tests import invariants
@@ -169,6 +169,33 @@ def test_a_new_epoch_begins_for_a_state_that_lacks_what_a_node_saw(
         asyncio.run(controller.inventory("n1", Inventory("m1", now.number, 1)))
         assert not refused(store) and not asyncio.run(controller.desired("n2")).hold
         network(store)
+
+
+def test_a_renamed_server_that_is_waited_for_is_waited_for_by_its_new_name(store: SqliteStore) -> None:
+    started(store)
+    started(store, seen=Inventory("m1", "lost", 5))
+    started(store, "renamed", seen=Inventory("m1", epoch(Transaction(store)).number, 0))
+    assert epoch(Transaction(store)).waiting == ("renamed",)
+
+
+def test_the_networks_of_guests_without_a_record_come_with_everybodys_ports(store: SqliteStore) -> None:
+    """A3: or a clash of addresses across nodes would not be seen."""
+    controller = started(store)
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x")))
+    lan = network(store)
+    assert asyncio.run(controller.desired("n2")).networks.networks == ()
+    note(store, orphan(network=lan.uuid, networks=()), node="n2")
+    assert [n.uuid for n in asyncio.run(controller.desired("n2")).networks.networks] == [lan.uuid]
+
+
+def test_a_node_that_claims_the_impossible_is_refused(store: SqliteStore) -> None:
+    controller = started(store)
+    with pytest.raises(Invalid):
+        asyncio.run(controller.inventory("n1", Inventory("m1", "e", 1, tuple(orphan() for _ in range(4097)))))
+    with pytest.raises(Invalid, match="IPv4"):
+        lan = network(store)
+        note(store, orphan("x", lan.uuid))
+    assert Transaction(store).list(Quarantined) == []
 
 
 def test_a_far_node_that_saw_more_begins_one_too(store: SqliteStore) -> None:

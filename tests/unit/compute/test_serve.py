@@ -64,6 +64,11 @@ def test_a_taken_address_is_a_conflict() -> None:
 def test_the_installations_id_is_made_once_and_never_made_up_again(tmp_path: Path) -> None:
     first = installation_id(tmp_path)
     assert installation_id(tmp_path) == first
+    (tmp_path / "sf.db").touch()
+    (tmp_path / "installation.json").rename(tmp_path / "elsewhere")
+    with pytest.raises(Unavailable, match="is lost"):  # a new id would make strangers of all guests
+        installation_id(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "installation.json")
     assert json.loads((tmp_path / "installation.json").read_text()) == {"id": first}
     (tmp_path / "installation.json").write_text("{}")
     with pytest.raises(Unavailable, match="cannot read"):
