@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, NotFound
-from compute.wire.spec import AGENT_CHANNEL, InstanceState, Orphan
+from compute.wire.spec import AGENT_CHANNEL, InstanceState, InterfaceSpec, Orphan
 from net import NetError, ipam
 from net import Network as NetNetwork
 
@@ -77,31 +77,36 @@ def hold(txn: Transaction, known: Quarantined) -> None:
     for network in known.orphan.networks:
         if txn.find(Taken, f"vni/{network.vni}") is None:
             take(txn, f"vni/{network.vni}", network.uuid)
-    for interface in known.orphan.spec.interfaces if known.orphan.spec else ():
-        pool = txn.find(Ipam, interface.network_uuid)
+    for interface, pool in _pools(txn, known):
         try:
-            if pool is not None:
-                address = parse_address(interface.address)
-                held, _ = ipam.allocate(pool.pool, interface.uuid, time.time(), address)
-                txn.update(replace(pool, pool=held))
+            held, _ = ipam.allocate(pool.pool, interface.uuid, time.time(), parse_address(interface.address))
+            txn.update(replace(pool, pool=held))
         except NetError as err:
             log.warning("guest %s, which is in no record: %s", known.uuid, err)
+
+
+def _pools(txn: Transaction, known: Quarantined) -> Iterator[tuple[InterfaceSpec, Ipam]]:
+    """Its interfaces on networks that there are; one that a record has by now is that record's."""
+    for interface in known.orphan.spec.interfaces if known.orphan.spec else ():
+        pool = txn.find(Ipam, interface.network_uuid)
+        if pool is not None and txn.find(Interface, interface.uuid) is None:
+            yield interface, pool
 
 
 def forget(txn: Transaction, known: Quarantined) -> None:
     """It is gone: give back what it held."""
     txn.delete(Quarantined, known.uuid)
+    _give_back(txn, known)
+
+
+def _give_back(txn: Transaction, known: Quarantined) -> None:
     for network in known.orphan.networks:
         taken = txn.find(Taken, f"vni/{network.vni}")
         if taken is not None and taken.owner == network.uuid and txn.find(Network, network.uuid) is None:
             txn.delete(Taken, taken.name)
-    for interface in known.orphan.spec.interfaces if known.orphan.spec else ():
-        pool = txn.find(Ipam, interface.network_uuid)
-        # A node may say that it has a guest which is another's: what that one holds by its record stays held.
-        if pool is not None and txn.find(Interface, interface.uuid) is None:
-            address = parse_address(interface.address)
-            free = ipam.release(pool.pool, address, interface.uuid, time.time())
-            txn.update(replace(pool, pool=free))
+    for interface, pool in _pools(txn, known):
+        address = parse_address(interface.address)
+        txn.update(replace(pool, pool=ipam.release(pool.pool, address, interface.uuid, time.time())))
 
 
 def find(txn: Transaction, uuid: str) -> Quarantined:
@@ -113,9 +118,12 @@ def find(txn: Transaction, uuid: str) -> Quarantined:
 
 
 def order_deletion(txn: Transaction, uuid: str) -> Quarantined:
-    """Ask its node to remove it, disks and all."""
+    """Ask its node to remove it, disks and all. What it held is free at once where the node was removed."""
     found = replace(find(txn, uuid), delete=True)
     txn.update(found)
+    node = txn.find(Node, found.node)
+    if node is None or node.state == "deleted":
+        _give_back(txn, found)
     txn.event(
         Node.KIND, found.node, f"deletion of guest {uuid}, which is in no record, asked for", type="audit"
     )

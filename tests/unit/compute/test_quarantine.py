@@ -171,6 +171,30 @@ def test_a_new_epoch_begins_for_a_state_that_lacks_what_a_node_saw(
         network(store)
 
 
+def test_a_node_that_claims_anothers_interface_frees_nobodys_address(store: SqliteStore) -> None:
+    started(store)
+    lan = network(store)
+    given = transact(store, lambda txn: attach(txn, lan, "i", "system", 0, Want(lan.uuid)))
+    liar = orphan(given.address, lan.uuid, networks=())
+    assert liar.spec
+    nic = replace(liar.spec.interfaces[0], uuid=given.uuid)
+    note(store, replace(liar, spec=replace(liar.spec, interfaces=(nic,))))
+    note(store)
+    assert list(Transaction(store).get(Ipam, lan.uuid).pool.held.values()) == [given.uuid]
+
+
+def test_what_a_guest_on_a_removed_node_held_is_free_when_it_is_deleted(store: SqliteStore) -> None:
+    """A3: the record stays for the node, should it come back."""
+    started(store)
+    lan = network(store)
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x", state="deleted")))
+    guest = orphan(network=lan.uuid, networks=())
+    note(store, guest, node="n2")
+    transact(store, lambda txn: quarantine.order_deletion(txn, guest.uuid))
+    assert Transaction(store).get(Ipam, lan.uuid).pool.held == {}
+    assert Transaction(store).get(Quarantined, guest.uuid).delete
+
+
 def test_a_renamed_server_that_is_waited_for_is_waited_for_by_its_new_name(store: SqliteStore) -> None:
     started(store)
     started(store, seen=Inventory("m1", "lost", 5))
