@@ -57,7 +57,7 @@ def plan(desired: NodeNetworks, observed: Observed) -> list[Action]:
 
 
 def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = False) -> list[Action]:
-    """The actions that lead from observed to wanted. A namespace that is not wanted is removed, unless a guest has
+    """The actions that lead from observed to wanted. A namespace that is not wanted is removed, unless a guest holds
     its tap there (or `guests_too`): who made the tap takes it away, and what runs is not cut off because nobody
     knows it."""
     actions: list[Action] = []
@@ -65,7 +65,7 @@ def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = 
     namespaces = {**observed.namespaces, HOST: _without(host, _renewed(wanted, observed))}
     for name in sorted({*wanted, *namespaces}):
         want, have = wanted.get(name), namespaces.get(name)
-        if want is None and have is not None and not have.broken and _taps(have) and not guests_too:
+        if want is None and have is not None and not have.broken and _held(have) and not guests_too:
             continue
         if have is not None and (want is None or have.broken):
             actions += [
@@ -79,7 +79,11 @@ def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = 
             actions += _changes(name, want, have or Facts(), host)
     # A tap waits in the host between its making and its adoption. It is dead when no namespace wants it.
     expected = {n for facts in wanted.values() for n in facts.links}
-    dead = [link for n, link in host.links.items() if link.kind == "tun" and n not in expected]
+    dead = [
+        link
+        for n, link in host.links.items()
+        if link.kind == "tun" and n not in expected and (guests_too or not link.carrier)
+    ]
     actions += [Action(Verb.DELETE, HOST, link) for link in dead]
     return sorted(actions, key=_order)
 
@@ -102,13 +106,14 @@ def _without(facts: Facts, gone: set[str]) -> Facts:
 
 def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
     actions: list[Action] = []
-    lost = have.links.keys() - want.links.keys() - _taps(have).keys()
+    kept = [n for n, link in have.links.items() if link.kind == "tun" and (link.carrier or name == HOST)]
+    lost = have.links.keys() - want.links.keys() - set(kept)
     lost |= {
         n for n, link in want.links.items() if n in have.links and _must_be_new(link, have.links[n], host)
     }
     actions += [Action(Verb.DELETE, name, have.links[n]) for n in lost]
     strays = (
-        [] if name == HOST else [link for n, link in _taps(have).items() if n not in want.links and link.up]
+        [] if name == HOST else [link for n, link in _held(have).items() if n not in want.links and link.up]
     )
     actions += [Action(Verb.CHANGE, name, replace(link, up=False), link) for link in strays]
     absent, readdressed = set(), set()
@@ -152,8 +157,9 @@ def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
     return actions
 
 
-def _taps(facts: Facts) -> dict[str, Link]:
-    return {n: link for n, link in facts.links.items() if link.kind == "tun"}
+def _held(facts: Facts) -> dict[str, Link]:
+    """Taps that a guest holds open."""
+    return {n: link for n, link in facts.links.items() if link.kind == "tun" and link.carrier}
 
 
 def _must_be_new(want: Link, have: Link, host: Facts) -> bool:
