@@ -7,7 +7,7 @@ once is kept in files under SF_CACHE_DIR. A miss costs a duplicate, never correc
 import contextlib
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,21 @@ def publish_part(store: Store, part: IndexPart) -> Digest:
     data = part.encode()
     name = Digest.of(data)
     store.backend.put(INDEX.key(name), data)
+    change_hooks(store, lambda hooks: hooks.with_part(name, part, len(data)))
+    return name
+
+
+def change_hooks(store: Store, change: Callable[[Hooks], Hooks]) -> bool:
+    """Replace the hooks by what `change` makes of them, if that is other ones. False when others were always faster."""
     for _ in range(_ATTEMPTS):
         hooks, etag = read_hooks(store)
-        body = hooks.with_part(name, part, len(data)).encode()
-        try:
-            store.backend.put(HOOKS_KEY, body, if_match=etag, if_none_match=etag is None)
-        except Conflict:
-            continue
-        return name
-    return name
+        new = change(hooks)
+        if new is hooks:
+            return True
+        with contextlib.suppress(Conflict):
+            store.backend.put(HOOKS_KEY, new.encode(), if_match=etag, if_none_match=etag is None)
+            return True
+    return False
 
 
 class LocalIndex:

@@ -1,6 +1,5 @@
 """What lies in the packs of a store, for whoever looks at all of it: collector, verify, stats, repair."""
 
-import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,18 +10,17 @@ import numpy.typing as npt
 
 from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.disks.windows import in_order
-from imagestore.errors import Conflict, Corrupt, NotFound, StoreError
+from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
-from imagestore.formats.index import IndexPart
-from imagestore.formats.keys import HOOKS_KEY, INDEX, PACKS, Kind
+from imagestore.formats.index import Hooks, IndexPart
+from imagestore.formats.keys import INDEX, PACKS, Kind
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
-from imagestore.store.index import publish_part, read_hooks, read_part
+from imagestore.store.index import change_hooks, publish_part, read_part
 from imagestore.store.store import Store
 
 _SHIFT = (MAX_FRAME_BYTES - 1).bit_length()
 _MOST_TAIL_BYTES = 64 << 20
-_ATTEMPTS = 5
 _SMALL_BYTES, _MANY_SMALL, _MERGED_BYTES = 128 << 10, 16, 1 << 20
 """Index parts below the first are put together, when there are so many, into parts of about the last."""
 
@@ -134,25 +132,22 @@ def reindex(store: Store, inventory: Inventory, doomed: Collection[Digest] = ())
         together = [pack for name in names for pack in inventory.parts[name]]
         inventory.parts[publish_part(store, inventory.part(together))] = together
         stale |= set(names)
-    for _ in range(_ATTEMPTS):
-        hooks, etag = read_hooks(store)
+
+    def mend(hooks: Hooks) -> Hooks:
         missing = inventory.parts.keys() - stale - set(hooks.parts)
         # A part that came after the inventory is there; one that a killed run deleted is not.
         unknown = set(hooks.parts) - inventory.parts.keys()
-        lost = stale | {name for name in unknown if not store.has(INDEX.key(name))}
-        if not (lost & set(hooks.parts) or missing):
-            break
-        hooks = hooks.without(lost)
+        lost = (stale | {name for name in unknown if not store.has(INDEX.key(name))}) & set(hooks.parts)
+        if lost:
+            hooks = hooks.without(lost)
         for name in missing:
             part = inventory.part(inventory.parts[name])
             hooks = hooks.with_part(name, part, len(part.encode()))
-        with contextlib.suppress(Conflict):
-            store.backend.put(HOOKS_KEY, hooks.encode(), if_match=etag, if_none_match=etag is None)
-            break
-    else:
-        return
-    for name in stale:
-        store.backend.delete(INDEX.key(name))
+        return hooks
+
+    if change_hooks(store, mend):
+        for name in stale:
+            store.backend.delete(INDEX.key(name))
 
 
 def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Digest, Layout | StoreError]]:
