@@ -12,6 +12,7 @@ for the administrator's URLs only: one would look up a stranger's name again, wh
 """
 
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -34,6 +35,7 @@ _KEPT = 64
 """Connections: more than any process of ours has threads that read from one store."""
 _PART_BYTES = 64 << 10
 """As much as a socket mostly has, and little enough for malloc to keep."""
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
 
@@ -143,6 +145,16 @@ def is_public(address: str) -> bool:
         if inner is not None:
             ip = inner
     return ip.is_global and not ip.is_multicast
+
+
+def whole_of(said: str, start: int, length: int | None = None) -> int | None:
+    """The size of the whole object that a Content-Range names; None if it is not of what was asked for (RFC 9110)."""
+    match = _CONTENT_RANGE.fullmatch(said)
+    if match is None or int(match[1]) != start:
+        return None
+    end = int(match[2]) + 1
+    whole = end if match[3] == "*" else int(match[3])
+    return whole if start < end <= whole and end == (whole if length is None else start + length) else None
 
 
 def body(response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import urllib3
 
-from imagestore.backends.web import PATIENCE_S, Web, body, paced
+from imagestore.backends.web import PATIENCE_S, Web, body, paced, whole_of
 from imagestore.errors import Invalid, Unavailable
 from imagestore.outside import decimal
 from imagestore.progress import Progress, Report, silent
 
 _SLOWEST_BYTES_S = 4 << 10
 _TEXT_BYTES = 4 << 20
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,8 @@ class Downloader:
         if start:
             rest = {"Range": f"bytes={start}-", "If-Range": validator}
             response = self._open(url, rest, 200, 206, 416)
-            if response.status == 416 or (response.status == 206 and not _goes_on(response, start)):
+            goes_on = whole_of(response.headers.get("content-range", ""), start) is not None
+            if response.status == 416 or (response.status == 206 and not goes_on):
                 # It was whole already, or another one stands there now, or this server cannot count: all of it anew.
                 response.close()
                 part.unlink()
@@ -120,12 +119,6 @@ def _pieces(response: urllib3.BaseHTTPResponse, url: str, limit_bytes: int) -> I
         if done > limit_bytes:
             raise Invalid(f"{url}: it grew past the limit of {limit_bytes} bytes")
         yield piece
-
-
-def _goes_on(response: urllib3.BaseHTTPResponse, start: int) -> bool:
-    """Whether a partial answer is what was asked for: from `start` to the end."""
-    said = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-    return said is not None and int(said[1]) == start and said[3] in ("*", str(int(said[2]) + 1))
 
 
 def _remember(note: Path, url: str, response: urllib3.BaseHTTPResponse) -> None:
