@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from imagestore.disks.open import check_unused
 from imagestore.disks.qcow2.writer import CLUSTER, Qcow2
 from imagestore.errors import Invalid
 from imagestore.formats.columns import Numbers
@@ -59,7 +60,8 @@ def target(path: Path, mark: str) -> Iterator[Target]:
     """Open what a pull to `path` writes; links are followed where the kernel lets us (not another user's in /tmp).
 
     mark: in the name of unfinished files of the same; one is taken up if nobody but this user can have written it.
-    Raises Invalid for what is neither file nor device, BlockingIOError while another pull writes it, OSError.
+    Raises Invalid for what is neither file nor device, Conflict for a disk that a guest uses, BlockingIOError while
+    another pull writes it, OSError.
     """
     with contextlib.ExitStack() as stack:
 
@@ -72,12 +74,16 @@ def target(path: Path, mark: str) -> Iterator[Target]:
         if os.path.lexists(path):  # a link to nothing is not found
             found = opened(str(path), os.O_PATH)
             before, real = os.fstat(found), Path(f"/proc/self/fd/{found}").readlink()
-            if stat.S_ISBLK(before.st_mode):  # EBUSY while it is mounted
-                yield Target(opened(f"/proc/self/fd/{found}", os.O_RDWR | os.O_EXCL), before)
-                return
-            if not stat.S_ISREG(before.st_mode):
+            device = stat.S_ISBLK(before.st_mode)
+            if not device and not stat.S_ISREG(before.st_mode):
                 hint = "for the standard output: -" if stat.S_ISFIFO(before.st_mode) else ""
                 raise Invalid(f"cannot write {path}: neither a file nor a block device", hint=hint)
+            # EBUSY while it is mounted.
+            there = opened(f"/proc/self/fd/{found}", os.O_RDWR | os.O_EXCL if device else os.O_RDONLY)
+            check_unused(there, str(path))
+            if device:
+                yield Target(there, before)
+                return
         directory = opened(str(real.parent), os.O_RDONLY | os.O_DIRECTORY)
         begins = f".{real.name}.{mark}"
         for beside in os.listdir(directory):  # noqa: PTH208 - of what is open, whatever its name is now

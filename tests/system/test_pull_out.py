@@ -5,6 +5,7 @@ import os
 import pwd
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_a_device_that_is_too_small_is_refused_before_a_byte_of_it_changes(
     user.types("image", "push", make_raw(tmp_path / "large.raw", size_bytes=16 << 20), "large")
     assert "bytes, the disk" in user.fails("image", "pull", "large", "-o", device, code=2)
     assert device.read_bytes() == b"\xff" * (SIZE + (1 << 20))
+
+
+@pytest.mark.parametrize("kind", ["device", "file"])
+def test_a_disk_that_a_guest_writes_to_is_refused(
+    user: User, device: Path, tmp_path: Path, kind: str
+) -> None:
+    """C1: and a file would be another than the guest's from then on."""
+    disk, socket = (device if kind == "device" else tmp_path / "backing"), tmp_path / "nbd"
+    with subprocess.Popen(["qemu-nbd", "-f", "raw", "-k", socket, disk]) as guest:
+        while not socket.exists():
+            time.sleep(0.02)
+        assert "in use" in user.fails("image", "pull", "a", "-o", disk, "--as", "raw", code=5)
+        guest.terminate()
+    assert disk.read_bytes() == b"\xff" * (SIZE + (1 << 20))
 
 
 def test_what_is_neither_a_file_nor_a_disk_is_refused_and_left(user: User, tmp_path: Path) -> None:
