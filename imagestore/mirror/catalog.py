@@ -121,9 +121,7 @@ class Catalog:
 
     def _signers(self) -> list[Digest]:
         """Whose publications the store carries; an owner who is gone comes after one who still signs."""
-        stamps = [
-            stat for stat in self.store.backend.list(TUF.prefix) if stat.key.endswith("/timestamp.json")
-        ]
+        stamps = [stat for stat in self.store.objects(TUF) if stat.key.endswith("/timestamp.json")]
         stamps.sort(key=lambda stat: stat.modified_s, reverse=True)
         return [Digest.parse(stat.key.split("/")[1]) for stat in stamps]
 

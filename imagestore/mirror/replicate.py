@@ -94,7 +94,7 @@ def signers(store: Store) -> list[Digest]:
         return [store.names.fingerprint]
     if store.backend.read_only:
         return []
-    keys = (stat.key.split("/") for stat in store.backend.list(TUF.prefix))
+    keys = (stat.key.split("/") for stat in store.objects(TUF))
     return [Digest.parse(parts[1]) for parts in keys if parts[-1] == "1.root.json"]
 
 

@@ -22,7 +22,7 @@ from imagestore.backends.directory import Directory
 from imagestore.durable import fsync_directory
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import MANIFESTS
+from imagestore.formats.keys import MANIFESTS, PACKS
 from imagestore.store.store import Store
 from imagestore.store.trust import Target, make_target, newest, parse_targets, read_metadata, tree
 
@@ -260,7 +260,7 @@ def _sign(metadata: Metadata[Any], signers: Iterable[CryptoSigner]) -> bytes:
 
 def check_complete(store: Store, digests: set[Digest]) -> dict[Digest, int]:
     """Size of each manifest in bytes, after seeing that its layout and packs are there. Raises NotFound."""
-    packs = {stat.key.rpartition("/")[2] for stat in store.backend.list("packs/")}
+    packs = {stat.key[-64:] for stat in store.objects(PACKS)}
     sizes = {}
     for digest in digests:
         layout = store.layout(digest)

@@ -259,7 +259,8 @@ class Names:
 
     def _known(self) -> list[str]:
         try:
-            return [":".join(stat.key.split("/")[1:]) for stat in self._backend.list(NAMES.prefix)]
+            found = (stat.key for stat in self._backend.list(NAMES.prefix) if kind_of(stat.key) is NAMES)
+            return [":".join(key.split("/")[1:]) for key in found]
         except Unsupported:
             return []
 

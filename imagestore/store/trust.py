@@ -26,7 +26,7 @@ from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import TUF
+from imagestore.formats.keys import TUF, kind_of
 from imagestore.outside import decimal
 from imagestore.settings import Settings
 from imagestore.store.names import NameRecord, Names, check_architecture, check_name
@@ -318,7 +318,8 @@ def newest(backend: Backend, prefix: str, role: str) -> dict[str, int]:
     for stat in backend.list(prefix):
         base, slash, file = stat.key.rpartition("/")
         version, _, rest = file.partition(".")
-        if rest == f"{role}.json" and (number := decimal(version)) is not None:
+        ours = rest == f"{role}.json" and kind_of(stat.key) is TUF
+        if ours and (number := decimal(version)) is not None:
             found[base + slash] = max(found.get(base + slash, 0), number)
     return found
 

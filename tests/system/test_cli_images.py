@@ -419,6 +419,26 @@ def test_a_flipped_bit_is_found_by_verify_and_never_pulled(user: User, disk: Pat
     assert not (user.home / "out.raw").exists()
 
 
+def test_a_damaged_store_is_mended_with_the_file_that_was_pushed_and_by_pushing_it(
+    user: User, disk: Path
+) -> None:
+    """B3, B5."""
+    for mend in (
+        ("store", "verify", "--full", "--repair-from", disk),
+        ("store", "verify", "--full", "--repair", disk),  # as it was called
+        ("image", "push", disk, "a"),
+    ):
+        user.types("image", "push", disk, "a")
+        for pack in (user.store / "packs").rglob("*"):
+            if pack.is_file():
+                pack.write_bytes(bytes(200) + pack.read_bytes()[200:])
+        user.types("store", "verify", "--full", code=1)
+        user.types(*mend)
+        user.types("store", "verify", "--full")
+        user.types("image", "pull", "a", "-o", user.home / "out.raw")
+        (user.home / "out.raw").unlink()
+
+
 def test_a_reader_that_goes_away_is_no_error(user: User, disk: Path) -> None:
     user.types("image", "push", disk, "a")
     command = f"{SF} image show a --format json | head -c 1"

@@ -8,6 +8,8 @@ from imagestore.backends.protocol import Object, ObjectStat
 from imagestore.errors import Corrupt
 from imagestore.formats.keys import INDEX, NAMES, PACKS
 from imagestore.gc import collect
+from imagestore.mirror.catalog import Catalog
+from imagestore.mirror.replicate import signers
 from imagestore.push import push
 from imagestore.store.leases import Condemned, Lease
 from imagestore.store.roots import undelete
@@ -99,7 +101,8 @@ def test_what_a_clock_that_was_behind_condemned_or_removed_is_not_deleted_withou
 @pytest.mark.parametrize(
     "key",
     ["names/README", "names/debian/12.bak~", "names/a/b/c", "leases/notes.txt", "leases/x", "refs/Read.me",
-     "packs/notes", "manifests/ab/cd", "layouts/x", "index/lost+found", "tuf/x", "gc/old", "hooks/all.old", "x"],
+     "packs/notes", "manifests/ab/cd", "layouts/x", "index/lost+found", "tuf/x",
+     "tuf/x/1.root.json", "tuf/x/3.targets.json", "tuf/x/timestamp.json", "gc/old", "hooks/all.old", "x"],
 )  # fmt: skip
 def test_a_stray_file_ends_no_collection_and_no_list(world: World, key: str) -> None:
     """D7: one file that somebody left in the tree, and nothing was collected any more."""
@@ -111,6 +114,7 @@ def test_a_stray_file_ends_no_collection_and_no_list(world: World, key: str) -> 
     assert [f"{r.name}:{r.tag}" for r in world.store.names.list()] == ["b:latest"]
     assert len([1 for other in world.memory.objects if PACKS.digest(other)]) == 1
     assert verify_store(world.store, full=True).problems == []
+    assert signers(world.store) == [] and [one.name for one in Catalog(world.store).images()] == ["b"]
     assert key in world.memory.objects
 
 
