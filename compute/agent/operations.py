@@ -10,6 +10,9 @@ from compute.errors import NotFound
 from compute.wire.operations import NodeOperations
 from net import NodeNetworks
 
+_PINGS = 8
+"""At once: each is a process, and tenants ask for them."""
+
 
 class Operations(NodeOperations):
     """Answers from the agent's guests and from the data plane; `networks` is what was applied last."""
@@ -19,6 +22,7 @@ class Operations(NodeOperations):
     ) -> None:
         self._node, self._plane, self._plane_lock, self._guests = node, plane, plane_lock, guests
         self.networks: NodeNetworks | None = None
+        self._pings = asyncio.Semaphore(_PINGS)
 
     def _guest(self, uuid: str) -> Guest:
         found = self._guests.get(uuid)
@@ -46,8 +50,9 @@ class Operations(NodeOperations):
             raise NotFound(f"network {network_uuid} is not on node {self._node}")
         argv = ["ip", "netns", "exec", self._plane.namespace(network)]
         argv += ["ping", "-c", "3", "-i", "0.3", "-w", "5", str(IPv4Address(address))]
-        done = await asyncio.create_subprocess_exec(
-            *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-        out, err = await done.communicate()
+        async with self._pings:
+            done = await asyncio.create_subprocess_exec(
+                *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            )
+            out, err = await done.communicate()
         return out.decode().splitlines(), err.decode().splitlines()

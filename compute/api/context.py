@@ -1,9 +1,12 @@
 """What handlers share: the services, the caller, references to objects, entity tags and idempotency keys."""
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -26,6 +29,8 @@ from imagestore import listening
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
 
+_ASKING_STORES = ThreadPoolExecutor(16, "sf-stores")
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -36,6 +41,17 @@ class Services:
     controller: Controller
     authority: Authority
     resolver: Resolver
+
+
+def apart(handler: Callable[..., Response]) -> Callable[..., Awaitable[Response]]:
+    """For handlers that ask image stores: in threads of their own, so that a store that is away holds up no other."""
+
+    @wraps(handler)
+    async def run(**arguments: Any) -> Response:
+        work = partial(handler, **arguments)
+        return await asyncio.get_running_loop().run_in_executor(_ASKING_STORES, work)
+
+    return run
 
 
 def address_of(request: Request) -> str:

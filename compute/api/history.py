@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,6 +22,7 @@ from compute.errors import Invalid, NotFound, Unauthenticated
 METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
 
+T = TypeVar("T")
 Lookup = Callable[[Context, str], Stored]
 
 
@@ -39,8 +40,12 @@ class EventQuery(Body):
     limit: int = Field(default=100, ge=1, le=Event.LIMIT + Event.TRIM)
 
 
-def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
-    """`GET, POST path/metadata`, `PUT, DELETE path/metadata/K`. `find` checks what the caller may see."""
+def as_it_is(handler: T) -> T:
+    return handler
+
+
+def add_metadata(router: APIRouter, path: str, find: Lookup, run: Callable[[Any], Any] = as_it_is) -> None:
+    """`GET, POST path/metadata`, `PUT, DELETE path/metadata/K`. `find` checks what the caller may see; `run`: how."""
 
     def change(ctx: Context, ref: str, key: str, edit: Callable[[dict[str, Any]], None]) -> Response:
         known = find(ctx, ref)
@@ -59,19 +64,23 @@ def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
         return JSONResponse(ctx.act(action))
 
     @router.get(f"{path}/metadata")
+    @run
     def get_metadata(ctx: Ctx, ref: str) -> Response:
         item = find(ctx, ref)
         return ctx.show(item, item.metadata)  # type: ignore[attr-defined]
 
     @router.post(f"{path}/metadata")
+    @run
     def add(ctx: Ctx, ref: str, body: Item) -> Response:
         return change(ctx, ref, body.key, lambda m: m.update({body.key: body.value}))
 
     @router.put(path + "/metadata/{key}")
+    @run
     def put(ctx: Ctx, ref: str, key: str, body: Value) -> Response:
         return change(ctx, ref, key, lambda m: m.update({key: body.value}))
 
     @router.delete(path + "/metadata/{key}")
+    @run
     def delete(ctx: Ctx, ref: str, key: str) -> Response:
         def edit(metadata: dict[str, Any]) -> None:
             if metadata.pop(key, edit) is edit:
@@ -80,10 +89,11 @@ def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
         return change(ctx, ref, key, edit)
 
 
-def add_events(router: APIRouter, path: str, find: Lookup) -> None:
+def add_events(router: APIRouter, path: str, find: Lookup, run: Callable[[Any], Any] = as_it_is) -> None:
     """`GET path/events`, newest first; `?follow=true`: server-sent events, oldest first, then those to come."""
 
     @router.get(f"{path}/events")
+    @run
     def events(ctx: Ctx, ref: str, body: EventQuery | None = None, follow: bool = False) -> Response:
         item = find(ctx, ref)
         query = body or EventQuery()

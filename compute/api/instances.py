@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, apart
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import resolve_disks
@@ -112,6 +112,7 @@ def list_instances(ctx: Ctx, body: ListBody | None = None) -> Response:
 
 
 @router.post("/instances")
+@apart
 def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     """Records the wish and answers; the node does the rest. Poll `state`."""
     namespace = ctx.namespace(body.namespace)

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,31 @@ def test_every_change_of_an_object_heeds_if_match(server: Running) -> None:
         ("DELETE", "/instances/web", None),
     ):
         assert server.call(verb, path, body, headers=stale).status == 412, path
+
+
+class Away(KnownImages):
+    """A resolver whose store does not answer before `back` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.back = threading.Semaphore(0), threading.Event()
+
+    def resolve(self, text: str, architecture: str) -> Any:
+        self.asked.release()
+        assert self.back.wait(60)
+        return super().resolve(text, architecture)
+
+
+def test_requests_that_wait_for_a_store_hold_up_no_other(tmp_path: Path) -> None:
+    """E, of its whole kind: sixty are more than the API has threads."""
+    resolver = Away()
+    with running(tmp_path / "state", resolver=resolver) as server, ThreadPoolExecutor(60) as pool:
+        server.get("/networks")
+        made = [pool.submit(server.instance, f"i{n}", memory=16) for n in range(60)]
+        for _ in range(16):
+            assert resolver.asked.acquire(timeout=60)
+        assert server.get("/networks") == []
+        assert server.call("POST", "/networks", {"name": "lan", "netblock": "10.42.0.0/24"}).status == 200
+        assert server.login("system", server.key).status == 200
+        resolver.back.set()
+        assert {one.result(60).status for one in made} <= {200, 507}
