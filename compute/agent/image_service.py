@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _START_S = 15.0
 _WAIT_S = 10.0
 _RETRY_S = 1.0
+_PAUSE_S = 0.1
 
 Heard = Callable[[str, str], None]
 """Told (reader, message) for each event of an image that the reader uses; ("", ""): look at everything again."""
@@ -62,6 +63,7 @@ class ServedImages:
         self._client = ControlClient(control_socket(state_dir))
         self._starting = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._pause_s = _PAUSE_S
         self.peer_address = settings.peer_address
         self._handed: tuple[str, ...] = ()
         self._identities: dict[str, str] | None = None
@@ -222,35 +224,39 @@ class ServedImages:
                     after = max(after, event["seq"])
                     for reader in event["readers"]:
                         heard(reader, event["message"])
+                said = ""
             except StoreError as err:
                 if said != (said := str(err)):
                     log.warning("%s", err)
                 await asyncio.sleep(_RETRY_S)
                 after = None
 
+    async def _greet(self) -> None:
+        await self._client.ask("use", stores=self._urls(), timeout_s=_START_S)
+        self._pause_s = _PAUSE_S
+
     async def _ensure_running(self) -> None:
         async with self._starting:
             try:
-                await self._client.ask("use", stores=self._urls(), timeout_s=_START_S)
+                await self._greet()
                 return
             except Away:
                 pass
             except Invalid:
-                log.info(
-                    "the image service is of an earlier version: it is ended, and guests wait for the next"
-                )
+                log.info("the image service is of an earlier version: it makes room for this one's")
                 os.kill((await self._client.ask("ls"))["pid"], signal.SIGTERM)
             deadline = asyncio.get_running_loop().time() + _START_S
             while asyncio.get_running_loop().time() < deadline:
                 if self._process is None or self._process.poll() is not None:
-                    if self._process is not None:
-                        await asyncio.sleep(0.1)  # it may end at once, again and again
+                    if self._process is not None:  # it may end at once, again and again
+                        await asyncio.sleep(self._pause_s)
+                        self._pause_s = min(2 * self._pause_s, _START_S / 2)
                     try:
                         self._process = await asyncio.to_thread(self._spawn)
                     except OSError as err:
                         raise Away(f"the image service cannot be started: {err}") from err
                 try:
-                    await self._client.ask("use", stores=self._urls(), timeout_s=_START_S)
+                    await self._greet()
                     return
                 except (Away, Invalid):
                     await asyncio.sleep(0.02)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from compute.agent import image_service
 from compute.agent.image_service import ServedImages, Settings
 from imagestore.backends.directory import Directory
 from imagestore.cache import open_images
@@ -487,3 +488,29 @@ def test_a_service_of_an_earlier_version_is_replaced_by_the_next_agent(tmp_path:
         await asyncio.to_thread(images._process.wait)
 
     asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_a_service_that_cannot_start_is_tried_with_growing_pauses_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """E7"""
+    monkeypatch.setattr(image_service, "_START_S", 2.0)
+    monkeypatch.setattr(image_service, "_RETRY_S", 0.01)
+    pauses = []
+
+    def spawn() -> subprocess.Popen[bytes]:
+        pauses.append(images._pause_s)
+        return subprocess.Popen(["false"])
+
+    images = ServedImages(ImageCache(tmp_path / "cache", {}), tmp_path, Settings(tuple))
+    monkeypatch.setattr(images, "_spawn", spawn)
+
+    async def story() -> None:
+        listening = asyncio.create_task(images.listen(lambda reader, message: None))
+        while len(pauses) < 7:
+            await asyncio.sleep(0.05)
+        listening.cancel()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+    assert pauses[:7] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
+    assert caplog.text.count("does not start") == 1

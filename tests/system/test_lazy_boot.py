@@ -194,6 +194,9 @@ def test_guests_agent_and_service_end_and_come_back_in_any_order(bench: LazyBenc
         os.kill(first, signal.SIGKILL)
         async with bench.agent() as agent:
             await says(agent, spec, b"HELLO")
+            async with asyncio.timeout(60):
+                while not await _answers(bench):
+                    await asyncio.sleep(0.05)
             assert await bench.pid() != first
             figures = await bench.client.ask("figures", reader=f"{spec.uuid}-vda")
             assert 0 < figures["present_bytes"] < figures["data_bytes"]
