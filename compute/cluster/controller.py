@@ -165,7 +165,8 @@ class Controller:
             if known.machine != seen.machine:
                 txn.update(replace(known, machine=seen.machine))
             names = [n.name for n in txn.list(Node) if n.state != "deleted"]
-            if began := compare(txn, names, seen.epoch, seen.reached):
+            joined = node if node != self.server else ""
+            if began := compare(txn, names, seen.epoch, seen.reached, joined=joined):
                 txn.event(Node.KIND, node, f"it says that {epoch(txn).why}", type="audit")
             quarantine.note(txn, node, seen.orphans)
             if not began and seen.epoch == epoch(txn).number:

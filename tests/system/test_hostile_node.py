@@ -1,5 +1,6 @@
 """A machine that joined and then says what it likes: it may harm what runs on it, and nothing else."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from compute.cluster.records.epochs import Epoch, epoch
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.transaction import Transaction, transact
 from compute.wire.codec import to_plain
@@ -173,6 +175,30 @@ def test_a_node_that_claims_anothers_guest_as_its_own_takes_nothing_from_it(
     assert max(map(len, messages)) < 1000
     other = server.instance("other", "lan").body
     assert other["interfaces"][0]["ipv4"] != server.get(f"/instances/{uuid}")["interfaces"][0]["ipv4"]
+
+
+def test_a_node_that_says_it_saw_the_future_holds_the_others_up_once_and_not_for_ever(
+    server: Running, node: FarAgent
+) -> None:
+    """E3: while an epoch begins nothing else does"""
+
+    def say(number: str, reached: int) -> None:
+        assert node.call("POST", "inventory", {"seen": to_plain(Inventory("m", number, reached))})[0] == 200
+
+    def present() -> Epoch:
+        return epoch(Transaction(server.services.store))
+
+    say("", 0)
+    say(present().number, 10**15)
+    began = present()
+    assert began.begun_by == "node2" and "node2" in began.waiting
+    say(began.number, 0)
+    asyncio.run(server.services.controller.inventory("node1", Inventory("", began.number, 0)))
+    assert present().waiting == ()
+    for number, reached in ((began.number, 10**15), ("another", 0), ("one more", 10**15)):
+        say(number, reached)
+        assert present().waiting == () and present().number == began.number
+    assert server.instance("web").status == 200
 
 
 @pytest.mark.parametrize("query", ["desired?wait=nan", "operations?wait=nan", "desired?wait=-1"])

@@ -7,6 +7,7 @@ A node saw the revision of whatever it was told to run, so no guest is missed by
 
 import logging
 import secrets
+import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from compute.errors import Unavailable
 log = logging.getLogger(__name__)
 
 _FORMER = 32
+AGAIN_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Epoch(Stored):
     waiting: tuple[str, ...] = ()
     """Nodes that have not said yet what runs there."""
     why: str = ""
+    begun_by: str = ""
+    begun_s: float = 0
 
 
 def epoch(txn: Transaction) -> Epoch:
@@ -37,19 +41,25 @@ def epoch(txn: Transaction) -> Epoch:
     return txn.find(Epoch, "state") or Epoch()
 
 
-def compare(txn: Transaction, nodes: list[str], seen: str, reached: int) -> bool:
-    """What one node remembers ("" if nothing) against this state; True if a new epoch begins with it."""
+def compare(txn: Transaction, nodes: list[str], seen: str, reached: int, *, joined: str = "") -> bool:
+    """What one node remembers ("" if nothing) against this state; True if a new epoch begins with it.
+
+    joined: its name, if it is on another machine: one that lies begins no more than one in AGAIN_S.
+    """
     now, revision = epoch(txn), txn.store.revision()
     if not now.number and not seen:
         txn.update(Epoch(number=secrets.token_hex(8)))
     if seen in ("", *now.former) or (seen == now.number and reached <= revision):
+        return False
+    if joined and now.begun_by == joined and time.time() - now.begun_s < AGAIN_S:
         return False
     why = f"at revision {revision}, where a node has seen {reached}" if seen == now.number else "another one"
     former = tuple(number for number in (now.number, seen, *now.former) if number)[:_FORMER]
     number = secrets.token_hex(8)
     why = f"the state is {why} than before: it was put back, replaced or lost"
     log.warning("%s; nothing begins until %s have said what runs there", why, ", ".join(nodes))
-    txn.update(replace(now, number=number, former=former, waiting=tuple(sorted(nodes)), why=why))
+    begun = replace(now, number=number, former=former, begun_by=joined, begun_s=time.time())
+    txn.update(replace(begun, waiting=tuple(sorted(nodes)), why=why))
     return True
 
 
