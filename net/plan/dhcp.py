@@ -1,7 +1,7 @@
 """DHCP and DNS of one network as text: the files that its dnsmasq reads (dnsmasq(8)).
 
-A word in these files can be syntax: `ignore`, `infinite` and `5m` mean something in an entry for a host. So a guest's
-name stands there with the network's domain behind it, which no keyword and no time has, or not at all.
+In an entry for a host a name can be syntax: `ignore`, `infinite` and `5m` mean something there. So a guest's name
+stands there with the network's domain behind it, which no keyword and no time has, or not at all.
 
 Leases are no state: every guest has a fixed entry, and `dhcp-authoritative` confirms an address to a guest that had it
 before a restart.
@@ -52,19 +52,27 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool)
             f"dhcp-option=option:domain-search,{domain}",
         ]
         routed = [f"{address}/32,{network.gateway}" for address, _ in sorted(network.routed)]
-        for tag, router, ways in (
-            (_OUT, f",{network.gateway}", [f"0.0.0.0/0,{network.gateway}", *routed]),
-            (f"!{_OUT}", "", routed),
-        ):
-            lines.append(f"dhcp-option=tag:{tag},option:router{router}")
+        told = (
+            [("", uplink)]
+            if network.provide_nat or not uplink
+            else [(f"tag:{_OUT},", True), (f"tag:!{_OUT},", False)]
+        )
+        for tag, leads_out in told:
+            lines.append(f"dhcp-option={tag}option:router" + (f",{network.gateway}" if leads_out else ""))
             if routed:
-                lines.append(f"dhcp-option=tag:{tag},option:classless-static-route,{','.join(ways)}")
+                ways = [f"0.0.0.0/0,{network.gateway}", *routed] if leads_out else routed
+                lines.append(f"dhcp-option={tag}option:classless-static-route,{','.join(ways)}")
+        if (
+            len(told) > 1
+        ):  # not in the file of hosts: dnsmasq 2.90 dies when it reads a tag there for a second time
+            lines += sorted(
+                f"dhcp-mac=set:{_OUT},{port.mac}" for port in network.ports if network.leads_out(port)
+            )
         if network.provide_dns:
             lines.append(f"dhcp-option=option:dns-server,{network.gateway}")
         for port in network.ports:
-            tags = [f"set:{_OUT}"] if uplink and network.leads_out(port) else []
             called = [f"{port.hostname}.{domain}"] if _NAME.fullmatch(port.hostname) else []
-            hosts.append(",".join([port.mac, *tags, str(port.address), *called]))
+            hosts.append(",".join([port.mac, str(port.address), *called]))
     entries = [(port.hostname, port.address) for port in network.ports] + list(network.dns_entries)
     entries = [(name, address) for name, address in entries if _NAME.fullmatch(name)]
     answers = sorted(f"{address} {name}" for name, address in entries) if network.provide_dns else []

@@ -25,12 +25,12 @@ def _settings(*, uplink: bool = True, **more: object) -> Dnsmasq:
 
 def test_every_guest_has_its_fixed_address_and_its_name() -> None:
     made = _settings(mtu_bytes=8950, dns_entries=(("db.sf.internal", IPv4Address("10.42.0.9")),))
-    assert made.hosts == "02:00:00:00:00:01,set:out,10.42.0.2,web.sf.internal\n"
+    assert made.hosts == "02:00:00:00:00:01,10.42.0.2,web.sf.internal\n"
     assert made.names == "10.42.0.2 web\n10.42.0.9 db.sf.internal\n"
     for line in (
         "dhcp-option=option:mtu,8950",
         "server=192.0.2.53",
-        "dhcp-option=tag:out,option:router,10.42.0.1",
+        "dhcp-option=option:router,10.42.0.1",
     ):
         assert line in made.config.splitlines()
 
@@ -38,9 +38,8 @@ def test_every_guest_has_its_fixed_address_and_its_name() -> None:
 def test_a_network_without_a_way_out_gives_no_default_route_but_its_routed_addresses() -> None:
     settings = _settings(uplink=False, routed=((IPv4Address("203.0.113.7"), BLOCK[2]),))
     lines = settings.config.splitlines()
-    assert "dhcp-option=tag:!out,option:router" in lines
-    assert "dhcp-option=tag:!out,option:classless-static-route,203.0.113.7/32,10.42.0.1" in lines
-    assert not [line for line in settings.hosts.splitlines() if "set:out" in line]
+    assert "dhcp-option=option:router" in lines
+    assert "dhcp-option=option:classless-static-route,203.0.113.7/32,10.42.0.1" in lines
     assert not [line for line in lines if line.startswith("server=")]
 
 
@@ -48,7 +47,7 @@ def test_a_network_without_a_way_out_gives_no_default_route_but_its_routed_addre
 def test_no_guests_name_is_a_word_of_the_servers_language(name: str) -> None:
     """G3."""
     made = dhcp.settings(_network(ports=(replace(PORT, hostname=name),)), [], uplink=True)
-    assert made.hosts == f"02:00:00:00:00:01,set:out,10.42.0.2,{name}.sf.internal\n"
+    assert made.hosts == f"02:00:00:00:00:01,10.42.0.2,{name}.sf.internal\n"
     assert made.names == f"10.42.0.2 {name}\n"
 
 
@@ -57,7 +56,7 @@ def test_what_is_no_name_reaches_no_file(name: str) -> None:
     """G3."""
     network = _network(ports=(replace(PORT, hostname=name),), dns_entries=((name, BLOCK[9]),))
     made = dhcp.settings(network, [], uplink=True)
-    assert made.hosts == "02:00:00:00:00:01,set:out,10.42.0.2\n"
+    assert made.hosts == "02:00:00:00:00:01,10.42.0.2\n"
     assert made.names == ""
 
 
@@ -65,12 +64,16 @@ def test_only_a_guest_whose_packets_go_out_is_told_of_a_router() -> None:
     """G4: where there is no NAT, a floating or a routed address of another guest leads nobody else out."""
     ports = (
         PORT,
-        replace(PORT, uuid="f", address=BLOCK[3], floating=BLOCK[99]),
-        replace(PORT, uuid="r", address=BLOCK[4]),
+        replace(PORT, uuid="f", mac="02:00:00:00:00:02", address=BLOCK[3], floating=BLOCK[99]),
+        replace(PORT, uuid="r", mac="02:00:00:00:00:03", address=BLOCK[4]),
     )
     network = _network(provide_nat=False, ports=ports, routed=((IPv4Address("203.0.113.7"), BLOCK[4]),))
-    hosts = dhcp.settings(network, [], uplink=True).hosts.splitlines()
-    assert ["set:out" in line for line in hosts] == [False, True, True]
+    lines = dhcp.settings(network, [], uplink=True).config.splitlines()
+    assert [line for line in lines if "dhcp-mac" in line] == [
+        "dhcp-mac=set:out,02:00:00:00:00:02", "dhcp-mac=set:out,02:00:00:00:00:03",
+    ]  # fmt: skip
+    for line in ("dhcp-option=tag:out,option:router,10.42.0.1", "dhcp-option=tag:!out,option:router"):
+        assert line in lines
 
 
 def test_without_dhcp_no_address_is_offered_and_without_dns_no_name_is_answered() -> None:
