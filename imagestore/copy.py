@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -31,12 +32,9 @@ class CopyResult:
 
 def copy_name(source: Store, target: Store, record: NameRecord) -> list[CopyResult]:
     """Copy every architecture of a name, and set the name in the target."""
-
-    def setter(architecture: str, digest: Digest) -> Callable[[], object]:
-        return lambda: target.names.set(record.name, record.tag, architecture, digest)
-
+    set_name = partial(target.names.set, record.name, record.tag)
     return [
-        copy_image(source, target, digest, set_name=setter(architecture, digest))
+        copy_image(source, target, digest, set_name=partial(set_name, architecture, digest))
         for architecture, digest in sorted(record.images.items())
     ]
 
