@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
-from compute.errors import Unavailable
+from compute.errors import ComputeError
 from compute.wire.spec import InstanceStatus, NodeEvent
+
+log = logging.getLogger(__name__)
 
 _KEPT_EVENTS = 10_000
 _RETRY_S = 1.0
@@ -45,7 +48,8 @@ class Reports:
             self._waiting.clear()
             try:
                 await self.flush()
-            except Unavailable:
+            except ComputeError as err:  # of one report: nothing else ends with it
+                log.info("the server did not take a report: %s", err)
                 await asyncio.sleep(_RETRY_S)
                 self._waiting.set()
 
