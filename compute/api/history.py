@@ -1,6 +1,5 @@
 """Metadata and events: the same routes under every kind of object."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
+from starlette.concurrency import run_in_threadpool
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
@@ -99,7 +99,7 @@ def add_events(router: APIRouter, path: str, find: Lookup, run: Callable[[Any], 
         query = body or EventQuery()
         if follow:
             return StreamingResponse(
-                _stream(ctx, partial(find, ctx, item.id), query),
+                _stream(ctx, partial(find, ctx, item.id) if run is as_it_is else lambda: item, query),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store"},
             )
@@ -129,7 +129,7 @@ async def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -
     while not await ctx.request.is_disconnected():
         seen = feed.revision
         try:
-            found = await asyncio.to_thread(read)
+            found = await run_in_threadpool(read)  # not the loop's own threads: leases are renewed there
         except (Unauthenticated, NotFound):
             return
         for event in reversed(found):

@@ -9,10 +9,11 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -24,6 +25,7 @@ from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.keys import PACKS, Kind, kind_of
 from imagestore.listening import Buckets, origin
 
+T = TypeVar("T")
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PIECE_BYTES = 256 << 10
 _FAR_PIECE_BYTES = 512 << 10
@@ -145,6 +147,8 @@ class Tree:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._threads = ThreadPoolExecutor(16, "sf-tree")
+        """Its own: a store that does not answer takes none of what else the process does."""
         self._stats: OrderedDict[str, ObjectStat] = OrderedDict()
         inner = innermost(backend)
         self._root = inner.root if isinstance(inner, Directory) else None
@@ -177,17 +181,20 @@ class Tree:
 
     async def _stat(self, key: str, immutable: bool) -> ObjectStat:
         if not immutable:
-            return await asyncio.to_thread(self._backend.stat, key)
+            return await self._ask(self._backend.stat, key)
         stat = self._stats.get(key)
         if stat is None:
-            stat = self._stats[key] = await asyncio.to_thread(self._backend.stat, key)
+            stat = self._stats[key] = await self._ask(self._backend.stat, key)
             if len(self._stats) > 10_000:
                 self._stats.popitem(last=False)
         return stat
 
     async def _read(self, key: str, start: int, length: int, after: int) -> bytes:
         data = self._local(key, start, length)
-        return data or (await asyncio.to_thread(self._backend.get, key, start, length)).data
+        return data or (await self._ask(self._backend.get, key, start, length)).data
+
+    async def _ask(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     def _local(self, key: str, at: int, size: int) -> bytes | None:
         """Of a pack in a directory, without a thread: a pack never changes, so its descriptor may be kept."""

@@ -1,8 +1,10 @@
 """The tree over ASGI, with a server that says when it would wait and when the client has hung up."""
 
 import asyncio
+import threading
 from typing import Any
 
+from imagestore.backends.protocol import ObjectStat
 from imagestore.mirror.tree import Tree
 from tests.counted import Counted
 from tests.memory import Memory
@@ -49,3 +51,31 @@ def test_nothing_more_is_read_for_a_client_that_has_hung_up() -> None:
     backend, messages = ask(4)
     assert backend.received_bytes < len(DATA) / 2
     assert messages[-1]["more_body"]
+
+
+def test_a_store_that_does_not_answer_takes_no_thread_of_the_loops_own() -> None:
+    """E, of its whole kind: beside the tree a server renews its nodes' leases."""
+    back = threading.Event()
+
+    class Away(Memory):
+        def stat(self, key: str) -> ObjectStat:
+            assert back.wait(60)
+            return super().stat(key)
+
+    async def send(message: dict[str, Any]) -> None: ...
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def story() -> None:
+        tree = Tree(Away())
+        scope = {"type": "http", "method": "GET", "path": f"/{PACK}", "headers": []}
+        asked = [asyncio.create_task(tree(scope, receive, send)) for _ in range(100)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            assert await asyncio.to_thread(lambda: "renewed") == "renewed"
+        assert not any(one.done() for one in asked)
+        back.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(story())
