@@ -1,6 +1,7 @@
 from . import errors as errors
 from . import ipam as ipam
 from .doctor import Finding as Finding
+from .doctor import describe as describe
 from .errors import NetError as NetError
 from .plan.model import Network as Network
 from .plan.model import NodeNetworks as NodeNetworks
@@ -10,4 +11,5 @@ from .plan.names import namespace as namespace
 from .plan.names import own_macs as own_macs
 from .plan.names import port_mac as port_mac
 from .plan.names import tap as tap
+from .plan.plan import Action as Action
 from .plane import Plane as Plane

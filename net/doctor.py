@@ -27,7 +27,7 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
     meshed = is_meshed(desired)
     by_space = {names.namespace(desired.installation, n.vni): n.name for n in desired.networks}
     findings = [
-        Finding(by_space.get(action.namespace, action.namespace or "host"), _words(action))
+        Finding(by_space.get(action.namespace, action.namespace or "host"), describe(action))
         for action in plan(desired, observed)
     ]
     for network in desired.networks:
@@ -45,7 +45,8 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
     return findings + list(_firewall(desired, ruleset))
 
 
-def _words(action: Action) -> str:
+def describe(action: Action) -> str:
+    """What is not as it should be where this action is needed."""
     missing = {
         Verb.ADD: "is missing",
         Verb.CHANGE: "differs from what is desired",

@@ -17,11 +17,12 @@ from net.errors import Conflict, Failed, Invalid, NetError
 from net.kernel import dnsmasq, netns
 from net.kernel.netns import NetlinkError, Netns
 from net.kernel.observe import observe
+from net.kernel.taps import Holders
 from net.plan import names, nft
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
-from net.plan.target import VXLAN_OVERHEAD_BYTES, port_link, too_large, without_routers
+from net.plan.target import VXLAN_OVERHEAD_BYTES, port_link, tap_name, too_large, without_routers
 
 
 class Plane:
@@ -33,6 +34,7 @@ class Plane:
         self._lock = threading.RLock()
         self._announce: dict[Entry, int] = {}
         self._taps: dict[str, str] | None = None  # tap to namespace, from the last look
+        self._holders = Holders()
 
     def observe(self, underlay: IPv4Address = IPv4Address("127.0.0.1")) -> Observed:
         """What is there of ours."""
@@ -49,6 +51,8 @@ class Plane:
         with self._lock:
             self._announce_again()
             observed = self._look(desired.underlay, self._end_strays())
+            if self._holders.put_back(_local_taps(desired), observed):
+                observed = self._look(desired.underlay, self._running())
             refused = too_large(desired, observed)
             kept = tuple(network for network in desired.networks if network not in refused)
             actions = plan(replace(desired, networks=kept), observed)
@@ -299,6 +303,12 @@ class Plane:
             self._announce[proxy] -= 1
             if not self._announce[proxy]:
                 del self._announce[proxy]
+
+
+def _local_taps(desired: NodeNetworks) -> dict[str, str]:
+    """Name and alias of the taps that this node's guests have."""
+    here = (port for n in desired.networks for port in n.ports if port.node == desired.node)
+    return {tap_name(desired, port): f"{names.owned(desired.installation)}port {port.uuid}" for port in here}
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -43,7 +42,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_WAIT_S = 20.0
+_WAIT_S = 8.0  # what an outsider removes from a network is put back within ten seconds
 _CUT_S = 1.0
 _RETRY_S = 1.0
 
@@ -216,11 +215,11 @@ class Agent:
             except (NetError, OSError) as err:
                 if str(err) != self._trouble:  # said once, tried every second
                     log.error("networks: %s", err)
-                    self._reports.note(
-                        NodeEvent("node", self._node, time.time(), "status", f"networks: {err}")
-                    )
+                    self._reports.say(f"networks: {err}", ("node", self._node))
                 self._trouble = str(err)
                 return False
+        if done and networks == self.operations.networks:
+            self._reports.put_right(self._node, done, [guest.spec for guest in self._guests.values()])
         self.operations.networks, self._trouble = networks, ""
         return not done
 

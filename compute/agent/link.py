@@ -32,7 +32,7 @@ from compute.wire.join_token import JoinToken
 from compute.wire.operations import NodeOperations, answer
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
 from imagestore import durable
-from net import Finding, Network, NodeNetworks, Port
+from net import Action, Finding, Network, NodeNetworks, Port
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Fenced:
     def __init__(self, plane: Droppable, lease: Lease, node: str, uplink: str = "") -> None:
         self._plane, self._lease, self._node, self._uplink = plane, lease, node, uplink
 
-    def apply(self, desired: NodeNetworks) -> object:
+    def apply(self, desired: NodeNetworks) -> Sequence[Action]:
         """As Plane's; `uplink` of this machine's own configuration goes before the server's."""
         networks = desired.networks
         if not self._lease.may_route():

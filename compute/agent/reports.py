@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from compute.errors import ComputeError
-from compute.wire.spec import InstanceStatus, NodeEvent
+from compute.wire.spec import InstanceSpec, InstanceStatus, NodeEvent
+from net import Action, describe
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,22 @@ class Reports:
         """Queue a line of history."""
         self._events.append(event)
         self._waiting.set()
+
+    def say(self, message: str, *about: tuple[str, str]) -> None:
+        """Queue a line for the history of each (kind, identity)."""
+        for kind, identity in about:
+            self.note(NodeEvent(kind, identity, time.time(), "status", message))
+
+    def put_right(self, node: str, done: Sequence[Action], guests: Sequence[InstanceSpec]) -> None:
+        """Nothing else was wanted of the networks and yet something had to be done: somebody took it away."""
+        message = f"networks put right: {'; '.join(describe(action) for action in done[:8])}"
+        log.warning("%s", message)
+        met = [
+            ("instance", spec.uuid)
+            for spec in guests
+            if any(i.tap in message for i in spec.interfaces if i.tap)
+        ]
+        self.say(message, ("node", node), *met)
 
     async def run(self) -> None:
         """Send what comes, until cancelled."""

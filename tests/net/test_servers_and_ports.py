@@ -5,7 +5,7 @@ import resource
 import signal
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -182,3 +182,66 @@ def test_a_process_with_a_thousand_open_files_still_sets_its_filters(tmp_path: P
         desired = cluster.apply(network)
         assert cluster.nodes[0].apply(desired) == []
         assert "sf-" in cluster.nodes[0].inside(network, "nft list tables")
+
+
+@pytest.mark.parametrize("what", ["tap", "namespace"])
+def test_what_an_outsider_removes_is_put_back_under_the_running_guest(tmp_path: Path, what: str) -> None:
+    """D4: without its tap or its network's namespace a guest was off the network until it was rebooted."""
+    with Cluster(tmp_path) as cluster:
+        node = cluster.nodes[0]
+        one, two = make_port(2, "n1"), make_port(3, "n1")
+        network = make_network(one, two)
+        desired = cluster.apply(network)
+        with cluster.guest(network, one) as guest, cluster.guest(network, two) as other:
+            guest.static()
+            other.static()
+            assert guest.pings(two.address) and guest.pings(OUTSIDE)
+            assert node.apply(desired) == []
+            if what == "tap":
+                node.inside(network, f"ip link del {guest.name}")
+            else:
+                node.space.sh(f"ip netns del {node.plane.namespace(network)}")
+            assert guest.reaches_not(two.address) or what == "namespace"
+            assert node.apply(desired) != []
+            assert node.apply(desired) == []
+            assert guest.pings(two.address) and guest.pings(OUTSIDE)
+            assert other.pings(one.address)
+
+
+def test_a_real_qemu_that_lost_its_tap_has_it_again_as_it_was(tmp_path: Path) -> None:
+    """D4."""
+    with Cluster(tmp_path) as cluster:
+        node = cluster.nodes[0]
+        one = make_port(2, "n1")
+        network = make_network(one)
+        desired = cluster.apply(network)
+        tap = node.space.call(node.plane.create_tap, one)
+        arguments = f"-netdev tap,id=n,ifname={tap},script=no,downscript=no -device virtio-net-pci,netdev=n"
+        qemu = node.space.popen_quietly(f"qemu-system-x86_64 -M q35 -nodefaults -display none -S {arguments}")
+        try:
+            while _tap_of(qemu.pid) != tap:
+                assert qemu.poll() is None, qemu.communicate()
+            node.space.call(node.plane.adopt_tap, network, one)
+            assert node.apply(desired) == []
+            before = _tap_of(qemu.pid)
+            node.space.sh(f"ip netns del {node.plane.namespace(network)}")
+            assert node.apply(desired) != []
+            assert node.apply(desired) == []
+            assert _tap_of(qemu.pid) == before == tap
+            assert "NO-CARRIER" not in node.inside(network, f"ip -o link show {tap}")
+            assert qemu.poll() is None
+        finally:
+            qemu.kill()
+            qemu.communicate()
+        # Who ended gets nothing back.
+        node.space.call(node.plane.remove_tap, one)
+        assert node.apply(desired) == []
+
+
+def _tap_of(pid: int) -> str:
+    """The tap that a process holds, "" if none."""
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):  # it closes others while we look
+            if found := [line for line in path.read_text().splitlines() if line.startswith("iff:")]:
+                return found[0][4:].strip()
+    return ""

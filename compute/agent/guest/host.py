@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.wire.spec import InstanceStatus, NodeEvent
-from net import Finding, Network, NodeNetworks, Port
+from net import Action, Finding, Network, NodeNetworks, Port
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Plane(Protocol):
     """What guests need of this node's data plane; `net.plane.Plane` in the product."""
 
-    def apply(self, desired: NodeNetworks) -> object: ...
+    def apply(self, desired: NodeNetworks) -> Sequence[Action]: ...
 
     def create_tap(self, port: Port) -> str: ...
 
