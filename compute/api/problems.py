@@ -39,9 +39,13 @@ STATUSES: dict[type[Exception], int] = {
 }
 
 
+_MESSAGE_LENGTH = 1000
+"""What is said back of a request's own words has an end."""
+
+
 def answer(request: Request, status: int, message: str, hint: str = "") -> JSONResponse:
     """The shape of every error."""
-    body: dict[str, Any] = {"error": message, "status": status}
+    body: dict[str, Any] = {"error": message[:_MESSAGE_LENGTH], "status": status}
     if hint:
         body["hint"] = hint
     body["request_id"] = getattr(request.state, "request_id", "")

@@ -66,6 +66,8 @@ def test_a_key_of_a_megabyte_is_not_said_back(server: Running) -> None:
     answer = server.call("POST", "/networks", {"x" * 500_000: 1})
     assert answer.status == 400
     assert len(answer.body["error"]) < 200
+    for path in ("/", "/instances/", "/networks/lan/dns/"):
+        assert len(server.call("GET", path + "x" * 30_000).body["error"]) <= 1000
 
 
 @pytest.mark.parametrize("length", [-2, 2**40, "²", 1e300])
