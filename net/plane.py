@@ -51,7 +51,7 @@ class Plane:
         with self._lock:
             self._announce_again()
             observed = self._look(desired.underlay, self._end_strays())
-            if self._holders.put_back(_local_taps(desired), observed):
+            if back := self._holders.put_back(_local_taps(desired), observed):
                 observed = self._look(desired.underlay, self._running())
             refused = too_large(desired, observed)
             kept = tuple(network for network in desired.networks if network not in refused)
@@ -63,7 +63,7 @@ class Plane:
                     f" not fit through a mesh over {desired.underlay}, whose device carries {observed.mtu_bytes}",
                     hint=f"the largest MTU there is {observed.mtu_bytes - VXLAN_OVERHEAD_BYTES}",
                 )
-            return actions
+            return [Action(Verb.ADD, HOST, Link(name, "tun", "", 0)) for name in back] + actions
 
     def drop_routers(self) -> list[Action]:
         """Stops routing on this node, whatever was desired last: another may have taken over. Guests' ports stay."""

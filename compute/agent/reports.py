@@ -50,7 +50,12 @@ class Reports:
 
     def put_right(self, node: str, done: Sequence[Action], guests: Sequence[InstanceSpec]) -> None:
         """Nothing else was wanted of the networks and yet something had to be done: somebody took it away."""
-        message = f"networks put right: {'; '.join(describe(action) for action in done[:8])}"
+        what = [
+            describe(action) for action in done if action.verb != "adopt"
+        ]  # of a guest that starts just now
+        if not what:
+            return
+        message = f"networks put right: {'; '.join(what[:8])}"
         log.warning("%s", message)
         met = [
             ("instance", spec.uuid)

@@ -43,18 +43,18 @@ class Holders:
     def __init__(self) -> None:
         self._held: dict[str, Holder] = {}
 
-    def put_back(self, wanted: Mapping[str, str], observed: Observed) -> bool:
-        """Make those of `wanted` (name to alias) anew that are nowhere and whose holder waits; True if any was.
+    def put_back(self, wanted: Mapping[str, str], observed: Observed) -> list[str]:
+        """Make those of `wanted` (name to alias) anew that are nowhere and whose holder waits; which were made.
 
         They are in the calling thread's namespace then, and down.
         """
         links = [link for facts in observed.namespaces.values() for link in facts.links.values()]
         there = {link.name: link.carrier for link in links if link.kind == "tun"}
         lost = {name: held for name, held in self._held.items() if name in wanted and name not in there}
-        done = False
+        done = []
         for name, held in lost.items():
             with suppress(OSError, NetlinkError, NetError):  # it ended, or the next look tries again
-                done |= _put_back(name, wanted[name], held)
+                done += [name] if _put_back(name, wanted[name], held) else []
         self._held = lost | self._holding({name for name, carrier in there.items() if carrier})
         return done
 

@@ -20,10 +20,12 @@ def test_what_was_put_right_is_an_event_of_the_node_and_of_the_guest_it_met() ->
         )
         for name in ("web", "db")
     ]
-    action = Action(Verb.ADOPT, "sf-x", Link("sftweb", "tun", "", 1450))
-    reports.put_right("n1", [action], specs)
+    tap = Link("sftweb", "tun", "", 1450)
+    reports.put_right("n1", [Action(Verb.ADOPT, "sf-x", tap)], specs)
+    assert noted == []  # it is being started
+    reports.put_right("n1", [Action(Verb.ADD, "", tap), Action(Verb.ADOPT, "sf-x", tap)], specs)
     assert [(event.object_type, event.object_uuid) for event in noted] == [
         ("node", "n1"),
         ("instance", "web"),
     ]
-    assert noted[0].message == "networks put right: the tap device sftweb is not in its network yet"
+    assert noted[0].message == "networks put right: the tap device sftweb is missing"
