@@ -225,7 +225,7 @@ class Agent:
 
     async def _watch_unknown(self, host: Host, wanted: set[str]) -> bool:
         """What is here and not wanted is watched and left alone. False while libvirt could not be asked."""
-        here, answered = await quarantine.find(host, self._memory.now.machine)
+        here, answered = await quarantine.find(host, self._memory.now.machine, set(self._guests))
         for uuid in sorted({*here, *self._guests} - wanted):
             guest = await self._guest(host, InstanceSpec(uuid, uuid, "", 1, 16, ()))
             if guest.known:

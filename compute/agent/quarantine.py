@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from compute.agent.guest.guest import Guest
@@ -17,16 +17,17 @@ log = logging.getLogger(__name__)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-async def find(host: Host, machine: str) -> tuple[set[str], bool]:
-    """Uuids of all guests, running or not, that are on this node; False while libvirt could not be asked."""
+async def find(host: Host, machine: str, owned: Collection[str]) -> tuple[set[str], bool]:
+    """Uuids of the guests, running or not, that are on this node and not owned; False while libvirt does not say."""
     directories = [path for path in host.directory.iterdir() if _UUID.fullmatch(path.name)]
-    for path in directories:
+    strange = [path for path in directories if path.name not in owned]
+    for path in strange:
         with contextlib.suppress(OSError):  # it holds something
             path.rmdir()
-    found = {path.name for path in directories if path.exists()}
+    found = {path.name for path in strange if path.exists()}
     try:
         await host.do(host.hypervisor.connect)
-        return found | set(await host.do(host.hypervisor.ours, machine, host.directory)), True
+        return found | set(await host.do(host.hypervisor.others, owned, machine, host.directory)), True
     except ComputeError as err:
         log.warning("%s", err)
         return found, False

@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,14 +175,16 @@ class Hypervisor:
         with self._calling() as connection:
             return domain.qemu_group(connection.getCapabilities())
 
-    def ours(self, machine: str, directory: Path) -> list[str]:
-        """Uuids of all domains, running or not, whose metadata carries the ids of the installation and of this node.
+    def others(self, known: Collection[str], machine: str, directory: Path) -> list[str]:
+        """Uuids of all domains but the known, running or not, with the ids of the installation and of this node.
 
         One of 0.1, which knows no node, is ours if its console's log is below `directory`.
         """
         found = []
         with self._calling() as connection:
             for one in connection.listAllDomains():
+                if self._ours(one) in known:
+                    continue
                 try:
                     xml = one.XMLDesc()
                 except libvirt.libvirtError as err:
