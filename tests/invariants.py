@@ -3,11 +3,10 @@
 from collections import Counter
 
 from compute.cluster.records.addresses import FLOATING, Ipam
-from compute.cluster.records.claims import Claims
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import Network
-from compute.cluster.records.taken import Taken
+from compute.cluster.records.taken import Claims, Taken
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
 from compute.wire.spec import InstanceState

@@ -9,8 +9,7 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx, DeleteAllBody, apart
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.cluster.images import NamedImage, find_image, named_images
-from compute.cluster.records.artifacts import Artifact
+from compute.cluster.images import Artifact, NamedImage, find_image, named_images
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
 

@@ -13,10 +13,9 @@ from starlette.concurrency import run_in_threadpool
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
-from compute.cluster.records.events import Event
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Event, Transaction
 from compute.errors import Invalid, NotFound, Unauthenticated
 
 METADATA_BYTES = 2**16

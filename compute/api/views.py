@@ -8,13 +8,13 @@ from typing import Any
 
 from compute.cluster.images import GIB, NamedImage, blob_uuid
 from compute.cluster.quarantine import Quarantined
-from compute.cluster.records.events import Event
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Event
 from compute.wire.spec import InstanceState
 
 Json = dict[str, Any]

@@ -16,15 +16,14 @@ from typing import TypeVar
 from compute.cluster import desired, quarantine, upkeep
 from compute.cluster.feed import Feed
 from compute.cluster.liveness import Liveness
-from compute.cluster.records.claims import Claims
 from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.nodes import Node, check_facts, find_machine, rename
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import new_uuid
+from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
-from compute.cluster.reports import bounded, keep_events
+from compute.cluster.reports import keep_events, settle
 from compute.cluster.state.protocol import StateStore
-from compute.cluster.states import settle
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
@@ -147,7 +146,7 @@ class Controller:
     ) -> None:
         """What an agent saw. When it returns, it is kept."""
         for status in statuses:
-            await self._act(partial(settle, node=node, status=bounded(status)), node)
+            await self._act(partial(settle, node=node, status=status), node)
         if events:
             await self._act(partial(keep_events, node=node, events=events), node)
 

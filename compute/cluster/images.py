@@ -4,9 +4,10 @@ import logging
 import re
 import uuid as uuid_module
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
+from compute.cluster.records.stored import Stored
 from compute.errors import Invalid, NotFound
 from compute.wire.spec import DiskSpec
 from imagestore import Digest, Store, StoreError
@@ -75,6 +76,15 @@ def _resolve(resolver: Resolver, disk: Mapping[str, Any], device: str, architect
             hint=f"give it {needed} GB or more, or no size",
         )
     return DiskSpec(device, str(found.digest), base, size_bytes or found.size_bytes, bus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact(Stored):
+    """What users add to an image name; the image itself lives in its store."""
+
+    KIND: ClassVar[str] = "artifact"
+    uuid: str
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

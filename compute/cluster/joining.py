@@ -16,11 +16,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from compute.cluster.records.claims import Claims
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.secrets import store_token
 from compute.cluster.records.stored import check_name, new_uuid
-from compute.cluster.records.taken import Taken, take
+from compute.cluster.records.taken import Claims, Taken, take
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Denied, Unauthenticated
 from compute.wire.join_token import JoinToken

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from compute.cluster.records.addresses import Ipam, parse_address
-from compute.cluster.records.claims import claim
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface, Want, attach
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
-from compute.cluster.records.taken import Taken, take, take_name
+from compute.cluster.records.taken import Taken, claim, take, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, NotFound
 from compute.wire.spec import AGENT_CHANNEL, InstanceState, InterfaceSpec, Orphan

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compute.cluster.records import instances
-from compute.cluster.records.claims import Claims
 from compute.cluster.records.interfaces import Want
 from compute.cluster.records.nodes import Node, facts_of
+from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity, NotFound
 from imagestore import Digest, Store, StoreError

@@ -19,12 +19,10 @@ from compute.agent import link as remote
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
 from compute.cluster.auth import Authority
 from compute.cluster.desired import spec
+from compute.cluster.images import Artifact
 from compute.cluster.joining import certificate, check_identity
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.addresses import Ipam
-from compute.cluster.records.artifacts import Artifact
-from compute.cluster.records.claims import Claims
-from compute.cluster.records.events import Event
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
@@ -32,8 +30,8 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.secrets import Secret, secret
 from compute.cluster.records.stored import Stored
-from compute.cluster.records.taken import Taken
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.taken import Claims, Taken
+from compute.cluster.records.transaction import Event, Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.serve import installation_id
 from compute.wire.spec import InstanceSpec, InstanceState, Power

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from compute.cluster.records import epochs
-from compute.cluster.records.claims import claim
 from compute.cluster.records.interfaces import Interface, Want, attach, detach, interfaces_on
 from compute.cluster.records.networks import find_network
 from compute.cluster.records.stored import Stored
-from compute.cluster.records.taken import Taken, take_name
+from compute.cluster.records.taken import Taken, claim, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
 from compute.wire.codec import Base64

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
-from compute.cluster.records.claims import Claims
 from compute.cluster.records.epochs import epoch, heard
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.networks import Network
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import Stored
+from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid
 from compute.wire.codec import from_plain

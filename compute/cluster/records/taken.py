@@ -1,8 +1,12 @@
-"""Things of which there is one, and who has it."""
+"""What there is once, and who has it: names, numbers, and the room on a node.
+
+One record of claims per node, so that no two placements take the last room.
+"""
 
 import time
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
@@ -33,3 +37,28 @@ def take_name(txn: Transaction, kind: str, namespace: str, name: str, owner: str
         )
         raise Conflict(problem, hint=f"sf {kind} show {name}")
     take(txn, f"{kind}/{namespace}/{name}", owner)
+
+
+def _summed(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 0.1 named every instance with its share, in the one record that each placement wrote anew."""
+    sums = {part: sum(old.get(part, {}).values()) for part in ("cpus", "memory_mib")}
+    return {**old, **sums, "schema": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims(Stored):
+    """Sums over the instances placed there that are not deleted: as large for a thousand of them as for one."""
+
+    KIND: ClassVar[str] = "claims"
+    SCHEMA: ClassVar[int] = 2
+    UPGRADES: ClassVar = {1: _summed}
+    name: str
+    cpus: int = 0
+    memory_mib: int = 0
+
+
+def claim(txn: Transaction, node: str, cpus: int, memory_mib: int) -> None:
+    """Take so much of a node, or give it back where the figures are negative. A node that is gone has no claims."""
+    found = txn.find(Claims, node)
+    if found is not None:
+        txn.update(replace(found, cpus=found.cpus + cpus, memory_mib=found.memory_mib + memory_mib))

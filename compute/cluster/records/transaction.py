@@ -1,17 +1,35 @@
-"""The typed transaction over the state store."""
+"""The typed transaction over the state store, and the histories that it writes along."""
 
 import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
-from compute.cluster.records.events import Event
 from compute.cluster.records.stored import Stored
 from compute.cluster.state.protocol import ABSENT, Record, StateStore, retry_stale
 from compute.errors import Conflict, NotFound
 
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event(Stored):
+    """A line of an object's history; `Transaction.event` writes it."""
+
+    KIND: ClassVar[str] = "event"
+    LIMIT: ClassVar[int] = 256
+    """Events kept per object; up to TRIM more may wait for the broom."""
+    TRIM: ClassVar[int] = 32
+    name: str
+    """`<type>/<object's uuid>/<microseconds, 20 digits>-<random>`: key order is time order."""
+    timestamp_s: float
+    type: str
+    message: str
+    node: str = ""
+    duration_s: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Transaction:

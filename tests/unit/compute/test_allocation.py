@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from compute.cluster.records.addresses import Ipam, ensure_floating
-from compute.cluster.records.claims import Claims
 from compute.cluster.records.instances import (
     Instance,
     add_interface,
@@ -31,6 +30,7 @@ from compute.cluster.records.interfaces import (
 from compute.cluster.records.networks import Network, create_network, delete_network, route, unroute
 from compute.cluster.records.nodes import Node, move_routers
 from compute.cluster.records.stored import new_uuid
+from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.scheduler import Limits, create_instance
 from compute.cluster.state.sqlite import SqliteStore

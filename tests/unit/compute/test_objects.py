@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compute.cluster.records.addresses import Ipam
-from compute.cluster.records.events import Event
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Event, Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, Invalid, NotFound
 from compute.wire.codec import from_plain, to_plain

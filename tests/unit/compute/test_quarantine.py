@@ -13,17 +13,16 @@ from compute.cluster.controller import Controller
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import epochs
 from compute.cluster.records.addresses import Ipam
-from compute.cluster.records.claims import Claims
 from compute.cluster.records.epochs import epoch
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.interfaces import Want, attach
 from compute.cluster.records.networks import Network, create_network, find_network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import new_uuid
-from compute.cluster.records.taken import Taken
+from compute.cluster.records.taken import Claims, Taken
 from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
-from compute.cluster.states import settle
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, InterfaceSpec, Inventory, Orphan
 from net import Network as NetNetwork

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compute.cluster.states import TRANSITIONS, path_to
+from compute.cluster.reports import TRANSITIONS, path_to
 from compute.wire.spec import InstanceState
 
 S = InstanceState
