@@ -23,11 +23,9 @@ from typing import Any
 from compute.agent.guest.console import ConsoleLog
 from compute.agent.guest.define import define
 from compute.agent.guest.disks import Disks, Leaving
-from compute.agent.guest.host import Backing, Host
-from compute.agent.guest.rebuild import rebuilt
-from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld
+from compute.agent.guest.host import Host, Voice
+from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld, rebuilt
 from compute.agent.guest.taps import Taps
-from compute.agent.guest.voice import Voice
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState, Refused
 from compute.errors import ComputeError, Invalid, NotFound, Unavailable
@@ -236,13 +234,10 @@ class Guest:
         self._voice.publish(InstanceState.PREFLIGHT)
         await self._course.save()
         self._recorded = True
-        images = await self._images()
+        images = await self._disks.images(self.spec, self._leaving)
         self._voice.publish(InstanceState.CREATING)
         await self._disks.make(self.spec, images)
         await self._course.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
-
-    async def _images(self) -> dict[str, Backing]:
-        return await self._disks.images(self.spec, self._leaving)
 
     async def _power_on(self) -> None:
         began = time.monotonic()
@@ -269,7 +264,8 @@ class Guest:
             undo.push_async_callback(self._taps.remove)
             undo.push_async_callback(host.do, hypervisor.destroy, uuid)
             nics = [await self._taps.make(spec, interface, self.networks) for interface in spec.interfaces]
-            disks = await self._disks.begin(spec, await self._images())
+            images = await self._disks.images(spec, self._leaving)
+            disks = await self._disks.begin(spec, images)
             networks, password = dict(self.networks), self.record.vdi_password
             await host.do(define, host, self.directory, spec, networks, disks, tuple(nics), password)
             await host.do(self.console.begin)

@@ -1,6 +1,7 @@
-"""What all guests of one agent share, and what they need of its data plane and its images."""
+"""What all guests of one agent share, what they need of its data plane and images, and how they speak through it."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
-from compute.wire.spec import InstanceStatus, NodeEvent
+from compute.wire.spec import InstanceState, InstanceStatus, NodeEvent
 from net import Action, Finding, Network, NodeNetworks, Port
 
 T = TypeVar("T")
@@ -101,3 +102,32 @@ class Host:
         """A change of the data plane: one at a time."""
         async with self.plane_lock:
             return await self.do(call, *args)
+
+
+class Voice:
+    """What a guest's owner says of it. `stage` is how far the instance's making got: what an error is an error of."""
+
+    def __init__(self, host: Host, uuid: str) -> None:
+        self._host, self._uuid = host, uuid
+        self.stage = InstanceState.PREFLIGHT
+        self.agent_ready: bool | None = None
+        """Whether the agent in the guest answers; None if libvirt must be asked."""
+
+    def publish(
+        self, stage: InstanceState | None = None, power: str = "off", message: str = "", **more: Any
+    ) -> None:
+        """The instance is at `stage` now, or still at the last one."""
+        self.stage = stage or self.stage
+        more |= {"accel": str(self._host.verdict), "agent_state": "ready" if self.agent_ready else ""}
+        self._host.publish(InstanceStatus(self._uuid, self.stage, power, message, **more))
+
+    def fail(self, message: str) -> None:
+        """What it was at has failed for good."""
+        stage = InstanceState(f"{self.stage}-error")
+        accel = str(self._host.verdict)
+        self._host.publish(InstanceStatus(self._uuid, stage, "off", message, accel=accel))
+
+    def event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:
+        """A line of the instance's history."""
+        now = time.time()
+        self._host.note(NodeEvent("instance", self._uuid, now, "status", message, duration_s, extra))

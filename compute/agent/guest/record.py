@@ -1,6 +1,7 @@
 """A guest's record on disk, `instances/<uuid>/record.json`: one flat object in which each part has keys of its own.
 
 A part changes its own values alone; whatever it changes, the whole is written, so the file is true at every moment.
+One that is damaged or lost is made anew from what is there (`rebuilt`).
 """
 
 import json
@@ -8,9 +9,11 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from compute.agent.hypervisor import domain
 from compute.errors import ComputeError, Invalid
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import InstanceSpec
@@ -130,3 +133,26 @@ class Journal:
         self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         whole = {key: value for part in self._parts for key, value in to_plain(part.now).items()}
         durable.write(self._path, json.dumps(whole).encode())
+
+
+def rebuilt(
+    node: str, directory: Path, spec: InstanceSpec, xml: str, why: str
+) -> tuple[Course, TapsHeld, DisksHeld] | None:
+    """The parts of the record of a guest that was made from `spec`; None if not all of its disks are there.
+
+    `xml` is its domain, "" without. That it is up is only assumed: what libvirt says next decides.
+    """
+    names = {path.name for path in directory.glob("*.qcow2")}
+    moved = tuple(d.device for d in spec.disks if f"{d.device}.2.qcow2" in names)
+    if xml:
+        moved = tuple(d for d in moved if domain.source_of(xml, d).endswith(".2.qcow2"))
+    if not all(f"{d.device}{'.2' if d.device in moved else ''}.qcow2" in names for d in spec.disks):
+        return None
+    live = domain.live_interfaces(xml) if xml else ()
+    taps = tuple(
+        Tap(Port(i.uuid, i.mac, IPv4Address(i.address), spec.name, node, i.tap), i.network_uuid, adopted=True)
+        for i in spec.interfaces
+        if i.uuid in live
+    )
+    course = Course(spec, Phase.UP, True, why, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
+    return course, TapsHeld(taps), DisksHeld(served=domain.served(xml) if xml else (), moved=moved)
