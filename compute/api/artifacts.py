@@ -6,14 +6,13 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, apart
-from compute.api.edge import Route
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, StoreRoute
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import Artifact, NamedImage, find_image, named_images
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
 
-router = APIRouter(tags=["artifacts"], route_class=Route)
+router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
 
 
 class ListBody(Body):
@@ -36,7 +35,6 @@ def _viewer(ctx: Context) -> Callable[[NamedImage], dict[str, object]]:
 
 
 @router.get("/artifacts")
-@apart
 def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
     """Of one node: those that its cache holds. They are the namespace system's, whatever their store."""
     view, query, held = _viewer(ctx), body or ListBody(), set[str]()
@@ -57,17 +55,15 @@ def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
 
 
 @router.get("/artifacts/{ref}")
-@apart
 def get_artifact(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(_viewer(ctx)(find_image(ctx.services.resolver.stores.values(), ref)))
 
 
 @router.get("/artifacts/{ref}/versions")
-@apart
 def get_versions(ctx: Ctx, ref: str) -> Response:
     blobs = _viewer(ctx)(find_image(ctx.services.resolver.stores.values(), ref))["blobs"]
     return JSONResponse(blobs)
 
 
-add_metadata(router, "/artifacts/{ref}", _find, apart)
-add_events(router, "/artifacts/{ref}", _find, apart)
+add_metadata(router, "/artifacts/{ref}", _find)
+add_events(router, "/artifacts/{ref}", _find)

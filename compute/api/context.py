@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from compute.api.edge import SLASH
+from compute.api.edge import SLASH, Route
 from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
 from compute.cluster.images import Resolver
@@ -52,6 +52,13 @@ def apart(handler: Callable[..., Response]) -> Callable[..., Awaitable[Response]
         return await asyncio.get_running_loop().run_in_executor(_ASKING_STORES, work)
 
     return run
+
+
+class StoreRoute(Route):
+    """A route whose handler runs `apart`."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, apart(endpoint), **options)
 
 
 def address_of(request: Request) -> str:

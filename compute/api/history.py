@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
+from compute.cluster.images import Artifact
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event, Transaction
@@ -21,7 +22,6 @@ from compute.errors import Invalid, NotFound, Unauthenticated
 METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
 
-T = TypeVar("T")
 Lookup = Callable[[Context, str], Stored]
 
 
@@ -39,12 +39,8 @@ class EventQuery(Body):
     limit: int = Field(default=100, ge=1, le=Event.LIMIT + Event.TRIM)
 
 
-def as_it_is(handler: T) -> T:
-    return handler
-
-
-def add_metadata(router: APIRouter, path: str, find: Lookup, run: Callable[[Any], Any] = as_it_is) -> None:
-    """`GET, POST path/metadata`, `PUT, DELETE path/metadata/K`. `find` checks what the caller may see; `run`: how."""
+def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
+    """`GET, POST path/metadata`, `PUT, DELETE path/metadata/K`. `find` checks what the caller may see."""
 
     def change(ctx: Context, ref: str, key: str, edit: Callable[[dict[str, Any]], None]) -> Response:
         known = find(ctx, ref)
@@ -63,23 +59,19 @@ def add_metadata(router: APIRouter, path: str, find: Lookup, run: Callable[[Any]
         return JSONResponse(ctx.act(action))
 
     @router.get(f"{path}/metadata")
-    @run
     def get_metadata(ctx: Ctx, ref: str) -> Response:
         item = find(ctx, ref)
         return ctx.show(item, item.metadata)  # type: ignore[attr-defined]
 
     @router.post(f"{path}/metadata")
-    @run
     def add(ctx: Ctx, ref: str, body: Item) -> Response:
         return change(ctx, ref, body.key, lambda m: m.update({body.key: body.value}))
 
     @router.put(path + "/metadata/{key}")
-    @run
     def put(ctx: Ctx, ref: str, key: str, body: Value) -> Response:
         return change(ctx, ref, key, lambda m: m.update({key: body.value}))
 
     @router.delete(path + "/metadata/{key}")
-    @run
     def delete(ctx: Ctx, ref: str, key: str) -> Response:
         def edit(metadata: dict[str, Any]) -> None:
             if metadata.pop(key, edit) is edit:
@@ -88,17 +80,17 @@ def add_metadata(router: APIRouter, path: str, find: Lookup, run: Callable[[Any]
         return change(ctx, ref, key, edit)
 
 
-def add_events(router: APIRouter, path: str, find: Lookup, run: Callable[[Any], Any] = as_it_is) -> None:
+def add_events(router: APIRouter, path: str, find: Lookup) -> None:
     """`GET path/events`, newest first; `?follow=true`: server-sent events, oldest first, then those to come."""
 
     @router.get(f"{path}/events")
-    @run
     def events(ctx: Ctx, ref: str, body: EventQuery | None = None, follow: bool = False) -> Response:
         item = find(ctx, ref)
         query = body or EventQuery()
-        if follow:
+        if follow:  # an artifact is everybody's: its store need not be asked again
+            again = (lambda: item) if isinstance(item, Artifact) else partial(find, ctx, item.id)
             return StreamingResponse(
-                _stream(ctx, partial(find, ctx, item.id) if run is as_it_is else lambda: item, query),
+                _stream(ctx, again, query),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store"},
             )
