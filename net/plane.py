@@ -14,10 +14,9 @@ from pathlib import Path
 
 from net.doctor import Finding, examine
 from net.errors import Conflict, Failed, Invalid, NetError
-from net.kernel import dnsmasq, netns
+from net.kernel import dnsmasq, netns, taps
 from net.kernel.netns import NetlinkError, Netns
 from net.kernel.observe import observe
-from net.kernel.taps import Holders
 from net.plan import names, nft
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
@@ -34,7 +33,7 @@ class Plane:
         self._lock = threading.RLock()
         self._announce: dict[Entry, int] = {}
         self._taps: dict[str, str] | None = None  # tap to namespace, from the last look
-        self._holders = Holders()
+        self._holders = taps.Holders()
 
     def observe(self, underlay: IPv4Address = IPv4Address("127.0.0.1")) -> Observed:
         """What is there of ours."""
@@ -119,7 +118,7 @@ class Plane:
                     if held.carrier:
                         raise Conflict(f"{name} is held by a running guest", hint="stop the guest first")
                     space.delete_link(name)
-            netns.create_tap(name, alias)
+            taps.create_tap(name, alias)
             return name
 
     def adopt_tap(self, network: Network, port: Port) -> None:
@@ -178,11 +177,11 @@ class Plane:
         """This port's filters, where the last apply did not know the port yet."""
         own = nft.ports_table(self.installation, network, {tap: port})
         have = nft.parse(space.nft(f"list table bridge {own.name}", json=True))["bridge", own.name]
-        taps = replace(
+        both = replace(
             have.elements[nft.TAPS], items=have.elements[nft.TAPS].items | own.elements[nft.TAPS].items
         )
         chains, counters = {**have.chains, **own.chains}, have.counters | own.counters
-        want = replace(own, chains=chains, elements={nft.TAPS: taps}, counters=counters)
+        want = replace(own, chains=chains, elements={nft.TAPS: both}, counters=counters)
         if want != have:
             space.nft(nft.script(want, have))
 

@@ -25,7 +25,7 @@ from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 from net.errors import Failed
 from net.kernel import libnft, rtnetlink
 from net.plan import names
-from net.plan.facts import HOST, Entry, Kind, Link
+from net.plan.facts import Entry, Kind, Link
 from net.plan.nft import VXLAN_PORT
 
 DIRECTORY = Path("/run/netns")
@@ -37,8 +37,6 @@ _MS_BIND, _MNT_DETACH = 0x1000, 2
 _NOARP, _PERMANENT = 0x40, 0x80
 _SELF, _MASTER, _PROXY = 2, 4, 8
 _PROTO_KERNEL, _PROTO_STATIC, _SCOPE_LINK = 2, 4, 253
-_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -87,17 +85,6 @@ def remove_namespace(name: str) -> None:
     while _libc.umount2(bytes(path), _MNT_DETACH) == 0:
         pass
     path.unlink(missing_ok=True)
-
-
-def create_tap(name: str, alias: str) -> None:
-    """A persistent tap in the calling thread's namespace, down. Its alias is set before it is made to last, so
-    that whoever is killed in between leaves nothing."""
-    with Path("/dev/net/tun").open("r+b", buffering=0) as device:
-        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-        fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-        with Netns(HOST) as host:
-            host.mark(name, alias)
-        fcntl.ioctl(device, _TUNSETPERSIST, 1)
 
 
 def announce(dev: str, address: str) -> None:

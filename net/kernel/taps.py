@@ -1,4 +1,4 @@
-"""Taps that processes hold open, and giving one back to a process whose tap somebody removed.
+"""Taps: making one, who holds one open, and giving one back to a process whose tap somebody removed.
 
 Who holds a tap open keeps its descriptor when the device goes (with its namespace, or by `ip link del`); every read of
 it is an error from then on (Linux, drivers/net/tun.c). A copy of that descriptor (pidfd_getfd(2)) is attached to a new
@@ -22,9 +22,26 @@ from net.plan.facts import HOST, Observed
 _SYS_PIDFD_GETFD = 438
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETVNETHDRSZ = 0x400454CA, 0x400454CB, 0x400454D8
 _TUNGETIFF, _TUNGETVNETHDRSZ = 0x800454D2, 0x800454D7
-_ASKED = 0x0002 | 0x0100 | 0x1000 | 0x4000  # IFF_TAP, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_VNET_HDR
+_TAP = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
+_ASKED = _TAP | 0x0100  # IFF_MULTI_QUEUE
 _DETACH_S = 2.0
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def create_tap(name: str, alias: str) -> None:
+    """A persistent tap in the calling thread's namespace, down."""
+    with Path("/dev/net/tun").open("r+b", buffering=0) as device:
+        _attach(device.fileno(), name, alias, _TAP)
+
+
+def _attach(fd: int, name: str, alias: str, flags: int, header_bytes: int = 0) -> None:
+    """The alias is set before the tap is made to last, so that whoever is killed in between leaves nothing."""
+    fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    if header_bytes:
+        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", header_bytes))
+    with Netns(HOST) as host:
+        host.mark(name, alias)
+    fcntl.ioctl(fd, _TUNSETPERSIST, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +95,7 @@ def _put_back(name: str, alias: str, held: Holder) -> bool:
     if attached != "":
         return False
     with _copy(held.pid, held.fd) as fd:
-        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), held.flags))
-        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", held.header_bytes))
-        with Netns(HOST) as host:
-            host.mark(name, alias)
-        fcntl.ioctl(fd, _TUNSETPERSIST, 1)
+        _attach(fd, name, alias, held.flags, held.header_bytes)
     return True
 
 

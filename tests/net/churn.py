@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from net.errors import NetError
-from net.kernel import dnsmasq, netns
+from net.kernel import dnsmasq, netns, taps
 from net.kernel.netns import NetlinkError, Netns
 from net.plan import names
 from net.plan.model import Network, NodeNetworks, Peer
@@ -43,7 +43,7 @@ STEPS = (
     "delete_link",
     "nft",
 )
-FUNCTIONS = ("create_namespace", "remove_namespace", "create_tap")
+FUNCTIONS = ((netns, "create_namespace"), (netns, "remove_namespace"), (taps, "create_tap"))
 
 
 class Agent:
@@ -60,8 +60,8 @@ class Agent:
     def jinx(self) -> None:
         for name in STEPS:
             setattr(Netns, name, self._unlucky(getattr(Netns, name)))
-        for name in FUNCTIONS:
-            setattr(netns, name, self._unlucky(getattr(netns, name)))
+        for module, name in FUNCTIONS:
+            setattr(module, name, self._unlucky(getattr(module, name)))
 
     def _unlucky(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def step(*arguments: Any, **more: Any) -> Any:
