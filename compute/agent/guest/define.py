@@ -35,6 +35,7 @@ def define(
         cpu=host.verdict.cpu,
         disks=disks,
         nics=nics,
-        graphics=domain.Graphics(spec.vdi, str(host.address), vdi_password) if spec.vdi else None,
+        listen=str(host.address),
+        password=vdi_password,
     )
     host.hypervisor.define(domain.domain_xml(made))

@@ -44,15 +44,6 @@ class Nic:
 
 
 @dataclass(frozen=True, slots=True)
-class Graphics:
-    """VNC or SPICE on one address of the node, never without a password."""
-
-    kind: str
-    listen: str
-    password: str
-
-
-@dataclass(frozen=True, slots=True)
 class Domain:
     """Everything that goes into the XML."""
 
@@ -68,8 +59,9 @@ class Domain:
     """A named model; "" is all that the accelerator can do."""
     disks: tuple[Disk, ...]
     nics: tuple[Nic, ...]
-    graphics: Graphics | None = None
-    architecture: str = "x86_64"
+    listen: str = ""
+    """The node's address for VNC or SPICE, which never come without a password."""
+    password: str = ""
 
 
 def name(installation: str, uuid: str) -> str:
@@ -170,7 +162,7 @@ def domain_xml(domain: Domain) -> str:
     _add(root, "memory", str(spec.memory_mib), unit="MiB")
     _add(root, "vcpu", str(spec.cpus))
     os = _add(root, "os", **({"firmware": "efi"} if spec.uefi else {}))
-    _add(os, "type", "hvm", arch=domain.architecture, machine="q35")
+    _add(os, "type", "hvm", arch="x86_64", machine="q35")
     if spec.uefi:
         firmware = _add(os, "firmware")
         _add(firmware, "feature", enabled="no", name="secure-boot")
@@ -213,11 +205,10 @@ def domain_xml(domain: Domain) -> str:
         _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
     _add(devices, "memballoon", model="virtio")
-    if domain.graphics is not None:
-        graphics = _add(devices, "graphics", type=domain.graphics.kind, autoport="yes")
-        graphics.set("passwd", domain.graphics.password)
-        _add(graphics, "listen", type="address", address=domain.graphics.listen)
-    if spec.video or domain.graphics is not None:
+    if spec.vdi:
+        graphics = _add(devices, "graphics", type=spec.vdi, autoport="yes", passwd=domain.password)
+        _add(graphics, "listen", type="address", address=domain.listen)
+    if spec.video or spec.vdi:
         memory = {"vram": str(spec.video_kib)} if spec.video_kib else {}
         _add(_add(devices, "video"), "model", type=spec.video or "virtio", **memory)
     return ET.tostring(root, encoding="unicode")

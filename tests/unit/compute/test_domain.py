@@ -26,6 +26,10 @@ BASE = domain.Domain(
 )
 
 
+def shows(kind: str) -> domain.Domain:
+    return replace(BASE, spec=replace(BASE.spec, vdi=kind), listen="192.0.2.1", password="secret")
+
+
 def tree(value: domain.Domain) -> ElementTree.Element:
     return ElementTree.fromstring(domain.domain_xml(value))
 
@@ -39,7 +43,7 @@ def tree(value: domain.Domain) -> ElementTree.Element:
         replace(
             BASE, spec=replace(BASE.spec, video="cirrus", video_kib=16384, config_drive=False, agent=False)
         ),
-        replace(BASE, accel="kvm", cpu="qemu64", graphics=domain.Graphics("vnc", "192.0.2.1", "secret")),
+        replace(shows("vnc"), accel="kvm", cpu="qemu64"),
     ],
 )
 def test_it_fits_libvirts_schema(tmp_path: Path, value: domain.Domain) -> None:
@@ -61,7 +65,7 @@ def test_a_guest_has_the_card_the_channel_and_the_drive_that_it_was_promised() -
     assert has() == ([], 1, 1)
     assert has(video="cirrus", video_kib=8192) == ([{"type": "cirrus", "vram": "8192"}], 1, 1)
     assert has(agent=False, config_drive=False) == ([], 0, 0)
-    shown = tree(replace(BASE, graphics=domain.Graphics("vnc", "192.0.2.1", "secret")))
+    shown = tree(shows("vnc"))
     assert [model.attrib for model in shown.iterfind("devices/video/model")] == [{"type": "virtio"}]
 
 
@@ -83,9 +87,7 @@ def test_an_image_that_guests_share_is_never_relabelled_and_formats_are_named() 
 def test_nothing_listens_without_a_password() -> None:
     assert tree(BASE).find("devices/graphics") is None
     assert {s.get("type") for s in tree(BASE).iterfind("devices/serial")} == {"pty"}
-    shown = tree(replace(BASE, graphics=domain.Graphics("spice", "192.0.2.1", "secret"))).find(
-        "devices/graphics"
-    )
+    shown = tree(shows("spice")).find("devices/graphics")
     assert shown is not None and shown.get("passwd") == "secret"
     listen = shown.find("listen")
     assert listen is not None and listen.attrib == {"type": "address", "address": "192.0.2.1"}
