@@ -9,6 +9,7 @@ from .cache.imaged import options_of as options_of
 from .cache.imaged import run_service as run_service
 from .cache.imaged import unprivileged as unprivileged
 from .cache.images import ImageCache as ImageCache
+from .cache.images import Resolved as Resolved
 from .cache.images import list_images as list_images
 from .cache.service import Options as Options
 from .cache.wanted import Fill as Fill

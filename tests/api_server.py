@@ -19,25 +19,18 @@ from compute.api import app as api
 from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
-from compute.cluster.images import Resolved, Resolver
+from compute.cluster.images import Resolver
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
-from imagestore import listening
+from imagestore import Resolved, listening
 from imagestore.errors import NotFound
 from imagestore.formats.digest import Digest
 from imagestore.store.store import Store
 
 INSTALLATION = "0123abcd"
-
-
-@dataclass(frozen=True, slots=True)
-class KnownImage:
-    digest: Digest
-    name: str
-    size_bytes: int
 
 
 class KnownImages:
@@ -49,7 +42,7 @@ class KnownImages:
     def resolve(self, text: str, architecture: str) -> Resolved:
         if text not in ("debian:12", "debian"):
             raise NotFound(f"no image {text}", hint="did you mean debian:12?")
-        return KnownImage(Digest.of(b"debian"), "debian:12", 5 * 2**29)
+        return Resolved(Digest.of(b"debian"), 5 * 2**29)
 
 
 class PlayedAgent:

@@ -255,12 +255,9 @@ class RemoteController:
     async def report(
         self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]
     ) -> None:
-        """Raises Unavailable: the agent keeps what it had to say."""
+        """Raises ComputeError: the agent keeps what it had to say."""
         body = {"statuses": to_plain(tuple(statuses)), "events": to_plain(tuple(events))}
-        try:
-            await _ask(self._client, "POST", "report", json=body)
-        except ComputeError as err:
-            raise Unavailable(str(err), hint=err.hint) from err
+        await _ask(self._client, "POST", "report", json=body)
 
     async def inventory(self, node: str, seen: Inventory) -> None:
         """Raises ComputeError: the agent says it again."""

@@ -18,7 +18,7 @@ _RETRY_S = 1.0
 
 
 class Reports:
-    """`send` carries statuses and events to the server; it raises Unavailable while that is away."""
+    """`send` carries statuses and events to the server; it raises ComputeError while they were not taken."""
 
     def __init__(
         self, send: Callable[[Sequence[InstanceStatus], Sequence[NodeEvent]], Awaitable[None]]
@@ -77,7 +77,7 @@ class Reports:
                 self._waiting.set()
 
     async def flush(self) -> None:
-        """Send all of it now. Raises Unavailable."""
+        """Send all of it now. Raises ComputeError."""
         statuses, events = list(self._statuses), list(self._events)
         if not statuses and not events:
             return

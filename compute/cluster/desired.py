@@ -37,11 +37,6 @@ KINDS = frozenset(
 LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR, InstanceState.DELETED)
 
 
-def gateway_of(netblock: IPv4Network) -> IPv4Address:
-    """The router's inside address: the first host."""
-    return netblock.network_address + 1
-
-
 def read(
     txn: Transaction,
     node: str,
@@ -167,7 +162,7 @@ def _network(
         vni=network.vni,
         name=network.name,
         netblock=netblock,
-        gateway=gateway_of(netblock),
+        gateway=netblock[1],
         mtu_bytes=mtu_bytes,
         provide_dhcp=network.provide_dhcp,
         provide_nat=network.provide_nat,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 from compute.cluster.records.stored import Stored
 from compute.errors import Invalid, NotFound
 from compute.wire.spec import DiskSpec
-from imagestore import Digest, Store, StoreError
+from imagestore import Resolved, Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +20,6 @@ _ARTIFACTS = uuid_module.UUID("4b1f3f0e-6a3c-5f0b-9d4e-5f7a52f3c0de")
 """Namespace of the UUIDs that names and manifests get in the API (RFC 9562, version 5): the same on every server."""
 
 _DEVICES = "abcdefghijklmnop"
-
-
-class Resolved(Protocol):
-    """What `imagestore.cache.images.ImageCache.resolve` answers."""
-
-    @property
-    def digest(self) -> Digest: ...
-    @property
-    def size_bytes(self) -> int: ...
 
 
 class Resolver(Protocol):
