@@ -80,15 +80,13 @@ class Memory:
                 if err.errno not in (errno.EAGAIN, errno.EADDRINUSE):
                     raise
                 lock.seek(0)
-                raise self._refusal(lock.read() or "one in another container") from err
+                other = lock.read() or "one in another container"
+                hint = f"one is a copy of the other; to be a node of its own, the copy must lose its {self._path.name}"
+                raise Conflict(
+                    f"{self._directory} is the same node as {other}, which runs", hint=hint
+                ) from err
             held.callback(path.unlink, missing_ok=True)
             lock.truncate(0)
             lock.write(str(self._directory))
             lock.flush()
             yield
-
-    def _refusal(self, other: str) -> Conflict:
-        hint = (
-            f"one is a copy of the other; to be a node of its own, the copy must lose its {self._path.name}"
-        )
-        return Conflict(f"{self._directory} is the same node as {other}, which runs", hint=hint)

@@ -97,11 +97,8 @@ class Authority:
         self._pepper = secrets.token_bytes(32)
         self._known: dict[bytes, str] = {}
         """HMAC of a key that was right → the nonce of the record that it matched."""
-        self._sure, self._slow, self._line = (
-            threading.Lock(),
-            threading.Lock(),
-            threading.BoundedSemaphore(_LINE),
-        )
+        self._sure, self._slow = threading.Lock(), threading.Lock()
+        self._line = threading.BoundedSemaphore(_LINE)
         """One bcrypt at a time of what is most likely right; keys of 0.1 have a line of their own, a short one."""
         self._tries = listening.Buckets(per_second=1, burst=_TRIES)
         self._jwt_secret = transact(store, lambda txn: secret(txn, "jwt-secret"))

@@ -57,9 +57,7 @@ class Holds:
                 here = [digest for digest in digests if store.has_manifest(digest)]
                 try:
                     self._written[name, holder] = digests, hold(store, holder, here) if here else None
-                except (
-                    NotFound
-                ) as err:  # not whole any more: said once, and tried again, as it may be repaired
+                except NotFound as err:  # not whole any more: said once, and tried again: it may be repaired
                     if (name, holder) not in self._said:
                         log.warning("image store %s: instance %s: %s", name, holder, err)
                     self._said.add((name, holder))

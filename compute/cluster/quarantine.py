@@ -38,33 +38,23 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> None:
     """All that a node has and nobody knows, in place of what it said before."""
     before = {known.uuid: known for known in txn.list(Quarantined) if known.node == node and not known.delete}
     for orphan in orphans:
-        had = before.pop(orphan.uuid, None)
+        had, message, spec = before.pop(orphan.uuid, None), "", orphan.spec
         if had is None:
-            name = (
-                f"{orphan.spec.namespace[:64]}/{orphan.spec.name[:64]}"
-                if orphan.spec
-                else "nobody knows its name"
-            )
+            name = f"{spec.namespace[:64]}/{spec.name[:64]}" if spec else "nobody knows its name"
             message = (
                 f"guest {orphan.uuid} ({name}) is in no record: it is left as it is; see sf node orphans"
             )
             log.warning("node %s: %s", node, message)
-            txn.event(Node.KIND, node, message, type="status")
         elif orphan.trouble not in ("", had.orphan.trouble):
-            txn.event(
-                Node.KIND,
-                node,
-                f"guest {orphan.uuid}, which is in no record: {orphan.trouble[:500]}",
-                type="status",
-            )
+            message = f"guest {orphan.uuid}, which is in no record: {orphan.trouble[:500]}"
+        if message:
+            txn.event(Node.KIND, node, message, type="status")
         if had is None or had.orphan != orphan:
-            since_s, revision = (had.since_s, had.revision) if had else (time.time(), 0)
-            made = Quarantined(uuid=orphan.uuid, node=node, orphan=orphan, since_s=since_s, revision=revision)
-            if had is None:
-                known = txn.find(
-                    Quarantined, orphan.uuid
-                )  # another node has it as well, or its deletion was ordered
-                made = replace(made, delete=known.delete) if known else made
+            made = Quarantined(uuid=orphan.uuid, node=node, orphan=orphan, since_s=time.time())
+            if had is not None:
+                made = replace(had, orphan=orphan)
+            elif known := txn.find(Quarantined, orphan.uuid):  # another node's as well, or to be deleted
+                made = replace(made, delete=known.delete)
             txn.update(made)
             hold(txn, made)
     for gone in before.values():

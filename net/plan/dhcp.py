@@ -62,12 +62,10 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool)
             if routed:
                 ways = [f"0.0.0.0/0,{network.gateway}", *routed] if leads_out else routed
                 lines.append(f"dhcp-option={tag}option:classless-static-route,{','.join(ways)}")
-        if (
-            len(told) > 1
-        ):  # not in the file of hosts: dnsmasq 2.90 dies when it reads a tag there for a second time
-            lines += sorted(
-                f"dhcp-mac=set:{_OUT},{port.mac}" for port in network.ports if network.leads_out(port)
-            )
+        if len(told) > 1:
+            # Not in the file of hosts: dnsmasq 2.90 dies when it reads a tag there for a second time.
+            out = filter(network.leads_out, network.ports)
+            lines += sorted(f"dhcp-mac=set:{_OUT},{port.mac}" for port in out)
         if network.provide_dns:
             lines.append(f"dhcp-option=option:dns-server,{network.gateway}")
         for port in network.ports:

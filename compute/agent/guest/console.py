@@ -13,10 +13,6 @@ _UP = (b"login:", b"SF-GUEST-READY")
 _LOOKED_AT_BYTES = 64 << 10
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 class ConsoleLog:
     """The log at `path`; with the old part that a cut keeps it takes up to `limit_bytes` and what one turn adds."""
 
@@ -39,7 +35,8 @@ class ConsoleLog:
             log.seek(-min(size, self._limit // 4), os.SEEK_END)
             new = self._old.with_suffix(".tail")
             try:
-                with open(new, "wb", opener=_private) as kept:
+                new.touch(mode=0o600)
+                with new.open("wb") as kept:
                     kept.write(log.read())
                 new.replace(self._old)
             except OSError:  # a full disk: room counts more than what a flooding guest said last

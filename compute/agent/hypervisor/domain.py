@@ -80,10 +80,6 @@ def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: st
     return element
 
 
-def _unlabelled(source: ET.Element) -> None:
-    _add(source, "seclabel", model="dac", relabel="no")
-
-
 def _backing(element: ET.Element, disk: Disk) -> None:
     backing = _add(element, "backingStore")
     if disk.backing is not None:
@@ -93,7 +89,7 @@ def _backing(element: ET.Element, disk: Disk) -> None:
             source = _add(backing, "source", protocol="nbd")
             _add(source, "host", transport="unix", socket=str(disk.socket))
         else:
-            _unlabelled(_add(backing, "source", file=str(disk.backing)))
+            _add(_add(backing, "source", file=str(disk.backing)), "seclabel", model="dac", relabel="no")
         _add(backing, "backingStore")
 
 

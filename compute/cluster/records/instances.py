@@ -21,6 +21,7 @@ _MAX_DISKS = 16
 _MAX_INTERFACES = 16
 _BUSES = frozenset({"virtio", "scsi", "sata", "ide", "usb"})
 _MODELS = frozenset({"virtio", "e1000", "e1000e", "rtl8139"})
+_WANTED = {"poweron": Power.ON, "poweroff": Power.OFF, "pause": Power.PAUSED, "unpause": Power.ON}
 _BUSY = frozenset({InstanceState.INITIAL, InstanceState.PREFLIGHT, InstanceState.CREATING})
 
 
@@ -175,14 +176,10 @@ def power(txn: Transaction, uuid: str, verb: str) -> Instance:
         soft, hard = (verb == "rebootsoft"), (verb == "reboothard")
         found = replace(found, reboot_soft=found.reboot_soft + soft, reboot_hard=found.reboot_hard + hard)
     elif verb == "poweron" and found.power == Power.ON and found.power_state in ("off", "crashed"):
-        found = replace(
-            found, reboot_hard=found.reboot_hard + 1
-        )  # it ended by itself; nobody asked it to be off
+        # It ended by itself; nobody asked it to be off.
+        found = replace(found, reboot_hard=found.reboot_hard + 1)
     else:
-        wanted = {"poweron": Power.ON, "poweroff": Power.OFF, "pause": Power.PAUSED, "unpause": Power.ON}[
-            verb
-        ]
-        found = replace(found, power=wanted)
+        found = replace(found, power=_WANTED[verb])
     txn.update(replace(found, updated_s=time.time()))
     txn.event(Instance.KIND, uuid, f"{verb} asked for", type="audit")
     return found

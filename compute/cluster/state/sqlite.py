@@ -48,10 +48,10 @@ _SWEEP_S = 0.25
 class _Job:
     """What the writer thread is asked to do: one commit, or one statement about a lease."""
 
-    writes: Mapping[str, bytes | None]
-    expect: Mapping[str, int]
-    lease: int | None
-    ephemeral: Collection[str]
+    writes: Mapping[str, bytes | None] = field(default_factory=dict)
+    expect: Mapping[str, int] = field(default_factory=dict)
+    lease: int | None = None
+    ephemeral: Collection[str] = ()
     done: Future[int] = field(default_factory=Future)
     grant_ttl_s: float | None = None
     revoke: int | None = None
@@ -189,7 +189,7 @@ class SqliteStore:
         return self._submit(_Job(writes, expect, lease, ephemeral))
 
     def grant(self, ttl_s: float) -> int:
-        return self._submit(_Job({}, {}, None, (), grant_ttl_s=ttl_s))
+        return self._submit(_Job(grant_ttl_s=ttl_s))
 
     def refresh(self, lease: int) -> None:
         known = self._leases.get(lease)
@@ -198,7 +198,7 @@ class SqliteStore:
         self._leases[lease] = (known[0], time.monotonic() + known[0])
 
     def revoke(self, lease: int) -> None:
-        self._submit(_Job({}, {}, None, (), revoke=lease))
+        self._submit(_Job(revoke=lease))
 
     def close(self) -> None:
         """Finish what was submitted, then close. A second call does nothing."""
@@ -232,9 +232,7 @@ class SqliteStore:
             except queue.Empty:
                 pass
             now = time.monotonic()
-            batch += [
-                _Job({}, {}, None, (), revoke=i) for i, (_, end) in list(self._leases.items()) if end <= now
-            ]
+            batch += [_Job(revoke=i) for i, (_, end) in list(self._leases.items()) if end <= now]
             if batch:
                 self._apply(batch)
         while not self._jobs.empty():  # submitted in the same instant as the close
