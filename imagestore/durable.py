@@ -23,16 +23,23 @@ def write(path: Path, data: bytes, mode: int = 0o600) -> None:
             os.fsync(file.fileno())
         beside.rename(path)
         undo.pop_all()
-    fsync_directory(path.parent)
+    sync(path.parent)
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the renames in it durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+@contextlib.contextmanager
+def opened(path: Path, flags: int, mode: int = 0o666) -> Iterator[int]:
+    """A file's descriptor, until the block ends."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Make the renames in a directory, or what a file has, durable."""
+    with opened(path, os.O_RDONLY) as descriptor:
+        os.fsync(descriptor)
 
 
 @contextlib.contextmanager
@@ -41,9 +48,6 @@ def locked(path: Path, *, wait: bool = True, mode: int = 0o600) -> Iterator[int]
 
     No link is followed: the directory may be another user's. Raises BlockingIOError if another has it, unless `wait`.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    try:
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield descriptor
-    finally:
-        os.close(descriptor)

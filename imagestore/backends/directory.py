@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from imagestore.backends.protocol import Data, Object, ObjectStat, check_key, pieces
-from imagestore.durable import fsync_directory, locked
+from imagestore.durable import locked, opened, sync
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
 
 _TEMPORARY = ".tmp"
@@ -120,7 +120,7 @@ class Directory:
                     temporary.rename(path)
                     undo.pop_all()
                     status = os.fstat(file.fileno())
-                fsync_directory(path.parent)
+                sync(path.parent)
         return _stat(key, status)
 
     def delete(self, key: str, *, if_match: str | None = None) -> None:
@@ -131,7 +131,7 @@ class Directory:
                     path.lstat()
                     self._check(key, if_match, False)
                     path.unlink()
-                fsync_directory(path.parent)
+                sync(path.parent)
             except (FileNotFoundError, NotADirectoryError):
                 return
 
@@ -139,12 +139,9 @@ class Directory:
         """The file system's clock: over NFS that is the server's, as in `modified_s`."""
         with self._errors(_LOCK):
             self._make_directories(self.root)
-            descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
+            with opened(self.root / _LOCK, os.O_RDWR | os.O_CREAT) as descriptor:
                 os.utime(descriptor)  # and not a new file, for which a full disk has no room
                 return os.fstat(descriptor).st_mtime
-            finally:
-                os.close(descriptor)
 
     def keep_reserve(self) -> None:
         """Set space aside, as far as there is any, so that on a full disk things can be deleted."""
@@ -205,7 +202,7 @@ class Directory:
             return
         self._make_directories(path.parent)
         path.mkdir(exist_ok=True)
-        fsync_directory(path.parent)
+        sync(path.parent)
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from imagestore.cache.control import ControlServer
 from imagestore.cache.service import ImageService, Options
-from imagestore.durable import locked
+from imagestore.durable import locked, opened
 from imagestore.errors import Conflict, Invalid
 from imagestore.settings import Settings
 from imagestore.units import size_bytes
@@ -46,13 +46,10 @@ def prepare(state: Path, uid: int = -1, group: int = -1) -> None:
             os.chown(state / name, -1, group)
             (state / name).chmod(0o710)
         if uid >= 0:
-            directory = os.open(state / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
+            with opened(state / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) as directory:
                 os.fchown(directory, uid, -1)
                 for entry in os.listdir(directory):  # noqa: PTH208 - of what is open, whatever its name is now
                     os.chown(entry, uid, -1, dir_fd=directory, follow_symlinks=False)
-            finally:
-                os.close(directory)
 
 
 def unprivileged(state: Path, stores: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -254,5 +254,5 @@ class PartialImage:
         self.path.chmod(0o444)
         self.path.rename(path)
         self.path = path
-        durable.fsync_directory(path.parent)
+        durable.sync(path.parent)
         self._have_path.unlink(missing_ok=True)

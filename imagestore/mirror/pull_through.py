@@ -19,6 +19,7 @@ import numpy as np
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, Object, ObjectStat, ReadOnly
+from imagestore.durable import opened
 from imagestore.errors import Corrupt, NotFound, Unavailable
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import PACKS, Check, kind_of, matches
@@ -144,8 +145,7 @@ class PullThrough(ReadOnly):
     def _stored(self, key: str, pack: _Pack, numbers: range) -> Sequence[Buffer]:
         """The stored bytes of these frames: kept here, on their way for somebody else, or fetched now."""
         path = self._frames / key[-64:]
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
+        with opened(path, os.O_RDWR | os.O_CREAT, 0o644) as descriptor:
             os.utime(descriptor)
             found = _kept(descriptor, pack, numbers)
             complete = len(found) == len(numbers)
@@ -166,8 +166,6 @@ class PullThrough(ReadOnly):
                 for future in others:
                     future.result()
                 found |= _kept(descriptor, pack, [frame for frame in missing if frame not in found])
-        finally:
-            os.close(descriptor)
         if not complete:
             self._make_room(path)
         return [found[frame] for frame in numbers]

@@ -19,7 +19,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
 from imagestore.backends.directory import Directory
-from imagestore.durable import fsync_directory
+from imagestore.durable import sync
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import MANIFESTS, PACKS
@@ -69,7 +69,7 @@ class Keyring:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(signer.private_bytes)
             os.fsync(file.fileno())
-        fsync_directory(self.directory)
+        sync(self.directory)
         return signer
 
     def signers(self, role: str, root: Root) -> list[CryptoSigner]:

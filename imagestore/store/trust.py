@@ -153,11 +153,7 @@ class Trust:
         """python-tuf renames without fsync: versions that a power cut took back could be rolled back unnoticed."""
         history = self._directory / "root_history"
         for path in (*self._directory.glob("*.json"), *history.glob("*.json"), history, self._directory):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            durable.sync(path)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

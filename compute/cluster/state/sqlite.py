@@ -120,7 +120,7 @@ class SqliteStore:
         with contextlib.closing(self._connect(new)) as made:
             made.executescript(_SCHEMA)
         new.rename(self._path)
-        durable.fsync_directory(self._path.parent)
+        durable.sync(self._path.parent)
 
     def _damaged(self, why: str) -> ComputeError:
         hint = "put a copy of it in its place, or move it (with -wal and -shm) away: sf node orphans then shows guests"
