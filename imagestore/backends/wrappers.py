@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from imagestore.backends.protocol import Backend, Data, Object, ObjectStat, pieces
-from imagestore.errors import Corrupt, Unavailable
+from imagestore.errors import Conflict, Corrupt, Unavailable
 from imagestore.formats.keys import matches
 
 T = TypeVar("T")
@@ -65,6 +65,20 @@ def innermost(backend: Backend) -> Backend:
     while isinstance(backend, Wrapper):
         backend = backend.inner
     return backend
+
+
+def replace(backend: Backend, key: str, data: bytes, etag: str | None) -> ObjectStat:
+    """Put what is made once, if the object still has this etag (None: if there is none). Raises Conflict.
+
+    The repeat of a put whose answer was lost meets its own bytes.
+    """
+    try:
+        return backend.put(key, data, if_match=etag, if_none_match=etag is None)
+    except Conflict:
+        found = backend.get(key)
+        if found.data != data:
+            raise
+        return found.stat
 
 
 class Retried(Wrapper):

@@ -19,6 +19,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
 from imagestore.backends.directory import Directory
+from imagestore.backends.wrappers import replace
 from imagestore.durable import sync
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
@@ -215,14 +216,9 @@ class Publisher:
         stamp = Timestamp(number, expires=_expiry("timestamp"), snapshot_meta=MetaFile(version=version))
         data, key = _sign(Metadata(stamp), signers["timestamp"]), f"{self._base}timestamp.json"
         try:
-            if self._backend.conditional:
-                self._backend.put(key, data, if_match=etag, if_none_match=etag is None)
-            else:
-                self._backend.put(key, data)
+            replace(self._backend, key, data, etag)
         except Conflict as error:
-            # The repeat of a put whose answer was lost meets its own bytes.
-            if self._backend.get(key).data != data:
-                raise Conflict("another publisher was quicker", hint="publish again") from error
+            raise Conflict("another publisher was quicker", hint="publish again") from error
         return stamp.expires
 
     def _root(self) -> Metadata[Root]:

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from imagestore.errors import Conflict, NotFound, StoreError
+from imagestore.backends.wrappers import replace
+from imagestore.errors import NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import CONDEMNED_KEY, LEASES, PACKS
 from imagestore.formats.sealed import decode, seal
@@ -82,15 +83,7 @@ class Condemned:
         bad = frozenset(self.damaged if damaged is None else damaged) - gone
         if bad:
             body["damaged"] = sorted(pack.hex() for pack in bad)
-        data = seal(body)
-        try:
-            stat = store.backend.put(CONDEMNED_KEY, data, if_match=self.etag, if_none_match=self.etag is None)
-        except Conflict:
-            # The repeat of a write whose answer was lost meets its own list.
-            found = store.backend.get(CONDEMNED_KEY)
-            if found.data != data:
-                raise
-            stat = found.stat
+        stat = replace(store.backend, CONDEMNED_KEY, seal(body), self.etag)
         return Condemned(kept | dict.fromkeys(new, stat.modified_s), epoch, stat.etag, stat.modified_s, bad)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat
-from imagestore.backends.wrappers import innermost
+from imagestore.backends.wrappers import innermost, replace
 from imagestore.errors import Conflict, Corrupt, Denied, NoSpace, NotFound, StoreError, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Digest
@@ -94,19 +94,14 @@ class Store:
             secrets.token_hex(16), params or ChunkerParams(), conditional=probed or {}, private=private
         )
         exists = Conflict(f"there is a store in {backend.url} already")
+        if not backend.conditional:
+            with suppress(NotFound):
+                backend.stat(INFO.tree)
+                raise exists
         try:
-            if backend.conditional:
-                backend.put(INFO.tree, info.encode(), if_none_match=True)
-            else:
-                try:
-                    backend.stat(INFO.tree)
-                    raise exists
-                except NotFound:
-                    backend.put(INFO.tree, info.encode())
+            replace(backend, INFO.tree, info.encode(), None)
         except Conflict as err:
-            # The repeat of a put whose answer was lost meets its own object.
-            if err is exists or StoreInfo.decode(backend.get(INFO.tree).data).id != info.id:
-                raise exists from err
+            raise exists from err
         return cls(backend, info, single_writer=single_writer)
 
     @classmethod
