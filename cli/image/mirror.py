@@ -1,7 +1,6 @@
 """`sf mirror`: carry images for others, sign their names, serve them."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +52,8 @@ def _publish(store: "Store", keys: Path | None) -> None:
     """Checksums for all names, then their signatures; says what changed."""
     from imagestore.mirror import compute_sums
 
-    digests = {digest for record in store.names.list() for digest in record.images.values()}
-    for number, digest in enumerate(sorted(digests), 1):
+    digests = sorted(set(store.names.images().values()))
+    for number, digest in enumerate(digests, 1):
         with progress(f"checksums {number}/{len(digests)}") as tell:
             compute_sums(store, digest, tell)
     done = _publisher(store, keys).publish()
@@ -160,12 +159,7 @@ def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list
     from imagestore.mirror import replicate
 
     with status() as tell:
-
-        def report(name: str) -> AbstractContextManager[None]:
-            tell(name)
-            return nullcontext()
-
-        done = replicate(source, target, patterns, report=report)
+        done = replicate(source, target, patterns, report=tell)
         return [_row(one.name, one.result, one.written_bytes, one.message) for one in done]
 
 
@@ -250,11 +244,7 @@ def show_status(keys: Path | None, form: str) -> None:
     from imagestore.mirror import signers, upstreams
 
     with opened() as store:
-        drafts = {
-            (r.name, r.tag, architecture): digest
-            for r in store.names.list()
-            for architecture, digest in r.images.items()
-        }
+        drafts = store.names.images()
         try:
             fingerprint = str(_keyring(keys).fingerprint)
             published, expires = _publisher(store, keys).published()

@@ -90,11 +90,7 @@ class Catalog:
         return self._images
 
     def _read(self) -> list[Image]:
-        named = {
-            (record.name, record.tag, architecture): digest
-            for record in self.store.names.list()
-            for architecture, digest in record.images.items()
-        }
+        named = self.store.names.images()
         signed: dict[Target, dict[Digest, Digest]] = {}
         for owner in self._signers():
             for key, digests in signed_targets(self.store.backend, tree(owner)).items():
@@ -143,11 +139,10 @@ class Catalog:
                 versions.append((change, digest, self.manifest(digest)))
             except (NotFound, Corrupt):
                 continue
-        steps = []
-        for at, (change, digest, manifest) in enumerate(versions):
-            older = versions[at + 1][2] if at + 1 < len(versions) else None
-            steps.append(Step(change, digest, manifest.size_bytes, added_bytes(manifest, older)))
-        return steps
+        return [
+            Step(change, digest, manifest.size_bytes, added_bytes(manifest, older and older[2]))
+            for (change, digest, manifest), older in zip(versions, [*versions[1:], None], strict=False)
+        ]
 
 
 def added_bytes(manifest: Manifest, older: Manifest | None) -> int:

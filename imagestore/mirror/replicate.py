@@ -5,7 +5,7 @@ publication, whose images are all here. `adopt` puts one's own signature on what
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tuf.api.exceptions import RepositoryError
@@ -40,7 +40,7 @@ def replicate(
     target: Store,
     patterns: Collection[str] = (),
     *,
-    report: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+    report: Callable[[str], object] = lambda name: None,
 ) -> Iterator[Replicated]:
     """Copy names that match any of the patterns (`debian:*`; none: all), each with all it needs before its name is set.
 
@@ -62,10 +62,10 @@ def replicate(
                 yield Replicated(title, "unchanged")
                 continue
             try:
-                with report(title):
-                    result = copy_image(source, target, digest)
-                    _copy_beside(source.backend, target.backend, digest)
-                    target.names.set(record.name, record.tag, architecture, digest)
+                report(title)
+                result = copy_image(source, target, digest)
+                _copy_beside(source.backend, target.backend, digest)
+                target.names.set(record.name, record.tag, architecture, digest)
                 yield Replicated(title, "new", written_bytes=result.written_bytes)
             except StoreError as error:
                 failed = True
@@ -80,12 +80,8 @@ def replicate(
 
 def _copy_beside(source: Backend, target: Backend, digest: Digest) -> None:
     for kind in BESIDE:
-        key = kind.key(digest)
-        try:
-            data = source.get(key).data
-        except NotFound:
-            continue
-        target.put(key, data)
+        with suppress(NotFound):
+            target.put(kind.key(digest), source.get(kind.key(digest)).data)
 
 
 def signers(store: Store) -> list[Digest]:

@@ -152,12 +152,7 @@ class Publisher:
         self._store.check_writable()
         root = self._root().signed
         signers = {role: self._keys.signers(role, root) for role in ROLES[1:]}
-        if images is None:
-            images = {
-                (record.name, record.tag, architecture): digest
-                for record in self._store.names.list()
-                for architecture, digest in record.images.items()
-            }
+        images = self._store.names.images() if images is None else images
         sizes = check_complete(self._store, set(images.values()))
         stamp, etag = self._timestamp()
         before = parse_targets(self._targets(stamp)) if stamp else {}

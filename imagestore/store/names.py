@@ -247,6 +247,10 @@ class Names:
             return [*self.get(name, tag).history]
         return [Change(record.revision, record.images, record.removed, record.modified_s), *record.history]
 
+    def images(self) -> dict[tuple[str, str, str], Digest]:
+        """Every image that has a name, by name, tag and architecture."""
+        return {(r.name, r.tag, arch): digest for r in self.list() for arch, digest in r.images.items()}
+
     def warn(self, digest: Digest) -> None:
         """Log why names cannot be believed now, for whom a digest is enough; a store's own always can."""
 
