@@ -1,6 +1,6 @@
 """What a manifest and a store say about how their chunks were cut (docs/adr/0003-chunking.md)."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from imagestore.errors import Invalid
@@ -29,12 +29,7 @@ class ChunkerParams:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {
-            "name": self.name,
-            "min_bytes": self.min_bytes,
-            "average_bytes": self.average_bytes,
-            "max_bytes": self.max_bytes,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: object) -> Self:

@@ -34,7 +34,6 @@ FRAME = np.dtype(
     ]
 )
 """A frame: the number of its pack, its place in that, stored and plain bytes, codec, BLAKE3 of the stored bytes."""
-"""Rows of other columns, or bytes."""
 
 
 def encode(magic: bytes, header: dict[str, Any], *columns: npt.NDArray[Any]) -> bytes:

@@ -31,7 +31,6 @@ MAX_PACK_BYTES = 256 << 20
 MAX_FRAMES = 1 << 16
 MAX_CHUNKS = 1 << 20
 LEVEL = 3
-_kept = local()
 
 
 class Codec(IntEnum):
@@ -53,18 +52,20 @@ class Frame:
     ids: Sequence[bytes]
 
 
+class _Kept(local):
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+KEPT = _Kept()
+"""Each thread's own."""
+
+
 def compress(compressor: zstandard.ZstdCompressor, plain: Buffer) -> tuple[Codec, Buffer]:
     """zstd, or the bytes as they are where that saves less than 1 part in 64."""
     packed = compressor.compress(plain)
     return (Codec.RAW, plain) if len(packed) > len(plain) - len(plain) // 64 else (Codec.ZSTD, packed)
-
-
-def _decompressor() -> zstandard.ZstdDecompressor:
-    """This thread's own."""
-    if not hasattr(_kept, "decompressor"):
-        _kept.decompressor = zstandard.ZstdDecompressor()
-    found: zstandard.ZstdDecompressor = _kept.decompressor
-    return found
 
 
 def expand(codec: int, data: Buffer, plain_bytes: int) -> Buffer:
@@ -77,7 +78,7 @@ def expand(codec: int, data: Buffer, plain_bytes: int) -> Buffer:
         try:
             if zstandard.frame_content_size(data) != plain_bytes:
                 raise Corrupt("a frame's content size is not the one its footer says")
-            plain = _decompressor().decompress(data, allow_extra_data=False)
+            plain = KEPT.decompressor.decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise Corrupt(f"a frame does not decompress: {error}") from error
     else:

@@ -1,6 +1,5 @@
 """Chunks into frames, frames into packs, packs into a store."""
 
-import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
-import zstandard
 
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.index import IndexPart
 from imagestore.formats.keys import PACKS
-from imagestore.formats.pack import FRAME_BYTES, LEVEL, Codec, Footer, Frame, PackWriter, compress
+from imagestore.formats.pack import FRAME_BYTES, KEPT, Codec, Footer, Frame, PackWriter, compress
 from imagestore.store import index
 from imagestore.store.frames import Loaded
 from imagestore.store.leases import Lease
@@ -23,7 +21,6 @@ from imagestore.store.store import Store
 PACK_BYTES = 16 << 20
 """A pack is sent when it has so many stored bytes."""
 _UPLOADS = 2
-_local = threading.local()
 
 
 @dataclass(slots=True)
@@ -37,10 +34,8 @@ class OpenFrame:
 
     def compressed(self) -> tuple[int, Frame]:
         """Its number and the frame; in any thread."""
-        if not hasattr(_local, "compressor"):
-            _local.compressor = zstandard.ZstdCompressor(level=LEVEL)
         plain: Buffer = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
-        codec, data = compress(_local.compressor, plain)
+        codec, data = compress(KEPT.compressor, plain)
         lengths = [len(chunk) for chunk in self.chunks]
         return self.number, Frame(codec, bytes(data), Digest.of(data), self.plain_bytes, lengths, self.ids)
 
@@ -172,12 +167,8 @@ def carry(parts: Iterable[Loaded], packer: Packer) -> None:
             if whole:
                 number, lengths = placement.add_frame(), [len(chunk) for chunk in chunks]
                 row = frames.table[frame]
-                codec, hash_, plain_bytes = (
-                    Codec(row["codec"]),
-                    Digest(row["hash"].tobytes()),
-                    int(row["plain"]),
-                )
-                packer.add(number, Frame(codec, bytes(data), hash_, plain_bytes, lengths, ids))
+                codec, hash_ = Codec(row["codec"]), Digest(row["hash"].tobytes())
+                packer.add(number, Frame(codec, bytes(data), hash_, int(row["plain"]), lengths, ids))
                 placement.chunks.add(rows, number, frames.inner[frames.rows(frame)])
             else:
                 places = [framer.add(chunk, id_) for chunk, id_ in zip(chunks, ids, strict=True)]
