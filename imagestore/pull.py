@@ -19,14 +19,7 @@ from blake3 import blake3
 from imagestore.disks.output import Output, target
 from imagestore.disks.qcow2.writer import plan
 from imagestore.disks.windows import in_order
-from imagestore.errors import (
-    Cancelled,
-    Conflict,
-    Corrupt,
-    Invalid,
-    NoSpace,
-    StoreError,
-)
+from imagestore.errors import Cancelled, Conflict, Corrupt, Invalid, NoSpace, StoreError
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest

@@ -20,7 +20,7 @@ from imagestore.formats.sealed import unseal
 from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
 from imagestore.store.frames import Frames, load
-from imagestore.store.inventory import Inventory, named, read_footer, reindex
+from imagestore.store.inventory import Inventory, named, read_tail, reindex
 from imagestore.store.leases import Condemned
 from imagestore.store.names import NameRecord
 from imagestore.store.roots import can_be_read, find_roots
@@ -214,7 +214,7 @@ def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, rep
 
 
 def _verify_pack(store: Store, inventory: Inventory, pack: Digest) -> None:
-    footer = read_footer(store, pack)
+    footer, _ = read_tail(store.backend, pack)
     table = inventory.table(pack)
     if footer.encode() != table.footer.encode():
         raise Corrupt(f"pack {pack} and its index differ")
@@ -263,19 +263,17 @@ def _mend(store: Store, other: Store, key: str) -> bool:
     match keys.kind_of(key):
         case keys.PACKS:
             pack = Digest.parse(key[-64:])
-            _load_all(other, Frames.of_pack(pack, read_footer(other, pack)))
+            _load_all(other, Frames.of_pack(pack, read_tail(other.backend, pack)[0]))
             store.backend.put(key, other.backend.get(key).data)
             condemned = Condemned.read(store)
             condemned.replace(store, damaged=condemned.damaged - {pack})
         case keys.MANIFESTS:
             store.backend.put(key, other.manifest(Digest.parse(key[-64:])).encode())
-        case keys.NAMES:
-            data = other.backend.get(key).data
-            NameRecord.decode(data)
-            store.backend.put(key, data)
-        case keys.REFS:
+        case keys.NAMES | keys.REFS as kind:
             data = other.backend.get(key).data
             unseal(data, key)
+            if kind is keys.NAMES:
+                NameRecord.decode(data)
             store.backend.put(key, data)
         case keys.INFO:
             store.backend.put(key, store.info.encode())

@@ -83,22 +83,17 @@ def ls(form: str) -> None:
     show_list(rows(), ROWS, form, name="digest")
 
 
-@cache.add(examples="sf cache pin debian:12")
-def pin(name: str, architecture: str) -> None:
-    """Keep an image on this node although nothing uses it."""
-    _ask("pin", image=_digest(name, architecture))
+def _about(word: str, text: str) -> None:
+    """Make a command that asks the service for the operation of its name."""
+
+    @cache.add(word, help=text, examples=f"sf cache {word} debian:12")
+    def run(name: str, architecture: str) -> None:
+        _ask(word, image=_digest(name, architecture))
 
 
-@cache.add(examples="sf cache unpin debian:12")
-def unpin(name: str, architecture: str) -> None:
-    """Let an image be forgotten when it is unused and room is needed."""
-    _ask("unpin", image=_digest(name, architecture))
-
-
-@cache.add(examples="sf cache prefetch debian:12")
-def prefetch(name: str, architecture: str) -> None:
-    """Bring a whole image to this node, in the background."""
-    _ask("prefetch", image=_digest(name, architecture))
+_about("pin", "Keep an image on this node although nothing uses it.")
+_about("unpin", "Let an image be forgotten when it is unused and room is needed.")
+_about("prefetch", "Bring a whole image to this node, in the background.")
 
 
 @cache.add(examples="sf cache prune\nsf cache prune --to 20G")

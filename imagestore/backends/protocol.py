@@ -129,12 +129,7 @@ class ReadOnly:
     url: str
 
     def put(
-        self,
-        key: str,
-        data: Buffer | Sequence[Buffer],
-        *,
-        if_match: str | None = None,
-        if_none_match: bool = False,
+        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
     ) -> ObjectStat:
         raise Unsupported(f"{self.url} is read-only")
 

@@ -276,12 +276,8 @@ class S3:
             raise Invalid(f"{where}: {err}") from err
         except (failures.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as err:
             raise Unavailable(f"{where}: {err}") from err
-        except (
-            KeyError,
-            ValueError,
-            TypeError,
-            OverflowError,
-        ) as err:  # boto3 believes headers without a look
+        except (KeyError, ValueError, TypeError, OverflowError) as err:
+            # boto3 believes headers without a look.
             raise Corrupt(f"{where}: the server answers nonsense: {err}") from err
 
 

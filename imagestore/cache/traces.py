@@ -1,7 +1,6 @@
 """The boot traces that a node has and finds."""
 
 import contextlib
-from functools import partial
 from pathlib import Path
 
 from imagestore import durable
@@ -28,9 +27,13 @@ class Traces:
         own = _read(self._directory / digest.hex())
         if own:
             return own
+
+        def stored(key: str) -> bytes:
+            return self._stores.first(lambda store: store.backend.get(key).data)
+
         for wanted in (digest, *([manifest.parent] if manifest.parent else [])):
             with contextlib.suppress(StoreError):
-                return Trace.decode(self._stores.first(partial(_get, TRACES.key(wanted))))
+                return Trace.decode(stored(TRACES.key(wanted)))
         others = [trace for path in self._directory.iterdir() if (trace := _read(path)) and len(trace.keys)]
         shares = [len(trace.chunks(manifest.ids)) / len(trace.keys) for trace in others]
         best = max(range(len(others)), key=shares.__getitem__, default=None)
@@ -58,7 +61,3 @@ def _publish(store: Store, digest: Digest, data: bytes) -> None:
     if store.backend.read_only or not store.has_manifest(digest):
         raise Unsupported("not ours to write to")
     store.backend.put(TRACES.key(digest), data)
-
-
-def _get(key: str, store: Store) -> bytes:
-    return store.backend.get(key).data

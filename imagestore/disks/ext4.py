@@ -138,9 +138,6 @@ class Ext4:
             value |= rows[:, high : high + size].copy().view(kind)[:, 0].astype(np.int64) << shift
         return value
 
-    def _group_start(self, group: int) -> int:
-        return self._first + group * self._group_blocks
-
     def _metadata(self) -> Numbers:
         """(start, end) of blocks that hold no file: the superblock, descriptors, bitmaps, inode tables."""
         inodes = -(-self._group_inodes * self._inode_bytes // self.block_bytes)
@@ -169,7 +166,7 @@ class Ext4:
                 if (right & (0xFFFFFFFF if wide else 0xFFFF) != sums[some]).any():
                     raise Doubt("the sum of a block bitmap is wrong: run e2fsck on it")
             for group, bits in zip(some.tolist(), raw, strict=True):
-                first = self._group_start(group)
+                first = self._first + group * self._group_blocks
                 blocks = min(self._group_blocks, self._blocks - first)
                 count = -(-blocks // (1 << self._ratio_bits))
                 unused = np.unpackbits(bits, count=count, bitorder="little") == 0

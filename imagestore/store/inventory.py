@@ -93,7 +93,7 @@ class Inventory:
     def table(self, pack: Digest) -> Table:
         """Of a pack that is there, from its own end if no index has it. Raises NotFound, Corrupt."""
         if pack not in self.tables:
-            self.tables[pack] = Table(read_footer(self.store, pack))
+            self.tables[pack] = Table(read_tail(self.store.backend, pack)[0])
         return self.tables[pack]
 
     def part(self, packs: Iterable[Digest]) -> IndexPart:
@@ -161,11 +161,6 @@ def read_layouts(store: Store, images: Iterable[Digest]) -> Iterator[tuple[Diges
 
     with ThreadPoolExecutor(8, "layouts") as pool:
         yield from in_order(pool, read, images, 16)
-
-
-def read_footer(store: Store, pack: Digest) -> Footer:
-    """From the end of the pack itself. Raises NotFound, Corrupt."""
-    return read_tail(store.backend, pack)[0]
 
 
 def read_tail(backend: Backend, pack: Digest) -> tuple[Footer, bytes]:

@@ -37,7 +37,6 @@ _PIECE_BYTES = 64 << 10
 _ROOT_BYTES = 512_000
 _FRESH_S = 30.0
 """How long a program that keeps a store open takes its word before it asks again."""
-Texts = list[str]
 log = logging.getLogger(__name__)
 
 Target = tuple[str, str, str]
@@ -95,7 +94,6 @@ class Trust:
     def __init__(self, backend: Backend, directory: Path) -> None:
         self._backend = backend
         self._directory = directory
-        self._anchor = directory / "anchor.json"
 
     @classmethod
     def bootstrap(cls, backend: Backend, directory: Path, fingerprint: Digest) -> "Trust":
@@ -126,7 +124,7 @@ class Trust:
         fetcher = _BackendFetcher(self._backend)
         with self._locked():
             try:
-                anchor = self._anchor.read_bytes()
+                anchor = (self._directory / "anchor.json").read_bytes()
                 base = tree(Digest.of(anchor))
                 updater = Updater(str(self._directory), base, fetcher=fetcher, bootstrap=anchor)
                 try:
@@ -229,6 +227,9 @@ class SignedNames(Names):
             log.warning("%s; taking %s:%s as it was verified before", reason, name, tag)
         return NameRecord(name, tag, revision=int(bool(images)), images=images)
 
+    def _known(self) -> list[str]:
+        return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
+
     def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
         """What is signed now, or was when the store could last be believed."""
         reason = self._refresh()
@@ -240,9 +241,6 @@ class SignedNames(Names):
         for name, tag in sorted({(n, t) for n, t, _ in known}):
             images = {arch: digest for (n, t, arch), digest in known.items() if (n, t) == (name, tag)}
             yield NameRecord(name, tag, revision=1, images=images)
-
-    def _known(self) -> "Texts":
-        return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
 
     def warn(self, digest: Digest) -> None:
         reason = self._refresh()

@@ -181,7 +181,7 @@ class Connection(asyncio.Protocol):
             raise Broken("oversized write")
         if kind == _CACHE and inside:
             self._source.prefetch(offset, length)
-            return self._done(cookie)
+            return self._ended(cookie)
         if kind == _BLOCK_STATUS and inside and self._context:
             extents = self._source.extents(offset, length)
             extents = extents[: 1 if flags & _FLAG_REQ_ONE else STATUS_MAX_EXTENTS]
@@ -189,7 +189,7 @@ class Connection(asyncio.Protocol):
             body = struct.pack(f">I{len(words)}I", CONTEXT_ID, *words)
             return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _STATUS, cookie, len(body)) + body
         # Commands 1, 4 and 6 change data.
-        return self._failed(cookie, errno.EPERM if kind in (_WRITE, 4, 6) else errno.EINVAL)
+        return self._ended(cookie, errno.EPERM if kind in (_WRITE, 4, 6) else errno.EINVAL)
 
     def _skip(self) -> bool:
         """Pass over the payload of a write."""
@@ -218,7 +218,7 @@ class Connection(asyncio.Protocol):
         try:
             data = await self._source.read(offset, length)
         except OSError:
-            self._transport.write(self._failed(cookie, errno.EIO))
+            self._transport.write(self._ended(cookie, errno.EIO))
         else:
             self._transport.writelines((self._data_head(cookie, offset, length), data))
 
@@ -227,15 +227,12 @@ class Connection(asyncio.Protocol):
             return _DATA_CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
         return _SIMPLE.pack(_SIMPLE_MAGIC, 0, cookie)
 
-    def _done(self, cookie: int) -> bytes:
-        if self._structured:
-            return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _NONE, cookie, 0)
-        return _SIMPLE.pack(_SIMPLE_MAGIC, 0, cookie)
-
-    def _failed(self, cookie: int, number: int) -> bytes:
-        if self._structured:
-            return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _ERROR, cookie, 6) + struct.pack(">IH", number, 0)
-        return _SIMPLE.pack(_SIMPLE_MAGIC, number, cookie)
+    def _ended(self, cookie: int, number: int = 0) -> bytes:
+        """Without data: well, or with this errno."""
+        if not self._structured:
+            return _SIMPLE.pack(_SIMPLE_MAGIC, number, cookie)
+        error = struct.pack(">IH", number, 0) if number else b""
+        return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _ERROR if number else _NONE, cookie, len(error)) + error
 
 
 class NbdServer:

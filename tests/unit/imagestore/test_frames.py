@@ -16,7 +16,7 @@ from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS
 from imagestore.formats.layout import Layout
 from imagestore.push import push
 from imagestore.store.frames import Frames, ImageReader, load, plan_requests
-from imagestore.store.inventory import Inventory, read_footer
+from imagestore.store.inventory import Inventory, read_tail
 from imagestore.store.store import Store
 
 
@@ -111,7 +111,7 @@ def test_chosen_chunks_of_a_pack_come_in_their_frames_whole_where_most_is_wanted
 ) -> None:
     store, digest, data = world
     pack = store.layout(digest).packs[0]
-    footer = read_footer(store, pack)
+    footer, _ = read_tail(store.backend, pack)
     chosen = np.zeros(len(footer.lengths), np.bool_)
     chosen[::2] = True
     for split_above, whole in ((1.0, True), (0.01, False)):
