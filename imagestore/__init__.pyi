@@ -11,7 +11,7 @@ from .cache.imaged import unprivileged as unprivileged
 from .cache.images import ImageCache as ImageCache
 from .cache.images import Resolved as Resolved
 from .cache.images import list_images as list_images
-from .cache.service import Options as Options
+from .cache.open_images import Options as Options
 from .cache.wanted import Fill as Fill
 from .copy import copy_image as copy_image
 from .copy import copy_name as copy_name

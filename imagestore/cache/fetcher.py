@@ -75,7 +75,6 @@ class Fetcher:
     def __init__(
         self,
         happened: Happened = lambda image, line: None,
-        *,
         connections: int = 16,
         fill_bytes_s: float = 0.0,
     ) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from imagestore.cache.control import ControlServer
-from imagestore.cache.service import ImageService, Options
+from imagestore.cache.open_images import Options
+from imagestore.cache.service import ImageService
 from imagestore.durable import locked, opened
 from imagestore.errors import Conflict, Invalid
 from imagestore.settings import Settings

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ SETTLE_S = 20.0
 _SEAL_S = 30.0
 _RELAY_S = 60.0
 """An image that is open for peers alone is closed when they have asked nothing for so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a service behaves; the control socket can change none of it."""
+
+    connections: int = 16
+    fill_bytes_s: float = 0.0
+    """0 for no limit."""
+    cache_bytes: int = 0
+    """Size on disk above which unused images are forgotten; 0 for no limit."""
+    read_ahead: int = 2
+    """Frames after a missed one at most, where nothing else fills."""
+    socket_group: int = -1
+    """Group id that may connect to the sockets; -1: the directory's if that is setgid, else the process's own."""
 
 
 class Image(Filling):
@@ -78,17 +94,14 @@ class OpenImages:
         run: Path,
         stores: Stores,
         site: Site,
+        options: Options,
         *,
-        connections: int,
-        fill_bytes_s: float,
-        read_ahead: int,
-        socket_group: int,
         tell: Callable[..., None],
         make_room: Callable[[], Coroutine[Any, Any, object]],
     ) -> None:
         self._cache, self._run, self._stores, self._site = cache, run, stores, site
-        self._fetcher = Fetcher(self._happened, connections=connections, fill_bytes_s=fill_bytes_s)
-        self._read_ahead, self._socket_group = read_ahead, socket_group
+        self._fetcher = Fetcher(self._happened, options.connections, options.fill_bytes_s)
+        self._options = options
         self._tell, self._make_room = tell, make_room
         self._traces = Traces(cache.directory / "traces", stores)
         self._images: dict[Digest, Image] = {}
@@ -113,7 +126,7 @@ class OpenImages:
             if reader not in image.exports:
                 source = Reader(self._fetcher, image, patience_s=patience_s)
                 name = Digest.of(reader.encode()).hex()[:12]
-                server = NbdServer(source, self._run / name, group=self._socket_group)
+                server = NbdServer(source, self._run / name, group=self._options.socket_group)
                 await server.start()
                 image.exports[reader] = (server, source)
                 asyncio.get_running_loop().call_later(TRACE_S, self._end_trace, image, source)
@@ -178,7 +191,7 @@ class OpenImages:
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
         peers = Peers(self._site, digest, manifest)
-        image = Image(local, file, origins, layout, peers=peers, read_ahead=self._read_ahead)
+        image = Image(local, file, origins, layout, peers=peers, read_ahead=self._options.read_ahead)
         self._images[digest] = image
         if file.complete and not whole:
             self._later(self._seal(image))

@@ -22,7 +22,7 @@ from typing import Any
 from imagestore import durable
 from imagestore.cache.images import ImageCache, list_images
 from imagestore.cache.node_stores import Stores
-from imagestore.cache.open_images import OpenImages
+from imagestore.cache.open_images import OpenImages, Options
 from imagestore.cache.peers import PeerServer, Site
 from imagestore.cache.wanted import Fill
 from imagestore.errors import Conflict, Invalid, NotFound, StoreError
@@ -33,21 +33,6 @@ log = logging.getLogger(__name__)
 _KEPT_EVENTS = 256
 _REOPEN_S = 5.0
 _READER = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a service behaves; the control socket can change none of it."""
-
-    connections: int = 16
-    fill_bytes_s: float = 0.0
-    """0 for no limit."""
-    cache_bytes: int = 0
-    """Size on disk above which unused images are forgotten; 0 for no limit."""
-    read_ahead: int = 2
-    """Frames after a missed one at most, where nothing else fills."""
-    socket_group: int = -1
-    """Group id that may connect to the sockets; -1: the directory's if that is setgid, else the process's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +49,11 @@ class Reference:
 class ImageService:
     """Made and used on the event loop; `start` before anything else. The directories are there."""
 
-    def __init__(self, cache: Path, run: Path, stores: Sequence[str], options: Options = Options()) -> None:
+    def __init__(self, cache: Path, run: Path, stores: Sequence[str], options: Options) -> None:
         self._cache, self._directory, self._cache_bytes = ImageCache(cache, {}), cache, options.cache_bytes
         self._stores, self._site = Stores(stores), Site()
-        self.images = OpenImages(
-            self._cache, run, self._stores, self._site,
-            connections=options.connections, fill_bytes_s=options.fill_bytes_s, read_ahead=options.read_ahead,
-            socket_group=options.socket_group, tell=self._tell, make_room=self.prune,
-        )  # fmt: skip
+        places = (self._cache, run, self._stores, self._site)
+        self.images = OpenImages(*places, options, tell=self._tell, make_room=self.prune)
         self._peers = PeerServer(self._site, self.images.give)
         self._references: dict[str, Reference] = {}
         self._writing = asyncio.Lock()

@@ -20,6 +20,7 @@ from imagestore.cache import open_images
 from imagestore.cache.control import Away, ControlClient
 from imagestore.cache.imaged import control_socket, unprivileged
 from imagestore.cache.images import ImageCache
+from imagestore.cache.open_images import Options
 from imagestore.cache.partial import PartialImage
 from imagestore.cache.service import ImageService
 from imagestore.errors import Conflict, Invalid, NotFound
@@ -260,7 +261,7 @@ def test_started_by_root_it_runs_as_a_user_who_may_read_everything_only_where_he
     state = tmp_path / "state"
     with Imaged(state, url) as imaged:  # what root's service left is its own from then on
         imaged.ask("attach", image=str(digest), reader="vda", fill="never")
-    imaged.prefix, closed = unprivileged(state, [url])
+    imaged.prefix, closed = unprivileged(state, [url], Options())
     assert closed
     with imaged:
         assert imaged.process
@@ -437,7 +438,7 @@ def test_an_image_that_cannot_be_completed_now_is_completed_later(
     monkeypatch.setattr(PartialImage, "seal", failing)
 
     async def story() -> None:
-        service = ImageService(tmp_path / "state/cache", tmp_path / "run", [url])
+        service = ImageService(tmp_path / "state/cache", tmp_path / "run", [url], Options())
         await service.start()
         await service.images.prefetch(str(digest))
         while not tries or not tries[0].exists():
