@@ -5,8 +5,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from imagestore.backends.protocol import Object, ObjectStat, check_key, pieces
-from imagestore.errors import Conflict, Corrupt, NotFound
+from imagestore.backends.protocol import Object, ObjectStat, check_key, end_of, pieces
+from imagestore.errors import Conflict, NotFound
 from imagestore.formats.digest import Buffer
 
 
@@ -23,9 +23,7 @@ class Memory:
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         whole = self._find(key)
-        end = len(whole.data) if length is None else start + length
-        if not 0 <= start <= end <= len(whole.data):
-            raise Corrupt(f"{self.url}/{key}: bytes {start} to {end} of {len(whole.data)} were asked for")
+        end = end_of(f"{self.url}/{key}", start, length, len(whole.data))
         return Object(whole.data[start:end], whole.stat)
 
     def stat(self, key: str) -> ObjectStat:

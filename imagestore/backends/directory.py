@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from imagestore.backends.protocol import Data, Object, ObjectStat, check_key, pieces
+from imagestore.backends.protocol import Data, Object, ObjectStat, check_key, end_of, pieces
 from imagestore.durable import locked, opened, sync
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
 
@@ -50,10 +50,7 @@ class Directory:
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         with self._errors(key), self._path(key).open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            wanted = status.st_size - start if length is None else length
-            if start < 0 or wanted < 0 or start + wanted > status.st_size:
-                end = start + wanted
-                raise Corrupt(f"{self.url}/{key}: bytes {start} to {end} of {status.st_size} were asked for")
+            wanted = end_of(f"{self.url}/{key}", start, length, status.st_size) - start
             data = bytearray(wanted)
             view, done = memoryview(data), 0
             while done < wanted:

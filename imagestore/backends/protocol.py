@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from imagestore.errors import Invalid, Unsupported
+from imagestore.errors import Corrupt, Invalid, Unsupported
 from imagestore.formats.digest import Buffer
 
 Data = Buffer | Sequence[Buffer]
@@ -30,6 +30,14 @@ def check_key(key: str) -> str:
 def pieces(data: Data) -> Sequence[Buffer]:
     """The pieces that a `put` was given."""
     return (data,) if isinstance(data, bytes | bytearray | memoryview) else data
+
+
+def end_of(where: str, start: int, length: int | None, size_bytes: int) -> int:
+    """Where the range ends that a `get` asks for. Raises Corrupt unless the object has all of it."""
+    end = size_bytes if length is None else start + length
+    if not 0 <= start <= end <= size_bytes:
+        raise Corrupt(f"{where}: bytes {start} to {end} of {size_bytes} were asked for")
+    return end
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from imagestore.backends.directory import Directory
-from imagestore.backends.protocol import Backend, Object, ObjectStat, ReadOnly
+from imagestore.backends.protocol import Backend, Object, ObjectStat, ReadOnly, end_of
 from imagestore.durable import opened
 from imagestore.errors import Corrupt, NotFound, Unavailable
 from imagestore.formats.digest import Buffer, Digest
@@ -62,9 +62,7 @@ class PullThrough(ReadOnly):
         if kind_of(key) is PACKS:
             return self._from_pack(key, start, length)
         found = self._whole(key)
-        end = len(found.data) if length is None else start + length
-        if not 0 <= start <= end <= len(found.data):
-            raise Corrupt(f"{self.url}/{key}: bytes {start} to {end} of {len(found.data)} were asked for")
+        end = end_of(f"{self.url}/{key}", start, length, len(found.data))
         return Object(found.data[start:end], found.stat)
 
     def stat(self, key: str) -> ObjectStat:
@@ -128,11 +126,7 @@ class PullThrough(ReadOnly):
 
     def _from_pack(self, key: str, start: int, length: int | None) -> Object:
         pack = self._pack(key)
-        end = pack.stat.size_bytes if length is None else start + length
-        if not 0 <= start <= end <= pack.stat.size_bytes:
-            raise Corrupt(
-                f"{self.url}/{key}: bytes {start} to {end} of {pack.stat.size_bytes} were asked for"
-            )
+        end = end_of(f"{self.url}/{key}", start, length, pack.stat.size_bytes)
         starts, data_bytes = pack.frames.table["offset"], pack.footer.data_bytes
         first = int(np.searchsorted(starts + pack.frames.table["size"], start, "right"))
         last = int(np.searchsorted(starts, end))
