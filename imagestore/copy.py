@@ -11,7 +11,6 @@ import numpy as np
 from imagestore.errors import NotFound
 from imagestore.formats.columns import first_of_each
 from imagestore.formats.digest import Digest
-from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.leases import Lease
 from imagestore.store.lookup import Footers, Lookup
@@ -53,7 +52,10 @@ def copy_image(
     Raises NotFound, Corrupt, and what the backends raise.
     """
     target.check_writable()
-    manifest = _manifest(source, target, digest)
+    try:
+        manifest = source.manifest(digest)
+    except NotFound:
+        manifest = target.manifest(digest)
     if known is None and can_be_read(target, digest):
         with suppress(NotFound):
             check_present(target, digest)
@@ -85,10 +87,3 @@ def copy_image(
             bad = offer(placement.layout(digest, rows))
             if not bad:
                 return CopyResult(manifest.data_bytes, packer.written_bytes)
-
-
-def _manifest(source: Store, target: Store, digest: Digest) -> Manifest:
-    try:
-        return source.manifest(digest)
-    except NotFound:
-        return target.manifest(digest)

@@ -80,10 +80,6 @@ class S3:
         region: str | None = None,
         profile: str | None = None,
     ) -> None:
-        try:
-            session = boto3.session.Session(profile_name=profile, region_name=region)
-        except failures.BotoCoreError as err:
-            raise Invalid(f"s3://{bucket}: {err}") from err
         config = Config(
             signature_version="s3v4",
             # Retrying is Retried's; boto3's checksum trailers are not understood by every server.
@@ -96,8 +92,9 @@ class S3:
             s3={"addressing_style": "path" if endpoint_url else "auto"},
         )
         authorities = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
-        region = session.region_name or "us-east-1"
         try:
+            session = boto3.session.Session(profile_name=profile, region_name=region)
+            region = session.region_name or "us-east-1"
             self._client: S3Client = session.client(
                 "s3", endpoint_url=endpoint_url, region_name=region, config=config, verify=authorities
             )

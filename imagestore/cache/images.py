@@ -60,7 +60,11 @@ class ImageCache:
         if held is not None:
             return Resolved(held, self.manifest(held).size_bytes)
         found = resolve(text, architecture, self.stores)
-        return Resolved(found.digest, self._manifest(found.digest, found.store).size_bytes)
+        try:
+            manifest = self.manifest(found.digest)
+        except (NotFound, Corrupt):
+            manifest = found.store.manifest(found.digest)
+        return Resolved(found.digest, manifest.size_bytes)
 
     def has(self, digest: Digest) -> bool:
         """Whether the image is complete here."""
@@ -117,15 +121,9 @@ class ImageCache:
             )
 
     def remove(self, digest: Digest) -> None:
-        """Forget an image; who has the file open keeps it."""
-        self.path(digest).unlink(missing_ok=True)
-        (self.directory / f"{digest.hex()}.manifest").unlink(missing_ok=True)
-
-    def _manifest(self, digest: Digest, store: Store) -> Manifest:
-        try:
-            return self.manifest(digest)
-        except (NotFound, Corrupt):
-            return store.manifest(digest)
+        """Forget an image, complete or not; who has the file open keeps it."""
+        for suffix in (".raw", ".have", ".part", ".manifest"):
+            self.path(digest).with_suffix(suffix).unlink(missing_ok=True)
 
 
 def _data_between(descriptor: int, start: int, end: int) -> bool:

@@ -126,21 +126,19 @@ class PartialImage:
     def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         """(length, is a hole) over the range, at most `limit` of them, by the manifest: nothing has to be fetched."""
         found: list[tuple[int, bool]] = []
-        end, data_end = offset + length, offset
-        chunk = bisect_right(self.ends, offset)
-        while offset < end and len(found) < limit:
-            if chunk == len(self.starts) or self.starts[chunk] >= end:
-                found.append((end - offset, True))
+        at, end = offset, offset + length
+        for chunk in self.chunks(offset, length):
+            if len(found) > limit:
                 break
-            if self.starts[chunk] > offset:
-                found.append((self.starts[chunk] - offset, True))
-                offset = self.starts[chunk]
-            data_end = offset
-            while chunk < len(self.starts) and self.starts[chunk] <= data_end < end:
-                data_end = self.ends[chunk]
-                chunk += 1
-            found.append((min(data_end, end) - offset, False))
-            offset = data_end
+            start, stop = max(self.starts[chunk], at), min(self.ends[chunk], end)
+            if start > at:
+                found.append((start - at, True))
+            elif found:
+                start -= found.pop()[0]
+            found.append((stop - start, False))
+            at = stop
+        if at < end:
+            found.append((end - at, True))
         return found[:limit]
 
     # -- bytes

@@ -206,8 +206,7 @@ class ImageService:
             digest = Digest.parse(row["digest"])
             if total <= limit or row["digest"] in used or row["pinned"] or digest in self.images:
                 continue
-            for suffix in (".raw", ".have", ".part", ".manifest"):
-                (self._directory / f"{digest.hex()}{suffix}").unlink(missing_ok=True)
+            self._cache.remove(digest)
             total -= row["used_bytes"]
             gone.append(row["digest"])
         if total > limit:

@@ -175,11 +175,6 @@ class Wanted:
         for group in range(len(self._groups)) if groups is None else groups:
             self._settled[group] = all(self._present[c] or c in self._busy for c in self._groups[group])
 
-    @property
-    def working(self) -> bool:
-        """Whether a job is under way or wanted by a reader."""
-        return bool(self._busy)
-
     def owner(self, chunk: int) -> str:
         """The other node that fetches the chunk for the site; "" for ourselves."""
         # Of a whole group, so that no two nodes can hold a half each and wait for the other's.

@@ -83,8 +83,7 @@ def cut(
 def _inside(blocks: npt.NDArray[np.int64], first: int, count: int) -> npt.NDArray[np.int64]:
     """Those of sorted block numbers that lie in or at the end of a window, counted from its start."""
     low, high = np.searchsorted(blocks, [first, first + count + 1])
-    inside: npt.NDArray[np.int64] = blocks[low:high] - first
-    return inside
+    return blocks[low:high] - first
 
 
 def _decided(at: int, end: int, found: int, ends: list[int], forced: list[int], largest: int) -> bool:

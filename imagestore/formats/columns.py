@@ -117,8 +117,7 @@ def first_of_each(ids: Ids) -> npt.NDArray[np.int64]:
 
 def keys(ids: Ids) -> npt.NDArray[np.uint64]:
     """The first eight bytes of each digest as a number, to sort and search by; never proof of equality."""
-    first: npt.NDArray[np.uint64] = np.ascontiguousarray(ids).view("<u8").reshape(-1, 4)[:, 0]
-    return first
+    return np.ascontiguousarray(ids).view("<u8").reshape(-1, 4)[:, 0]
 
 
 def find_keys(wanted: npt.NDArray[np.uint64], among: npt.NDArray[np.uint64]) -> Numbers:
@@ -127,8 +126,7 @@ def find_keys(wanted: npt.NDArray[np.uint64], among: npt.NDArray[np.uint64]) -> 
         return np.full(len(wanted), -1, np.int64)
     order = np.argsort(among, kind="stable")
     at = order[np.minimum(np.searchsorted(among, wanted, sorter=order), len(order) - 1)]
-    found: Numbers = np.where(among[at] == wanted, at, -1)
-    return found
+    return np.where(among[at] == wanted, at, -1)
 
 
 def find(wanted: Ids, among: Ids) -> Numbers:

@@ -109,8 +109,7 @@ class Footer:
     def offsets(self) -> npt.NDArray[np.int64]:
         """Where each frame starts in the pack."""
         sizes = self.sizes.astype(np.int64)
-        starts: npt.NDArray[np.int64] = np.cumsum(sizes) - sizes
-        return starts
+        return np.cumsum(sizes) - sizes
 
     @property
     def data_bytes(self) -> int:

@@ -16,7 +16,7 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -68,10 +68,7 @@ class Source:
         return f"{self.name}:{self.tags[0]}"
 
 
-_KEYS = {
-    "name", "tags", "url", "architectures", "checksums", "signature", "keyring", "build", "keep", "format", "os",
-    "limit_bytes", "labels",
-}  # fmt: skip
+_KEYS = {one.name for one in fields(Source)} - {"build_page", "build_pattern"} | {"build"}
 
 
 def load(directory: Path) -> list[Source]:

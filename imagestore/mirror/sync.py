@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -174,10 +174,9 @@ class _Image:
         """Whether what our name stands for was made from the file with this checksum."""
         if not self._current or not there.checksum or not can_be_read(self._store, self._current):
             return False
-        try:
+        with suppress(NotFound, Corrupt):
             return dict(self._store.manifest(self._current).source).get(there.algorithm) == there.checksum
-        except (NotFound, Corrupt):
-            return False
+        return False
 
     def _outcome(self, result: str, there: Provenance, digest: Digest | None, new_bytes: int = 0) -> Outcome:
         return Outcome(self._source.title, self._architecture, result, there.signed_by, digest, new_bytes)

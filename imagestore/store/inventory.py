@@ -40,10 +40,7 @@ class Table:
         frames = np.clip(np.searchsorted(self.offsets, offsets), 0, len(self.offsets) - 1)
         wanted = (frames.astype(np.int64) << _SHIFT) + inner
         rows = np.clip(np.searchsorted(self._keys, wanted), 0, len(self._keys) - 1)
-        found: npt.NDArray[np.int64] = np.where(
-            (self.offsets[frames] == offsets) & (self._keys[rows] == wanted), rows, -1
-        )
-        return found
+        return np.where((self.offsets[frames] == offsets) & (self._keys[rows] == wanted), rows, -1)
 
     def stored_bytes(self, chosen: npt.NDArray[np.bool_]) -> float:
         """Stored bytes of some chunks: their share of their frames."""

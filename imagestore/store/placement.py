@@ -202,5 +202,4 @@ def too_scattered(
     # A zone that is left needs its share of new requests.
     kept = count - np.arange(count + 1) + np.concatenate([[0], np.cumsum(needed[order])]) / BULK_BYTES
     too_many = kept > _SCATTERED * total / BULK_BYTES + 4
-    left: npt.NDArray[np.bool_] = np.isin(zone, order[: int(np.argmin(too_much | too_many))])
-    return left
+    return np.isin(zone, order[: int(np.argmin(too_much | too_many))])

@@ -172,16 +172,14 @@ class Store:
         return {digest: known[digest.hex()] for digest in wanted if digest.hex() in known}
 
     def _size(self, digest: Digest) -> int | None:
-        try:
+        with suppress(StoreError):  # shorter than that, perhaps
             head = self.backend.get(MANIFESTS.key(digest), 0, 1024).data
             # The keys are sorted and a quote inside a label is escaped: this can be nothing but the key itself.
-            found = re.search(rb'"size_bytes":(\d{1,15})[,}]', head)
-        except StoreError:  # shorter than that, perhaps
-            found = None
-        try:
-            return int(found[1]) if found else self.manifest(digest).size_bytes
-        except StoreError:
-            return None
+            if found := re.search(rb'"size_bytes":(\d{1,15})[,}]', head):
+                return int(found[1])
+        with suppress(StoreError):
+            return self.manifest(digest).size_bytes
+        return None
 
     def objects(self, kind: Kind) -> Iterator[ObjectStat]:
         """Those of a kind; what lies among them and has no such key is none of ours."""

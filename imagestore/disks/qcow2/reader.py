@@ -9,7 +9,6 @@ import os
 import struct
 import zlib
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ import zstandard
 from isal import isal_zlib
 from isal.igzip_lib import IsalError
 
+from imagestore.disks.disk import read_exactly
 from imagestore.errors import Invalid
 
 _OFFSET = np.uint64(0x00FFFFFFFFFFFE00)
@@ -111,18 +111,10 @@ class Qcow2:
                 steps = np.flatnonzero(np.diff(run.astype(np.int64)) != self._cluster)
                 clusters = int(steps[0]) + 1 if len(steps) else len(run)
                 count = min(clusters * self._cluster - inside, len(out) - done)
-                self._read_plain(entry, inside, out[done : done + count])
-            done += count
-
-    def _read_plain(self, host: int, inside: int, out: memoryview) -> None:
-        if host == 0:
-            out[:] = bytes(len(out))
-            return
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._descriptor, [out[done:]], host + inside + done)
-            if count == 0:
-                raise self._refuse("is cut short: a cluster goes past its end")
+                if entry:
+                    read_exactly(self._descriptor, entry + inside, out[done : done + count], self._what)
+                else:
+                    out[done : done + count] = bytes(count)
             done += count
 
     def _expand(self, entry: int) -> bytes:
@@ -174,8 +166,7 @@ class Qcow2:
         data = os.pread(self._descriptor, entries * 8, offset)
         if len(data) != entries * 8:
             raise self._refuse("is cut short: a table is not whole")
-        table: npt.NDArray[Any] = np.frombuffer(data, ">u8").astype(np.uint64)
-        return table
+        return np.frombuffer(data, ">u8").astype(np.uint64)
 
     def _check_features(self, header: bytes) -> None:
         if len(header) < 104:

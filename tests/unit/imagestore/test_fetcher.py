@@ -155,7 +155,7 @@ def test_a_reader_that_goes_on_finds_the_next_frames_there_and_a_lonely_one_cost
 
             async def present_after(frame: int, chunk: int = 0) -> set[int]:
                 await read(reader, node.partial.starts[frames[frame][chunk]], 10)
-                while node.filling.wanted.working:
+                while node.filling.wanted._busy:
                     await asyncio.sleep(0.01)
                 return {at for at, chunks in enumerate(frames) if node.partial.present[chunks[0]]}
 
@@ -345,7 +345,7 @@ def test_a_trace_of_an_older_version_brings_what_both_share_before_it_is_asked_f
         node = Node(tmp_path, new)
         async with node.reading() as reader:
             node.fetcher.prefetch(node.filling, trace.chunks(node.manifest.ids))
-            while node.filling.wanted.working:
+            while node.filling.wanted._busy:
                 await asyncio.sleep(0.01)
             for at in (7, 150, 90, 33):
                 await read(reader, (at + 3) * CHUNK, 4096)
