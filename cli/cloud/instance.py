@@ -115,9 +115,8 @@ def create(name: str, form: str, **given: Any) -> None:
         given["image"] = image_of(api, file)
     if not given["image"] and not given["disks"]:
         raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
-    disks: list[Object] = [{"size": gigabytes(each), "base": None} for each in given["disks"]] or [
-        {"size": None}
-    ]
+    disks: list[Object] = [{"size": gigabytes(each), "base": None} for each in given["disks"]]
+    disks = disks or [{"size": None}]
     disks[0]["base"] = given["image"]
     body: Object = {
         "name": name,
@@ -125,9 +124,7 @@ def create(name: str, form: str, **given: Any) -> None:
         "memory": given["memory"] // 2**20,
         "disk": disks,
         "ssh_key": "\n".join(map(ssh_key, given["ssh_keys"])) or None,
-        "user_data": base64.b64encode(given["user_data"].read_bytes()).decode()
-        if given["user_data"]
-        else None,
+        "user_data": base64.b64encode(data.read_bytes()).decode() if (data := given["user_data"]) else None,
         "placed_on": given["node"],
         "uefi": given["uefi"] or None,
         "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
@@ -272,12 +269,8 @@ _power("unpause", "unpause", "Let paused guests go on.")
 def add_interface(name: str, network: str, form: str) -> None:
     """Plug an interface into a running guest."""
     api = Api()
-    show_one(
-        api("POST", "instances", name, "interfaces", network=attachment(api, network)),
-        LINKS,
-        form,
-        name="uuid",
-    )
+    made = api("POST", "instances", name, "interfaces", network=attachment(api, network))
+    show_one(made, LINKS, form, name="uuid")
 
 
 @instance.add("remove-interface", examples="sf instance remove-interface web 10.42.0.9")

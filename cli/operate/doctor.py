@@ -76,9 +76,8 @@ def _trust() -> Iterator[Line]:
     keys = Keyring(settings().state_dir / "mirror" / "keys")
     if (keys.directory / "fingerprint").exists():
         with opened() as store:
-            dates.append(
-                ("names that we publish", Publisher(store, keys).published()[1], "sf mirror refresh")
-            )
+            until = Publisher(store, keys).published()[1]
+            dates.append(("names that we publish", until, "sf mirror refresh"))
     for what, until, mend in dates:
         if until is None:
             yield WARNING, f"{what}: none was seen yet", mend
@@ -125,11 +124,8 @@ def _server() -> Iterator[Line]:
         name, state = node["name"], node["state"]
         mend = f"start sf agent there, or: sf node remove {name}"
         if node.get("awaited"):
-            yield (
-                WRONG,
-                f"nothing begins before node {name} has said what runs there: {node['awaited']}",
-                mend,
-            )
+            what = f"nothing begins before node {name} has said what runs there: {node['awaited']}"
+            yield WRONG, what, mend
         elif state == "missing":
             yield WRONG, f"node {name} says nothing", mend
         elif state == "drained":
