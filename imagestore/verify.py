@@ -286,9 +286,8 @@ def _mend(store: Store, other: Store, key: str) -> bool:
                 pack for digest in find_roots(store, 0.0, 0.0).must for pack in store.layout(digest).packs
             }
             store.backend.delete(key)
-            Condemned(epoch=secrets.randbits(48)).replace(
-                store, add=Inventory.read(store).packs.keys() - used
-            )
+            unused = Inventory.read(store).packs.keys() - used
+            Condemned(epoch=secrets.randbits(48)).replace(store, add=unused)
         case _:
             return False
     return True

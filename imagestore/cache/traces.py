@@ -36,8 +36,8 @@ class Traces:
                 return Trace.decode(stored(TRACES.key(wanted)))
         others = [trace for path in self._directory.iterdir() if (trace := _read(path)) and len(trace.keys)]
         shares = [len(trace.chunks(manifest.ids)) / len(trace.keys) for trace in others]
-        best = max(range(len(others)), key=shares.__getitem__, default=None)
-        return others[best] if best is not None and shares[best] >= _RELATED else None
+        share, best = max(zip(shares, others, strict=True), key=lambda one: one[0], default=(0.0, None))
+        return best if share >= _RELATED else None
 
     def keep(self, digest: Digest, manifest: Manifest, recorder: Recorder) -> None:
         """Merge what a boot touched into the image's trace."""
@@ -51,10 +51,9 @@ class Traces:
 
 
 def _read(path: Path) -> Trace | None:
-    try:
+    with contextlib.suppress(OSError, Corrupt):
         return Trace.decode(path.read_bytes())
-    except (OSError, Corrupt):
-        return None
+    return None
 
 
 def _publish(store: Store, digest: Digest, data: bytes) -> None:

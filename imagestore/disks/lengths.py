@@ -41,12 +41,10 @@ def vhd_size(descriptor: int, what: str) -> int | None:
 def check_whole(descriptor: int, what: str, format_: str) -> None:
     """Raise Invalid for a VMDK, VDI or VHDX image that has data or tables past the end of the file."""
     size = os.fstat(descriptor).st_size
-    # Of a VHDX, qemu checks all but the last sector's end.
-    needed = (
-        {"vmdk": _vmdk, "vdi": _vdi}[format_](descriptor, what)
-        if format_ != "vhdx"
-        else -(-size // 512) * 512
-    )
+    if format_ == "vhdx":  # qemu checks all but the last sector's end
+        needed = -(-size // _SECTOR) * _SECTOR
+    else:
+        needed = (_vmdk if format_ == "vmdk" else _vdi)(descriptor, what)
     if needed > size:
         raise Invalid(f"{what} is cut short: it ends at byte {size}, its data at byte {needed}")
 

@@ -37,11 +37,10 @@ def read_hooks(store: Store) -> tuple[Hooks, str | None]:
 
 def read_part(store: Store, name: Digest) -> IndexPart | None:
     """A published part; None when it is not there, or is not what its name says: a hint."""
-    try:
+    with contextlib.suppress(NotFound, Corrupt):
         data = store.backend.get(INDEX.key(name)).data
         return IndexPart.decode(data) if Digest.of(data) == name else None
-    except (NotFound, Corrupt):
-        return None
+    return None
 
 
 def publish_part(store: Store, part: IndexPart) -> Digest:
@@ -75,11 +74,10 @@ class LocalIndex:
 
     def get(self, name: Digest) -> IndexPart | None:
         """A copy of a published part."""
-        try:
+        with contextlib.suppress(OSError, Corrupt):
             data = (self._directory / f"{name.hex()}.part").read_bytes()
             return IndexPart.decode(data) if Digest.of(data) == name else None
-        except (OSError, Corrupt):
-            return None
+        return None
 
     def keep(self, name: Digest, part: IndexPart) -> None:
         """Remember a published part."""

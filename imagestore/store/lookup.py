@@ -93,11 +93,10 @@ class Lookup:
         self._hooks, _ = index.read_hooks(self._store)
 
     def _layout(self, digest: Digest, first: int, end: int) -> Layout | None:
-        try:
+        with suppress(NotFound, Corrupt):
             layout = self._store.layout(digest)
-        except (NotFound, Corrupt):
-            return None
-        return layout if len(layout.chunk_frames) == end - first else None
+            return layout if len(layout.chunk_frames) == end - first else None
+        return None
 
     def _there(self, sizes: Mapping[Digest, int]) -> set[Digest]:
         """Those of these packs that may be relied on and are there, at least so many bytes of each."""

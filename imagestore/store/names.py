@@ -262,11 +262,10 @@ class Names:
         return list(dict.fromkeys([*close, *same]))[:count]
 
     def _known(self) -> list[str]:
-        try:
+        with suppress(Unsupported):
             found = (stat.key for stat in self._backend.list(NAMES.prefix) if kind_of(stat.key) is NAMES)
             return [":".join(key.split("/")[1:]) for key in found]
-        except Unsupported:
-            return []
+        return []
 
     def _change(self, name: str, tag: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
         nonce = secrets.token_hex(16)

@@ -191,10 +191,9 @@ class Store:
 
     def has(self, key: str) -> bool:
         """Whether there is such an object. One request without a body."""
-        try:
+        with suppress(NotFound):
             return self.backend.stat(key).size_bytes > 0
-        except NotFound:
-            return False
+        return False
 
     def has_packs(self, sizes: Mapping[Digest, int]) -> set[Digest]:
         """Those of these packs that are there and at least so many bytes long. A request without a body for each."""
