@@ -261,7 +261,7 @@ def test_started_by_root_it_runs_as_a_user_who_may_read_everything_only_where_he
     state = tmp_path / "state"
     with Imaged(state, url) as imaged:  # what root's service left is its own from then on
         imaged.ask("attach", image=str(digest), reader="vda", fill="never")
-    imaged.prefix, closed = unprivileged(state, [url], Options())
+    imaged.prefix, closed = unprivileged(state, [url])
     assert closed
     with imaged:
         assert imaged.process
