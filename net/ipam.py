@@ -133,14 +133,11 @@ def allocate(
     return replace(pool, held={**pool.held, address: holder}, quarantined=quarantined), address
 
 
-def release(
-    pool: Pool, address: IPv4Address, holder: str, now_s: float, quarantine_s: float = QUARANTINE_S
-) -> Pool:
+def release(pool: Pool, address: IPv4Address, holder: str, now_s: float) -> Pool:
     """Takes an address back; no change when the holder does not have it (the second of two releases)."""
     if pool.held.get(address) != holder:
         return pool
     held = {a: who for a, who in pool.held.items() if a != address}
     quarantined = {a: until for a, until in pool.quarantined.items() if until > now_s}
-    if quarantine_s > 0:
-        quarantined[address] = now_s + quarantine_s
+    quarantined[address] = now_s + QUARANTINE_S
     return replace(pool, held=held, quarantined=quarantined)

@@ -59,11 +59,9 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
     entries = list(host.entries((FORWARD,)))
     table = names.table(installation)
-    listed = nft.parse(host.nft("list tables", json=True))
-    ours = ("inet", table) in listed
-    tables = (
-        {"inet": nft.parse(host.nft(f"list table inet {table}", json=True))["inet", table]} if ours else {}
-    )
+    tables = {}
+    if ("inet", table) in nft.parse(host.nft("list tables", json=True)):
+        tables["inet"] = nft.parse(host.nft(f"list table inet {table}", json=True))["inet", table]
     floating = tables["inet"].elements.get(nft.FLOATING) if tables else None
     answered = {address for address, _ in floating.items} if floating else set()
     own = [e for e in entries if e.kind is Kind.SYSCTL or (e.dev in links and e.kind in _OURS_ON_HOST)]
