@@ -80,7 +80,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         own = find_machine(Transaction(store).list(Node), "", config.node_name)
         memory = Memory(state_dir, proof=own.uuid if own else "")
         stack.enter_context(memory.alone(installation))
-        await controller.start(memory.now.inventory())
+        await controller.start(memory.now)
         plane = Plane(installation, state_dir)
         agent = partial(process.agent, config, controller.server, controller, plane, plane, stores, memory)
         services = Services(config, store, controller, Authority(store), stores.images)

@@ -13,26 +13,15 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from compute.errors import ComputeError, Conflict, Unavailable
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.spec import Inventory, NodeDesired, Orphan
+from compute.wire.spec import NodeDesired, Remembered
 from imagestore import durable
 
 _LOCKS = Path("/run/lock")
-
-
-@dataclass(frozen=True, slots=True)
-class Remembered:
-    machine: str
-    epoch: str = ""
-    reached: int = 0
-
-    def inventory(self, orphans: tuple[Orphan, ...] = ()) -> Inventory:
-        """What the server is told."""
-        return Inventory(self.machine, self.epoch, self.reached, orphans)
 
 
 class Memory:
@@ -43,7 +32,7 @@ class Memory:
         try:
             self.now = from_plain(Remembered, json.loads(self._path.read_text()))
         except FileNotFoundError:
-            self.now = Remembered(proof or secrets.token_hex(16))
+            self.now = Remembered(proof or secrets.token_hex(16), "", 0)
             self._write()
         except (ValueError, ComputeError) as err:
             hint = "restore it from a copy: it says which of the server's nodes this is"

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Host
-from compute.agent.memory import Remembered
 from compute.errors import ComputeError
-from compute.wire.spec import Inventory, NodeDesired
+from compute.wire.spec import Inventory, NodeDesired, Remembered
 from net import NodeNetworks
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def inventory(memory: Remembered, desired: NodeDesired, guests: Iterable[Guest])
     orphans = tuple(orphan for orphan in seen if orphan is not None)
     if len(orphans) < len(seen):
         return None
-    return memory.inventory(orphans)
+    return Inventory(memory.machine, memory.epoch, memory.reached, orphans)
 
 
 def keep(desired: NodeNetworks, guests: Iterable[Guest]) -> NodeNetworks:

@@ -27,7 +27,7 @@ from compute.cluster.state.protocol import StateStore
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
-from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
+from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts, Remembered
 
 T = TypeVar("T")
 _MOST_ORPHANS = 4096
@@ -56,14 +56,14 @@ class Controller:
         self.feed = Feed(store)
         self.nodes = Liveness(store, server)
 
-    async def start(self, seen: Inventory | None = None) -> None:
+    async def start(self, seen: Remembered | None = None) -> None:
         """Make the server's own node known, so that the API can place on it before its agent has probed the machine.
 
         `seen`: who this machine is and what it remembers. The name that this node has follows the configured one,
         unless another has that: then it keeps its own, and `server` says so.
         """
         self.feed.start()
-        seen = seen or Inventory("", "", 0)
+        seen = seen or Remembered("", "", 0)
 
         def action(txn: Transaction) -> str:
             nodes = txn.list(Node)

@@ -151,13 +151,19 @@ class Orphan:
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
-    """What a node remembers and what it has that is not desired."""
+class Remembered:
+    """What a node knows of itself, and how far it followed which history of the state."""
 
     machine: str
     """The random id in its state directory: the node itself, whatever its name is."""
     epoch: str
     reached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory(Remembered):
+    """What a node remembers and what it has that is not desired."""
+
     orphans: tuple[Orphan, ...] = ()
 
 

@@ -1,5 +1,6 @@
 """The typed transaction over the state store, and the histories that it writes along."""
 
+import random
 import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
@@ -7,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from compute.cluster.records.stored import Stored
-from compute.cluster.state.protocol import ABSENT, Record, StateStore, retry_stale
-from compute.errors import Conflict, NotFound
+from compute.cluster.state.protocol import ABSENT, Record, StateStore
+from compute.errors import Conflict, NotFound, Stale
 
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
+
+_ATTEMPTS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,15 +128,18 @@ class Transaction:
 
 
 def transact(store: StateStore, action: Callable[[Transaction], T], node: str = "") -> T:
-    """Run `action` on a fresh Transaction and commit it, again and again while others were faster.
+    """Run `action` on a fresh Transaction and commit it, again and again while others were faster. Raises Conflict.
 
     `action` may run several times, so it does nothing but read, decide and write through the transaction.
     """
-
-    def once() -> T:
-        transaction = Transaction(store, node)
-        result = action(transaction)
-        transaction.commit()
-        return result
-
-    return retry_stale(once)
+    for attempt in range(_ATTEMPTS):
+        try:
+            transaction = Transaction(store, node)
+            result = action(transaction)
+            transaction.commit()
+            return result
+        except Stale:
+            time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
+    raise Conflict(
+        "too many others change the same objects at this moment", hint="repeat the command in a moment"
+    )

@@ -5,15 +5,9 @@ carries the revision that last wrote it, and a transaction is a set of compariso
 knows what the bytes mean; `objects.Transaction` gives typed create, update and delete on top of it.
 """
 
-import random
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
-
-from compute.errors import Conflict, Stale
-
-T = TypeVar("T")
+from typing import Protocol
 
 ABSENT = 0
 """The revision of a key that does not exist."""
@@ -94,15 +88,3 @@ class StateStore(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def retry_stale(action: Callable[[], T], attempts: int = 50) -> T:
-    """Repeat an optimistic transaction until its comparisons hold. Raises Conflict when they never do."""
-    for attempt in range(attempts):
-        try:
-            return action()
-        except Stale:
-            time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
-    raise Conflict(
-        "too many others change the same objects at this moment", hint="repeat the command in a moment"
-    )
