@@ -280,21 +280,20 @@ def parse(text: str) -> dict[tuple[str, str], Table]:
     counters: dict[tuple[str, str], set[str]] = {}
     objects = json.loads(text)["nftables"] if text.strip() else []
     for kind, item in ((kind, item) for entry in objects for kind, item in entry.items()):
+        at = item.get("family", ""), item.get("table") or item.get("name", "")
         if kind == "table":
-            chains[item["family"], item["name"]] = {}
+            chains[at] = {}
         elif kind == "rule":
             rule = Rule(item.get("comment", ""), handle=item["handle"])
-            rules.setdefault((item["family"], item["table"], item["chain"]), []).append(rule)
+            rules.setdefault((*at, item["chain"]), []).append(rule)
         elif kind == "chain":
             hook = Hook(item["type"], item["hook"], item["prio"], item["policy"]) if "hook" in item else None
-            chains.setdefault((item["family"], item["table"]), {})[item["name"]] = Chain(
-                item["name"], hook, ()
-            )
+            chains.setdefault(at, {})[item["name"]] = Chain(item["name"], hook, ())
         elif kind in ("set", "map"):
             held = Elements("", frozenset(_item(e) for e in item.get("elem", [])))
-            elements.setdefault((item["family"], item["table"]), {})[item["name"]] = held
+            elements.setdefault(at, {})[item["name"]] = held
         elif kind == "counter":
-            counters.setdefault((item["family"], item["table"]), set()).add(item["name"])
+            counters.setdefault(at, set()).add(item["name"])
     return {
         at: Table(
             *at,
