@@ -53,15 +53,12 @@ class Identity:
     certificate: str
     """The server's, in PEM: trusted alone."""
 
-    @property
-    def host(self) -> str:
-        return urlsplit(self.url).hostname or ""
-
     def local_address(self) -> IPv4Address:
         """Our address towards the server (no packet is sent). Raises Unavailable."""
+        server = urlsplit(self.url)
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((self.host, urlsplit(self.url).port or 443))
+                probe.connect((server.hostname or "", server.port or 443))
                 return IPv4Address(probe.getsockname()[0])
         except OSError as err:
             raise Unavailable(f"there is no way to {self.url}: {err}") from err

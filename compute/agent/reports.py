@@ -57,11 +57,7 @@ class Reports:
             return
         message = f"networks put right: {'; '.join(what[:8])}"
         log.warning("%s", message)
-        met = [
-            ("instance", spec.uuid)
-            for spec in guests
-            if any(i.tap in message for i in spec.interfaces if i.tap)
-        ]
+        met = [("instance", g.uuid) for g in guests if any(i.tap and i.tap in message for i in g.interfaces)]
         self.say(message, ("node", node), *met)
 
     async def run(self) -> None:

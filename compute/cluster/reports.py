@@ -42,12 +42,8 @@ TRANSITIONS: dict[InstanceState, frozenset[InstanceState]] = {
     S.CREATED: frozenset({S.CREATED_ERROR, S.DELETE_WAIT}),
     S.DELETE_WAIT: frozenset({S.DELETED, S.DELETE_WAIT_ERROR}),
     S.DELETED: frozenset(),
-    S.INITIAL_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.PREFLIGHT_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.CREATING_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.CREATED_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
-    S.DELETE_WAIT_ERROR: frozenset({S.ERROR, S.DELETE_WAIT}),
     S.ERROR: frozenset({S.DELETE_WAIT}),
+    **{s: frozenset({S.ERROR, S.DELETE_WAIT}) for s in S if s.endswith("-error")},
 }
 
 

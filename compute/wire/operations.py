@@ -39,15 +39,12 @@ class NodeOperations(Protocol):
 @cache
 def _declared() -> dict[str, tuple[list[Any], Any]]:
     """Verb → types of its arguments, type of its result."""
-    hints = {
-        name: get_type_hints(call, include_extras=True)
-        for name, call in vars(NodeOperations).items()
-        if iscoroutinefunction(call)
-    }
-    return {
-        verb: ([kind for name, kind in h.items() if name != "return"], h["return"])
-        for verb, h in hints.items()
-    }
+    found = {}
+    for verb, call in vars(NodeOperations).items():
+        if iscoroutinefunction(call):
+            *arguments, result = get_type_hints(call, include_extras=True).values()
+            found[verb] = arguments, result
+    return found
 
 
 def client(ask: Ask) -> NodeOperations:
