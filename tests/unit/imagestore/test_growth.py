@@ -15,8 +15,7 @@ from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store.store import Store
 from tests.drills import everything
-
-from .images import make_raw
+from tests.unit.imagestore.images import make_raw
 
 PER_IMAGE = 2500
 

@@ -11,8 +11,7 @@ from imagestore.formats.manifest import Manifest
 from imagestore.pull import Seed, pull
 from imagestore.push import push
 from imagestore.store.store import Store
-
-from .images import convert, identical, make_raw
+from tests.unit.imagestore.images import convert, identical, make_raw
 
 
 @pytest.fixture

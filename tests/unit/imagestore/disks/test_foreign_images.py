@@ -15,9 +15,9 @@ import pytest
 from imagestore.disks.disk import read_range
 from imagestore.disks.open import open_disk
 from imagestore.errors import Invalid
-from tests.unit.imagestore.test_ext4 import filesystem
+from tests.unit.imagestore.disks.test_ext4 import filesystem
 
-FAULTS = Path(__file__).parents[2] / "fixtures/faults"
+FAULTS = Path(__file__).parents[3] / "fixtures/faults"
 MIB = 1 << 20
 
 

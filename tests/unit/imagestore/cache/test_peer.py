@@ -17,7 +17,7 @@ from imagestore.errors import Unavailable
 from imagestore.formats.digest import Buffer, Digest
 from tests.servers import free_ports
 from tests.tiny_store import disk
-from tests.unit.imagestore.test_fetcher import Node, read
+from tests.unit.imagestore.cache.test_fetcher import Node, read
 
 DATA = disk(21, 120)
 SECRET = b"s" * 32

@@ -69,7 +69,7 @@ def test_only_what_its_name_proves_may_be_kept_for_ever(store: Store) -> None:
             seen.add(tree)
             assert ("immutable" in headers["cache-control"]) == (tree in proven), stat.key
     assert {"packs", "manifests", "layouts", "names", "sums"} <= seen
-    configs = Path(__file__).resolve().parents[3] / "mirror-config"
+    configs = Path(__file__).resolve().parents[4] / "mirror-config"
     for file in ("nginx/sf-mirror.conf", "caddy/Caddyfile"):
         assert (
             f"({'|'.join(kind.tree for kind in KINDS if kind.tree in proven)})/"

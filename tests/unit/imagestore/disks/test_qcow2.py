@@ -10,8 +10,7 @@ from imagestore.disks.inspection import FORMATS
 from imagestore.disks.open import open_disk
 from imagestore.errors import Conflict, Invalid, StoreError
 from tests.drills import rounds, seed
-
-from .images import convert, make_raw
+from tests.unit.imagestore.images import convert, make_raw
 
 
 def content(path, format_=None):

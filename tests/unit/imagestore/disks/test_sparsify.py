@@ -20,9 +20,9 @@ from imagestore.formats.digest import Digest
 from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store.store import Store
-from tests.unit.imagestore.test_ext4 import MIB, filesystem, look, places
+from tests.unit.imagestore.disks.test_ext4 import MIB, filesystem, look, places
 
-FAULTS = Path(__file__).parents[2] / "fixtures/faults"
+FAULTS = Path(__file__).parents[3] / "fixtures/faults"
 
 
 def thinned(path, tmp_path, *, format_=None):
