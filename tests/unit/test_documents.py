@@ -1,5 +1,6 @@
 """What the documents show works, and what they are made from has not moved on without them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -53,3 +54,9 @@ def test_the_table_of_who_can_do_what_names_tests_that_are_there() -> None:
         assert named, row
         for path, name in named:
             assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.M), f"{path}::{name}"
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    argv = [sys.executable, ROOT / "scripts/reference.py", "--check"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+    assert done.returncode == 0, done.stdout
