@@ -120,9 +120,11 @@ class Guest:
             self._wake.clear()
             try:
                 await self._attempt()
+                self._voice.waits(None)
             except (ComputeError, StoreError, NetError, OSError) as err:
                 # libvirtd is away (the guest lives on), or the record cannot be written: nothing is lost by waiting.
                 log.warning("instance %s: %s", self.spec.uuid, err)
+                self._voice.waits(err)
                 asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
 
     async def _attempt(self) -> None:

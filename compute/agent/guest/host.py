@@ -104,6 +104,9 @@ class Host:
             return await self.do(call, *args)
 
 
+_WAITS_S = 30.0
+
+
 class Voice:
     """What a guest's owner says of it. `stage` is how far the instance's making got: what an error is an error of."""
 
@@ -112,6 +115,7 @@ class Voice:
         self.stage = InstanceState.PREFLIGHT
         self.agent_ready: bool | None = None
         """Whether the agent in the guest answers; None if libvirt must be asked."""
+        self._say_at_s, self._said = 0.0, ""
 
     def publish(
         self, stage: InstanceState | None = None, power: str = "off", message: str = "", **more: Any
@@ -126,6 +130,17 @@ class Voice:
         stage = InstanceState(f"{self.stage}-error")
         accel = str(self._host.verdict)
         self._host.publish(InstanceStatus(self._uuid, stage, "off", message, accel=accel))
+
+    def waits(self, err: Exception | None) -> None:
+        """What its owner waits for now, None for nothing: what lasts becomes a line of the instance's history."""
+        if err is None:
+            self._say_at_s, self._said = 0.0, ""
+            return
+        now = time.monotonic()
+        self._say_at_s = self._say_at_s or now + _WAITS_S
+        if now >= self._say_at_s and str(err) != self._said:
+            self._say_at_s, self._said = now + _WAITS_S, str(err)
+            self.event(f"waiting: {err} ({getattr(err, 'hint', '') or 'it is tried again'})")
 
     def event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:
         """A line of the instance's history."""

@@ -27,6 +27,8 @@ _EVENT_THREAD_LOCK = threading.Lock()
 _event_thread: threading.Thread | None = None  # libvirt has one event loop per process, whoever connects
 
 _ENDING_S = 0.5
+_LOCKED = "if it stays so: stop libvirtd, remove /run/libvirt/qemu/{}.xml, start libvirtd; guests run on"
+"""libvirt 9.0, killed between writing that file and qemu's start, never lets go: it passes over what has no pid."""
 
 
 class Refused(ComputeError):
@@ -139,7 +141,7 @@ class Hypervisor:
             self._notify(uuid, "agent ready" if connected else "agent gone")
 
     @contextlib.contextmanager
-    def _calling(self) -> Iterator[Any]:
+    def _calling(self, name: str = "") -> Iterator[Any]:
         connection = self._connection
         if connection is None:
             raise Unavailable(f"not connected to libvirt at {self._uri}")
@@ -152,7 +154,8 @@ class Hypervisor:
             if code == libvirt.VIR_ERR_OPERATION_INVALID:
                 raise Conflict(str(err)) from err
             if code == libvirt.VIR_ERR_OPERATION_TIMEOUT or not self._stays(connection):
-                raise Unavailable(f"libvirt at {self._uri} went away or is busy: {err}") from err
+                hint = _LOCKED.format(name) if name and code == libvirt.VIR_ERR_OPERATION_TIMEOUT else ""
+                raise Unavailable(f"libvirt at {self._uri} went away or is busy: {err}", hint=hint) from err
             raise Refused(str(err)) from err
 
     def _stays(self, connection: Any) -> bool:
@@ -167,8 +170,9 @@ class Hypervisor:
 
     @contextlib.contextmanager
     def _domain(self, uuid: str) -> Iterator[Any]:
-        with self._calling() as connection:
-            yield connection.lookupByName(domain.name(self._installation, uuid))
+        name = domain.name(self._installation, uuid)
+        with self._calling(name) as connection:
+            yield connection.lookupByName(name)
 
     def qemu_group(self) -> int:
         """The group that qemu runs as, which may be nobody's but libvirt's (security model dac); 0 is root."""
