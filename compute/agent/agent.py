@@ -138,12 +138,13 @@ class Agent:
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-            with contextlib.suppress(ComputeError, TimeoutError):
-                async with asyncio.timeout(2):
-                    await self._reports.flush()
-            await self._images.leave()
-            hypervisor.close()
-            self._pool.shutdown(wait=False)
+            try:
+                with contextlib.suppress(ComputeError, TimeoutError):
+                    await asyncio.wait_for(self._reports.flush(), 2)
+                await self._images.leave()
+            finally:
+                hypervisor.close()
+                self._pool.shutdown(wait=False)
 
     async def stop(self) -> None:
         """End `run`; guests and networks stay as they are."""

@@ -80,6 +80,7 @@ class Hypervisor:
     def __init__(self, uri: str, installation: str, notify: Notify) -> None:
         self._uri, self._installation, self._notify = uri, installation, notify
         self._connection: Any = None
+        self._heard: list[int] = []
         self._lock = threading.Lock()
 
     def connect(self) -> None:
@@ -88,6 +89,7 @@ class Hypervisor:
             if self._connection is not None and self._alive():
                 return
             _start_events()
+            heard: list[int] = []
             try:
                 connection = libvirt.open(self._uri)
                 connection.setKeepAlive(5, 3)
@@ -97,20 +99,23 @@ class Hypervisor:
                     (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, self._device_removed),
                     (libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, self._agent_changed),
                 ):
-                    connection.domainEventRegisterAny(None, event, callback, None)
+                    heard.append(connection.domainEventRegisterAny(None, event, callback, None))
             except libvirt.libvirtError as err:
                 raise Unavailable(
                     f"libvirt at {self._uri} does not answer: {err}", hint="is libvirtd running?"
                 ) from err
-            self._connection = connection
+            self._connection, self._heard = connection, heard
         self._notify("", "connected")
 
     def close(self) -> None:
         """Let the connection go; guests run on."""
         with self._lock, contextlib.suppress(libvirt.libvirtError):
             connection, self._connection = self._connection, None
+            heard, self._heard = self._heard, []
             if connection is not None:
                 connection.unregisterCloseCallback()
+                for number in heard:  # each holds the connection, which would stay open
+                    connection.domainEventDeregisterAny(number)
                 connection.close()
 
     def _alive(self) -> bool:
