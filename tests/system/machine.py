@@ -59,6 +59,13 @@ class Machine:
         variables = [f"{name}={value}" for name, value in self.settings.items()]
         return self.host.inside(["env", *variables, *words])
 
+    def module(self, name: str, *words: str) -> list[str]:
+        """A command line in the machine that runs a module of the tests.
+
+        Entering the machine loses the working directory, and an installed sf does not carry its tests.
+        """
+        return self.argv("env", f"PYTHONPATH={ROOT}", "setsid", "-w", sys.executable, "-m", name, *words)
+
     def sf(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `sf` with these arguments."""
         done = subprocess.run(self.argv("sf", *words), capture_output=True, text=True, timeout=180)

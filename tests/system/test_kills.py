@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import pytest
 from tests import drills
 from tests.system.boot_sector import boot_sector
 from tests.system.cluster import Cluster
-from tests.system.machine import ROOT, within
+from tests.system.machine import within
 from tests.system.user import SETTLED
 
 pytestmark = [pytest.mark.system, pytest.mark.drill, pytest.mark.timeout(7200)]
@@ -105,12 +104,10 @@ def test_nothing_leaks_is_lost_or_stuck_through_kills_of_everything_under_three_
     logs = [tmp_path / f"user{number}.log" for number in range(3)]
     users = []
     for number, log in enumerate(logs):
-        argv = ["-m", "tests.system.user", f"u{number}", str(cluster.server.state), str(log), str(stop)]
-        command = cluster.server.argv("setsid", "-w", sys.executable, *argv, str(drills.seed() + number))
+        words = (f"u{number}", str(cluster.server.state), str(log), str(stop), str(drills.seed() + number))
+        command = cluster.server.module("tests.system.user", *words)
         with (tmp_path / f"user{number}.err").open("wb") as err:
-            users.append(
-                subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=err, stderr=err)
-            )
+            users.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=err, stderr=err))
     hit, killed = Counter[str](), Counter[str]()
     try:
         order = [kind for kind in KINDS for _ in range(drills.rounds(full=50))]

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from tests import drills, flaky
 from tests.servers import Server, credentials, seaweedfs
 from tests.system.boot_sector import boot_sector
 from tests.system.cluster import WORLD, Cluster
-from tests.system.machine import ROOT, Machine, within
+from tests.system.machine import Machine, within
 
 SOAK_S = int(os.environ.get("SF_SOAK_S") or (3600 if drills.everything() else 60))
 FAULTS = 0.08
@@ -120,11 +119,10 @@ def test_guests_count_on_through_strangers_floods_a_full_disk_and_a_failing_buck
         within(60, lambda: len(cluster.alive()) == 2, "both nodes are there")
         first = figures(cluster)
 
-        argv = ["-m", "tests.system.stranger", str(server.state), str(log), str(stop), str(drills.seed())]
+        words = (str(server.state), str(log), str(stop), str(drills.seed()))
         with (tmp_path / "stranger.err").open("wb") as err:
             stranger = subprocess.Popen(
-                server.argv("setsid", "-w", sys.executable, *argv),
-                cwd=ROOT,
+                server.module("tests.system.stranger", *words),
                 stdin=subprocess.DEVNULL,
                 stderr=err,
             )
