@@ -19,7 +19,7 @@ from compute.api import app as api
 from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
-from compute.cluster.images import Resolver
+from compute.cluster.images.artifacts import Resolver
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore

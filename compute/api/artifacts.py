@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, DeleteAllBody, StoreRoute
 from compute.api.history import add_events, add_metadata
-from compute.cluster.images import Artifact, NamedImage, find_image, named_images
+from compute.cluster.images.artifacts import Artifact, NamedImage, find_image, named_images
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from compute.api.edge import SLASH, Route
 from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
-from compute.cluster.images import Resolver
+from compute.cluster.images.artifacts import Resolver
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
-from compute.cluster.images import Artifact
+from compute.cluster.images.artifacts import Artifact
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event, Transaction

@@ -12,7 +12,7 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, apart
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.cluster.images import resolve_disks
+from compute.cluster.images.artifacts import resolve_disks
 from compute.cluster.records import instances as acts
 from compute.cluster.records.instances import NO_VIDEO, Instance
 from compute.cluster.records.interfaces import Interface, Want

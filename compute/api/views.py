@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Network
 from typing import Any
 
-from compute.cluster.images import GIB, NamedImage, blob_uuid
+from compute.cluster.images.artifacts import GIB, NamedImage, blob_uuid
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface

@@ -19,7 +19,7 @@ from compute.agent import link as remote
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
 from compute.cluster.auth import Authority
 from compute.cluster.desired import spec
-from compute.cluster.images import Artifact
+from compute.cluster.images.artifacts import Artifact
 from compute.cluster.joining import certificate, check_identity
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.addresses import Ipam
