@@ -27,6 +27,7 @@ from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
 from compute.cluster.holding import Holds
+from compute.cluster.images.stores import MINE, NamespaceStores
 from compute.cluster.joining import certificate
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
@@ -77,13 +78,15 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             stores=lambda: stores.urls,
         )
         stack.callback(controller.stop)
-        own = find_machine(Transaction(store).list(Node), "", config.node_name)
-        memory = Memory(state_dir, proof=own.uuid if own else "")
+        here = find_machine(Transaction(store).list(Node), "", config.node_name)
+        memory = Memory(state_dir, proof=here.uuid if here else "")
         stack.enter_context(memory.alone(installation))
         await controller.start(memory.now)
         plane = Plane(installation, state_dir)
         agent = partial(process.agent, config, controller.server, controller, plane, plane, stores, memory)
-        services = Services(config, store, controller, Authority(store), stores.images)
+        own = NamespaceStores(store, lambda: stores.urls.get("local", ""), state_dir)
+        stack.callback(own.close)
+        services = Services(config, store, controller, Authority(store), stores.images, own)
         servers = [(_Server(_settings(api.build(services))), listener)]
         if config.agent_listen:
             host, _, port = config.agent_listen.rpartition(":")
@@ -101,7 +104,9 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         holds = Holds(store, installation)
 
         async def instances_images() -> None:
-            await holds.keep(stores.images)
+            await holds.keep(
+                lambda: {**stores.images.stores, **{f"{MINE}/{name}": s for name, s in own.made().items()}}
+            )
 
         parts = controller.keep_up, stores.keep, instances_images
         await process.run(agent, *parts, answering=answering, close=close)

@@ -42,6 +42,7 @@ from .store.names import parse_reference as parse_reference
 from .store.open import find_conditions as find_conditions
 from .store.open import open_backend as open_backend
 from .store.open import open_store as open_store
+from .store.resolve import digest_of as digest_of
 from .store.resolve import resolve as resolve
 from .store.roots import hold as hold
 from .store.roots import release as release

@@ -20,6 +20,7 @@ from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
 from compute.cluster.images.artifacts import Resolver
+from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
@@ -188,7 +189,8 @@ def running(
             store, INSTALLATION, "node1", stores=lambda: {n: s.url for n, s in known.stores.items()}
         )
         await controller.start()
-        services = Services(settings, store, controller, Authority(store), known)
+        own = NamespaceStores(store, lambda: (directory / "store").as_uri(), directory)
+        services = Services(settings, store, controller, Authority(store), known, own)
         agent = PlayedAgent(controller, "node1")
         server = uvicorn.Server(
             uvicorn.Config(api.build(services), log_level="warning", **listening.settings())

@@ -183,7 +183,7 @@ class Agent:
                 applied = await self._apply_networks(quarantine.keep(desired.networks, unknown))
                 quiet = quiet + 1 if applied else 0
                 await self._apply_instances(host, desired)
-                await self._images.use(desired.stores.values())
+                await self._images.use(desired.stores)
                 await self._images.share(desired.image_site)
                 settled = settled or (answered and await self._settle_images(host))
             await self._register(host.verdict)

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class ServedImages:
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _PAUSE_S
         self.peer_address = settings.peer_address
-        self._handed: tuple[str, ...] = ()
+        self._handed: dict[str, str] = {}
         self._identities: dict[str, str] | None = None
         """URL → the store's identity, once it was opened."""
         self._site: ImageSite | None = None
@@ -73,10 +73,10 @@ class ServedImages:
         self._missed: dict[str, str] = {}
         self._closed: Path | None = None
 
-    async def use(self, handed: Iterable[str]) -> None:
-        """The stores at these URLs, which the server knows, are read too, from now on."""
-        if (now := tuple(handed)) != self._handed:
-            self._handed = now
+    async def use(self, handed: Mapping[str, str]) -> None:
+        """The stores at these URLs, which the server knows by these names, are read too, from now on."""
+        if handed != self._handed:
+            self._handed = dict(handed)
             await self._tell("use", stores=self._urls())
             self._learn(await self._tell("readable"))
 
@@ -85,14 +85,17 @@ class ServedImages:
             self._identities = (self._identities or {}) | readable
 
     def _urls(self) -> list[str]:
-        return list(dict.fromkeys((*self._settings.stores(), *self._handed)))
+        return list(dict.fromkeys((*self._settings.stores(), *self._handed.values())))
 
     @property
     def stores(self) -> tuple[str, ...] | None:
-        """Identities of the stores that this node reads; None before the service has tried."""
+        """Identities of the stores that this node reads, without namespaces' own; None before the service has tried."""
         if self._identities is None:
             return None
-        return tuple(sorted({self._identities[url] for url in self._urls() if url in self._identities}))
+        own = {url for name, url in self._handed.items() if "/" in name}
+        return tuple(
+            sorted({self._identities[u] for u in self._urls() if u in self._identities and u not in own})
+        )
 
     async def backing(self, reader: str, digest: str) -> Backing:
         """What a guest that is about to start reads its image from.

@@ -16,6 +16,7 @@ those of the API; 401 means: join again.
 
 import asyncio
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -26,18 +27,21 @@ from starlette.types import Receive, Scope, Send
 
 from compute.api import problems
 from compute.api.context import Body, Services
-from compute.api.edge import Edge, Metrics, Route
-from compute.cluster import joining
+from compute.api.edge import SLASH, Edge, Metrics, Route
+from compute.cluster import desired, joining
 from compute.cluster.auth import basic
+from compute.cluster.images.stores import MINE
+from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.operations import client
-from compute.wire.spec import InstanceStatus, Inventory, NodeEvent, NodeFacts
+from compute.wire.spec import InstanceState, InstanceStatus, Inventory, NodeEvent, NodeFacts
 from imagestore import Store
 from imagestore.mirror import Tree
 
 _ANSWER_S = 15.0
+_USED_S = 10.0
 _LONGEST_WAIT_S = 25.0  # first in min(): NaN is not less than it
 
 
@@ -186,14 +190,27 @@ class NodesStores:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._trees: dict[str, tuple[Store, Tree]] = {}
+        self._used: dict[str, tuple[float, set[str]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         node, token = basic(Request(scope).headers.get("authorization", ""))
         joining.check_reader(Transaction(self._services.store), node, token)
         name, _, key = scope["path"].removeprefix("/agent/v1/stores/").partition("/")
-        store = self._services.resolver.stores.get(name)
+        store = self._services.resolver.stores.get(name) or await asyncio.to_thread(self._own, node, name)
         if store is None:
             raise NotFound(f"no store is called {name[:80]}")
         if name not in self._trees or self._trees[name][0] is not store:
             self._trees[name] = store, Tree(store.backend)
         await self._trees[name][1]({**scope, "path": f"/{key}"}, receive, send)
+
+    def _own(self, node: str, name: str) -> Store | None:
+        """A namespace's own store, where the node has guests of it or made of its images."""
+        mine, _, namespace = name.replace(SLASH, "/").partition("/")
+        if mine != MINE:
+            return None
+        since, found = self._used.get(node, (0.0, set[str]()))
+        if namespace not in found or time.monotonic() - since > _USED_S:
+            here = (i for i in Transaction(self._services.store).list(Instance) if i.node == node)
+            found = desired.namespaces(i for i in here if i.state != InstanceState.DELETED)
+            self._used[node] = time.monotonic(), found
+        return self._services.namespaces.find(namespace) if namespace in found else None

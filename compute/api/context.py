@@ -17,6 +17,7 @@ from compute.api.edge import SLASH, Route
 from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
 from compute.cluster.images.artifacts import Resolver
+from compute.cluster.images.stores import NamespaceStores, Sight
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take
@@ -41,6 +42,8 @@ class Services:
     controller: Controller
     authority: Authority
     resolver: Resolver
+    namespaces: NamespaceStores
+    """Their own image stores: `namespaces.of("shop")`."""
 
 
 def apart(handler: Callable[..., Response]) -> Callable[..., Awaitable[Response]]:
@@ -130,6 +133,11 @@ class Context:
             raise Denied(f"namespace {name[:80]} does not trust {self.caller.namespace}")
         self.read().get(Namespace, name)
         return name
+
+    def images(self, namespace: str) -> Sight:
+        """What image names mean in a request for objects of a namespace."""
+        services = self.services
+        return Sight(services.resolver, services.namespaces, namespace, self.caller.may, self.caller.admin)
 
     def sees(self, item: Any) -> bool:
         return self.caller.may(item.namespace)

@@ -136,7 +136,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             cpus=body.cpus,
             memory_mib=body.memory,
             # Stores are asked here: what a transaction does may be repeated.
-            disks=resolve_disks(ctx.services.resolver, wanted, config.architecture),
+            disks=resolve_disks(ctx.images(namespace), wanted, config.architecture),
             disk_spec=wanted,
             ssh_key=body.ssh_key or "",
             user_data=_user_data(body.user_data or ""),
@@ -147,7 +147,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             metadata=body.metadata or {},
         )
         wants = [_want(ctx, network, namespace) for network in body.network or ()]
-        images = {disk.image for disk in instance.disks if disk.image}
+        images = {disk.image for disk in instance.disks if disk.image and not disk.store}
         known = ctx.read().list(Node)
         closed = unreadable(ctx.services.resolver.stores, known, images, controller.server)
         limits = Limits(config.cpu_ratio, config.memory_reserve_mib)

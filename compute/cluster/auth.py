@@ -217,7 +217,8 @@ def delete_namespace(store: StateStore, name: str) -> None:
         txn.get(Namespace, name)
         if name == SYSTEM:
             raise Invalid("the system namespace stays")
-        used = any(i.namespace == name and i.state != InstanceState.DELETED for i in txn.list(Instance))
+        living = (i for i in txn.list(Instance) if i.state != InstanceState.DELETED)
+        used = any(name in (i.namespace, *(disk.store for disk in i.disks)) for i in living)
         if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
             raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
         _trust_nobody(txn, name)

@@ -139,7 +139,9 @@ class Controller:
         # What only this machine can reach, or only with its keys, goes over the node's own connection.
         web = {name: url if url.startswith("http") else "" for name, url in self.stores().items()}
         handed = {} if node == self.server else web
-        return desired.read(read, node, self.installation, living, self._uplink, self._resolvers, handed)
+        return desired.read(
+            read, node, self.installation, living, self._uplink, self._resolvers, handed, self.server
+        )
 
     async def report(
         self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]

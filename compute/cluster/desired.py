@@ -9,10 +9,12 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 from compute.cluster import liveness
+from compute.cluster.images.stores import MINE
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records.epochs import Epoch, epoch
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.secrets import site_secret, store_token
@@ -31,6 +33,7 @@ from net import NodeNetworks, Peer, Port, tap
 
 KINDS = frozenset(
     {Instance.KIND, Interface.KIND, Network.KIND, Node.KIND, Epoch.KIND, Quarantined.KIND, liveness.KIND}
+    | {Namespace.KIND}
 )
 """Of what `read` is made."""
 
@@ -45,8 +48,12 @@ def read(
     uplink: str = "",
     resolvers: tuple[IPv4Address, ...] = (),
     stores: Mapping[str, str] | None = None,
+    server: str = "",
 ) -> NodeDesired:
-    """What `node` must be now. The revision is a hash of it, so that every server gives the same one."""
+    """What `node` must be now; `server` is the server's own.
+
+    The revision is a hash of it, so that every server gives the same one.
+    """
     nodes = txn.list(Node)
     orphans = [one for one in txn.list(Quarantined) if one.node == node]
     now = build(
@@ -71,8 +78,13 @@ def read(
         former=present.former,
         hold=bool(present.waiting),
     )
-    if stores:
-        now = replace(now, stores=dict(stores), store_token=store_token(txn, node))
+    own = {
+        f"{MINE}/{one.name}": one.store if node == server else ""
+        for one in txn.list(Namespace)
+        if one.store and one.name in namespaces(now.instances)
+    }
+    if handed := {**(stores or {}), **own}:
+        now = replace(now, stores=handed, store_token=store_token(txn, node) if node != server else "")
     digest = hashlib.blake2b(json.dumps(to_plain(now)).encode(), digest_size=6).digest()
     return replace(now, revision=int.from_bytes(digest), reached=txn.store.revision())
 
@@ -134,6 +146,11 @@ def build(
         )
         + tuple(spec(instance, (), installation) for instance in removed),
     )
+
+
+def namespaces(instances: Iterable[Instance | InstanceSpec]) -> set[str]:
+    """Whose own stores the node of these reads and writes: those of its guests and of what they are made of."""
+    return {name for one in instances for name in (one.namespace, *(disk.store for disk in one.disks))}
 
 
 def image_site(node: str, nodes: Iterable[Node], alive: Collection[str], secret: bytes) -> ImageSite:

@@ -8,13 +8,13 @@ collector's grace: an image counts as in use for hours after it lost its name.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
 from compute.wire.spec import InstanceState
-from imagestore import Digest, ImageCache, NotFound, Store, StoreError, hold, release
+from imagestore import Digest, NotFound, Store, StoreError, hold, release
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +29,27 @@ class Holds:
         self._written: dict[tuple[str, str], tuple[frozenset[Digest], str | None]] = {}
         self._said: set[tuple[str, str]] = set()
 
-    async def keep(self, images: ImageCache) -> None:
+    async def keep(self, stores: Callable[[], Mapping[str, Store]]) -> None:
         """For ever; a store that cannot be reached is tried again."""
         while True:
-            await asyncio.to_thread(self.reconcile, images.stores)
+            await asyncio.to_thread(lambda: self.reconcile(stores()))
             await asyncio.sleep(EVERY_S)
 
     def reconcile(self, stores: Mapping[str, Store]) -> None:
-        """Once: hold what instances are made of, release what no instance is made of any more."""
-        wanted = {
-            f"{self._prefix}{one.uuid}": frozenset(Digest.parse(d.image) for d in one.disks if d.image)
-            for one in Transaction(self._store).list(Instance)
-            if one.state != InstanceState.DELETED
-        }
+        """Once: hold what instances are made of, release what no instance is made of any more.
+
+        `my/NAMESPACE` is that namespace's own store: it holds what is made of images out of it.
+        """
+        instances = [i for i in Transaction(self._store).list(Instance) if i.state != InstanceState.DELETED]
         for name, store in stores.items():
             if not store.backend.read_only:
+                home = name.partition("/")[2]
+                wanted = {
+                    f"{self._prefix}{one.uuid}": frozenset(
+                        Digest.parse(d.image) for d in one.disks if d.image and d.store == home
+                    )
+                    for one in instances
+                }
                 try:
                     self._hold(name, store, wanted)
                 except StoreError as err:

@@ -53,6 +53,8 @@ class DiskSpec:
     size_bytes: int = 0
     """Virtual size; 0 means as large as the image."""
     bus: str = "virtio"
+    store: str = ""
+    """The namespace whose own store has the image; "" for the server's stores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,10 @@ class NodeDesired:
     instances: tuple[InstanceSpec, ...] = ()
     image_site: ImageSite = ImageSite()
     stores: dict[str, str] = field(default_factory=dict, repr=False)
-    """The server's stores: its name there → URL; "" where the server gives it over the node's own connection."""
+    """The server's stores: its name there → URL; "" where the server gives it over the node's own connection.
+
+    `my/NAMESPACE` is that namespace's own store, for the nodes that have guests of it or with images out of it.
+    """
     store_token: str = field(default="", repr=False)
     """With which it does."""
     epoch: str = ""

@@ -35,6 +35,8 @@ class Resolved:
 
     digest: Digest
     size_bytes: int
+    namespace: str = ""
+    """In whose own store it is, if it is in none of the server's."""
 
 
 class ImageCache:

@@ -21,11 +21,14 @@ _PIN = re.compile(r"https?\?|https\?sha256=[0-9a-f]{64}")
 _FORMS = "use /path, file:///path, s3://bucket/prefix?endpoint_url=…&region=…&profile=… or https://host/path"
 
 
-def open_store(url: str, *, create: bool = False, single_writer: bool = False) -> Store:
+def open_store(
+    url: str, *, create: bool = False, single_writer: bool = False, private: bool = False
+) -> Store:
     """Open the store at `url`; with `create` make it where there is none. Close it by `store.backend.close()`.
 
     A URL may end with `#b3:…`, a signer's fingerprint: then its names are those which that one signed.
     single_writer: nobody else writes to it meanwhile (needed where there are no conditional writes).
+    private: a store that is made is never to be published.
     Raises Invalid, NotFound, Denied, Unavailable.
     """
     url, _, fingerprint = url.partition("#")
@@ -40,7 +43,9 @@ def open_store(url: str, *, create: bool = False, single_writer: bool = False) -
         if not create:
             raise
         with suppress(Conflict):  # somebody else is making it now: theirs is as good
-            return Store.init(backend, probed=find_conditions(backend), single_writer=single_writer)
+            return Store.init(
+                backend, probed=find_conditions(backend), single_writer=single_writer, private=private
+            )
         store = Store.open(backend, single_writer=single_writer)
     s3 = _s3(backend)
     if s3 is not None:

@@ -66,7 +66,7 @@ def _resolve(resolver: Resolver, disk: Mapping[str, Any], device: str, architect
             f"({found.size_bytes / GIB:.2f} GB)",
             hint=f"give it {needed} GB or more, or no size",
         )
-    return DiskSpec(device, str(found.digest), base, size_bytes or found.size_bytes, bus)
+    return DiskSpec(device, str(found.digest), base, size_bytes or found.size_bytes, bus, found.namespace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

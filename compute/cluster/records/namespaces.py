@@ -24,4 +24,6 @@ class Namespace(Stored):
     trust: tuple[str, ...] = ()
     """Namespaces whose callers may see and change this one's objects."""
     state: str = "created"
+    store: str = field(default="", repr=False)
+    """URL of its own image store; "" until it keeps something (`images/stores`)."""
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,119 @@
+"""Each namespace's own image store, for what it keeps itself: snapshots, backups, uploads.
+
+One store is one trust domain, so it is a store by itself, complete and private: a directory beside the server's own, or
+another prefix of its bucket. It is made on first use, at a place that no other namespace ever gets, not even one that
+is called the same later; the namespace's record has the URL. Images in it are `my/name:tag` in their namespace and
+`namespace/name:tag` for whoever is trusted there; a bare name never means one of them.
+"""
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from compute.cluster.images.artifacts import Resolver
+from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.state.protocol import StateStore
+from compute.errors import NotFound
+from imagestore import Resolved, Store, StoreError, digest_of, open_store, parse_reference
+
+MINE = "my"
+"""Before the slash: the current namespace."""
+
+
+def beside(url: str, name: str, otherwise: Path) -> str:
+    """The URL of the store `name` beside the server's own; below `otherwise` if that one takes no writes."""
+    parts = urlsplit(url if "://" in url else Path(url).absolute().as_uri())
+    if parts.scheme not in ("file", "s3"):
+        parts = urlsplit((otherwise / "store").as_uri())
+    path = parts.path.rstrip("/")
+    return parts._replace(path=f"{path}-namespaces/{name}" if path else f"/namespaces/{name}").geturl()
+
+
+class NamespaceStores:
+    """Opens them, and keeps them open. own: the URL of the server's own store, as it is now. Any thread may ask."""
+
+    def __init__(self, records: StateStore, own: Callable[[], str], state_dir: Path) -> None:
+        self._records, self._own, self._state_dir = records, own, state_dir
+        self._open: dict[str, Store] = {}
+        self._lock = threading.Lock()
+
+    def of(self, namespace: str) -> Store:
+        """The store of a namespace, made if it has none. Raises NotFound (no such namespace), StoreError."""
+
+        def place(txn: Transaction) -> str:
+            found = txn.get(Namespace, namespace)
+            if not found.store:
+                name = f"{namespace}-{secrets.token_hex(16)}"
+                found = replace(found, store=beside(self._own(), name, self._state_dir))
+                txn.update(found)
+            return found.store
+
+        return self._opened(transact(self._records, place))
+
+    def find(self, namespace: str) -> Store | None:
+        """The same, or None where nothing was kept yet."""
+        found = Transaction(self._records).find(Namespace, namespace)
+        return self._opened(found.store) if found and found.store else None
+
+    def made(self) -> dict[str, Store]:
+        """By namespace, those that are there and can be opened now."""
+        found = {}
+        for one in Transaction(self._records).list(Namespace):
+            with suppress(StoreError):
+                if one.store:
+                    found[one.name] = self._opened(one.store)
+        return found
+
+    def close(self) -> None:
+        for store in self._open.values():
+            store.backend.close()
+
+    def _opened(self, url: str) -> Store:
+        with self._lock:
+            if url not in self._open:
+                if (parts := urlsplit(url)).scheme == "file":
+                    # The image service, which is not root, reads what it is told of; who lists this finds nothing.
+                    Path(unquote(parts.path)).parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+                self._open[url] = open_store(url, create=True, private=True)
+            return self._open[url]
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A Resolver of what one caller may name: the server's images and those of namespaces, `namespace` being its own.
+
+    may: whether the caller sees another one. everything: also by digest, whatever it is that a cache holds.
+    """
+
+    resolver: Resolver
+    namespaces: NamespaceStores
+    namespace: str
+    may: Callable[[str], bool]
+    everything: bool
+
+    @property
+    def stores(self) -> Mapping[str, Store]:
+        return self.resolver.stores
+
+    def resolve(self, text: str, architecture: str) -> Resolved:
+        """As ImageCache does. Raises NotFound, in the same words for what is not there and what may not be seen."""
+        wanted = parse_reference(text)
+        remote = self.namespace if wanted.remote == MINE else wanted.remote or ""
+        if wanted.remote == MINE or (remote and remote not in self.stores and self.may(remote)):
+            if (store := self.namespaces.find(remote)) is None:
+                raise NotFound(
+                    f"no image {text}: namespace {remote} has kept none", hint="see: sf image ls my"
+                )
+            digest = digest_of(store, wanted, architecture)
+            return Resolved(digest, store.manifest(digest).size_bytes, remote)
+        found = self.resolver.resolve(text, architecture)
+        # The cache has everybody's: a digest shows who may read the image only where a store has it.
+        by_digest = wanted.digest_prefix and not self.everything
+        if by_digest and not any(store.has_manifest(found.digest) for store in self.stores.values()):
+            raise NotFound(f"no image {text}", hint="see: sf image ls")
+        return found
