@@ -22,6 +22,7 @@ import numpy.typing as npt
 from imagestore.disks.disk import Disk, read_range
 from imagestore.disks.filesystems import look
 from imagestore.disks.open import open_disk
+from imagestore.disks.unpack import check_work
 from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
 from imagestore.formats.columns import Ids, Numbers
@@ -71,13 +72,15 @@ def push(
     source: Mapping[str, str] | None = None,
     format_: str | None = None,
     sparsify: bool = False,
+    bounded: bool = False,
     progress: Report = silent,
     cache: Path | None = None,
 ) -> PushResult:
     """Store the disk image at `path` and point `name:tag` at it for `architecture`; or, without a name, only store it.
 
     format_: raw, qcow2, vmdk, vhdx, vdi, vhd, or None to look. sparsify: leave out blocks that ext4 on it has free
-    for certain. cache: directory of the local index instead of SF_CACHE_DIR.
+    for certain. bounded: the file is a stranger's, and may mean no more work than its size allows.
+    cache: directory of the local index instead of SF_CACHE_DIR.
     Raises Invalid for a bad image or name, Conflict when it is in use, and what the backend raises.
     """
     store.check_writable()
@@ -89,7 +92,9 @@ def push(
         "source": check_labels(dict(source or {}), "source"),
     }
     with ExitStack() as stack:
-        disk = stack.enter_context(open_disk(path, format_))
+        disk = stack.enter_context(open_disk(path, format_, progress))
+        if bounded:
+            check_work(disk, path.stat().st_size)
         writer = stack.enter_context(_Writer(store, disk, progress, cache))
         special = look(disk, sparsify=sparsify)
         return replace(writer.push(name, tag, facts, special), notes=special.notes)

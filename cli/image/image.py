@@ -13,6 +13,7 @@ import click
 
 from cli.command import DURATION, STORE, Group, settings
 from cli.errors import MISSING, USAGE, Problem
+from cli.image.push import Source, keep
 from cli.image.stores import found, judge, opened, written
 from cli.output import ago, confirm, progress, say, show_list, show_one, size, when
 
@@ -69,6 +70,7 @@ COLLECTED = (
 )
 SUFFIXES = {".raw": "raw", ".img": "raw", ".qcow2": "qcow2", ".qcow": "qcow2"}
 BROUGHT = (("name", "name"), ("digest", "digest"), ("written", lambda r: size(r["written_bytes"])))
+FETCHED = (*BROUGHT[:2], ("result", "result"), ("new", lambda r: size(r["new_bytes"])))
 PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
 
 image = Group("image", needs=STORE, help="Push, pull and manage disk images.")
@@ -77,17 +79,19 @@ path = click.Path(dir_okay=False, path_type=Path)
 
 @image.add(
     examples="""sf image push debian-12.qcow2 debian:12
+    sf image push https://cloud.example/x.qcow2.xz x:1 --checksum sha256:…
     sf image push disk.raw shop:2026-11 --label team=shop --store 's3://images/sf?region=eu-central-1'"""
 )
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", metavar="FILE|URL", type=Source(exists=True, dir_okay=False, path_type=Path))
 @click.argument("name")
+@click.option("--checksum", default="", metavar="sha256:…", help="What FILE must have.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option(
     "--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]), help="Default: look."
 )
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
 def push(
-    file: Path,
+    file: Path | str,
     name: str,
     architecture: str,
     single_writer: bool,
@@ -95,18 +99,14 @@ def push(
     labels: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Keep the disk in FILE (qcow2, raw, VMDK, VHDX, VDI or fixed VHD) under NAME[:TAG]."""
-    from imagestore import check_architecture, keep_buffers
-    from imagestore import push as push_image
+    """Keep the disk in FILE under NAME[:TAG]: qcow2, raw, VMDK, VHDX, VDI, fixed VHD, or one of these in an OVA, or
+    compressed (xz, gzip, zstd, bzip2).
 
-    keep_buffers()
-    target, machine = written(name), check_architecture(architecture)
+    A URL is fetched again only when its server has another file; without --checksum, one that lies beside it counts.
+    """
     given["labels"] = dict(label.partition("=")[::2] for label in labels)
-    given["format_"] = given.pop("input_format")
-    with opened(create=True, alone=single_writer) as store, progress(name) as tell:
-        result = push_image(store, file, *target, architecture=machine, progress=tell, **given)
-    row = {"name": ":".join(target), "architecture": machine, **asdict(result), "digest": str(result.digest)}
-    show_one(row, PUSHED, form)
+    row = keep(file, *written(name), architecture, alone=single_writer, **given)
+    show_one(row, FETCHED if isinstance(file, str) else PUSHED, form)
 
 
 @image.add(

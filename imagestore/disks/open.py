@@ -14,8 +14,10 @@ from imagestore.disks.filesystems import claimed_bytes
 from imagestore.disks.inspection import convert, sniff
 from imagestore.disks.lengths import vhd_size
 from imagestore.disks.qcow2.reader import Qcow2
+from imagestore.disks.unpack import unpacked
 from imagestore.errors import Conflict, Invalid
 from imagestore.formats.manifest import MAX_DISK_BYTES
+from imagestore.progress import Report, silent
 
 
 def check_unused(descriptor: int, what: str) -> None:
@@ -36,10 +38,11 @@ def check_unused(descriptor: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def open_disk(path: Path, format_: str | None = None) -> Iterator[Disk]:
-    """Open an image file that nobody writes to.
+def open_disk(path: Path, format_: str | None = None, progress: Report = silent) -> Iterator[Disk]:
+    """Open an image file that nobody writes to, unpacked where it is compressed or an OVA.
 
-    format_: raw, qcow2, vmdk, vhdx, vdi or vhd (fixed); None looks at the file, and refuses what it does not know.
+    format_: raw (the bytes as they are), qcow2, vmdk, vhdx, vdi or vhd (fixed); None looks at the file, and refuses
+    what it does not know.
     Raises Invalid for a path that cannot be read and for a bad image, Conflict when in use.
     """
     with contextlib.ExitStack() as stack:
@@ -52,6 +55,8 @@ def open_disk(path: Path, format_: str | None = None) -> Iterator[Disk]:
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise Invalid(f"cannot read {path}: neither a file nor a block device")
         check_unused(descriptor, str(path))
+        if format_ != "raw":
+            descriptor = stack.enter_context(unpacked(descriptor, str(path), progress))
         disk: Disk
         match sniff(descriptor, str(path), format_):
             case "raw":

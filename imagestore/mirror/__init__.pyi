@@ -2,6 +2,7 @@ from . import signing as signing
 from . import sources as sources
 from . import upstreams as upstreams
 from .content import compute_sums as compute_sums
+from .download import hash_file as hash_file
 from .replicate import adopt as adopt
 from .replicate import replicate as replicate
 from .replicate import signers as signers
@@ -9,5 +10,7 @@ from .serve import Options as Options
 from .serve import serve as serve
 from .signing import Keyring as Keyring
 from .signing import Publisher as Publisher
+from .sync import Outcome as Outcome
+from .sync import bring as bring
 from .sync import sync as sync
 from .tree import Tree as Tree

@@ -34,6 +34,7 @@ _HEX = re.compile(r"[0-9a-fA-F]{32,128}")
 _TAGGED = re.compile(r"([A-Z0-9a-z-]{2,16}) \((.+)\) = ([0-9a-fA-F]{32,128})")
 _HASH = re.compile(r"(?:md|sha|blake|b2|rmd|ripemd|whirlpool|sm3)[0-9a-z]{0,8}")
 _ALIASES = {"b2": "blake2b", "blake2b512": "blake2b"}
+_WEB = re.compile(r"https?://[^/?#]", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]+")
 _BUILD_LENGTH = 100
 _MOST_BYTES = 1 << 40
@@ -49,6 +50,8 @@ class Source:
     architectures: Mapping[str, str]
     """Ours (as `uname -m` says it) to the upstream's."""
     checksums: str = ""
+    checksum: str = ""
+    """`sha256:…`, of a single URL; no source list has it."""
     signature: str = ""
     """URL of a detached signature on the checksum file, or "inline" where the file is clear-signed."""
     keyring: str = ""
@@ -56,8 +59,9 @@ class Source:
     build_page: str = ""
     build_pattern: str = ""
     keep: int = 3
-    """How many versions keep a name: the newest by its tags, older ones by `TAG-BUILD`."""
+    """How many versions keep a name: the newest by its tags, older ones by `TAG-BUILD`; 0: the newest alone."""
     format: str = "qcow2"
+    """"" is whatever it turns out to be."""
     os: str = ""
     limit_bytes: int = 20 << 30
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -68,7 +72,7 @@ class Source:
         return f"{self.name}:{self.tags[0]}"
 
 
-_KEYS = {one.name for one in fields(Source)} - {"build_page", "build_pattern"} | {"build"}
+_KEYS = {one.name for one in fields(Source)} - {"build_page", "build_pattern", "checksum"} | {"build"}
 
 
 def load(directory: Path) -> list[Source]:
@@ -160,6 +164,23 @@ def parse(body: Mapping[str, Any]) -> Source:
     ):
         raise Invalid(f"{name}: signature, keyring and checksums go together")
     return source
+
+
+def of_url(url: str, name: str, tag: str, architecture: str, *, checksum: str = "", **more: Any) -> Source:
+    """A source of one file of any kind. checksum: as in `parse_checksum`, or "". Raises Invalid."""
+    if not _WEB.match(url):
+        raise Invalid(f"not a web address: {url[:200]!r}", hint="https://HOST/PATH")
+    said = ":".join(parse_checksum(checksum)) if checksum else ""
+    return Source(name, (tag,), url, {architecture: architecture}, checksum=said, keep=0, format="", **more)
+
+
+def parse_checksum(text: str) -> tuple[str, str]:
+    """(algorithm, hex digits) of `sha256:…`, or of the digits alone. Raises Invalid."""
+    algorithm, _, digits = text.lower().rpartition(":")
+    algorithm = algorithm or ALGORITHMS.get(len(digits), "")
+    if _DIGITS.get(algorithm) != len(digits) or not _HEX.fullmatch(digits):
+        raise Invalid(f"not a checksum: {text[:80]!r}", hint="sha256:… or sha512:…, and hex digits")
+    return algorithm, digits
 
 
 def _text(body: Mapping[str, Any], key: str, default: str | None = None) -> str:

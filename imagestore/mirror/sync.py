@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from imagestore.disks.open import open_disk
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import PROVENANCE
@@ -32,8 +31,6 @@ from imagestore.store.store import Store
 ATTEMPTS = 3
 LONGEST_S = 6 * 3600.0
 """What one image may take; then the next has its turn."""
-LEAST_DATA_BYTES, MOST_RATIO = 4 << 30, 64
-"""A disk may hold so much data, and so many times the file's size more."""
 _ODD = {"BADSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "NODATA", "UNEXPECTED", "FAILURE", "ERROR", "BADARMOR"}
 """What gpgv says where it is not only a key that is missing (gnupg's doc/DETAILS)."""
 
@@ -118,6 +115,16 @@ def sync(
     return outcomes
 
 
+def bring(
+    store: Store, source: Source, architecture: str, work: Path, *, trusted: bool, progress: Report = silent
+) -> Outcome:
+    """One image of a source, as `sync` brings it. `trusted`: the URL is the administrator's. Raises StoreError."""
+    store.check_writable()
+    work.mkdir(parents=True, exist_ok=True)
+    with Downloader(trusted=trusted) as web:
+        return _Image(store, web, source, architecture, work).sync(_bounded(progress, time.monotonic()))
+
+
 def _bounded(progress: Report, started_s: float) -> Report:
     def tell(done: Progress) -> None:
         if time.monotonic() - started_s > LONGEST_S:
@@ -125,19 +132,6 @@ def _bounded(progress: Report, started_s: float) -> Report:
         progress(done)
 
     return tell
-
-
-def check_work(path: Path, format_: str) -> None:
-    """A small file may stand for a disk full of data (one cluster, named again and again). Raises Invalid."""
-    most, at, data_bytes = LEAST_DATA_BYTES + MOST_RATIO * path.stat().st_size, 0, 0
-    with open_disk(path, format_) as disk:
-        while (stretch := disk.next_data(at)) is not None:
-            at = stretch[1]
-            data_bytes += stretch[1] - stretch[0]
-            if data_bytes > most:
-                raise Invalid(
-                    f"a file of {path.stat().st_size} bytes that means more than {most} bytes of data"
-                )
 
 
 class _Image:
@@ -158,8 +152,11 @@ class _Image:
             build = sources.newest(page, source.build_pattern, theirs)
         location = sources.locate(source, self._architecture, build)
         there = Provenance(location.url, build)
+        if source.checksum:
+            algorithm, _, checksum = source.checksum.partition(":")
+            return replace(there, algorithm=algorithm, checksum=checksum)
         if not location.checksums:
-            return there
+            return self._beside(there)
         text, signed_by = self._web.small(location.checksums), ""
         if source.signature and not Path(source.keyring).exists():
             signed_by = f"signature not checked: no keyring at {source.keyring}"
@@ -169,6 +166,16 @@ class _Image:
         names = (urlsplit(url).path.rpartition("/")[2] for url in (location.url, location.checksums))
         algorithm, checksum = sources.find_checksum(text.decode(errors="replace"), *names)
         return replace(there, algorithm=algorithm, checksum=checksum, signed_by=signed_by)
+
+    def _beside(self, there: Provenance) -> Provenance:
+        """With a checksum out of a file that lies beside the image, if there is one of a usual name."""
+        where, _, file = urlsplit(there.url).path.rpartition("/")
+        for beside in (f"{file}.sha512", f"{file}.sha256", "SHA512SUMS", "SHA256SUMS"):
+            with suppress(NotFound, Denied, Corrupt):
+                text = self._web.small(urlsplit(there.url)._replace(path=f"{where}/{beside}").geturl())
+                algorithm, checksum = sources.find_checksum(text.decode(errors="replace"), file, beside)
+                return replace(there, algorithm=algorithm, checksum=checksum)
+        return there
 
     def _have(self, there: Provenance) -> bool:
         """Whether what our name stands for was made from the file with this checksum."""
@@ -205,26 +212,28 @@ class _Image:
             self._tag(self._current)
             return self._outcome("unchanged", there, self._current)
         assert path is not None
-        check_work(path, source.format)
-        if self._current:
+        if self._current and source.keep:
             self._keep(self._current, known)
-        result = push(
-            self._store,
-            path,
-            source.name,
-            source.tags[0],
-            architecture=self._architecture,
-            labels=source.labels,
-            os_name=source.os,
-            source={"format": source.format, there.algorithm: there.checksum},
-            format_=source.format,
-            progress=progress,
-        )
+        try:
+            result = push(
+                self._store,
+                path,
+                source.name,
+                source.tags[0],
+                architecture=self._architecture,
+                labels=source.labels,
+                os_name=source.os,
+                source={"format": source.format or "any", there.algorithm: there.checksum},
+                format_=source.format or None,
+                bounded=True,
+                progress=progress,
+            )
+        finally:
+            path.unlink()
         now_s = round(self._store.backend.now())
         there = replace(there, build=there.build or there.last_modified, fetched_at_s=now_s)
         self._store.backend.put(PROVENANCE.key(result.digest), there.encode())
         self._tag(result.digest)
-        path.unlink()
         return self._outcome("new", there, result.digest, result.new_bytes)
 
     def _download(self, there: Provenance, known: Provenance, progress: Report) -> Fetched:
