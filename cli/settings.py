@@ -4,7 +4,12 @@
     namespace = "shop"
     key = "…"
 
-After ours, the configuration of Shaken Fist's clients counts: SHAKENFIST_*, ~/.shakenfist, /etc/sf/shakenfist.json.
+    context = "cloud"
+    [contexts.cloud]
+    url, namespace, key, ca = …
+
+A context, which `sf login` writes, goes before the lines above it, and behind flags and variables. After ours, the
+configuration of Shaken Fist's clients counts: SHAKENFIST_*, ~/.shakenfist, /etc/sf/shakenfist.json.
 """
 
 import json
@@ -27,21 +32,69 @@ RESERVED = ("all", "local", "my")
 def access(settings: Settings) -> tuple[str, str, str]:
     """URL of the API, namespace, key ("" if none). A key that stands beside a URL goes to that URL only."""
     names = ("api_url", "namespace", "key")
+    told = {
+        name: settings.flags.get(name) or settings.environment.get(f"SF_{name.upper()}") for name in names
+    }
     sources = [
         {name: settings.get(name) for name in names},
         {name: os.environ.get(f"SHAKENFIST_{name.upper()}", "") for name in names},
         *map(_client_file, (Path.home() / ".shakenfist", Path("/etc/sf/shakenfist.json"))),
     ]
-    listen = settings.get("listen", "127.0.0.1:13000")
-    url = next((s["api_url"] for s in sources if s.get("api_url")), f"http://{listen}").rstrip("/")
+    if not told["api_url"] and (found := contexts(settings).get(settings.get("context"))):
+        sources.insert(0, found | {"api_url": found["url"]} | {n: t for n, t in told.items() if t})
+    url = next((s["api_url"] for s in sources if s.get("api_url")), _own(settings)).rstrip("/")
     for source in sources:
         if source.get("key") and (source.get("api_url") or url).rstrip("/") == url:
             return url, source.get("namespace") or "system", source["key"]
     namespace = next((s["namespace"] for s in sources if s.get("namespace")), "system")
     local = settings.state_dir / "auth" / "local-key"
-    if namespace == "system" and is_loopback(url) and os.access(local, os.R_OK):
+    if namespace == "system" and is_local(settings, url) and os.access(local, os.R_OK):
         return url, namespace, local.read_text().strip()
     return url, namespace, ""
+
+
+def _own(settings: Settings) -> str:
+    """Where this machine's server is reached from here."""
+    host, _, port = settings.get("listen", "127.0.0.1:13000").rpartition(":")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - never bound
+    return f"http{'s' if settings.tls else ''}://{host}:{port}"
+
+
+def is_local(settings: Settings, url: str) -> bool:
+    """Whether the server there is this machine's."""
+    return is_loopback(url) or url == _own(settings)
+
+
+def authority(settings: Settings, url: str) -> str:
+    """The certificate (PEM) of the authority that alone vouches for an API; "" for the system's authorities."""
+    for one in contexts(settings).values():
+        if one["url"] == url and one.get("ca"):
+            return one["ca"]
+    own = settings.state_dir / "auth" / "ca.crt"
+    signed = is_local(settings, url) and not settings.get("tls_cert") and os.access(own, os.R_OK)
+    return own.read_text() if signed else ""
+
+
+def contexts(settings: Settings) -> dict[str, dict[str, str]]:
+    """What `sf login` wrote down, by name."""
+    found = settings.table("contexts")
+    return {n: v for n, v in found.items() if isinstance(v, dict) and isinstance(v.get("url"), str)}
+
+
+def keep_context(name: str, values: dict[str, str] | None) -> Path:
+    """Write a context down and use it, or (None) forget it. Raises Problem."""
+    path, document = _user_file()
+    known: Any = document.setdefault("contexts", tomlkit.table(is_super_table=True))
+    if values is None and name not in known:
+        raise Problem(f"no context is called {name!r} in {path}", hint="sf context ls", code=MISSING)
+    if values is None:
+        del known[name]
+        if document.get("context") == name:
+            del document["context"]
+    else:
+        known[name] = tomlkit.item(values)
+        document["context"] = name
+    return _write(path, document)
 
 
 def is_loopback(url: str) -> bool:

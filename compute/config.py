@@ -21,6 +21,10 @@ class Config:
     """The same as the settings have them by now: remotes come and go while a server runs."""
     host: str = "127.0.0.1"
     port: int = 13000
+    tls: bool = False
+    """Whether the API speaks TLS, by the installation's authority unless `tls_cert` names own files."""
+    tls_cert: str = ""
+    tls_key: str = ""
     node_name: str = "localhost"
     libvirt_uri: str = "qemu:///system"
     mesh_address: IPv4Address = IPv4Address("127.0.0.1")
@@ -57,6 +61,9 @@ def load(settings: Settings) -> Config:
         stores_again=lambda: Settings(settings.flags, settings.environment).stores,
         host=host or "127.0.0.1",
         port=port,
+        tls=settings.tls,
+        tls_cert=settings.get("tls_cert"),
+        tls_key=settings.get("tls_key"),
         node_name=settings.get("node_name") or socket.gethostname().split(".")[0] or "localhost",
         libvirt_uri=settings.get("libvirt_uri", "qemu:///system"),
         mesh_address=read("mesh_address", IPv4Address, "127.0.0.1"),

@@ -25,10 +25,10 @@ from compute.api import agents
 from compute.api import app as api
 from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
+from compute.cluster.certificates import authority, certificate, shown
 from compute.cluster.controller import Controller
 from compute.cluster.holding import Holds
 from compute.cluster.images.stores import MINE, NamespaceStores
-from compute.cluster.joining import certificate
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, find_machine
@@ -36,7 +36,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
-from imagestore import durable, listening
+from imagestore import Digest, durable, listening
 from net import Plane
 
 log = logging.getLogger(__name__)
@@ -87,13 +87,17 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         own = NamespaceStores(store, lambda: stores.urls.get("local", ""), state_dir)
         stack.callback(own.close)
         services = Services(config, store, controller, Authority(store), stores.images, own)
-        servers = [(_Server(_settings(api.build(services))), listener)]
+        tls = secured(config)
+        servers = [(_Server(_settings(api.build(services), **tls)), listener)]
         if config.agent_listen:
             host, _, port = config.agent_listen.rpartition(":")
             cert, key, _ = certificate(state_dir / "auth")
-            secured = _settings(agents.build(services), ssl_certfile=cert, ssl_keyfile=key)
-            servers.append((_Server(secured), stack.enter_context(_listen(host, int(port)))))
-        say(f"sf {process.release()} serves http://{config.host}:{config.port}, state in {state_dir}")
+            joining = _settings(agents.build(services), ssl_certfile=cert, ssl_keyfile=key)
+            servers.append((_Server(joining), stack.enter_context(_listen(host, int(port)))))
+        url = f"http{'s' if tls else ''}://{config.host}:{config.port}"
+        say(f"sf {process.release()} serves {url}, state in {state_dir}")
+        if tls and not config.tls_cert:
+            say(f"elsewhere: sf login {url} --fingerprint {Digest.of(authority(state_dir / 'auth')[1])}")
         answering = [asyncio.create_task(server.serve([listening])) for server, listening in servers]
 
         async def close() -> None:
@@ -112,6 +116,15 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
+
+
+def secured(config: Config) -> dict[str, Any]:
+    """Own files, or what the installation's authority signed; nothing on loopback, or where a proxy does it."""
+    cert, key = config.tls_cert, config.tls_key
+    if not cert and config.tls:
+        hosts = config.host, str(config.mesh_address), socket.gethostname(), socket.getfqdn(), "localhost"
+        cert, key = map(str, shown(config.state_dir / "auth", hosts))
+    return {"ssl_certfile": cert, "ssl_keyfile": key} if cert else {}
 
 
 def _settings(app: FastAPI, **more: Any) -> uvicorn.Config:

@@ -62,6 +62,20 @@ class Settings:
         return Path(self.get("cache_dir", "~/.cache/sf")).expanduser()
 
     @property
+    def tls(self) -> bool:
+        """Whether the API of this machine speaks TLS: by default everywhere but on loopback."""
+        host = self.get("listen", "127.0.0.1:13000").rpartition(":")[0].strip("[]")
+        here = host in ("", "localhost", "::1") or host.startswith("127.")
+        return bool(self.get("tls_cert")) or self.get("tls", "off" if here else "on") != "off"
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A table of the files, `[name]`; {} if there is none. Raises Invalid."""
+        found = self._file.get(name, {})
+        if not isinstance(found, dict):
+            raise Invalid(f"{name} in {self.user_file} or {_SYSTEM} is no table")
+        return found
+
+    @property
     def store_url(self) -> str:
         """The local store: by default the one under the state directory."""
         return self.stores["local"]

@@ -25,6 +25,7 @@ from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
+from compute.serve import secured
 from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
 from imagestore import Resolved, listening
 from imagestore.errors import NotFound
@@ -193,11 +194,13 @@ def running(
         services = Services(settings, store, controller, Authority(store), known, own)
         agent = PlayedAgent(controller, "node1")
         server = uvicorn.Server(
-            uvicorn.Config(api.build(services), log_level="warning", **listening.settings())
+            uvicorn.Config(
+                api.build(services), log_level="warning", **listening.settings(), **secured(settings)
+            )
         )
         task = asyncio.create_task(agent.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = f"http{'s' * settings.tls}://127.0.0.1:{listener.getsockname()[1]}"
         key = (directory / "auth/local-key").read_text()
         ready.append(Running(url, key, agent, services, asyncio.get_running_loop()))
         while not server.started or not controller.nodes.alive("node1"):

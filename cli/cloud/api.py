@@ -6,6 +6,7 @@ http.client and not httpx: importing it takes a tenth of the time, and one conne
 import base64
 import http.client
 import json
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from cli.command import settings
 from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
-from cli.settings import access, is_loopback
+from cli.settings import access, authority, is_local, is_loopback
 
 ANSWER_S = 40.0
 """No request of the API may take 30 s."""
@@ -24,16 +25,20 @@ Object = dict[str, Any]
 class Api:
     """`api("GET", "instances", "web", all=True)`. Authenticates at its first call, and again when the token ends."""
 
-    def __init__(self) -> None:
-        self.url, self.namespace, self._key = access(settings())
+    def __init__(self, told: tuple[str, str, str] | None = None, ca: str = "") -> None:
+        self.url, self.namespace, self._key = told or access(settings())
         parts = urlsplit(self.url)
-        self.local = is_loopback(self.url)
+        self.local = is_local(settings(), self.url)
         """Whether the server is this machine's."""
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Problem(f"not the URL of an API: {self.url!r}", hint="http://HOST:PORT", code=USAGE)
         self._path, self._token = parts.path.rstrip("/"), ""
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection: http.client.HTTPConnection = kind(parts.hostname, parts.port, timeout=ANSWER_S)
+        self.tls = trusting(ca or authority(settings(), self.url)) if parts.scheme == "https" else None
+        self._connection = (
+            http.client.HTTPSConnection(parts.hostname, parts.port, timeout=ANSWER_S, context=self.tls)
+            if self.tls
+            else http.client.HTTPConnection(parts.hostname, parts.port, timeout=ANSWER_S)
+        )
 
     def __call__(self, method: str, *path: str, **body: Any) -> Any:
         """The answer's JSON, or its bytes if it is none. Raises Problem with the exit code of its status."""
@@ -58,6 +63,9 @@ class Api:
             self._send("GET", ("",), {})  # nobody there is the more useful answer
             hint = "be root on the server, or set SF_NAMESPACE and SF_KEY"
             raise Problem(f"no key for namespace {self.namespace} at {self.url}", hint=hint, code=AUTH)
+        if not self.tls and not is_loopback(self.url):
+            hint = "sf login https://HOST:PORT --fingerprint b3:…, as sf serve prints it there"
+            raise Problem(f"no key goes over plain HTTP to {self.url}", hint=hint, code=AUTH)
         body = {"namespace": self.namespace, "key": self._key}
         self._token = str(_answer(*self._send("POST", ("auth",), body))["access_token"])
 
@@ -74,6 +82,10 @@ class Api:
                 response = self._connection.getresponse()
                 headers = {name.lower(): value for name, value in response.getheaders()}
                 return response.status, headers, response.read()
+            except ssl.SSLCertVerificationError as error:
+                hint = "sf login URL --fingerprint b3:…, as sf serve prints it there"
+                why = f"{self.url} shows a certificate that nobody known vouches for: {error.verify_message}"
+                raise Problem(why, hint=hint, code=AUTH) from error
             except TimeoutError as error:
                 raise Problem(f"no answer from {self.url} in {ANSWER_S:.0f} s", code=TIMEOUT) from error
             except (OSError, http.client.HTTPException) as error:
@@ -85,6 +97,16 @@ class Api:
                     raise Problem(
                         f"cannot reach {self.url}: {reason}", hint=hint, code=UNREACHABLE
                     ) from error
+
+
+def trusting(ca: str) -> ssl.SSLContext:
+    """TLS to whom this authority signed for, whatever the host is called; "": to whom the system's vouch for."""
+    if not ca:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cadata=ca)
+    return context
 
 
 def _answer(status: int, headers: Mapping[str, str], data: bytes) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, wraps
+from ipaddress import ip_address
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -65,8 +66,12 @@ class StoreRoute(Route):
 
 
 def address_of(request: Request) -> str:
-    """Who asks, for limits."""
-    return listening.origin(request.client.host) if request.client else ""
+    """Who asks, for limits. Raises Denied where it came over plain HTTP from elsewhere: no key is taken there."""
+    host = request.client.host if request.client else ""
+    if request.url.scheme in ("http", "ws") and host and not ip_address(host).is_loopback:
+        hint = "https; a proxy says X-Forwarded-Proto; after this the key is to be changed"
+        raise Denied("keys and tokens are not taken over plain HTTP", hint=hint)
+    return listening.origin(host)
 
 
 class Body(BaseModel):

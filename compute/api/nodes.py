@@ -1,6 +1,6 @@
 """/nodes and /admin."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
@@ -8,13 +8,15 @@ from compute.api.context import Context, Ctx
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster import quarantine
-from compute.cluster.joining import TOKEN_S, certificate
+from compute.cluster.certificates import authority, certificate
+from compute.cluster.joining import TOKEN_S
 from compute.cluster.joining import make_token as make_join_token
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import nodes as acts
 from compute.cluster.records.epochs import epoch
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
+from compute.config import Config
 from compute.errors import Conflict, NotFound
 
 router = APIRouter(tags=["nodes"], route_class=Route)
@@ -118,6 +120,14 @@ def drain(ctx: Ctx, ref: str) -> Response:
 @router.post("/nodes/{ref}/undrain")
 def undrain(ctx: Ctx, ref: str) -> Response:
     return _drain(ctx, ref, False)
+
+
+@router.get("/admin/cacert")
+def authoritys_certificate(request: Request) -> Response:
+    """The certificate that the API's is signed with, in PEM, for everybody; null where it is not."""
+    config: Config = request.app.state.services.config
+    signed = config.tls and not config.tls_cert
+    return JSONResponse(authority(config.state_dir / "auth")[0].read_text() if signed else None)
 
 
 @router.get("/admin/locks")

@@ -3,18 +3,11 @@
 Only hashes of tokens and secrets are stored: both are 256 random bits, so a fast hash is enough.
 """
 
-import datetime
 import hashlib
 import hmac
 import secrets
-import ssl
 import time
 from dataclasses import replace
-from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.secrets import store_token
@@ -23,10 +16,8 @@ from compute.cluster.records.taken import Claims, Taken, take
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Denied, Unauthenticated
 from compute.wire.join_token import JoinToken
-from imagestore import durable
 
 TOKEN_S = 600.0
-_LONG = datetime.timedelta(days=36500)
 
 
 def _hash(secret: str) -> str:
@@ -78,33 +69,3 @@ def check_identity(txn: Transaction, name: str, identity: str) -> Node:
             f"node {name[:80]} is not known by this secret", hint="join again: sf node token"
         )
     return node
-
-
-def certificate(directory: Path) -> tuple[Path, Path, bytes]:
-    """The server's certificate and key, made at the first start, and the certificate's fingerprint.
-
-    Clients compare the fingerprint and nothing else, so it names no host and does not expire.
-    """
-    cert_path, key_path = directory / "agent.crt", directory / "agent.key"
-    if not cert_path.exists():
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sf")])
-        now = datetime.datetime.now(datetime.UTC)
-        made = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + _LONG)
-            .sign(key, hashes.SHA256())
-        )
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        # The key first: a certificate without its key would be believed.
-        durable.write(key_path, private)
-        durable.write(cert_path, made.public_bytes(serialization.Encoding.PEM))
-    der = ssl.PEM_cert_to_DER_cert(cert_path.read_text())
-    return cert_path, key_path, hashlib.sha256(der).digest()

@@ -19,7 +19,7 @@ import uvicorn
 
 from compute.api import agents
 from compute.cluster import liveness
-from compute.cluster.joining import certificate
+from compute.cluster.certificates import certificate
 from compute.cluster.records.transaction import transact
 from compute.config import Config
 from compute.wire.codec import from_plain, to_plain

@@ -18,9 +18,10 @@ from compute import config
 from compute.agent import link as remote
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, TapsHeld
 from compute.cluster.auth import Authority
+from compute.cluster.certificates import certificate
 from compute.cluster.desired import spec
 from compute.cluster.images.artifacts import Artifact
-from compute.cluster.joining import certificate, check_identity
+from compute.cluster.joining import check_identity
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.addresses import Ipam
 from compute.cluster.records.instances import Instance, finish_delete

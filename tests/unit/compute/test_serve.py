@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compute.cluster import joining
+from compute.cluster import certificates, joining
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.desired import build
 from compute.cluster.records.networks import Network
@@ -98,8 +98,8 @@ def test_what_is_no_join_token_is_refused(text: str) -> None:
 
 
 def test_the_servers_certificate_is_made_once_and_its_key_is_roots_alone(tmp_path: Path) -> None:
-    cert, key, fingerprint = joining.certificate(tmp_path)
-    assert joining.certificate(tmp_path) == (cert, key, fingerprint)
+    cert, key, fingerprint = certificates.certificate(tmp_path)
+    assert certificates.certificate(tmp_path) == (cert, key, fingerprint)
     assert key.stat().st_mode & 0o777 == 0o600
     token = joining.JoinToken(fingerprint, "s")
     assert joining.JoinToken.parse(str(token)) == token

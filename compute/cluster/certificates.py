@@ -1,0 +1,86 @@
+"""The certificates of an installation: the one that nodes know, and the authority's, which signs what the API shows.
+
+Nodes and people compare a fingerprint and nothing else, so what they know names no host and does not expire. The
+authority's key is made once and belongs to the backup of the state (`auth/`); with it a server can be made anew, or
+another beside it, without anybody logging in again.
+"""
+
+import datetime
+import hashlib
+import ssl
+from collections.abc import Iterable
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from imagestore import durable
+
+_LONG, _DAYS = datetime.timedelta(days=36500), datetime.timedelta(days=825)
+
+
+def certificate(directory: Path) -> tuple[Path, Path, bytes]:
+    """The certificate and key of the agents' listener, made at the first start, and the certificate's fingerprint."""
+    cert, key = _made(directory, "agent")
+    return cert, key, hashlib.sha256(_der(cert)).digest()
+
+
+def authority(directory: Path) -> tuple[Path, bytes]:
+    """The authority's certificate, made with its key at the first use, and the same in DER."""
+    cert, _ = _made(directory, "ca")
+    return cert, _der(cert)
+
+
+def shown(directory: Path, hosts: Iterable[str]) -> tuple[Path, Path]:
+    """What the API shows, signed by the authority: made anew at each start, for 825 days."""
+    authority(directory)
+    return _make(directory, "api", hosts)
+
+
+def _der(cert: Path) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(cert.read_text())
+
+
+def _made(directory: Path, name: str) -> tuple[Path, Path]:
+    cert, key = directory / f"{name}.crt", directory / f"{name}.key"
+    return (cert, key) if cert.exists() else _make(directory, name)
+
+
+def _make(directory: Path, name: str, hosts: Iterable[str] = ()) -> tuple[Path, Path]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    signer, lasts = key, _LONG
+    subject = issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"sf {name}")])
+    if name == "api":
+        ca_cert, ca_key = (directory / f"ca.{end}" for end in ("crt", "key"))
+        issuer, lasts = x509.load_pem_x509_certificate(ca_cert.read_bytes()).subject, _DAYS
+        loaded = serialization.load_pem_private_key(ca_key.read_bytes(), None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+        signer = loaded
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
+    made = made.serial_number(x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + lasts)
+    made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    known_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    made = made.add_extension(known_by, critical=False)
+    if name == "ca":
+        made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    if names := [_name(host) for host in dict.fromkeys(hosts) if host]:
+        made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    # The key first: a certificate without its key would be believed.
+    durable.write(directory / f"{name}.key", private)
+    cert = made.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    durable.write(directory / f"{name}.crt", cert)
+    return directory / f"{name}.crt", directory / f"{name}.key"
+
+
+def _name(host: str) -> x509.GeneralName:
+    with suppress(ValueError):
+        return x509.IPAddress(ip_address(host))
+    return x509.DNSName(host.encode("idna").decode())
