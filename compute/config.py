@@ -49,6 +49,10 @@ class Config:
     cpu_ratio: float = 16.0
     memory_reserve_mib: int = 512
     architecture: str = "x86_64"
+    state_backup: str = ""
+    """URL of the store that the state is backed up into, every so often; so many stay."""
+    state_backup_every_s: float = 86400.0
+    state_backup_keep: int = 14
 
 
 def load(settings: Settings) -> Config:
@@ -79,7 +83,14 @@ def load(settings: Settings) -> Config:
         cpu_ratio=read("cpu_ratio", float, "16"),
         memory_reserve_mib=read("memory_reserve_mib", int, "512"),
         architecture=settings.get("architecture") or platform.machine(),
+        state_backup=read("state_backup", _store_url),
+        state_backup_every_s=read("state_backup_every", duration_s, "1d"),
+        state_backup_keep=read("state_backup_keep", lambda text: max(1, int(text)), "14"),
     )
+
+
+def _store_url(text: str) -> str:
+    return text if "://" in text or not text else Path(text).absolute().as_uri()
 
 
 def _host_port(text: str) -> tuple[str, int]:

@@ -24,6 +24,7 @@ from compute.agent.memory import Memory
 from compute.api import agents
 from compute.api import app as api
 from compute.api.context import Services
+from compute.cluster import state_backup
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.certificates import authority, certificate, shown
 from compute.cluster.controller import Controller
@@ -112,7 +113,10 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
                 lambda: {**stores.images.stores, **{f"{MINE}/{name}": s for name, s in own.made().items()}}
             )
 
-        parts = controller.keep_up, stores.keep, instances_images
+        async def state_backups() -> None:
+            await state_backup.keep(store, config, controller.server)
+
+        parts = controller.keep_up, stores.keep, instances_images, state_backups
         await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")

@@ -2,6 +2,7 @@ from . import durable as durable
 from . import errors as errors
 from . import listening as listening
 from .allocator import keep_buffers as keep_buffers
+from .backends.protocol import ObjectStat as ObjectStat
 from .cache.control import Away as Away
 from .cache.control import ControlClient as ControlClient
 from .cache.imaged import control_socket as control_socket
@@ -24,7 +25,9 @@ from .errors import NotFound as NotFound
 from .errors import StoreError as StoreError
 from .errors import Unavailable as Unavailable
 from .formats.digest import Digest as Digest
+from .formats.keys import STATES as STATES
 from .formats.keys import TRACES as TRACES
+from .formats.keys import TUF as TUF
 from .formats.trace import Trace as Trace
 from .gc import collect as collect
 from .outside import decimal as decimal

@@ -16,7 +16,7 @@ from cli.cloud.api import Api
 from cli.command import API, Command, settings
 from cli.errors import Problem, clean
 from cli.image.stores import opened
-from cli.output import show_list, size
+from cli.output import show_list, size, when
 from cli.settings import RESERVED
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
@@ -40,6 +40,13 @@ def _state() -> Iterator[Line]:
     yield (OK, f"{path} is whole", "") if said == "ok" else (WRONG, f"{path}: {said}", mend)
     if not (path.parent / "installation.json").exists():
         yield WRONG, f"{path.parent}/installation.json is lost: no guest or network is known as ours", mend
+    if where := settings().get("state_backup"):
+        from compute import load, newest_state
+
+        mend, (made_s, now_s) = f"sf state backup {where}", newest_state(config := load(settings()))
+        late = now_s - made_s > 2 * config.state_backup_every_s
+        said = f"the newest backup of it in {where} is of {when(made_s) or 'never'}"
+        yield (WARNING, said, mend) if late else (OK, said, "")
 
 
 def _stores() -> Iterator[Line]:

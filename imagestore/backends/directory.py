@@ -12,6 +12,7 @@ from pathlib import Path
 from imagestore.backends.protocol import Data, Object, ObjectStat, check_key, end_of, pieces
 from imagestore.durable import locked, opened, sync
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
+from imagestore.formats.keys import STATES, kind_of
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"
@@ -103,6 +104,8 @@ class Directory:
             temporary, descriptor = self._temporary()
             undo.callback(temporary.unlink, missing_ok=True)
             with os.fdopen(descriptor, "wb", buffering=0) as file:
+                if kind_of(key) is STATES:
+                    os.fchmod(descriptor, 0o600)
                 for piece in pieces(data):
                     view = memoryview(piece).cast("B")
                     while view:

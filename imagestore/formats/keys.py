@@ -85,10 +85,12 @@ TUF = Kind(
 )  # fmt: skip
 LEASES = Kind("leases", r"[0-9a-f]{32}", True, Check.SEAL, End.EXPIRY, False, "writers, collector")
 REFS = Kind("refs", _HOLDER, True, Check.SEAL, End.OWNER, False, "servers")
+STATES = Kind("state", r"[0-9a-f]{8}-\d{8}t\d{6}z", True, Check.SEAL, End.OWNER, False, "servers")
 GC = Kind("gc", "condemned", True, Check.SEAL, End.OWNER, False, "collector")
 
 KINDS = (
-    INFO, PACKS, INDEX, HOOKS, MANIFESTS, LAYOUTS, NAMES, TRACES, PROVENANCE, SUMS, TUF, LEASES, REFS, GC,
+    INFO, PACKS, INDEX, HOOKS, MANIFESTS, LAYOUTS, NAMES, TRACES, PROVENANCE, SUMS, TUF, LEASES, REFS, STATES,
+    GC,
 )  # fmt: skip
 BESIDE = tuple(kind for kind in KINDS if kind.end is End.IMAGE)
 """About an image, but no part of it: copied where they are, missed nowhere."""

@@ -53,14 +53,24 @@ def compare(txn: Transaction, nodes: list[str], seen: str, reached: int, *, join
         return False
     if joined and now.begun_by == joined and time.time() - now.begun_s < AGAIN_S:
         return False
-    why = f"at revision {revision}, where a node has seen {reached}" if seen == now.number else "another one"
-    former = tuple(number for number in (now.number, seen, *now.former) if number)[:_FORMER]
-    number = secrets.token_hex(8)
-    why = f"the state is {why} than before: it was put back, replaced or lost"
-    log.warning("%s; nothing begins until %s have said what runs there", why, ", ".join(nodes))
-    begun = replace(now, number=number, former=former, begun_by=joined, begun_s=time.time())
-    txn.update(replace(begun, waiting=tuple(sorted(nodes)), why=why))
+    what = f"at revision {revision}, where a node has seen {reached}" if seen == now.number else "another one"
+    begin(
+        txn,
+        nodes,
+        f"the state is {what} than before: it was put back, replaced or lost",
+        seen=seen,
+        by=joined,
+    )
     return True
+
+
+def begin(txn: Transaction, nodes: list[str], why: str, *, seen: str = "", by: str = "") -> None:
+    """Another history, in which nothing begins until these nodes have said what runs there."""
+    now = epoch(txn)
+    former = tuple(number for number in (now.number, seen, *now.former) if number)[:_FORMER]
+    log.warning("%s; nothing begins until %s have said what runs there", why, ", ".join(nodes))
+    begun = replace(now, number=secrets.token_hex(8), former=former, begun_by=by, begun_s=time.time())
+    txn.update(replace(begun, waiting=tuple(sorted(nodes)), why=why))
 
 
 def heard(txn: Transaction, node: str) -> None:

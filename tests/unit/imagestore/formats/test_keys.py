@@ -28,6 +28,7 @@ EXAMPLES = {
     "names": "debian/12",
     "leases": "0" * 32,
     "refs": "a-b",
+    "state": "0123abcd-20261128t031500z",
 }
 
 

@@ -1,0 +1,68 @@
+"""`sf state`: the server's own records, kept elsewhere and put back."""
+
+from dataclasses import asdict
+
+import click
+
+from cli.command import Group, settings
+from cli.errors import Problem
+from cli.output import confirm, say, show_list, show_one, size, status, when
+
+COLUMNS = (
+    ("name", "name"),
+    ("made", lambda row: when(row["made_s"])),
+    ("size", lambda row: size(row["size_bytes"])),
+    ("guests", "instances"),
+    ("what is wrong", "trouble"),
+)
+where = click.argument("where", metavar="FILE|STORE")
+
+state = Group("state", help="The server's own records, kept elsewhere and put back.")
+
+
+@state.add(examples="sf state backup /mnt/usb/sf.state\nsf state backup 's3://home/sf?region=eu-central-1'")
+@where
+def backup(where: str, form: str) -> None:
+    """Write the state into a file or a store, beside a running server, and read it again from there.
+
+    It holds every key of this installation: who can read it is root here.
+    """
+    from compute import back_up_state
+
+    with status() as tell:
+        tell(f"{settings().state_dir} to {where}")
+        made = back_up_state(settings().state_dir, where)
+    show_one(asdict(made), COLUMNS, form)
+
+
+@state.add(examples="sf state check /mnt/usb/sf.state\nsf state check 's3://home/sf?region=eu-central-1'")
+@where
+def check(where: str, form: str) -> None:
+    """Read every backup of a state that is there, the newest first, and say what is in it."""
+    from compute import state_backups
+
+    with status() as tell:
+        tell(f"reading {where}")
+        rows = [asdict(made) for made, _ in state_backups(where)]
+    show_list(rows, COLUMNS, form)
+    if wrong := sum(bool(row["trouble"]) for row in rows):
+        raise Problem(f"{wrong} of {len(rows)} are no backups")
+
+
+@state.add(examples="sf state restore /mnt/usb/sf.state\nsf state restore 's3://home/sf?region=eu-central-1'")
+@where
+@click.option("--from", "name", default="", metavar="NAME", help="One of a store's; default: the newest.")
+def restore(where: str, name: str, force: bool) -> None:
+    """Put the state back, with the server stopped; what is there is kept beside it.
+
+    Nothing is started or made then before every node has said what runs there.
+    """
+    from compute import only_one, restore_state
+
+    place = settings().state_dir
+    if (place / "sf.db").exists():
+        confirm(f"put an earlier state in the place of the one in {place}?", force)
+    with only_one(place), status() as tell:
+        tell(f"{where} to {place}")
+        made = restore_state(place, where, name)
+    say(f"{made.name}, with {made.instances} guests, is back in {place}: start sf serve, then ask sf doctor")

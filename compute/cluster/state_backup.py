@@ -1,0 +1,245 @@
+"""The server's state in one file: taken beside a running server, read again where it was written, and the way back.
+
+    sf-state 1 <BLAKE3 of the rest, 64 hex digits>\\n | zstd of an SQLite file: sf.db's tables, and file(name, data)
+
+It holds every key of the installation: who reads it is root here. So no store that is published takes one, and none
+shows it to its readers (`formats.keys`: not public).
+"""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import zstandard
+
+from compute.cluster.records.epochs import begin
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.state.protocol import StateStore
+from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
+from compute.errors import ComputeError, Conflict, Denied, NotFound
+from imagestore import STATES, TUF, Corrupt, Digest, ObjectStat, Store, StoreError, durable, open_store
+
+log = logging.getLogger(__name__)
+
+_IDENTITY = "installation.json"
+_AUTH = ("agent.key", "agent.crt", "ca.key", "ca.crt", "local-key")  # no certificate before its key
+_FILES = (_IDENTITY, "node.json", *(f"auth/{name}" for name in _AUTH))
+_MAGIC, _MOST_BYTES, _LOOK_S = b"sf-state 1 ", 1 << 30, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """One that is kept somewhere, and what is in it. `trouble`: why it is none."""
+
+    name: str
+    made_s: float
+    size_bytes: int
+    trouble: str = ""
+    installation: str = ""
+    instances: int = 0
+
+
+def _pack(state_dir: Path) -> bytes:
+    source = state_dir / "sf.db"
+    if not source.exists():
+        raise NotFound(f"there is no {source}", hint="sf state backup works on the server, as root")
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+        with closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True, timeout=10)) as now:
+            now.backup(copy)
+        copy.execute("delete from log")
+        copy.execute("update meta set compacted = revision")
+        copy.execute("create table file(name text primary key, data blob not null)")
+        held = [(name, (state_dir / name).read_bytes()) for name in _FILES if (state_dir / name).exists()]
+        copy.executemany("insert into file values (?, ?)", held)
+        copy.execute("vacuum")
+        body = zstandard.compress(copy.serialize())
+    return _MAGIC + Digest.of(body).hex().encode() + b"\n" + body
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[tuple[sqlite3.Connection, dict[str, bytes]]]:
+    """The database, in memory, and the files. Raises Corrupt."""
+    line, _, body = data.partition(b"\n")
+    if line != _MAGIC + Digest.of(body).hex().encode():
+        raise Corrupt("it is no backup of a server's state, or damaged")
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as found:
+        try:
+            plain = zstandard.ZstdDecompressor().stream_reader(body).read(_MOST_BYTES + 1)
+            if len(plain) > _MOST_BYTES:
+                raise Corrupt(f"the state in it has more than {_MOST_BYTES >> 20} MiB")
+            found.deserialize(plain)
+            files = {n: bytes(d) for n, d in found.execute("select name, data from file") if n in _FILES}
+            found.execute("drop table file")
+            if found.execute("pragma quick_check(1)").fetchone() != ("ok",) or _IDENTITY not in files:
+                raise Corrupt("the state in it is damaged")
+            yield found, files
+        except (zstandard.ZstdError, sqlite3.Error, TypeError, ValueError) as err:
+            raise Corrupt(f"the state in it cannot be read: {err}") from err
+
+
+def _look(name: str, made_s: float, data: bytes) -> tuple[Backup, bytes]:
+    """Read all of it, and say what is in it."""
+    try:
+        with _opened(data) as (found, files):
+            if found.execute("select format from meta").fetchone() != (1,):
+                raise Corrupt("a newer version of sf wrote it")
+            (count,) = found.execute("select count(*) from kv where key like 'instance/%'").fetchone()
+            return Backup(name, made_s, len(data), "", _identity(files[_IDENTITY]), count), data
+    except Corrupt as err:
+        return Backup(name, made_s, len(data), str(err)), data
+
+
+def _read(store: Store, stat: ObjectStat) -> tuple[Backup, bytes]:
+    return _look(stat.key.rpartition("/")[2], stat.modified_s, store.backend.get(stat.key).data)
+
+
+def _identity(text: bytes) -> str:
+    return str(json.loads(text)["id"])
+
+
+def _sound(made: Backup) -> Backup:
+    if made.trouble:
+        raise Corrupt(f"{made.name}: {made.trouble}", hint="sf state check says which are whole: --from NAME")
+    return made
+
+
+@contextmanager
+def _store(where: str, *, create: bool = False) -> Iterator[Store | None]:
+    """The store that `where` means; None: it is a file's path."""
+    if "://" not in where and not Path(where, "store.json").exists():
+        yield None
+        return
+    store = open_store(where, create=create)
+    with closing(store.backend):
+        yield store
+
+
+def back_up_state(state_dir: Path, where: str, keep: int = 0) -> Backup:
+    """Write a backup into a file or a store and read it from there; of a store's own so many stay, 0 for all.
+
+    Raises NotFound, Corrupt, Denied for a published store, sqlite3.Error, OSError.
+    """
+    with _store(where, create=True) as store:
+        if store is None:
+            durable.write(Path(where), _pack(state_dir))
+            return _sound(next(state_backups(where))[0])
+        if next(iter(store.backend.list(TUF.prefix)), None):
+            raise Denied(f"{store.url} is published, and a state holds every key", hint="use another store")
+        stamp = time.strftime("%Y%m%dt%H%M%Sz", time.gmtime(store.backend.now()))
+        own = _identity((state_dir / _IDENTITY).read_bytes())
+        made = _sound(_read(store, store.backend.put(STATES.key(f"{own}-{stamp}"), _pack(state_dir)))[0])
+        for stat in _own(store, state_dir)[keep:] if keep else ():
+            store.backend.delete(stat.key)
+        return made
+
+
+def _own(store: Store, state_dir: Path | None) -> list[ObjectStat]:
+    """A store's backups, of the installation in this directory or of all, the newest first."""
+    own = STATES.key(_identity((state_dir / _IDENTITY).read_bytes())) if state_dir else STATES.prefix
+    return sorted((s for s in store.objects(STATES) if s.key.startswith(own)), key=lambda s: -s.modified_s)
+
+
+def state_backups(where: str) -> Iterator[tuple[Backup, bytes]]:
+    """All that are there, the newest first, each read whole. Raises OSError, imagestore's errors."""
+    with _store(where) as store:
+        if store is None:
+            yield _look(where, Path(where).stat().st_mtime, Path(where).read_bytes())
+        else:
+            yield from (_read(store, stat) for stat in _own(store, None))
+
+
+def restore_state(state_dir: Path, where: str, name: str = "") -> Backup:
+    """Put the newest back, or the one of this name. Whoever calls it holds the lock of `state_dir`.
+
+    What is there stays beside it as `sf.db.<time>`, and in its place until the last step: killed at any moment, it is
+    begun anew. Raises NotFound, Corrupt, and Conflict for a directory of another installation.
+    """
+    found = [(made, data) for made, data in state_backups(where) if name in ("", made.name)]
+    if not found:
+        raise NotFound(f"{where} keeps no state {name}".strip(), hint=f"sf state check {where}")
+    if len({made.installation for made, _ in found if made.installation}) > 1:
+        raise Conflict(f"{where} keeps states of several installations", hint="name one: --from NAME")
+    made, data = _sound(found[0][0]), found[0][1]
+    place = state_dir / ".restore"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(mode=0o700)
+    with _opened(data) as (copy, files):
+        if (own := state_dir / _IDENTITY).exists() and own.read_bytes() != files[_IDENTITY]:
+            place.rmdir()
+            hint = "restore into an empty SF_STATE_DIR"
+            raise Conflict(f"{state_dir} is another installation than {made.name}", hint=hint)
+        durable.write(place / "sf.db", copy.serialize())
+    with closing(SqliteStore(place / "sf.db")) as store:
+        transact(store, lambda txn: _begin(txn, f"the state was restored from {made.name}"))
+    for file, content in files.items():
+        path = state_dir / file
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.exists():
+            durable.write(path, content, 0o644 if file == _IDENTITY else 0o600)
+    _keep_aside(state_dir / "sf.db")
+    (place / "sf.db").rename(state_dir / "sf.db")
+    durable.sync(state_dir)
+    shutil.rmtree(place)
+    return made
+
+
+def _begin(txn: Transaction, why: str) -> None:
+    begin(txn, [node.name for node in txn.list(Node) if node.state != "deleted"], why)
+
+
+def _keep_aside(old: Path) -> None:
+    """Another name for what is there; its journal must not meet the new file."""
+    kept = f"{old}.{time.strftime('%Y%m%d-%H%M%S')}"
+    if old.exists():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(old, timeout=10)) as database:
+            database.execute("pragma journal_mode=delete")
+        with suppress(FileExistsError):
+            os.link(old, kept)
+    for end in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            Path(f"{old}{end}").rename(f"{kept}{end}")
+
+
+async def keep(store: StateStore, config: Config, node: str) -> None:
+    """For ever: a backup as soon as the newest is old enough, also after the server was down; the oldest go."""
+    said = ""
+    while config.state_backup:
+        words = await asyncio.to_thread(_when_due, config)
+        if words not in ("", said):
+            said = words
+            event = partial(Transaction.event, kind=Node.KIND, owner=node, message=words)
+            with suppress(ComputeError):
+                await asyncio.to_thread(transact, store, event, node)
+        await asyncio.sleep(_LOOK_S)
+
+
+def newest_state(config: Config) -> tuple[float, float]:
+    """When the newest was made (0 for never) and what time it is, by the clock of the configured store."""
+    with _store(config.state_backup, create=True) as store:
+        assert store
+        newest = _own(store, config.state_dir)[:1]
+        return newest[0].modified_s if newest else 0.0, store.backend.now()
+
+
+def _when_due(config: Config) -> str:
+    """What became of it, in words; "" if there was nothing to do."""
+    try:
+        newest_s, now_s = newest_state(config)
+        if now_s - newest_s < config.state_backup_every_s:
+            return ""
+        made = back_up_state(config.state_dir, config.state_backup, config.state_backup_keep)
+        return f"the state was backed up: {made.name}"
+    except (ComputeError, StoreError, OSError, sqlite3.Error) as err:
+        log.error("the state was not backed up: %s", err)
+        return f"the state was not backed up: {err}"
