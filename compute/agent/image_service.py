@@ -29,6 +29,7 @@ from imagestore import (
     trust_memories,
     unprivileged,
 )
+from imagestore import Unavailable as StoreUnavailable
 
 log = logging.getLogger(__name__)
 _START_S = 15.0
@@ -71,6 +72,8 @@ class ServedImages:
         self._site: ImageSite | None = None
         self._trouble = ""
         self._missed: dict[str, str] = {}
+        self._away: dict[str, float] = {}
+        """Reader → since when the store of its image has been away."""
         self._closed: Path | None = None
 
     async def use(self, handed: Mapping[str, str]) -> None:
@@ -100,7 +103,8 @@ class ServedImages:
     async def backing(self, reader: str, digest: str) -> Backing:
         """What a guest that is about to start reads its image from.
 
-        Raises imagestore's errors, and Unavailable when no service can be kept running: try again later.
+        Raises imagestore's errors, and Unavailable (try again later) when no service can be kept running, or while a
+        store has been away for less than the patience of the settings.
         """
         self._missed.pop(reader, None)
         settings = self._settings
@@ -115,6 +119,14 @@ class ServedImages:
                 # One that was killed over the question is asked again: the next one may answer.
                 if asyncio.get_running_loop().time() > deadline:
                     raise Unavailable(str(err), hint=err.hint) from err
+            except StoreUnavailable as err:
+                # A store that is away for a moment is waited for; an error would be for good.
+                now = asyncio.get_running_loop().time()
+                if now < self._away.setdefault(reader, now) + settings.patience_s:
+                    raise Unavailable(str(err), hint=err.hint) from err
+                del self._away[reader]
+                raise
+        self._away.pop(reader, None)
         path = Path(found["path"])
         return Backing(
             self._cache.path(Digest.parse(digest)),
@@ -145,6 +157,7 @@ class ServedImages:
 
     async def gone(self, reader: str) -> None:
         """The guest's disk is deleted."""
+        self._away.pop(reader, None)
         await self._tell_surely("detach", reader)
 
     async def booted(self, reader: str) -> None:

@@ -24,7 +24,7 @@ from compute.agent.guest.overlay import snapshots
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor import libvirt as libvirt_adapter
 from compute.agent.image_service import ServedImages, Settings
-from compute.errors import NotFound
+from compute.errors import NotFound, Unavailable
 from compute.wire.spec import DiskSpec, InstanceSpec, Power
 from imagestore.cache.control import ControlClient
 from imagestore.cache.imaged import control_socket
@@ -37,6 +37,7 @@ from scripts.private_libvirtd import PrivateHost
 from tests.drills import rounds
 from tests.system.boot_sector import boot_sector
 from tests.system.test_agent import Bench, NoNetworks, remove, says
+from tests.web import nginx
 
 pytestmark = pytest.mark.system
 
@@ -251,6 +252,39 @@ def test_a_service_that_is_killed_between_its_answer_and_the_guests_start_fails_
             assert answers == 3
             await remove(bench, spec)
         await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+def test_a_store_that_is_away_while_a_guest_is_made_is_waited_for(
+    bench: LazyBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Away for two whole attempts: an error would have been for good."""
+    refused, away = 0, bench.directory / "away"
+    away.touch()
+
+    class Away(ServedImages):
+        async def backing(self, reader: str, digest: str) -> Backing:
+            nonlocal refused
+            try:
+                return await super().backing(reader, digest)
+            except Unavailable:
+                if (refused := refused + 1) == 2:
+                    away.unlink()
+                raise
+
+    monkeypatch.setattr(sys.modules[__name__], "ServedImages", Away)
+
+    async def story() -> None:
+        spec = bench.sector()
+        closed = f"if (-f {away}) {{ return 503; }}"
+        with nginx(bench.directory / "store", bench.directory / "nginx", closed) as bench.url:
+            async with bench.agent() as agent:
+                bench.desk.want(spec)
+                await says(agent, spec, b"HELLO")
+                assert refused >= 2
+                await remove(bench, spec)
+            await bench.service_is_gone()
 
     asyncio.run(story())
 

@@ -113,7 +113,12 @@ def test_guests_count_on_through_strangers_floods_a_full_disk_and_a_failing_buck
             words = ["--image", "tiny:1", "--network", "lan", "--memory", "128", "--on", name[-2:]]
             server.sf("instance", "create", name, *words, "--user-data", str(tmp_path / "count.sh"))
         for name in guests:
-            within(240, lambda n=name: counted(cluster, n) > 0, f"{name} counts")  # type: ignore[misc]
+            try:
+                within(240, lambda n=name: counted(cluster, n) > 0, f"{name} counts")  # type: ignore[misc]
+            except AssertionError:
+                for words in (("show", name), ("events", name), ("console", name)):
+                    print(server.sf("instance", *words, check=False).stdout[-3000:])
+                raise
         qemus = running(cluster)
         first_start = restarted(cluster)
         within(60, lambda: len(cluster.alive()) == 2, "both nodes are there")
