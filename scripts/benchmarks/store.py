@@ -4,6 +4,9 @@ The corpus is five full Debian 12 disks (scripts/guest_images/debian_image.py), 
 Every contestant reads the same raw file from a warm page cache and writes to the same directory. Peers run with their
 defaults except where that would be unfair to them or to us: restic and borg read the file again instead of trusting
 its times (`--force`, `--files-cache=disabled`), borg has 64-KiB chunks and zstd, nobody encrypts who can do without.
+
+SF_BENCH_ONLY names parts to run, SF_BENCH_PEERS contestants beside sf. SF_BENCH_BESIDE is the path of another checkout
+with its .venv: its `sf` takes part as `former`, turn by turn with this one.
 """
 
 import json
@@ -50,21 +53,21 @@ def _peers(bench: Bench, names: dict[str, Path]) -> dict[str, Peer]:
     work = bench.dir("stores")
     by_path = {path: name for name, path in names.items()}
 
-    def sf() -> Peer:
-        store = work / "sf"
+    def sf(name: str, command: str | Path) -> Peer:
+        store = work / name
         env = {
             "SF_CACHE_DIR": str(store / "cache"),
             "SF_CONFIG": "/dev/null",
-            "SF_STATE_DIR": str(work / "state"),
+            "SF_STATE_DIR": str(work / f"state-{name}"),
         }
         flags = ["-q", "--store", str(store)]
         return Peer(
-            "sf",
+            name,
             store,
-            lambda: bench.run([bench.sf, "store", "init", str(store)], env=env),
-            lambda disk, name: [bench.sf, "image", "push", str(disk), f"debian:{name.lower()}", *flags],
+            lambda: bench.run([command, "store", "init", str(store)], env=env),
+            lambda disk, name: [command, "image", "push", str(disk), f"debian:{name.lower()}", *flags],
             lambda name, out: [
-                bench.sf, "image", "pull", f"debian:{name.lower()}", "-o", str(out), "--as", "raw", *flags
+                command, "image", "pull", f"debian:{name.lower()}", "-o", str(out), "--as", "raw", *flags
             ],
             env,
         )  # fmt: skip
@@ -130,9 +133,16 @@ def _peers(bench: Bench, names: dict[str, Path]) -> dict[str, Peer]:
             lambda name, out: ["qemu-img", "convert", "-O", "raw", f"{store}/{name}.qcow2", str(out)],
         )
 
-    return {p.name: p for p in (sf(), restic(), borg(), casync(64), casync(16), qemu())}
+    every = [sf("sf", bench.sf), restic(), borg(), casync(64), casync(16), qemu()]
+    wanted = os.environ.get("SF_BENCH_PEERS")
+    peers = {p.name: p for p in every if wanted is None or p.name in ("sf", *wanted.split())}
+    if former := os.environ.get("SF_BENCH_BESIDE"):
+        peers["former"] = sf("former", Path(former) / ".venv/bin/sf")
+    return peers
 
 
+# The dense file's partition table speaks of blocks that were left out.
+_CUT = ["--input-format", "raw"]
 _CONVERT = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"]
 
 
@@ -199,8 +209,16 @@ def run(bench: Bench) -> None:
         _s3(bench, peers["sf"], disks)
 
 
+def _ratios(bench: Bench, name: str, found: dict[str, Measurement], **at_most: float) -> None:
+    """sf beside each of the others; limits by the other's name."""
+    for other, measured in found.items():
+        if other != "sf":
+            short = other.removesuffix("_zstd")
+            bench.ratio(f"{name}_vs_{short}", found["sf"], measured, at_most=at_most.get(short))
+
+
 def _push(bench: Bench, peers: dict[str, Peer], a: Path, zlib: Path, dense: Path) -> None:
-    sf, restic = peers["sf"], peers["restic"]
+    sf, restic = peers["sf"], peers.get("restic")
 
     def pushing(name: str, peer: Peer, disk: Path) -> Contestant:
         return _contestant(peer, name, peer.push(disk, "A"), lambda: _fresh(peer))
@@ -209,18 +227,16 @@ def _push(bench: Bench, peers: dict[str, Peer], a: Path, zlib: Path, dense: Path
         [
             *(pushing(f"push_a_{peer.name}", peer, a) for peer in peers.values()),
             pushing("push_a_zlib_sf", sf, zlib),
-            pushing("push_dense_sf", sf, dense),
-            pushing("push_dense_restic", restic, dense),
+            _contestant(sf, "push_dense_sf", [*sf.push(dense, "A"), *_CUT], lambda: _fresh(sf)),
+            *([pushing("push_dense_restic", restic, dense)] if restic else []),
         ]
     )
     by = {m.name: m for m in found}
     ours = by["push_a_sf"]
-    bench.ratio("push_vs_restic", ours, by["push_a_restic"], at_most=0.45)
-    bench.ratio("push_vs_borg", ours, by["push_a_borg"])
-    bench.ratio("push_vs_casync64", ours, by["push_a_casync64"])
-    bench.ratio("push_vs_qemu", ours, by["push_a_qemu_zstd"], at_most=0.75)
+    _ratios(bench, "push", {name: by[f"push_a_{name}"] for name in peers}, restic=0.45, qemu=0.75)
     bench.ratio("push_zlib_vs_raw", by["push_a_zlib_sf"], ours, at_most=1.35)
-    bench.ratio("push_dense_vs_restic", by["push_dense_sf"], by["push_dense_restic"], at_most=0.6)
+    if restic:
+        bench.ratio("push_dense_vs_restic", by["push_dense_sf"], by["push_dense_restic"], at_most=0.6)
     bench.number("push_peak", ours.rss_mib, "MiB", at_most=400)
 
 
@@ -251,17 +267,14 @@ def _again_and_b(bench: Bench, peers: dict[str, Peer], disks: dict[str, Path], o
         return {m.name.removeprefix(f"{prefix}_"): m for m in found}
 
     if "again" in only:
-        again = onto_a("push_a_again", "A", "A-again")
-        bench.ratio("again_vs_restic", again["sf"], again["restic"], at_most=0.35)
-        bench.ratio("again_vs_borg", again["sf"], again["borg"])
+        _ratios(bench, "again", onto_a("push_a_again", "A", "A-again"), restic=0.35)
     if "b" in only:
-        after = onto_a("push_b", "B", "B")
-        bench.ratio("b_vs_restic", after["sf"], after["restic"], at_most=0.35)
-        bench.ratio("b_vs_borg", after["sf"], after["borg"])
+        _ratios(bench, "b", onto_a("push_b", "B", "B"), restic=0.35)
         added = {name: peer.size_bytes() - sizes[name] for name, peer in deduplicating.items()}
         for name, count in added.items():
             bench.number(f"b_new_bytes_{name}", count, "B")
-        bench.ratio("b_new_vs_casync16", added["sf"], added["casync16"], at_most=0.95)
+        if "casync16" in added:
+            bench.ratio("b_new_vs_casync16", added["sf"], added["casync16"], at_most=0.95)
     shutil.rmtree(kept)
 
 
@@ -280,8 +293,8 @@ def _whole(bench: Bench, peers: dict[str, Peer], disks: dict[str, Path]) -> None
             last = size
         sizes[peer.name] = last
         bench.number(f"whole_{peer.name}", last, "B")
-    best = min(size for name, size in sizes.items() if name != "sf")
-    bench.ratio("whole_vs_best_peer", sizes["sf"], best, at_most=0.95)
+    if peer_sizes := [size for name, size in sizes.items() if name not in ("sf", "former")]:
+        bench.ratio("whole_vs_best_peer", sizes["sf"], min(peer_sizes), at_most=0.95)
 
 
 def _extract(bench: Bench, peers: dict[str, Peer], disks: dict[str, Path]) -> None:
@@ -299,9 +312,7 @@ def _extract(bench: Bench, peers: dict[str, Peer], disks: dict[str, Path]) -> No
     found = {
         m.name.removeprefix("extract_a_"): m for m in bench.contest([pulling(p) for p in peers.values()])
     }
-    bench.ratio("extract_vs_borg", found["sf"], found["borg"], at_most=0.30)
-    bench.ratio("extract_vs_restic", found["sf"], found["restic"])
-    bench.ratio("extract_vs_qemu", found["sf"], found["qemu_zstd"], at_most=1.0)
+    _ratios(bench, "extract", found, borg=0.30, qemu=1.0)
     sf = peers["sf"]
     before = sf.size_bytes()
     bench.run(sf.push(disks["B"], "B"), env=sf.env)
