@@ -158,8 +158,11 @@ def moto(directory: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def rclone(directory: Path) -> Iterator[Server]:
-    """`rclone serve s3`: it ignores If-None-Match and answers 200, so it has no conditional writes."""
+def rclone(directory: Path, password: str = "") -> Iterator[Server]:
+    """`rclone serve s3`: it ignores If-None-Match and answers 200, so it has no conditional writes.
+
+    password: what it keeps is encrypted, names and contents (a crypt remote over the directory).
+    """
     command = tool("rclone")
     assert command is not None
     port = free_ports()
@@ -167,7 +170,13 @@ def rclone(directory: Path) -> Iterator[Server]:
     data.mkdir(parents=True, exist_ok=True)
     flags = ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", "--config", "/dev/null"]
     flags += ["--vfs-cache-mode", "off", "--no-checksum"]
-    server = Server([command, "serve", "s3", str(data), *flags], f"http://127.0.0.1:{port}")
+    told = {}
+    if password:
+        hidden = subprocess.run([command, "obscure", password], capture_output=True, text=True, check=True)
+        told = {"TYPE": "crypt", "REMOTE": str(data), "PASSWORD": hidden.stdout.strip()}
+    environment = {f"RCLONE_CONFIG_SECRET_{name}": value for name, value in told.items()}
+    served = "secret:" if password else str(data)
+    server = Server([command, "serve", "s3", served, *flags], f"http://127.0.0.1:{port}", environment)
     server.log = directory / "rclone.log"
     with _running(server):
         yield server
