@@ -1,5 +1,4 @@
 from .cluster.state_backup import back_up_state as back_up_state
-from .cluster.state_backup import newest_state as newest_state
 from .cluster.state_backup import restore_state as restore_state
 from .cluster.state_backup import state_backups as state_backups
 from .config import load as load

@@ -234,18 +234,39 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
     for uuid in doomed.values():
         api("DELETE", "instances", uuid)
     for name, uuid in doomed.items() if wait else ():
-        if not any(_gone(api, uuid) for _ in poll(120, 0.3)):
+        if not any(api("GET", "instances", uuid)["state"] == "deleted" for _ in poll(120, 0.3)):
             raise Problem(f"{name} is not gone after 120 s", hint=f"sf instance events {uuid}", code=TIMEOUT)
     say(f"{' '.join(names)} {'deleted' if wait else 'being deleted'}")
 
 
-def _gone(api: Api, uuid: str) -> bool:
-    try:
-        return bool(api("GET", "instances", uuid)["state"] == "deleted")
-    except Problem as error:
-        if error.code != MISSING:
-            raise
-        return True
+@instance.add(
+    "set", examples="sf instance set web --cpus 2 --memory 2G\nsf instance set db --disk 40G --disk vdb=200G"
+)
+@click.option("--cpus", type=click.IntRange(min=1))
+@click.option("--memory", type=MEBIBYTES, help="512M, 8G; a number: MiB.")
+@click.option(
+    "--disk", "disks", multiple=True, metavar="[DEVICE=]40G", help="Larger than it is; default: vda."
+)
+def set_(names: tuple[str, ...], cpus: int | None, memory: int | None, disks: tuple[str, ...]) -> None:
+    """Change guests: disks of one that runs grow at once, the rest counts from its next start on."""
+    if not (cpus or memory or disks):
+        raise click.UsageError("nothing to set")
+    pairs, api = [text.rpartition("=") for text in disks], Api()
+    sizes = {device or "vda": gigabytes(GIBIBYTES.convert(each, None, None)) for device, _, each in pairs}
+    for name in names:
+        memory_mib = memory and memory // 2**20
+        found = api("PATCH", "instances", name, cpus=cpus, memory=memory_mib, disks=sizes or None)
+        if found["power_state"] == "off":
+            say(f"{name} is off: it has what was set from its next start on")
+        elif cpus or memory:
+            say(f"{name} has its cpus and memory from its next start on (sf instance reboot {name} --hard)")
+
+
+@instance.add(examples="sf instance rename web www")
+@click.argument("new", metavar="NEW")
+def rename(name: str, new: str) -> None:
+    """Call a guest otherwise: for DNS at once, in the guest itself from its next start if it asks then."""
+    Api()("PATCH", "instances", name, name=new)
 
 
 def _power(word: str, path: str, text: str) -> None:

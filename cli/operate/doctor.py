@@ -41,12 +41,18 @@ def _state() -> Iterator[Line]:
     if not (path.parent / "installation.json").exists():
         yield WRONG, f"{path.parent}/installation.json is lost: no guest or network is known as ours", mend
     if where := settings().get("state_backup"):
-        from compute import load, newest_state
+        from compute import load, state_backups
 
-        mend, (made_s, now_s) = f"sf state backup {where}", newest_state(config := load(settings()))
-        late = now_s - made_s > 2 * config.state_backup_every_s
-        said = f"the newest backup of it in {where} is of {when(made_s) or 'never'}"
-        yield (WARNING, said, mend) if late else (OK, said, "")
+        made = next((made for made, _ in state_backups(where)), None)
+        late = (
+            not made or made.trouble or time.time() - made.made_s > 2 * load(settings()).state_backup_every_s
+        )
+        said = (
+            f"the newest backup of it is of {when(made.made_s)} {made.trouble}"
+            if made
+            else "it has no backup"
+        )
+        yield (WARNING, said, f"sf state backup {where}") if late else (OK, said, "")
 
 
 def _stores() -> Iterator[Line]:

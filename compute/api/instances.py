@@ -2,7 +2,8 @@
 
 import base64
 from collections import defaultdict
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -22,6 +23,7 @@ from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits, unreadable
 from compute.cluster.scheduler import create_instance as create
+from compute.cluster.scheduler import set_instance as change
 from compute.errors import Conflict, Invalid
 from compute.wire.spec import AGENT_CHANNEL
 from net import ipam, own_macs
@@ -84,6 +86,15 @@ class CreateBody(Body):
     configdrive: Literal["openstack-disk", "none"] | None = None
     metadata: dict[str, Any] | None = None
     side_channels: list[str] | None = None
+
+
+class SetBody(Body):
+    name: str | None = None
+    cpus: int | None = None
+    memory: int | None = Field(default=None, serialization_alias="memory_mib")
+    """MB."""
+    disks: dict[str, Annotated[int, Field(ge=1, le=2**20)]] | None = None
+    """Device: GB."""
 
 
 class PlugBody(Body):
@@ -196,6 +207,15 @@ def delete_instances(ctx: Ctx, body: DeleteAllBody) -> Response:
 def get_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
     item = ctx.find(Instance, ref, body.namespace if body else None)
     return ctx.show(item, _view(ctx, item))
+
+
+@router.patch("/instances/{ref}")
+def set_instance(ctx: Ctx, ref: str, body: SetBody) -> Response:
+    """Change what is given, leave the rest. Disks grow at once, the rest counts from the next start on."""
+    changes, config = body.model_dump(exclude_none=True, by_alias=True), ctx.services.config
+    limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
+    act = partial(change, changes=changes, limits=limits, usable=ctx.services.controller.nodes.usable())
+    return JSONResponse(_view(ctx, ctx.change(_find(ctx, ref), act)))
 
 
 @router.delete("/instances/{ref}")

@@ -4,15 +4,19 @@ CPUs are shared (`cpu_ratio` vCPUs per CPU), memory is not. Among the nodes with
 first, then the one with the most free memory; ties go by name, so that the same state always gives the same answer.
 """
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from compute.cluster.images.artifacts import GIB
 from compute.cluster.records import instances
 from compute.cluster.records.interfaces import Want
 from compute.cluster.records.nodes import Node, facts_of
-from compute.cluster.records.taken import Claims
+from compute.cluster.records.taken import Claims, claim
 from compute.cluster.records.transaction import Transaction
-from compute.errors import NoCapacity, NotFound
+from compute.errors import Conflict, Invalid, NoCapacity, NotFound
+from compute.wire.spec import Power
 from imagestore import Digest, Store, StoreError
 
 
@@ -134,3 +138,33 @@ def create_instance(
         holders=[n.name for n in txn.list(Node) if (f := facts_of(n)) and images <= set(f.images)],
     )
     return instances.create_instance(txn, replace(instance, node=node), wants)
+
+
+def set_instance(
+    txn: Transaction, uuid: str, changes: Mapping[str, Any], *, limits: Limits, usable: Mapping[str, str]
+) -> instances.Instance:
+    """Change fields of its record; `disks` is device → GB. Its node must have the room for what is more.
+
+    Raises Conflict (a name that is taken, less than a guest that is not off may have now), Invalid, NoCapacity.
+    """
+    found = instances.created(txn, uuid)
+    disks = {disk.device: disk for disk in found.disks}
+    for device, size in changes.get("disks", {}).items():
+        known = disks.get(device)
+        if known is None or size * GIB < known.size_bytes:
+            hint = f"a disk only grows; sf instance show {found.name} has their sizes"
+            raise Invalid(f"{found.name} has no disk {device[:40]!r} that could have {size} GB", hint=hint)
+        disks[device] = replace(known, size_bytes=size * GIB)
+    now = replace(found, **{**changes, "disks": tuple(disks.values())}, updated_s=time.time())
+    instances.check(now, ())
+    if now.name != found.name:
+        instances.rename(txn, found, now.name)
+    more = now.cpus - found.cpus, now.memory_mib - found.memory_mib
+    if min(more) < 0 and (found.power, found.power_state) != (Power.OFF, "off"):
+        raise Conflict(f"{found.name} gets less only while it is off", hint=f"sf instance stop {found.name}")
+    if max(more) > 0:
+        place(rooms(txn, usable), max(0, more[0]), max(0, more[1]), limits=limits, wanted=found.node)
+    claim(txn, found.node, *more)
+    txn.update(now)
+    txn.event(instances.Instance.KIND, uuid, f"set: {dict(changes)}", type="audit")
+    return now

@@ -169,7 +169,7 @@ def restore_state(state_dir: Path, where: str, name: str = "") -> Backup:
     if not found:
         raise NotFound(f"{where} keeps no state {name}".strip(), hint=f"sf state check {where}")
     if len({made.installation for made, _ in found if made.installation}) > 1:
-        raise Conflict(f"{where} keeps states of several installations", hint="name one: --from NAME")
+        raise Conflict(f"{where} keeps states of several installations", hint="--from NAME")
     made, data = _sound(found[0][0]), found[0][1]
     place = state_dir / ".restore"
     shutil.rmtree(place, ignore_errors=True)
@@ -177,11 +177,13 @@ def restore_state(state_dir: Path, where: str, name: str = "") -> Backup:
     with _opened(data) as (copy, files):
         if (own := state_dir / _IDENTITY).exists() and own.read_bytes() != files[_IDENTITY]:
             place.rmdir()
-            hint = "restore into an empty SF_STATE_DIR"
-            raise Conflict(f"{state_dir} is another installation than {made.name}", hint=hint)
+            raise Conflict(
+                f"{state_dir} is of another installation than {made.name}", hint="use an empty one"
+            )
         durable.write(place / "sf.db", copy.serialize())
     with closing(SqliteStore(place / "sf.db")) as store:
-        transact(store, lambda txn: _begin(txn, f"the state was restored from {made.name}"))
+        nodes = [node.name for node in Transaction(store).list(Node) if node.state != "deleted"]
+        transact(store, lambda txn: begin(txn, nodes, f"the state was restored from {made.name}"))
     for file, content in files.items():
         path = state_dir / file
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -192,10 +194,6 @@ def restore_state(state_dir: Path, where: str, name: str = "") -> Backup:
     durable.sync(state_dir)
     shutil.rmtree(place)
     return made
-
-
-def _begin(txn: Transaction, why: str) -> None:
-    begin(txn, [node.name for node in txn.list(Node) if node.state != "deleted"], why)
 
 
 def _keep_aside(old: Path) -> None:
@@ -218,26 +216,20 @@ async def keep(store: StateStore, config: Config, node: str) -> None:
         words = await asyncio.to_thread(_when_due, config)
         if words not in ("", said):
             said = words
-            event = partial(Transaction.event, kind=Node.KIND, owner=node, message=words)
+            note = partial(Transaction.event, kind=Node.KIND, owner=node, message=words)
             with suppress(ComputeError):
-                await asyncio.to_thread(transact, store, event, node)
+                await asyncio.to_thread(transact, store, note, node)
         await asyncio.sleep(_LOOK_S)
-
-
-def newest_state(config: Config) -> tuple[float, float]:
-    """When the newest was made (0 for never) and what time it is, by the clock of the configured store."""
-    with _store(config.state_backup, create=True) as store:
-        assert store
-        newest = _own(store, config.state_dir)[:1]
-        return newest[0].modified_s if newest else 0.0, store.backend.now()
 
 
 def _when_due(config: Config) -> str:
     """What became of it, in words; "" if there was nothing to do."""
     try:
-        newest_s, now_s = newest_state(config)
-        if now_s - newest_s < config.state_backup_every_s:
-            return ""
+        with _store(config.state_backup, create=True) as store:
+            newest = _own(store, config.state_dir)[:1] if store else []
+            due_s = sum(stat.modified_s for stat in newest) + config.state_backup_every_s
+            if store and store.backend.now() < due_s:
+                return ""
         made = back_up_state(config.state_dir, config.state_backup, config.state_backup_keep)
         return f"the state was backed up: {made.name}"
     except (ComputeError, StoreError, OSError, sqlite3.Error) as err:

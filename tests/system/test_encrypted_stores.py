@@ -13,7 +13,7 @@ from tests import servers
 
 SECRET = os.urandom(4096)  # no compression hides it
 
-# In a mount namespace of its own, an ext4 with encryption (fscrypt, linux/fscrypt.h): policy version 2 on one directory.
+# In a mount namespace of its own, an ext4 with encryption (linux/fscrypt.h): policy version 2 on one directory.
 FSCRYPT = """
 import fcntl, os, struct, subprocess, sys
 ADD, SET = 0xC0506617, 0x800C6613

@@ -98,8 +98,17 @@ class Disks:
             if disk.image:
                 await self._host.images.gone(self._reader(disk.device))
 
+    async def grow(self, spec: InstanceSpec) -> None:
+        """As large as they are to be by now. Never while something else is done to them."""
+        for disk in spec.disks:
+            size = disk.size_bytes // 512 * 512
+            if overlay.virtual_size(self.overlay(disk.device)) < size:
+                await self._host.do(self._host.hypervisor.grow_disk, self._uuid, disk.device, size)
+                self._event(f"{disk.device} has {disk.size_bytes / 2**30:.4g} GiB now")
+
     async def move(self, spec: InstanceSpec) -> None:
         """Move running disks to second overlays over raw files, once those are complete and if it costs little."""
+        await self.grow(spec)
         for device in self._held.now.served:
             await self._move(device, next((d.image for d in spec.disks if d.device == device), ""))
 

@@ -274,6 +274,7 @@ class Guest:
             self._up = False
             await host.do(hypervisor.start_paused, uuid)
             await self._disks.hold(disks)
+            await self._disks.grow(spec)
             await self._taps.adopt(self.networks)
             if self.spec.power is Power.ON:
                 await host.do(hypervisor.resume, uuid)

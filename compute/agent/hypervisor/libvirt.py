@@ -259,8 +259,7 @@ class Hypervisor:
     def xml(self, uuid: str) -> str:
         """The live XML, or the defined one of a domain that is off."""
         with self._domain(uuid) as found:
-            text: str = found.XMLDesc()
-        return text
+            return str(found.XMLDesc())
 
     def attach(self, uuid: str, device_xml: str) -> None:
         """Hot-plug (10 ms)."""
@@ -302,12 +301,8 @@ class Hypervisor:
                 "read-only": True, "reconnect-delay": reconnect_s, "open-timeout": 30,
             },
         )  # fmt: skip
-        overlay: dict[str, Any] = {
-            "driver": "qcow2",
-            "node-name": file.replace("storage", "format"),
-            "file": file,
-        }
-        overlay |= {"backing": node, "read-only": False, "discard": "unmap"}
+        overlay: dict[str, Any] = {"driver": "qcow2", "node-name": file.replace("storage", "format")}
+        overlay |= {"file": file, "backing": node, "read-only": False, "discard": "unmap"}
         overlay["cache"] = {"direct": True, "no-flush": False}
         self.qmp(uuid, "blockdev-reopen", options=[overlay])
 
@@ -336,6 +331,11 @@ class Hypervisor:
                     found.blockJobAbort(disk.device)
                     raise Refused(f"moving {disk.device} did not end within {_MOVE_S:.0f} s")
                 time.sleep(0.01)
+
+    def grow_disk(self, uuid: str, device: str, size_bytes: int) -> None:
+        """Make a running guest's disk larger, which it sees at once."""
+        with self._domain(uuid) as found:
+            found.blockResize(device, size_bytes, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
     def stop_moving(self, uuid: str, device: str) -> None:
         """End a move that somebody began and did not end; nothing if there is none."""

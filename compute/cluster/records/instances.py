@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from compute.cluster.records import epochs
 from compute.cluster.records.interfaces import Interface, Want, attach, detach, interfaces_on
-from compute.cluster.records.networks import find_network
+from compute.cluster.records.networks import Network, find_network
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, claim, take_name
 from compute.cluster.records.transaction import Transaction
@@ -119,13 +119,26 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
 
 
 def _attach(txn: Transaction, instance: Instance, order: int, want: Want) -> Interface:
-    """Two names that differ in case alone are one name for DNS."""
-    network, name = find_network(txn, want.network), instance.name.lower()
+    network = find_network(txn, want.network)
+    _check_dns(txn, network, instance)
+    return attach(txn, network, instance.uuid, instance.namespace, order, want)
+
+
+def _check_dns(txn: Transaction, network: Network, instance: Instance) -> None:
+    """Two names that differ in case alone are one name for DNS. Raises Conflict."""
+    name = instance.name.lower()
     others = {i.instance_uuid for i in interfaces_on(txn, network.uuid)} - {instance.uuid}
     if network.provide_dns and any(i.uuid in others and i.name.lower() == name for i in txn.list(Instance)):
         hint = "choose another name, or a network without DNS"
         raise Conflict(f"network {network.name} has a guest that DNS knows as {name}", hint=hint)
-    return attach(txn, network, instance.uuid, instance.namespace, order, want)
+
+
+def rename(txn: Transaction, found: Instance, name: str) -> None:
+    """Make another name its own. Raises Conflict."""
+    take_name(txn, Instance.KIND, found.namespace, name, found.uuid)
+    txn.delete(Taken, f"{Instance.KIND}/{found.namespace}/{found.name}")
+    for interface in interfaces_of(txn, found.uuid):
+        _check_dns(txn, txn.get(Network, interface.network_uuid), replace(found, name=name))
 
 
 def interfaces_of(txn: Transaction, instance_uuid: str) -> list[Interface]:
@@ -159,15 +172,21 @@ def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = Fals
     txn.event(Instance.KIND, found.uuid, "state is deleted")
 
 
-def power(txn: Transaction, uuid: str, verb: str) -> Instance:
-    """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict, Unavailable."""
-    epochs.check(txn)
+def created(txn: Transaction, uuid: str) -> Instance:
+    """One that can be changed. Raises NotReady, Conflict."""
     found = txn.get(Instance, uuid)
     if found.state in _BUSY:
         raise NotReady(f"instance {found.name} is {found.state}", hint="wait until it is created")
     if found.state != InstanceState.CREATED:
         hint = "delete it and create it anew" if found.state == InstanceState.ERROR else ""
         raise Conflict(f"instance {found.name} is in state {found.state}", hint=hint)
+    return found
+
+
+def power(txn: Transaction, uuid: str, verb: str) -> Instance:
+    """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict, Unavailable."""
+    epochs.check(txn)
+    found = created(txn, uuid)
     if verb == "pause" and found.power == Power.OFF:
         raise Conflict(f"instance {found.name} is off", hint="power it on first")
     if verb in ("rebootsoft", "reboothard"):
@@ -187,12 +206,8 @@ def power(txn: Transaction, uuid: str, verb: str) -> Instance:
 
 def add_interface(txn: Transaction, uuid: str, want: Want) -> Interface:
     """Give the instance one more interface; its agent plugs it in. Raises NotReady, Conflict, NoCapacity, Invalid."""
-    found = txn.get(Instance, uuid)
+    found = created(txn, uuid)
     check_model(want.model)
-    if found.state in _BUSY:
-        raise NotReady(f"instance {found.name} is {found.state}", hint="wait until it is created")
-    if found.state != InstanceState.CREATED:
-        raise Conflict(f"instance {found.name} is in state {found.state}")
     held = interfaces_of(txn, uuid)
     if len(held) >= _MAX_INTERFACES:
         raise NoCapacity(f"instance {found.name} has {_MAX_INTERFACES} interfaces already")
