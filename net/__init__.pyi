@@ -3,10 +3,13 @@ from . import ipam as ipam
 from .doctor import Finding as Finding
 from .doctor import describe as describe
 from .errors import NetError as NetError
+from .kernel.netns import listening as listening
 from .plan.model import Network as Network
 from .plan.model import NodeNetworks as NodeNetworks
 from .plan.model import Peer as Peer
 from .plan.model import Port as Port
+from .plan.model import Published as Published
+from .plan.names import VXLAN_PORT as VXLAN_PORT
 from .plan.names import namespace as namespace
 from .plan.names import own_macs as own_macs
 from .plan.names import port_mac as port_mac

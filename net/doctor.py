@@ -9,7 +9,7 @@ from net.plan import names
 from net.plan.facts import Admission, Dnsmasq, Entry, Kind, Link, Observed
 from net.plan.model import NodeNetworks
 from net.plan.plan import Action, Space, Transaction, Verb, plan
-from net.plan.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, tap_name
+from net.plan.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, published, tap_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,9 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
             if facts and port.node == desired.node and tap_name(desired, port) not in facts.links:
                 text = f"{port.hostname or port.uuid} has no tap here: its guest is off, or not started yet"
                 findings.append(Finding(network.name, text))
+    told = published(desired, observed)[1]
+    findings += [Finding("", text, "stop that server, or publish another port") for text in told]
+    for network in desired.networks:
         if observed.mtu_bytes and meshed:
             room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
             if network.mtu_bytes > room:

@@ -17,7 +17,7 @@ from net.errors import Conflict, Failed, Invalid, NetError
 from net.kernel import dnsmasq, netns, taps
 from net.kernel.netns import NetlinkError, Netns
 from net.kernel.observe import observe
-from net.plan import names, nft
+from net.plan import names, nft, ruleset
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
@@ -161,7 +161,7 @@ class Plane:
         """Dropped frames by tap and reason (net.nft.REASONS)."""
         with self._lock, Netns(self.namespace(network)) as space:
             table = f"bridge {names.table(self.installation)}"
-            counted = nft.counts(space.nft(f"list counters table {table}", json=True))
+            counted = ruleset.counts(space.nft(f"list counters table {table}", json=True))
         found: dict[str, dict[str, int]] = {}
         for name, packets in counted.items():
             tap, _, reason = name.rpartition("-")
@@ -176,14 +176,14 @@ class Plane:
     def _pin(self, space: Netns, network: Network, port: Port, tap: str) -> None:
         """This port's filters, where the last apply did not know the port yet."""
         own = nft.ports_table(self.installation, network, {tap: port})
-        have = nft.parse(space.nft(f"list table bridge {own.name}", json=True))["bridge", own.name]
+        have = ruleset.parse(space.nft(f"list table bridge {own.name}", json=True))["bridge", own.name]
         both = replace(
             have.elements[nft.TAPS], items=have.elements[nft.TAPS].items | own.elements[nft.TAPS].items
         )
         chains, counters = {**have.chains, **own.chains}, have.counters | own.counters
         want = replace(own, chains=chains, elements={nft.TAPS: both}, counters=counters)
         if want != have:
-            space.nft(nft.script(want, have))
+            space.nft(ruleset.script(want, have))
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         """One namespace after the other; what fails in one does not hinder the others."""
@@ -240,7 +240,7 @@ class Plane:
             case Transaction() as item:
                 space.nft(item.commands)
             case Admission() as item:
-                space.nft(nft.admit(item) if add else nft.dismiss(item))
+                space.nft(ruleset.admit(item) if add else ruleset.dismiss(item))
             case Space():
                 space.raise_loopback()
             case Dnsmasq() if not add:

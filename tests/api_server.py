@@ -86,6 +86,9 @@ class PlayedAgent:
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
         return [f"PING {address}", "3 packets transmitted"], []
 
+    async def listening(self) -> list[tuple[str, int]]:
+        return [("tcp", 9999)]
+
     async def doctor(self) -> list[tuple[str, str, str]]:
         return [("lan", "the bridge is missing", ""), ("other", "x", ""), ("", "ufw drops", "allow it")]
 

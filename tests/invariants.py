@@ -4,7 +4,7 @@ from collections import Counter
 
 from compute.cluster.records.addresses import FLOATING, Ipam
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.interfaces import Interface, published_names
 from compute.cluster.records.networks import Network
 from compute.cluster.records.taken import Claims, Taken
 from compute.cluster.records.transaction import Transaction
@@ -37,11 +37,14 @@ def check(store: StateStore) -> None:
     assert set(floats) == ({str(a) for a in floating.held} if floating else set())
 
     names = {
-        t.name: t.owner for t in read.list(Taken) if t.name.split("/")[0] in ("instance", "network", "vni")
+        t.name: t.owner
+        for t in read.list(Taken)
+        if t.name.split("/")[0] in ("instance", "network", "vni", "published")
     }
     wanted = {f"instance/{i.namespace}/{i.name}": i.uuid for i in instances.values()}
     wanted |= {f"network/{n.namespace}/{n.name}": n.uuid for n in networks.values()}
     wanted |= {f"vni/{n.vni}": n.uuid for n in networks.values()}
+    wanted |= {name: i.uuid for i in interfaces for name in published_names(i.published)}
     assert names == wanted
 
     for claims in read.list(Claims):

@@ -47,8 +47,8 @@ FIELDS = (
 
 
 def _interface(link: Row) -> str:
-    floating = f", from outside {link['floating']}" if link.get("floating") else ""
-    return f"{link['ipv4']} {link.get('macaddr')}{floating}"
+    outside = [*filter(None, [link.get("floating")]), *(link.get("published") or ())]
+    return f"{link['ipv4']} {link.get('macaddr')}{', from outside ' if outside else ''}{' '.join(outside)}"
 
 
 def _disk(disk: Row) -> str:
@@ -89,6 +89,7 @@ def _links(row: Row) -> list[Object]:
 )
 @click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], or a disk image's file.")
 @click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated.")
+@click.option("--publish", "ports", multiple=True, metavar="8080:80[/udp]", help="On the first network.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; a number: MiB.")
 @click.option(
@@ -131,7 +132,14 @@ def create(name: str, form: str, **given: Any) -> None:
         "metadata": dict(label.partition("=")[::2] for label in given["labels"]) or None,
     }
     body["network"] = [attachment(api, text) for text in given["networks"]]
+    if given["ports"] and not body["network"]:
+        raise Problem("ports are published for a network", hint="--network NAME", code=USAGE)
     made = api("POST", "instances", **body)
+    for ports in given["ports"]:
+        try:
+            api("POST", "interfaces", made["interfaces"][0]["uuid"], "publish", ports=ports)
+        except Problem as error:
+            raise Problem(f"{name} is created, but {error}", hint=error.hint, code=error.code) from error
     if not body["network"]:
         say(f"{name} has no network: nobody will reach it but by its console (--network NAME)")
     elif not body["ssh_key"] and not body["user_data"]:
@@ -310,12 +318,33 @@ def float_(name: str, which: str, form: str, undo: bool) -> None:
     show_one(made, (*LINKS, ("floating", "floating")), form, name="uuid")
 
 
-def _link(name: str, which: str) -> str:
-    """The uuid of a guest's interface."""
+@instance.add(
+    examples="""sf instance publish web 8080:80
+    sf instance publish dns 53:53/udp --interface 10.42.0.9
+    sf instance publish web 8080:80 --undo"""
+)
+@click.argument("ports", metavar="OUTER:INNER[/udp]")
+@click.option("--interface", metavar="ADDRESS|MAC|UUID", help="Where a guest has more than one.")
+@click.option("--undo", is_flag=True, help="Lead the ports there no more.")
+def publish(name: str, ports: str, form: str, interface: str | None, undo: bool) -> None:
+    """Make ports of a guest reachable at the addresses of the node that routes its network.
+
+    Ranges are FIRST-LAST:FIRST-LAST. Refused are ports on which that node listens, and those that lead elsewhere.
+    """
+    verb = "DELETE" if undo else "POST"
+    made = Api()(verb, "interfaces", _link(name, interface), "publish", ports=ports)
+    show_one(made, (*LINKS, ("published", "published")), form, name="uuid")
+
+
+def _link(name: str, which: str | None) -> str:
+    """The uuid of a guest's interface; None for its only one."""
     links = Api()("GET", "instances", name, "interfaces")
-    uuids = [str(link["uuid"]) for link in links if which in (link["uuid"], link["ipv4"], link["macaddr"])]
+    uuids = [
+        str(link["uuid"]) for link in links if which in (None, link["uuid"], link["ipv4"], link["macaddr"])
+    ]
     if len(uuids) != 1:
-        raise Problem(f"{name} has no interface {which}", hint=f"sf instance show {name}", code=MISSING)
+        which = f"no interface {which}" if which else f"{len(uuids)} interfaces, and --interface names none"
+        raise Problem(f"{name} has {which}", hint=f"sf instance show {name}", code=MISSING)
     return uuids[0]
 
 

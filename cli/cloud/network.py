@@ -34,9 +34,10 @@ network = Group("network", needs=API, help="Virtual networks for guests.")
 
 
 def _interface(interface: Row) -> str:
-    floating = f"floating {interface['floating']}" if interface.get("floating") else ""
+    floating = f" floating {interface['floating']}" if interface.get("floating") else ""
+    ports = f" published {' '.join(interface['published'])}" if interface.get("published") else ""
     guest = interface.get("instance_uuid") or ""
-    return f"{interface.get('ipv4')} {interface.get('macaddr')} {guest} {floating}"
+    return f"{interface.get('ipv4')} {interface.get('macaddr')} {guest}{floating}{ports}"
 
 
 @network.add(

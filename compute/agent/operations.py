@@ -8,7 +8,7 @@ from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Plane
 from compute.errors import NotFound
 from compute.wire.operations import NodeOperations
-from net import NodeNetworks
+from net import NodeNetworks, listening
 
 _PINGS = 8
 """At once: each is a process, and tenants ask for them."""
@@ -42,6 +42,9 @@ class Operations(NodeOperations):
         async with self._plane_lock:
             found = await asyncio.to_thread(self._plane.doctor, self.networks)
         return [(one.network, one.text, one.fix) for one in found]
+
+    async def listening(self) -> list[tuple[str, int]]:
+        return sorted(await asyncio.to_thread(listening))
 
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
         networks = self.networks.networks if self.networks else ()

@@ -1,5 +1,6 @@
 """/networks and /interfaces."""
 
+import asyncio
 from ipaddress import IPv4Network
 
 from fastapi import APIRouter
@@ -9,7 +10,7 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.cluster.records import interfaces
+from compute.cluster.records import interfaces, published
 from compute.cluster.records import networks as acts
 from compute.cluster.records.addresses import parse_address
 from compute.cluster.records.instances import remove_interface
@@ -47,6 +48,17 @@ class DnsBody(Body):
 
 class DnsNameBody(Body):
     name: str
+
+
+class PublishBody(Body):
+    ports: str
+
+
+def _router(network: Network) -> str:
+    """The node that routes it. Raises Unavailable."""
+    if not network.router_node:
+        raise Unavailable(f"network {network.name} has no router at this moment")
+    return network.router_node
 
 
 def _find(ctx: Context, ref: str) -> Network:
@@ -140,11 +152,8 @@ async def ping(ctx: Ctx, ref: str, address: str) -> Response:
     target = parse_address(address)
     if target not in IPv4Network(known.netblock):
         raise Invalid(f"{target} is not in {known.netblock}")
-    if not known.router_node:
-        raise Unavailable(f"network {known.name} has no router at this moment")
-    stdout, stderr = await ctx.services.controller.nodes.operations(known.router_node).ping(
-        known.uuid, str(target)
-    )
+    node = ctx.services.controller.nodes.operations(_router(known))
+    stdout, stderr = await node.ping(known.uuid, str(target))
     return JSONResponse({"stdout": stdout, "stderr": stderr})
 
 
@@ -201,6 +210,26 @@ def float_interface(ctx: Ctx, ref: str) -> Response:
 @router.post("/interfaces/{ref}/defloat")
 def defloat_interface(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), interfaces.defloat_interface)))
+
+
+@router.post("/interfaces/{ref}/publish")
+async def publish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
+    """Lead ports of the router node's own addresses to it: `8080:80`, `53:53/udp`, `9000-9009:9000-9009`."""
+    wanted, found = published.parse(body.ports), _interface(ctx, ref)
+    node = _router(ctx.read().get(Network, found.network_uuid))
+    used = await ctx.services.controller.nodes.operations(node).listening()
+
+    def act(txn: Transaction, uuid: str) -> Interface:
+        return published.publish(txn, uuid, wanted, listening=used, admin=ctx.caller.admin)
+
+    return JSONResponse(views.interface(await asyncio.to_thread(ctx.change, found, act)))
+
+
+@router.delete("/interfaces/{ref}/publish")
+def unpublish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
+    wanted = published.parse(body.ports)
+    changed = ctx.change(_interface(ctx, ref), lambda txn, uuid: published.unpublish(txn, uuid, wanted))
+    return JSONResponse(views.interface(changed))
 
 
 add_metadata(router, "/networks/{ref}", _find)

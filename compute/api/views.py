@@ -44,6 +44,7 @@ def interface(item: Interface) -> Json:
         ipv4=item.address,
         order=item.order,
         floating=item.floating or None,
+        published=[str(each) for each in item.published],
         model=item.model,
     )
 

@@ -195,6 +195,7 @@ def _network(
                 node=alive[port.instance_uuid].node,
                 tap=tap(installation, port.uuid) if alive[port.instance_uuid].node == node else "",
                 floating=IPv4Address(port.floating) if port.floating else None,
+                published=port.published,
             )
             for port in sorted(ports, key=lambda p: p.uuid)
         ),

@@ -31,6 +31,10 @@ class NodeOperations(Protocol):
         """Standard output and error of a ping from inside the network: three packets, at most five seconds."""
         ...
 
+    async def listening(self) -> list[tuple[str, int]]:
+        """(tcp or udp, port) on which the node's own servers listen."""
+        ...
+
     async def doctor(self) -> list[tuple[str, str, str]]:
         """What of the node's networks is not as desired: (network's name or "", what is wrong, how to mend it)."""
         ...

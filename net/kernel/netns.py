@@ -26,7 +26,7 @@ from net.errors import Failed
 from net.kernel import libnft, rtnetlink
 from net.plan import names
 from net.plan.facts import Entry, Kind, Link
-from net.plan.nft import VXLAN_PORT
+from net.plan.names import VXLAN_PORT
 
 DIRECTORY = Path("/run/netns")
 """Where ip-netns(8) looks for them."""
@@ -94,6 +94,17 @@ def announce(dev: str, address: str) -> None:
         mac, ip = raw.getsockname()[4], IPv4Address(address).packed
         arp = struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, ip, b"\0" * 6, ip)
         raw.send(b"\xff" * 6 + mac + b"\x08\x06" + arp)
+
+
+def listening() -> frozenset[tuple[str, int]]:
+    """(protocol, port) on which something of the calling thread's namespace listens (proc(5), /proc/net/tcp)."""
+    found = set()
+    for name, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+        with suppress(FileNotFoundError):
+            lines = Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]
+            words = (line.split() for line in lines)
+            found |= {(name[:3], int(word[1].rpartition(":")[2], 16)) for word in words if word[3] == state}
+    return frozenset(found)
 
 
 class Netns:

@@ -9,7 +9,7 @@ from pathlib import Path
 from net.errors import Failed
 from net.kernel import dnsmasq, netns
 from net.kernel.netns import Netns
-from net.plan import names, nft
+from net.plan import names, nft, ruleset
 from net.plan.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed, Rule
 from net.plan.target import FORWARD, SYSCTLS
 
@@ -44,11 +44,11 @@ def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
     deterministic = (names.bridge(vni), names.vxlan(vni), names.uplink(vni))
     links = _ours(installation, space.links().values(), deterministic)
     own = names.table(installation)
-    ruleset = nft.parse(space.nft("list ruleset", json=True))
+    read = ruleset.parse(space.nft("list ruleset", json=True))
     return Facts(
         links=links,
         entries=frozenset(e for e in space.entries(SYSCTLS) if e.dev in links or not e.dev),
-        tables={family: table for (family, name), table in ruleset.items() if name == own},
+        tables={family: table for (family, name), table in read.items() if name == own},
         dnsmasq=settings,
     )
 
@@ -60,8 +60,8 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     entries = list(host.entries((FORWARD,)))
     table = names.table(installation)
     tables = {}
-    if ("inet", table) in nft.parse(host.nft("list tables", json=True)):
-        tables["inet"] = nft.parse(host.nft(f"list table inet {table}", json=True))["inet", table]
+    if ("inet", table) in ruleset.parse(host.nft("list tables", json=True)):
+        tables["inet"] = ruleset.parse(host.nft(f"list table inet {table}", json=True))["inet", table]
     floating = tables["inet"].elements.get(nft.FLOATING) if tables else None
     answered = {address for address, _ in floating.items} if floating else set()
     own = [e for e in entries if e.kind is Kind.SYSCTL or (e.dev in links and e.kind in _OURS_ON_HOST)]
@@ -82,6 +82,7 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
         mtu_bytes=carrier.mtu_bytes if carrier else 0,
         resolvers=dnsmasq.upstream(),
         foreign=tuple(foreign),
+        listening=netns.listening(),
     )
 
 

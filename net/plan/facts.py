@@ -172,3 +172,5 @@ class Observed:
     resolvers: tuple[IPv4Address, ...] = ()
     """The host's upstream DNS servers without loopback."""
     foreign: tuple[ForeignChain, ...] = ()
+    listening: frozenset[tuple[str, int]] = frozenset()
+    """(protocol, port) of the host's own servers."""

@@ -5,6 +5,24 @@ from ipaddress import IPv4Address, IPv4Network
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """`count` ports of the router node's own addresses, from `port` on, that lead to a guest's from `to_port` on."""
+
+    protocol: str
+    """tcp or udp."""
+    port: int
+    to_port: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        ends = (
+            ("", "") if self.count == 1 else (f"-{at + self.count - 1}" for at in (self.port, self.to_port))
+        )
+        first, last = ends
+        return f"{self.port}{first}:{self.to_port}{last}/{self.protocol}"
+
+
+@dataclass(frozen=True, slots=True)
 class Port:
     """One NIC of one guest on a network, wherever in the cluster it is."""
 
@@ -20,6 +38,7 @@ class Port:
     """Name of the tap device (at most 15 characters) when the port is on this node, else ""."""
     floating: IPv4Address | None = None
     """The 1:1 address from the floating pool, applied on the network's router."""
+    published: tuple[Published, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +71,7 @@ class Network:
     def leads_out(self, port: Port) -> bool:
         """Whether the router takes what this port sends anywhere else."""
         routed = any(via == port.address for _, via in self.routed)
-        return self.provide_nat or routed or port.floating is not None
+        return self.provide_nat or routed or port.floating is not None or bool(port.published)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from net.errors import Invalid
 
+VXLAN_PORT = 4789
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _INSTALLATION = re.compile(r"[0-9a-f]{8}")
 

@@ -1,27 +1,26 @@
-"""Firewall rules as values: what our tables must hold, what they hold, and the transaction that leads there.
+"""Firewall rules as values: what our tables must hold.
 
-Everything here is pure; net/kernel/libnft.py runs the text. Three tables, all named after the installation:
+Everything here is pure; net/plan/ruleset.py makes text of it. Three tables, all named after the installation:
 
     bridge  in each network's namespace: a chain per tap that pins the guest to its addresses
     inet    in each network's namespace: the router's filter and NAT
     inet    in the host's namespace: what uplinks may reach, NAT to the world, who may send us VXLAN
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
 
 from net.plan import names
 from net.plan.facts import Admission, Chain, Elements, ForeignChain, Hook, Rule, Table
 from net.plan.model import Network, Port
+from net.plan.names import VXLAN_PORT
 
-VXLAN_PORT = 4789
 REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other")
 """Why a guest's frame was dropped: one counter each per tap."""
 
 TAPS = "taps"
 FLOATING = "floating"
+PUBLISHED = "published"
 _UNREACHABLE = "{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3 }"
 
 
@@ -29,12 +28,17 @@ def _chain(name: str, hook: Hook | None, rules: Iterable[str]) -> tuple[str, Cha
     return name, Chain(name, hook, tuple(map(Rule.of, rules)))
 
 
-def _set(values: Iterable[object]) -> str:
+def braces(values: Iterable[object]) -> str:
     return "{ " + ", ".join(map(str, values)) + " }"
 
 
 def _map(pairs: Iterable[tuple[object, object]]) -> str:
     return "{ " + ", ".join(f"{key} : {value}" for key, value in pairs) + " }"
+
+
+def key_of(protocol: str, port: int) -> str:
+    """An element of PUBLISHED."""
+    return f"{protocol} . {port}"
 
 
 def link_local(mac: str) -> IPv6Address:
@@ -48,7 +52,7 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
     def drop(match: str, reason: str) -> str:
         return f'{match} counter name "{tap}-{reason}" drop'
 
-    own, local = _set(addresses), link_local(mac)
+    own, local = braces(addresses), link_local(mac)
     yield drop(f"ether saddr != {mac}", "mac")
     # The way of nearly every packet; DHCP and VXLAN are UDP. A tagged frame has another type.
     yield f"ether type ip ip saddr {own} ip protocol != udp accept"
@@ -56,7 +60,7 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
     # The sender address 0.0.0.0 is a probe for a duplicate (RFC 5227).
     yield (
         f"ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether {mac}"
-        f" arp saddr ip {_set([*addresses, IPv4Address(0)])} accept"
+        f" arp saddr ip {braces([*addresses, IPv4Address(0)])} accept"
     )
     yield drop("ether type arp", "arp")
     # A DHCP server goes by the MAC inside the message (RFC 2131, chaddr: byte 36 behind the start of the UDP header),
@@ -69,7 +73,7 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
     yield drop("ether type ip udp sport 67", "dhcp")
     yield drop(f"ether type ip udp dport {VXLAN_PORT}", "vxlan")
     yield "ether type ip accept"
-    yield drop(f"ether type ip6 ip6 saddr != {_set(['::', local])}", "ipv6")
+    yield drop(f"ether type ip6 ip6 saddr != {braces(['::', local])}", "ipv6")
     yield drop("ether type ip6 icmpv6 type { nd-router-advert, nd-redirect }", "ra")
     # nft before 1.0.8 has no word for the target address of a neighbour advertisement.
     yield drop(f"ether type ip6 icmpv6 type nd-neighbor-advert @th,64,128 != 0x{int(local):032x}", "ipv6")
@@ -125,11 +129,11 @@ def router_table(installation: str, network: Network, inside: IPv4Address | None
         if network.provide_nat:
             through.append(f'iifname "{br}" oifname "{up}" ip saddr {block} accept')
         if own := [*(a for a, _ in floating), *routed]:
-            through.append(f'iifname "{br}" oifname "{up}" ip saddr {_set(own)} accept')
+            through.append(f'iifname "{br}" oifname "{up}" ip saddr {braces(own)} accept')
         through.append(f'iifname "{up}" oifname "{br}" ct status dnat accept')
         if routed:
-            through.append(f'iifname "{up}" oifname "{br}" ip daddr {_set(routed)} accept')
-            after.append(f'oifname "{up}" ip saddr {_set(routed)} accept')
+            through.append(f'iifname "{up}" oifname "{br}" ip daddr {braces(routed)} accept')
+            after.append(f'oifname "{up}" ip saddr {braces(routed)} accept')
         if floating:
             outward = _map(floating)
             before.append(f"dnat ip to ip daddr map {_map((f, a) for a, f in floating)}")
@@ -137,6 +141,12 @@ def router_table(installation: str, network: Network, inside: IPv4Address | None
             # Hair-pin: the answer must come back through the router, so the asker needs another address.
             after.append(f'oifname "{br}" ct status dnat ip saddr {block} snat ip to ip saddr map {outward}')
             after.append(f'oifname "{br}" ct status dnat ip saddr {block} snat ip to {network.gateway}')
+        if led := [
+            (port.address, e, n) for port in network.ports for e in port.published for n in range(e.count)
+        ]:
+            ends = ((key_of(e.protocol, e.port + n), f"{a} . {e.to_port + n}") for a, e, n in led)
+            led_to = f"dnat ip to meta l4proto . th dport map {_map(ends)}"
+            before.append(f'iifname "{up}" fib daddr type local {led_to}')
         if network.provide_nat:
             outside = network.router_floating or inside
             after.append(f'oifname "{up}" ip saddr {block} snat ip to {outside}')
@@ -156,9 +166,11 @@ def host_table(
     resolvers: Sequence[IPv4Address],
     insides: Sequence[IPv4Address],
     floating: Sequence[IPv4Address],
+    published: Mapping[tuple[str, int], IPv4Address],
 ) -> Table:
-    """The inet table of the host: uplinks reach the world, DNS and floating IPs; not the host, nor a node, nor
-    each other. VXLAN with one of our VNIs comes from nodes only; other VXLAN is none of our business.
+    """The inet table of the host: uplinks reach the world, DNS, floating IPs and what this node publishes; not the
+    host, nor a node, nor each other. VXLAN with one of our VNIs comes from nodes only; other VXLAN is none of our
+    business.
 
     The set of floating IPs is also the record of which of the host's ARP proxies are ours.
     """
@@ -167,34 +179,48 @@ def host_table(
     entry = [f"iifname {ours} {answered}"]
     through = [f"iifname {ours} {answered}", f"oifname {ours} {answered}"]
     if resolvers:
-        asks = f"iifname {ours} ip daddr {_set(resolvers)} meta l4proto {{ tcp, udp }} th dport 53 accept"
+        asks = f"iifname {ours} ip daddr {braces(resolvers)} meta l4proto {{ tcp, udp }} th dport 53 accept"
         entry.append(asks)
         through.append(asks)
     entry.append(f"iifname {ours} counter drop")
+    before = []
+    after = [f"ip saddr {braces(insides)} oifname != {ours} masquerade"] if insides else []
+    if published:
+        leads = f"dnat ip to meta l4proto . th dport map @{PUBLISHED}"
+        before.append(f"fib daddr type local ip daddr != 127.0.0.0/8 {leads}")
+        through.append(f"oifname {ours} ip daddr {braces(insides)} ct status dnat accept")
+        # Hair-pin: a packet that comes back to where it started must not carry that namespace's own address.
+        after.append(f"oifname {ours} ip saddr {braces(insides)} ct status dnat masquerade")
     if vnis:
         # The VNI lies 12 bytes behind the start of the UDP header (RFC 7348, section 5).
-        mesh = f"udp dport {VXLAN_PORT} @th,96,24 {_set(vnis)}"
-        allowed = f"ip saddr != {_set(nodes)} " if nodes else ""
+        mesh = f"udp dport {VXLAN_PORT} @th,96,24 {braces(vnis)}"
+        allowed = f"ip saddr != {braces(nodes)} " if nodes else ""
         entry.append(f"{mesh} {allowed}counter drop")
     if nodes:
-        through.append(f"iifname {ours} ip daddr {_set(nodes)} counter drop")
+        through.append(f"iifname {ours} ip daddr {braces(nodes)} counter drop")
     through += [
         f"iifname {ours} ip daddr {_UNREACHABLE} counter drop",
         f"iifname {ours} ip6 version 6 counter drop",
         f"oifname {ours} ip daddr @{FLOATING} accept",
         f"oifname {ours} counter drop",
     ]
-    after = [f"ip saddr {_set(insides)} oifname != {ours} masquerade"] if insides else []
     chains = [
         _chain("entry", Hook("filter", "input", -10), entry),
         _chain("through", Hook("filter", "forward", -10), through),
+        _chain("before", Hook("nat", "prerouting", -100), before),
+        _chain("own", Hook("nat", "output", -100), before),
         _chain("after", Hook("nat", "postrouting", 100), after),
     ]
     addresses = Elements(
         f"set inet {names.table(installation)} {FLOATING} {{ type ipv4_addr ; }}",
         frozenset((str(address), "") for address in floating),
     )
-    return Table("inet", names.table(installation), dict(chains), {FLOATING: addresses})
+    ports = Elements(
+        f"map inet {names.table(installation)} {PUBLISHED} {{ type inet_proto . inet_service : ipv4_addr ; }}",
+        frozenset((key_of(*key), str(address)) for key, address in published.items()),
+    )
+    elements = {FLOATING: addresses, PUBLISHED: ports}
+    return Table("inet", names.table(installation), dict(chains), elements)
 
 
 def admissions(
@@ -213,108 +239,8 @@ def admissions(
         if chain.policy == "drop" and chain.hook == "forward" and uplinks:
             rules = [f"iifname {ours} accept", f"oifname {ours} accept"]
         elif chain.policy == "drop" and chain.hook == "input" and nodes:
-            rules = [f"udp dport {VXLAN_PORT} ip saddr {_set(nodes)} accept"]
+            rules = [f"udp dport {VXLAN_PORT} ip saddr {braces(nodes)} accept"]
         for text in rules:
             rule = Rule(f"{names.table(installation)}:{Rule.of(text).mark}", text)
             wanted.append(Admission(chain.family, chain.table, chain.name, rule))
     return frozenset(wanted)
-
-
-def admit(admission: Admission) -> str:
-    a = admission
-    return f'add rule {a.family} {a.table} {a.chain} {a.rule.text} comment "{a.rule.mark}"\n'
-
-
-def dismiss(admission: Admission) -> str:
-    a = admission
-    return f"delete rule {a.family} {a.table} {a.chain} handle {a.rule.handle}\n"
-
-
-def script(want: Table | None, have: Table | None) -> str:
-    """The one transaction that makes `have` into `want`. What is equal is left alone, with its counters."""
-    if want is None:
-        return f"delete table {have.family} {have.name}\n" if have else ""
-    if have and any(c.hook != have.chains[n].hook for n, c in want.chains.items() if n in have.chains):
-        return script(None, have) + script(want, None)
-    had: Mapping[str, Chain] = have.chains if have else {}
-    held: Mapping[str, Elements] = have.elements if have else {}
-    counters = have.counters if have else frozenset()
-    at = f"{want.family} {want.name}"
-    changed = {name: chain for name, chain in want.chains.items() if had.get(name) != chain}
-    stale = [name for name in had if name not in want.chains]
-    lines = [f"add table {at}"]
-    lines += [f"add counter {at} {name}" for name in sorted(want.counters - counters)]
-    for name, chain in changed.items():
-        lines.append(f"add chain {at} {name}{_hook(chain.hook)}")
-        if name in had:
-            lines.append(f"flush chain {at} {name}")
-    lines += [f"flush chain {at} {name}" for name in stale]
-    for name, elements in want.elements.items():
-        if name not in held:
-            lines.append(f"add {elements.declaration}")
-        gone = (held[name].items if name in held else frozenset()) - elements.items
-        if gone:
-            lines.append(f"delete element {at} {name} {_set(sorted(key for key, _ in gone))}")
-    lines += [f"delete chain {at} {name}" for name in stale]
-    lines += [f"delete counter {at} {name}" for name in sorted(counters - want.counters)]
-    for name, chain in changed.items():
-        lines += [f'add rule {at} {name} {rule.text} comment "{rule.mark}"' for rule in chain.rules]
-    for name, elements in want.elements.items():
-        if new := elements.items - (held[name].items if name in held else frozenset()):
-            pairs = sorted(f"{key} : {value}" if value else key for key, value in new)
-            lines.append(f"add element {at} {name} {_set(pairs)}")
-    return "\n".join(lines) + "\n"
-
-
-def _hook(hook: Hook | None) -> str:
-    if hook is None:
-        return ""
-    return f" {{ type {hook.type} hook {hook.hook} priority {hook.priority} ; policy {hook.policy} ; }}"
-
-
-def parse(text: str) -> dict[tuple[str, str], Table]:
-    """nft's JSON listing (libnftables-json(5)) as tables by family and name."""
-    rules: dict[tuple[str, str, str], list[Rule]] = {}
-    chains: dict[tuple[str, str], dict[str, Chain]] = {}
-    elements: dict[tuple[str, str], dict[str, Elements]] = {}
-    counters: dict[tuple[str, str], set[str]] = {}
-    objects = json.loads(text)["nftables"] if text.strip() else []
-    for kind, item in ((kind, item) for entry in objects for kind, item in entry.items()):
-        at = item.get("family", ""), item.get("table") or item.get("name", "")
-        if kind == "table":
-            chains[at] = {}
-        elif kind == "rule":
-            rule = Rule(item.get("comment", ""), handle=item["handle"])
-            rules.setdefault((*at, item["chain"]), []).append(rule)
-        elif kind == "chain":
-            hook = Hook(item["type"], item["hook"], item["prio"], item["policy"]) if "hook" in item else None
-            chains.setdefault(at, {})[item["name"]] = Chain(item["name"], hook, ())
-        elif kind in ("set", "map"):
-            held = Elements("", frozenset(_item(e) for e in item.get("elem", [])))
-            elements.setdefault(at, {})[item["name"]] = held
-        elif kind == "counter":
-            counters.setdefault(at, set()).add(item["name"])
-    return {
-        at: Table(
-            *at,
-            {n: Chain(n, c.hook, tuple(rules.get((*at, n), ()))) for n, c in held.items()},
-            elements.get(at, {}),
-            frozenset(counters.get(at, ())),
-        )
-        for at, held in chains.items()
-    }
-
-
-def _item(element: Any) -> tuple[str, str]:
-    if isinstance(element, list):
-        key, verdict = element
-        word, target = next(iter(verdict.items())) if isinstance(verdict, dict) else (str(verdict), None)
-        return str(key), f"{word} {target['target']}" if target else word
-    return str(element), ""
-
-
-def counts(text: str) -> dict[str, int]:
-    """Packets by counter's name, from nft's JSON listing of counters."""
-    objects = json.loads(text)["nftables"] if text.strip() else []
-    found = (entry["counter"] for entry in objects if "counter" in entry)
-    return {counter["name"]: counter["packets"] for counter in found}

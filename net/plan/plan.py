@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from net.plan import nft
+from net.plan import ruleset
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import NodeNetworks
 from net.plan.target import target
@@ -146,7 +146,7 @@ def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
         wanted, held_table = want.tables.get(family), have.tables.get(family)
         if wanted != held_table:
             verb = Verb.ADD if held_table is None else Verb.CHANGE if wanted else Verb.DELETE
-            actions.append(Action(verb, name, Transaction(family, nft.script(wanted, held_table))))
+            actions.append(Action(verb, name, Transaction(family, ruleset.script(wanted, held_table))))
     actions += [Action(Verb.DELETE, name, a) for a in have.admissions - want.admissions]
     actions += [Action(Verb.ADD, name, a) for a in want.admissions - have.admissions]
     if want.dnsmasq and want.dnsmasq != have.dnsmasq:

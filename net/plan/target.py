@@ -47,7 +47,33 @@ def outer_addresses(network: Network) -> list[IPv4Address]:
 
 
 def has_uplink(desired: NodeNetworks, network: Network) -> bool:
-    return routes_here(desired, network) and (network.provide_nat or bool(outer_addresses(network)))
+    leads = network.provide_nat or bool(outer_addresses(network)) or any(p.published for p in network.ports)
+    return routes_here(desired, network) and leads
+
+
+def led_here(observed: Observed) -> set[tuple[str, int]]:
+    """(protocol, port) of this node that leads to some guest already."""
+    table = observed.namespaces[HOST].tables.get("inet")
+    held = table.elements.get(nft.PUBLISHED) if table else None
+    return {(key.split()[0], int(key.split()[2])) for key, _ in held.items} if held else set()
+
+
+def published(desired: NodeNetworks, observed: Observed) -> tuple[dict[tuple[str, int], int], list[str]]:
+    """(protocol, port) of this node that lead to guests, with the VNI; and those, in words, where a server listens.
+
+    What led to a guest before goes on: whoever listens there later gets nothing of it.
+    """
+    had, chosen, refused = led_here(observed), dict[tuple[str, int], int](), []
+    for network in desired.networks:
+        every = (e for port in network.ports for e in port.published if routes_here(desired, network))
+        for key in ((e.protocol, e.port + step) for e in every for step in range(e.count)):
+            if key in observed.listening and key not in had:
+                refused.append(
+                    f"port {key[1]}/{key[0]} is not published: a server of this node listens there"
+                )
+            else:
+                chosen[key] = network.vni
+    return chosen, refused
 
 
 def transits(desired: NodeNetworks, observed: Observed) -> dict[int, IPv4Address]:
@@ -174,6 +200,7 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
         resolvers=sorted(set(desired.resolvers or observed.resolvers)),
         insides=sorted(address + 1 for address in outside.values()),
         floating=sorted(floating),
+        published={key: outside[vni] + 1 for key, vni in published(desired, observed)[0].items()},
     )
     admissions = nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(links))
     return Facts(links, frozenset(entries), {"inet": table}, admissions)

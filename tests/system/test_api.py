@@ -192,6 +192,44 @@ def test_hot_plug_gives_the_instance_one_more_interface_and_takes_it_back(server
     assert len(server.get(f"/instances/{uuid}/interfaces")) == 1
 
 
+def test_ports_are_published_once_where_nothing_listens_and_low_ones_by_the_administrator(
+    server: Running,
+) -> None:
+    server.network()
+    link = created(server, network="lan")["interfaces"][0]["uuid"]
+    second = created(server, "b", network="lan")
+    gone, other = second["uuid"], second["interfaces"][0]["uuid"]
+
+    def publish(uuid: str, ports: str, verb: str = "POST", **named: str) -> Any:
+        return server.call(verb, f"/interfaces/{uuid}/publish", {"ports": ports}, **named)
+
+    assert publish(link, "8080:80").body["published"] == ["8080:80/tcp"]
+    assert publish(link, "8080:80").status == 200
+    assert publish(link, "8080-8081:80-81/udp").status == 200
+    assert publish(link, "53:53/udp").status == 200
+    shown = server.get("/networks/lan/interfaces")[0]["published"]
+    assert shown == ["8080:80/tcp", "8080-8081:80-81/udp", "53:53/udp"]
+    for wrong in ("8080", "0:80", "80:0", "65535-65536:1-2", "9-8:9-8", "1-3:1-4", "１:80", "8080:80/icmp"):
+        assert publish(other, wrong).status == 400, wrong
+    assert (publish(other, "8080:80").status, publish(other, "8081:80/udp").status) == (409, 409)
+    answer = publish(other, "9999:80")
+    assert (answer.status, "a server of the router's node listens" in answer.body["error"]) == (409, True)
+    assert publish(other, "4789:4789/udp").status == 409
+    assert publish(link, "8080:81", "DELETE").status == 404
+    assert publish(link, "8080:80", "DELETE").status == 200
+    assert publish(other, "8080:80").status == 200
+    server.call("DELETE", "/instances/b")
+    server.wait_for(f"/instances/{gone}", "deleted")
+    assert publish(link, "8080:80").status == 200
+    server.call("POST", "/auth/namespaces", {"namespace": "ci", "key_name": "k", "key": "secret-of-ci"})
+    ours = {"namespace": "ci", "key": "secret-of-ci"}
+    assert publish(link, "9000:80", **ours).status == 404
+    server.call("POST", "/networks", {"name": "own", "netblock": "10.9.0.0/24"}, **ours)
+    body = {"name": "c", "cpus": 1, "memory": 64, "disk": [{"size": 1}], "network": [{"network_uuid": "own"}]}
+    own = server.call("POST", "/instances", body, **ours).body["interfaces"][0]["uuid"]
+    assert [publish(own, ports, **ours).status for ports in ("80:80", "9000:80")] == [403, 200]
+
+
 def test_metadata_is_kept_under_every_object(server: Running) -> None:
     network = server.network()
     made = created(server, network="lan")

@@ -58,6 +58,25 @@ def test_a_guest_reaches_the_world_and_the_world_its_floating_address_and_so_doe
         assert done.returncode == 0, f"{name}: {says(done)}"
 
 
+def test_a_published_port_leads_the_world_to_a_guest_and_moves_with_the_router(cluster: Cluster) -> None:
+    cluster.server.sf("instance", "publish", "b", "2222:22")
+    done = cluster.server.sf("instance", "publish", "a", "13002:22", check=False)
+    assert (done.returncode, "listens on port 13002/tcp" in done.stderr) == (5, True)
+
+    def banner() -> str:
+        address = f"10.77.0.{cluster.router()[1]}"
+        words = ["bash", "-c", f"exec 3<>/dev/tcp/{address}/2222 && timeout 5 head -1 <&3"]
+        return cluster.world.run(words, check=False).stdout
+
+    within(30, lambda: banner().startswith("SSH-2.0"), "the world reaches the guest's port")
+    old = cluster.router()
+    cluster.server.sf("node", "drain", old)
+    within(30, lambda: cluster.router() != old and banner().startswith("SSH-2.0"), "the port moved along")
+    cluster.server.sf("node", "drain", old, "--undo")
+    cluster.server.sf("instance", "publish", "b", "2222:22", "--undo")
+    within(30, lambda: not banner(), "it is closed")
+
+
 def test_two_networks_with_the_same_addresses_do_not_meet(cluster: Cluster) -> None:
     names = {net: cluster.inside(guest, "hostname", net) for guest, net in (("b", "lan"), ("c", "other"))}
     assert [names["lan"].stdout.strip(), names["other"].stdout.strip()] == ["b", "c"]

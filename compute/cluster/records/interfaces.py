@@ -1,6 +1,7 @@
 """Interfaces: how instances hang on networks, and with which addresses."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from typing import Any, ClassVar
@@ -9,9 +10,10 @@ from compute.cluster.records.addresses import Ipam, give_back_floating, parse_ad
 from compute.cluster.records.epochs import check
 from compute.cluster.records.networks import Network
 from compute.cluster.records.stored import Stored, new_uuid
+from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
-from net import ipam, port_mac
+from net import Published, ipam, port_mac
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,7 @@ class Interface(Stored):
     order: int
     model: str = "virtio"
     floating: str = ""
+    published: tuple[Published, ...] = ()
     state: str = "created"
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -89,7 +92,14 @@ def detach(txn: Transaction, interface: Interface) -> None:
             type="mutate",
         )
     give_back_floating(txn, interface.floating)
+    for name in published_names(interface.published):
+        txn.delete(Taken, name)
     txn.delete(Interface, interface.uuid)
+
+
+def published_names(every: Iterable[Published]) -> list[str]:
+    """Of the records by which each port leads to one guest."""
+    return [f"published/{each.protocol}/{each.port + n}" for each in every for n in range(each.count)]
 
 
 def interfaces_on(txn: Transaction, network_uuid: str) -> list[Interface]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from compute.cluster.records import published
 from compute.cluster.records.addresses import Ipam, ensure_floating
 from compute.cluster.records.instances import (
     Instance,
@@ -151,6 +152,25 @@ class Cluster(RuleBasedStateMachine):
         elif held:
             change = defloat_interface if held[0].floating else float_interface
             self.refusable(lambda txn: change(txn, held[0].uuid))
+
+    @rule(
+        uuid=instances,
+        ports=st.sampled_from(
+            ["8080:80", "8080-8082:90-92", "8082:1/udp", "4789:1/udp", "80:80", "9000-9300:1"]
+        ),
+        admin=st.booleans(),
+    )
+    def publish(self, uuid: str, ports: str, admin: bool) -> None:
+        held = next(iter(interfaces_of(Transaction(self.store), uuid)), None)
+        if held is None:
+            return
+        wanted, listening = published.parse(ports), [("tcp", 8082)]
+        made = self.refusable(
+            lambda txn: published.publish(txn, held.uuid, wanted, listening=listening, admin=admin)
+        )
+        assert not made or ports in ("8080:80", "8082:1/udp") or (ports == "80:80" and admin)
+        if held.published:
+            self.refusable(lambda txn: published.unpublish(txn, held.uuid, held.published[0]))
 
     @rule(uuid=networks, hop=st.sampled_from(["10.0.0.3", "10.1.0.1"]))
     def route(self, uuid: str, hop: str) -> None:

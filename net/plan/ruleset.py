@@ -1,0 +1,112 @@
+"""Firewall rules as text: the transaction that leads from what is there to what must be, and what nft lists, read.
+
+Pure; net/kernel/libnft.py runs the text.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from net.plan.facts import Admission, Chain, Elements, Hook, Rule, Table
+from net.plan.nft import braces
+
+
+def admit(admission: Admission) -> str:
+    a = admission
+    return f'add rule {a.family} {a.table} {a.chain} {a.rule.text} comment "{a.rule.mark}"\n'
+
+
+def dismiss(admission: Admission) -> str:
+    a = admission
+    return f"delete rule {a.family} {a.table} {a.chain} handle {a.rule.handle}\n"
+
+
+def script(want: Table | None, have: Table | None) -> str:
+    """The one transaction that makes `have` into `want`. What is equal is left alone, with its counters."""
+    if want is None:
+        return f"delete table {have.family} {have.name}\n" if have else ""
+    if have and any(c.hook != have.chains[n].hook for n, c in want.chains.items() if n in have.chains):
+        return script(None, have) + script(want, None)
+    had: Mapping[str, Chain] = have.chains if have else {}
+    held: Mapping[str, Elements] = have.elements if have else {}
+    counters = have.counters if have else frozenset()
+    at = f"{want.family} {want.name}"
+    changed = {name: chain for name, chain in want.chains.items() if had.get(name) != chain}
+    stale = [name for name in had if name not in want.chains]
+    lines = [f"add table {at}"]
+    lines += [f"add counter {at} {name}" for name in sorted(want.counters - counters)]
+    for name, chain in changed.items():
+        lines.append(f"add chain {at} {name}{_hook(chain.hook)}")
+        if name in had:
+            lines.append(f"flush chain {at} {name}")
+    lines += [f"flush chain {at} {name}" for name in stale]
+    for name, elements in want.elements.items():
+        if name not in held:
+            lines.append(f"add {elements.declaration}")
+        gone = (held[name].items if name in held else frozenset()) - elements.items
+        if gone:
+            lines.append(f"delete element {at} {name} {braces(sorted(key for key, _ in gone))}")
+    lines += [f"delete chain {at} {name}" for name in stale]
+    lines += [f"delete counter {at} {name}" for name in sorted(counters - want.counters)]
+    for name, chain in changed.items():
+        lines += [f'add rule {at} {name} {rule.text} comment "{rule.mark}"' for rule in chain.rules]
+    for name, elements in want.elements.items():
+        if new := elements.items - (held[name].items if name in held else frozenset()):
+            pairs = sorted(f"{key} : {value}" if value else key for key, value in new)
+            lines.append(f"add element {at} {name} {braces(pairs)}")
+    return "\n".join(lines) + "\n"
+
+
+def _hook(hook: Hook | None) -> str:
+    if hook is None:
+        return ""
+    return f" {{ type {hook.type} hook {hook.hook} priority {hook.priority} ; policy {hook.policy} ; }}"
+
+
+def parse(text: str) -> dict[tuple[str, str], Table]:
+    """nft's JSON listing (libnftables-json(5)) as tables by family and name."""
+    rules: dict[tuple[str, str, str], list[Rule]] = {}
+    chains: dict[tuple[str, str], dict[str, Chain]] = {}
+    elements: dict[tuple[str, str], dict[str, Elements]] = {}
+    counters: dict[tuple[str, str], set[str]] = {}
+    objects = json.loads(text)["nftables"] if text.strip() else []
+    for kind, item in ((kind, item) for entry in objects for kind, item in entry.items()):
+        at = item.get("family", ""), item.get("table") or item.get("name", "")
+        if kind == "table":
+            chains[at] = {}
+        elif kind == "rule":
+            rule = Rule(item.get("comment", ""), handle=item["handle"])
+            rules.setdefault((*at, item["chain"]), []).append(rule)
+        elif kind == "chain":
+            hook = Hook(item["type"], item["hook"], item["prio"], item["policy"]) if "hook" in item else None
+            chains.setdefault(at, {})[item["name"]] = Chain(item["name"], hook, ())
+        elif kind in ("set", "map"):
+            held = Elements("", frozenset(_item(e) for e in item.get("elem", [])))
+            elements.setdefault(at, {})[item["name"]] = held
+        elif kind == "counter":
+            counters.setdefault(at, set()).add(item["name"])
+    return {
+        at: Table(
+            *at,
+            {n: Chain(n, c.hook, tuple(rules.get((*at, n), ()))) for n, c in held.items()},
+            elements.get(at, {}),
+            frozenset(counters.get(at, ())),
+        )
+        for at, held in chains.items()
+    }
+
+
+def _item(element: Any) -> tuple[str, str]:
+    if isinstance(element, list):
+        key, verdict = element
+        key = " . ".join(map(str, key["concat"])) if isinstance(key, dict) else key
+        word, target = next(iter(verdict.items())) if isinstance(verdict, dict) else (str(verdict), None)
+        return str(key), f"{word} {target['target']}" if target else word
+    return str(element), ""
+
+
+def counts(text: str) -> dict[str, int]:
+    """Packets by counter's name, from nft's JSON listing of counters."""
+    objects = json.loads(text)["nftables"] if text.strip() else []
+    found = (entry["counter"] for entry in objects if "counter" in entry)
+    return {counter["name"]: counter["packets"] for counter in found}
