@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from net.plan import names
-from net.plan.facts import Admission, Dnsmasq, Entry, Kind, Link, Observed
+from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Kind, Link, Observed
 from net.plan.model import NodeNetworks
 from net.plan.plan import Action, Space, Transaction, Verb, plan
 from net.plan.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, published, tap_name
@@ -31,7 +31,11 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
         for action in plan(desired, observed)
     ]
     for network in desired.networks:
-        facts = observed.namespaces.get(names.namespace(desired.installation, network.vni))
+        space = HOST if network.bridge else names.namespace(desired.installation, network.vni)
+        facts = observed.namespaces.get(space)
+        if network.bridge and network.bridge not in observed.bridges:
+            text = f"there is no bridge {network.bridge} here: no guest of it can run on this node"
+            findings.append(Finding(network.name, text, "make the bridge; sf never does"))
         for port in network.ports if facts else ():
             if facts and port.node == desired.node and tap_name(desired, port) not in facts.links:
                 text = f"{port.hostname or port.uuid} has no tap here: its guest is off, or not started yet"
@@ -39,13 +43,13 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
     told = published(desired, observed)[1]
     findings += [Finding("", text, "stop that server, or publish another port") for text in told]
     for network in desired.networks:
-        if observed.mtu_bytes and meshed:
+        if observed.mtu_bytes and meshed and not network.bridge:
             room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
             if network.mtu_bytes > room:
                 text = f"packets of {network.mtu_bytes} bytes do not fit the mesh, which carries {room}"
                 fix = f"raise the MTU of the device with {desired.underlay} to {network.mtu_bytes + 50}"
                 findings.append(Finding(network.name, text, fix))
-    return findings + list(_firewall(desired, ruleset))
+    return findings + list(_firewall(desired, observed, ruleset))
 
 
 def describe(action: Action) -> str:
@@ -86,8 +90,8 @@ def _difference(action: Action) -> str:
     return f": {', '.join(told)}" if told else ""
 
 
-def _firewall(desired: NodeNetworks, ruleset: str) -> Iterator[Finding]:
-    """Rules of other tables that refuse what our uplinks forward, or VXLAN from a node."""
+def _firewall(desired: NodeNetworks, observed: Observed, ruleset: str) -> Iterator[Finding]:
+    """Rules of other tables that refuse what our uplinks forward, bridged packets, or VXLAN from a node."""
     own, prefix = names.table(desired.installation), names.host_uplink_prefix(desired.installation)
     firewall = _Firewall(ruleset, own)
     uplinks = any(has_uplink(desired, network) for network in desired.networks)
@@ -97,8 +101,15 @@ def _firewall(desired: NodeNetworks, ruleset: str) -> Iterator[Finding]:
         if at[0] not in ("ip", "inet") or at[1] == own:
             continue
         packets = []
-        if chain.get("hook") == "forward" and uplinks:
-            packets = [(what, {key: prefix}, f'{key} "{prefix}*"') for what, key in forwarded]
+        if chain.get("hook") == "forward":
+            packets = [(what, {key: prefix}, f'{key} "{prefix}*"') for what, key in forwarded if uplinks]
+            for bridge in sorted({n.bridge for n in desired.networks if n.bridge in observed.bridges}):
+                if observed.bridged_meets_firewall:
+                    both, match = (
+                        dict.fromkeys(("iifname", "oifname"), bridge),
+                        f'iifname "{bridge}" oifname "{bridge}"',
+                    )
+                    packets.append((f"packets between ports of {bridge}", both, match))
         elif chain.get("hook") == "input" and is_meshed(desired):
             packets = [("the mesh's packets", {"dport": "4789"}, "udp dport 4789")]
         for what, packet, match in packets:

@@ -21,6 +21,11 @@ LARGEST_PREFIX = 29
 TRANSIT = IPv4Network("169.254.64.0/18")
 """Where the uplinks between a namespace and its host take their /31s from; no network may overlap it."""
 
+UNKNOWN = IPv4Network("0.0.0.0/8")
+"""What stands, in a block of all addresses, for one that the LAN's own DHCP server will give."""
+ANY = IPv4Network("0.0.0.0/0")
+"""The block of a network on a LAN of which we know nothing."""
+
 _RESERVED = (
     IPv4Network("0.0.0.0/8"),
     IPv4Network("127.0.0.0/8"),
@@ -79,6 +84,9 @@ class Pool:
     """Address to holder (a port's uuid)."""
     quarantined: Mapping[IPv4Address, float] = field(default_factory=dict)
     """Address to the time (seconds) when its quarantine ends."""
+    first: IPv4Address | None = None
+    last: IPv4Address | None = None
+    """What is chosen from, where that is less than the block."""
 
     @classmethod
     def of(cls, netblock: IPv4Network, reserved: Iterable[IPv4Address] = ()) -> Self:
@@ -91,6 +99,8 @@ def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str) -> None:
         raise Invalid(f"{wanted} is not in {pool.netblock}")
     if wanted in (pool.netblock[0], pool.netblock[-1]):
         raise Invalid(f"{wanted} is {pool.netblock}'s network or broadcast address")
+    if pool.netblock == ANY and any(wanted in block for block in _RESERVED):
+        raise Invalid(f"{wanted} is no guest's address")
     if wanted == pool.gateway:
         raise Invalid(f"{wanted} is the router of {pool.netblock}")
     if wanted in pool.reserved:
@@ -100,8 +110,8 @@ def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str) -> None:
 
 
 def _lowest_free(pool: Pool, now_s: float) -> IPv4Address:
-    first, last = int(pool.netblock[1]), int(pool.netblock[-1])
-    for number in range(first, last):
+    first, last = int(pool.first or pool.netblock[1]), int(pool.last or pool.netblock[-2])
+    for number in range(first, last + 1):
         address = IPv4Address(number)
         if (
             address != pool.gateway

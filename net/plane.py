@@ -21,7 +21,7 @@ from net.plan import names, nft, ruleset
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
-from net.plan.target import VXLAN_OVERHEAD_BYTES, port_link, tap_name, too_large, without_routers
+from net.plan.target import VXLAN_OVERHEAD_BYTES, cannot, port_link, tap_name, too_large, without_routers
 
 
 class Plane:
@@ -56,12 +56,8 @@ class Plane:
             kept = tuple(network for network in desired.networks if network not in refused)
             actions = plan(replace(desired, networks=kept), observed)
             self._carry_out(actions)
-            if refused:
-                raise Invalid(
-                    f"{', '.join(network.name for network in refused)}: packets of {refused[0].mtu_bytes} bytes do"
-                    f" not fit through a mesh over {desired.underlay}, whose device carries {observed.mtu_bytes}",
-                    hint=f"the largest MTU there is {observed.mtu_bytes - VXLAN_OVERHEAD_BYTES}",
-                )
+            if trouble := cannot(desired, observed, refused):
+                raise trouble
             return [Action(Verb.ADD, HOST, Link(name, "tun", "", 0)) for name in back] + actions
 
     def drop_routers(self) -> list[Action]:
@@ -95,8 +91,8 @@ class Plane:
         return room - VXLAN_OVERHEAD_BYTES if room else 0
 
     def namespace(self, network: Network) -> str:
-        """The network's namespace on this node, for `ip netns exec`."""
-        return names.namespace(self.installation, network.vni)
+        """The network's namespace on this node, for `ip netns exec`; the host's own for one on its bridge."""
+        return HOST if network.bridge else names.namespace(self.installation, network.vni)
 
     # A guest's port
 
@@ -131,8 +127,14 @@ class Plane:
             Netns(HOST) as host,
             Netns(self.namespace(network)) as space,
         ):
-            if space.link(names.bridge(network.vni)) is None:
+            bridge = space.link(network.bridge or names.bridge(network.vni))
+            if bridge is None and network.bridge:
+                raise Failed(
+                    f"this node has no bridge {network.bridge}", hint="make it, or run the guest elsewhere"
+                )
+            if bridge is None:
                 raise Failed(f"network {network.name} is not on this node yet", hint="apply it first")
+            network = replace(network, mtu_bytes=bridge.mtu_bytes) if network.bridge else network
             if port.mac in names.own_macs(self.installation, network.vni, [port.node]):
                 raise Conflict(f"{port.mac} is the MAC address of network {network.name} itself")
             self._pin(space, network, port, name)
@@ -142,7 +144,8 @@ class Plane:
                 self._taps[name] = space.name
             link = port_link(desired, network, replace(port, tap=name))
             space.change_link(link)
-            space.entry(Entry(Kind.FDB, name, port.mac), add=True)
+            if not network.bridge:
+                space.entry(Entry(Kind.FDB, name, port.mac), add=True)
 
     def remove_tap(self, port: Port) -> None:
         """Removes a port's tap wherever it is, held or not. Twice is once. Its filters go when it is not desired."""
@@ -175,13 +178,15 @@ class Plane:
 
     def _pin(self, space: Netns, network: Network, port: Port, tap: str) -> None:
         """This port's filters, where the last apply did not know the port yet."""
-        own = nft.ports_table(self.installation, network, {tap: port})
+        own = nft.ports_table(self.installation, {tap: (network, port)})
         have = ruleset.parse(space.nft(f"list table bridge {own.name}", json=True))["bridge", own.name]
-        both = replace(
-            have.elements[nft.TAPS], items=have.elements[nft.TAPS].items | own.elements[nft.TAPS].items
-        )
+        both = {
+            n: replace(e, items=e.items | had.items)
+            for n, e in own.elements.items()
+            if (had := have.elements.get(n, e))
+        }
         chains, counters = {**have.chains, **own.chains}, have.counters | own.counters
-        want = replace(own, chains=chains, elements={nft.TAPS: both}, counters=counters)
+        want = replace(own, chains=chains, elements={**have.elements, **both}, counters=counters)
         if want != have:
             space.nft(ruleset.script(want, have))
 
@@ -226,9 +231,6 @@ class Plane:
                     host.move_link(link.name, space)
                 elif action.verb is Verb.ADD:
                     _create(link, space, host)
-                if space is host:
-                    quiet = f"net/ipv6/conf/{link.name}/disable_ipv6"
-                    host.entry(Entry(Kind.SYSCTL, "", quiet, "1"), add=True)
                 space.change_link(link, action.had if isinstance(action.had, Link) else None)
             case Entry() as item:
                 space.entry(item, add=add)

@@ -48,7 +48,7 @@ FIELDS = (
 
 def _interface(link: Row) -> str:
     outside = [*filter(None, [link.get("floating")]), *(link.get("published") or ())]
-    return f"{link['ipv4']} {link.get('macaddr')}{', from outside ' if outside else ''}{' '.join(outside)}"
+    return f"{link['ipv4'] or 'by DHCP'} {link.get('macaddr')}{', from outside ' if outside else ''}{' '.join(outside)}"
 
 
 def _disk(disk: Row) -> str:

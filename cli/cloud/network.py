@@ -1,15 +1,17 @@
 """`sf network`: virtual networks."""
 
+from typing import Any
+
 import click
 
-from cli.cloud.api import Api
+from cli.cloud.api import Api, poll
 from cli.command import API, Group
-from cli.errors import Problem
+from cli.errors import USAGE, Problem
 from cli.output import Row, ago, confirm, say, show_list, show_one
 
 COLUMNS = (
     ("name", "name"),
-    ("netblock", "netblock"),
+    ("netblock", lambda n: " ".join(filter(None, [n.get("bridge"), n.get("netblock")]))),
     ("vni", "vxlan_id"),
     ("state", "state"),
     ("services", lambda n: " ".join(s for s in ("dhcp", "dns", "nat") if n.get(f"provide_{s}"))),
@@ -37,20 +39,42 @@ def _interface(interface: Row) -> str:
     floating = f" floating {interface['floating']}" if interface.get("floating") else ""
     ports = f" published {' '.join(interface['published'])}" if interface.get("published") else ""
     guest = interface.get("instance_uuid") or ""
-    return f"{interface.get('ipv4')} {interface.get('macaddr')} {guest}{floating}{ports}"
+    return f"{interface.get('ipv4') or 'by DHCP'} {interface.get('macaddr')} {guest}{floating}{ports}"
 
 
 @network.add(
-    examples="sf network create lan 10.42.0.0/24\nsf network create quiet 10.43.0.0/24 --no-nat --no-dhcp"
+    examples="""sf network create lan 10.42.0.0/24
+    sf network create quiet 10.43.0.0/24 --no-nat --no-dhcp
+    sf network create home --bridge br0
+    sf network create home --bridge br0 192.168.1.0/24 --range 192.168.1.200-192.168.1.220"""
 )
-@click.argument("netblock")
+@click.argument("netblock", required=False)
+@click.option(
+    "--bridge", metavar="DEVICE", help="The nodes' own: guests are on its LAN, at addresses of its DHCP."
+)
+@click.option(
+    "--range", "chosen", metavar="A-B", help="What may be handed out of the LAN's NETBLOCK, without DHCP."
+)
+@click.option(
+    "--gateway", metavar="ADDRESS", help="The LAN's router, if it is not the first address of NETBLOCK."
+)
 @click.option("--dhcp/--no-dhcp", default=True, show_default=True, help="Hand out addresses.")
 @click.option("--nat/--no-nat", default=True, show_default=True, help="Let guests reach the world.")
 @click.option("--dns/--no-dns", default=True, show_default=True, help="Answer for guests' names.")
-def create(name: str, netblock: str, dhcp: bool, nat: bool, dns: bool, form: str) -> None:
-    """Make a network with the IPv4 addresses of NETBLOCK, a /29 or larger."""
-    services = {"provide_dhcp": dhcp, "provide_nat": nat, "provide_dns": dns}
-    show_one(Api()("POST", "networks", name=name, netblock=netblock, **services), COLUMNS, form)
+def create(name: str, netblock: str | None, form: str, chosen: str | None, **given: Any) -> None:
+    """Make a network with the IPv4 addresses of NETBLOCK, a /29 or larger; or one on the nodes' own LAN.
+
+    The bridge must be there on each node that is to run its guests. Nothing of it is ever changed.
+    """
+    if not netblock and not given["bridge"]:
+        raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
+    api, lan = Api(), {key: given[key] for key in ("bridge", "gateway")}
+    services = {f"provide_{key}": given[key] for key in ("dhcp", "nat", "dns")}
+    lan = {**lan, "range": chosen} if given["bridge"] else {}
+    show_one(api("POST", "networks", name=name, netblock=netblock or "", **services, **lan), COLUMNS, form)
+    if given["bridge"]:  # the nodes look while we wait
+        for row in next((rows for _ in poll(3, 0.5) if (rows := api("GET", "networks", name, "doctor"))), ()):
+            say(f"{row['node']}: {row['problem']}{row['fix'] and '; ' + row['fix']}")
 
 
 @network.add(examples="sf network ls --format json")

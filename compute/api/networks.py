@@ -2,6 +2,7 @@
 
 import asyncio
 from ipaddress import IPv4Network
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -25,8 +26,14 @@ router = APIRouter(tags=["networks"], route_class=Route)
 
 
 class CreateBody(Body):
-    netblock: str
+    netblock: str = ""
     name: str
+    bridge: str | None = None
+    """Of the nodes: its guests are on that LAN. The administrator's alone."""
+    range: str | None = None
+    """`A-B`: what may be handed out of a LAN's netblock; without both, the LAN's own DHCP server gives addresses."""
+    gateway: str | None = None
+    """Of a LAN."""
     provide_dhcp: bool | None = None
     provide_nat: bool | None = None
     provide_dns: bool | None = None
@@ -54,8 +61,9 @@ class PublishBody(Body):
     ports: str
 
 
-def _router(network: Network) -> str:
-    """The node that routes it. Raises Unavailable."""
+def _router(ctx: Context, uuid: str) -> str:
+    """The node that routes a network. Raises Conflict, Unavailable."""
+    network = acts.find_routed(ctx.read(), uuid)
     if not network.router_node:
         raise Unavailable(f"network {network.name} has no router at this moment")
     return network.router_node
@@ -83,6 +91,10 @@ def list_networks(ctx: Ctx, body: ListBody | None = None) -> Response:
 @router.post("/networks")
 def create_network(ctx: Ctx, body: CreateBody) -> Response:
     config = ctx.services.config
+    if body.bridge:
+        ctx.admin()
+    elif body.range or body.gateway:
+        raise Invalid("a range and a gateway are a LAN's", hint="with bridge")
     wanted = Network(
         uuid=new_uuid(),
         name=body.name,
@@ -92,6 +104,8 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
         provide_dhcp=body.provide_dhcp is not False,
         provide_nat=body.provide_nat is not False,
         provide_dns=body.provide_dns is not False,
+        bridge=body.bridge or "",
+        gateway=body.gateway or "",
     )
     excluded = [*config.excluded, IPv4Network(config.mesh_address)]
     if config.floating_pool:
@@ -99,7 +113,8 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
 
     def make(txn: Transaction) -> Network:
         routers = router_candidates(txn, ctx.services.controller.nodes.among(txn.list(Node)))
-        return acts.create_network(txn, wanted, excluded=excluded, router_nodes=routers)
+        ways: Any = {"router_nodes": routers, "chosen": body.range or ""}
+        return acts.create_network(txn, wanted, excluded=excluded, **ways)
 
     made = ctx.act(lambda txn: ctx.once(txn, Network, body, make))
     made = ctx.find(Network, made.uuid)
@@ -152,7 +167,7 @@ async def ping(ctx: Ctx, ref: str, address: str) -> Response:
     target = parse_address(address)
     if target not in IPv4Network(known.netblock):
         raise Invalid(f"{target} is not in {known.netblock}")
-    node = ctx.services.controller.nodes.operations(_router(known))
+    node = ctx.services.controller.nodes.operations(_router(ctx, known.uuid))
     stdout, stderr = await node.ping(known.uuid, str(target))
     return JSONResponse({"stdout": stdout, "stderr": stderr})
 
@@ -216,7 +231,7 @@ def defloat_interface(ctx: Ctx, ref: str) -> Response:
 async def publish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
     """Lead ports of the router node's own addresses to it: `8080:80`, `53:53/udp`, `9000-9009:9000-9009`."""
     wanted, found = published.parse(body.ports), _interface(ctx, ref)
-    node = _router(ctx.read().get(Network, found.network_uuid))
+    node = _router(ctx, found.network_uuid)
     used = await ctx.services.controller.nodes.operations(node).listening()
 
     def act(txn: Transaction, uuid: str) -> Interface:

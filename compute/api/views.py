@@ -3,7 +3,7 @@
 import base64
 import time
 from collections.abc import Iterable, Mapping
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from compute.cluster.images.artifacts import GIB, NamedImage, blob_uuid
@@ -16,6 +16,7 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event
 from compute.wire.spec import InstanceState
+from net import ipam
 
 Json = dict[str, Any]
 
@@ -41,7 +42,7 @@ def interface(item: Interface) -> Json:
         instance_uuid=item.instance_uuid,
         namespace=item.namespace,
         macaddr=item.mac,
-        ipv4=item.address,
+        ipv4=None if IPv4Address(item.address) in ipam.UNKNOWN else item.address,
         order=item.order,
         floating=item.floating or None,
         published=[str(each) for each in item.published],
@@ -55,8 +56,9 @@ def network(item: Network) -> Json:
         item,
         name=item.name,
         namespace=item.namespace,
-        netblock=item.netblock,
-        gateway=str(netblock[1]),
+        netblock=item.netblock if netblock != ipam.ANY else None,
+        gateway=None if netblock == ipam.ANY else item.gateway or str(netblock[1]),
+        bridge=item.bridge or None,
         provide_dhcp=item.provide_dhcp,
         provide_nat=item.provide_nat,
         provide_dns=item.provide_dns,

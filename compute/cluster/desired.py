@@ -119,6 +119,7 @@ def build(
         if network.state == "created"
         and (
             network.router_node == node
+            or network.bridge
             or network.uuid in also
             or any(alive[i.instance_uuid].node == node for i in by_network[network.uuid])
         )
@@ -179,8 +180,9 @@ def _network(
         vni=network.vni,
         name=network.name,
         netblock=netblock,
-        gateway=netblock[1],
-        mtu_bytes=mtu_bytes,
+        gateway=IPv4Address(network.gateway or netblock[1]),
+        mtu_bytes=1500 if network.bridge else mtu_bytes,
+        bridge=network.bridge,
         provide_dhcp=network.provide_dhcp,
         provide_nat=network.provide_nat,
         provide_dns=network.provide_dns,

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
 from typing import ClassVar
 
 from compute.cluster.records.addresses import Ipam, parse_address
@@ -134,7 +135,8 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
     name = _name(txn, Instance.KIND, namespace, spec.name, uuid)
     for order, interface in enumerate(spec.interfaces):
         network = networks.get(interface.network_uuid) or txn.get(Network, interface.network_uuid)
-        want = Want(network.uuid, interface.address, interface.mac, interface.model, uuid=interface.uuid)
+        known = interface.address if IPv4Address(interface.address) not in ipam.UNKNOWN else ""
+        want = Want(network.uuid, known, interface.mac, interface.model, uuid=interface.uuid)
         attach(txn, network, uuid, namespace, order, want)
     claim(txn, found.node, spec.cpus, spec.memory_mib)
     now = time.time()
@@ -164,12 +166,13 @@ def _network(txn: Transaction, network: NetNetwork, namespace: str, node: str) -
         take(txn, f"vni/{network.vni}", network.uuid)
     made = Network(
         uuid=network.uuid, name=_name(txn, Network.KIND, namespace, network.name, network.uuid),
-        namespace=namespace, netblock=str(network.netblock), vni=network.vni, router_node=node,
+        namespace=namespace, netblock=str(network.netblock), vni=network.vni,
+        router_node="" if network.bridge else node, bridge=network.bridge, gateway=str(network.gateway),
         provide_dhcp=network.provide_dhcp, provide_nat=network.provide_nat, provide_dns=network.provide_dns,
         created_s=time.time(), revision=known.revision if known else 0,
     )  # fmt: skip
     txn.update(made)
-    txn.update(Ipam(name=network.uuid, pool=ipam.Pool.of(network.netblock)))
+    txn.update(Ipam(name=network.uuid, pool=ipam.Pool(network.netblock, network.gateway)))
     for other in txn.list(Quarantined):
         hold(txn, other)
     return made

@@ -47,7 +47,7 @@ async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -
 def _move_routers(txn: Transaction, nodes: Liveness) -> None:
     """A network without a living router gets one. A node's lease outlives a restart of the server."""
     alive = nodes.among(txn.list(Node))
-    lost = {n.router_node for n in txn.list(Network) if n.state == "created"} - set(alive)
+    lost = {n.router_node for n in txn.list(Network) if n.state == "created" and not n.bridge} - set(alive)
     for name in sorted(lost) if alive else ():
         move_routers(txn, name, router_candidates(txn, alive))
 

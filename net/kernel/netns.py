@@ -222,15 +222,20 @@ class Netns:
         """Its attributes as they must be; of an observed one, the MAC only where it differs: setting even the same
         one flushes the neighbours."""
         index = self.index(link.name)
+        if not self.name:  # the host itself speaks no IPv6 on a device of ours
+            quiet = f"net/ipv6/conf/{link.name}/disable_ipv6"
+            self.entry(Entry(Kind.SYSCTL, "", quiet, "1"), add=True)
         changes: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu_bytes}
         if link.mac and (had is None or had.mac != link.mac):
             changes["address"] = link.mac
-        if self.name:
+        if self.name or link.master:
             changes["master"] = self.index(link.master) if link.master else 0
         if link.master:
             # A port's flags hang on its bridge, and must be there before it is up.
             self._ip.link("set", index=index, **changes)
-            self._ip.brport("set", index=index, neigh_suppress=int(link.suppress), learning=0)
+            self._ip.brport(
+                "set", index=index, neigh_suppress=int(link.suppress), learning=int(link.learning)
+            )
             changes = {}
         self._ip.link("set", index=index, state="up" if link.up else "down", **changes)
 

@@ -10,8 +10,8 @@ from net.errors import Failed
 from net.kernel import dnsmasq, netns
 from net.kernel.netns import Netns
 from net.plan import names, nft, ruleset
-from net.plan.facts import HOST, Admission, Dnsmasq, Facts, ForeignChain, Kind, Link, Observed, Rule
-from net.plan.target import FORWARD, SYSCTLS
+from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed, Rule
+from net.plan.target import BRIDGED, FORWARD, SYSCTLS
 
 _OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE)
 
@@ -57,14 +57,16 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     every = host.links()
     prefix = names.host_uplink_prefix(installation)
     links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
-    entries = list(host.entries((FORWARD,)))
+    entries = list(host.entries((FORWARD, BRIDGED)))
     table = names.table(installation)
     tables = {}
-    if ("inet", table) in ruleset.parse(host.nft("list tables", json=True)):
-        tables["inet"] = ruleset.parse(host.nft(f"list table inet {table}", json=True))["inet", table]
-    floating = tables["inet"].elements.get(nft.FLOATING) if tables else None
+    for family, name in ruleset.parse(host.nft("list tables", json=True)):
+        if name == table:
+            listed = ruleset.parse(host.nft(f"list table {family} {table}", json=True))
+            tables[family] = listed[family, table]
+    floating = tables["inet"].elements.get(nft.FLOATING) if "inet" in tables else None
     answered = {address for address, _ in floating.items} if floating else set()
-    own = [e for e in entries if e.kind is Kind.SYSCTL or (e.dev in links and e.kind in _OURS_ON_HOST)]
+    own = [e for e in entries if e.key == FORWARD or (e.dev in links and e.kind in _OURS_ON_HOST)]
     foreign, admissions = _foreign(installation, host)
     found[HOST] = Facts(
         links=links,
@@ -83,6 +85,8 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
         resolvers=dnsmasq.upstream(),
         foreign=tuple(foreign),
         listening=netns.listening(),
+        bridges={link.name: link.mtu_bytes for link in every.values() if link.kind == "bridge"},
+        bridged_meets_firewall=Entry(Kind.SYSCTL, "", BRIDGED, "1") in entries,
     )
 
 

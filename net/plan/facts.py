@@ -96,7 +96,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """A named set (its values are empty) or map."""
+    """A named set (its values are empty) or map. Of one that is there, the declaration is the word for its kind."""
 
     declaration: str = field(compare=False)
     items: frozenset[tuple[str, str]] = frozenset()
@@ -174,3 +174,7 @@ class Observed:
     foreign: tuple[ForeignChain, ...] = ()
     listening: frozenset[tuple[str, int]] = frozenset()
     """(protocol, port) of the host's own servers."""
+    bridges: Mapping[str, int] = field(default_factory=dict)
+    """The host's own, with their MTU."""
+    bridged_meets_firewall: bool = False
+    """Whether packets between ports of a bridge go by the host's IP firewall, too (br_netfilter)."""

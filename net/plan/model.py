@@ -30,6 +30,7 @@ class Port:
     mac: str
     """Lower case, colons."""
     address: IPv4Address
+    """One of ipam.UNKNOWN until the LAN's DHCP server has given another."""
     hostname: str
     """Checked by the caller to be a DNS label; the name under which DNS answers."""
     node: str = ""
@@ -68,10 +69,14 @@ class Network:
     dns_entries: tuple[tuple[str, IPv4Address], ...] = ()
     """Extra names that the network's DNS answers."""
 
+    bridge: str = ""
+    """The node's own bridge that its guests are on; then there is no router of ours, no tunnel and no server."""
+
     def leads_out(self, port: Port) -> bool:
         """Whether the router takes what this port sends anywhere else."""
         routed = any(via == port.address for _, via in self.routed)
-        return self.provide_nat or routed or port.floating is not None or bool(port.published)
+        outside = self.bridge or self.provide_nat or routed or port.floating or port.published
+        return bool(outside)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ Everything here is pure; net/plan/ruleset.py makes text of it. Three tables, all
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
+from net.ipam import UNKNOWN
 from net.plan import names
 from net.plan.facts import Admission, Chain, Elements, ForeignChain, Hook, Rule, Table
 from net.plan.model import Network, Port
@@ -18,9 +19,13 @@ from net.plan.names import VXLAN_PORT
 REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other")
 """Why a guest's frame was dropped: one counter each per tap."""
 
-TAPS = "taps"
+TAPS, TO = "taps", "to"
+"""Maps of a tap to the chain that its guest's frames go through, and to the one for frames that go to the guest."""
+LEARNED = "learned"
+"""(MAC, address) that a LAN's DHCP server was seen to give."""
 FLOATING = "floating"
 PUBLISHED = "published"
+_IP, _ARP = "@nh,96,32", "@nh,112,32"
 _UNREACHABLE = "{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3 }"
 
 
@@ -52,24 +57,27 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
     def drop(match: str, reason: str) -> str:
         return f'{match} counter name "{tap}-{reason}" drop'
 
-    own, local = braces(addresses), link_local(mac)
+    own, local = braces(addresses) if addresses else f"@{LEARNED}", link_local(mac)
+    # nft 1.0.6 has no name for what is read out of a DHCP answer, so what is compared with that has none either.
+    ip, sender = (
+        ("ip saddr", "arp saddr ip") if addresses else (f"ether saddr . {_IP}", f"ether saddr . {_ARP}")
+    )
     yield drop(f"ether saddr != {mac}", "mac")
     # The way of nearly every packet; DHCP and VXLAN are UDP. A tagged frame has another type.
-    yield f"ether type ip ip saddr {own} ip protocol != udp accept"
+    yield f"ether type ip {ip} {own} ip protocol != udp accept"
     yield drop("ether type { 8021q, 8021ad }", "other")
     # The sender address 0.0.0.0 is a probe for a duplicate (RFC 5227).
-    yield (
-        f"ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether {mac}"
-        f" arp saddr ip {braces([*addresses, IPv4Address(0)])} accept"
-    )
+    whole = f"ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether {mac}"
+    yield f"{whole} arp saddr ip {IPv4Address(0)} accept"
+    yield f"{whole} {sender} {own} accept"
     yield drop("ether type arp", "arp")
     # A DHCP server goes by the MAC inside the message (RFC 2131, chaddr: byte 36 behind the start of the UDP header),
     # so it must be the sender's own. A fragment that ends before it is not accepted.
     asks = f"udp sport 68 udp dport 67 @th,288,48 0x{mac.replace(':', '')}"
     yield f"ether type ip ip saddr 0.0.0.0 ip daddr 255.255.255.255 {asks} accept"
-    yield f"ether type ip ip saddr {own} {asks} accept"
+    yield f"ether type ip {ip} {own} {asks} accept"
     yield drop("ether type ip udp dport 67", "dhcp")
-    yield drop(f"ether type ip ip saddr != {own}", "ipv4")
+    yield drop(f"ether type ip {ip} != {own}", "ipv4")
     yield drop("ether type ip udp sport 67", "dhcp")
     yield drop(f"ether type ip udp dport {VXLAN_PORT}", "vxlan")
     yield "ether type ip accept"
@@ -84,23 +92,45 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
 
 
 def _allowed(network: Network, port: Port) -> list[IPv4Address]:
+    """None: those that a DHCP server on the LAN's side was seen to give."""
+    if port.address in UNKNOWN:
+        return []
     return [port.address, *(address for address, via in network.routed if via == port.address)]
 
 
-def ports_table(installation: str, network: Network, local: Mapping[str, Port]) -> Table:
-    """The bridge family's table: `local` maps a tap's name to its port. A tap without a chain passes nothing."""
+def _sent(port: Port) -> Iterator[str]:
+    """What is done with frames that go to a guest. An answer's type is its first option (RFC 2132) in all servers."""
+    if port.address in UNKNOWN:
+        # The address that is given, and the MAC it is given to, lie 24 and 36 bytes behind the start of the UDP header.
+        mac = f"@th,64,8 2 @th,288,48 0x{port.mac.replace(':', '')} @th,1984,24 0x350105"
+        yield f"udp sport 67 udp dport 68 {mac} update @{LEARNED} {{ {port.mac} . @th,192,32 }}"
+        # Guests have no address of the LAN's IPv6 that a filter could know.
+        yield "icmpv6 type nd-router-advert drop"
+
+
+def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) -> Table:
+    """The bridge family's table: `local` has a port by its tap's name. A tap without a chain passes nothing."""
     dispatch = ["iifname vmap @taps", f'iifname "{names.TAP_PREFIX}*" drop']
     chains = [_chain("ports", Hook("filter", "prerouting", -300), dispatch)]
+    chains.append(_chain("to", Hook("filter", "postrouting", 0), [f"oifname vmap @{TO}"]))
     chains += [
         _chain(f"p-{tap}", None, _pinned(tap, port.mac, _allowed(network, port)))
-        for tap, port in local.items()
+        for tap, (network, port) in local.items()
     ]
-    taps = Elements(
-        f"map bridge {names.table(installation)} {TAPS} {{ type ifname : verdict ; }}",
-        frozenset((tap, f"goto p-{tap}") for tap in local),
-    )
+    chains += [_chain(f"t-{tap}", None, _sent(port)) for tap, (_, port) in local.items()]
+    at = f"bridge {names.table(installation)}"
+    elements = {
+        name: Elements(
+            f"map {at} {name} {{ type ifname : verdict ; }}",
+            frozenset((tap, f"goto {p}-{tap}") for tap in local),
+        )
+        for name, p in ((TAPS, "p"), (TO, "t"))
+    }
+    if any(port.address in UNKNOWN for _, port in local.values()):
+        kept = "flags dynamic,timeout ; size 65535 ; timeout 30d ;"
+        elements[LEARNED] = Elements(f"set {at} {LEARNED} {{ typeof ether saddr . {_IP} ; {kept} }}")
     counters = frozenset(f"{tap}-{reason}" for tap in local for reason in REASONS)
-    return Table("bridge", names.table(installation), dict(chains), {TAPS: taps}, counters)
+    return Table("bridge", names.table(installation), dict(chains), elements, counters)
 
 
 def router_table(installation: str, network: Network, inside: IPv4Address | None, *, routes: bool) -> Table:

@@ -112,16 +112,16 @@ def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
         n for n, link in want.links.items() if n in have.links and _must_be_new(link, have.links[n], host)
     }
     actions += [Action(Verb.DELETE, name, have.links[n]) for n in lost]
-    strays = (
-        [] if name == HOST else [link for n, link in _held(have).items() if n not in want.links and link.up]
-    )
+    strays = [link for n, link in _held(have).items() if n not in want.links and link.up]
+    strays = [link for link in strays if name != HOST or link.master]
     actions += [Action(Verb.CHANGE, name, replace(link, up=False), link) for link in strays]
     absent, readdressed = set(), set()
     for n, link in want.links.items():
         held = have.links.get(n) if n not in lost else None
         if held is not None:
             open_fields = replace(link, mac=link.mac or held.mac, peer=held.peer, carrier=held.carrier)
-            if open_fields != held:
+            # A tap on the node's own bridge waits in the host's namespace until its guest holds it.
+            if open_fields != held and (held.carrier or held.master or name != HOST):
                 actions.append(Action(Verb.CHANGE, name, link, held))
             if open_fields.mac != held.mac:
                 readdressed.add(n)

@@ -47,6 +47,7 @@ def script(want: Table | None, have: Table | None) -> str:
         if gone:
             lines.append(f"delete element {at} {name} {braces(sorted(key for key, _ in gone))}")
     lines += [f"delete chain {at} {name}" for name in stale]
+    lines += [f"delete {e.declaration} {at} {n}" for n, e in held.items() if n not in want.elements]
     lines += [f"delete counter {at} {name}" for name in sorted(counters - want.counters)]
     for name, chain in changed.items():
         lines += [f'add rule {at} {name} {rule.text} comment "{rule.mark}"' for rule in chain.rules]
@@ -81,7 +82,9 @@ def parse(text: str) -> dict[tuple[str, str], Table]:
             hook = Hook(item["type"], item["hook"], item["prio"], item["policy"]) if "hook" in item else None
             chains.setdefault(at, {})[item["name"]] = Chain(item["name"], hook, ())
         elif kind in ("set", "map"):
-            held = Elements("", frozenset(_item(e) for e in item.get("elem", [])))
+            # What the kernel adds by itself, and forgets by itself, is nobody's wish.
+            own = item.get("elem", []) if "timeout" not in item.get("flags", []) else []
+            held = Elements(kind, frozenset(map(_item, own)))
             elements.setdefault(at, {})[item["name"]] = held
         elif kind == "counter":
             counters.setdefault(at, set()).add(item["name"])

@@ -1,9 +1,11 @@
 """What each namespace of a node must hold: pure functions from desired state to facts."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 
+from net.errors import Failed, Invalid, NetError
 from net.ipam import TRANSIT
 from net.plan import dhcp, names, nft
 from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed
@@ -14,13 +16,14 @@ VXLAN_OVERHEAD_BYTES = 50
 _UPLINK_MTU_BYTES = 1500
 _FLOOD = "00:00:00:00:00:00"
 FORWARD = "net/ipv4/ip_forward"
+BRIDGED = "net/bridge/bridge-nf-call-iptables"
 _QUIET = {
     "net/ipv6/conf/all/disable_ipv6": "1",
     "net/ipv6/conf/default/disable_ipv6": "1",
     "net/ipv4/conf/all/send_redirects": "0",
     "net/ipv4/conf/default/send_redirects": "0",
     # A namespace made after br_netfilter was loaded starts with 1: bridged packets would meet IP rules.
-    "net/bridge/bridge-nf-call-iptables": "0",
+    BRIDGED: "0",
     "net/bridge/bridge-nf-call-arptables": "0",
 }
 SYSCTLS = (*_QUIET, FORWARD)
@@ -107,6 +110,7 @@ def target(desired: NodeNetworks, observed: Observed) -> dict[str, Facts]:
             desired, network, outside.get(network.vni), observed
         )
         for network in desired.networks
+        if not network.bridge
     }
     return {HOST: _host(desired, outside, observed), **wanted}
 
@@ -155,7 +159,8 @@ def _namespace(
     for remote_mac, remote in ((m, remotes[node]) for m, node in elsewhere if node in remotes):
         entries |= {Entry(Kind.FDB, vx, remote_mac), Entry(Kind.FDB, vx, remote_mac, remote)}
         entries.add(Entry(Kind.FDB, vx, _FLOOD, remote))
-    bridge_rules = nft.ports_table(desired.installation, network, local)
+    pinned = {tap: (network, port) for tap, port in local.items()}
+    bridge_rules = nft.ports_table(desired.installation, pinned)
     router_rules = nft.router_table(desired.installation, network, inside, routes=routes)
     serves = routes and (network.provide_dhcp or network.provide_dns)
     upstream = desired.resolvers or observed.resolvers
@@ -170,15 +175,37 @@ def _namespace(
 def port_link(desired: NodeNetworks, network: Network, port: Port) -> Link:
     """The tap of a port once it is in the network's namespace."""
     alias = f"{names.owned(desired.installation)}port {port.uuid}"
-    bridge = names.bridge(network.vni)
-    return Link(tap_name(desired, port), "tun", alias, network.mtu_bytes, master=bridge)
+    name = tap_name(desired, port)
+    if network.bridge:
+        # A bridge without a MAC of its own has the lowest of its ports': never ours.
+        mac = f"fe{port.mac[2:]}"
+        return Link(name, "tun", alias, network.mtu_bytes, mac=mac, master=network.bridge, learning=True)
+    return Link(name, "tun", alias, network.mtu_bytes, master=names.bridge(network.vni))
+
+
+def on_lan(desired: NodeNetworks) -> dict[str, tuple[Network, Port]]:
+    """By tap, the ports of this node on its own bridges."""
+    every = ((network, port) for network in desired.networks if network.bridge for port in network.ports)
+    return {tap_name(desired, port): (n, port) for n, port in every if port.node == desired.node}
+
+
+def _plugged(desired: NodeNetworks, network: Network, port: Port, observed: Observed) -> Link:
+    """A tap on the node's own bridge, as large as that is: a port changes a bridge's MTU. Without one it is down."""
+    mtu = observed.bridges.get(network.bridge, 0)
+    link = port_link(desired, replace(network, mtu_bytes=mtu or network.mtu_bytes), port)
+    return link if mtu else replace(link, up=False, master="", learning=False)
 
 
 def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Observed) -> Facts:
-    if not desired.networks:
-        return Facts()
+    lan = on_lan(desired)
+    links = {tap: _plugged(desired, network, port, observed) for tap, (network, port) in lan.items()}
+    tables = {}
+    if lan or any(link.master for link in observed.namespaces[HOST].links.values()):
+        tables["bridge"] = nft.ports_table(desired.installation, lan)
+    if all(network.bridge for network in desired.networks):
+        return Facts(links, tables=tables)
     uplink = desired.uplink or observed.uplink
-    links, entries, floating = {}, set[Entry](), set[IPv4Address]()
+    entries, floating = set[Entry](), set[IPv4Address]()
     for network in (network for network in desired.networks if network.vni in outside):
         name, end = names.host_uplink(desired.installation, network.vni), outside[network.vni]
         alias = f"{names.owned(desired.installation)}network {network.uuid}"
@@ -189,21 +216,21 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
             entries.add(Entry(Kind.ROUTE, name, f"{address}/32", str(end + 1)))
             if uplink:
                 entries.add(Entry(Kind.PROXY, uplink, str(address)))
-    if links:
+    if outside:
         entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1"))
     nodes = {desired.underlay, *(peer.address for peer in desired.peers)}
     peers = sorted({peer.address for peer in desired.peers if peer.node != desired.node})
-    table = nft.host_table(
+    tables["inet"] = nft.host_table(
         desired.installation,
-        vnis=sorted(network.vni for network in desired.networks),
+        vnis=sorted(network.vni for network in desired.networks if not network.bridge),
         nodes=sorted(address for address in nodes if not address.is_loopback),
         resolvers=sorted(set(desired.resolvers or observed.resolvers)),
         insides=sorted(address + 1 for address in outside.values()),
         floating=sorted(floating),
         published={key: outside[vni] + 1 for key, vni in published(desired, observed)[0].items()},
     )
-    admissions = nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(links))
-    return Facts(links, frozenset(entries), {"inet": table}, admissions)
+    admissions = nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(outside))
+    return Facts(links, frozenset(entries), tables, admissions)
 
 
 def without_routers(observed: Observed) -> dict[str, Facts]:
@@ -227,5 +254,20 @@ def too_large(desired: NodeNetworks, observed: Observed) -> list[Network]:
         network
         for network in desired.networks
         if network.mtu_bytes > limit
+        and not network.bridge
         and names.namespace(desired.installation, network.vni) not in observed.namespaces
     ]
+
+
+def cannot(desired: NodeNetworks, observed: Observed, refused: Sequence[Network]) -> NetError | None:
+    """What this node was asked for and cannot be: `refused` are too large."""
+    if refused:
+        return Invalid(
+            f"{', '.join(network.name for network in refused)}: packets of {refused[0].mtu_bytes} bytes do"
+            f" not fit through a mesh over {desired.underlay}, whose device carries {observed.mtu_bytes}",
+            hint=f"the largest MTU there is {observed.mtu_bytes - VXLAN_OVERHEAD_BYTES}",
+        )
+    lost = {n.bridge: n.name for n, _ in on_lan(desired).values() if n.bridge not in observed.bridges}
+    for bridge, name in sorted(lost.items()):
+        return Failed(f"this node has no bridge {bridge}: guests of {name} are unplugged", hint="make it")
+    return None

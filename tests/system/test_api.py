@@ -207,7 +207,7 @@ def test_ports_are_published_once_where_nothing_listens_and_low_ones_by_the_admi
     assert publish(link, "8080:80").status == 200
     assert publish(link, "8080-8081:80-81/udp").status == 200
     assert publish(link, "53:53/udp").status == 200
-    shown = server.get("/networks/lan/interfaces")[0]["published"]
+    shown = server.get(f"/interfaces/{link}")["published"]
     assert shown == ["8080:80/tcp", "8080-8081:80-81/udp", "53:53/udp"]
     for wrong in ("8080", "0:80", "80:0", "65535-65536:1-2", "9-8:9-8", "1-3:1-4", "１:80", "8080:80/icmp"):
         assert publish(other, wrong).status == 400, wrong
@@ -454,3 +454,36 @@ def test_many_creations_at_once_get_different_addresses_and_all_room_is_accounte
     for one in made:
         server.wait_for(f"/instances/{one['uuid']}", "deleted")
     assert server.instance("again", memory=7680).status == 200
+
+
+def test_a_network_on_the_lan_is_the_administrators_and_its_addresses_are_the_lans(server: Running) -> None:
+    lan = server.network("home", "", bridge="br0")
+    assert (lan["bridge"], lan["netblock"], lan["router_node"]) == ("br0", None, "")
+    link = created(server, network="home")["interfaces"][0]
+    assert (link["ipv4"], link["floating"]) == (None, None)
+    fixed = [{"network_uuid": "home", "address": "192.168.7.9"}]
+    assert server.instance("b", network=fixed).body["interfaces"][0]["ipv4"] == "192.168.7.9"
+    for address, status in (("192.168.7.9", 409), ("0.0.0.3", 400), ("224.0.0.1", 400)):
+        wanted = [{"network_uuid": "home", "address": address}]
+        assert server.instance("c", network=wanted).status == status, address
+    specs = {i.name: i.interfaces[0].address for i in server.agent.desired.instances}  # type: ignore[union-attr]
+    assert specs == {"web": "0.0.0.2", "b": "192.168.7.9"}
+    assert server.call("DELETE", "/networks/home").status == 409
+    assert server.call("POST", f"/interfaces/{link['uuid']}/publish", {"ports": "8080:80"}).status == 409
+    assert server.call("POST", f"/interfaces/{link['uuid']}/float").status == 409
+    ranged = server.network("office", "192.168.8.0/24", bridge="br1", range="192.168.8.200-192.168.8.201")
+    assert (ranged["gateway"], ranged["provide_dhcp"], ranged["provide_nat"]) == ("192.168.8.1", False, False)
+    given = [server.instance(name, network="office").body["interfaces"][0]["ipv4"] for name in "de"]
+    assert given == ["192.168.8.200", "192.168.8.201"]
+    assert server.instance("f", network="office").status == 507
+    for wrong in (
+        {"bridge": "../x"},
+        {"bridge": "br0", "netblock": "10.0.0.0/24"},
+        {"bridge": "br0", "netblock": "10.0.0.0/24", "range": "10.0.1.2-10.0.1.3"},
+        {"bridge": "br0", "netblock": "10.0.0.0/24", "range": "10.0.0.9-10.0.0.3"},
+        {"netblock": "10.0.0.0/24", "range": "10.0.0.3-10.0.0.9"},
+    ):
+        assert server.call("POST", "/networks", {"name": "wrong", **wrong}).status == 400, wrong
+    server.call("POST", "/auth/namespaces", {"namespace": "ci", "key_name": "k", "key": "secret-of-ci"})
+    ours = {"namespace": "ci", "key": "secret-of-ci"}
+    assert server.call("POST", "/networks", {"name": "mine", "bridge": "br0"}, **ours).status == 403

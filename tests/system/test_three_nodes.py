@@ -77,6 +77,34 @@ def test_a_published_port_leads_the_world_to_a_guest_and_moves_with_the_router(c
     within(30, lambda: not banner(), "it is closed")
 
 
+def test_a_guest_on_the_nodes_own_lan_has_its_address_from_there_and_answers_there(cluster: Cluster) -> None:
+    node = cluster.nodes["n3"].host
+    cluster.net(cluster.world, "ip link add lan0 type bridge; ip address add 192.168.77.1/24 dev lan0")
+    cluster.net(node, "ip link add br-home type bridge; ip link set br-home up")
+    cluster.net(
+        cluster.world,
+        f"ip link add cable type veth peer name eth1 netns /proc/{node.pid}/ns/net; ip link set cable master lan0 up\n"
+        "ip link set lan0 up",
+    )
+    cluster.net(node, "ip link set eth1 master br-home up")
+    served = "--port=0 --interface=lan0 --bind-interfaces --leasefile-ro --no-ping --conf-file=/dev/null"
+    cluster.world.run(
+        ["dnsmasq", *served.split(), "--dhcp-range=192.168.77.100,192.168.77.120", "--pid-file=/run/lan.pid"]
+    )
+    made = cluster.server.sf("network", "create", "home", "--bridge", "br-home")
+    assert "n2: there is no bridge br-home here" in made.stderr
+    assert 'nft insert rule ip filter FORWARD iifname "br-home" oifname "br-home" accept' in made.stderr
+    cluster.net(node, 'nft insert rule ip filter FORWARD iifname "br-home" oifname "br-home" accept')
+    cluster.create("tv", "n3", "home")
+    within(150, lambda: cluster.server.ready_line("tv"), "tv is ready")
+    address = cluster.server.ready_line("tv").split()[3]
+    assert IPv4Address(address) in IPv4Network("192.168.77.96/27")
+    assert cluster.from_world(address)
+    cluster.server.sf("instance", "delete", "tv", "--wait")
+    assert "sft" not in node.run(["ip", "-o", "link", "show", "master", "br-home"]).stdout
+    cluster.server.sf("network", "delete", "home")
+
+
 def test_two_networks_with_the_same_addresses_do_not_meet(cluster: Cluster) -> None:
     names = {net: cluster.inside(guest, "hostname", net) for guest, net in (("b", "lan"), ("c", "other"))}
     assert [names["lan"].stdout.strip(), names["other"].stdout.strip()] == ["b", "c"]

@@ -66,7 +66,7 @@ def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, 
         )
         plan: dict[str, Any] = {"id": f"network{number}", "link": f"link{number}", "network_id": network.uuid}
         if network.provide_dhcp:
-            plan["type"] = "ipv4_dhcp"
+            plan["type"] = "ipv4_dhcp"  # of the LAN's own server where the network is on a bridge
         else:
             plan.update(_static(interface, network, default_route=interface is first))
             if network.provide_dns:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from compute.cluster.records.addresses import Ipam, give_back_floating, parse_address, take_floating
 from compute.cluster.records.epochs import check
-from compute.cluster.records.networks import Network
+from compute.cluster.records.networks import Network, find_routed
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction
@@ -52,6 +52,8 @@ def attach(
 ) -> Interface:
     """An interface with an address and a MAC of its own. Raises net's Invalid, Conflict and Exhausted."""
     check(txn)
+    if want.float:
+        find_routed(txn, network.uuid)
     uuid = want.uuid or new_uuid()
     known = txn.get(Ipam, network.uuid)
     wanted = parse_address(want.address) if want.address else None
@@ -111,6 +113,7 @@ def float_interface(txn: Transaction, uuid: str) -> Interface:
     found = txn.get(Interface, uuid)
     if found.floating:
         raise Conflict(f"interface {uuid} has the floating address {found.floating} already")
+    find_routed(txn, found.network_uuid)
     found = replace(found, floating=take_floating(txn, uuid))
     txn.update(found)
     return found

@@ -17,6 +17,7 @@ from net import ipam
 
 _LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _DNS_NAME = re.compile(rf"{_LABEL}(\.{_LABEL}){{0,7}}\.?", re.IGNORECASE)
+_DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
 _VNI_TRIES = 64
 _MAX_DNS_ENTRIES = 1000
 
@@ -37,6 +38,10 @@ class Network(Stored):
     routed: dict[str, str] = field(default_factory=dict)
     """Routed address → next hop inside the network."""
     dns_entries: dict[str, str] = field(default_factory=dict)
+    bridge: str = ""
+    """The nodes' own bridge that its guests are on: no router, no tunnel, no server of ours."""
+    gateway: str = ""
+    """The router of the LAN; "" is the first address of the block."""
     state: str = "created"
     created_s: float = 0
     deleted_s: float = 0
@@ -53,16 +58,58 @@ def find_network(txn: Transaction, uuid: str) -> Network:
     return found
 
 
+def find_routed(txn: Transaction, uuid: str) -> Network:
+    """One that has a router of ours. Raises Conflict as well."""
+    found = find_network(txn, uuid)
+    if found.bridge:
+        hint = "its guests are reached there, at their own addresses"
+        raise Conflict(
+            f"network {found.name} is the LAN of {found.bridge}, which sf does not route", hint=hint
+        )
+    return found
+
+
+def _lan(network: Network, chosen: str) -> tuple[Network, ipam.Pool]:
+    """On a LAN: what is ours to hand out of it, `A-B`, by config drive; else its own DHCP server gives addresses."""
+    if not _DEVICE.fullmatch(network.bridge):
+        raise Invalid(
+            f"no bridge is called {network.bridge[:80]!r}", hint="sf network create NAME --bridge br0"
+        )
+    if bool(chosen) != bool(network.netblock):
+        raise Invalid(
+            "a network on a LAN has both a netblock and a range of it, or neither", hint="--range A-B"
+        )
+    network = replace(network, provide_dhcp=not chosen, provide_dns=bool(chosen), provide_nat=False)
+    if not chosen:
+        return replace(network, gateway=""), ipam.Pool.of(ipam.ANY)
+    block = ipam.check_netblock(network.netblock)
+    gateway = parse_address(network.gateway) if network.gateway else block[1]
+    first, last = (parse_address(chosen.partition("-")[at]) for at in (0, 2))
+    if not (block[0] < min(first, gateway) and first <= last and max(last, gateway) < block[-1]):
+        hint = "for example 192.168.1.200-192.168.1.220"
+        raise Invalid(f"{chosen[:80]} or {gateway} is not within {block}", hint=hint)
+    return replace(network, gateway=str(gateway)), ipam.Pool(block, gateway, first=first, last=last)
+
+
 def create_network(
-    txn: Transaction, network: Network, *, excluded: Collection[IPv4Network], router_nodes: Sequence[str]
+    txn: Transaction,
+    network: Network,
+    *,
+    excluded: Collection[IPv4Network],
+    router_nodes: Sequence[str],
+    chosen: str = "",
 ) -> Network:
     """Check, give it a VNI, a pool and a router. `vni` and `router_node` of the argument do not count.
 
-    router_nodes: who may route, best first. Raises Conflict, net's Invalid and Exhausted.
+    router_nodes: who may route, best first. chosen: of a LAN, what may be handed out. Raises Conflict, net's Invalid
+    and Exhausted.
     """
     check(txn)
     check_name(network.name, "network name")
-    netblock = ipam.check_netblock(network.netblock, excluded)
+    if network.bridge:
+        network, pool = _lan(network, chosen)
+    else:
+        pool = ipam.Pool.of(ipam.check_netblock(network.netblock, excluded))
     take_name(txn, Network.KIND, network.namespace, network.name, network.uuid)
     for _ in range(_VNI_TRIES):
         vni = ipam.random_vni(())
@@ -72,17 +119,18 @@ def create_network(
         raise NoCapacity("no VXLAN network identifier is free")
     network = replace(
         network,
-        netblock=str(netblock),
+        netblock=str(pool.netblock),
         vni=vni,
-        router_node=next(iter(router_nodes), ""),
+        router_node="" if network.bridge else next(iter(router_nodes), ""),
         created_s=time.time(),
     )
     take(txn, f"vni/{vni}", network.uuid)
-    txn.create(Ipam(name=network.uuid, pool=ipam.Pool.of(netblock)))
+    txn.create(Ipam(name=network.uuid, pool=pool))
     if network.provide_nat and txn.find(Ipam, FLOATING) is not None:
         network = replace(network, router_floating=take_floating(txn, f"router/{network.uuid}"))
     txn.create(network)
-    txn.event(Network.KIND, network.uuid, f"created as {netblock} with VNI {vni}", type="audit")
+    where = f"on {network.bridge}" if network.bridge else f"with VNI {vni}"
+    txn.event(Network.KIND, network.uuid, f"created as {pool.netblock} {where}", type="audit")
     return network
 
 
@@ -111,7 +159,7 @@ def delete_network(txn: Transaction, uuid: str) -> Network:
 
 def route(txn: Transaction, uuid: str, next_hop: str) -> str:
     """Take a floating address that is routed, not translated, to `next_hop` inside the network."""
-    found = find_network(txn, uuid)
+    found = find_routed(txn, uuid)
     hop = parse_address(next_hop)
     if hop not in IPv4Network(found.netblock):
         raise Invalid(f"{hop} is not in {found.netblock}")
@@ -137,7 +185,7 @@ def check_dns_name(name: str) -> None:
 
 def set_dns(txn: Transaction, uuid: str, name: str, value: str | None) -> None:
     """A name that the network's DNS answers; None removes it. Raises NotReady where there is no DNS."""
-    found = find_network(txn, uuid)
+    found = find_routed(txn, uuid)
     check_dns_name(name)
     if not found.provide_dns:
         raise NotReady(f"network {found.name} has no DNS", hint="make one without provide_dns: false")

@@ -147,7 +147,8 @@ def move_routers(txn: Transaction, away_from: str, router_nodes: Sequence[str]) 
     moved: list[str] = []
     targets = [name for name in router_nodes if name != away_from]
     for network in txn.list(Network):
-        if network.state == "created" and network.router_node == away_from and targets:
+        routed = network.state == "created" and not network.bridge
+        if routed and network.router_node == away_from and targets:
             target = targets[len(moved) % len(targets)]
             txn.update(replace(network, router_node=target))
             txn.event(Network.KIND, network.uuid, f"router moved from {away_from} to {target}", type="mutate")

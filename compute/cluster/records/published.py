@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from compute.cluster.records.interfaces import Interface, published_names
-from compute.cluster.records.networks import find_network
+from compute.cluster.records.networks import find_routed
 from compute.cluster.records.taken import Taken, take
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Denied, Invalid, NotFound
@@ -48,7 +48,7 @@ def publish(
     Raises Conflict for a port that is in use, Denied.
     """
     found = txn.get(Interface, uuid)
-    find_network(txn, found.network_uuid)
+    find_routed(txn, found.network_uuid)
     if wanted in found.published:
         return found
     if wanted.port < _LOW and not admin:

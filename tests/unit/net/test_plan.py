@@ -6,9 +6,10 @@ from ipaddress import IPv4Address, IPv4Network
 from hypothesis import given
 from hypothesis import strategies as st
 
+from net.ipam import UNKNOWN
 from net.plan import names, nft
 from net.plan.facts import HOST, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed
-from net.plan.model import Network, NodeNetworks, Peer, Port
+from net.plan.model import Network, NodeNetworks, Peer, Port, Published
 from net.plan.plan import Space, Transaction, Verb, diff, plan
 from net.plan.target import target, transits, without_routers
 
@@ -28,12 +29,19 @@ def networks(draw: st.DrawFn, number: int) -> Network:
             f"guest{host}",
             draw(st.sampled_from(NODES)),
             floating=IPv4Address(f"192.0.2.{host}") if draw(st.booleans()) else None,
+            published=(Published("tcp", 8000 + number, 80),) if draw(st.booleans()) else (),
         )
         for host in sorted(hosts)
     )
     routed = (
         ((IPv4Address(f"203.0.113.{number}"), block[min(hosts)]),) if hosts and draw(st.booleans()) else ()
     )
+    if draw(st.integers(0, 3)) == 0:
+        unknown = (replace(port, address=UNKNOWN[n]) for n, port in enumerate(ports))
+        on_it = tuple(unknown) if draw(st.booleans()) else ports
+        on_it = tuple(replace(port, floating=None, published=()) for port in on_it)
+        uuid, bridge = f"network-{number}", draw(st.sampled_from(["br0", "br1"]))
+        return Network(uuid, number, f"lan{number}", block, block[1], bridge=bridge, ports=on_it)
     return Network(
         uuid=f"network-{number}",
         vni=1000 + number,
@@ -58,7 +66,9 @@ def states(draw: st.DrawFn) -> NodeNetworks:
     return NodeNetworks(INSTALLATION, draw(st.sampled_from(NODES)), made, peers, IPv4Address("172.16.0.1"))
 
 
-EMPTY = Observed({HOST: Facts()}, uplink="eth0", resolvers=(IPv4Address("192.0.2.53"),))
+EMPTY = Observed(
+    {HOST: Facts()}, uplink="eth0", bridges={"br0": 1500}, resolvers=(IPv4Address("192.0.2.53"),)
+)
 
 
 def _as_desired(desired: NodeNetworks, observed: Observed) -> Observed:
