@@ -32,7 +32,7 @@ FIELDS = (
     *COLUMNS[2:],
     ("uuid", "uuid"),
     ("namespace", "namespace"),
-    ("interfaces", lambda i: [_interface(link) for link in _links(i)]),
+    ("interfaces", lambda i: [_interface(link) for link in i.get("interfaces") or []]),
     ("disks", lambda i: [_disk(disk) for disk in i.get("disks") or []]),
     ("labels", lambda i: [f"{key}={value}" for key, value in (i.get("metadata") or {}).items()]),
     ("created", lambda i: when(i.get("created"))),
@@ -70,8 +70,6 @@ def _arrived(device: str, figures: Mapping[str, Any]) -> str:
     share = f"{100 * here // whole}%" if whole else ""
     return f"{device} {share} here ({came or 'nothing fetched'}; reads waited {figures.get('waited_s', 0):.1f} s)"
 
-
-LINKS = (("address", "ipv4"), ("mac", "macaddr"), ("network", "network_uuid"), ("uuid", "uuid"))
 
 instance = Group("instance", needs=API, help="Create, watch and control guests.")
 _DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
@@ -291,61 +289,6 @@ _power("start", "poweron", "Switch guests on.")
 _power("stop", "poweroff", "Switch guests off at once, as by holding down the power button.")
 _power("pause", "pause", "Stop guests' processors.")
 _power("unpause", "unpause", "Let paused guests go on.")
-
-
-@instance.add("add-interface", examples="sf instance add-interface web lan,address=10.42.0.9")
-@click.argument("network", metavar="NETWORK[,…]")
-def add_interface(name: str, network: str, form: str) -> None:
-    """Plug an interface into a running guest."""
-    api = Api()
-    made = api("POST", "instances", name, "interfaces", network=attachment(api, network))
-    show_one(made, LINKS, form, name="uuid")
-
-
-@instance.add("remove-interface", examples="sf instance remove-interface web 10.42.0.9")
-@click.argument("which", metavar="ADDRESS|MAC|UUID")
-def remove_interface(name: str, which: str) -> None:
-    """Unplug an interface from a running guest."""
-    Api()("DELETE", "interfaces", _link(name, which))
-
-
-@instance.add("float", examples="sf instance float web 10.42.0.9\nsf instance float web 10.42.0.9 --undo")
-@click.argument("which", metavar="ADDRESS|MAC|UUID")
-@click.option("--undo", is_flag=True, help="Give the floating address back.")
-def float_(name: str, which: str, form: str, undo: bool) -> None:
-    """Make an interface reachable from outside, by an address of the floating pool."""
-    made = Api()("POST", "interfaces", _link(name, which), "defloat" if undo else "float")
-    show_one(made, (*LINKS, ("floating", "floating")), form, name="uuid")
-
-
-@instance.add(
-    examples="""sf instance publish web 8080:80
-    sf instance publish dns 53:53/udp --interface 10.42.0.9
-    sf instance publish web 8080:80 --undo"""
-)
-@click.argument("ports", metavar="OUTER:INNER[/udp]")
-@click.option("--interface", metavar="ADDRESS|MAC|UUID", help="Where a guest has more than one.")
-@click.option("--undo", is_flag=True, help="Lead the ports there no more.")
-def publish(name: str, ports: str, form: str, interface: str | None, undo: bool) -> None:
-    """Make ports of a guest reachable at the addresses of the node that routes its network.
-
-    Ranges are FIRST-LAST:FIRST-LAST. Refused are ports on which that node listens, and those that lead elsewhere.
-    """
-    verb = "DELETE" if undo else "POST"
-    made = Api()(verb, "interfaces", _link(name, interface), "publish", ports=ports)
-    show_one(made, (*LINKS, ("published", "published")), form, name="uuid")
-
-
-def _link(name: str, which: str | None) -> str:
-    """The uuid of a guest's interface; None for its only one."""
-    links = Api()("GET", "instances", name, "interfaces")
-    uuids = [
-        str(link["uuid"]) for link in links if which in (None, link["uuid"], link["ipv4"], link["macaddr"])
-    ]
-    if len(uuids) != 1:
-        which = f"no interface {which}" if which else f"{len(uuids)} interfaces, and --interface names none"
-        raise Problem(f"{name} has {which}", hint=f"sf instance show {name}", code=MISSING)
-    return uuids[0]
 
 
 @instance.add(examples="sf instance reboot web\nsf instance reboot web --hard")
