@@ -15,6 +15,8 @@ class Config:
     """Everything that one server is configured by."""
 
     state_dir: Path = Path("/var/lib/sf")
+    instance_dir: Path | None = None
+    """Guests' disks; None: instances/ under `state_dir`."""
     stores: tuple[tuple[str, str], ...] = ()
     """(name, URL) of the image stores that names are looked up in, in order; () is the one under `state_dir`."""
     stores_again: Callable[[], Mapping[str, str]] = field(default=dict, compare=False)
@@ -61,6 +63,7 @@ def load(settings: Settings) -> Config:
     host, port = read("listen", _host_port, "127.0.0.1:13000")
     return Config(
         state_dir=settings.state_dir,
+        instance_dir=settings.instance_dir,
         stores=tuple(settings.stores.items()),
         stores_again=lambda: Settings(settings.flags, settings.environment).stores,
         host=host or "127.0.0.1",

@@ -32,7 +32,7 @@ _MTU_BYTES = 1450
 @contextlib.contextmanager
 def only_one(state_dir: Path) -> Iterator[None]:
     """One server or agent per state directory, made if need be: the lock goes with the process, however that ends."""
-    for name in ("", "run", "instances", "cache"):
+    for name in ("", "run", "cache"):
         (state_dir / name).mkdir(mode=0o711, parents=True, exist_ok=True)
     path = state_dir / "run" / "serve.lock"
     with contextlib.ExitStack() as stack:
@@ -120,6 +120,7 @@ async def agent(
         mtu_bytes=mtu_bytes or _MTU_BYTES,
         release=release(),
         memory=memory,
+        instances=config.instance_dir,
     )
 
 

@@ -57,6 +57,11 @@ class Settings:
         return Path(self.get("state_dir", "/var/lib/sf")).expanduser().absolute()
 
     @property
+    def instance_dir(self) -> Path:
+        """Guests' disks."""
+        return Path(self.get("instance_dir") or self.state_dir / "instances").expanduser().absolute()
+
+    @property
     def cache_dir(self) -> Path:
         """Hints about stores, safe to delete."""
         return Path(self.get("cache_dir", "~/.cache/sf")).expanduser()

@@ -35,6 +35,7 @@ FIELDS = (
     ("interfaces", lambda i: [_interface(link) for link in i.get("interfaces") or []]),
     ("disks", lambda i: [_disk(disk) for disk in i.get("disks") or []]),
     ("labels", lambda i: [f"{key}={value}" for key, value in (i.get("metadata") or {}).items()]),
+    ("autostart", lambda i: f"{i.get('autostart')}, order {i.get('order')}, delay {i.get('delay_s')} s"),
     ("created", lambda i: when(i.get("created"))),
     ("changed", lambda i: when(i.get("updated"))),
     ("screen", lambda i: _screen(i)),
@@ -246,23 +247,35 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
 
 
 @instance.add(
-    "set", examples="sf instance set web --cpus 2 --memory 2G\nsf instance set db --disk 40G --disk vdb=200G"
+    "set",
+    examples="sf instance set web --cpus 2 --memory 2G\nsf instance set db --disk 40G --disk vdb=200G\nsf instance set db --autostart yes --order 1 --delay 20s",
 )
 @click.option("--cpus", type=click.IntRange(min=1))
 @click.option("--memory", type=MEBIBYTES, help="512M, 8G; a number: MiB.")
 @click.option(
     "--disk", "disks", multiple=True, metavar="[DEVICE=]40G", help="Larger than it is; default: vda."
 )
-def set_(names: tuple[str, ...], cpus: int | None, memory: int | None, disks: tuple[str, ...]) -> None:
+@click.option(
+    "--autostart", type=click.Choice(["yes", "no", "last"]), help="With its machine; last: if it ran."
+)
+@click.option(
+    "--order", type=click.IntRange(0, 9), help="Lower ones of a namespace start first, and end last."
+)
+@click.option(
+    "--delay", "delay_s", type=DURATION, metavar="DURATION", help="Before those of the next order start."
+)
+def set_(
+    names: tuple[str, ...], cpus: int | None, memory: int | None, disks: tuple[str, ...], **start: Any
+) -> None:
     """Change guests: disks of one that runs grow at once, the rest counts from its next start on."""
-    if not (cpus or memory or disks):
+    if not (cpus or memory or disks) and all(value is None for value in start.values()):
         raise click.UsageError("nothing to set")
     pairs, api = [text.rpartition("=") for text in disks], Api()
     sizes = {device or "vda": gigabytes(GIBIBYTES.convert(each, None, None)) for device, _, each in pairs}
     for name in names:
         memory_mib = memory and memory // 2**20
-        found = api("PATCH", "instances", name, cpus=cpus, memory=memory_mib, disks=sizes or None)
-        if found["power_state"] == "off":
+        found = api("PATCH", "instances", name, cpus=cpus, memory=memory_mib, disks=sizes or None, **start)
+        if found["power_state"] == "off" and (cpus or memory):
             say(f"{name} is off: it has what was set from its next start on")
         elif cpus or memory:
             say(f"{name} has its cpus and memory from its next start on (sf instance reboot {name} --hard)")

@@ -101,8 +101,8 @@ def _trust() -> Iterator[Line]:
 
 
 def _space() -> Iterator[Line]:
-    state = settings().state_dir
-    paths = (state, state / "cache", state / "instances", Path(settings().store_url.removeprefix("file://")))
+    state, store = settings().state_dir, Path(settings().store_url.removeprefix("file://"))
+    paths = (state, state / "cache", settings().instance_dir, store)
     for path in {path.stat().st_dev: path for path in reversed(paths) if path.is_dir()}.values():
         disk = shutil.disk_usage(path)
         share = disk.free / disk.total
@@ -156,7 +156,8 @@ def _server() -> Iterator[Line]:
 def _guests(api: Api) -> Iterator[Line]:
     for one in api("GET", "instances"):
         name = f"{one['namespace']}/{one['name']}"
-        if one["state"].endswith("error") or one["power_state"] == "crashed":
+        halted = one["power_state"] == "paused" and one["error_message"]
+        if one["state"].endswith("error") or one["power_state"] == "crashed" or halted:
             what = f"guest {name}: {one['error_message'] or 'it crashed'}"
             yield WARNING, what, f"sf instance events {name}"
     for one in api("GET", "networks"):

@@ -22,7 +22,7 @@ from compute.agent.guest.host import Host, Plane
 from compute.agent.hypervisor import accel
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_service import ServedImages
-from compute.agent.memory import Memory
+from compute.agent.memory import Memory, boot
 from compute.agent.operations import Operations
 from compute.agent.reports import Reports
 from compute.errors import ComputeError, Unavailable
@@ -62,7 +62,7 @@ class Controller(Protocol):
 
 
 class Agent:
-    """One per node. `run` until cancelled or `stop`ped; guests run on without it."""
+    """One per node. `run` until cancelled; guests run on without it."""
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class Agent:
         mtu_bytes: int = 1450,
         release: str = "",
         memory: Memory | None = None,
+        instances: Path | None = None,
     ) -> None:
         self._controller, self._node, self._state_dir = controller, node_name, state_dir
-        self._plane, self._libvirt_uri = plane, libvirt_uri
-        self._images = images
+        self._plane, self._libvirt_uri, self._images = plane, libvirt_uri, images
         self._address, self._mtu_bytes, self._release = address, mtu_bytes, release
         self._pool = ThreadPoolExecutor(16, thread_name_prefix="agent")
         self._plane_lock = asyncio.Lock()
@@ -88,18 +88,16 @@ class Agent:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._deleted: set[str] = set()
         self._registered: NodeFacts | None = None
-        self._trouble = ""
+        self._instances = instances or state_dir / "instances"
+        self._instances.mkdir(parents=True, exist_ok=True)
+        self._memory, self._trouble = memory or Memory(state_dir), ""
         self.operations = Operations(node_name, plane, self._plane_lock, self._guests)
         self._reports = Reports(partial(controller.report, node_name))
         self._said: Inventory | None = None
         self._lost, self._shown = asyncio.Event(), asyncio.Event()
-        state_dir.mkdir(parents=True, exist_ok=True)
-        self._memory = memory or Memory(state_dir)
-        self._main: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until cancelled. Waits for the server and for libvirt however long they take."""
-        self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
         verdict = await loop.run_in_executor(self._pool, accel.find, self._state_dir)
         await self._register(verdict)
@@ -114,7 +112,7 @@ class Agent:
             node=self._node,
             machine=self._memory.now.machine,
             installation=desired.networks.installation,
-            directory=self._state_dir / "instances",
+            directory=self._instances,
             address=self._address,
             hypervisor=hypervisor,
             plane=self._plane,
@@ -126,7 +124,6 @@ class Agent:
             note=self._reports.note,
             shown=self._shown.set,
         )
-        host.directory.mkdir(exist_ok=True)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._reports.run())
@@ -145,13 +142,6 @@ class Agent:
             finally:
                 hypervisor.close()
                 self._pool.shutdown(wait=False)
-
-    async def stop(self) -> None:
-        """End `run`; guests and networks stay as they are."""
-        if self._main is not None and not self._main.done():
-            self._main.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({self._main})
 
     # Following the server
 
@@ -267,6 +257,7 @@ class Agent:
         wanted = {spec.uuid: spec for spec in desired.instances}
         networks = {network.uuid: network for network in desired.networks.networks}
         self._deleted &= wanted.keys()
+        host.turns.begin(desired.instances, partial(self._notified, "", ""))
         for uuid, spec in wanted.items():
             if uuid in self._deleted and spec.delete:  # done; the server has not heard it yet
                 self._reports.publish(InstanceStatus(uuid, InstanceState.DELETED))
@@ -335,10 +326,9 @@ class Agent:
                     guest.wake("up")
 
     def _facts(self, verdict: accel.Verdict) -> NodeFacts:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return NodeFacts(
             cpus=os.cpu_count() or 1,
-            memory_mib=memory_bytes >> 20,
+            memory_mib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
             address=str(self._address),
             architecture=os.uname().machine,
             release=self._release,
@@ -347,4 +337,5 @@ class Agent:
             images=self._images.here(),
             peer_address=self._images.peer_address,
             stores=self._images.stores,
+            boot=boot(),
         )

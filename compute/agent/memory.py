@@ -24,6 +24,12 @@ from imagestore import durable
 _LOCKS = Path("/run/lock")
 
 
+def boot() -> str:
+    """Which start of this machine (or container) this is."""
+    began = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{began}"
+
+
 class Memory:
     """`proof` is what a directory of 0.1, which has no id, is known by: the same for a copy of it."""
 

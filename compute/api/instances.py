@@ -95,6 +95,9 @@ class SetBody(Body):
     """MB."""
     disks: dict[str, Annotated[int, Field(ge=1, le=2**20)]] | None = None
     """Device: GB."""
+    autostart: Literal["yes", "no", "last"] | None = None
+    order: int | None = Field(default=None, ge=0, le=9)
+    delay_s: int | None = Field(default=None, ge=0, le=600)
 
 
 class PlugBody(Body):

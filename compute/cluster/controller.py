@@ -17,6 +17,7 @@ from compute.cluster import desired, quarantine, upkeep
 from compute.cluster.feed import Feed
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.epochs import compare, epoch, heard
+from compute.cluster.records.instances import booted
 from compute.cluster.records.nodes import Node, check_facts, find_machine, rename
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import new_uuid
@@ -114,6 +115,8 @@ class Controller:
                 hint = f"if that one is gone: sf node remove {taken.name}"
                 raise Conflict(f"{facts.address} is the address of node {taken.name}", hint=hint)
             plain = to_plain(facts)
+            if facts.boot and facts.boot != (known.facts.get("boot") or facts.boot):
+                booted(txn, node)
             if known.facts != plain:
                 txn.update(replace(known, facts=plain, lastseen_s=time.time()))
             if known.facts == plain or {**known.facts, "images": plain["images"]} != plain:

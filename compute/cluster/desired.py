@@ -234,4 +234,6 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         delete=instance.state in LEAVING,
         made=instance.state == InstanceState.CREATED,
         failed=instance.state == InstanceState.ERROR,
+        order=instance.order,
+        delay_s=instance.delay_s,
     )

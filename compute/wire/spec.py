@@ -102,6 +102,10 @@ class InstanceSpec:
     """Its disks were made once: where they are not, they are never made anew."""
     failed: bool = False
     """The record is in state error: keep what is there for the user to look at, build and start nothing."""
+    order: int = 0
+    """When its machine starts, those of its namespace with a lower order start first; when it ends, they end last."""
+    delay_s: int = 0
+    """So much later than it do those of a higher order start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,3 +230,5 @@ class NodeFacts:
     """host:port where its image service can serve other nodes; "" if it is not to."""
     stores: tuple[str, ...] | None = None
     """Identities of the image stores that it reads (sorted): only nodes with the same share. None: it will tell."""
+    boot: str = ""
+    """Another after each start of the machine; "" of a version that does not say."""

@@ -3,7 +3,7 @@
 Both servers have one worker process for each core of the machine, share these cores with the client, and serve the
 same files; they take turns. The memory of `sf mirror serve` is that of all its processes: the peak of each (VmHWM),
 begun anew before the slow clients come, added up, so that what they share counts more than once. The bound is what
-docs/howto/mirror.md and mirror-config/systemd/sf-mirror.service give it: 512 MiB for each worker.
+docs/howto/mirror.md and debian/sf-images.sf-mirror.service give it: 512 MiB for each worker.
 """
 
 import contextlib

@@ -185,7 +185,6 @@ class Bench:
         try:
             yield agent
         finally:
-            await agent.stop()
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 

@@ -71,7 +71,6 @@ class LazyBench(Bench):
         try:
             yield agent
         finally:
-            await agent.stop()
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 

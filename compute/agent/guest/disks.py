@@ -16,6 +16,8 @@ from compute.wire.spec import InstanceSpec
 _MOVE_BYTES = 256 << 20
 """A disk is moved while its guest runs only if its overlay holds less: the move copies it."""
 
+_ROOM_BYTES = 64 << 20
+
 _RECONNECT_S = 3600
 """For how long a guest waits for an image service that is away."""
 
@@ -39,6 +41,10 @@ class Disks:
         """The file that a disk is on now, or its first or second one."""
         moved = device in self._held.now.moved if second is None else second
         return self._host.directory / self._uuid / f"{device}{'.2' if moved else ''}.qcow2"
+
+    def room(self) -> bool:
+        """Whether a guest whose disks could not grow may go on."""
+        return shutil.disk_usage(self._host.directory).free >= _ROOM_BYTES
 
     def _reader(self, device: str) -> str:
         return f"{self._uuid}-{device}"

@@ -27,7 +27,7 @@ from compute.agent.guest.host import Host, Voice
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld, rebuilt
 from compute.agent.guest.taps import Taps
 from compute.agent.hypervisor import domain
-from compute.agent.hypervisor.libvirt import DomainState, Refused
+from compute.agent.hypervisor.libvirt import FULL, DomainState, Refused
 from compute.errors import ComputeError, Invalid, NotFound, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, Orphan, Power
 from imagestore import StoreError
@@ -121,6 +121,7 @@ class Guest:
             try:
                 await self._attempt()
                 self._voice.waits(None)
+                self.host.turns.settled(self.spec)
             except (ComputeError, StoreError, NetError, OSError) as err:
                 # libvirtd is away (the guest lives on), or the record cannot be written: nothing is lost by waiting.
                 log.warning("instance %s: %s", self.spec.uuid, err)
@@ -171,7 +172,8 @@ class Guest:
             if state.power != "off" or self.record.phase is not Phase.OFF:
                 await self._power_off()
         elif self.record.phase in (Phase.STARTING, Phase.OFF):
-            await self._power_on()
+            if self.host.turns.come(spec):
+                await self._power_on()
         elif self.record.phase is Phase.UP:
             await self._keep(state if not unpaused else replace(state, reason=""))
         await self._report()
@@ -217,6 +219,7 @@ class Guest:
 
     async def _keep(self, state: DomainState) -> None:
         """A guest that is up: reboot, pause, resume, plug."""
+        self._voice.halted(state.reason)
         hypervisor, uuid = self.host.hypervisor, self.spec.uuid
         if self.spec.reboot_soft > self.record.reboot_soft:
             await self._course.save(reboot_soft=self.spec.reboot_soft)
@@ -224,9 +227,10 @@ class Guest:
             self._voice.event("asked the guest to reboot")
         await self._taps.plug(self.spec, self.networks)
         await self._disks.move(self.spec)
+        may = not state.reason or (state.reason == FULL and self._disks.room())
         if self.spec.power is Power.PAUSED and state.power == "on":
             await self.host.do(hypervisor.suspend, uuid)
-        elif self.spec.power is Power.ON and state.power == "paused" and not state.reason:
+        elif self.spec.power is Power.ON and state.power == "paused" and may:
             await self.host.do(hypervisor.resume, uuid)
 
     # Steps
@@ -255,6 +259,7 @@ class Guest:
                     raise
                 log.warning("instance %s is started once more: %s", self.spec.uuid, err)
         await self._course.save(phase=Phase.UP, created=True, message="", crashed=False)
+        self.host.turns.settled(self.spec, started=True)
         self._voice.event("started", duration_s=time.monotonic() - began, accel=str(self.host.verdict))
 
     async def _start(self) -> None:

@@ -4,12 +4,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from compute.agent.guest.turns import Turns
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.wire.spec import InstanceState, InstanceStatus, NodeEvent
@@ -93,6 +94,7 @@ class Host:
     note: Callable[[NodeEvent], None]
     shown: Callable[[], None]
     """A guest that nobody knows is seen otherwise than before."""
+    turns: Turns = field(default_factory=Turns)
 
     async def do(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run something slow and synchronous in the agent's own threads."""
@@ -115,7 +117,7 @@ class Voice:
         self.stage = InstanceState.PREFLIGHT
         self.agent_ready: bool | None = None
         """Whether the agent in the guest answers; None if libvirt must be asked."""
-        self._say_at_s, self._said = 0.0, ""
+        self._say_at_s, self._said, self._halted = 0.0, "", ""
 
     def publish(
         self, stage: InstanceState | None = None, power: str = "off", message: str = "", **more: Any
@@ -141,6 +143,12 @@ class Voice:
         if now >= self._say_at_s and str(err) != self._said:
             self._say_at_s, self._said = now + _WAITS_S, str(err)
             self.event(f"waiting: {err} ({getattr(err, 'hint', '') or 'it is tried again'})")
+
+    def halted(self, reason: str) -> None:
+        """Why its processors stand still though nobody asked for it; "" if they do not."""
+        if reason != self._halted:
+            self.event(f"paused: {reason}" if reason else "it goes on")
+        self._halted = reason
 
     def event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:
         """A line of the instance's history."""

@@ -44,8 +44,9 @@ class DomainState:
     reason: str = ""
 
 
+FULL = "the node's file system for disks is full; it goes on when there is room"  # all that werror=enospc stops for
 _PAUSED_REASONS = {
-    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "an I/O error (is the node's disk full?)",
+    libvirt.VIR_DOMAIN_PAUSED_IOERROR: FULL,
     libvirt.VIR_DOMAIN_PAUSED_WATCHDOG: "the guest's watchdog",
     libvirt.VIR_DOMAIN_PAUSED_CRASHED: "the guest's kernel crashed",
     libvirt.VIR_DOMAIN_PAUSED_STARTING_UP: "starting",
@@ -231,15 +232,21 @@ class Hypervisor:
         with self._domain(uuid) as found:
             found.reboot(libvirt.VIR_DOMAIN_REBOOT_ACPI_POWER_BTN)
 
+    def press_power(self, uuid: str) -> None:
+        """Ask the guest, by its agent or its power button, to end; it may ignore it. Nothing if it is off."""
+        with contextlib.suppress(NotFound, Conflict, Refused), self._domain(uuid) as found:
+            found.shutdown()
+
     def destroy(self, uuid: str) -> None:
         """Pull the plug (qemu flushes first). Nothing if it is off or unknown."""
         with contextlib.suppress(NotFound, Conflict), self._domain(uuid) as found:
             found.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_DEFAULT)
 
-    def undefine(self, uuid: str) -> None:
-        """Forget the domain with its UEFI variables. Nothing if it is unknown."""
+    def undefine(self, uuid: str, *, keep: bool = False) -> None:
+        """Forget the domain with (or without) its UEFI variables. Nothing if it is unknown."""
+        flag = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM if keep else libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
         with contextlib.suppress(NotFound), self._domain(uuid) as found:
-            found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+            found.undefineFlags(flag)
 
     def state(self, uuid: str) -> DomainState:
         """How it is now; an undefined domain is off, ended unknown."""
@@ -301,8 +308,8 @@ class Hypervisor:
                 "read-only": True, "reconnect-delay": reconnect_s, "open-timeout": 30,
             },
         )  # fmt: skip
-        overlay: dict[str, Any] = {"driver": "qcow2", "node-name": file.replace("storage", "format")}
-        overlay |= {"file": file, "backing": node, "read-only": False, "discard": "unmap"}
+        overlay = {"driver": "qcow2", "node-name": file.replace("storage", "format"), "file": file}
+        overlay |= {"backing": node, "read-only": False, "discard": "unmap"}
         overlay["cache"] = {"direct": True, "no-flush": False}
         self.qmp(uuid, "blockdev-reopen", options=[overlay])
 

@@ -73,6 +73,10 @@ class Instance(Stored):
     created_s: float = 0
     updated_s: float = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+    autostart: str = "last"
+    """Whether it runs once its node's machine has started: yes, no, or last: if it did before."""
+    order: int = 0
+    delay_s: int = 0
     unconfirmed: bool = False
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
 
@@ -202,6 +206,18 @@ def power(txn: Transaction, uuid: str, verb: str) -> Instance:
     txn.update(replace(found, updated_s=time.time()))
     txn.event(Instance.KIND, uuid, f"{verb} asked for", type="audit")
     return found
+
+
+def booted(txn: Transaction, node: str) -> None:
+    """The node's machine has started: those that are to run then, or not to, are wanted so."""
+    for one in txn.list(Instance):
+        if one.node == node and one.state == InstanceState.CREATED and one.autostart != "last":
+            ended = one.autostart == "yes" and one.power == Power.ON and one.power_state in ("off", "crashed")
+            wanted = Power.ON if one.autostart == "yes" else Power.OFF
+            txn.update(replace(one, power=wanted, reboot_hard=one.reboot_hard + ended, updated_s=time.time()))
+            txn.event(
+                Instance.KIND, one.uuid, f"{node} has started; autostart is {one.autostart}", type="audit"
+            )
 
 
 def add_interface(txn: Transaction, uuid: str, want: Want) -> Interface:

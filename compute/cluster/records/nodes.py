@@ -55,7 +55,7 @@ def check_facts(facts: NodeFacts) -> NodeFacts:
             and _LEAST_MTU <= facts.mtu_bytes <= 2**16
             and not (address.is_multicast or address.is_unspecified or address.is_reserved)
             and (not peer[2] or (IPv4Address(peer[0]) == address and 0 < int(peer[2][:6]) < 2**16))
-            and all(len(text) <= _TEXT for text in (facts.architecture, facts.release, facts.accel))
+            and all(len(t) <= _TEXT for t in (facts.architecture, facts.release, facts.accel, facts.boot))
             and all(map(_DIGEST.fullmatch, facts.images))
             and all(len(text) <= _TEXT for text in stores)
             and len(facts.images) + len(stores) <= _MOST
