@@ -248,7 +248,9 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
 
 @instance.add(
     "set",
-    examples="sf instance set web --cpus 2 --memory 2G\nsf instance set db --disk 40G --disk vdb=200G\nsf instance set db --autostart yes --order 1 --delay 20s",
+    examples="""sf instance set web --cpus 2 --memory 2G
+    sf instance set db --disk 40G --disk vdb=200G
+    sf instance set db --autostart yes --order 1 --delay 20s""",
 )
 @click.option("--cpus", type=click.IntRange(min=1))
 @click.option("--memory", type=MEBIBYTES, help="512M, 8G; a number: MiB.")
