@@ -10,6 +10,7 @@ from compute.agent.guest import overlay
 from compute.agent.guest.host import Backing, Host
 from compute.agent.guest.record import DisksHeld, Part
 from compute.agent.hypervisor import domain
+from compute.agent.hypervisor.libvirt import FULL
 from compute.errors import ComputeError
 from compute.wire.spec import InstanceSpec
 
@@ -42,9 +43,10 @@ class Disks:
         moved = device in self._held.now.moved if second is None else second
         return self._host.directory / self._uuid / f"{device}{'.2' if moved else ''}.qcow2"
 
-    def room(self) -> bool:
-        """Whether a guest whose disks could not grow may go on."""
-        return shutil.disk_usage(self._host.directory).free >= _ROOM_BYTES
+    def may_go_on(self, reason: str) -> bool:
+        """Whether what a guest was paused for is over: there is room again for its disks."""
+        free_bytes = shutil.disk_usage(self._host.directory).free
+        return not reason or (reason == FULL and free_bytes >= _ROOM_BYTES)
 
     def _reader(self, device: str) -> str:
         return f"{self._uuid}-{device}"
@@ -91,7 +93,9 @@ class Disks:
         """The domain is started and its CPUs do not run yet: a restart of an export must not end its reads."""
         for disk in disks:
             if disk.socket:
-                await self._host.do(self._host.hypervisor.keep_reconnecting, self._uuid, disk, _RECONNECT_S)
+                await self._host.do(
+                    overlay.keep_reconnecting, self._host.hypervisor, self._uuid, disk, _RECONNECT_S
+                )
 
     async def booted(self) -> None:
         """The guest is up: what it read until now was its boot."""
@@ -160,7 +164,7 @@ class Disks:
         served = tuple(d for d in held.now.served if d != device)
         await held.save(moved=(*held.now.moved, device), served=served, moving="")
         old.unlink(missing_ok=True)
-        await do(hypervisor.drop_nbd, self._uuid, device)
+        await do(overlay.drop_nbd, hypervisor, self._uuid, device)
         await self._host.images.settled(self._reader(device))
         return True
 

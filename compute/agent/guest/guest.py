@@ -27,7 +27,7 @@ from compute.agent.guest.host import Host, Voice
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld, rebuilt
 from compute.agent.guest.taps import Taps
 from compute.agent.hypervisor import domain
-from compute.agent.hypervisor.libvirt import FULL, DomainState, Refused
+from compute.agent.hypervisor.libvirt import DomainState, Refused
 from compute.errors import ComputeError, Invalid, NotFound, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, Orphan, Power
 from imagestore import StoreError
@@ -227,10 +227,9 @@ class Guest:
             self._voice.event("asked the guest to reboot")
         await self._taps.plug(self.spec, self.networks)
         await self._disks.move(self.spec)
-        may = not state.reason or (state.reason == FULL and self._disks.room())
         if self.spec.power is Power.PAUSED and state.power == "on":
             await self.host.do(hypervisor.suspend, uuid)
-        elif self.spec.power is Power.ON and state.power == "paused" and may:
+        elif state.power == "paused" and self.spec.power is Power.ON and self._disks.may_go_on(state.reason):
             await self.host.do(hypervisor.resume, uuid)
 
     # Steps

@@ -5,8 +5,11 @@ are (nearly) zero, so they are written here. Format: docs/interop/qcow2.txt of Q
 """
 
 import struct
+from contextlib import suppress
 from pathlib import Path
 
+from compute.agent.hypervisor import domain
+from compute.agent.hypervisor.libvirt import Hypervisor, Refused
 from compute.errors import Invalid
 from imagestore import QCOW2_HEADER, durable, qcow2_header
 
@@ -71,3 +74,30 @@ def create(path: Path, size_bytes: int, image: Path | None, image_bytes: int = 0
         )
     # libvirt gives it to qemu's user.
     durable.write(path, qcow2(size, str(image) if image is not None else ""))
+
+
+def keep_reconnecting(hypervisor: Hypervisor, uuid: str, disk: domain.Disk, reconnect_s: int) -> None:
+    """Have a domain that was started paused read its NBD backing through a connection that is made again.
+
+    libvirt before 9.1 cannot say `reconnect-delay`, without which a restart of the export is an I/O error for
+    ever. So a second connection takes the place of the first below the overlay, before the CPUs run.
+    """
+    node = f"sf-{disk.device}"
+    nodes = hypervisor.qmp(uuid, "query-named-block-nodes", flat=True)
+    file = next(n["node-name"] for n in nodes if n["drv"] == "file" and n["file"] == str(disk.path))
+    hypervisor.qmp(
+        uuid, "blockdev-add", driver="nbd", **{
+            "node-name": node, "server": {"type": "unix", "path": str(disk.socket)},
+            "read-only": True, "reconnect-delay": reconnect_s, "open-timeout": 30,
+        },
+    )  # fmt: skip
+    overlay = {"driver": "qcow2", "node-name": file.replace("storage", "format"), "file": file}
+    overlay |= {"backing": node, "read-only": False, "discard": "unmap"}
+    overlay["cache"] = {"direct": True, "no-flush": False}
+    hypervisor.qmp(uuid, "blockdev-reopen", options=[overlay])
+
+
+def drop_nbd(hypervisor: Hypervisor, uuid: str, device: str) -> None:
+    """Close the connection that `keep_reconnecting` made; nothing if there is none."""
+    with suppress(Refused):
+        hypervisor.qmp(uuid, "blockdev-del", **{"node-name": f"sf-{device}"})

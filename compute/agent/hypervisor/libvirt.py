@@ -293,26 +293,6 @@ class Hypervisor:
             raise Refused(f"{command}: {answer['error'].get('desc', answer['error'])}")
         return answer["return"]
 
-    def keep_reconnecting(self, uuid: str, disk: domain.Disk, reconnect_s: int) -> None:
-        """Have a domain that was started paused read its NBD backing through a connection that is made again.
-
-        libvirt before 9.1 cannot say `reconnect-delay`, without which a restart of the export is an I/O error for
-        ever. So a second connection takes the place of the first below the overlay, before the CPUs run.
-        """
-        node = f"sf-{disk.device}"
-        nodes = self.qmp(uuid, "query-named-block-nodes", flat=True)
-        file = next(n["node-name"] for n in nodes if n["drv"] == "file" and n["file"] == str(disk.path))
-        self.qmp(
-            uuid, "blockdev-add", driver="nbd", **{
-                "node-name": node, "server": {"type": "unix", "path": str(disk.socket)},
-                "read-only": True, "reconnect-delay": reconnect_s, "open-timeout": 30,
-            },
-        )  # fmt: skip
-        overlay = {"driver": "qcow2", "node-name": file.replace("storage", "format"), "file": file}
-        overlay |= {"backing": node, "read-only": False, "discard": "unmap"}
-        overlay["cache"] = {"direct": True, "no-flush": False}
-        self.qmp(uuid, "blockdev-reopen", options=[overlay])
-
     def move_disk(self, uuid: str, disk: domain.Disk) -> None:
         """Move a running guest's disk to another overlay, copying only what the present one holds (66 ms and more).
 
@@ -348,8 +328,3 @@ class Hypervisor:
         """End a move that somebody began and did not end; nothing if there is none."""
         with contextlib.suppress(NotFound, Conflict, Refused), self._domain(uuid) as found:
             found.blockJobAbort(device)
-
-    def drop_nbd(self, uuid: str, device: str) -> None:
-        """Close the connection that `keep_reconnecting` made; nothing if there is none."""
-        with contextlib.suppress(Refused):
-            self.qmp(uuid, "blockdev-del", **{"node-name": f"sf-{device}"})
