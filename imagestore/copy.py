@@ -16,6 +16,7 @@ from imagestore.store.leases import Lease
 from imagestore.store.lookup import Footers, Lookup
 from imagestore.store.names import NameRecord
 from imagestore.store.packing import Packer, carry
+from imagestore.store.pages import lay_out
 from imagestore.store.placement import Placement
 from imagestore.store.roots import Offer, can_be_read, check_present
 from imagestore.store.store import Store
@@ -73,17 +74,18 @@ def copy_image(
             lookup.load_parts(manifest.ids)
         else:
             lookup.know(known)
-        offer, bad = Offer(target, lease, manifest.encode(), set_name), set[Digest]()
+        offer, bad = Offer(target, lease, manifest, set_name), set[Digest]()
         while True:
             packer.avoid(bad)
             missing = each[placement.find(manifest.ids[each]) < 0]
             if len(missing):
                 with ThreadPoolExecutor(READERS, "sf-read") as pool:
                     carry(reader.load(np.sort(missing), pool), packer)
-                packer.publish_index()
             rows = placement.find(manifest.ids)
             if (rows < 0).any():
                 raise NotFound(f"a chunk of image {digest} is in no store that was asked")
-            bad = offer(placement.layout(digest, rows))
+            layout = lay_out(packer, digest, manifest, rows)
+            packer.publish_index()
+            bad = offer(layout)
             if not bad:
                 return CopyResult(manifest.data_bytes, packer.written_bytes)

@@ -27,13 +27,14 @@ from imagestore.disks.windows import Special, Window, Windows, in_order
 from imagestore.errors import Invalid
 from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
-from imagestore.formats.manifest import Manifest, check_labels
+from imagestore.formats.manifest import MAX_DISK_BYTES, PAGE_BYTES, PAGED_CHUNKS, Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
 from imagestore.store.leases import Lease
 from imagestore.store.lookup import Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
+from imagestore.store.pages import lay_out
 from imagestore.store.placement import Placement, too_scattered
 from imagestore.store.roots import Offer, can_be_read
 from imagestore.store.store import Store
@@ -140,19 +141,18 @@ class _Writer:
             self._disk.size_bytes, self._offsets, self._lengths, self._placement.chunks.rows["id"][self._rows],
             chunker=self._store.info.chunker, disk_id=windows.disk_id, **facts,
         )  # fmt: skip
-        encoded = manifest.encode()
-        digest = Digest.of(encoded)
+        digest = manifest.digest
         if digest == current and followed and can_be_read(self._store, digest, manifest):
             return self._result(digest, changed=False)
         self._lookup.engage()
         set_name = partial(names.set, name, tag, architecture, digest) if name else None
-        offer, bad = Offer(self._store, self._lease, encoded, set_name), set[Digest]()
+        offer, bad = Offer(self._store, self._lease, manifest, set_name), set[Digest]()
         while True:
             self._packer.avoid(bad)
             self._store_again()
-            self._packer.publish_index()
-            layout = self._placement.layout(digest, self._rows)
+            layout = lay_out(self._packer, digest, manifest, self._rows)
             layout.check(manifest)
+            self._packer.publish_index()
             bad = offer(layout)
             if not bad:
                 return self._result(digest, changed=digest != current)
@@ -255,9 +255,11 @@ class _Writer:
 def _manifest(
     size_bytes: int, offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], ids: Ids, **facts: Any
 ) -> Manifest:
-    """Columns of a manifest: chunks that adjoin are one run."""
-    ends = offsets + lengths
-    firsts = np.flatnonzero(np.concatenate([[True], offsets[1:] != ends[:-1]])) if len(offsets) else offsets
+    """Columns of a manifest: chunks that adjoin are one run, as far as the page goes."""
+    ends, page_bytes = offsets + lengths, PAGE_BYTES if len(offsets) >= PAGED_CHUNKS else 0
+    page = offsets // (page_bytes or MAX_DISK_BYTES)
+    apart = (offsets[1:] != ends[:-1]) | (page[1:] != page[:-1])
+    firsts = np.flatnonzero(np.concatenate([[True], apart])) if len(offsets) else offsets
     counts = np.diff(firsts, append=len(offsets))
     return Manifest(
         size_bytes=size_bytes,
@@ -265,5 +267,6 @@ def _manifest(
         run_chunks=counts.astype(np.uint32),
         lengths=lengths.astype(np.uint32),
         ids=ids,
+        page_bytes=page_bytes,
         **facts,
     )

@@ -50,8 +50,9 @@ def store_stats(store: Store) -> StoreStats:
         if isinstance(layout, StoreError):
             raise layout
         uses[digest] = []
-        for pack, table, _, rows in inventory.uses(layout):
-            data_bytes = int(table.footer.lengths[rows].sum(dtype=np.int64))
+        count = len(layout.chunk_frames) - len(layout.pages.ids)
+        for pack, table, chunks, rows in inventory.uses(layout):
+            data_bytes = int(table.footer.lengths[rows[chunks < count]].sum(dtype=np.int64))
             unique = np.unique(rows).astype(np.int32)
             uses[digest].append((pack, unique, data_bytes))
             counts.setdefault(pack, np.zeros(len(table.live), np.int32))[unique] += 1

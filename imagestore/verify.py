@@ -135,7 +135,8 @@ def verify_image(store: Store, digest: Digest, *, progress: Report = silent) -> 
         with report.about(keys.LAYOUTS.key(digest), digest):
             layout = store.layout(digest)
             layout.check(manifest)
-            chunk_packs = layout.frames["pack"][layout.chunk_frames]
+            # Its pages were read for this.
+            chunk_packs = layout.frames["pack"][layout.chunk_frames[: len(manifest.ids)]]
             total = int(layout.frames["size"].sum())
             for number, pack in enumerate(layout.packs):
                 frames = Frames.of_image(manifest, layout, np.flatnonzero(chunk_packs == number))
@@ -203,13 +204,14 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
 def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, report: VerifyReport) -> None:
     """Whether every chunk lies where the layout says, by the packs' own footers."""
     layout.check(manifest)
+    stored = layout.stored(manifest)
     for pack in layout.packs:
         with report.about(keys.PACKS.key(pack), layout.manifest):
             inventory.table(pack)
     for use in inventory.uses(layout):
         footer = use.table.footer
-        same = (footer.ids[use.rows] == manifest.ids[use.chunks]).all(axis=1)
-        if not (same & (footer.lengths[use.rows] == manifest.lengths[use.chunks])).all():
+        same = (footer.ids[use.rows] == stored.ids[use.chunks]).all(axis=1)
+        if not (same & (footer.lengths[use.rows] == stored.lengths[use.chunks])).all():
             raise Corrupt(f"the layout of {layout.manifest} points at other chunks in pack {use.pack}")
 
 

@@ -1,6 +1,7 @@
 """A store with a clock that can be turned, and the disks that were pushed into it."""
 
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from imagestore.backends.protocol import Backend
 from imagestore.formats.digest import Digest
+from imagestore.formats.manifest import PAGE_BYTES, PAGED_CHUNKS
 from imagestore.gc import collect
 from imagestore.pull import pull
 from imagestore.push import push
@@ -83,3 +85,10 @@ class World:
         for _ in range(8):
             self.now_s += hours * HOUR / 8
             collect(self.store, **options)  # type: ignore[arg-type]
+
+
+def write_pages(page_bytes: int | None = 128 << 10) -> None:
+    """What is pushed from now on has pages, however small it is; None: as usual."""
+    writer = sys.modules[push.__module__]
+    few, size = (1, page_bytes) if page_bytes else (PAGED_CHUNKS, PAGE_BYTES)
+    writer.PAGED_CHUNKS, writer.PAGE_BYTES = few, size  # type: ignore[attr-defined]

@@ -83,9 +83,10 @@ class ImageCache:
             data = path.read_bytes()
         except FileNotFoundError as error:
             raise NotFound(f"image {digest} is not in the cache") from error
-        if Digest.of(data) != digest:
+        manifest = Manifest.decode(data)
+        if manifest.digest != digest:
             raise Corrupt(f"{path} does not match its name", hint="`sf cache verify` repairs the cache")
-        return Manifest.decode(data)
+        return manifest
 
     def digests(self) -> list[Digest]:
         """Of the complete images, the newest first."""

@@ -216,7 +216,7 @@ class OpenImages:
         with contextlib.suppress(NotFound, Corrupt):
             return self._cache.manifest(digest)
         manifest = self._stores.first(lambda store: store.manifest(digest))
-        durable.write(self._cache.path(digest).with_suffix(".manifest"), manifest.encode(), 0o666)
+        durable.write(self._cache.path(digest).with_suffix(".manifest"), manifest.whole(), 0o666)
         return manifest
 
     def _seed(self, local: LocalOrigin, digest: Digest) -> None:

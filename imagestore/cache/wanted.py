@@ -208,7 +208,8 @@ def _frames(layout: Layout) -> tuple[list[list[int]], list[int], Numbers, Number
     """Chunks by frame in pack order: groups, group of each chunk, where in the packs each begins and ends."""
     order = np.lexsort((layout.frames["offset"], layout.frames["pack"]))
     rank = np.argsort(order)
-    group_of: list[int] = rank[layout.chunk_frames].tolist()
+    chunks = len(layout.chunk_frames) - len(layout.pages.ids)
+    group_of: list[int] = rank[layout.chunk_frames[:chunks]].tolist()
     groups: list[list[int]] = [[] for _ in order]
     for chunk, group in enumerate(group_of):
         groups[group].append(chunk)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imagestore.errors import Corrupt
-from imagestore.formats.digest import SIZE_BYTES
+from imagestore.formats.digest import SIZE_BYTES, Buffer
 from imagestore.outside import read_json
 
 MAX_HEADER_BYTES = 1 << 20
@@ -51,11 +51,36 @@ def frame_rows(*of_frames: npt.NDArray[Any] | int) -> Rows:
     return rows
 
 
-class Reader:
-    """Takes an encoded object apart; everything that does not fit exactly is Corrupt."""
+class Columns:
+    """Takes columns apart; everything that does not fit exactly is Corrupt."""
+
+    def __init__(self, data: Buffer, what: str) -> None:
+        self._data, self._what, self._at = data, what, 0
+
+    def column(self, dtype: str, rows: int) -> npt.NDArray[Any]:
+        """The next `rows` values, read-only."""
+        size = np.dtype(dtype).itemsize * rows
+        if self._at + size > len(self._data):
+            raise Corrupt(f"{self._what}: cut short")
+        column = np.frombuffer(self._data, dtype, rows, self._at)
+        self._at += size
+        return column
+
+    def ids(self, rows: int) -> Ids:
+        """The next `rows` digests."""
+        return self.column("u1", rows * SIZE_BYTES).reshape(rows, SIZE_BYTES)
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self._at != len(self._data):
+            raise Corrupt(f"{self._what}: {len(self._data) - self._at} bytes too long")
+
+
+class Reader(Columns):
+    """An encoded object: its header, then its columns."""
 
     def __init__(self, data: bytes, magic: bytes, what: str, keys: AbstractSet[str]) -> None:
-        self._data, self._what = data, what
+        super().__init__(data, what)
         if not data.startswith(magic):
             raise Corrupt(f"this is no {what} (or one of a newer format)")
         start = len(magic) + 4
@@ -89,24 +114,6 @@ class Reader:
         if not isinstance(value, str) or len(value) > limit:
             raise Corrupt(f"{self._what}: bad {key}")
         return value
-
-    def column(self, dtype: str, rows: int) -> npt.NDArray[Any]:
-        """The next `rows` values, read-only."""
-        size = np.dtype(dtype).itemsize * rows
-        if self._at + size > len(self._data):
-            raise Corrupt(f"{self._what}: cut short")
-        column = np.frombuffer(self._data, dtype, rows, self._at)
-        self._at += size
-        return column
-
-    def ids(self, rows: int) -> Ids:
-        """The next `rows` digests."""
-        return self.column("u1", rows * SIZE_BYTES).reshape(rows, SIZE_BYTES)
-
-    def end(self) -> None:
-        """Nothing may follow."""
-        if self._at != len(self._data):
-            raise Corrupt(f"{self._what}: {len(self._data) - self._at} bytes too long")
 
 
 def first_of_each(ids: Ids) -> npt.NDArray[np.int64]:

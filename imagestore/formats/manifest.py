@@ -1,12 +1,15 @@
 """The manifest: what an image is. Immutable, canonical, named by its BLAKE3; it knows nothing of packs.
 
-A function of input and options alone: no times, no state of the store. Byte format: docs/formats.md.
+A function of input and options alone: no times, no state of the store. The columns of a large image are in pages,
+which are stored as chunks are, so that two images that differ little share most of them: what is under the image's
+name is then a head, which names the pages. Byte format: docs/formats.md.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +17,20 @@ import numpy.typing as npt
 from imagestore.errors import Corrupt, Invalid
 from imagestore.formats import columns
 from imagestore.formats.chunking import BLOCK, ChunkerParams
-from imagestore.formats.columns import Ids
-from imagestore.formats.digest import Digest
+from imagestore.formats.columns import Ids, Numbers
+from imagestore.formats.digest import Buffer, Digest
 
 MAGIC = b"sf-manifest 1\n"
+PAGED_MAGIC = b"sf-manifest 2\n"
+PAGED_CHUNKS = 1 << 15
+"""From so many chunks on, about 1 GiB, a writer puts the columns into pages."""
+PAGE_BYTES = 16 << 20
+"""Of the disk: the chunks that start in these are a page. Borders by address: a change stays in its page."""
 MAX_DISK_BYTES = 64 << 40
 """Larger disks are refused everywhere: 64 TiB."""
 MAX_CHUNKS = 1 << 28
 MAX_BYTES = 16 << 30
+_MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 1 << 16, 1 << 26
 _ARCHITECTURE = re.compile(r"[a-z0-9_]{1,32}")
 _KEYS = {
     "architecture", "chunker", "chunks", "disk_id", "labels", "os", "parent", "runs", "size_bytes", "source",
@@ -40,6 +49,16 @@ def check_labels(labels: object, what: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(labels.items()))
 
 
+class Pages(NamedTuple):
+    """Parts of a manifest or a layout, stored as chunks: their digests, and their lengths in bytes."""
+
+    ids: Ids
+    lengths: Numbers
+
+
+Fetch = Callable[[Pages], Sequence[Buffer]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
     """The ordered chunks of one disk. Bytes that belong to no run are zero."""
@@ -50,7 +69,7 @@ class Manifest:
     disk_id: Digest
     """Hash of the non-zero blocks and their offsets: the same under any chunker."""
     run_offsets: npt.NDArray[np.uint64]
-    """Where each run of adjoining chunks starts on the disk, in bytes, ascending."""
+    """Where each run of adjoining chunks starts on the disk, in bytes, ascending. It ends at a page's end."""
     run_chunks: npt.NDArray[np.uint32]
     """How many chunks each run has."""
     lengths: npt.NDArray[np.uint32]
@@ -62,6 +81,8 @@ class Manifest:
     labels: tuple[tuple[str, str], ...] = ()
     source: tuple[tuple[str, str], ...] = field(default=())
     """What the image was made from: upstream's checksum, format, URL."""
+    page_bytes: int = 0
+    """How much of the disk one page is about; 0 where there are none."""
 
     @property
     def data_bytes(self) -> int:
@@ -87,7 +108,7 @@ class Manifest:
             yield offset, length, Digest(raw[at * 32 : at * 32 + 32])
 
     def encode(self) -> bytes:
-        """The canonical bytes; their BLAKE3 is the image's digest."""
+        """The canonical bytes, where there are pages the head; their BLAKE3 is the image's digest."""
         header = {
             "architecture": self.architecture,
             "chunker": self.chunker.as_dict(),
@@ -100,8 +121,42 @@ class Manifest:
             "size_bytes": self.size_bytes,
             "source": dict(self.source),
         }
-        columns_ = (self.run_offsets.astype("<u8"), self.run_chunks.astype("<u4"), self.lengths.astype("<u4"))
-        return columns.encode(MAGIC, header, *columns_, self.ids)
+        if not self.page_bytes:
+            return columns.encode(MAGIC, header, *self._columns)
+        header |= {"page_bytes": self.page_bytes, "pages": len(self.page_rows[0]) - 1}
+        counts = [np.diff(rows).astype("<u4") for rows in self.page_rows]
+        ids = b"".join(map(Digest.of, self.pages()))
+        return columns.encode(PAGED_MAGIC, header, *counts, np.frombuffer(ids, np.uint8))
+
+    @property
+    def page_rows(self) -> tuple[Numbers, Numbers]:
+        """Where the runs and where the chunks of each page begin, and, last, where those of all end."""
+        numbers = self.run_offsets.astype(np.int64) // (self.page_bytes or MAX_DISK_BYTES)
+        runs = np.append(np.flatnonzero(np.diff(numbers, prepend=-1)), len(numbers))
+        return runs, np.append(0, np.cumsum(self.run_chunks, dtype=np.int64))[runs]
+
+    def pages(self) -> list[bytes]:
+        """What the head names, in its order."""
+        if not self.page_bytes:
+            return []
+        runs, chunks = self.page_rows
+        ends = [(0, 0), *zip(runs[1:].tolist(), chunks[1:].tolist(), strict=True)]
+        return [
+            b"".join(
+                column[start:end].tobytes()
+                for column, start, end in zip(self._columns, (a, a, c, c), (b, b, d, d), strict=True)
+            )
+            for (a, c), (b, d) in pairwise(ends)
+        ]
+
+    @property
+    def _columns(self) -> tuple[npt.NDArray[Any], ...]:
+        numbers = self.run_offsets.astype("<u8"), self.run_chunks.astype("<u4"), self.lengths.astype("<u4")
+        return *numbers, self.ids
+
+    def whole(self) -> bytes:
+        """The head and its pages in one piece, to be kept where no store is."""
+        return b"".join([self.encode(), *self.pages()])
 
     @property
     def digest(self) -> Digest:
@@ -109,10 +164,37 @@ class Manifest:
         return Digest.of(self.encode())
 
     @classmethod
-    def decode(cls, data: bytes) -> Self:
-        """Read and check an encoded manifest from anywhere. Raises Corrupt."""
-        read = columns.Reader(data, MAGIC, "manifest", _KEYS)
-        runs, chunks = read.count("runs", MAX_CHUNKS), read.count("chunks", MAX_CHUNKS)
+    def decode(cls, data: bytes, fetch: Fetch | None = None) -> Self:
+        """Read and check an encoded manifest from anywhere. fetch: brings the pages that do not follow the head.
+
+        Raises Corrupt, and what `fetch` raises.
+        """
+        paged = data.startswith(PAGED_MAGIC)
+        keys = _KEYS | {"page_bytes", "pages"} if paged else _KEYS
+        read = columns.Reader(data, PAGED_MAGIC if paged else MAGIC, "manifest", keys)
+        counts = np.array([[read.count("runs", MAX_CHUNKS)], [read.count("chunks", MAX_CHUNKS)]])
+        parts, page_bytes = list[columns.Columns]([read]), 0
+        if paged:
+            page_bytes, pages = read.count("page_bytes", _MAX_PAGE_BYTES), read.count("pages", int(counts[0, 0]))
+            total, counts = counts, np.stack([read.column("<u4", pages) for _ in counts]).astype(np.int64)
+            if (
+                (counts.sum(axis=1, keepdims=True) != total).any()
+                or not pages
+                or page_bytes < _MIN_PAGE_BYTES
+            ):
+                raise Corrupt("manifest: its pages do not have its rows")
+            told = Pages(read.ids(pages), counts[0] * 12 + counts[1] * 36)
+            bodies = fetch(told) if fetch else [read.column("u1", n).tobytes() for n in told.lengths.tolist()]
+            if b"".join(map(Digest.of, bodies)) != told.ids.tobytes():
+                raise Corrupt("manifest: a page is not what the head says")
+            parts = [columns.Columns(body, "a manifest's page") for body in bodies]
+        rows = []
+        for part, runs, chunks in zip(parts, *counts.tolist(), strict=True):
+            numbers = (part.column("<u8", runs), part.column("<u4", runs), part.column("<u4", chunks))
+            rows.append((*numbers, part.ids(chunks)))
+            part.end()
+        read.end()
+        run_offsets, run_chunks, lengths, ids = map(np.concatenate, zip(*rows, strict=True))
         parent = read.text("parent")
         try:
             manifest = cls(
@@ -120,19 +202,21 @@ class Manifest:
                 architecture=read.text("architecture"),
                 chunker=ChunkerParams.from_dict(read.header["chunker"]),
                 disk_id=Digest.parse(read.text("disk_id")),
-                run_offsets=read.column("<u8", runs),
-                run_chunks=read.column("<u4", runs),
-                lengths=read.column("<u4", chunks),
-                ids=read.ids(chunks),
+                run_offsets=run_offsets,
+                run_chunks=run_chunks,
+                lengths=lengths,
+                ids=ids,
                 os=read.text("os", 128),
                 parent=Digest.parse(parent) if parent else None,
                 labels=check_labels(read.header["labels"], "labels"),
                 source=check_labels(read.header["source"], "source"),
+                page_bytes=page_bytes,
             )
         except Invalid as error:
             raise Corrupt(f"manifest: {error}") from error
-        read.end()
         manifest._check(read.text("disk_id"), parent)
+        if paged and [np.diff(ends).tolist() for ends in manifest.page_rows] != counts.tolist():
+            raise Corrupt("manifest: its pages do not end where they should")
         return manifest
 
     def _check(self, disk_id: str, parent: str) -> None:
@@ -152,7 +236,18 @@ class Manifest:
             raise Corrupt("manifest: a run lies outside the disk")
         starts = self.run_offsets.astype(np.int64)
         ends = starts + np.add.reduceat(lengths, np.cumsum(counts) - counts)
-        if (starts % BLOCK).any() or (starts[1:] <= ends[:-1]).any() or ends[-1] > self.size_bytes:
+        meet = starts[1:] == ends[:-1]
+        if self.page_bytes:
+            lasts = self.offsets[np.cumsum(counts) - 1] // self.page_bytes
+            if (lasts != starts // self.page_bytes).any():
+                raise Corrupt("manifest: a run goes past the end of its page")
+            meet &= lasts[:-1] == lasts[1:]
+        if (
+            (starts % BLOCK).any()
+            or (starts[1:] < ends[:-1]).any()
+            or meet.any()
+            or ends[-1] > self.size_bytes
+        ):
             raise Corrupt("manifest: runs overlap, touch or lie outside the disk")
         odd = np.flatnonzero(lengths % BLOCK)
         if len(odd) > 1 or (len(odd) and (odd[0] != len(lengths) - 1 or ends[-1] != self.size_bytes)):

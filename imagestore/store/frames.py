@@ -24,8 +24,8 @@ from imagestore.formats import columns
 from imagestore.formats.columns import Ids, Numbers, Rows
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import PACKS
-from imagestore.formats.layout import Layout
-from imagestore.formats.manifest import Manifest
+from imagestore.formats.layout import Layout, places
+from imagestore.formats.manifest import Manifest, Pages
 from imagestore.formats.pack import Footer, expand
 from imagestore.store.store import Store
 
@@ -38,8 +38,6 @@ READERS = 4
 """Requests under way at once where all is wanted."""
 _READ_OVER, _REQUESTS = 0.12, 1.3
 """Gaps are read over while requests are more than so many times the fewest, up to this share of the bytes."""
-_PACK_BITS = 40
-"""A place is one number, the pack's and below it these bits of the offset: no request reaches over the gap between."""
 
 
 def plan_requests(starts: Numbers, ends: Numbers, limit_bytes: int, *, bulk: bool = False) -> list[slice]:
@@ -80,12 +78,12 @@ class Frames:
     ids: Ids
 
     @classmethod
-    def of_image(cls, manifest: Manifest, layout: Layout, chunks: Sequence[int] | Numbers) -> Self:
+    def of_image(cls, manifest: Manifest | Pages, layout: Layout, chunks: Sequence[int] | Numbers) -> Self:
         """By a checked layout; of a frame's chunks those that are asked for, in the order given."""
         rows = np.asarray(chunks, np.int64)
         used, of_chunk = np.unique(layout.chunk_frames[rows], return_inverse=True)
         frames = layout.frames[used]
-        order = np.argsort(_places(frames), kind="stable")
+        order = np.argsort(places(frames), kind="stable")
         rank = np.argsort(order)[of_chunk]
         rows, counts = rows[np.argsort(rank, kind="stable")], np.bincount(rank)
         return cls(
@@ -133,8 +131,8 @@ class Frames:
 
     def requests(self, limit_bytes: int = BULK_BYTES, *, bulk: bool = True) -> list[slice]:
         """All frames, in as many requests as `plan_requests` makes of them."""
-        places = _places(self.table)
-        return plan_requests(places, places + self.table["size"], limit_bytes, bulk=bulk)
+        starts = places(self.table)
+        return plan_requests(starts, starts + self.table["size"], limit_bytes, bulk=bulk)
 
     def read(self, request: slice, *stores: Backend) -> list[memoryview]:
         """The stored bytes of a request's frames, right ones, of the first of these stores that has them.
@@ -165,8 +163,8 @@ class Frames:
     def cut(self, frame: int, plain: memoryview) -> list[memoryview]:
         """The wanted chunks of a frame, not checked yet."""
         rows = self.rows(frame)
-        places = zip(self.inner[rows].tolist(), self.lengths[rows].tolist(), strict=True)
-        return [plain[start : start + length] for start, length in places]
+        parts = zip(self.inner[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+        return [plain[start : start + length] for start, length in parts]
 
     def check(self, frame: int, pieces: Sequence[Buffer]) -> None:
         """Raises Corrupt unless these are the wanted chunks."""
@@ -184,12 +182,6 @@ class Frames:
             self.check(frame, pieces)
             loaded.pieces.append(pieces)
         return loaded
-
-
-def _places(frames: Rows) -> Numbers:
-    """One number for each frame's pack and place in that."""
-    places: Numbers = (frames["pack"] << _PACK_BITS) + frames["offset"]
-    return places
 
 
 class Loaded(NamedTuple):

@@ -84,9 +84,10 @@ class Lookup:
                 lost = self._placement.add_pack(Digest(bytes(32)), usable=False)
                 chunks["frame"] = self._placement.add_frame(lost)
             else:
-                start = self._placement.add_layout(layout, usable)
-                chunks["frame"] = start + layout.chunk_frames.astype(np.int64)
-                chunks["offset"] = layout.chunk_offsets
+                start, count = self._placement.add_layout(layout, usable), end - first
+                places = start + layout.chunk_frames.astype(np.int64), layout.chunk_offsets
+                chunks["frame"], chunks["offset"] = (column[:count] for column in places)
+                self._placement.chunks.add(layout.pages.ids, *(column[count:] for column in places))
         self._load(unfinished, usable)
         if self._local is not None:
             self._local.forget_packs(pack for pack, _ in unfinished if pack not in usable)
@@ -95,7 +96,7 @@ class Lookup:
     def _layout(self, digest: Digest, first: int, end: int) -> Layout | None:
         with suppress(NotFound, Corrupt):
             layout = self._store.layout(digest)
-            return layout if len(layout.chunk_frames) == end - first else None
+            return layout if len(layout.chunk_frames) - len(layout.pages.ids) == end - first else None
         return None
 
     def _there(self, sizes: Mapping[Digest, int]) -> set[Digest]:

@@ -10,7 +10,8 @@ from imagestore.formats import columns
 from imagestore.formats.columns import FRAME, Ids, Numbers, Rows
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Keys
-from imagestore.formats.layout import Layout
+from imagestore.formats.layout import NO_PAGES, Layout
+from imagestore.formats.manifest import Pages
 from imagestore.formats.pack import MAX_PACK_BYTES, Footer
 from imagestore.store.frames import BULK_BYTES
 
@@ -70,12 +71,12 @@ class Known(Column):
         if not len(ids):
             return found
         keys = columns.keys(ids)
-        for level_keys, level_rows in self._levels:
+        for level_keys, level_rows in reversed(self._levels):
             first, last = np.searchsorted(level_keys, keys), np.searchsorted(level_keys, keys, "right")
             hit = np.flatnonzero(last > first)
             if not len(hit):
                 continue
-            for at in (first[hit], last[hit] - 1):  # the oldest and the newest row of an id
+            for at in (last[hit] - 1, first[hit]):  # the newest and, rather, the oldest row of an id
                 rows = level_rows[at]
                 good = (self.rows["id"][rows] == ids[hit]).all(axis=1)
                 if usable is not None:
@@ -138,14 +139,18 @@ class Placement:
         """The row in `chunks` of each id that can be used, or -1."""
         return self.chunks.find(ids, self.usable if len(self.frames) else None)
 
-    def layout(self, manifest: Digest, rows: Numbers) -> Layout:
-        """The layout of an image whose chunks are these rows of `chunks`."""
+    def layout(self, manifest: Digest, rows: Numbers, pages: Pages = NO_PAGES) -> Layout:
+        """The layout of an image whose chunks, and then pages, are these rows of `chunks`."""
         chunks = self.chunks.rows[rows]
-        return _lay_out(manifest, self.packs, self.frames, chunks["frame"], chunks["offset"])
+        return Layout.of(manifest, self.packs, self.frames, chunks["frame"], chunks["offset"], pages)
 
-    def moved(self, old: Layout, ids: Ids, avoid: Collection[Digest]) -> Layout | None:
-        """`old` with the chunks that it has in packs to avoid taken from here; None if one of them is not here."""
+    def moved(self, old: Layout, was: Ids, ids: Ids, avoid: Collection[Digest]) -> Layout | None:
+        """`old`, which places `was`, for `ids`: what differs, or lies in packs to avoid, is taken from here.
+
+        None if one of them is not here.
+        """
         gone = np.array([pack in avoid for pack in old.packs], np.bool_)[old.frames["pack"][old.chunk_frames]]
+        gone |= (was != ids).any(axis=1)
         found = self.find(ids[gone])
         if (found < 0).any():
             return None
@@ -154,7 +159,8 @@ class Placement:
         frames[gone], offsets[gone] = chunks["frame"], chunks["offset"]
         olds = _renumbered(old.frames, np.arange(len(old.packs)) + len(self.packs))
         together = np.concatenate([self.frames, olds])
-        return _lay_out(old.manifest, [*self.packs, *old.packs], together, frames, offsets)
+        pages = old.pages._replace(ids=ids[len(ids) - len(old.pages.ids) :])
+        return Layout.of(old.manifest, [*self.packs, *old.packs], together, frames, offsets, pages)
 
 
 def _renumbered(frames: Rows, packs: Numbers) -> Rows:
@@ -162,23 +168,6 @@ def _renumbered(frames: Rows, packs: Numbers) -> Rows:
     rows = frames.copy()
     rows["pack"] = packs[rows["pack"]]
     return rows
-
-
-def _lay_out(
-    manifest: Digest,
-    packs: Sequence[Digest],
-    frames: npt.NDArray[Any],
-    chunk_frames: Numbers,
-    chunk_offsets: npt.NDArray[np.uint32],
-) -> Layout:
-    """Only the packs and frames that chunks lie in, in the order of their places."""
-    used, frame_of = np.unique(chunk_frames, return_inverse=True)
-    order = np.lexsort((frames["offset"][used], frames["pack"][used]))
-    place = np.empty(len(used), np.uint32)
-    place[order] = np.arange(len(used))
-    rows = frames[used[order]]
-    numbers, rows["pack"] = np.unique(rows["pack"], return_inverse=True)
-    return Layout(manifest, tuple(packs[at] for at in numbers.tolist()), rows, place[frame_of], chunk_offsets)
 
 
 def too_scattered(

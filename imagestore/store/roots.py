@@ -30,12 +30,13 @@ class Offer:
     """
 
     def __init__(
-        self, store: Store, lease: Lease, manifest: bytes, set_name: Callable[[], object] | None = None
+        self, store: Store, lease: Lease, manifest: Manifest, set_name: Callable[[], object] | None = None
     ) -> None:
         self._store, self._lease, self._set_name = store, lease, set_name
-        digest, self._manifest = Digest.of(manifest), manifest
-        self._layout_key = LAYOUTS.key(digest)
-        self._objects = {self._layout_key: b"", MANIFESTS.key(digest): manifest}
+        encoded, self._manifest = manifest.encode(), manifest
+        self._digest = Digest.of(encoded)
+        self._layout_key = LAYOUTS.key(self._digest)
+        self._objects = {self._layout_key: b"", MANIFESTS.key(self._digest): encoded}
         self._etags: dict[str, str] = {}
         self._named = False
         self._left = _ATTEMPTS
@@ -84,9 +85,9 @@ class Offer:
         return False
 
     def _whole(self, data: bytes) -> bool:
-        """Whether a layout, unmarked, has all its packs and may use them. Raises Corrupt."""
-        layout = Layout.decode(data, Digest.parse(self._layout_key[-64:]))
-        layout.check(Manifest.decode(self._manifest))
+        """Whether a layout, unmarked, has all its packs and may use them. Raises NotFound, Corrupt."""
+        layout = self._store.layout(self._digest, data)
+        layout.check(self._manifest)
         packs = layout.packs
         return not self._lease.unusable(packs) and len(self._store.has_packs(layout.pack_sizes())) == len(
             packs

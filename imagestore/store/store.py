@@ -1,11 +1,13 @@
 """A store: a backend with a `store.json`, and the objects that every part of the package reads from it."""
 
+import math
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from imagestore.backends.directory import Directory
@@ -13,7 +15,7 @@ from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.backends.wrappers import innermost, replace
 from imagestore.errors import Conflict, Corrupt, Denied, NoSpace, NotFound, StoreError, Unsupported
 from imagestore.formats.chunking import ChunkerParams
-from imagestore.formats.digest import Digest
+from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, PACKS, Kind, kind_of, untrashed
 from imagestore.formats.sealed import decode, seal
 from imagestore.store.names import Names
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # numpy: not needed to resolve a name
     from imagestore.formats.manifest import Manifest
 
 T = TypeVar("T")
+_MANY_PACKS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +155,19 @@ class Store:
 
     def manifest(self, digest: Digest) -> "Manifest":
         """Raises NotFound, Corrupt."""
-        from imagestore.formats.manifest import Manifest
+        from imagestore.formats.manifest import Manifest, Pages
 
         data = self._content(MANIFESTS.key(digest))
         if Digest.of(data) != digest:
             raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
-        return Manifest.decode(data)
+
+        def fetch(pages: Pages) -> Sequence[Buffer]:
+            head, found = self._paged(digest, lambda _: range(len(pages.ids)))
+            if head.pages.ids[: len(pages.ids)].tobytes() != pages.ids.tobytes():
+                raise Corrupt(f"the layout of {digest} in {self.url} has other pages than its manifest")
+            return found
+
+        return Manifest.decode(data, fetch)
 
     def sizes(self, digests: Iterable[Digest]) -> dict[Digest, int]:
         """Bytes of the disks, for lists of many images, as their manifests' first bytes say, of those there."""
@@ -196,7 +206,17 @@ class Store:
         return False
 
     def has_packs(self, sizes: Mapping[Digest, int]) -> set[Digest]:
-        """Those of these packs that are there and at least so many bytes long. A request without a body for each."""
+        """Those of these packs that are there and at least so many bytes long.
+
+        A request without a body for each; where they are many, most in lists, of a thousand packs a request.
+        """
+        found = set[Digest]()
+        if len(sizes) > _MANY_PACKS and not self.backend.read_only:
+            for stat in islice(self.objects(PACKS), 250 * len(sizes)):
+                pack = Digest.parse(stat.key[-64:])
+                if stat.size_bytes >= sizes.get(pack, math.inf):
+                    found.add(pack)
+        rest = [pack for pack in sizes if pack not in found]
 
         def there(pack: Digest) -> bool:
             with suppress(NotFound):
@@ -204,13 +224,30 @@ class Store:
             return False
 
         with ThreadPoolExecutor(8, "packs") as pool:
-            return {pack for pack, found in zip(sizes, pool.map(there, sizes), strict=True) if found}
+            return found | {pack for pack, stands in zip(rest, pool.map(there, rest), strict=True) if stands}
 
-    def layout(self, manifest: Digest) -> "Layout":
-        """Where the chunks of a manifest lie, as of now. Raises NotFound, Corrupt."""
+    def layout(self, manifest: Digest, data: bytes | None = None) -> "Layout":
+        """Where the chunks of a manifest lie, now or by `data`, what was under its key. Raises NotFound, Corrupt."""
+        head, pages = self._paged(manifest, lambda count: range(count // 2, count), data)
+        return head.whole(pages) if pages else head
+
+    def _paged(
+        self, manifest: Digest, choose: Callable[[int], range], data: bytes | None = None
+    ) -> tuple["Layout", Sequence[Buffer]]:
+        """A layout's object, and those of the pages that it places, by the packs that they are in now."""
         from imagestore.formats.layout import Layout
+        from imagestore.store.pages import read_pages
 
-        return Layout.decode(self._content(LAYOUTS.key(manifest)), manifest)
+        for again in (False, True):
+            head = Layout.decode(data or self._content(LAYOUTS.key(manifest)), manifest)
+            try:
+                return head, read_pages(self, head, choose(len(head.pages.ids))) if len(
+                    head.pages.ids
+                ) else ()
+            except NotFound:  # moved by a repack, perhaps
+                if again or data:
+                    raise
+        raise AssertionError
 
     def _content(self, key: str) -> bytes:
         data = untrashed(self.backend.get(key).data)

@@ -27,7 +27,7 @@ from imagestore.store.roots import hold, release, tag, undelete
 from imagestore.store.store import Store
 from imagestore.verify import verify_image, verify_store
 from tests.faults.faulty import Killed
-from tests.world import HOUR, World, disk
+from tests.world import HOUR, World, disk, write_pages
 
 GRACE_S = 24 * HOUR
 NAMES = ["a", "b", "c"]
@@ -116,8 +116,9 @@ class Cloud(RuleBasedStateMachine):
     instances = Bundle("instances")
     readers = Bundle("readers")
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(pages=st.booleans())
+    def start(self, pages: bool) -> None:
+        write_pages(64 << 10 if pages else None)
         self.directory = TemporaryDirectory()
         self.world = World(Path(self.directory.name))
         self.store = self.world.store
@@ -255,6 +256,7 @@ class Cloud(RuleBasedStateMachine):
         return any(actor.thread.is_alive() and actor.slept for actor in self.running)
 
     def teardown(self) -> None:
+        write_pages(None)
         if not hasattr(self, "world"):
             return
         for actor in self.running:

@@ -1,0 +1,55 @@
+"""Pages of manifests and layouts, read from packs and put into them: they are stored as the chunks of a disk are.
+
+So whatever knows packs knows pages: collector, copies, mirrors and leases. A writer that changes little of an image
+finds most of its pages in the store.
+"""
+
+import numpy as np
+
+from imagestore.formats import columns
+from imagestore.formats.columns import Numbers
+from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest, Pages
+from imagestore.store.frames import Frames, load
+from imagestore.store.packing import Framer, Packer
+from imagestore.store.store import Store
+
+
+def read_pages(store: Store, head: Layout, rows: range) -> list[bytes]:
+    """Some of the pages that the head of a layout places, checked. Raises NotFound, Corrupt, Unavailable."""
+    found = dict[int, bytes]()
+    for frames, request, _, pieces in load(store, [Frames.of_image(head.pages, head, rows)]):
+        of_request = (piece for of_frame in pieces for piece in of_frame)
+        for row, piece in zip(frames.chunks[frames.rows(request)].tolist(), of_request, strict=True):
+            found[row] = bytes(piece)
+    return [found[row] for row in rows]
+
+
+def lay_out(packer: Packer, digest: Digest, manifest: Manifest, rows: Numbers) -> Layout:
+    """The layout of an image whose chunks are these rows of the packer's placement: with its pages, packed.
+
+    All packs have arrived when it returns; their index part is still to be published.
+    """
+    layout = packer.placement.layout(digest, rows)
+    bodies = [*manifest.pages(), *layout.own_pages(manifest.page_rows[1])] if manifest.page_bytes else []
+    if not bodies:
+        return layout
+    pages, found = pack_pages(packer, bodies)
+    return packer.placement.layout(digest, np.concatenate([rows, found]), pages)
+
+
+def pack_pages(packer: Packer, bodies: list[bytes]) -> tuple[Pages, Numbers]:
+    """Pack those of these pages that are not in the placement; what they are called, and their rows there."""
+    placement, framer = packer.placement, Framer(packer.placement)
+    ids = np.frombuffer(b"".join(map(Digest.of, bodies)), np.uint8).reshape(-1, 32)
+    first = columns.first_of_each(ids)
+    new = np.sort(first[placement.find(ids[first]) < 0])
+    where = [framer.add(bodies[at], ids[at].tobytes()) for at in new.tolist()]
+    framer.close()
+    for frame in framer.full():
+        packer.add(*frame.compressed())
+    packer.flush()
+    if len(new):
+        placement.chunks.add(ids[new], *np.array(where, np.int64).T)
+    return Pages(ids, np.array([len(body) for body in bodies], np.int64)), placement.find(ids)
