@@ -175,7 +175,8 @@ class Manifest:
         counts = np.array([[read.count("runs", MAX_CHUNKS)], [read.count("chunks", MAX_CHUNKS)]])
         parts, page_bytes = list[columns.Columns]([read]), 0
         if paged:
-            page_bytes, pages = read.count("page_bytes", _MAX_PAGE_BYTES), read.count("pages", int(counts[0, 0]))
+            page_bytes = read.count("page_bytes", _MAX_PAGE_BYTES)
+            pages = read.count("pages", int(counts[0, 0]))
             total, counts = counts, np.stack([read.column("<u4", pages) for _ in counts]).astype(np.int64)
             if (
                 (counts.sum(axis=1, keepdims=True) != total).any()
