@@ -17,20 +17,15 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from imagestore.backends.protocol import ObjectStat
 from imagestore.errors import Conflict, Corrupt, NoSpace, NotFound, StoreError, Unsupported
 from imagestore.formats import keys
-from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
-from imagestore.formats.layout import Layout
-from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import Frames, load
 from imagestore.store.inventory import Inventory, Table, named, read_layouts, reindex
 from imagestore.store.leases import Condemned, Lease
 from imagestore.store.packing import Packer, carry
-from imagestore.store.pages import pack_pages
+from imagestore.store.pages import move
 from imagestore.store.placement import Placement
 from imagestore.store.roots import AHEAD_S, Roots, find_roots
 from imagestore.store.store import Store
@@ -315,10 +310,7 @@ def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold:
             with suppress(NotFound, Conflict):
                 found = store.backend.get(key)
                 layout, manifest = store.layout(digest, keys.untrashed(found.data)), store.manifest(digest)
-                ids = layout.stored(manifest).ids
-                moved = placement.moved(layout, ids, ids, sparse)
-                if moved is not None and manifest.page_bytes:
-                    moved = _with_pages(packer, moved, manifest, layout, ids, sparse)
+                moved = move(packer, layout, manifest, sparse)
                 if moved is None:
                     continue
                 _check(lease, packer.made)
@@ -332,19 +324,6 @@ def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold:
                 with suppress(Conflict):
                     store.backend.put(key, data, if_match=etag)
             raise
-
-
-def _with_pages(
-    packer: Packer, moved: Layout, manifest: Manifest, old: Layout, was: Ids, avoid: Collection[Digest]
-) -> Layout | None:
-    """A layout that was moved, with the pages that say where to: those that differ are packed."""
-    bodies, count = moved.own_pages(manifest.page_rows[1]), len(was) - len(old.pages.ids) // 2
-    now = np.frombuffer(b"".join(map(Digest.of, bodies)), np.uint8).reshape(-1, 32)
-    pack_pages(packer, [bodies[at] for at in np.flatnonzero((now != was[count:]).any(axis=1)).tolist()])
-    packer.publish_index()
-    lengths = np.append(old.pages.lengths[: len(bodies)], [len(body) for body in bodies])
-    old = replace(old, pages=old.pages._replace(lengths=lengths))
-    return packer.placement.moved(old, was, np.concatenate([was[:count], now]), avoid)
 
 
 def _check(lease: Lease, packs: set[Digest]) -> None:

@@ -4,6 +4,9 @@ So whatever knows packs knows pages: collector, copies, mirrors and leases. A wr
 finds most of its pages in the store.
 """
 
+from collections.abc import Collection
+from dataclasses import replace
+
 import numpy as np
 
 from imagestore.formats import columns
@@ -53,3 +56,21 @@ def pack_pages(packer: Packer, bodies: list[bytes]) -> tuple[Pages, Numbers]:
     if len(new):
         placement.chunks.add(ids[new], *np.array(where, np.int64).T)
     return Pages(ids, np.array([len(body) for body in bodies], np.int64)), placement.find(ids)
+
+
+def move(packer: Packer, old: Layout, manifest: Manifest, avoid: Collection[Digest]) -> Layout | None:
+    """A layout with what it has in packs to avoid where the packer put it, and with pages that say so.
+
+    None if something of it is not there.
+    """
+    was = old.stored(manifest).ids
+    moved = packer.placement.moved(old, was, was, avoid)
+    if moved is None or not manifest.page_bytes:
+        return moved
+    bodies, count = moved.own_pages(manifest.page_rows[1]), len(was) - len(old.pages.ids) // 2
+    now = np.frombuffer(b"".join(map(Digest.of, bodies)), np.uint8).reshape(-1, 32)
+    pack_pages(packer, [bodies[at] for at in np.flatnonzero((now != was[count:]).any(axis=1)).tolist()])
+    packer.publish_index()
+    lengths = np.append(old.pages.lengths[: len(bodies)], [len(body) for body in bodies])
+    old = replace(old, pages=old.pages._replace(lengths=lengths))
+    return packer.placement.moved(old, was, np.concatenate([was[:count], now]), avoid)
