@@ -16,6 +16,8 @@ from .cache.open_images import Options as Options
 from .cache.wanted import Fill as Fill
 from .copy import copy_image as copy_image
 from .copy import copy_name as copy_name
+from .disks.changed import Changes as Changes
+from .disks.nbd import NbdDisk as NbdDisk
 from .disks.qcow2.writer import QCOW2_HEADER as QCOW2_HEADER
 from .disks.qcow2.writer import qcow2_header as qcow2_header
 from .errors import Corrupt as Corrupt
@@ -37,6 +39,7 @@ from .progress import Report as Report
 from .pull import Seed as Seed
 from .pull import pull as pull
 from .push import push as push
+from .push import push_changed as push_changed
 from .settings import Settings as Settings
 from .stats import store_stats as store_stats
 from .store.names import Reference as Reference

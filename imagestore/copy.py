@@ -11,6 +11,7 @@ import numpy as np
 from imagestore.errors import NotFound
 from imagestore.formats.columns import first_of_each
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import GROUPS
 from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.leases import Lease
 from imagestore.store.lookup import Footers, Lookup
@@ -88,4 +89,6 @@ def copy_image(
             packer.publish_index()
             bad = offer(layout)
             if not bad:
+                with suppress(NotFound):
+                    target.backend.put(GROUPS.key(digest), source.backend.get(GROUPS.key(digest)).data)
                 return CopyResult(manifest.data_bytes, packer.written_bytes)

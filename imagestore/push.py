@@ -8,7 +8,7 @@ A pack that arrived is remembered on this machine before its index part is publi
 """
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,14 +19,17 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from imagestore.disks.changed import ChangedDisk, Changes
 from imagestore.disks.disk import Disk, read_range
 from imagestore.disks.filesystems import look
 from imagestore.disks.open import open_disk
 from imagestore.disks.unpack import check_work
 from imagestore.disks.windows import Special, Window, Windows, in_order
-from imagestore.errors import Invalid
-from imagestore.formats.columns import Ids, Numbers
+from imagestore.errors import Corrupt, Invalid, NotFound
+from imagestore.formats import groups
+from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import GROUPS
 from imagestore.formats.manifest import MAX_DISK_BYTES, PAGE_BYTES, PAGED_CHUNKS, Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
@@ -58,7 +61,8 @@ class PushResult:
     changed: bool
     """Whether the name points somewhere else now."""
     notes: tuple[str, ...] = ()
-    """With `sparsify`: which parts of the disk are stored whole all the same, and why."""
+    """With `sparsify`: which parts of the disk are stored whole all the same, and why. Of a changed disk: why all of
+    it was looked at."""
 
 
 def push(
@@ -101,6 +105,18 @@ def push(
         return replace(writer.push(name, tag, facts, special), notes=special.notes)
 
 
+def push_changed(
+    store: Store, disk: Disk, changes: Changes, labels: Mapping[str, str], progress: Report = silent
+) -> PushResult:
+    """Store a disk that was the image `changes.base` of this store once, without a name, by a look at what changed.
+
+    Where that image cannot help, all of the disk is looked at, which the result's notes say. Raises as `push` does.
+    """
+    store.check_writable()
+    with _Writer(store, disk, progress, None) as writer:
+        return writer.push_changed(changes, check_labels(dict(labels), "labels"))
+
+
 class _Writer:
     """One push: a context manager that owns its threads and, from the first look into the index on, a lease."""
 
@@ -137,15 +153,76 @@ class _Writer:
         followed = parent is not None and self._lookup.follow(parent)
         windows = Windows(self._disk, self._store.info.chunker, self._pool, special)
         self._pack(self._new_chunks(windows))
-        manifest = _manifest(
-            self._disk.size_bytes, self._offsets, self._lengths, self._placement.chunks.rows["id"][self._rows],
-            chunker=self._store.info.chunker, disk_id=windows.disk_id, **facts,
-        )  # fmt: skip
+        manifest = self._manifest(facts, windows.groups)
         digest = manifest.digest
         if digest == current and followed and can_be_read(self._store, digest, manifest):
             return self._result(digest, changed=False)
-        self._lookup.engage()
         set_name = partial(names.set, name, tag, architecture, digest) if name else None
+        self._offer(manifest, windows.groups, set_name)
+        return self._result(digest, changed=digest != current)
+
+    def push_changed(self, changes: Changes, labels: tuple[tuple[str, str], ...]) -> PushResult:
+        """The whole of it for a disk that was an image once."""
+        none = np.zeros(0, np.int64)
+        special, sums, note = Special(none, none, none.reshape(0, 2)), dict[int, bytes](), ""
+        facts: dict[str, Any] = {"architecture": os.uname().machine, "labels": labels}
+        disk, olds = self._disk, (none, none, none)
+        for digest in filter(None, (changes.base, *changes.known)):
+            self._lookup.follow(digest)
+        if changes.base is not None:
+            base = self._store.manifest(changes.base)
+            facts |= {"architecture": base.architecture, "os": base.os, "parent": changes.base}
+            try:
+                sums = self._sums(changes.base, base)
+                disk = changed = ChangedDisk(self._disk, base, changes.stretches)
+                special = replace(special, hints=changed.hints)
+                sums = {number: sum_ for number, sum_ in sums.items() if number not in changed.groups}
+                # The base's chunks were made known first, so that their rows are their numbers.
+                kept = np.flatnonzero(changed.kept)
+                olds = base.offsets[kept], base.lengths[kept].astype(np.int64), kept
+            except (NotFound, Corrupt) as err:
+                note = f"all of the disk was read: {err}"
+        windows = Windows(disk, self._store.info.chunker, self._pool, special)
+        self._pack(self._new_chunks(windows))
+        sums = windows.groups | sums
+        order = np.argsort(np.concatenate([olds[0], self._offsets]), kind="stable")
+        both = zip(olds, (self._offsets, self._lengths, self._rows), strict=True)
+        self._offsets, self._lengths, self._rows = (np.concatenate(two)[order] for two in both)
+        manifest = self._manifest(facts, sums)
+        self._offer(manifest, sums, None)
+        return replace(self._result(manifest.digest, changed=True), notes=(note,) if note else ())
+
+    def _sums(self, digest: Digest, base: Manifest) -> dict[int, bytes]:
+        """Those behind the disk id of a base. Raises NotFound, Corrupt: then it saves no look at anything."""
+        if base.chunker != self._store.info.chunker or base.size_bytes > self._disk.size_bytes:
+            raise NotFound(f"{digest} is cut otherwise, or larger")
+        data = self._store.backend.get(GROUPS.key(digest)).data
+        return groups.decode(data, base.size_bytes, base.disk_id)
+
+    def _manifest(self, facts: dict[str, Any], sums: groups.Groups) -> Manifest:
+        """Its columns: chunks that adjoin are one run, as far as the page goes."""
+        offsets, ends = self._offsets, self._offsets + self._lengths
+        page_bytes = PAGE_BYTES if len(offsets) >= PAGED_CHUNKS else 0
+        page = offsets // (page_bytes or MAX_DISK_BYTES)
+        apart = (offsets[1:] != ends[:-1]) | (page[1:] != page[:-1])
+        firsts = np.flatnonzero(np.concatenate([[True], apart])) if len(offsets) else offsets
+        return Manifest(
+            size_bytes=self._disk.size_bytes,
+            run_offsets=offsets[firsts].astype(np.uint64),
+            run_chunks=np.diff(firsts, append=len(offsets)).astype(np.uint32),
+            lengths=self._lengths.astype(np.uint32),
+            ids=self._placement.chunks.rows["id"][self._rows],
+            page_bytes=page_bytes,
+            chunker=self._store.info.chunker,
+            disk_id=groups.disk_id(self._disk.size_bytes, sums),
+            **facts,
+        )
+
+    def _offer(self, manifest: Manifest, sums: groups.Groups, set_name: Callable[[], object] | None) -> None:
+        """The end: all that is needed to read the image, and then its name."""
+        self._lookup.engage()
+        digest = manifest.digest
+        self._store.backend.put(GROUPS.key(digest), groups.encode(sums))
         offer, bad = Offer(self._store, self._lease, manifest, set_name), set[Digest]()
         while True:
             self._packer.avoid(bad)
@@ -155,7 +232,7 @@ class _Writer:
             self._packer.publish_index()
             bad = offer(layout)
             if not bad:
-                return self._result(digest, changed=digest != current)
+                return
 
     def _result(self, digest: Digest, *, changed: bool) -> PushResult:
         self._report(self._disk.size_bytes)
@@ -250,23 +327,3 @@ class _Writer:
         drop = np.zeros(len(frames), np.bool_)
         drop[of] = too_scattered(packs, starts, sizes, live)
         return drop
-
-
-def _manifest(
-    size_bytes: int, offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], ids: Ids, **facts: Any
-) -> Manifest:
-    """Columns of a manifest: chunks that adjoin are one run, as far as the page goes."""
-    ends, page_bytes = offsets + lengths, PAGE_BYTES if len(offsets) >= PAGED_CHUNKS else 0
-    page = offsets // (page_bytes or MAX_DISK_BYTES)
-    apart = (offsets[1:] != ends[:-1]) | (page[1:] != page[:-1])
-    firsts = np.flatnonzero(np.concatenate([[True], apart])) if len(offsets) else offsets
-    counts = np.diff(firsts, append=len(offsets))
-    return Manifest(
-        size_bytes=size_bytes,
-        run_offsets=offsets[firsts].astype(np.uint64),
-        run_chunks=counts.astype(np.uint32),
-        lengths=lengths.astype(np.uint32),
-        ids=ids,
-        page_bytes=page_bytes,
-        **facts,
-    )

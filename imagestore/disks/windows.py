@@ -14,10 +14,9 @@ from imagestore.disks.chunker import U64, block_sums, cut, runs, zero_blocks
 from imagestore.disks.disk import Disk
 from imagestore.formats.chunking import BLOCK, ChunkerParams
 from imagestore.formats.columns import Ids
-from imagestore.formats.digest import Digest
+from imagestore.formats.groups import GROUP_BYTES
 
-WINDOW_BYTES = 4 << 20
-"""Also the granularity of the disk id: changing it changes every disk id."""
+WINDOW_BYTES = GROUP_BYTES
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -67,21 +66,16 @@ def in_order(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], 
 
 
 class Windows:
-    """All chunks of a disk; after the last window `disk_id` is known."""
+    """All chunks of a disk; after the last window all `groups` are known."""
 
     def __init__(self, disk: Disk, params: ChunkerParams, pool: Executor, special: Special) -> None:
         self._disk, self._params, self._pool, self._special = disk, params, pool, special
-        self._disk_id = blake3(b"sf-disk 1\n" + disk.size_bytes.to_bytes(8, "little"))
+        self.groups: dict[int, bytes] = {}
+        """`formats.groups.Groups`"""
 
     def __iter__(self) -> Iterator[Window]:
         read = in_order(self._pool, self._read, self._offsets(), ahead=3)
         return in_order(self._pool, self._hash, self._cut(read), ahead=3)
-
-    @property
-    def disk_id(self) -> Digest:
-        """BLAKE3 over the size and, of each 4 MiB that is not all zero, its number and the BLAKE3 of a bitmap of its
-        non-zero blocks and of these blocks."""
-        return Digest(self._disk_id.digest())
 
     def _offsets(self) -> Iterator[tuple[int, int | None]]:
         """Windows with data, each with the one after it."""
@@ -131,7 +125,7 @@ class Windows:
         carried_sums, carried_zero = np.zeros(0, np.uint64), np.zeros(0, np.bool_)
         for read in windows:
             if not read.zero.all():
-                self._disk_id.update((read.offset // WINDOW_BYTES).to_bytes(8, "little") + read.hash)
+                self.groups[read.offset // WINDOW_BYTES] = read.hash
             at = self._params.max_bytes - len(carried)
             read.buffer[at : at + len(carried)] = carried
             data = read.buffer[at:]

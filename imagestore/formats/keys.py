@@ -80,6 +80,7 @@ NAMES = Kind("names", f"{_WORD}/{_WORD}", True, Check.SEAL, End.TOMBSTONE, True,
 TRACES = Kind("traces", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "nodes")
 PROVENANCE = Kind("provenance", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 SUMS = Kind("sums", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
+GROUPS = Kind("groups", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "writers")
 TUF = Kind(
     "tuf", r"[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json", True, Check.SIGNATURE, End.OWNER, True, "signers"
 )  # fmt: skip
@@ -89,8 +90,8 @@ STATES = Kind("state", r"[0-9a-f]{8}-\d{8}t\d{6}z", True, Check.SEAL, End.OWNER,
 GC = Kind("gc", "condemned", True, Check.SEAL, End.OWNER, False, "collector")
 
 KINDS = (
-    INFO, PACKS, INDEX, HOOKS, MANIFESTS, LAYOUTS, NAMES, TRACES, PROVENANCE, SUMS, TUF, LEASES, REFS, STATES,
-    GC,
+    INFO, PACKS, INDEX, HOOKS, MANIFESTS, LAYOUTS, NAMES, TRACES, PROVENANCE, SUMS, GROUPS, TUF, LEASES, REFS,
+    STATES, GC,
 )  # fmt: skip
 BESIDE = tuple(kind for kind in KINDS if kind.end is End.IMAGE)
 """About an image, but no part of it: copied where they are, missed nowhere."""
