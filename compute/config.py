@@ -55,6 +55,9 @@ class Config:
     """URL of the store that the state is backed up into, every so often; so many stay."""
     state_backup_every_s: float = 86400.0
     state_backup_keep: int = 14
+    sync_names: bool = False
+    """Whether anybody may have images fetched that a source list names; those in `sources`, "" for the usual ones."""
+    sources: str = ""
 
 
 def load(settings: Settings) -> Config:
@@ -89,6 +92,8 @@ def load(settings: Settings) -> Config:
         state_backup=read("state_backup", _store_url),
         state_backup_every_s=read("state_backup_every", duration_s, "1d"),
         state_backup_keep=read("state_backup_keep", lambda text: max(1, int(text)), "14"),
+        sync_names=read("sync_names", lambda text: bool(("no", "yes").index(text)), "no"),
+        sources=settings.get("sources"),
     )
 
 

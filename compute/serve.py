@@ -29,6 +29,7 @@ from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.certificates import authority, certificate, shown
 from compute.cluster.controller import Controller
 from compute.cluster.holding import Holds
+from compute.cluster.images.bringing import Bringing
 from compute.cluster.images.stores import MINE, NamespaceStores
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
@@ -116,7 +117,8 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         async def state_backups() -> None:
             await state_backup.keep(store, config, controller.server)
 
-        parts = controller.keep_up, stores.keep, instances_images, state_backups
+        bringing = Bringing(store, own, stores.images, config, controller.feed)
+        parts = controller.keep_up, stores.keep, instances_images, state_backups, bringing.keep
         await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")

@@ -20,6 +20,7 @@ from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
 from compute.cluster.images.artifacts import Resolver
+from compute.cluster.images.bringing import Bringing
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.transaction import transact
@@ -202,6 +203,7 @@ def running(
             )
         )
         task = asyncio.create_task(agent.run())
+        bringing = asyncio.create_task(Bringing(store, own, known, settings, controller.feed).keep())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http{'s' * settings.tls}://127.0.0.1:{listener.getsockname()[1]}"
         key = (directory / "auth/local-key").read_text()
@@ -212,9 +214,10 @@ def running(
         await stop.wait()
         server.should_exit = True
         await serving
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        for one in (task, bringing):
+            one.cancel()
+            with suppress(asyncio.CancelledError):
+                await one
         controller.stop()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)

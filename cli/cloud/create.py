@@ -1,6 +1,7 @@
 """What `sf instance create` makes of its options, and how it waits for the guest."""
 
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import last_line, up
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.image.stores import opened
-from cli.output import progress, say, size, status
+from cli.output import confirm, progress, say, size, status
 
 
 def gigabytes(size_bytes: int) -> int:
@@ -53,6 +54,18 @@ def image_of(api: Api, file: Path) -> str:
         push(store, file, name, tag, progress=tell)
     say(f"{file} is {name}:{tag} from now on")
     return f"{name}:{tag}"
+
+
+def created(api: Api, body: Object, *, sync: bool) -> Object:
+    """Ask for it; and on a terminal, whether an image is to be fetched that only a source list names."""
+    word = "--sync fetches it "
+    try:
+        return api("POST", "instances", **body, sync=sync or None)  # type: ignore[no-any-return]
+    except Problem as error:
+        if sync or not error.hint.startswith(word) or not sys.stdin.isatty():
+            raise
+        confirm(f"{error}; fetch it {error.hint.removeprefix(word)}?", force=False)
+        return created(api, body, sync=True)
 
 
 def wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:

@@ -11,7 +11,7 @@ import click
 
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import print_console
-from cli.cloud.create import attachment, gigabytes, image_of, ssh_key, wait
+from cli.cloud.create import attachment, created, gigabytes, image_of, ssh_key, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group, settings
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
@@ -83,10 +83,12 @@ def _links(row: Row) -> list[Object]:
 
 @instance.add(
     examples="""sf instance create web --image debian:12 --network lan --cpus 1 --memory 512 --wait boot
+    sf instance create y --image https://cloud.example/y.qcow2.xz --wait boot
     sf instance create db --image debian:12 --network lan,address=10.42.0.9 --disk 20G --disk 100G
     sf instance create ci --image debian:12 --network lan --ssh-key ~/.ssh/id_ed25519.pub --user-data init.yaml"""
 )
-@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], or a disk image's file.")
+@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], a URL, or a file.")
+@click.option("--sync", is_flag=True, help="Fetch an image that only a source list names, without asking.")
 @click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated.")
 @click.option("--publish", "ports", multiple=True, metavar="8080:80[/udp]", help="On the first network.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True)
@@ -133,7 +135,7 @@ def create(name: str, form: str, **given: Any) -> None:
     body["network"] = [attachment(api, text) for text in given["networks"]]
     if given["ports"] and not body["network"]:
         raise Problem("ports are published for a network", hint="--network NAME", code=USAGE)
-    made = api("POST", "instances", **body)
+    made = created(api, body, sync=given["sync"])
     for ports in given["ports"]:
         try:
             api("POST", "interfaces", made["interfaces"][0]["uuid"], "publish", ports=ports)

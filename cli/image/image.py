@@ -91,21 +91,15 @@ path = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
 def push(
-    file: Path | str,
-    name: str,
-    architecture: str,
-    single_writer: bool,
-    form: str,
-    labels: tuple[str, ...],
-    **given: Any,
+    file: Path | str, name: str, architecture: str, single_writer: bool, form: str, **given: Any
 ) -> None:
     """Keep the disk in FILE under NAME[:TAG]: qcow2, raw, VMDK, VHDX, VDI, fixed VHD, or one of these in an OVA, or
     compressed (xz, gzip, zstd, bzip2).
 
     A URL is fetched again only when its server has another file; without --checksum, one that lies beside it counts.
     """
-    given["labels"] = dict(label.partition("=")[::2] for label in labels)
-    row = keep(file, *written(name), architecture, alone=single_writer, **given)
+    given["labels"] = dict(label.partition("=")[::2] for label in given["labels"])
+    row = keep(file, *written(name), architecture, single_writer, **given)
     show_one(row, FETCHED if isinstance(file, str) else PUSHED, form)
 
 

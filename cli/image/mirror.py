@@ -127,8 +127,8 @@ def _from_sources(
     from imagestore.mirror import sources
     from imagestore.mirror import sync as sync_sources
 
-    own, work = Path("/etc/sf/sources.d"), settings().state_dir / "mirror" / "downloads"
-    lists = sources.load(given or (own if own.is_dir() else sources.SHIPPED))
+    work = settings().state_dir / "mirror" / "downloads"
+    lists = sources.lists(str(given or settings().get("sources")))
     wanted = sources.choose(lists, patterns, lambda source: [f"{source.name}:{tag}" for tag in source.tags])
     outcomes = sync_sources(store, wanted, work, dry_run=dry_run, progress=progress)
     return [

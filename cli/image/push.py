@@ -1,6 +1,5 @@
 """What `sf image push` does with a file or a URL."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,43 +19,35 @@ class Source(click.Path):
         return str(value) if "://" in str(value) else super().convert(value, param, ctx)
 
 
-def keep(
-    file: Path | str,
-    name: str,
-    tag: str,
-    architecture: str,
-    *,
-    alone: bool = False,
-    checksum: str = "",
-    labels: Mapping[str, str] | None = None,
-    input_format: str | None = None,
-    sparsify: bool = False,
-) -> Row:
-    """Bring it into the store of the settings; the row that says what came. Raises Corrupt, Problem."""
+def keep(file: Path | str, name: str, tag: str, architecture: str, alone: bool, **given: Any) -> Row:
+    """Bring it into the store of the settings; the row that says what came. Raises Corrupt, Problem.
+
+    given: checksum, labels, input_format, sparsify.
+    """
     from imagestore import Corrupt, check_architecture, keep_buffers, push
 
     keep_buffers()
     machine, title = check_architecture(architecture), f"{name}:{tag}"
+    shared, checksum = {"labels": given["labels"]}, given["checksum"]
     if isinstance(file, str):
         from imagestore.mirror import bring, sources
 
-        if input_format or sparsify:
-            hint = "download it first"
-            raise Problem("--input-format and --sparsify are for files", hint=hint, code=USAGE)
-        source = sources.of_url(file, name, tag, machine, checksum=checksum, labels=labels or {})
+        if given["input_format"] or given["sparsify"]:
+            raise Problem("--input-format and --sparsify are for files", hint="download it", code=USAGE)
+        source = sources.of_url(file, name, tag, machine, checksum=checksum, **shared)
         with opened(create=True, alone=alone) as store, progress(title) as tell:
             say(f"from {file} to {store.url}")
             work = settings().cache_dir / "downloads"
             came = bring(store, source, machine, work, trusted=True, progress=tell)
-        row: dict[str, Any] = {"result": came.result, "new_bytes": came.new_bytes, "digest": str(came.digest)}
-        return row | {"name": title, "architecture": machine}
+        row: Row = {"result": came.result, "new_bytes": came.new_bytes, "digest": str(came.digest)}
+        return {**row, "name": title, "architecture": machine}
     if checksum:
         from imagestore.mirror import hash_file, sources
 
         algorithm, digits = sources.parse_checksum(checksum)
         if hash_file(file, algorithm) != digits:
             raise Corrupt(f"{file}: its {algorithm} is not the one that was given")
-    given: dict[str, Any] = {"labels": labels, "format_": input_format, "sparsify": sparsify}
+    how = {**shared, "format_": given["input_format"], "sparsify": given["sparsify"]}
     with opened(create=True, alone=alone) as store, progress(title) as tell:
-        done = push(store, file, name, tag, architecture=machine, progress=tell, **given)
+        done = push(store, file, name, tag, architecture=machine, progress=tell, **how)
     return asdict(done) | {"name": title, "architecture": machine, "digest": str(done.digest)}

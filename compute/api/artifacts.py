@@ -1,16 +1,19 @@
-"""/artifacts: the names of the image stores, as artifacts of type image."""
+"""/artifacts: the names of the image stores, and what namespaces keep, as artifacts of type image."""
 
-from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, StoreRoute
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute
 from compute.api.history import add_events, add_metadata
-from compute.cluster.images.artifacts import Artifact, NamedImage, find_image, named_images
+from compute.cluster.images import artifacts as acts
+from compute.cluster.images.artifacts import Artifact
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
+from compute.errors import Invalid
 
 router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
 
@@ -20,50 +23,84 @@ class ListBody(Body):
     namespace: str | None = None
 
 
+class UrlBody(Body):
+    url: str
+    shared: bool = False
+    namespace: str | None = None
+
+
 def _find(ctx: Context, ref: str) -> Artifact:
-    if ctx.request.method != "GET":
+    return acts.find(ctx.artifacts(), ref, ctx.caller.namespace)
+
+
+def _record(ctx: Context, ref: str) -> Artifact:
+    """To be changed by whose it is; of a store's name, by the administrator, what users have added to it."""
+    found = _find(ctx, ref)
+    if ctx.request.method != "GET" and (found.store_url or not ctx.sees(found)):
         ctx.admin()
-    uuid = find_image(ctx.services.resolver.stores.values(), ref).uuid
-    return ctx.read().find(Artifact, uuid) or Artifact(uuid=uuid)
+    return ctx.read().find(Artifact, found.uuid) or Artifact(uuid=found.uuid)
 
 
-def _viewer(ctx: Context) -> Callable[[NamedImage], dict[str, object]]:
+def _show(ctx: Context, *found: Artifact) -> list[dict[str, Any]]:
     read = ctx.read()
     instances = [i for i in read.list(Instance) if ctx.sees(i)]
     metadata = {a.uuid: a.metadata for a in read.list(Artifact)}
-    return lambda image: views.artifact(image, metadata.get(image.uuid, {}), instances)
+    return [views.artifact(one, metadata.get(one.uuid, {}), instances) for one in found]
 
 
 @router.get("/artifacts")
 def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
-    """Of one node: those that its cache holds. They are the namespace system's, whatever their store."""
-    view, query, held = _viewer(ctx), body or ListBody(), set[str]()
-    if query.namespace not in (None, "system"):
-        return JSONResponse([])
+    """Of one node: those that its cache holds. The stores' names are the namespace system's."""
+    query, held = body or ListBody(), set[str]()
     if query.node:
         facts = facts_of(ctx.read().get(Node, query.node))
         held = set(facts.images if facts else ())
-    found = named_images(ctx.services.resolver.stores.values())
-    return JSONResponse([view(i) for i in found if not query.node or held & set(i.digests)])
+    found = [a for a in ctx.artifacts() if query.namespace in (None, a.namespace)]
+    return JSONResponse(_show(ctx, *(a for a in found if not query.node or held & set(a.digests))))
+
+
+@router.post("/artifacts")
+def fetch_artifact(ctx: Ctx, body: UrlBody) -> Response:
+    """Fetch a URL and keep its disk, again if its server has another file. Poll `state`."""
+    namespace = ctx.namespace(body.namespace)
+    if not body.url.startswith(acts.WEB):
+        return JSONResponse(_show(ctx, _find(ctx, body.url))[0])
+    acts.check_url(ctx.images(namespace), body.url)
+    if body.shared:  # everybody sees it in their lists
+        ctx.admin()
+    more = {"shared": True} if body.shared else {}
+    made = ctx.act(lambda txn: acts.want(txn, namespace, body.url, **more))
+    return JSONResponse(_show(ctx, made)[0])
 
 
 @router.delete("/artifacts")
 def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
-    """Every artifact of a namespace: it has none of its own, names belong to their store (`sf image rm`)."""
-    ctx.emptied(body)
-    return JSONResponse([])
+    """Every artifact that a namespace keeps; names of stores stay (`sf image rm`)."""
+    namespace = ctx.emptied(body)
+    doomed = [a for a in ctx.read().list(Artifact) if a.namespace == namespace]
+    for one in doomed:
+        ctx.act(lambda txn, one=one: txn.purge(one))  # type: ignore[misc]
+    return JSONResponse([one.uuid for one in doomed])
 
 
 @router.get("/artifacts/{ref}")
 def get_artifact(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse(_viewer(ctx)(find_image(ctx.services.resolver.stores.values(), ref)))
+    return JSONResponse(_show(ctx, _find(ctx, ref))[0])
+
+
+@router.delete("/artifacts/{ref}")
+def delete_artifact(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
+    known = _record(ctx, ref)
+    if not known.namespace:
+        raise Invalid(f"{ref[:80]} is a name of an image store", hint="sf image rm removes it")
+    ctx.act(lambda txn: txn.purge(known))
+    return JSONResponse(_show(ctx, replace(known, state="deleted"))[0])
 
 
 @router.get("/artifacts/{ref}/versions")
 def get_versions(ctx: Ctx, ref: str) -> Response:
-    blobs = _viewer(ctx)(find_image(ctx.services.resolver.stores.values(), ref))["blobs"]
-    return JSONResponse(blobs)
+    return JSONResponse(list(_show(ctx, _find(ctx, ref))[0]["blobs"].values()))
 
 
-add_metadata(router, "/artifacts/{ref}", _find)
-add_events(router, "/artifacts/{ref}", _find)
+add_metadata(router, "/artifacts/{ref}", _record)
+add_events(router, "/artifacts/{ref}", _record)

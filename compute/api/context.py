@@ -3,11 +3,12 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, wraps
 from ipaddress import ip_address
+from itertools import chain
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from compute.api.edge import SLASH, Route
 from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
-from compute.cluster.images.artifacts import Resolver
+from compute.cluster.images.artifacts import Artifact, Resolver, named_images
 from compute.cluster.images.stores import NamespaceStores, Sight
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
@@ -143,6 +144,14 @@ class Context:
         """What image names mean in a request for objects of a namespace."""
         services = self.services
         return Sight(services.resolver, services.namespaces, namespace, self.caller.may, self.caller.admin)
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """What namespaces keep and the caller sees, and the stores' names."""
+        kept = (a for a in self.read().list(Artifact) if a.namespace)
+        return chain(
+            (a for a in kept if a.shared or self.sees(a)),
+            named_images(self.services.resolver.stores.values()),
+        )
 
     def sees(self, item: Any) -> bool:
         return self.caller.may(item.namespace)

@@ -13,7 +13,7 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, apart
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.cluster.images.artifacts import resolve_disks
+from compute.cluster.images.artifacts import resolve_disks, want
 from compute.cluster.records import instances as acts
 from compute.cluster.records.instances import NO_VIDEO, Instance
 from compute.cluster.records.interfaces import Interface, Want
@@ -86,6 +86,8 @@ class CreateBody(Body):
     configdrive: Literal["openstack-disk", "none"] | None = None
     metadata: dict[str, Any] | None = None
     side_channels: list[str] | None = None
+    sync: bool = False
+    """Fetch an image that no store has, where a source list names it: the administrator's word."""
 
 
 class SetBody(Body):
@@ -142,6 +144,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
         raise Invalid(f"no side channel {min(unknown)[:80]!r} is offered", hint=hint)
     made = ctx.made_before(ctx.read(), Instance, body)
     if made is None:
+        sync = config.sync_names or (body.sync and ctx.caller.admin)
         instance = Instance(
             uuid=new_uuid(),
             name=body.name,
@@ -150,7 +153,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             cpus=body.cpus,
             memory_mib=body.memory,
             # Stores are asked here: what a transaction does may be repeated.
-            disks=resolve_disks(ctx.images(namespace), wanted, config.architecture),
+            disks=resolve_disks(ctx.images(namespace), wanted, config.architecture, config.sources, sync),
             disk_spec=wanted,
             ssh_key=body.ssh_key or "",
             user_data=_user_data(body.user_data or ""),
@@ -167,6 +170,8 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
         limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
 
         def make(txn: Transaction) -> Instance:
+            for name in {disk.image_name for disk in instance.disks if disk.pending}:
+                want(txn, namespace, name)
             return create(txn, instance, wants, limits=limits, usable=controller.nodes.usable() | closed)
 
         made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))

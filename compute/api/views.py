@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from compute.cluster.images.artifacts import GIB, NamedImage, blob_uuid
+from compute.cluster.images.artifacts import GIB, Artifact, blob_uuid
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
@@ -169,37 +169,38 @@ def event(item: Event) -> Json:
     }
 
 
-def artifact(item: NamedImage, metadata: Json, instances: Iterable[Instance]) -> Json:
-    """One version, numbered by the name's revision; its blob is the first architecture's manifest."""
-    users: Mapping[str, list[str]] = {digest: [] for digest in item.digests}
+def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance]) -> Json:
+    """`instances`: those that the caller sees."""
+    users: Mapping[str, list[str]] = {blob.disk: [] for blob in item.blobs.values()}
     for one in instances:
         for disk in one.disks:
             if disk.image in users and one.state != InstanceState.DELETED:
                 users[disk.image].append(one.uuid)
     blobs = {
-        str(item.revision): {
-            "uuid": blob_uuid(digest),
-            "digest": digest,
-            "size": size,
-            "reference_count": 1 + len(users[digest]),
+        number: {
+            "uuid": blob.uuid,
+            "index": int(number),
+            "digest": blob.disk,
+            "size": blob.size_bytes,
+            "reference_count": 1 + len(users[blob.disk]),
             "depends_on": None,
-            "instances": users[digest],
+            "instances": users[blob.disk],
         }
-        for digest, size in list(zip(item.digests, item.sizes_bytes, strict=True))[:1]
+        for number, blob in item.blobs.items()
     }
-    return {
-        "uuid": item.uuid,
-        "name": item.name,
-        "state": "created",
-        "metadata": metadata,
-        "version": 1,
-        "artifact_type": "image",
-        "source_url": item.name,
-        "store": item.store_url,
-        "namespace": "system",
-        "shared": True,
-        "max_versions": 1,
-        "index": item.revision if blobs else 0,
-        "blob_uuid": blob_uuid(item.digests[0]) if item.digests else None,
-        "blobs": blobs,
-    }
+    return _common(
+        item,
+        metadata=metadata,
+        name=item.name,
+        artifact_type="image",
+        source_url=item.source_url,
+        store=item.store_url or None,
+        namespace=item.namespace,
+        shared=item.shared,
+        max_versions=item.max_versions,
+        index=item.last,
+        blob_uuid=item.blobs[str(item.last)].uuid if str(item.last) in item.blobs else None,
+        blobs=blobs,
+        progress=item.progress or None,
+        error_message=item.error_message or None,
+    )

@@ -144,6 +144,7 @@ def build(
             spec(alive[uuid], by_instance[uuid], installation)
             for uuid in sorted(alive)
             if alive[uuid].node == node
+            and (alive[uuid].state in LEAVING or not any(disk.pending for disk in alive[uuid].disks))
         )
         + tuple(spec(instance, (), installation) for instance in removed),
     )

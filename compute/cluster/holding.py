@@ -1,15 +1,16 @@
-"""Images that their stores must keep because an instance is made of them, whatever becomes of their names.
+"""Images that their stores must keep because an instance is made of them or an artifact has them.
 
-One object `refs/<installation>-<uuid>` per instance in each store that has its images; the collector takes it for a
-root. It is made and removed by comparing what should be there with what is, at the start, then every few seconds: so
-one that was lost, or came back from a copy, is put right. What is missing for these seconds is covered by the
-collector's grace: an image counts as in use for hours after it lost its name.
+One object `refs/<installation>-<uuid>` per instance, and per version of an artifact, in each store that has its images;
+the collector takes it for a root. It is made and removed by comparing what should be there with what is, at the start,
+then every few seconds: so one that was lost, or came back from a copy, is put right. What is missing for these seconds
+is covered by the collector's grace: an image counts as in use for hours after it lost its name.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
+from compute.cluster.images.artifacts import Artifact
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
@@ -41,6 +42,7 @@ class Holds:
         `my/NAMESPACE` is that namespace's own store: it holds what is made of images out of it.
         """
         instances = [i for i in Transaction(self._store).list(Instance) if i.state != InstanceState.DELETED]
+        blobs = [b for a in Transaction(self._store).list(Artifact) for b in a.blobs.values()]
         for name, store in stores.items():
             if not store.backend.read_only:
                 home = name.partition("/")[2]
@@ -50,6 +52,8 @@ class Holds:
                     )
                     for one in instances
                 }
+                for blob in (b for b in blobs if b.namespace == home):
+                    wanted[f"{self._prefix}{blob.uuid}"] = frozenset({Digest.parse(blob.disk)})
                 try:
                     self._hold(name, store, wanted)
                 except StoreError as err:

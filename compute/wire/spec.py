@@ -56,6 +56,11 @@ class DiskSpec:
     store: str = ""
     """The namespace whose own store has the image; "" for the server's stores."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether its image is still to be brought here; no node sees it before."""
+        return bool(self.image_name and not self.image)
+
 
 @dataclass(frozen=True, slots=True)
 class InterfaceSpec:

@@ -24,11 +24,9 @@ from imagestore.progress import Progress, Report, silent
 
 LEAST_DATA_BYTES, MOST_RATIO = 4 << 30, 64
 """A disk may hold so much data, and so many times the file's size more."""
-_MOST_ZEROS = 16
-"""What is unpacked may have so many times as many bytes as data: zeros are cheap, not free."""
+_MOST_ZEROS = 16  # times as many bytes as data may come out: zeros are cheap, not free
 _LAYERS = 3
-_FED_BYTES = 4 << 10
-"""What a decompressor is given at once: even RLE blocks of zstd make 128 MiB of it at most."""
+_FED_BYTES = 4 << 10  # to a decompressor at once: even RLE blocks of zstd make 128 MiB of it at most
 _XZ_BYTES = 256 << 20
 _PIECE_BYTES, _HOLE_BYTES = 1 << 20, 1 << 16
 _DISKS = (".vmdk", ".img", ".raw", ".qcow2", ".vhd", ".vhdx", ".vdi")
@@ -135,16 +133,13 @@ def _disk_of(descriptor: int, what: str) -> tuple[int, int]:
     at, found = 0, list[tuple[int, int]]()
     while (head := os.pread(descriptor, 512, at)).strip(b"\0"):
         said = head[124:136].strip(b" \0")
-        if len(head) < 512 or len(found) > 1 or not said.isdigit() or set(said) - set(b"01234567"):
-            raise Invalid(
-                f"{what} is no OVA with one disk", hint="`tar -xf`, then push the disk that is meant"
-            )
+        if len(head) < 512 or not said.isdigit() or set(said) - set(b"01234567"):
+            raise Invalid(f"{what} is a damaged OVA")
         name, length = head[:100].rstrip(b"\0").decode("latin-1").lower(), int(said, 8)
         if head[156:157] in b"0\0" and name.removesuffix(".gz").endswith(_DISKS):
             found.append((at + 512, at + 512 + length))
         at += 512 + -(-length // 512) * 512
     if len(found) != 1:
-        raise Invalid(
-            f"{what} is an OVA with {len(found)} disks", hint="`tar -xf`, then push the disk that is meant"
-        )
+        hint = "`tar -xf`, then push the disk that is meant"
+        raise Invalid(f"{what} is an OVA with {len(found)} disks", hint=hint)
     return found[0]

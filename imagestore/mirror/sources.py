@@ -34,7 +34,7 @@ _HEX = re.compile(r"[0-9a-fA-F]{32,128}")
 _TAGGED = re.compile(r"([A-Z0-9a-z-]{2,16}) \((.+)\) = ([0-9a-fA-F]{32,128})")
 _HASH = re.compile(r"(?:md|sha|blake|b2|rmd|ripemd|whirlpool|sm3)[0-9a-z]{0,8}")
 _ALIASES = {"b2": "blake2b", "blake2b512": "blake2b"}
-_WEB = re.compile(r"https?://[^/?#]", re.IGNORECASE)
+_WEB = re.compile(r"https?://[^/?#\s][!-~]{0,2000}", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]+")
 _BUILD_LENGTH = 100
 _MOST_BYTES = 1 << 40
@@ -76,7 +76,10 @@ _KEYS = {one.name for one in fields(Source)} - {"build_page", "build_pattern", "
 
 
 def load(directory: Path) -> list[Source]:
-    """Every source of every file, in order. Raises Invalid, naming the file; NotFound if there is none."""
+    """Every source of every file, in order; a name without `latest` has it for its newest version.
+
+    Raises Invalid, naming the file; NotFound if there is none.
+    """
     files = sorted(directory.glob("*.toml")) if directory.is_dir() else [directory]
     sources: list[Source] = []
     for path in files:
@@ -97,7 +100,20 @@ def load(directory: Path) -> list[Source]:
             if key in seen:
                 raise Invalid(f"{source.name}:{key[1]} for {key[2]} has two sources")
             seen[key] = source.url
-    return sources
+    latest = {key[0] for key in seen if key[1] == "latest"}
+    newest = {s.name: s for s in sorted(sources, key=lambda s: numbers(s.tags[0])) if s.name not in latest}
+    return [replace(s, tags=(*s.tags, "latest")) if newest.get(s.name) is s else s for s in sources]
+
+
+def numbers(text: str) -> list[int]:
+    """By which versions are told older from newer."""
+    return [int(number) for number in _NUMBER.findall(text)]
+
+
+def lists(given: str = "") -> list[Source]:
+    """Those of a file or directory, by default the administrator's own or, without any, those that come with sf."""
+    own = Path("/etc/sf/sources.d")
+    return load(Path(given) if given else own if own.is_dir() else SHIPPED)
 
 
 def choose(items: Iterable[T], patterns: Collection[str], names: Callable[[T], Iterable[str]]) -> list[T]:
@@ -168,7 +184,7 @@ def parse(body: Mapping[str, Any]) -> Source:
 
 def of_url(url: str, name: str, tag: str, architecture: str, *, checksum: str = "", **more: Any) -> Source:
     """A source of one file of any kind. checksum: as in `parse_checksum`, or "". Raises Invalid."""
-    if not _WEB.match(url):
+    if not _WEB.fullmatch(url):
         raise Invalid(f"not a web address: {url[:200]!r}", hint="https://HOST/PATH")
     said = ":".join(parse_checksum(checksum)) if checksum else ""
     return Source(name, (tag,), url, {architecture: architecture}, checksum=said, keep=0, format="", **more)
@@ -203,7 +219,7 @@ def newest(page: str, pattern: str, arch: str) -> str:
     found = {build for build in named if len(build) <= _BUILD_LENGTH}
     if not found:
         raise NotFound(f"the page names no build that matches {pattern!r}")
-    return str(max(found, key=lambda text: [int(number) for number in _NUMBER.findall(text)]))
+    return str(max(found, key=numbers))
 
 
 def locate(source: Source, architecture: str, build: str) -> Source:
@@ -265,5 +281,5 @@ def tags_to_drop(names: Sequence[str], tag: str, keep: int) -> list[str]:
     """Which of the `TAG-BUILD` names are too old to keep, given all tags of a name; oldest first."""
     prefix = f"{tag}-"
     old = [name for name in names if name.startswith(prefix) and name[len(prefix) :][:1].isdigit()]
-    old.sort(key=lambda text: [int(number) for number in _NUMBER.findall(text[len(prefix) :])])
+    old.sort(key=lambda text: numbers(text[len(prefix) :]))
     return old[: max(0, len(old) - keep)]

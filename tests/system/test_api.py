@@ -99,7 +99,7 @@ def test_errors_have_the_interfaces_shape_and_a_request_id(server: Running) -> N
         ({"memory": 1}, 400, "memory"),
         ({"memory": 10**6}, 507, "no room"),
         ({"disk": []}, 400, "disks"),
-        ({"disk": [{"base": "debian:13"}]}, 404, "no image"),
+        ({"disk": [{"base": "plan9:4"}]}, 404, "no image"),
         ({"disk": [{"base": "debian:12", "size": 1}]}, 400, "smaller than its image"),
         ({"disk": [{"base": "sf://blob/x"}]}, 400, "cannot boot"),
         ({"disk": [{}]}, 400, "neither"),

@@ -4,13 +4,20 @@ import logging
 import re
 import uuid as uuid_module
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from urllib.parse import urlsplit
 
-from compute.cluster.records.stored import Stored
-from compute.errors import Invalid, NotFound
+from compute.cluster.records.stored import Stored, new_uuid
+from compute.cluster.records.transaction import Transaction
+from compute.errors import Denied, Invalid, NoCapacity, NotFound
 from compute.wire.spec import DiskSpec
-from imagestore import Resolved, Store, StoreError
+from imagestore import NotFound as NoImage
+from imagestore import Resolved, Store, StoreError, parse_reference
+from imagestore.mirror import Source, sources
+
+if TYPE_CHECKING:
+    from compute.cluster.images.stores import Sight
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +27,9 @@ _ARTIFACTS = uuid_module.UUID("4b1f3f0e-6a3c-5f0b-9d4e-5f7a52f3c0de")
 """Namespace of the UUIDs that names and manifests get in the API (RFC 9562, version 5): the same on every server."""
 
 _DEVICES = "abcdefghijklmnop"
+WEB = ("https://", "http://")
+_MOST, _MOST_WANTED = 1000, 3
+"""Artifacts of one namespace; those that are on their way."""
 
 
 class Resolver(Protocol):
@@ -32,62 +42,141 @@ class Resolver(Protocol):
 
 
 def resolve_disks(
-    resolver: Resolver, wanted: Sequence[Mapping[str, Any]], architecture: str
+    sight: "Sight", wanted: Sequence[Mapping[str, Any]], architecture: str, lists: str, sync: bool
 ) -> tuple[DiskSpec, ...]:
-    """Raises NotFound (with the nearest names), Invalid (a base nobody knows, a disk smaller than its image)."""
+    """A disk may wait for its image (`pending`). sync: one that only a source list (of `lists`) names may be fetched.
+
+    Raises NotFound (with the nearest names), Denied, Invalid (a base nobody knows, a disk smaller than its image).
+    """
     if len(wanted) > len(_DEVICES):
         raise Invalid(f"an instance has at most {len(_DEVICES)} disks")
     return tuple(
-        _resolve(resolver, disk, f"vd{letter}", architecture)
+        _resolve(sight, disk, f"vd{letter}", architecture, lists, sync)
         for letter, disk in zip(_DEVICES, wanted, strict=False)
     )
 
 
-def _resolve(resolver: Resolver, disk: Mapping[str, Any], device: str, architecture: str) -> DiskSpec:
+def _resolve(
+    sight: "Sight", disk: Mapping[str, Any], device: str, architecture: str, lists: str, sync: bool
+) -> DiskSpec:
     size_bytes = int(disk.get("size") or 0) * GIB
     bus = disk.get("bus") or "virtio"
     bus = "sata" if bus == "ide" else bus  # q35 has no IDE
     if disk.get("type") not in (None, "disk"):
         raise Invalid(f"disk {device}: type {str(disk['type'])[:40]!r} is not offered", hint="type is disk")
     base = str(disk.get("base") or "")
-    if not base:
-        if not size_bytes:
-            raise Invalid(
-                f"disk {device} has neither a base nor a size", hint="a blank disk needs a size in GB"
-            )
-        return DiskSpec(device, size_bytes=size_bytes, bus=bus)
+    if not base and not size_bytes:
+        raise Invalid(f"disk {device} has neither a base nor a size", hint="a blank disk needs a size in GB")
+    spec = DiskSpec(device, "", base, size_bytes, bus)
+    if base.startswith(WEB):
+        check_url(sight, base)
+    if not base or base.startswith(WEB):
+        return spec
     if re.match(r"[a-z]+://|label:|file:", base):
         raise Invalid(f"disk {device}: cannot boot from {base[:120]!r}", hint="give a name such as debian:12")
-    found = resolver.resolve(base, architecture)
-    if size_bytes and size_bytes < found.size_bytes:
-        needed = -(-found.size_bytes // GIB)
+    try:
+        found = sight.resolve(base, architecture)
+    except NoImage as err:
+        if (source := listed(base, architecture, lists)) is None:
+            raise
+        if sync:
+            return spec
+        who = "--sync fetches it" if sight.everything else "the administrator can fetch it"
+        hint = f"{who} from {urlsplit(source.url).hostname}"
+        raise NotFound(f"{base} is in no store, but in a source list", hint=hint) from err
+    return fitted(spec, Blob(found.namespace, 0, str(found.digest), found.size_bytes))
+
+
+def fitted(spec: DiskSpec, blob: "Blob") -> DiskSpec:
+    """The disk with its image. Raises Invalid when it is smaller than that."""
+    if spec.size_bytes and spec.size_bytes < blob.disk_bytes:
         raise Invalid(
-            f"disk {device} of {size_bytes // GIB} GB is smaller than its image {base} "
-            f"({found.size_bytes / GIB:.2f} GB)",
-            hint=f"give it {needed} GB or more, or no size",
+            f"disk {spec.device} of {spec.size_bytes // GIB} GB is smaller than its image {spec.image_name} "
+            f"({blob.disk_bytes / GIB:.2f} GB)",
+            hint=f"give it {-(-blob.disk_bytes // GIB)} GB or more, or no size",
         )
-    return DiskSpec(device, str(found.digest), base, size_bytes or found.size_bytes, bus, found.namespace)
+    size_bytes = spec.size_bytes or blob.disk_bytes
+    return replace(spec, image=blob.disk, size_bytes=size_bytes, store=blob.namespace)
+
+
+def check_url(sight: "Sight", url: str) -> None:
+    """Raises Invalid; Denied: what is fetched for the system namespace may be private, so it asks for that itself."""
+    sources.of_url(url, "x", "x", "x86_64")
+    if sight.namespace == "system" and not sight.everything:
+        raise Denied("only the system namespace has URLs fetched for itself")
+
+
+def listed(base: str, architecture: str, lists: str) -> Source | None:
+    """The source that a name means which no store has."""
+    wanted = parse_reference(base)
+    fits = (s for s in sources.lists(lists) if s.name == wanted.name and architecture in s.architectures)
+    found = next((s for s in fits if wanted.tag in s.tags), None)
+    return None if wanted.remote or wanted.digest_prefix else found
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A version of an artifact."""
+
+    namespace: str = ""  # in whose own store it is; "" for the server's
+    size_bytes: int = 0
+    disk: str = ""  # its manifest's digest
+    disk_bytes: int = 0
+    uuid: str = field(default_factory=new_uuid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact(Stored):
-    """What users add to an image name; the image itself lives in its store."""
+    """What a namespace keeps, with versions; stored without namespace: what users add to a name of a store."""
 
     KIND: ClassVar[str] = "artifact"
     uuid: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    namespace: str = ""
+    name: str = ""
+    source_url: str = ""
+    state: str = "created"  # initial → creating → created, or error
+    wanted: str = ""  # what is still to come, for `bringing`
+    error_message: str = ""
+    progress: str = ""
+    shared: bool = False
+    max_versions: int = 3
+    last: int = 0  # the number of the newest version there was
+    blobs: dict[str, Blob] = field(default_factory=dict)  # by number, oldest first
+    store_url: str = ""  # of a name's store
+    digests: tuple[str, ...] = ()  # of a name: all architectures
 
 
-@dataclass(frozen=True, slots=True)
-class NamedImage:
-    """One name of one store as an artifact."""
+def identity(namespace: str, called: str) -> str:
+    """The UUID of what a namespace calls so."""
+    return str(uuid_module.uuid5(_ARTIFACTS, f"{namespace}/{called}"))
 
-    uuid: str
-    name: str
-    store_url: str
-    revision: int
-    digests: tuple[str, ...]
-    sizes_bytes: tuple[int, ...]
+
+def want(txn: Transaction, namespace: str, called: str, **more: Any) -> Artifact:
+    """Have it brought: as a new artifact, or as its next version. Raises NoCapacity."""
+    own = [a for a in txn.list(Artifact) if a.namespace == namespace]
+    found = txn.find(Artifact, uuid := identity(namespace, called))
+    if len(own) - bool(found) >= _MOST or sum(bool(a.wanted) for a in own if a != found) >= _MOST_WANTED:
+        hint = f"{_MOST_WANTED} at a time, {_MOST} in all: wait, or delete some"
+        raise NoCapacity(f"namespace {namespace} has too many artifacts", hint=hint)
+    found = found or Artifact(uuid=uuid, namespace=namespace, name=called, source_url=called)
+    state = "creating" if found.blobs else "initial"
+    now = replace(found, **more, wanted=called, state=state, error_message="")
+    txn.update(now)
+    txn.event(Artifact.KIND, uuid, f"asked for: {called}", type="audit")
+    return now
+
+
+def add_version(txn: Transaction, found: Artifact, blob: Blob) -> Artifact:
+    """The next version, unless the newest is the same disk."""
+    newest = found.blobs.get(str(found.last))
+    if newest is None or blob.disk != newest.disk:
+        found = replace(found, last=found.last + 1, blobs=found.blobs | {str(found.last + 1): blob})
+        txn.event(Artifact.KIND, found.uuid, f"version {found.last} is blob {blob.uuid}")
+    blobs = dict(list(found.blobs.items())[-found.max_versions :])
+    now = replace(found, blobs=blobs, state="created", wanted="", progress="")
+    txn.update(now)
+    return now
 
 
 def blob_uuid(digest: str) -> str:
@@ -95,33 +184,38 @@ def blob_uuid(digest: str) -> str:
     return str(uuid_module.uuid5(_ARTIFACTS, digest))
 
 
-def named_images(stores: Iterable[Store]) -> Iterator[NamedImage]:
-    """Every name of every store that can be listed; what one of them does not give is a line in the log."""
+def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
+    """Every name of every store that can be listed; what one of them does not give is a line in the log.
+
+    One version, numbered by the name's revision; its blob is the first architecture's manifest.
+    """
     for store in stores:
         try:
             records = list(store.names.list())
             sizes = store.sizes({digest for record in records for digest in record.images.values()})
             for record in records:
-                name = f"{record.name}:{record.tag}"
-                digests = list(record.images.values())
-                yield NamedImage(
-                    uuid=str(uuid_module.uuid5(_ARTIFACTS, f"{store.info.id}/{name}")),
-                    name=name,
-                    store_url=store.url,
-                    revision=record.revision,
-                    digests=tuple(str(d) for d in digests),
-                    sizes_bytes=tuple(sizes.get(d, 0) for d in digests),
-                )
+                name, blobs = f"{record.name}:{record.tag}", {}
+                for d in list(record.images.values())[:1]:
+                    size = sizes.get(d, 0)
+                    blobs[str(record.revision)] = Blob("", size, str(d), size, blob_uuid(str(d)))
+                uuid, digests = identity(store.info.id, name), tuple(map(str, record.images.values()))
+                shown = Artifact(uuid=uuid, namespace="system", name=name, source_url=name, digests=digests)
+                last = record.revision if blobs else 0
+                yield replace(shown, shared=True, max_versions=1, last=last, blobs=blobs, store_url=store.url)
         except StoreError as err:
             log.warning("%s cannot be listed: %s", store.url, err)
 
 
-def find_image(stores: Iterable[Store], reference: str) -> NamedImage:
-    """By UUID, or by name (`debian` is `debian:latest`). Raises NotFound, Invalid when it is in several stores."""
+def find(among: Iterable[Artifact], reference: str, namespace: str) -> Artifact:
+    """By UUID, or by name (`debian` is `debian:latest`); of several the one that `namespace` keeps.
+
+    Raises NotFound, Invalid where several fit.
+    """
     names = {reference, reference if ":" in reference else f"{reference}:latest"}
-    found = [i for i in named_images(stores) if i.uuid == reference or i.name in names]
+    found = [a for a in among if a.uuid == reference or names & {a.name, a.source_url}]
+    found = [a for a in found if a.namespace == namespace and not a.store_url] or found
     if not found:
         raise NotFound(f"artifact {reference[:80]} not found", hint="see: sf image ls")
     if len(found) > 1:
-        raise Invalid(f"{reference} is in {len(found)} stores", hint="use the artifact's UUID")
+        raise Invalid(f"{reference} fits {len(found)} artifacts", hint="use the artifact's UUID")
     return found[0]

@@ -49,7 +49,7 @@ def test_a_pattern_that_matches_nothing_is_not_found_and_nothing_is_published(ho
         run("mirror", "sync", "--from", home / "state" / "store", "b:*", code=3)
         assert json.loads(run("mirror", "status", "--format", "json").stdout)["expires_s"] is None
         run("mirror", "sync", "--sources", given, "a:one")
-    assert json.loads(run("mirror", "status", "--format", "json").stdout)["names"] == 2
+    assert json.loads(run("mirror", "status", "--format", "json").stdout)["names"] == 3
 
 
 def test_all_sources_are_fetched_only_after_it_was_said_how_much_that_is(

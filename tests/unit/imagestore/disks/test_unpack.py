@@ -96,7 +96,7 @@ def test_an_ova_is_its_one_disk_compressed_or_not_and_names_in_it_lead_nowhere(r
         (ova(vmdk, vmdk), "2 disks"),
         (ova(vmdk)[: len(vmdk) // 2], "cut short"),
         (ova(vmdk)[:1148] + b"7" * 11 + ova(vmdk)[1159:], "cut short"),
-        (ova(vmdk)[:1148] + b"-77" + ova(vmdk)[1151:], "no OVA"),
+        (ova(vmdk)[:1148] + b"-77" + ova(vmdk)[1151:], "damaged OVA"),
     ):
         (tmp_path / "web.ova").write_bytes(data)
         with pytest.raises(Invalid, match=said):
