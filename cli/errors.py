@@ -15,6 +15,7 @@ EXIT_CODES = {
     "Invalid": USAGE,
     "Unavailable": UNREACHABLE,
     "Denied": AUTH,
+    "Unauthenticated": AUTH,
     "NoSpace": CAPACITY,
     "Exhausted": CAPACITY,
     "TimeoutError": TIMEOUT,

@@ -11,7 +11,7 @@ from cli.errors import INTERRUPTED, OK, USAGE, exit_code, one_line
 
 MEMBERS = {
     "image": ("cli.image.image:image", "Push, pull and manage disk images."),
-    "instance": ("cli.cloud.interfaces:instance", "Create, watch and control guests."),
+    "instance": ("cli.cloud.inside:instance", "Create, watch and control guests."),
     "network": ("cli.cloud.network:network", "Virtual networks for guests."),
     "store": ("cli.image.store:store", "Make, check and copy image stores."),
     "cache": ("cli.image.cache:cache", "Images that this node holds."),

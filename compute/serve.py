@@ -38,6 +38,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
+from compute.wire.streams import SOCKETS
 from imagestore import Digest, durable, listening
 from net import Plane
 
@@ -135,7 +136,7 @@ def secured(config: Config) -> dict[str, Any]:
 
 def _settings(app: FastAPI, **more: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_config=None, timeout_graceful_shutdown=_GRACE_S, **listening.settings(), **more
+        app, log_config=None, timeout_graceful_shutdown=_GRACE_S, **listening.settings(), **SOCKETS, **more
     )
 
 

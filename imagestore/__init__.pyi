@@ -34,6 +34,7 @@ from .formats.trace import Trace as Trace
 from .gc import collect as collect
 from .outside import decimal as decimal
 from .outside import read_json as read_json
+from .outside import whole as whole
 from .progress import Progress as Progress
 from .progress import Report as Report
 from .pull import Seed as Seed

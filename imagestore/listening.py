@@ -110,6 +110,12 @@ class Guarded(HttpToolsProtocol):
             self._timer.cancel()
         super().connection_lost(exc)
 
+    def handle_websocket_upgrade(self) -> None:
+        """From now on it is the WebSocket's: whoever serves that counts them, and pings."""
+        if self._timer:
+            self._timer.cancel()
+        super().handle_websocket_upgrade()
+
     def _begin(self, *, reading: bool) -> None:
         self._reading, self._received = reading, 0
         self._since_s = self._moved_s = self.loop.time()

@@ -28,6 +28,7 @@ from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.serve import secured
 from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
+from compute.wire.streams import SOCKETS
 from imagestore import Resolved, listening
 from imagestore.errors import NotFound
 from imagestore.formats.digest import Digest
@@ -58,6 +59,7 @@ class PlayedAgent:
         self.broken: set[str] = set()
         self.stalled: set[str] = set()
         self.console_data = b"SF-GUEST-READY\n"
+        self.echoes: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
         await self.controller.register(self.node, NodeFacts(cpus=4, memory_mib=8192, accel="tcg"), self)
@@ -89,6 +91,18 @@ class PlayedAgent:
 
     async def listening(self) -> list[tuple[str, int]]:
         return [("tcp", 9999)]
+
+    async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
+        """Says what it was asked, then says back whatever comes."""
+        stream = await self.controller.dial(self.node, ticket)
+
+        async def echo() -> None:
+            await stream.send(json.dumps([kind, target, options]))
+            while (message := await stream.receive()) is not None:
+                await stream.send(message)
+            await stream.aclose()
+
+        self.echoes.append(asyncio.create_task(echo()))
 
     async def doctor(self) -> list[tuple[str, str, str]]:
         return [("lan", "the bridge is missing", ""), ("other", "x", ""), ("", "ufw drops", "allow it")]
@@ -199,7 +213,11 @@ def running(
         agent = PlayedAgent(controller, "node1")
         server = uvicorn.Server(
             uvicorn.Config(
-                api.build(services), log_level="warning", **listening.settings(), **secured(settings)
+                api.build(services),
+                log_level="warning",
+                **listening.settings(),
+                **SOCKETS,
+                **secured(settings),
             )
         )
         task = asyncio.create_task(agent.run())

@@ -25,7 +25,7 @@ Object = dict[str, Any]
 class Api:
     """`api("GET", "instances", "web", all=True)`. Authenticates at its first call, and again when the token ends."""
 
-    def __init__(self, told: tuple[str, str, str] | None = None, ca: str = "") -> None:
+    def __init__(self, told: tuple[str, str, str] | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.url, self.namespace, self._key = told or access(settings())
         parts = urlsplit(self.url)
         self.local = is_local(settings(), self.url)
@@ -33,7 +33,8 @@ class Api:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Problem(f"not the URL of an API: {self.url!r}", hint="http://HOST:PORT", code=USAGE)
         self._path, self._token = parts.path.rstrip("/"), ""
-        self.tls = trusting(ca or authority(settings(), self.url)) if parts.scheme == "https" else None
+        safe = parts.scheme == "https"
+        self.tls = tls or trusting(authority(settings(), self.url)) if safe else None
         self._connection = (
             http.client.HTTPSConnection(parts.hostname, parts.port, timeout=ANSWER_S, context=self.tls)
             if self.tls
@@ -43,8 +44,7 @@ class Api:
     def __call__(self, method: str, *path: str, **body: Any) -> Any:
         """The answer's JSON, or its bytes if it is none. Raises Problem with the exit code of its status."""
         for _ in range(2):
-            if not self._token:
-                self._login()
+            self.token()
             status, headers, data = self._send(method, path, body)
             if status != 401:
                 break
@@ -57,6 +57,16 @@ class Api:
         claims = self._token.split(".")[1]
         told = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
         return str(told["sub"]), str(told["key"])
+
+    def asked_by_anybody(self, *path: str) -> Any:
+        """What needs no key."""
+        return _answer(*self._send("GET", path, {}))
+
+    def token(self) -> str:
+        """With which this client is logged in."""
+        if not self._token:
+            self._login()
+        return self._token
 
     def _login(self) -> None:
         if not self._key:

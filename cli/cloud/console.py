@@ -1,8 +1,7 @@
 """What a guest writes to its serial console, and how one sees there that it is up."""
 
 import re
-import sys
-import time
+from typing import TextIO
 
 from cli.cloud.api import Api
 from cli.output import Row
@@ -20,7 +19,7 @@ def up(api: Api, found: Row) -> str:
     """How one sees that the guest is up; "" while it is not."""
     if str(found.get("agent_state") or "").startswith("ready"):
         return "its agent answers"
-    match = _UP.search(_read(api, str(found["uuid"]), 20_000))
+    match = _UP.search(read(api, str(found["uuid"]), 20_000))
     return match[0].decode(errors="replace").strip() if match else ""
 
 
@@ -28,34 +27,16 @@ def last_line(api: Api, found: Row) -> str:
     """What the guest said last, for whoever waits for it; "" before it is there."""
     if found["state"] != "created":
         return ""
-    lines = _ESCAPES.sub(b"", _read(api, str(found["uuid"]), 2_000)).decode(errors="replace").split("\n")
+    lines = _ESCAPES.sub(b"", read(api, str(found["uuid"]), 2_000)).decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _read(api: Api, name: str, length: int) -> bytes:
+def read(api: Api, name: str, length: int) -> bytes:
+    """Its last `length` bytes; -1 for all that is kept."""
     return bytes(api("GET", "instances", name, "consoledata", length=length))
 
 
-def print_console(api: Api, name: str, *, follow: bool) -> None:
-    """All of it; with `follow` what comes, until Ctrl-C."""
-    seen = _read(api, name, -1)
-    _emit(seen)
-    while follow:
-        time.sleep(0.5)
-        now = _read(api, name, -1)
-        _emit(beyond(seen, now))
-        seen = now
-
-
-def beyond(seen: bytes, now: bytes) -> bytes:
-    """What `now` has after `seen`, where both are the tail of one log whose head is cut now and then."""
-    if now.startswith(seen):
-        return now[len(seen) :]
-    at = now.rfind(seen[-256:])
-    return now[at + len(seen[-256:]) :] if at >= 0 else now
-
-
-def _emit(data: bytes) -> None:
+def emit(data: bytes, out: TextIO) -> None:
     """A guest may write anything: its escape sequences do not reach a terminal."""
-    sys.stdout.buffer.write(_ESCAPES.sub(b"", data) if sys.stdout.isatty() else data)
-    sys.stdout.flush()
+    out.buffer.write(_ESCAPES.sub(b"", data) if out.isatty() else data)
+    out.flush()

@@ -1,8 +1,6 @@
 """`sf instance`: guests."""
 
 import base64
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,17 +8,16 @@ from typing import Any
 import click
 
 from cli.cloud.api import Api, Object, poll
-from cli.cloud.console import print_console
 from cli.cloud.create import attachment, created, gigabytes, image_of, ssh_key, wait
 from cli.cloud.network import EVENTS
-from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group, settings
-from cli.errors import MISSING, TIMEOUT, USAGE, Problem
+from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
+from cli.errors import TIMEOUT, USAGE, Problem
 from cli.output import Row, confirm, say, show_list, show_one, size, when
 
 COLUMNS = (
     ("name", "name"),
     ("state", lambda i: i["power_state"] if i["state"] == "created" else i["state"]),
-    ("addresses", lambda i: " ".join(link["ipv4"] for link in _links(i))),
+    ("addresses", lambda i: " ".join(link["ipv4"] for link in links_of(i))),
     ("cpus", "cpus"),
     ("memory", lambda i: size((i.get("memory") or 0) * 2**20)),
     ("node", "node"),
@@ -77,7 +74,7 @@ _DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-def _links(row: Row) -> list[Object]:
+def links_of(row: Row) -> list[Object]:
     return [link for link in row.get("interfaces") or [] if isinstance(link, dict) and link.get("ipv4")]
 
 
@@ -166,71 +163,6 @@ def show(name: str, form: str) -> None:
 def events(name: str, limit: int, form: str) -> None:
     """What happened to a guest, newest first."""
     show_list(Api()("GET", "instances", name, "events", limit=limit), EVENTS, form, name="message")
-
-
-@instance.add(examples="sf instance vnc web")
-def vnc(name: str, form: str) -> None:
-    """Where a guest's screen is shown (create --vdi), for a viewer that reaches the node, and its password."""
-    api = Api()
-    found = api("GET", "instances", name)
-    if not found.get("vdi_port"):
-        raise Problem(f"{name} shows no screen now", hint="create --vdi vnc, and start it", code=MISSING)
-    row = {"kind": (found["video"] or {}).get("vdi"), "password": found["vdi_password"], "name": name}
-    row["address"] = f"{api('GET', 'nodes', found['node'])['ip']}:{found['vdi_port']}"
-    show_one(row, (("address", "address"), ("kind", "kind"), ("password", "password")), form)
-
-
-@instance.add(examples="sf instance console web\nsf instance console web -f")
-@click.option("-f", "--follow", is_flag=True, help="Go on printing what comes, until Ctrl-C.")
-def console(name: str, follow: bool) -> None:
-    """Print what the guest wrote to its serial console."""
-    print_console(Api(), name, follow=follow)
-
-
-@instance.add(
-    context_settings={"ignore_unknown_options": True},
-    examples="sf instance ssh web\nsf instance ssh web -l debian uptime",
-)
-@click.option("-l", "--user", default="debian", show_default=True)
-@click.option("-i", "--identity", type=file, help="The private key.")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -> None:
-    """Log in to a guest through its network's namespace: as root, on a node that has the network."""
-    api = Api()
-    found = api("GET", "instances", name)
-    links = _links(found)
-    if not links:
-        raise Problem(f"{name} has no address", hint=f"sf instance show {name}", code=MISSING)
-    known = settings().user_file.with_name("known_hosts")
-    known.parent.mkdir(parents=True, exist_ok=True)
-    # Networks share addresses, and guests get them one after another: a host key belongs to the uuid.
-    options = (
-        f"HostKeyAlias={found['uuid']}",
-        f"UserKnownHostsFile={known}",
-        "StrictHostKeyChecking=accept-new",
-    )
-    namespace = _namespace(api("GET", "networks", links[0]["network_uuid"])["vxlan_id"])
-    argv = ["ip", "netns", "exec", namespace, "ssh", *(word for o in options for word in ("-o", o))]
-    argv += [*(("-i", str(identity)) if identity else ()), "-l", user, links[0]["ipv4"], *command]
-    os.execvp("ip", argv)  # noqa: S606 - replaces this process; an argument list, no shell
-
-
-def _namespace(vni: int) -> str:
-    """The network's namespace on this machine."""
-    from net import namespace
-
-    path = settings().state_dir / "installation.json"
-    try:
-        found = namespace(json.loads(path.read_text())["id"], vni)
-    except FileNotFoundError as error:
-        raise Problem(
-            f"{path} is not there", hint="sf instance ssh works on the nodes only", code=MISSING
-        ) from error
-    if not Path("/run/netns", found).exists():
-        raise Problem(
-            "this node does not have the guest's network", hint="log in on the guest's node", code=MISSING
-        )
-    return found
 
 
 @instance.add(examples="sf instance delete web")

@@ -1,7 +1,5 @@
 """`sf login` and `sf context`: which server commands speak to, as whom."""
 
-import http.client
-import json
 import os
 import ssl
 import sys
@@ -9,13 +7,11 @@ from urllib.parse import urlsplit
 
 import click
 
-from cli.cloud.api import ANSWER_S, Api
+from cli.cloud.api import Api, trusting
 from cli.command import Command, Group, settings
-from cli.errors import AUTH, MISSING, UNREACHABLE, USAGE, Problem
+from cli.errors import AUTH, MISSING, USAGE, Problem
 from cli.output import say, show_list
 from cli.settings import access, contexts, is_loopback, keep_context
-
-_ANSWER_BYTES = 1 << 16
 
 context = Group("context", help="Servers that you logged in to; one is in use.")
 
@@ -41,7 +37,7 @@ def login(url: str, fingerprint: str | None, name: str | None) -> None:
         if sys.stdin.isatty()
         else sys.stdin.readline().strip()
     )
-    api = Api((url, namespace, key), ca)
+    api = Api((url, namespace, key), trusting(ca))
     api("GET", "auth", "namespaces", namespace)
     name = name or parts.hostname
     path = keep_context(name, {"url": url, "namespace": namespace, "key": key, "ca": ca})
@@ -52,48 +48,28 @@ def _authority(url: str, fingerprint: str) -> str:
     """The certificate with this fingerprint, in PEM, from whoever answers there: nothing is said before it fits."""
     from imagestore import Digest
 
-    wanted, parts = Digest.parse(fingerprint), urlsplit(url)
-    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    wanted, anybody = Digest.parse(fingerprint), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
-    asking = http.client.HTTPSConnection(str(parts.hostname), parts.port, timeout=ANSWER_S, context=anybody)
+    pem = Api((url, "", ""), tls=anybody).asked_by_anybody("admin", "cacert")
     try:
-        asking.request("GET", f"{parts.path}/admin/cacert")
-        pem = json.loads(asking.getresponse().read(_ANSWER_BYTES))
         found = Digest.of(ssl.PEM_cert_to_DER_cert(pem)) if pem else None
-    except (OSError, http.client.HTTPException) as error:
-        raise Problem(
-            f"cannot reach {url}: {error}", hint="is sf serve running there?", code=UNREACHABLE
-        ) from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise Problem(f"{url} shows no authority's certificate", code=AUTH) from error
-    finally:
-        asking.close()
     if found != wanted:
-        shown = f"that of {found}" if found else "none of its own"
         hint = "is it the right server? sf serve prints the fingerprint when it starts"
-        raise Problem(f"{url} shows another authority: {shown}", hint=hint, code=AUTH)
+        raise Problem(f"{url} shows another authority: {found}", hint=hint, code=AUTH)
     return str(pem)
 
 
 @context.add(examples="sf context ls")
 def ls(form: str) -> None:
     """List the servers that you logged in to."""
-    url, namespace, _ = access(settings())
+    used = access(settings())[:2]
     rows = [
-        {
-            "name": n,
-            "url": c["url"],
-            "namespace": c["namespace"],
-            "used": (url, namespace) == (c["url"], c["namespace"]),
-        }
-        for n, c in contexts(settings()).items()
+        {"name": n, "url": c["url"], "namespace": c["namespace"]} for n, c in contexts(settings()).items()
     ]
-    columns = (
-        ("name", "name"),
-        ("url", "url"),
-        ("as", "namespace"),
-        ("", lambda c: "in use" if c["used"] else ""),
-    )
+    in_use = "", lambda c: "in use" if (c["url"], c["namespace"]) == used else ""
+    columns = (("name", "name"), ("url", "url"), ("as", "namespace"), in_use)
     show_list(rows, columns, form)
 
 

@@ -36,6 +36,7 @@ from compute.wire.spec import (
     NodeEvent,
     NodeFacts,
 )
+from compute.wire.streams import Stream
 from net import NetError, NodeNetworks
 
 P = ParamSpec("P")
@@ -59,6 +60,8 @@ class Controller(Protocol):
     ) -> None: ...
 
     async def inventory(self, node: str, seen: Inventory) -> None: ...
+
+    async def dial(self, node: str, ticket: str) -> Stream: ...
 
 
 class Agent:
@@ -91,7 +94,7 @@ class Agent:
         self._instances = instances or state_dir / "instances"
         self._instances.mkdir(parents=True, exist_ok=True)
         self._memory, self._trouble = memory or Memory(state_dir), ""
-        self.operations = Operations(node_name, plane, self._plane_lock, self._guests)
+        self.operations = Operations(node_name, plane, self._plane_lock, self._guests, controller.dial)
         self._reports = Reports(partial(controller.report, node_name))
         self._said: Inventory | None = None
         self._lost, self._shown = asyncio.Event(), asyncio.Event()
@@ -132,6 +135,7 @@ class Agent:
                 group.create_task(self._images.listen(self._heard))
                 await self._follow(host, desired)
         finally:
+            self.operations.streams.close()
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -179,8 +183,7 @@ class Agent:
             await self._register(host.verdict)
             said = answered and await self._say_inventory(desired)
             done = quiet > 1 and settled and said and self._images.stores
-            wait_s = _WAIT_S if done else _RETRY_S
-            desired = await self._next(desired.revision, wait_s)
+            desired = await self._next(desired.revision, _WAIT_S if done else _RETRY_S)
 
     async def _next(self, revision: int, wait_s: float) -> NodeDesired:
         """Another desired state than `revision`; the same after `wait_s`, or when there is something to say."""
@@ -309,8 +312,7 @@ class Agent:
                 await asyncio.sleep(_RETRY_S)
                 continue
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    await self._lost.wait()
+                await asyncio.wait_for(self._lost.wait(), 5)
 
     # Looking after
 

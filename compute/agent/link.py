@@ -25,12 +25,14 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from compute.agent.dialing import bring
 from compute.agent.guest.host import Plane
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
 from compute.wire.operations import NodeOperations, answer
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
+from compute.wire.streams import Stream
 from imagestore import durable
 from net import Action, Finding, Network, NodeNetworks, Port
 
@@ -95,15 +97,19 @@ async def join(state_dir: Path, url: str, token_text: str, node: str) -> Identit
     return identity
 
 
-def _client(identity: Identity) -> httpx.AsyncClient:
+def _context(identity: Identity) -> ssl.SSLContext:
     # The pinned certificate is the whole of the trust: no authorities, no host names, nothing from the environment.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.load_verify_locations(cadata=identity.certificate)
+    return context
+
+
+def _client(identity: Identity) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         base_url=f"{identity.url.rstrip('/')}/agent/v1/",
         headers={"Authorization": f"Node {identity.node}:{identity.secret}"},
-        verify=context,
+        verify=_context(identity),
         trust_env=False,
         timeout=_ANSWER_S,
     )
@@ -302,17 +308,24 @@ class RemoteController:
                 except Exception as err:  # noqa: BLE001 - whatever it was, two routers would be worse
                     log.error("routers could not be dropped: %s", err)
 
+    async def dial(self, node: str, ticket: str) -> Stream:
+        """Bring a stream over a connection of our own. Raises Unavailable."""
+        mine = self._identity
+        return await bring(mine.url, ticket, f"Node {mine.node}:{mine.secret}", _context(mine))
+
     async def _answering(self) -> None:
-        """What the server asks of this node: console data, pings."""
-        while True:
-            try:
-                wait = {"wait": _LONG_POLL_S}
-                orders = await _ask(self._client, "GET", "operations", _LONG_POLL_S, params=wait)
-                await asyncio.gather(*(self._answer(order) for order in orders))
-                if not orders:
-                    await asyncio.sleep(0.1)
-            except ComputeError:
-                await asyncio.sleep(1)
+        """What the server asks of this node: console data, pings, streams. One that takes long holds up no other."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                try:
+                    wait = {"wait": _LONG_POLL_S}
+                    orders = await _ask(self._client, "GET", "operations", _LONG_POLL_S, params=wait)
+                    for order in orders:
+                        group.create_task(self._answer(order))
+                    if not orders:
+                        await asyncio.sleep(0.1)
+                except ComputeError:
+                    await asyncio.sleep(1)
 
     async def _answer(self, order: dict[str, Any]) -> None:
         body: dict[str, Any]

@@ -1,14 +1,18 @@
 """What the server asks of this node directly, done."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from ipaddress import IPv4Address
+from typing import Any
 
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Plane
+from compute.agent.streams import Streams, connect
 from compute.errors import NotFound
 from compute.wire.operations import NodeOperations
-from net import NodeNetworks, listening
+from compute.wire.streams import Stream
+from net import Network, NodeNetworks, listening
 
 _PINGS = 8
 """At once: each is a process, and tenants ask for them."""
@@ -18,11 +22,17 @@ class Operations(NodeOperations):
     """Answers from the agent's guests and from the data plane; `networks` is what was applied last."""
 
     def __init__(
-        self, node: str, plane: Plane, plane_lock: asyncio.Lock, guests: Mapping[str, Guest]
+        self,
+        node: str,
+        plane: Plane,
+        plane_lock: asyncio.Lock,
+        guests: Mapping[str, Guest],
+        dial: Callable[[str, str], Awaitable[Stream]],
     ) -> None:
         self._node, self._plane, self._plane_lock, self._guests = node, plane, plane_lock, guests
         self.networks: NodeNetworks | None = None
         self._pings = asyncio.Semaphore(_PINGS)
+        self.streams = Streams(partial(dial, node))
 
     def _guest(self, uuid: str) -> Guest:
         found = self._guests.get(uuid)
@@ -46,12 +56,22 @@ class Operations(NodeOperations):
     async def listening(self) -> list[tuple[str, int]]:
         return sorted(await asyncio.to_thread(listening))
 
-    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+    async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
+        if kind == "connect":
+            space, address = self._plane.namespace(self._network(target)), str(options.get("address"))
+            await self.streams.begin(ticket, partial(connect, space, address, int(options["port"])))
+        else:
+            await self.streams.open(self._guest(target), kind, options, ticket)
+
+    def _network(self, uuid: str) -> Network:
         networks = self.networks.networks if self.networks else ()
-        network = next((n for n in networks if n.uuid == network_uuid), None)
+        network = next((n for n in networks if n.uuid == uuid), None)
         if network is None:
-            raise NotFound(f"network {network_uuid} is not on node {self._node}")
-        argv = ["ip", "netns", "exec", self._plane.namespace(network)]
+            raise NotFound(f"network {uuid} is not on node {self._node}")
+        return network
+
+    async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
+        argv = ["ip", "netns", "exec", self._plane.namespace(self._network(network_uuid))]
         argv += ["ping", "-c", "3", "-i", "0.3", "-w", "5", str(IPv4Address(address))]
         async with self._pings:
             done = await asyncio.create_subprocess_exec(

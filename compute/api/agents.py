@@ -8,6 +8,7 @@
     POST /agent/v1/renew                                     → {fence_s}: without another renewal the node fences itself
     GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
     GET  /agent/v1/stores/NAME/KEY                           → an object of a store, or a range of it
+    WebSocket /agent/v1/streams/TICKET                       a stream that the operation `stream` asked for
     POST /agent/v1/operations/ID {result} or {error, hint}   → null; `result` of `console` is base64
 
 All but `join` carry `Authorization: Node NAME:IDENTITY`, those of stores the token of `NodeDesired` (Basic). Errors are
@@ -20,14 +21,16 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request, WebSocket
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
+from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from compute.api import problems
 from compute.api.context import Body, Services
 from compute.api.edge import SLASH, Edge, Metrics, Route
+from compute.api.streams import of_socket
 from compute.cluster import desired, joining
 from compute.cluster.auth import basic
 from compute.cluster.images.stores import MINE
@@ -127,7 +130,7 @@ def build(services: Services) -> FastAPI:
     controller, store = services.controller, services.store
     mailboxes: dict[str, Mailbox] = {}
 
-    async def caller(request: Request) -> str:
+    async def caller(request: HTTPConnection) -> str:
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
         name, _, identity = rest.partition(":")
         if scheme != "Node":
@@ -179,6 +182,13 @@ def build(services: Services) -> FastAPI:
     async def answer(node: Caller, number: int, body: AnswerBody) -> Response:
         mailboxes[node].answer(number, body)
         return JSONResponse(None)
+
+    @app.websocket("/agent/v1/streams/{ticket}")
+    async def stream(socket: WebSocket, node: Caller, ticket: str) -> None:
+        await socket.accept()
+        closed = asyncio.Event()
+        controller.arrivals.arrive(node, ticket, of_socket(socket, closed))
+        await closed.wait()
 
     app.mount("/agent/v1/stores", NodesStores(services))
     return app

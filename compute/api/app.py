@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from compute.api import artifacts, instances, namespaces, networks, nodes, problems
+from compute.api import artifacts, instances, namespaces, networks, nodes, problems, streams
 from compute.api.context import Ctx, Services
 from compute.api.edge import Edge, Metrics
 from compute.cluster.records.instances import Instance
@@ -82,7 +82,7 @@ def build(services: Services) -> FastAPI:
     metrics.registry.register(_Objects(services.store))
     app.add_middleware(Edge, metrics=metrics)
     problems.install(app)
-    for module in (namespaces, instances, networks, nodes, artifacts):
+    for module in (namespaces, instances, networks, nodes, artifacts, streams):
         app.include_router(module.router)
 
     @app.get("/", include_in_schema=False)

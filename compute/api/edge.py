@@ -71,6 +71,8 @@ class Edge:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if b"%2f" in (raw := scope.get("raw_path") or b"").lower():
+            scope["path"] = unquote(re.sub("%2f", "%252F", raw.decode("ascii"), flags=re.IGNORECASE))
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -78,8 +80,6 @@ class Edge:
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        if b"%2f" in (raw := scope.get("raw_path") or b"").lower():
-            scope["path"] = unquote(re.sub("%2f", "%252F", raw.decode("ascii"), flags=re.IGNORECASE))
         started = time.perf_counter()
         status = 500
         left = BODY_BYTES

@@ -24,14 +24,14 @@ _LONG, _DAYS = datetime.timedelta(days=36500), datetime.timedelta(days=825)
 
 def certificate(directory: Path) -> tuple[Path, Path, bytes]:
     """The certificate and key of the agents' listener, made at the first start, and the certificate's fingerprint."""
-    cert, key = _made(directory, "agent")
-    return cert, key, hashlib.sha256(_der(cert)).digest()
+    cert, key = _make(directory, "agent")
+    return cert, key, hashlib.sha256(ssl.PEM_cert_to_DER_cert(cert.read_text())).digest()
 
 
 def authority(directory: Path) -> tuple[Path, bytes]:
     """The authority's certificate, made with its key at the first use, and the same in DER."""
-    cert, _ = _made(directory, "ca")
-    return cert, _der(cert)
+    cert, _ = _make(directory, "ca")
+    return cert, ssl.PEM_cert_to_DER_cert(cert.read_text())
 
 
 def shown(directory: Path, hosts: Iterable[str]) -> tuple[Path, Path]:
@@ -40,23 +40,16 @@ def shown(directory: Path, hosts: Iterable[str]) -> tuple[Path, Path]:
     return _make(directory, "api", hosts)
 
 
-def _der(cert: Path) -> bytes:
-    return ssl.PEM_cert_to_DER_cert(cert.read_text())
-
-
-def _made(directory: Path, name: str) -> tuple[Path, Path]:
-    cert, key = directory / f"{name}.crt", directory / f"{name}.key"
-    return (cert, key) if cert.exists() else _make(directory, name)
-
-
 def _make(directory: Path, name: str, hosts: Iterable[str] = ()) -> tuple[Path, Path]:
+    cert_path, key_path = directory / f"{name}.crt", directory / f"{name}.key"
+    if name != "api" and cert_path.exists():
+        return cert_path, key_path
     key = ec.generate_private_key(ec.SECP256R1())
     signer, lasts = key, _LONG
     subject = issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"sf {name}")])
     if name == "api":
-        ca_cert, ca_key = (directory / f"ca.{end}" for end in ("crt", "key"))
-        issuer, lasts = x509.load_pem_x509_certificate(ca_cert.read_bytes()).subject, _DAYS
-        loaded = serialization.load_pem_private_key(ca_key.read_bytes(), None)
+        issuer = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes()).subject
+        loaded, lasts = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None), _DAYS
         assert isinstance(loaded, ec.EllipticCurvePrivateKey)
         signer = loaded
     now = datetime.datetime.now(datetime.UTC)
@@ -74,10 +67,9 @@ def _make(directory: Path, name: str, hosts: Iterable[str] = ()) -> tuple[Path, 
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     # The key first: a certificate without its key would be believed.
-    durable.write(directory / f"{name}.key", private)
-    cert = made.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    durable.write(directory / f"{name}.crt", cert)
-    return directory / f"{name}.crt", directory / f"{name}.key"
+    durable.write(key_path, private)
+    durable.write(cert_path, made.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    return cert_path, key_path
 
 
 def _name(host: str) -> x509.GeneralName:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from compute.cluster import desired, quarantine, upkeep
 from compute.cluster.feed import Feed
@@ -29,6 +29,7 @@ from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts, Remembered
+from compute.wire.streams import Arrivals, Stream, pair
 
 T = TypeVar("T")
 _MOST_ORPHANS = 4096
@@ -56,6 +57,7 @@ class Controller:
         """Name of the server's own node: alive as long as this process is."""
         self.feed = Feed(store)
         self.nodes = Liveness(store, server)
+        self.arrivals = Arrivals()
 
     async def start(self, seen: Remembered | None = None) -> None:
         """Make the server's own node known, so that the API can place on it before its agent has probed the machine.
@@ -182,7 +184,18 @@ class Controller:
         """A node on another machine lives `liveness.LEASE_S` longer. Returns when it must fence itself, in seconds."""
         return await asyncio.to_thread(self.nodes.renew, node)
 
+    async def dial(self, node: str, ticket: str) -> Stream:
+        """Bring a stream that was asked for. Raises NotFound when nobody waits for it."""
+        near, far = pair()
+        self.arrivals.arrive(node, ticket, near)
+        return far
+
     # What the API calls
+
+    async def stream(self, node: str, kind: str, target: str, options: dict[str, Any]) -> Stream:
+        """A stream of a node's. Raises Unavailable, and what the node raises."""
+        operations = self.nodes.operations(node)
+        return await self.arrivals.ask(node, lambda t: operations.stream(kind, target, options, t))
 
     async def examine(self, network: str) -> list[dict[str, str]]:
         """Every node's findings about a network and about the node itself; a silent node is one."""

@@ -39,6 +39,13 @@ class NodeOperations(Protocol):
         """What of the node's networks is not as desired: (network's name or "", what is wrong, how to mend it)."""
         ...
 
+    async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
+        """Bring the stream of this ticket to the server, once: what `agent.streams` has of that kind.
+
+        target: the instance's uuid; of `connect` the network's.
+        """
+        ...
+
 
 @cache
 def _declared() -> dict[str, tuple[list[Any], Any]]:

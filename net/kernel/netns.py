@@ -305,3 +305,9 @@ class Netns:
             with self.entered():
                 self._changing = IPRoute()
         return self._changing
+
+
+def tcp_socket(namespace: str) -> socket.socket:
+    """A socket that connects from inside a namespace, whoever uses it. Raises NetError."""
+    with Netns(namespace) as inside, inside.entered():
+        return socket.socket()

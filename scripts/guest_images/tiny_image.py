@@ -1,8 +1,8 @@
 """The tiny guest: Debian's cloud kernel and busybox in an initramfs, booted from its own disk by SYSLINUX.
 
 It reads an OpenStack config drive (ISO 9660 or FAT labelled config-2), sets name, addresses and ssh key, and
-prints `SF-GUEST-READY <uuid> <hostname> <address>` on the serial console. Needs no root: FAT is written by mtools
-and made bootable by `syslinux`, so nothing is ever mounted.
+prints `SF-GUEST-READY <uuid> <hostname> <address>` on the serial console; then its guest agent answers. It needs no
+root: FAT is written by mtools and made bootable by `syslinux`, so nothing is ever mounted.
 
 Debian's cloud kernel has no AHCI: the config drive must be a virtio-blk disk or a virtio-scsi CD, never SATA.
 """
@@ -100,7 +100,9 @@ def _make_root(work: Path) -> tuple[Path, Path]:
     kernel_files, root = work / "kernel", work / "root"
     unpack(fetch(kernel_packages(), work / "kernel-packages"), kernel_files)
     # gcc-12-base and libgcc-s1 are needed by libc6 on paper only.
-    programs = closure(["busybox-static", "dropbear-bin"], without=frozenset({"debconf", "libgcc-s1"}))
+    programs = closure(
+        ["busybox-static", "dropbear-bin", "qemu-guest-agent"], without=frozenset({"debconf", "libgcc-s1"})
+    )
     unpack(fetch(programs, work / "packages"), work / "programs")
 
     for name in (
@@ -126,7 +128,8 @@ def _make_root(work: Path) -> tuple[Path, Path]:
         (root / "sbin" / applet).symlink_to("../bin/busybox")
     (root / "init").symlink_to("bin/busybox")
 
-    _copy_with_libraries(work / "programs", root, "/usr/sbin/dropbear")
+    for program in ("dropbear", "qemu-ga"):
+        _copy_with_libraries(work / "programs", root, f"/usr/sbin/{program}")
     _copy_modules(kernel_files, root, busybox)
     for name, mode in (("rcS", 0o755), ("udhcpc.sh", 0o755), ("json.awk", 0o644)):
         shutil.copy(SOURCES / name, root / "etc" / name)

@@ -230,6 +230,12 @@ def console_log(xml: str) -> Path:
     return Path("" if log is None else log.get("file", ""))
 
 
+def console_tty(xml: str) -> str:
+    """The terminal of a running domain's serial console; "" without."""
+    source = _read(xml).find("devices/serial/source")
+    return "" if source is None else source.get("path", "")
+
+
 def spec_of(xml: str) -> InstanceSpec | None:
     """What a domain of ours was made from. Version 0.1 did not write it there: then as far as the domain shows it."""
     root = _read(xml)

@@ -32,7 +32,7 @@ def test_a_command_of_the_documentation_exists_with_its_options(page: str, line:
         assert found, f"{page}: {line}"
         command, words = found, words[1:]
     known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-    for word in words:
+    for word in words[: words.index("--")] if "--" in words else words:
         if word.startswith("-") and word != "-":
             assert word.partition("=")[0] in known, f"{page}: {word} in {line}"
     arguments = [p for p in command.params if isinstance(p, click.Argument)]

@@ -1,0 +1,178 @@
+"""`sf instance exec`, `cp`, `console`, `ssh`, `connect`, `forward`: into a guest from wherever the API is."""
+
+import hashlib
+import os
+import shlex
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from cli.cloud.api import Api
+from cli.cloud.console import emit, read
+from cli.cloud.instance import file, links_of
+from cli.cloud.interfaces import instance as instance
+from cli.cloud.stream import Stream, carry, forward, interact
+from cli.command import settings
+from cli.errors import ERROR, MISSING, USAGE, Problem
+from cli.output import say, show_one
+
+_PIECE_BYTES = 1 << 19
+_UNPACK = """[ "$(sha256sum <"$1" | cut -c1-64)" = "$4" ] && d=$(mktemp -d) && tar -x -C "$d" -f "$1"; r=$?; rm -f "$1"
+[ $r = 0 ] && t=$2 && { [ ! -d "$t" ] || t="$t/$3"; } && mv "$d/x" "$t"; r=$?; rm -rf "$d"; exit $r"""
+_PACK = '[ -e "$1" ] || exit 3; tar -c -C "${1%/*}/" -f - "${1##*/}"'
+_SH = ("/bin/sh", "-c")
+_OPTIONS: dict[str, Any] = {"ignore_unknown_options": True}
+
+
+def run(api: Api, name: str, *argv: str, stdin: bytes | None = None, out: IO[bytes] | None = None) -> int:
+    """A command in a guest: what it writes is written here, its exit code returned."""
+    with Stream(api, name, "exec", argv=argv, input=stdin is not None) as stream:
+        if stdin is not None:
+            stream.send(stdin)
+            stream.send({"eof": True})
+        while isinstance(message := stream.receive(), bytes):
+            if out is None:
+                emit(message[1:], sys.stderr if message[:1] == b"\2" else sys.stdout)
+            elif message[:1] == b"\1":
+                out.write(message[1:])
+        return int(message.get("exit", ERROR)) & 255
+
+
+@instance.add("exec", context_settings=_OPTIONS, examples="sf instance exec web -- uname -a")
+@click.option("-i", "--input", "take", is_flag=True, help="Hand it the standard input (1 MiB at most).")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def exec_(name: str, take: bool, command: tuple[str, ...]) -> int:
+    """Run a command in a guest, through its agent; output and exit code are the command's."""
+    return run(Api(), name, *command, stdin=sys.stdin.buffer.read() if take else None)
+
+
+@instance.add(examples="sf instance cp ./app web:/opt/\nsf instance cp web:/var/log/syslog .")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("target")
+def cp(sources: tuple[str, ...], target: str) -> None:
+    """Copy files and directories into a guest or out of it, by its agent and its tar: one side is NAME:PATH."""
+    api, (guest, path) = Api(), _place(target)
+    for source in sources:
+        other, there = _place(source)
+        if bool(guest) == bool(other):
+            raise Problem("one side is in a guest: NAME:PATH", hint="sf instance cp --help", code=USAGE)
+        if guest:
+            put(api, guest, Path(source), path)
+        else:
+            _get(api, other, there, Path(target))
+
+
+def _place(text: str) -> tuple[str, str]:
+    name, colon, path = text.partition(":")
+    return (name, path or ".") if colon and not name.startswith((".", "/")) else ("", text)
+
+
+def put(api: Api, name: str, source: Path, path: str) -> None:
+    """What `source` is, to `path` or into that directory: in pieces, put in its place once its sum is right."""
+    half, sum_ = f"/tmp/.sf-{os.urandom(8).hex()}", hashlib.sha256()  # noqa: S108 - the guest's; random
+    with tempfile.TemporaryFile() as packed:
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            archive.add(source, arcname="x")
+        packed.seek(0)
+        while piece := packed.read(_PIECE_BYTES):
+            sum_.update(piece)
+            if code := run(api, name, *_SH, 'umask 077; cat >> "$1"', "sh", half, stdin=piece):
+                raise Problem(f"{name} did not take all of {source}: code {code}", hint="is its disk full?")
+    words = (half, path, source.resolve().name, sum_.hexdigest())
+    if code := run(api, name, *_SH, _UNPACK, "sh", *words):
+        raise Problem(f"{source} was not unpacked in {name}: code {code}")
+
+
+def _get(api: Api, name: str, path: str, target: Path) -> None:
+    """What a guest packed is unpacked beside, by tarfile's rules for archives of strangers, then put in its place."""
+    called = Path(path).name or "root"
+    target = target / called if target.is_dir() else target
+    with tempfile.TemporaryFile() as packed, tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        if code := run(api, name, *_SH, _PACK, "sh", path, out=packed):
+            missing = code == MISSING
+            raise Problem(f"{name} has no {path}" if missing else f"tar in {name}: code {code}", code=code)
+        packed.seek(0)
+        try:
+            with tarfile.open(fileobj=packed) as archive:
+                archive.extractall(beside, filter="data")
+            Path(beside, Path(path).name).rename(target)
+        except (tarfile.TarError, OSError) as error:
+            raise Problem(f"what {name} packed as {path} is not taken: {error}") from error
+
+
+@instance.add(examples="sf instance console web\nsf instance console web --log\nsf instance console web -f")
+@click.option("-f", "--follow", is_flag=True, help="Print its end and what comes, until Ctrl-C.")
+@click.option("--log", "only", is_flag=True, help="Print what it wrote, and end.")
+def console(name: str, follow: bool, only: bool) -> None:
+    """A guest's serial console: on a terminal to type in, until ^]; elsewhere what the guest wrote."""
+    if not follow and (only or not (sys.stdin.isatty() and sys.stdout.isatty())):
+        emit(read(Api(), name, -1), sys.stdout)
+        return
+    with Stream(Api(), name, "console") as stream:
+        if follow:
+            for data in stream.data():
+                emit(data, sys.stdout)
+        say(f"{name}'s console; ^] leaves")
+        interact(stream)
+
+
+@instance.add(context_settings=_OPTIONS, examples="sf instance ssh web\nsf instance ssh web -l debian uptime")
+@click.option("-l", "--user", default="debian", show_default=True)
+@click.option("-i", "--identity", type=file, help="The private key.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -> None:
+    """Log in to a guest through the API. scp, rsync and others: ProxyCommand sf instance connect %h %p."""
+    found = Api()("GET", "instances", name)
+    if not links_of(found):
+        raise Problem(f"{name} has no address", hint=f"sf instance console {name}", code=MISSING)
+    known = settings().user_file.with_name("known_hosts")
+    known.parent.mkdir(parents=True, exist_ok=True)
+    for flag, value in settings().flags.items():
+        os.environ[f"SF_{flag.upper()}"] = value
+    proxy = " ".join(map(shlex.quote, (sys.argv[0], "instance", "connect", found["uuid"])))
+    # Networks share addresses, and guests get them one after another: a host key belongs to the uuid.
+    options = (
+        f"ProxyCommand={proxy.replace('%', '%%')} %p",
+        f"HostKeyAlias={found['uuid']}",
+        f"UserKnownHostsFile={known}",
+        "StrictHostKeyChecking=accept-new",
+    )
+    argv = ["ssh", *(word for o in options for word in ("-o", o))]
+    argv += [*(("-i", str(identity)) if identity else ()), "-l", user, found["uuid"], *command]
+    os.execvp("ssh", argv)  # noqa: S606 - replaces this process; an argument list, no shell
+
+
+@instance.add(examples="ssh -o 'ProxyCommand sf instance connect %h %p' debian@web")
+@click.argument("port", type=click.IntRange(1, 65535))
+def connect(name: str, port: int) -> None:
+    """Standard input and output are a connection to a guest's port."""
+    with Stream(Api(), name, "connect", port=port) as stream, open(1, "wb", 0, closefd=False) as out:
+        carry(stream, lambda: os.read(0, 1 << 16), out.write)
+
+
+@instance.add("forward", examples="sf instance forward web 8080:80\nsf instance forward db 5432")
+@click.argument("ports", metavar="[LOCAL:]PORT")
+def forward_(name: str, ports: str) -> None:
+    """Make a guest's port one of this machine's, on loopback, until Ctrl-C."""
+    here, _, port = ports.rpartition(":")
+    if not port.isdigit() or not (here or port).isdigit():
+        raise Problem(f"not ports: {ports!r}", hint="8080:80", code=USAGE)
+    api = Api()
+    uuid = api("GET", "instances", name)["uuid"]
+    forward(int(here or port), lambda: Stream(api, uuid, "connect", port=int(port)))
+
+
+@instance.add(examples="sf instance vnc web")
+def vnc(name: str, form: str) -> None:
+    """Where a guest's screen is shown (create --vdi), for a viewer that reaches the node, and its password."""
+    api = Api()
+    found = api("GET", "instances", name)
+    if not found.get("vdi_port"):
+        raise Problem(f"{name} shows no screen now", hint="create --vdi vnc, and start it", code=MISSING)
+    row = {"kind": (found["video"] or {}).get("vdi"), "password": found["vdi_password"], "name": name}
+    row["address"] = f"{api('GET', 'nodes', found['node'])['ip']}:{found['vdi_port']}"
+    show_one(row, (("address", "address"), ("kind", "kind"), ("password", "password")), form)

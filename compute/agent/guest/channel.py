@@ -1,0 +1,122 @@
+"""The agent in a guest, qemu-guest-agent: https://www.qemu.org/docs/master/interop/qemu-ga-ref.html
+
+Its answers are a guest's: whatever they are, they are bounded, checked and never more than words of its own. One that
+is silent is a time-out. The agent itself hands out a command's output when that has ended, and libvirt ends a channel
+at more than 10 MiB; so a command's output goes into files of the guest, which are read in pieces while it runs.
+"""
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from compute.agent.hypervisor.libvirt import Hypervisor
+from compute.errors import ComputeError, Unavailable
+from imagestore import read_json, whole
+
+_POOL = ThreadPoolExecutor(16, "guest-agents")
+"""Apart from the agent's own threads: a silent guest holds one for _ANSWER_S."""
+_ANSWER_S, _ANSWER_BYTES = 10, 16 << 20
+_LIVE_S = 0.3
+"""A command that ends before hands out its output at once."""
+
+# Whoever makes the directory `live` has the output: this script at its end, or who reads it meanwhile.
+_RUN = """exec 3<&0; d=$1; shift; (umask 077; mkdir "$d") || exit 126
+"$@" <&3 3<&- >"$d/o" 2>"$d/e" & echo $! >"$d/p"; exec 3<&-; wait $!; r=$?
+[ $(cat "$d/o" "$d/e" | wc -c) -le 2097152 ] && mkdir "$d/live" 2>&- && {
+printf x; cat "$d/o"; cat "$d/e" >&2; rm -rf "$d"; }; exit $r"""
+_READ = """cd "$1" || exit 3; [ "$4" ] && { mkdir live || exit 3; }
+tail -c +$2 o | head -c 1048576; tail -c +$3 e 2>&- | head -c 1048576 >&2"""
+_END = 'kill $(cat "$1/p") 2>&-; rm -rf "$1"'
+
+Output = Callable[[bytes, bytes], Awaitable[None]]
+"""Takes pieces of what a command wrote to standard output and standard error."""
+Ended = tuple[int, bytes, bytes]
+"""Exit code, output, errors."""
+
+
+class Channel:
+    """One guest's agent, one question at a time."""
+
+    def __init__(self, hypervisor: Hypervisor, uuid: str) -> None:
+        self._hypervisor, self._uuid, self._turn = hypervisor, uuid, asyncio.Lock()
+
+    async def execute(self, argv: Sequence[str], out: Output, stdin: bytes = b"") -> int:
+        """Run a command until it ends, hand out what it writes meanwhile, return its exit code.
+
+        Cancelled, the command is asked to end. Raises Unavailable, Conflict when the guest is off.
+        """
+        place, seen, live = f"/tmp/.sf-{secrets.token_hex(8)}", (1, 1), False  # noqa: S108 - the guest's; random
+        pid = await self._start(_RUN, place, *argv, stdin=stdin)
+        began = time.monotonic()
+
+        async def read() -> bool:
+            """Whether there was something, or this was the first look."""
+            nonlocal seen
+            code, one, other = await self._run(_READ, place, *map(str, seen), "" if live else "1")
+            seen = seen[0] + len(one), seen[1] + len(other)
+            await out(one, other) if code != 3 else None
+            return code != 3 and bool(one or other or not live)
+
+        async def look() -> None:
+            nonlocal live
+            if time.monotonic() - began > _LIVE_S:
+                live = await read() or live
+
+        try:
+            code, output, errors = await self._ended(pid, look)
+            await out(output[1:], errors)
+            while (live or not output) and await read():
+                live = True
+        except BaseException:
+            with suppress(ComputeError):
+                await asyncio.shield(self._start(_END, place))
+            raise
+        if live:
+            await self._run(_END, place)
+        return code
+
+    async def _run(self, script: str, *words: str) -> Ended:
+        return await self._ended(await self._start(script, *words))
+
+    async def _ended(self, pid: int, meanwhile: Callable[[], Awaitable[None]] | None = None) -> Ended:
+        pause_s = 0.005
+        while (done := await self._status(pid)) is None:
+            if meanwhile:
+                await meanwhile()
+            await asyncio.sleep(pause_s)
+            pause_s = min(0.5, 2 * pause_s)
+        return done
+
+    async def _start(self, script: str, *words: str, stdin: bytes = b"") -> int:
+        given: dict[str, Any] = {"input-data": base64.b64encode(stdin).decode()} if stdin else {}
+        given |= {"path": "/bin/sh", "arg": ["-c", script, "sh", *words], "capture-output": True}
+        pid: int = await self._ask("guest-exec", given, lambda said: whole(said["pid"]))
+        return pid
+
+    async def _status(self, pid: int) -> Ended | None:
+        def read(said: Any) -> Ended | None:
+            if said["exited"] is not True:
+                return None
+            code = whole(said.get("exitcode", 128 + whole(said.get("signal", 0), 0, 127)), 0, 2**32)
+            data, errors = (
+                base64.b64decode(said.get(k, ""), validate=True) for k in ("out-data", "err-data")
+            )
+            return code, data, errors
+
+        done: Ended | None = await self._ask("guest-exec-status", {"pid": pid}, read)
+        return done
+
+    async def _ask(self, command: str, arguments: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        """One command's answer, as `read` makes a value of it."""
+        loop, ask = asyncio.get_running_loop(), self._hypervisor.agent
+        async with self._turn:
+            said = await loop.run_in_executor(_POOL, ask, self._uuid, command, arguments, _ANSWER_S)
+        try:
+            return read(read_json(said, most_bytes=_ANSWER_BYTES)["return"])
+        except (ValueError, LookupError, TypeError, AttributeError) as err:
+            raise Unavailable(f"the agent in the guest answers {command} with nonsense") from err

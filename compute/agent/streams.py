@@ -1,0 +1,124 @@
+"""What a node's end of a stream does: a console, a command in a guest, a port of it."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from compute.agent.guest.channel import Channel
+from compute.agent.guest.guest import Guest
+from compute.agent.guest.terminal import Terminal
+from compute.errors import ComputeError, Invalid, Unavailable
+from compute.wire.streams import PIECE_BYTES, Stream, failure, first
+from net import NetError, tcp_socket
+
+Dial = Callable[[str], Awaitable[Stream]]  # brings the stream of a ticket to the server
+
+_STDIN_BYTES = 1 << 20
+_CONNECT_S = 10.0
+
+
+class Streams:
+    """The streams of one node."""
+
+    def __init__(self, dial: Dial) -> None:
+        self._dial = dial
+        self._open: set[asyncio.Task[None]] = set()
+        self._channels: WeakKeyDictionary[Guest, Channel] = WeakKeyDictionary()
+        self._terminals: WeakKeyDictionary[Guest, Terminal] = WeakKeyDictionary()
+
+    async def open(self, guest: Guest, kind: str, options: dict[str, Any], ticket: str) -> None:
+        """Serve one in the background. Raises Invalid for an unknown kind."""
+        serve = {"console": self._console, "exec": self._exec}.get(kind)
+        if serve is None:
+            raise Invalid(f"this node's agent knows no stream {kind[:80]}")
+        await self.begin(ticket, lambda stream: serve(guest, options, stream))
+
+    async def begin(self, ticket: str, serve: Callable[[Stream], Awaitable[None]]) -> None:
+        stream = await self._dial(ticket)
+
+        async def run() -> None:
+            try:
+                await serve(stream)
+            except (ComputeError, NetError, OSError) as err:
+                with contextlib.suppress(ComputeError):
+                    await stream.send(failure(err))
+            finally:
+                await stream.aclose()
+
+        task = asyncio.create_task(run())
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+
+    def close(self) -> None:
+        """End all."""
+        for task in self._open:
+            task.cancel()
+
+    async def _console(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
+        await self._terminals.setdefault(guest, Terminal(guest)).serve(stream)
+
+    async def _exec(self, guest: Guest, options: dict[str, Any], stream: Stream) -> None:
+        """`{"argv": [...], "input": true}`: then input up to `eof`. Output comes behind a byte, 1 or 2, then `exit`."""
+        argv, stdin = options.get("argv"), b""
+        if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
+            raise Invalid("argv is a list of words")
+        while options.get("input") is True and isinstance(piece := await stream.receive(), bytes):
+            stdin += piece
+            if len(stdin) > _STDIN_BYTES:
+                raise Invalid("a command's input has at most 1 MiB", hint="sf instance cp")
+
+        async def out(one: bytes, other: bytes) -> None:
+            for mark, data in ((b"\1", one), (b"\2", other)):
+                for at in range(0, len(data), PIECE_BYTES):
+                    await stream.send(mark + data[at : at + PIECE_BYTES])
+
+        async def execute() -> None:
+            channel = self._channels.setdefault(guest, Channel(guest.host.hypervisor, guest.spec.uuid))
+            await stream.send(json.dumps({"exit": await channel.execute(argv, out, stdin)}))
+
+        await first(execute(), _gone(stream))
+
+
+async def connect(namespace: str, address: str, port: int, stream: Stream) -> None:
+    """A TCP connection from inside a network's namespace."""
+    socket = await asyncio.to_thread(tcp_socket, namespace)
+    socket.setblocking(False)
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            await asyncio.get_running_loop().sock_connect(socket, (address, port))
+    except (OSError, TimeoutError) as err:
+        socket.close()
+        why = getattr(err, "strerror", None) or "no answer"
+        raise Unavailable(f"{address} port {port}: {why}") from err
+    await _carry(*await asyncio.open_connection(sock=socket), stream)
+
+
+async def _gone(stream: Stream) -> None:
+    while await stream.receive() is not None:
+        pass
+
+
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: Stream) -> None:
+    """A TCP connection as a stream, with the end of each direction by itself; who connected closes it."""
+
+    async def there() -> None:
+        while (message := await stream.receive()) is not None:
+            if isinstance(message, str):
+                writer.write_eof()
+            else:
+                writer.write(message)
+                await writer.drain()
+
+    async def back() -> None:
+        while data := await reader.read(PIECE_BYTES):
+            await stream.send(data)
+        await stream.send('{"eof": true}')
+        await asyncio.Event().wait()
+
+    try:
+        await first(there(), back())
+    finally:
+        writer.close()

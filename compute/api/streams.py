@@ -1,0 +1,121 @@
+"""/instances/R/streams/KIND: a WebSocket into a guest: its console, commands, ports.
+
+The client's first message is a text, JSON: what it wants of that kind (`compute.agent.streams`). Then messages go both
+ways until one side closes. What goes wrong is a text `{"error", "hint", "kind"}` before the end. A stream ends with the
+key that it was opened with, with its object, and with the server, which keeps nothing of it.
+"""
+
+import asyncio
+from collections import Counter
+from contextlib import suppress
+from typing import Any, cast
+
+from fastapi import APIRouter, Request, WebSocket
+from starlette.websockets import WebSocketDisconnect
+
+from compute.api.context import Context
+from compute.cluster.records.instances import Instance, interfaces_of
+from compute.cluster.records.networks import Network
+from compute.errors import ComputeError, Conflict, Denied, Invalid, Unavailable
+from compute.wire.spec import InstanceState
+from compute.wire.streams import Message, Stream, carry, failure, first
+from imagestore import read_json
+
+router = APIRouter()
+
+_ASKED_BYTES, _ASK_S = 1 << 18, 20.0
+_AGAIN_S = 5.0
+_MOST, _MOST_OF_ONE = 512, 128
+_open: Counter[str] = Counter()
+"""Streams by namespace. All servers of one process count together."""
+
+
+def of_socket(socket: WebSocket, closed: asyncio.Event | None = None) -> Stream:
+    """A stream's end that is a WebSocket which somebody opened; `closed` is set when we close it."""
+
+    async def send(message: Message) -> None:
+        await (socket.send_text(message) if isinstance(message, str) else socket.send_bytes(message))
+
+    async def receive() -> Message | None:
+        found = await socket.receive()
+        return cast(Message | None, found.get("text", found.get("bytes")))
+
+    async def close() -> None:
+        if closed:
+            closed.set()
+        await socket.close()
+
+    return Stream(send, receive, close, WebSocketDisconnect, RuntimeError, OSError)
+
+
+@router.websocket("/instances/{ref}/streams/{kind}")
+async def stream(socket: WebSocket, ref: str, kind: str) -> None:
+    await socket.accept()
+    ours, far, namespace = of_socket(socket), None, ""
+    try:
+        ctx = _context(socket)
+        async with asyncio.timeout(_ASK_S):
+            options = _asked(await ours.receive())
+        known = _find(ctx, ref)
+        if _open[ctx.caller.namespace] >= _MOST_OF_ONE or _open.total() >= _MOST:
+            raise Unavailable("too many streams at this moment", hint="close some")
+        namespace = ctx.caller.namespace
+        _open[namespace] += 1
+        node, target, options = _target(ctx, known, kind, options)
+        far = await ctx.services.controller.stream(node, kind, target, options)
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(_AGAIN_S)
+                ctx.look_again()
+                _find(ctx, known.uuid)
+
+        await first(carry(ours, far), carry(far, ours), watch())
+    except (ComputeError, TimeoutError) as err:
+        with suppress(ComputeError):
+            await ours.send(failure(err))
+    finally:
+        if namespace:
+            _open[namespace] -= 1
+        if far:
+            await far.aclose()
+        await ours.aclose()
+
+
+def _context(socket: WebSocket) -> Context:
+    """Raises Unauthenticated, and Denied for a page of another server that has a browser open a stream."""
+    origin = socket.headers.get("origin")
+    if origin and origin.partition("://")[2] != socket.headers.get("host"):
+        raise Denied("a page of another server may not open streams")
+    return Context(cast(Request, socket))
+
+
+def _asked(message: Message | None) -> dict[str, Any]:
+    try:
+        return {**read_json(str(message).encode(), most_bytes=_ASKED_BYTES)}
+    except (ValueError, TypeError) as err:
+        raise Invalid(f"the first message says in JSON what is wanted: {err}") from err
+
+
+def _find(ctx: Context, ref: str) -> Instance:
+    known = ctx.find(Instance, ref)
+    if known.state in (InstanceState.DELETE_WAIT, InstanceState.DELETED):
+        raise Conflict(f"instance {known.name} is deleted")
+    return known
+
+
+def _target(
+    ctx: Context, known: Instance, kind: str, options: dict[str, Any]
+) -> tuple[str, str, dict[str, Any]]:
+    """Which node is asked for a stream of what. A port is reached from the network's router, at the guest's address."""
+    if kind != "connect":
+        return known.node, known.uuid, options
+    port, links = options.get("port"), [i for i in interfaces_of(ctx.read(), known.uuid) if i.address]
+    if not isinstance(port, int) or not 0 < port < 2**16:
+        raise Invalid("a port is a number from 1 to 65535")
+    if not links:
+        raise Invalid(f"{known.name} has no address", hint=f"sf instance show {known.name}")
+    network = ctx.read().get(Network, links[0].network_uuid)
+    if not network.router_node:
+        raise Unavailable(f"network {network.name} has no router at this moment")
+    return network.router_node, network.uuid, {"address": links[0].address, "port": port}

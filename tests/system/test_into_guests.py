@@ -1,0 +1,192 @@
+"""Into a guest on a second node from a laptop that reaches the API's port and nothing else."""
+
+import hashlib
+import os
+import pty
+import random
+import select
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scripts.private_libvirtd import PrivateHost
+from tests.system.cluster import Cluster
+from tests.system.laptop import Laptop
+from tests.system.machine import within
+
+pytestmark = pytest.mark.system
+
+
+@dataclass
+class Site:
+    cluster: Cluster
+    laptop: Laptop
+    home: Path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterator[Site]:
+    home = tmp_path_factory.mktemp("into")
+    with ExitStack() as stack:
+        (home / "laptop").mkdir()
+        laptop = Laptop(stack.enter_context(PrivateHost(libvirtd=False)), home / "laptop")
+
+        def prepare(cluster: Cluster, machine) -> None:
+            if machine.settings["SF_NODE_NAME"] == "n1":
+                laptop.plug(machine)
+
+        cluster = Cluster(stack, home, tiny_image, ("n1", "n2"), prepare=prepare, SF_LISTEN="0.0.0.0:13000")
+        laptop.login(cluster.server)
+        cluster.server.sf("network", "create", "lan", "10.42.0.0/24")
+        words = ["--image", "tiny:1", "--network", "lan", "--memory", "160", "--on", "n2", "--wait", "boot"]
+        laptop.run("cp", f"{cluster.key}.pub", str(home / "laptop/key.pub"))
+        laptop.sf("instance", "create", "web", *words, "--ssh-key", str(home / "laptop/key.pub"))
+        within(60, lambda: cluster.server.instance("web")["agent_state"] == "ready", "the agent is there")
+        yield Site(cluster, laptop, home)
+
+
+def test_a_command_has_its_output_its_errors_and_its_code(site: Site) -> None:
+    sf = site.laptop.sf
+    assert sf("instance", "exec", "web", "--", "uname", "-s") == "Linux\n"
+    done = site.laptop.run(
+        "sf", "instance", "exec", "web", "--", "sh", "-c", "echo a; echo b >&2; exit 7", code=7
+    )
+    assert (done.stdout, done.stderr) == (b"a\n", b"b\n")
+    assert sf("instance", "exec", "web", "-i", "--", "tr", "a-z", "A-Z", given=b"input\n") == "INPUT\n"
+    sf("instance", "exec", "web", "--", "no-such-command", code=127)
+    long = "for i in 1 2 3; do echo $i; sleep 1; done; head -c 3000000 /dev/zero; echo end >&2; exit 3"
+    done = site.laptop.run("sf", "instance", "exec", "web", "--", "sh", "-c", long, code=3)
+    assert done.stdout == b"1\n2\n3\n" + bytes(3000000) and done.stderr == b"end\n"
+    assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == "1\n"
+
+
+def test_files_and_directories_go_in_and_come_out_whole(site: Site) -> None:
+    sf, home = site.laptop.sf, site.laptop.home
+    data = random.Random(1).randbytes(3_000_000)
+    (home / "app/sub").mkdir(parents=True)
+    (home / "app/sub/data").write_bytes(data)
+    (home / "app/run").write_text("#!/bin/sh\necho it runs\n")
+    (home / "app/run").chmod(0o755)
+    sf("instance", "cp", str(home / "app/run"), "web:/tmp/")
+    assert sf("instance", "exec", "web", "--", "/tmp/run") == "it runs\n"
+    sf("instance", "cp", str(home / "app"), "web:/tmp/there")
+    (home / "back").mkdir()
+    sf("instance", "cp", "web:/tmp/there/app/sub/data", "web:/tmp/there/app", str(home / "back"))
+    assert (home / "back/data").read_bytes() == (home / "back/app/sub/data").read_bytes() == data
+    sf("instance", "cp", "web:/no/such", str(home / "back"), code=3)
+    sf("instance", "cp", str(home / "app/run"), "web:/no/such/place/", code=1)
+    sf("instance", "cp", "web:/etc/passwd", "web:/tmp/x", code=2)
+    assert sorted(path.name for path in (home / "back").iterdir()) == ["app", "data"]
+    assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == "1\n"
+
+
+class Typist:
+    """Somebody at a terminal of the laptop's."""
+
+    def __init__(self, laptop: Laptop, *words: str) -> None:
+        self.terminal, inside = pty.openpty()
+        self.before = termios.tcgetattr(inside)
+        self.process = subprocess.Popen(
+            laptop.argv("setsid", "-c", "-w", "sf", *words), stdin=inside, stdout=inside, stderr=inside
+        )
+        self._inside, self.seen = inside, b""
+
+    def sees(self, what: bytes, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while what not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.terminal], [], [], 0.2)[0]:
+                self.seen += os.read(self.terminal, 65536)
+
+    def types(self, text: bytes) -> None:
+        os.write(self.terminal, text)
+
+    def leaves(self, code: int) -> None:
+        """With the terminal as it was."""
+        self.sees(b"\x1b[!p")
+        assert self.process.wait(30) == code
+        assert termios.tcgetattr(self._inside) == self.before
+        os.close(self._inside)
+        os.close(self.terminal)
+
+
+def test_two_type_into_one_console_and_leave_their_terminals_as_they_were(site: Site) -> None:
+    one, other = (Typist(site.laptop, "instance", "console", "web") for _ in range(2))
+    for typist in (one, other):
+        typist.sees(b"^] leaves")
+    time.sleep(1)
+    one.types(b"echo sum-$((40+2))\r")
+    one.sees(b"sum-42")
+    other.sees(b"sum-42")
+    other.types(b"\x1d")
+    other.leaves(0)
+    one.types(b"echo sum-$((50+2))\r")
+    one.sees(b"sum-52")
+    site.laptop.host.run(["pkill", "-TERM", "-f", "bin/sf instance console"], check=False)
+    one.leaves(130)
+    assert "sum-52" in site.laptop.sf("instance", "console", "web")
+
+
+def test_ssh_scp_and_ports_go_through_the_api(site: Site) -> None:
+    key = str(site.laptop.home / "key")
+    site.laptop.run("install", "-m", "600", str(site.cluster.key), key)
+    who = site.laptop.sf("instance", "ssh", "web", "-l", "root", "-i", key, "hostname; exit 4", code=4)
+    assert who == "web\n"
+    data = random.Random(2).randbytes(1_000_000)
+    (site.laptop.home / "big").write_bytes(data)
+    options = ["-o", "ProxyCommand=sf instance connect %h %p", "-o", "StrictHostKeyChecking=no"]
+    options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", key]
+    send = ["ssh", *options, "root@web", "cat > /tmp/big; sha256sum < /tmp/big"]
+    done = site.laptop.run(*send, given=data)
+    assert done.stdout.split()[0].decode() == hashlib.sha256(data).hexdigest()
+    process = subprocess.Popen(
+        site.laptop.argv("sf", "instance", "forward", "web", "8022:22"), stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stderr and b"8022" in process.stderr.readline()
+        talk = "import socket; s = socket.create_connection(('127.0.0.1', 8022)); print(s.recv(8))"
+        for _ in range(3):
+            assert b"SSH-2.0" in site.laptop.run("python3", "-c", talk).stdout
+    finally:
+        site.laptop.host.run(["pkill", "-f", "instance forward web"], check=False)
+        process.wait(30)
+    refused = site.laptop.run("sf", "instance", "connect", "web", "81", code=8)
+    assert b"refused" in refused.stderr
+
+
+def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest(site: Site) -> None:
+    def left() -> bool:
+        found = site.laptop.run("sf", "instance", "exec", "web", "--", "sh", "-c", "ps; ls -a /tmp").stdout
+        return b"sleep 1234" in found or found.count(b".sf-") > 1
+
+    for victim in ("client", "server", "agent", "libvirtd"):
+        running = subprocess.Popen(
+            site.laptop.argv("sf", "instance", "exec", "web", "--", "sh", "-c", "echo begun; exec sleep 1234"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert running.stdout and running.stderr and running.stdout.readline() == b"begun\n"
+        n1, n2 = site.cluster.server, site.cluster.nodes["n2"]
+        if victim == "client":
+            site.laptop.host.run(["pkill", "-KILL", "-f", "exec sleep 1234"], check=False)
+        elif victim == "server":
+            n1.signal()
+            n1.start()
+        elif victim == "agent":
+            n2.signal()
+            n2.start("agent")
+        else:
+            n2.host.kill_libvirtd()
+            n2.host.start_libvirtd()
+        code = running.wait(60)
+        said = running.stderr.read().decode()
+        assert victim == "client" or (code == 8 and said.count("\n") == 1), f"{victim}: {code} {said}"
+        answers = ["sf", "instance", "exec", "web", "--", "true"]
+        within(60, lambda: subprocess.run(site.laptop.argv(*answers)).returncode == 0, f"after the {victim}")  # noqa: B023
+        if victim in ("client", "server"):
+            within(30, lambda: not left(), f"the command of the {victim} is gone")

@@ -1,0 +1,129 @@
+"""What a hostile guest's agent may answer, and what becomes of it."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from compute.agent.guest.channel import Channel
+from compute.agent.hypervisor.libvirt import Hypervisor
+from compute.errors import Unavailable
+
+Answers = Callable[[str, dict[str, Any]], Any]
+
+
+class Guest:
+    """Stands where libvirt stands: its agent says whatever `answers` makes of a command."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self._answers = answers
+
+    def agent(self, uuid: str, command: str, arguments: dict[str, Any], timeout_s: int) -> bytes:
+        self.asked.append((command, arguments))
+        found = self._answers(command, arguments)
+        if isinstance(found, Exception):
+            raise found
+        return found if isinstance(found, bytes) else json.dumps({"return": found}).encode()
+
+
+def _channel(answers: Answers) -> tuple[Guest, Channel]:
+    guest = Guest(answers)
+    return guest, Channel(cast(Hypervisor, guest), "uuid")
+
+
+async def _drop(one: bytes, other: bytes) -> None: ...
+
+
+NONSENSE = [
+    b"", b"\xff\xfe", b"[]", b"7", b"null", b'{"return": NaN}', b'{"ret": 1}', b"[" * 100_000, b'"x"',
+    b'{"return": {"pid": "1"}}', b'{"return": {"pid": -1}}', b'{"return": {"pid": 1e400}}',
+    b'{"return": {"pid": 99999999999999999999999}}', b'{"return": []}', b'{"return": "\\ud800"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", NONSENSE)
+def test_nonsense_is_said_to_be_nonsense(answer: bytes) -> None:
+    _, channel = _channel(lambda command, arguments: answer)
+    with pytest.raises(Unavailable, match="nonsense"):
+        asyncio.run(channel.execute(["true"], _drop))
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {}, [], None, "x", {"exited": True, "exitcode": "0"}, {"exited": True, "exitcode": 2**70},
+        {"exited": True, "exitcode": 0, "out-data": "no base64!"}, {"exited": True, "signal": 10**9},
+        {"exited": True, "exitcode": 0, "out-data": {"a": 1}}, {"exited": True, "exitcode": 0, "err-data": 7},
+    ],
+)  # fmt: skip
+def test_a_status_that_is_none_ends_the_command_with_an_error(status: Any) -> None:
+    _, channel = _channel(lambda command, arguments: {"pid": 1} if command == "guest-exec" else status)
+    with pytest.raises(Unavailable, match="nonsense"):
+        asyncio.run(channel.execute(["true"], _drop))
+
+
+def test_a_command_that_never_ends_is_asked_to_when_nobody_waits() -> None:
+    guest, channel = _channel(
+        lambda command, arguments: {"pid": 1} if command == "guest-exec" else {"exited": False}
+    )
+
+    async def wait_a_little() -> None:
+        task = asyncio.create_task(channel.execute(["sleep", "inf"], _drop))
+        while len(guest.asked) < 4:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(wait_a_little())
+    command, arguments = guest.asked[-1]
+    assert command == "guest-exec" and "kill" in arguments["arg"][1]
+
+
+def test_an_endless_output_is_handed_on_piece_by_piece_and_waits_for_who_takes_it() -> None:
+    """A guest whose file never ends: memory holds a piece, and the reader decides when it is enough."""
+    piece = base64.b64encode(bytes(1 << 20)).decode()
+    pids = iter(range(1, 10_000))
+
+    def answers(command: str, arguments: dict[str, Any]) -> Any:
+        if command == "guest-exec":
+            return {"pid": next(pids)}
+        if arguments["pid"] == 1:
+            return {"exited": False}
+        return {"exited": True, "exitcode": 0, "out-data": piece}
+
+    taken = 0
+
+    async def take(one: bytes, other: bytes) -> None:
+        nonlocal taken
+        taken += len(one)
+        if taken > 20 << 20:
+            raise Unavailable("enough")
+
+    _, channel = _channel(answers)
+    with pytest.raises(Unavailable, match="enough"):
+        asyncio.run(channel.execute(["yes"], take))
+
+
+def test_more_than_was_asked_for_and_words_of_any_length_are_bounded() -> None:
+    huge = b'{"return": "' + b"x" * (17 << 20) + b'"}'
+    _, channel = _channel(lambda command, arguments: huge)
+    with pytest.raises(Unavailable) as caught:
+        asyncio.run(channel.execute(["true"], _drop))
+    assert len(str(caught.value)) < 200
+
+
+def test_a_command_that_ends_at_once_costs_two_questions() -> None:
+    done = {"exited": True, "exitcode": 3, "out-data": base64.b64encode(b"xhello").decode()}
+    guest, channel = _channel(lambda command, _: {"pid": 1} if command == "guest-exec" else done)
+    said = []
+
+    async def keep(one: bytes, other: bytes) -> None:
+        said.append((one, other))
+
+    assert asyncio.run(channel.execute(["true"], keep)) == 3
+    assert said == [(b"hello", b"")] and len(guest.asked) == 2
