@@ -4,6 +4,7 @@ import hashlib
 import os
 import pty
 import random
+import re
 import select
 import subprocess
 import termios
@@ -17,10 +18,19 @@ import pytest
 
 from scripts.private_libvirtd import PrivateHost
 from tests.system.cluster import Cluster
-from tests.system.laptop import Laptop
-from tests.system.machine import within
+from tests.system.laptop import URL, Laptop
+from tests.system.machine import ROOT, Machine, within
 
 pytestmark = pytest.mark.system
+
+
+PAGE = (ROOT / "docs/howto/laptop.md").read_text()
+
+
+def lines(part: str) -> list[str]:
+    return [
+        line for block in re.findall(r"^```sh\n(.*?)^```", part, re.M | re.S) for line in block.splitlines()
+    ]
 
 
 @dataclass
@@ -28,6 +38,21 @@ class Site:
     cluster: Cluster
     laptop: Laptop
     home: Path
+    fingerprint: str
+
+    def types(self, line: str) -> str:
+        """A line of the page, with this site's address, image and key."""
+        key = self.laptop.home / "key"
+        for said, meant in (
+            ("https://cloud.lan:13000", URL),
+            ("b3:9f86…", self.fingerprint),
+            ("--image debian:12", "--image tiny:1 --memory 160 --on n2"),
+            ("~/.ssh/id_ed25519.pub", f"{key}.pub"),
+            ("-l root", f"-l root -i {key}"),
+            ("root@web", f"-i {key} -o UserKnownHostsFile=/dev/null root@web"),
+        ):
+            line = line.replace(said, meant)
+        return self.laptop.run("bash", "-c", f"cd {self.laptop.home} && {line}").stdout.decode()
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +62,31 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterator
         (home / "laptop").mkdir()
         laptop = Laptop(stack.enter_context(PrivateHost(libvirtd=False)), home / "laptop")
 
-        def prepare(cluster: Cluster, machine) -> None:
+        def prepare(cluster: Cluster, machine: Machine) -> None:
             if machine.settings["SF_NODE_NAME"] == "n1":
                 laptop.plug(machine)
 
         cluster = Cluster(stack, home, tiny_image, ("n1", "n2"), prepare=prepare, SF_LISTEN="0.0.0.0:13000")
-        laptop.login(cluster.server)
-        cluster.server.sf("network", "create", "lan", "10.42.0.0/24")
-        words = ["--image", "tiny:1", "--network", "lan", "--memory", "160", "--on", "n2", "--wait", "boot"]
-        laptop.run("cp", f"{cluster.key}.pub", str(home / "laptop/key.pub"))
-        laptop.sf("instance", "create", "web", *words, "--ssh-key", str(home / "laptop/key.pub"))
+        laptop.run("install", "-m", "600", str(cluster.key), f"{cluster.key}.pub", str(laptop.home))
+        (laptop.home / "app").mkdir()
+        (laptop.home / "app/run").write_text("#!/bin/sh\necho it runs\n")
+        (laptop.home / "app/run").chmod(0o755)
+        (laptop.home / "key.secret").write_bytes((cluster.server.state / "auth/local-key").read_bytes())
+        found = Site(cluster, laptop, home, laptop.fingerprint(cluster.server))
+        for line in lines(PAGE.split("## Commands and files")[0]):
+            found.types(line.replace("< key", "< key.secret"))
         within(60, lambda: cluster.server.instance("web")["agent_state"] == "ready", "the agent is there")
-        yield Site(cluster, laptop, home)
+        yield found
+
+
+def test_the_page_for_laptops_is_true(site: Site) -> None:
+    seen = {line: site.types(line) for line in lines(PAGE.split("## Commands and files")[1])}
+    said = list(seen.values())
+    assert "Linux web" in said[0] and said[1] == "hello from web\n" and "app" in said[3]
+    assert (site.laptop.home / "copy").read_text().endswith("it runs\n")
+    assert "SF-GUEST-READY" in seen["sf instance console web"]
+    assert seen["sf instance ssh web -l root hostname"] == "web\n" and "load average" in said[-1]
+    site.laptop.run("timeout", "2", "bash", "-c", "exec 3<>/dev/tcp/10.78.0.1/22", code=124)
 
 
 def test_a_command_has_its_output_its_errors_and_its_code(site: Site) -> None:
@@ -69,20 +107,22 @@ def test_a_command_has_its_output_its_errors_and_its_code(site: Site) -> None:
 def test_files_and_directories_go_in_and_come_out_whole(site: Site) -> None:
     sf, home = site.laptop.sf, site.laptop.home
     data = random.Random(1).randbytes(3_000_000)
-    (home / "app/sub").mkdir(parents=True)
-    (home / "app/sub/data").write_bytes(data)
-    (home / "app/run").write_text("#!/bin/sh\necho it runs\n")
-    (home / "app/run").chmod(0o755)
+    (home / "there/sub").mkdir(parents=True)
+    (home / "there/sub/data").write_bytes(data)
     sf("instance", "cp", str(home / "app/run"), "web:/tmp/")
     assert sf("instance", "exec", "web", "--", "/tmp/run") == "it runs\n"
-    sf("instance", "cp", str(home / "app"), "web:/tmp/there")
+    sf("instance", "cp", str(home / "there"), "web:/tmp/renamed")
     (home / "back").mkdir()
-    sf("instance", "cp", "web:/tmp/there/app/sub/data", "web:/tmp/there/app", str(home / "back"))
-    assert (home / "back/data").read_bytes() == (home / "back/app/sub/data").read_bytes() == data
+    sf("instance", "cp", "web:/tmp/renamed/sub/data", "web:/tmp/renamed", str(home / "back"))
+    assert (home / "back/data").read_bytes() == (home / "back/renamed/sub/data").read_bytes() == data
     sf("instance", "cp", "web:/no/such", str(home / "back"), code=3)
     sf("instance", "cp", str(home / "app/run"), "web:/no/such/place/", code=1)
     sf("instance", "cp", "web:/etc/passwd", "web:/tmp/x", code=2)
-    assert sorted(path.name for path in (home / "back").iterdir()) == ["app", "data"]
+    assert sorted(path.name for path in (home / "back").iterdir()) == ["data", "renamed"]
+    trick = "cd /tmp && mkdir -p evil && ln -s /etc evil/out && ln -s ../../../up evil/up"
+    sf("instance", "exec", "web", "--", "sh", "-c", trick)
+    sf("instance", "cp", "web:/tmp/evil", str(home / "back"), code=1)
+    assert sorted(path.name for path in (home / "back").iterdir()) == ["data", "renamed"]
     assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == "1\n"
 
 
@@ -135,7 +175,6 @@ def test_two_type_into_one_console_and_leave_their_terminals_as_they_were(site: 
 
 def test_ssh_scp_and_ports_go_through_the_api(site: Site) -> None:
     key = str(site.laptop.home / "key")
-    site.laptop.run("install", "-m", "600", str(site.cluster.key), key)
     who = site.laptop.sf("instance", "ssh", "web", "-l", "root", "-i", key, "hostname; exit 4", code=4)
     assert who == "web\n"
     data = random.Random(2).randbytes(1_000_000)

@@ -62,16 +62,16 @@ class Channel:
             await out(one, other) if code != 3 else None
             return code != 3 and bool(one or other or not live)
 
-        async def look() -> None:
+        async def look(*, ended: bool = False) -> None:
             nonlocal live
-            if time.monotonic() - began > _LIVE_S:
-                live = await read() or live
+            while (ended or time.monotonic() - began > _LIVE_S) and await read():
+                live = True
 
         try:
             code, output, errors = await self._ended(pid, look)
             await out(output[1:], errors)
-            while (live or not output) and await read():
-                live = True
+            if live or not output:
+                await look(ended=True)
         except BaseException:
             with suppress(ComputeError):
                 await asyncio.shield(self._start(_END, place))

@@ -78,17 +78,17 @@ class Terminal:
             self._file = -1
 
     def _read(self) -> None:
-        data = b""
         try:
             data = os.read(self._file, 1 << 16)
         except BlockingIOError:
             return
-        except OSError:  # EIO: qemu has ended
+        except OSError:
+            data = b""
+        if not data:  # qemu has ended
             self._close()
         for out in list(self._watchers):
-            try:
+            if not data or out.statistics().current_buffer_used == _BEHIND:
+                self._watchers.discard(out)
+                out.close()
+            else:
                 out.send_nowait(data)
-            except (anyio.WouldBlock, anyio.ClosedResourceError):
-                out.close()
-            if self._file < 0:
-                out.close()

@@ -3,7 +3,11 @@
 import asyncio
 import base64
 import json
+import select
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -127,3 +131,60 @@ def test_a_command_that_ends_at_once_costs_two_questions() -> None:
 
     assert asyncio.run(channel.execute(["true"], keep)) == 3
     assert said == [(b"hello", b"")] and len(guest.asked) == 2
+
+
+class Shell:
+    """Does what qemu-guest-agent does, with this machine's /bin/sh: the scripts are tried as they are."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def __call__(self, command: str, arguments: dict[str, Any]) -> Any:
+        if command == "guest-exec":
+            argv = [arguments["path"], *arguments["arg"]]
+            with tempfile.TemporaryFile() as stdin:
+                stdin.write(base64.b64decode(arguments.get("input-data", "")))
+                stdin.seek(0)
+                started = subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.running[started.pid] = started
+            return {"pid": started.pid}
+        process = self.running[arguments["pid"]]
+        if process.poll() is None and not _piped(process):
+            return {"exited": False}
+        out, errors = process.communicate()
+        said = {"exited": True, "exitcode": process.returncode}
+        return said | {
+            "out-data": base64.b64encode(out).decode(),
+            "err-data": base64.b64encode(errors).decode(),
+        }
+
+
+def _piped(process: "subprocess.Popen[bytes]") -> bool:
+    """It writes more than a pipe holds, so that it ends only when somebody reads."""
+    ready, _, _ = select.select([process.stdout], [], [], 0)
+    return bool(ready)
+
+
+def _said(*argv: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+    seen = [b"", b""]
+
+    async def keep(one: bytes, other: bytes) -> None:
+        seen[:] = seen[0] + one, seen[1] + other
+
+    _, channel = _channel(Shell())
+    code = asyncio.run(channel.execute(argv, keep, stdin))
+    return code, seen[0], seen[1]
+
+
+def test_a_commands_output_errors_input_and_code_are_its_own() -> None:
+    assert _said("sh", "-c", "echo a; echo b >&2; exit 7") == (7, b"a\n", b"b\n")
+    assert _said("cat", stdin=b"\0input\xff") == (0, b"\0input\xff", b"")
+    assert _said("true") == (0, b"", b"") and _said("sh", "-c", "kill -9 $$")[0] == 137
+    assert _said("no-such-command")[0] == 127
+
+
+def test_what_a_command_says_while_it_runs_and_more_than_an_answer_holds_arrives_whole() -> None:
+    script = "for i in 1 2 3; do echo $i; sleep 0.3; done; head -c 3000000 /dev/zero; echo end >&2; exit 3"
+    assert _said("sh", "-c", script) == (3, b"1\n2\n3\n" + bytes(3_000_000), b"end\n")
+    assert _said("head", "-c", "5000000", "/dev/zero") == (0, bytes(5_000_000), b"")
+    assert not list(Path("/tmp").glob(".sf-*"))
