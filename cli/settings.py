@@ -17,11 +17,12 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tomlkit
 import tomlkit.items
 
-from cli.errors import CONFLICT, MISSING, USAGE, Problem
+from cli.errors import AUTH, CONFLICT, MISSING, USAGE, Problem
 from imagestore import Settings, durable
 
 _LOOPBACK = re.compile(r"https?://(127\.\d+\.\d+\.\d+|localhost|\[::1\])(:\d+)?(/|$)")
@@ -95,6 +96,24 @@ def keep_context(name: str, values: dict[str, str] | None) -> Path:
         known[name] = tomlkit.item(values)
         document["context"] = name
     return _write(path, document)
+
+
+def check_key(url: str, namespace: str, key: str) -> None:
+    """Raises Problem where there is no key, or it would go over the wire as it is."""
+    if not key or not (url.startswith("https:") or is_loopback(url)):
+        hint = "sf login https://HOST:PORT --fingerprint b3:…, as sf serve prints it there"
+        hint = hint if key else "be root on the server, or set SF_NAMESPACE and SF_KEY"
+        why = "no key goes over plain HTTP to" if key else f"no key for namespace {namespace} at"
+        raise Problem(f"{why} {url}", hint=hint, code=AUTH)
+
+
+def own_store(settings: Settings, namespace: str) -> tuple[str, str]:
+    """The URL of a namespace's own image store over the API (`my`: the current one's), and who vouches for it."""
+    url, me, key = access(settings)
+    check_key(url, me, key)
+    scheme, _, rest = url.partition("://")
+    me, key, of = (quote(part, safe="") for part in (me, key, me if namespace == "my" else namespace))
+    return f"sf+{scheme}://{me}:{key}@{rest}/stores/{of}", authority(settings, url)
 
 
 def is_loopback(url: str) -> bool:

@@ -143,3 +143,26 @@ def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
     piece = os.urandom(1 << 16)
     while True:
         handler.wfile.write(piece)
+
+
+@contextlib.contextmanager
+def serving(app: object) -> Iterator[str]:
+    """URL of uvicorn over an ASGI application, with the limits of our servers, in a thread."""
+    import asyncio
+    import socket
+
+    import uvicorn
+
+    from imagestore import listening
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="warning", **listening.settings())  # type: ignore[arg-type]
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from cli.command import settings
 from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
-from cli.settings import access, authority, is_local, is_loopback
+from cli.settings import access, authority, check_key, is_local
 
 ANSWER_S = 40.0
 """No request of the API may take 30 s."""
@@ -71,11 +71,7 @@ class Api:
     def _login(self) -> None:
         if not self._key:
             self._send("GET", ("",), {})  # nobody there is the more useful answer
-            hint = "be root on the server, or set SF_NAMESPACE and SF_KEY"
-            raise Problem(f"no key for namespace {self.namespace} at {self.url}", hint=hint, code=AUTH)
-        if not self.tls and not is_loopback(self.url):
-            hint = "sf login https://HOST:PORT --fingerprint b3:…, as sf serve prints it there"
-            raise Problem(f"no key goes over plain HTTP to {self.url}", hint=hint, code=AUTH)
+        check_key(self.url, self.namespace, self._key)
         body = {"namespace": self.namespace, "key": self._key}
         self._token = str(_answer(*self._send("POST", ("auth",), body))["access_token"])
 

@@ -79,6 +79,7 @@ path = click.Path(dir_okay=False, path_type=Path)
 
 @image.add(
     examples="""sf image push debian-12.qcow2 debian:12
+    sf image push disk.qcow2 my/x:1
     sf image push https://cloud.example/x.qcow2.xz x:1 --checksum sha256:…
     sf image push disk.raw shop:2026-11 --label team=shop --store 's3://images/sf?region=eu-central-1'"""
 )
@@ -99,7 +100,7 @@ def push(
     A URL is fetched again only when its server has another file; without --checksum, one that lies beside it counts.
     """
     given["labels"] = dict(label.partition("=")[::2] for label in given["labels"])
-    row = keep(file, *written(name), architecture, single_writer, **given)
+    row = keep(file, name, architecture, single_writer, **given)
     show_one(row, FETCHED if isinstance(file, str) else PUSHED, form)
 
 
@@ -167,15 +168,15 @@ def _bring(name: str, architecture: str, form: str) -> None:
     show_one({"name": full, "digest": str(digest), "written_bytes": count}, BROUGHT, form)
 
 
-@image.add(examples="sf image ls\nsf image ls official\nsf image ls --format json")
+@image.add(examples="sf image ls\nsf image ls official\nsf image ls my\nsf image ls --format json")
 @click.argument("remote", required=False)
 @click.option("--removed", is_flag=True, help="Those that undelete can bring back, too.")
 def ls(remote: str | None, form: str, removed: bool) -> None:
-    """List images of the local store, or of a remote."""
-    here, stores = _here(), settings().stores
-    if (name := (remote or "local").rstrip("/")) not in stores:
-        raise Problem(f"no remote is called {name!r}", hint=f"there are: {', '.join(stores)}", code=MISSING)
-    with opened(stores[name], create=not remote and settings().store_is_default) as store:
+    """List images of the local store, of a remote, or what a namespace keeps (`my`: the current one)."""
+    here, place = _here(), (remote or "local").rstrip("/")
+    url = settings().stores.get(place, "")
+    name, make = "" if url else f"{place}/any", not remote and settings().store_is_default
+    with opened(url, name=name, create=make) as store:
         records = list(store.names.list(removed=removed))
         wanted = {digest for record in records for digest in record.images.values()}
         sizes = store.sizes(wanted) if form != "name" else {}
@@ -246,7 +247,8 @@ def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
     from imagestore import tag as tag_image
 
     target, machine = written(new), check_architecture(architecture)
-    with found(name, machine) as (source, full, digest), opened(write=True, alone=single_writer) as store:
+    into = opened(name=new, write=True, alone=single_writer)
+    with found(name, machine) as (source, full, digest), into as store:
         if source.url != store.url:
             hint = f"sf store copy {source.url} {store.url} {full or 'NAME'} brings it here"
             raise Problem(f"{name} is in {source.url}, not in {store.url}", hint=hint, code=MISSING)
@@ -255,8 +257,8 @@ def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
 
 
 def _remove(names: tuple[str, ...], architecture: str | None, alone: bool) -> None:
-    with opened(write=True, alone=alone) as store:
-        for text in names:
+    for text in names:
+        with opened(name=text, write=True, alone=alone) as store:
             store.freeing(partial(store.names.remove, *written(text), architecture))
             say(f"{text} removed (sf image undelete {text} brings it back until gc has run)")
 
@@ -279,7 +281,7 @@ def undelete(name: str, single_writer: bool) -> None:
     """Bring back a name that was removed, as long as gc has not collected it."""
     from imagestore import undelete as undelete_name
 
-    with opened(write=True, alone=single_writer) as store:
+    with opened(name=name, write=True, alone=single_writer) as store:
         record = undelete_name(store, *written(name))
     print(" ".join([f"{record.name}:{record.tag}", *map(str, record.images.values())]))
 
@@ -287,7 +289,7 @@ def undelete(name: str, single_writer: bool) -> None:
 @image.add(examples="sf image history debian:12")
 def history(name: str, form: str) -> None:
     """What a name stood for, newest first."""
-    with opened() as store:
+    with opened(name=name) as store:
         changes = store.names.history(*written(name))
     rows = [asdict(c) | {"images": {a: str(d) for a, d in c.images.items()}} for c in changes]
     show_list(rows, HISTORY, form, name="revision")

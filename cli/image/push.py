@@ -8,7 +8,7 @@ import click
 
 from cli.command import settings
 from cli.errors import USAGE, Problem
-from cli.image.stores import opened
+from cli.image.stores import opened, written
 from cli.output import Row, progress, say
 
 
@@ -19,7 +19,7 @@ class Source(click.Path):
         return str(value) if "://" in str(value) else super().convert(value, param, ctx)
 
 
-def keep(file: Path | str, name: str, tag: str, architecture: str, alone: bool, **given: Any) -> Row:
+def keep(file: Path | str, text: str, architecture: str, alone: bool, **given: Any) -> Row:
     """Bring it into the store of the settings; the row that says what came. Raises Corrupt, Problem.
 
     given: checksum, labels, input_format, sparsify.
@@ -27,7 +27,8 @@ def keep(file: Path | str, name: str, tag: str, architecture: str, alone: bool, 
     from imagestore import Corrupt, check_architecture, keep_buffers, push
 
     keep_buffers()
-    machine, title = check_architecture(architecture), f"{name}:{tag}"
+    (name, tag), machine = written(text), check_architecture(architecture)
+    title = f"{name}:{tag}"
     shared, checksum = {"labels": given["labels"]}, given["checksum"]
     if isinstance(file, str):
         from imagestore.mirror import bring, sources
@@ -35,7 +36,7 @@ def keep(file: Path | str, name: str, tag: str, architecture: str, alone: bool, 
         if given["input_format"] or given["sparsify"]:
             raise Problem("--input-format and --sparsify are for files", hint="download it", code=USAGE)
         source = sources.of_url(file, name, tag, machine, checksum=checksum, **shared)
-        with opened(create=True, alone=alone) as store, progress(title) as tell:
+        with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
             say(f"from {file} to {store.url}")
             work = settings().cache_dir / "downloads"
             came = bring(store, source, machine, work, trusted=True, progress=tell)
@@ -48,6 +49,7 @@ def keep(file: Path | str, name: str, tag: str, architecture: str, alone: bool, 
         if hash_file(file, algorithm) != digits:
             raise Corrupt(f"{file}: its {algorithm} is not the one that was given")
     how = {**shared, "format_": given["input_format"], "sparsify": given["sparsify"]}
-    with opened(create=True, alone=alone) as store, progress(title) as tell:
+    with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
+        say(f"from {file} to {store.url}")
         done = push(store, file, name, tag, architecture=machine, progress=tell, **how)
     return asdict(done) | {"name": title, "architecture": machine, "digest": str(done.digest)}

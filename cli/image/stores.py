@@ -14,12 +14,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(
-    url: str = "", *, create: bool = False, write: bool = False, alone: bool = False
+    url: str = "", *, name: str = "", create: bool = False, write: bool = False, alone: bool = False
 ) -> Iterator["Store"]:
-    """The store at `url`, by default that of the settings, closed at the end; `alone`: --single-writer."""
-    from imagestore import open_store
+    """The store at `url`, by default that of the settings, or of the namespace before the slash of an image's name.
 
-    store = open_store(url or settings().store_url, create=create, single_writer=alone)
+    Closed at the end. alone: --single-writer.
+    """
+    from cli.settings import own_store
+    from imagestore import open_store, parse_reference
+
+    of = parse_reference(name).remote if name and written(name) else None
+    url, ca = own_store(settings(), of) if of else (url or settings().store_url, "")
+    store = open_store(url, create=create and not of, single_writer=alone, ca=ca)
     try:
         if write:
             store.check_writable()
@@ -31,10 +37,12 @@ def opened(
 @contextmanager
 def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"]]:
     """Look an image up in the stores of the settings: its store, its name ("" for a digest alone), its digest."""
-    from imagestore import resolve
+    from imagestore import parse_reference, resolve
 
     with ExitStack() as stack:
         stores = {n: partial(stack.enter_context, opened(url)) for n, url in settings().stores.items()}
+        if (of := parse_reference(text).remote) and of not in stores:
+            stores[of] = partial(stack.enter_context, opened(name=f"{of}/any"))
         image = resolve(text, architecture, stores)
         yield image.store, image.name, image.digest
 
@@ -44,8 +52,9 @@ def written(text: str) -> tuple[str, str]:
     from imagestore import parse_reference
 
     reference = parse_reference(text)
-    if reference.remote or reference.digest_prefix:
-        raise Problem(f"not a name to write to: {text!r}", hint="NAME[:TAG]; --store says where", code=USAGE)
+    if reference.remote in settings().stores or reference.digest_prefix:
+        hint = "[my/]NAME[:TAG]; --store says where"
+        raise Problem(f"not a name to write to: {text!r}", hint=hint, code=USAGE)
     return reference.name, reference.tag
 
 

@@ -246,7 +246,10 @@ class RemoteController:
         server, node = urlsplit(self._identity.url), self._identity.node
         pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(self._identity.certificate)).hexdigest()
         base = f"https://{node}:{desired.store_token}@{server.netloc}/agent/v1/stores"
-        whole = {n: url or f"{base}/{quote(n, safe='')}?sha256={pin}" for n, url in desired.stores.items()}
+        whole = {
+            n: url or f"{'sf+' * ('/' in n)}{base}/{quote(n, safe='')}?sha256={pin}"
+            for n, url in desired.stores.items()
+        }
         return replace(desired, stores=whole)
 
     def _load(self) -> NodeDesired | None:

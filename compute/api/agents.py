@@ -7,7 +7,7 @@
     POST /agent/v1/inventory  {seen}                         → null: what the node remembers, and has unasked
     POST /agent/v1/renew                                     → {fence_s}: without another renewal the node fences itself
     GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
-    GET  /agent/v1/stores/NAME/KEY                           → an object of a store, or a range of it
+    GET  /agent/v1/stores/NAME/KEY                           → an object of a store; `my%2FNAMESPACE`: see api/stores
     WebSocket /agent/v1/streams/TICKET                       a stream that the operation `stream` asked for
     POST /agent/v1/operations/ID {result} or {error, hint}   → null; `result` of `console` is base64
 
@@ -30,6 +30,7 @@ from starlette.types import Receive, Scope, Send
 from compute.api import problems
 from compute.api.context import Body, Services
 from compute.api.edge import SLASH, Edge, Metrics, Route
+from compute.api.stores import OwnStores
 from compute.api.streams import of_socket
 from compute.cluster import desired, joining
 from compute.cluster.auth import basic
@@ -195,18 +196,22 @@ def build(services: Services) -> FastAPI:
 
 
 class NodesStores:
-    """The server's stores for joined nodes, read-only: what else only this machine could reach."""
+    """The server's stores for joined nodes: what else only this machine could reach. Read-only but for guests' own."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self._trees: dict[str, tuple[Store, Tree]] = {}
         self._used: dict[str, tuple[float, set[str]]] = {}
+        self._own_stores = OwnStores(services, renames=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         node, token = basic(Request(scope).headers.get("authorization", ""))
         joining.check_reader(Transaction(self._services.store), node, token)
         name, _, key = scope["path"].removeprefix("/agent/v1/stores/").partition("/")
-        store = self._services.resolver.stores.get(name) or await asyncio.to_thread(self._own, node, name)
+        if own := await asyncio.to_thread(self._own, node, name):
+            await self._own_stores.serve(own, key, scope, receive, send)
+            return
+        store = self._services.resolver.stores.get(name)
         if store is None:
             raise NotFound(f"no store is called {name[:80]}")
         if name not in self._trees or self._trees[name][0] is not store:

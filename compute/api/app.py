@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from compute.api import artifacts, instances, namespaces, networks, nodes, problems, streams
 from compute.api.context import Ctx, Services
 from compute.api.edge import Edge, Metrics
+from compute.api.stores import OwnStores
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
@@ -84,6 +85,7 @@ def build(services: Services) -> FastAPI:
     problems.install(app)
     for module in (namespaces, instances, networks, nodes, artifacts, streams):
         app.include_router(module.router)
+    app.mount("/stores", OwnStores(services))
 
     @app.get("/", include_in_schema=False)
     def page() -> Response:

@@ -53,10 +53,15 @@ def apart(handler: Callable[..., Response]) -> Callable[..., Awaitable[Response]
 
     @wraps(handler)
     async def run(**arguments: Any) -> Response:
-        work = partial(handler, **arguments)
-        return await asyncio.get_running_loop().run_in_executor(_ASKING_STORES, work)
+        return await ask_stores(handler, **arguments)
 
     return run
+
+
+async def ask_stores(call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """`call`, in one of those threads."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_ASKING_STORES, partial(call, *arguments, **named))
 
 
 class StoreRoute(Route):

@@ -21,6 +21,7 @@ BODY_BYTES = 2**20
 """More than any JSON body needs: user data is at most 64 KiB."""
 
 DRAINED_BYTES = 2**26
+_OBJECTS = ("/stores/", "/agent/v1/stores/")  # below these, bodies have bounds of their own
 
 _TOO_LARGE = f"the body has more than {BODY_BYTES} bytes"
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"})
@@ -82,7 +83,7 @@ class Edge:
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status = 500
-        left = BODY_BYTES
+        left = most = 2**40 if scope["path"].startswith(_OBJECTS) else BODY_BYTES
 
         async def limited() -> Message:
             nonlocal left
@@ -100,7 +101,7 @@ class Edge:
             await send(message)
 
         try:
-            if (length := decimal(headers.get(b"content-length", b"").decode("latin-1")) or 0) > BODY_BYTES:
+            if (length := decimal(headers.get(b"content-length", b"").decode("latin-1")) or 0) > most:
                 # Most clients send all of it before they read an answer: swallow what is not absurd.
                 while length < DRAINED_BYTES and (await receive()).get("more_body"):
                     pass

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from compute import errors as compute
 from imagestore import errors as images
@@ -36,6 +37,7 @@ STATUSES: dict[type[Exception], int] = {
     net.Invalid: 400,
     net.Conflict: 409,
     net.Exhausted: 507,
+    ClientDisconnect: 400,
 }
 
 
@@ -88,7 +90,7 @@ async def _unknown(request: Request, error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    for cls in (compute.ComputeError, images.StoreError, net.NetError):
+    for cls in (compute.ComputeError, images.StoreError, net.NetError, ClientDisconnect):
         app.add_exception_handler(cls, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

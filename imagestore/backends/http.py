@@ -1,20 +1,22 @@
-"""A store behind any web server that knows Range: read-only, nothing can be listed.
+"""A store behind any web server that knows Range (read-only, nothing can be listed), and one behind a server's API.
 
 `web` has the rules of where it may be led. What a server says of itself is not believed: lengths and ranges are
 compared with what was asked for.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import urllib3
 
-from imagestore.backends.protocol import MAX_BYTES, Object, ObjectStat, ReadOnly, check_key
+from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, ReadOnly, check_key, pieces
 from imagestore.backends.web import PATIENCE_S, Web, body, receive, whole_of
-from imagestore.errors import Corrupt, Unsupported
+from imagestore.errors import Corrupt, Invalid, Unsupported
 from imagestore.formats.keys import kind_of
-from imagestore.outside import decimal
+from imagestore.outside import decimal, read_json, real, whole
 
 
 class Http(ReadOnly):
@@ -24,13 +26,13 @@ class Http(ReadOnly):
     """
 
     def __init__(
-        self, url: str, *, patience_s: float = PATIENCE_S, slowest_bytes_s: float = 32 << 10
+        self, url: str, *, patience_s: float = PATIENCE_S, slowest_bytes_s: float = 32 << 10, ca: str = ""
     ) -> None:
         plain, _, pin = url.partition("?sha256=")
         self._base, parts = plain.rstrip("/"), urlsplit(plain.rstrip("/"))
         self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         self._pace = {"patience_s": patience_s, "slowest_bytes_s": slowest_bytes_s}
-        self._web = Web(patience_s=patience_s, pin=pin)
+        self._web = Web(patience_s=patience_s, pin=pin, ca=ca)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         ranged = start > 0 or length is not None
@@ -83,4 +85,57 @@ def _stat(key: str, response: urllib3.BaseHTTPResponse, size_bytes: int) -> Obje
         modified_s = parsedate_to_datetime(modified).timestamp()
     except (ValueError, OverflowError):
         modified_s = 0.0
-    return ObjectStat(key, size_bytes, response.headers.get("etag") or f"{modified}/{size_bytes}", modified_s)
+    etag = response.headers.get("etag") or f"{modified}/{size_bytes}"
+    return ObjectStat(key, size_bytes, etag, modified_s)
+
+
+class Wire(Http):
+    """A store behind a server's API (compute/api/stores), with a key: `sf+https://NAME:PASSWORD@host/path`.
+
+        GET, HEAD  URL/KEY    as of any web server; an ETag is the store's own, percent-encoded
+        PUT, DELETE URL/KEY, with If-Match: "…" or If-None-Match: *; GET URL/?prefix=P
+            → {"now": by the store's clock, "objects": [{"key", "size_bytes", "etag", "modified_s"}, …]}
+
+    The server says what a key may put (mirror/admission), and keeps the hooks.
+    """
+
+    read_only, conditional, keeps_hooks = False, True, True
+    _ahead_s: float | None = None
+
+    def put(
+        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
+    ) -> ObjectStat:
+        parts = [memoryview(piece).cast("B") for piece in pieces(data)]
+        more = {"If-None-Match": "*"} if if_none_match else {}
+        more["Content-Length"] = str(sum(part.nbytes for part in parts))
+        return self._ask("PUT", check_key(key), if_match, more, parts)[0]
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        self._ask("DELETE", check_key(key), if_match)
+
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
+        return iter(self._ask("GET", f"?prefix={quote(prefix)}"))
+
+    def now(self) -> float:
+        """By the clock in the last answer, and the time since."""
+        if self._ahead_s is None:
+            self._ask("GET", "?prefix=none")
+        return time.monotonic() + (self._ahead_s or 0.0)
+
+    def _ask(
+        self, verb: str, key: str, match: str | None = None, headers: Any = None, parts: Any = None
+    ) -> Sequence[ObjectStat]:
+        where, sent = f"{self.url}/{key}", (headers or {}) | ({} if match is None else {"If-Match": match})
+        response = self._web.open(verb, f"{self._base}/{key}", sent, where, sent=parts)
+        try:
+            said = read_json(receive(body(response, where), None, where, **self._pace))
+            self._ahead_s = real(said["now"]) - time.monotonic()
+            rows = [said["objects"][0]] if parts is not None else said["objects"]
+            found = (
+                (check_key(o["key"]), whole(o["size_bytes"]), o["etag"], real(o["modified_s"])) for o in rows
+            )
+            return [ObjectStat(key, size, str(etag), at) for key, size, etag, at in found]
+        except (ValueError, LookupError, TypeError, Invalid) as err:
+            raise Corrupt(f"{where}: the server's answer is none: {err!r:.80}") from err
+        finally:
+            response.close()

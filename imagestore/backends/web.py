@@ -16,7 +16,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -26,7 +27,8 @@ import urllib3
 import urllib3.exceptions as failures
 
 from imagestore.backends.protocol import MAX_BYTES
-from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
+from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
+from imagestore.outside import read_json
 
 REDIRECTS = 8
 PATIENCE_S = 30.0
@@ -38,18 +40,22 @@ _PART_BYTES = 64 << 10
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
+_STATUS |= {400: Invalid, 409: Conflict, 413: Invalid, 507: NoSpace}
 
 
 class Web:
     """Keeps connections, for any number of threads. `trusted`: the URLs are this machine's administrator's.
 
-    pin: the SHA-256 of the one certificate that is believed, whatever it names, instead of authorities.
+    pin: the SHA-256 of the one certificate that is believed, whatever it names, instead of authorities; ca: the PEM of
+    the one authority that is, instead of the system's, whatever is named in what it signed.
     """
 
-    def __init__(self, *, trusted: bool = True, patience_s: float = PATIENCE_S, pin: str = "") -> None:
-        self._trusted, self._pin = trusted, pin
+    def __init__(
+        self, *, trusted: bool = True, patience_s: float = PATIENCE_S, pin: str = "", ca: str = ""
+    ) -> None:
+        self._trusted, self._pin, self._ca = trusted, pin, ca
         self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=patience_s)
-        self._proxies = getproxies() if trusted and not pin else {}
+        self._proxies = getproxies() if trusted and not pin and not ca else {}
         self._pools: dict[str, urllib3.PoolManager] = {}
         """By proxy; "" is none."""
 
@@ -60,8 +66,11 @@ class Web:
         headers: Mapping[str, str],
         where: str,
         accepted: tuple[int, ...] = (200, 206),
+        sent: Sequence[memoryview] | None = None,
     ) -> urllib3.BaseHTTPResponse:
         """The answer's head; the caller reads the body (`body`) and closes it. `where`: the URL, for messages.
+
+        sent: the request's own body, whose length is among the headers; then no redirect is followed.
 
         Raises Denied, NotFound, Corrupt (re-encoded), Invalid (no web address), Unavailable.
         """
@@ -70,9 +79,9 @@ class Web:
             for _ in range(REDIRECTS + 1):
                 home = _server(at) == _server(url)
                 secret = urllib3.make_headers(basic_auth=_credentials(url)) if home else {}
-                response = self._request(verb, at, {**plain, **secret}, private=home and self._trusted)
+                response = self._request(verb, at, {**plain, **secret}, home and self._trusted, sent)
                 location = response.get_redirect_location()
-                if not location:
+                if not location or sent is not None:
                     return _checked(response, where, accepted)
                 response.close()
                 old, at = urlsplit(at), urljoin(at, location)
@@ -92,7 +101,7 @@ class Web:
             pool.clear()
 
     def _request(
-        self, verb: str, url: str, headers: Mapping[str, str], *, private: bool
+        self, verb: str, url: str, headers: Mapping[str, str], private: bool, sent: Any = None
     ) -> urllib3.BaseHTTPResponse:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
@@ -100,6 +109,7 @@ class Web:
             raise ValueError("not a web address")
         how: dict[str, Any] = {"headers": headers, "timeout": self._timeout, "redirect": False}
         how |= {"retries": False, "preload_content": verb == "HEAD"}
+        how |= {} if sent is None else {"body": iter(sent)}
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all") or ""
         if proxy and not proxy_bypass(parts.netloc.rpartition("@")[2]):
             return self._pool(proxy).request(verb, url, **how)
@@ -126,6 +136,10 @@ class Web:
             if self._pin:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
                 more["assert_fingerprint"] = self._pin
+            if self._ca:
+                context = more["ssl_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname = more["assert_hostname"] = False
+                context.load_verify_locations(cadata=self._ca)
             if proxy:
                 at = proxy if "://" in proxy else f"http://{proxy}"
                 headers = urllib3.make_headers(proxy_basic_auth=_credentials(at))
@@ -230,8 +244,13 @@ def _checked(
     status = response.status
     if status in accepted and response.headers.get("content-encoding", "identity") == "identity":
         return response
+    said: Any = None
+    with suppress(ValueError, failures.HTTPError, OSError):
+        said = read_json(response.read(1 << 12))
     response.close()
     if status in accepted:
         raise Corrupt(f"{where}: the server sends it re-encoded")
+    said = said if isinstance(said, dict) else {}
     text = f"no such object ({status})" if status in (404, 410) else f"the server answered {status}"
-    raise _STATUS.get(status, Unavailable)(f"{where}: {text}")
+    text, hint = str(said.get("error") or text), str(said.get("hint") or "")
+    raise _STATUS.get(status, Unavailable)(f"{where}: {text}", hint=hint)

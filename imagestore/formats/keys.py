@@ -45,6 +45,8 @@ class Kind:
 
     changes: what stands under a key may be replaced, so caches ask again; else a copy is good for ever.
     public: readers need it: mirrors and web servers show it. writers: who makes it or changes it.
+    good_for: what a key to the API is good for, by mirror/admission: "", read, put, swap (put by compare-and-swap) or
+    own (put and delete those whose name one knows).
     """
 
     tree: str
@@ -54,6 +56,7 @@ class Kind:
     end: End
     public: bool
     writers: str
+    good_for: str = "read"
 
     @property
     def prefix(self) -> str:
@@ -71,22 +74,22 @@ class Kind:
 
 
 INFO = Kind("store.json", "", True, Check.SEAL, End.OWNER, True, "who makes the store, once")
-PACKS = Kind("packs", _DIGEST, False, Check.FOOTER, End.CONDEMNED, True, "writers, collector")
-INDEX = Kind("index", _DIGEST, False, Check.NAME, End.PACKS, True, "writers, collector")
+PACKS = Kind("packs", _DIGEST, False, Check.FOOTER, End.CONDEMNED, True, "writers, collector", "put")
+INDEX = Kind("index", _DIGEST, False, Check.NAME, End.PACKS, True, "writers, collector", "put")
 HOOKS = Kind("hooks", "all", True, Check.SHAPE, End.PACKS, True, "writers, collector")
-MANIFESTS = Kind("manifests", _DIGEST, False, Check.NAME, End.MARKED, True, "writers")
-LAYOUTS = Kind("layouts", _DIGEST, True, Check.SHAPE, End.MARKED, True, "writers, collector")
-NAMES = Kind("names", f"{_WORD}/{_WORD}", True, Check.SEAL, End.TOMBSTONE, True, "writers")
+MANIFESTS = Kind("manifests", _DIGEST, False, Check.NAME, End.MARKED, True, "writers", "put")
+LAYOUTS = Kind("layouts", _DIGEST, True, Check.SHAPE, End.MARKED, True, "writers, collector", "put")
+NAMES = Kind("names", f"{_WORD}/{_WORD}", True, Check.SEAL, End.TOMBSTONE, True, "writers", "swap")
 TRACES = Kind("traces", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "nodes")
 PROVENANCE = Kind("provenance", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 SUMS = Kind("sums", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
-GROUPS = Kind("groups", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "writers")
+GROUPS = Kind("groups", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "writers", "put")
 TUF = Kind(
     "tuf", r"[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json", True, Check.SIGNATURE, End.OWNER, True, "signers"
 )  # fmt: skip
-LEASES = Kind("leases", r"[0-9a-f]{32}", True, Check.SEAL, End.EXPIRY, False, "writers, collector")
-REFS = Kind("refs", _HOLDER, True, Check.SEAL, End.OWNER, False, "servers")
-STATES = Kind("state", r"[0-9a-f]{8}-\d{8}t\d{6}z", True, Check.SEAL, End.OWNER, False, "servers")
+LEASES = Kind("leases", r"[0-9a-f]{32}", True, Check.SEAL, End.EXPIRY, False, "writers, collector", "own")
+REFS = Kind("refs", _HOLDER, True, Check.SEAL, End.OWNER, False, "servers", "")
+STATES = Kind("state", r"[0-9a-f]{8}-\d{8}t\d{6}z", True, Check.SEAL, End.OWNER, False, "servers", "")
 GC = Kind("gc", "condemned", True, Check.SEAL, End.OWNER, False, "collector")
 
 KINDS = (

@@ -1,6 +1,8 @@
 from . import signing as signing
 from . import sources as sources
 from . import upstreams as upstreams
+from .admission import admit as admit
+from .admission import shown as shown
 from .content import compute_sums as compute_sums
 from .download import hash_file as hash_file
 from .replicate import adopt as adopt
@@ -14,4 +16,5 @@ from .sources import Source as Source
 from .sync import Outcome as Outcome
 from .sync import bring as bring
 from .sync import sync as sync
+from .tree import Ranged as Ranged
 from .tree import Tree as Tree

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from imagestore.backends.wrappers import innermost
 from imagestore.errors import Conflict, Corrupt, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
@@ -48,7 +49,8 @@ def publish_part(store: Store, part: IndexPart) -> Digest:
     data = part.encode()
     name = Digest.of(data)
     store.backend.put(INDEX.key(name), data)
-    change_hooks(store, lambda hooks: hooks.with_part(name, part, len(data)))
+    if not getattr(innermost(store.backend), "keeps_hooks", False):
+        change_hooks(store, lambda hooks: hooks.with_part(name, part, len(data)))
     return name
 
 

@@ -175,10 +175,11 @@ def leases(store: Store) -> Iterator[LeaseRecord]:
     for stat in store.objects(LEASES):
         with contextlib.suppress(NotFound):
             found = store.backend.get(stat.key)
-            packs, images, duration_s = decode(found.data, stat.key, _of_lease)
+            packs, images, duration_s = decode(found.data, stat.key, lease_of)
             yield LeaseRecord(stat.key, packs, images, found.stat.modified_s + duration_s)
 
 
-def _of_lease(body: dict[str, Any]) -> tuple[frozenset[Digest], frozenset[Digest], float]:
+def lease_of(body: dict[str, Any]) -> tuple[frozenset[Digest], frozenset[Digest], float]:
+    """Packs, images and seconds of a lease. Raises what `decode` takes for Corrupt."""
     packs, images = (frozenset(map(Digest.parse, body[key])) for key in ("packs", "images"))
     return packs, images, real(body["duration_s"])

@@ -17,22 +17,22 @@ from imagestore.store.store import Store
 if TYPE_CHECKING:  # boto3: half a second
     from imagestore.backends.s3 import S3
 
-_PIN = re.compile(r"https?\?|https\?sha256=[0-9a-f]{64}")
+_PIN = re.compile(r"(?:sf\+)?(?:https?\?|https\?sha256=[0-9a-f]{64})")
 _FORMS = "use /path, file:///path, s3://bucket/prefix?endpoint_url=…&region=…&profile=… or https://host/path"
 
 
 def open_store(
-    url: str, *, create: bool = False, single_writer: bool = False, private: bool = False
+    url: str, *, create: bool = False, single_writer: bool = False, private: bool = False, ca: str = ""
 ) -> Store:
     """Open the store at `url`; with `create` make it where there is none. Close it by `store.backend.close()`.
 
     A URL may end with `#b3:…`, a signer's fingerprint: then its names are those which that one signed.
     single_writer: nobody else writes to it meanwhile (needed where there are no conditional writes).
-    private: a store that is made is never to be published.
+    private: a store that is made is never to be published. ca: who vouches for the server of a `sf+https` store (PEM).
     Raises Invalid, NotFound, Denied, Unavailable.
     """
     url, _, fingerprint = url.partition("#")
-    backend = open_backend(url)
+    backend = open_backend(url, ca)
     if fingerprint:
         from imagestore.store.trust import open_signed
 
@@ -62,7 +62,7 @@ def _remembering(store: Store) -> Store:
     return store
 
 
-def open_backend(url: str) -> Backend:
+def open_backend(url: str, ca: str = "") -> Backend:
     """The backend alone, without asking whether there is a store. Raises Invalid for a URL of no known form."""
     wrong = Invalid(f"not a store's URL: {url[:200]!r}", hint=_FORMS)
     try:
@@ -87,10 +87,11 @@ def open_backend(url: str) -> Backend:
         from imagestore.backends.s3 import S3
 
         return Retried(S3(parts.netloc, parts.path, **options))
-    if parts.scheme in ("http", "https") and _PIN.fullmatch(f"{parts.scheme}?{parts.query}"):
-        from imagestore.backends.http import Http
+    if _PIN.fullmatch(f"{parts.scheme}?{parts.query}"):
+        from imagestore.backends.http import Http, Wire
 
-        return Retried(Verified(Http(url)))
+        web, plain = parts.scheme.startswith("sf+"), url.removeprefix("sf+")
+        return Retried(Verified(Wire(plain, ca=ca) if web else Http(plain)))
     raise wrong
 
 

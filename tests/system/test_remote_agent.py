@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from compute.agent import link as remote
-from compute.cluster.certificates import certificate, make_token
+from compute.cluster.certificates import certificate
+from compute.cluster.joining import make_token
 from compute.cluster.records.transaction import transact
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.join_token import JoinToken

@@ -1,9 +1,8 @@
 """Each namespace's own image store, for what it keeps itself: snapshots, backups, uploads.
 
-One store is one trust domain, so it is a store by itself, complete and private: a directory beside the server's own, or
-another prefix of its bucket. It is made on first use, at a place that no other namespace ever gets, not even one that
-is called the same later; the namespace's record has the URL. Images in it are `my/name:tag` in their namespace and
-`namespace/name:tag` for whoever is trusted there; a bare name never means one of them.
+One store is one trust domain, so it is complete and private: a directory beside the server's own, or another prefix of
+its bucket, made on first use at a place that no other namespace ever gets, not even one that is called the same later.
+Images in it are `my/name:tag`, and `namespace/name:tag` for whoever is trusted there; a bare name never means them.
 """
 
 import secrets
@@ -44,21 +43,23 @@ class NamespaceStores:
 
     def of(self, namespace: str) -> Store:
         """The store of a namespace, made if it has none. Raises NotFound (no such namespace), StoreError."""
+        found = self.find(namespace, make=True)
+        assert found
+        return found
+
+    def find(self, namespace: str, *, make: bool = False) -> Store | None:
+        """The same, or None where nothing was kept yet and none is to be made."""
 
         def place(txn: Transaction) -> str:
             found = txn.get(Namespace, namespace)
-            if not found.store:
+            if make and not found.store:
                 name = f"{namespace}-{secrets.token_hex(16)}"
                 found = replace(found, store=beside(self._own(), name, self._state_dir))
                 txn.update(found)
             return found.store
 
-        return self._opened(transact(self._records, place))
-
-    def find(self, namespace: str) -> Store | None:
-        """The same, or None where nothing was kept yet."""
-        found = Transaction(self._records).find(Namespace, namespace)
-        return self._opened(found.store) if found and found.store else None
+        url = transact(self._records, place)
+        return self._opened(url) if url else None
 
     def made(self) -> dict[str, Store]:
         """By namespace, those that are there and can be opened now."""

@@ -1,0 +1,101 @@
+"""/stores/NAMESPACE/KEY: a namespace's own image store, as backends `sf+https` speak to it (imagestore/backends/http).
+
+Who is trusted reads, the namespace itself pushes too. What is put lies in a file until it is whole, bounded in size and
+in number at once; how slow it may come is `listening`'s rule.
+"""
+
+import asyncio
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from urllib.parse import quote, unquote
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from compute.api.context import Services, address_of, ask_stores
+from compute.api.edge import SLASH
+from compute.errors import Denied, Invalid, NotFound
+from imagestore import ObjectStat, Store, decimal
+from imagestore.mirror import Ranged, admit, shown
+
+_MOST_BYTES, _PIECE_BYTES, _AT_ONCE = 320 << 20, 1 << 20, 8
+
+
+class OwnStores:
+    """An ASGI application below /stores. renames: whether names that are there may be changed."""
+
+    def __init__(self, services: Services, *, renames: bool = True) -> None:
+        self._services, self._renames = services, renames
+        self._coming = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(_AT_ONCE))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        rest = scope["path"].removeprefix("/stores/")
+        namespace, _, key = rest.replace(SLASH, "/").partition("/")
+        # In a thread: the first use of a key costs a bcrypt, that of a store a few requests.
+        store = await asyncio.to_thread(self._store, Request(scope), namespace)
+        await self.serve(store, key, scope, receive, send)
+
+    def _store(self, request: Request, namespace: str) -> Store:
+        told, services = request.headers.get("authorization", ""), self._services
+        caller = services.authority.caller(told, address_of(request))
+        own = caller.admin or caller.namespace == namespace
+        if not caller.may(namespace):
+            raise NotFound(f"namespace {namespace[:80]} not found")
+        if not own and request.method not in ("GET", "HEAD"):
+            raise Denied(f"what {namespace} keeps is changed with a key of its own")
+        if (store := services.namespaces.find(namespace, make=own)) is None:
+            raise NotFound(f"namespace {namespace} has kept no image")
+        return store
+
+    async def serve(self, store: Store, key: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer for one object, or (no key) a listing; who asks was let in."""
+        request = Request(scope, receive)
+        verb, told, backend, found = request.method, request.headers, store.backend, list[ObjectStat]()
+        match = unquote(told["if-match"].strip('"')) if "if-match" in told else None
+        new, swaps = told.get("if-none-match") == "*", match is not None and self._renames
+        check = partial(ask_stores, admit, store, verb, key, creates=new, swaps=swaps)
+        if verb in ("GET", "HEAD") and key:
+            if not shown(key):
+                raise NotFound(f"{key[:80]}: no such object")
+            stat = await ask_stores(backend.stat, key)
+
+            async def read(start: int, length: int, after: int) -> bytes:
+                return (await ask_stores(backend.get, key, start, length)).data
+
+            about = stat.size_bytes, quote(stat.etag, safe=""), stat.modified_s, "no-cache"
+            await Ranged(*about, read, lambda done: _PIECE_BYTES)(scope, receive, send)
+            return
+        if verb == "PUT":
+            async with self._coming[store.url]:
+                data = await self._body(request)
+                await check(data=data)
+                found = [await ask_stores(backend.put, key, data, if_match=match, if_none_match=new)]
+        elif verb == "DELETE":
+            await check()
+            await ask_stores(backend.delete, key, if_match=match)
+        elif verb == "GET":
+            there = await ask_stores(lambda: list(backend.list(request.query_params.get("prefix", ""))))
+            found = [stat for stat in there if shown(stat.key)]
+        else:
+            raise Invalid(f"no verb of a store: {verb[:20]}")
+        rows = [asdict(s) | {"etag": f'"{quote(s.etag, safe="")}"'} for s in found]
+        await JSONResponse({"now": await ask_stores(backend.now), "objects": rows})(scope, receive, send)
+
+    async def _body(self, request: Request) -> bytes:
+        size, held = decimal(request.headers.get("content-length", "")), bytearray()
+        if size is None or size > _MOST_BYTES:
+            raise Invalid(f"a body has a length, of at most {_MOST_BYTES} bytes")
+        with tempfile.TemporaryFile(dir=self._services.config.state_dir) as file:
+            async for part in request.stream():
+                held += part
+                if len(held) > _PIECE_BYTES:
+                    size -= await asyncio.to_thread(file.write, held)
+                    held = bytearray()
+                if len(held) > size:
+                    raise Invalid("the body is longer than was said")
+            file.write(held)
+            file.seek(0)
+            return await asyncio.to_thread(file.read)
