@@ -13,6 +13,7 @@ MEMBERS = {
     "image": ("cli.image.image:image", "Push, pull and manage disk images."),
     "instance": ("cli.cloud.inside:instance", "Create, watch and control guests."),
     "network": ("cli.cloud.network:network", "Virtual networks for guests."),
+    "rules": ("cli.cloud.rules:rules", "Who may begin to speak to guests."),
     "store": ("cli.image.store:store", "Make, check and copy image stores."),
     "cache": ("cli.image.cache:cache", "Images that this node holds."),
     "mirror": ("cli.image.mirror:mirror", "Carry images for others, sign their names, serve them."),

@@ -179,7 +179,7 @@ class Plane:
     def _pin(self, space: Netns, network: Network, port: Port, tap: str) -> None:
         """This port's filters, where the last apply did not know the port yet."""
         own = nft.ports_table(self.installation, {tap: (network, port)})
-        have = ruleset.parse(space.nft(f"list table bridge {own.name}", json=True))["bridge", own.name]
+        have = space.tables(f"list table bridge {own.name}")["bridge", own.name]
         both = {
             n: replace(e, items=e.items | had.items)
             for n, e in own.elements.items()

@@ -20,14 +20,14 @@ def gigabytes(size_bytes: int) -> int:
 
 
 def attachment(api: Api, text: str) -> Object:
-    """`lan`, or `lan,address=10.42.0.9,mac=02:…,model=virtio,float`."""
+    """`lan`, or `lan,address=10.42.0.9,mac=02:…,model=virtio,rules=web,float`."""
     name, *options = text.split(",")
-    keys = {"address": "address", "mac": "macaddress", "model": "model"}
+    keys = {"address": "address", "mac": "macaddress", "model": "model", "rules": "rules"}
     found: Object = {"network_uuid": api("GET", "networks", name)["uuid"]}
     for option in options:
         key, _, value = option.partition("=")
         if key not in (*keys, "float"):
-            hint = f"{name},address=ADDRESS,mac=MAC,model=MODEL,float"
+            hint = f"{name},address=ADDRESS,mac=MAC,model=MODEL,rules=NAME,float"
             raise Problem(f"not an option of --network: {option!r}", hint=hint, code=USAGE)
         found[keys.get(key, key)] = value if key in keys else True
     return found

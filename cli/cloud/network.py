@@ -49,6 +49,7 @@ def _interface(interface: Row) -> str:
     sf network create home --bridge br0 192.168.1.0/24 --range 192.168.1.200-192.168.1.220"""
 )
 @click.argument("netblock", required=False)
+@click.option("--isolated", is_flag=True, help="Nobody may speak to its guests but who their rules allow.")
 @click.option(
     "--bridge", metavar="DEVICE", help="The nodes' own: guests are on its LAN, at addresses of its DHCP."
 )
@@ -71,6 +72,7 @@ def create(name: str, netblock: str | None, form: str, chosen: str | None, **giv
     api, lan = Api(), {key: given[key] for key in ("bridge", "gateway")}
     services = {f"provide_{key}": given[key] for key in ("dhcp", "nat", "dns")}
     lan = {**lan, "range": chosen} if given["bridge"] else {}
+    services["isolated"] = given["isolated"]
     show_one(api("POST", "networks", name=name, netblock=netblock or "", **services, **lan), COLUMNS, form)
     if given["bridge"]:  # the nodes look while we wait
         for row in next((rows for _ in poll(3, 0.5) if (rows := api("GET", "networks", name, "doctor"))), ()):

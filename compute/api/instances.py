@@ -19,6 +19,7 @@ from compute.cluster.records.instances import NO_VIDEO, Instance
 from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.rules import Rules
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits, unreadable
@@ -47,6 +48,7 @@ class NetworkBody(Body):
     address: str | None = None
     macaddress: str | None = None
     model: str | None = None
+    rules: str | None = None
     float: bool | None = None
 
 
@@ -197,8 +199,14 @@ def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
         raise Conflict(
             f"{body.macaddress} is a MAC address of the network itself", hint="give none to have one chosen"
         )
+    rules = (ctx.find(Rules, body.rules, namespace).uuid,) if body.rules else ()
     return Want(
-        network.uuid, body.address or "", body.macaddress or "", body.model or "virtio", bool(body.float)
+        network.uuid,
+        body.address or "",
+        body.macaddress or "",
+        body.model or "virtio",
+        bool(body.float),
+        rules,
     )
 
 

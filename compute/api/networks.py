@@ -1,26 +1,30 @@
-"""/networks and /interfaces."""
+"""/networks, /interfaces and /rules."""
 
 import asyncio
+from dataclasses import replace
 from ipaddress import IPv4Network
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.cluster.records import interfaces, published
+from compute.cluster.records import interfaces, published, rules
 from compute.cluster.records import networks as acts
 from compute.cluster.records.addresses import parse_address
 from compute.cluster.records.instances import remove_interface
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, router_candidates
+from compute.cluster.records.rules import Rules
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
+from net import Allow, ipam
 
 router = APIRouter(tags=["networks"], route_class=Route)
 
@@ -34,6 +38,8 @@ class CreateBody(Body):
     """`A-B`: what may be handed out of a LAN's netblock; without both, the LAN's own DHCP server gives addresses."""
     gateway: str | None = None
     """Of a LAN."""
+    isolated: bool | None = None
+    """Nobody may begin to speak to its guests but who their rules allow."""
     provide_dhcp: bool | None = None
     provide_nat: bool | None = None
     provide_dns: bool | None = None
@@ -106,6 +112,7 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
         provide_dns=body.provide_dns is not False,
         bridge=body.bridge or "",
         gateway=body.gateway or "",
+        isolated=bool(body.isolated),
     )
     excluded = [*config.excluded, IPv4Network(config.mesh_address)]
     if config.floating_pool:
@@ -245,6 +252,71 @@ def unpublish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
     wanted = published.parse(body.ports)
     changed = ctx.change(_interface(ctx, ref), lambda txn, uuid: published.unpublish(txn, uuid, wanted))
     return JSONResponse(views.interface(changed))
+
+
+class AllowBody(Body):
+    allow: list[str] = Field(max_length=256)
+    """`tcp:80,443`, `tcp:22@192.0.2.0/24`, `udp:53@NETWORK`, `icmp`, `any`."""
+
+
+class RulesBody(AllowBody):
+    name: str
+    namespace: str | None = None
+
+
+class AttachBody(Body):
+    rules: str
+
+
+def _allow(ctx: Context, body: AllowBody) -> tuple[Allow, ...]:
+    """A network stands for the netblock that it has now."""
+    seen = ctx.listed(Network, None)
+    blocks = {network.name: network.netblock for network in seen if network.netblock != str(ipam.ANY)}
+    return tuple(rules.parse(text, blocks) for text in body.allow)
+
+
+@router.get("/rules")
+def list_rules(ctx: Ctx, body: ListBody | None = None) -> Response:
+    return JSONResponse([views.rules(item) for item in ctx.listed(Rules, body)])
+
+
+@router.post("/rules")
+def create_rules(ctx: Ctx, body: RulesBody) -> Response:
+    namespace = ctx.namespace(body.namespace)
+    wanted = Rules(uuid=new_uuid(), name=body.name, namespace=namespace, allow=_allow(ctx, body))
+    made = ctx.act(lambda txn: ctx.once(txn, Rules, body, lambda t: rules.create_rules(t, wanted)))
+    return JSONResponse(views.rules(made))
+
+
+@router.get("/rules/{ref}")
+def get_rules(ctx: Ctx, ref: str) -> Response:
+    item = ctx.find(Rules, ref)
+    return ctx.show(item, views.rules(item))
+
+
+@router.put("/rules/{ref}")
+def set_rules(ctx: Ctx, ref: str, body: AllowBody) -> Response:
+    """Other rules under the name, at once wherever they are attached."""
+    allow = _allow(ctx, body)
+    ctx.change(ctx.find(Rules, ref), lambda txn, uuid: txn.update(replace(txn.get(Rules, uuid), allow=allow)))
+    return get_rules(ctx, ref)
+
+
+@router.delete("/rules/{ref}")
+def delete_rules(ctx: Ctx, ref: str) -> Response:
+    return JSONResponse(views.rules(ctx.change(ctx.find(Rules, ref), rules.delete_rules)))
+
+
+@router.post("/interfaces/{ref}/rules")
+@router.delete("/interfaces/{ref}/rules")
+def attach_rules(ctx: Ctx, ref: str, body: AttachBody) -> Response:
+    """POST attaches them, DELETE takes them away; twice is once."""
+    wanted, on = ctx.find(Rules, body.rules).uuid, ctx.request.method == "POST"
+
+    def act(txn: Transaction, uuid: str) -> Interface:
+        return rules.attach_rules(txn, uuid, wanted, on=on)
+
+    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), act)))
 
 
 add_metadata(router, "/networks/{ref}", _find)

@@ -13,6 +13,7 @@ from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.rules import Rules
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event
 from compute.wire.spec import InstanceState
@@ -46,8 +47,13 @@ def interface(item: Interface) -> Json:
         order=item.order,
         floating=item.floating or None,
         published=[str(each) for each in item.published],
+        rules=list(item.rules),
         model=item.model,
     )
+
+
+def rules(item: Rules) -> Json:
+    return _common(item, name=item.name, namespace=item.namespace, allow=[str(each) for each in item.allow])
 
 
 def network(item: Network) -> Json:
@@ -59,6 +65,7 @@ def network(item: Network) -> Json:
         netblock=item.netblock if netblock != ipam.ANY else None,
         gateway=None if netblock == ipam.ANY else item.gateway or str(netblock[1]),
         bridge=item.bridge or None,
+        isolated=item.isolated,
         provide_dhcp=item.provide_dhcp,
         provide_nat=item.provide_nat,
         provide_dns=item.provide_dns,

@@ -24,6 +24,7 @@ import jwt
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import KeyHash, Namespace
 from compute.cluster.records.networks import Network
+from compute.cluster.records.rules import Rules, delete_rules
 from compute.cluster.records.secrets import secret
 from compute.cluster.records.stored import check_name
 from compute.cluster.records.transaction import Transaction, transact
@@ -221,6 +222,9 @@ def delete_namespace(store: StateStore, name: str) -> None:
         used = any(name in (i.namespace, *(disk.store for disk in i.disks)) for i in living)
         if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
             raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
+        for rules in txn.list(Rules):
+            if rules.namespace == name:
+                delete_rules(txn, rules.uuid)
         _trust_nobody(txn, name)
         txn.delete(Namespace, name)
 

@@ -17,6 +17,7 @@ from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, facts_of
+from compute.cluster.records.rules import Rules, allowed
 from compute.cluster.records.secrets import site_secret, store_token
 from compute.cluster.records.transaction import Transaction
 from compute.wire.codec import to_plain
@@ -32,7 +33,16 @@ from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
 
 KINDS = frozenset(
-    {Instance.KIND, Interface.KIND, Network.KIND, Node.KIND, Epoch.KIND, Quarantined.KIND, liveness.KIND}
+    {
+        Instance.KIND,
+        Interface.KIND,
+        Network.KIND,
+        Rules.KIND,
+        Node.KIND,
+        Epoch.KIND,
+        Quarantined.KIND,
+        liveness.KIND,
+    }
     | {Namespace.KIND}
 )
 """Of what `read` is made."""
@@ -62,6 +72,7 @@ def read(
         instances=txn.list(Instance),
         interfaces=txn.list(Interface),
         networks=txn.list(Network),
+        rules=txn.list(Rules),
         nodes=nodes,
         also={i.network_uuid for one in orphans if one.orphan.spec for i in one.orphan.spec.interfaces},
         uplink=uplink,
@@ -96,6 +107,7 @@ def build(
     instances: Iterable[Instance],
     interfaces: Iterable[Interface],
     networks: Iterable[Network],
+    rules: Iterable[Rules] = (),
     nodes: Iterable[Node],
     also: Collection[str] = (),
     uplink: str = "",
@@ -103,6 +115,7 @@ def build(
 ) -> NodeDesired:
     """Instances placed on `node`, the networks that they, its routers or `also` need, and every port of those."""
     instances = list(instances)
+    known = {one.uuid: one for one in rules}
     alive = {i.uuid: i for i in instances if i.state != InstanceState.DELETED}
     removed = (i for i in instances if i.unconfirmed and i.node == node)
     by_network: dict[str, list[Interface]] = defaultdict(list)
@@ -114,7 +127,7 @@ def build(
     machines = {n.name: facts_of(n) for n in nodes if n.state != "deleted"}
     mtu_bytes = min((facts.mtu_bytes if facts else 1450 for facts in machines.values()), default=1450)
     wanted = [
-        _network(network, node, installation, mtu_bytes, by_network[network.uuid], alive)
+        _network(network, node, installation, mtu_bytes, by_network[network.uuid], alive, known)
         for network in sorted(networks, key=lambda n: n.uuid)
         if network.state == "created"
         and (
@@ -174,6 +187,7 @@ def _network(
     mtu_bytes: int,
     ports: Iterable[Interface],
     alive: Mapping[str, Instance],
+    rules: Mapping[str, Rules],
 ) -> NetNetwork:
     netblock = IPv4Network(network.netblock)
     return NetNetwork(
@@ -199,6 +213,7 @@ def _network(
                 tap=tap(installation, port.uuid) if alive[port.instance_uuid].node == node else "",
                 floating=IPv4Address(port.floating) if port.floating else None,
                 published=port.published,
+                allowed=allowed(network.isolated, port.rules, rules),
             )
             for port in sorted(ports, key=lambda p: p.uuid)
         ),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from net.errors import Failed
 
-_JSON = 1 << 4
+_JSON, _TERSE = 1 << 4, 1 << 11
 _lock = threading.Lock()  # the library's parser and its start-up are not safe beside themselves
 
 
@@ -34,9 +34,13 @@ def _library() -> ctypes.CDLL:
 
 
 def run(commands: str, *, json: bool = False) -> str:
-    """Runs commands as one transaction: all of them hold, or none. Returns what they print; raises Failed."""
+    """Runs commands as one transaction: all of them hold, or none. Returns what they print; raises Failed.
+
+    As JSON, what is in sets and maps is listed only where one of them is asked for.
+    """
+    terse = json and not commands.startswith(("list set", "list map"))
     if _descriptors_run_high():
-        argv = ["nft", "-j", commands] if json else ["nft", "-f", "-"]
+        argv = ["nft", "-jt" if terse else "-j", commands] if json else ["nft", "-f", "-"]
         done = subprocess.run(argv, input=commands, capture_output=True, text=True, timeout=60)
         return _result(done.returncode, done.stdout, done.stderr)
     with _lock:
@@ -45,7 +49,7 @@ def run(commands: str, *, json: bool = False) -> str:
         try:
             library.nft_ctx_buffer_output(context)
             library.nft_ctx_buffer_error(context)
-            library.nft_ctx_output_set_flags(context, _JSON if json else 0)
+            library.nft_ctx_output_set_flags(context, (_JSON | _TERSE if terse else _JSON) if json else 0)
             status = library.nft_run_cmd_from_buffer(context, commands.encode())
             printed: bytes = library.nft_ctx_get_output_buffer(context)
             said: bytes = library.nft_ctx_get_error_buffer(context)

@@ -15,6 +15,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, Self
@@ -24,8 +25,8 @@ from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 
 from net.errors import Failed
 from net.kernel import libnft, rtnetlink
-from net.plan import names
-from net.plan.facts import Entry, Kind, Link
+from net.plan import names, ruleset
+from net.plan.facts import Entry, Kind, Link, Table
 from net.plan.names import VXLAN_PORT
 
 DIRECTORY = Path("/run/netns")
@@ -183,6 +184,18 @@ class Netns:
     def nft(self, commands: str, *, json: bool = False) -> str:
         with self.entered():
             return libnft.run(commands, json=json)
+
+    def tables(self, listing: str) -> dict[tuple[str, str], Table]:
+        """What nft lists, by family and name."""
+        found = {}
+        for (family, name), table in ruleset.parse(self.nft(listing, json=True)).items():
+            elements = dict(table.elements)
+            for n, held in table.elements.items():
+                if not held.moving:
+                    said = self.nft(f"list {held.declaration} {family} {name} {n}", json=True)
+                    elements[n] = replace(held, items=ruleset.items(said))
+            found[family, name] = replace(table, elements=elements)
+        return found
 
     # What is changed
 

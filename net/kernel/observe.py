@@ -44,11 +44,12 @@ def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
     deterministic = (names.bridge(vni), names.vxlan(vni), names.uplink(vni))
     links = _ours(installation, space.links().values(), deterministic)
     own = names.table(installation)
-    read = ruleset.parse(space.nft("list ruleset", json=True))
     return Facts(
         links=links,
         entries=frozenset(e for e in space.entries(SYSCTLS) if e.dev in links or not e.dev),
-        tables={family: table for (family, name), table in read.items() if name == own},
+        tables={
+            family: table for (family, name), table in space.tables("list ruleset").items() if name == own
+        },
         dnsmasq=settings,
     )
 
@@ -62,8 +63,7 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     tables = {}
     for family, name in ruleset.parse(host.nft("list tables", json=True)):
         if name == table:
-            listed = ruleset.parse(host.nft(f"list table {family} {table}", json=True))
-            tables[family] = listed[family, table]
+            tables[family] = host.tables(f"list table {family} {table}")[family, table]
     floating = tables["inet"].elements.get(nft.FLOATING) if "inet" in tables else None
     answered = {address for address, _ in floating.items} if floating else set()
     own = [e for e in entries if e.key == FORWARD or (e.dev in links and e.kind in _OURS_ON_HOST)]

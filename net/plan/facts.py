@@ -100,6 +100,8 @@ class Elements:
 
     declaration: str = field(compare=False)
     items: frozenset[tuple[str, str]] = frozenset()
+    moving: bool = field(default=False, compare=False)
+    """The kernel adds and forgets by itself: what is in it is nobody's wish, and may be much."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,22 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Allow:
+    """What may begin to speak to a guest."""
+
+    protocol: str
+    """tcp, udp, icmp (echo) or any."""
+    ports: tuple[tuple[int, int], ...] = ()
+    """Ranges, sorted and apart; () is every port."""
+    source: IPv4Network = IPv4Network("0.0.0.0/0")
+
+    def __str__(self) -> str:
+        ports = ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in self.ports)
+        source = f"@{self.source}" if self.source.prefixlen else ""
+        return f"{self.protocol}{':' if ports else ''}{ports}{source}"
+
+
+@dataclass(frozen=True, slots=True)
 class Port:
     """One NIC of one guest on a network, wherever in the cluster it is."""
 
@@ -40,6 +56,8 @@ class Port:
     floating: IPv4Address | None = None
     """The 1:1 address from the floating pool, applied on the network's router."""
     published: tuple[Published, ...] = ()
+    allowed: tuple[Allow, ...] | None = None
+    """Who may begin to speak to it; None: everybody who reaches it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from net.ipam import UNKNOWN
-from net.plan import names
+from net.plan import names, rules
 from net.plan.facts import Admission, Chain, Elements, ForeignChain, Hook, Rule, Table
 from net.plan.model import Network, Port
 from net.plan.names import VXLAN_PORT
 
-REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other")
+REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other", "rules")
 """Why a guest's frame was dropped: one counter each per tap."""
 
-TAPS, TO = "taps", "to"
-"""Maps of a tap to the chain that its guest's frames go through, and to the one for frames that go to the guest."""
+TAPS, FROM, TO = "taps", "from", "to"
+"""Maps of a tap to the chains that its guest's frames go through, and to the one for frames that go to the guest."""
 LEARNED = "learned"
 """(MAC, address) that a LAN's DHCP server was seen to give."""
 FLOATING = "floating"
@@ -98,7 +98,7 @@ def _allowed(network: Network, port: Port) -> list[IPv4Address]:
     return [port.address, *(address for address, via in network.routed if via == port.address)]
 
 
-def _sent(port: Port) -> Iterator[str]:
+def _sent(tap: str, port: Port) -> Iterator[str]:
     """What is done with frames that go to a guest. An answer's type is its first option (RFC 2132) in all servers."""
     if port.address in UNKNOWN:
         # The address that is given, and the MAC it is given to, lie 24 and 36 bytes behind the start of the UDP header.
@@ -106,6 +106,8 @@ def _sent(port: Port) -> Iterator[str]:
         yield f"udp sport 67 udp dport 68 {mac} update @{LEARNED} {{ {port.mac} . @th,192,32 }}"
         # Guests have no address of the LAN's IPv6 that a filter could know.
         yield "icmpv6 type nd-router-advert drop"
+    if port.allowed is not None:
+        yield from rules.admitted(tap, port)
 
 
 def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) -> Table:
@@ -117,18 +119,22 @@ def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) ->
         _chain(f"p-{tap}", None, _pinned(tap, port.mac, _allowed(network, port)))
         for tap, (network, port) in local.items()
     ]
-    chains += [_chain(f"t-{tap}", None, _sent(port)) for tap, (_, port) in local.items()]
+    chains += [_chain(f"t-{tap}", None, _sent(tap, port)) for tap, (_, port) in local.items()]
+    held = {tap: port for tap, (_, port) in local.items() if port.allowed is not None}
+    chains.append(_chain("from", Hook("filter", "prerouting", -250), [f"iifname vmap @{FROM}"]))
+    chains += [_chain(f"f-{tap}", None, rules.tracked(tap, port)) for tap, port in held.items()]
     at = f"bridge {names.table(installation)}"
     elements = {
         name: Elements(
             f"map {at} {name} {{ type ifname : verdict ; }}",
-            frozenset((tap, f"goto {p}-{tap}") for tap in local),
+            frozenset((tap, f"goto {p}-{tap}") for tap in taps),
         )
-        for name, p in ((TAPS, "p"), (TO, "t"))
+        for name, p, taps in ((TAPS, "p", local), (FROM, "f", held), (TO, "t", local))
     }
     if any(port.address in UNKNOWN for _, port in local.values()):
         kept = "flags dynamic,timeout ; size 65535 ; timeout 30d ;"
         elements[LEARNED] = Elements(f"set {at} {LEARNED} {{ typeof ether saddr . {_IP} ; {kept} }}")
+    elements |= {f"f-{tap}": rules.flows(at, tap) for tap in held}
     counters = frozenset(f"{tap}-{reason}" for tap in local for reason in REASONS)
     return Table("bridge", names.table(installation), dict(chains), elements, counters)
 

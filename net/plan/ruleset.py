@@ -65,7 +65,7 @@ def _hook(hook: Hook | None) -> str:
 
 
 def parse(text: str) -> dict[tuple[str, str], Table]:
-    """nft's JSON listing (libnftables-json(5)) as tables by family and name."""
+    """nft's JSON listing (libnftables-json(5)) as tables by family and name; sets and maps without what is in them."""
     rules: dict[tuple[str, str, str], list[Rule]] = {}
     chains: dict[tuple[str, str], dict[str, Chain]] = {}
     elements: dict[tuple[str, str], dict[str, Elements]] = {}
@@ -82,9 +82,7 @@ def parse(text: str) -> dict[tuple[str, str], Table]:
             hook = Hook(item["type"], item["hook"], item["prio"], item["policy"]) if "hook" in item else None
             chains.setdefault(at, {})[item["name"]] = Chain(item["name"], hook, ())
         elif kind in ("set", "map"):
-            # What the kernel adds by itself, and forgets by itself, is nobody's wish.
-            own = item.get("elem", []) if "timeout" not in item.get("flags", []) else []
-            held = Elements(kind, frozenset(map(_item, own)))
+            held = Elements(kind, moving="timeout" in item.get("flags", []))
             elements.setdefault(at, {})[item["name"]] = held
         elif kind == "counter":
             counters.setdefault(at, set()).add(item["name"])
@@ -106,6 +104,12 @@ def _item(element: Any) -> tuple[str, str]:
         word, target = next(iter(verdict.items())) if isinstance(verdict, dict) else (str(verdict), None)
         return str(key), f"{word} {target['target']}" if target else word
     return str(element), ""
+
+
+def items(text: str) -> frozenset[tuple[str, str]]:
+    """What is in a set or map, from nft's JSON listing of it."""
+    found = (held for entry in json.loads(text)["nftables"] for held in entry.values())
+    return frozenset(_item(each) for held in found for each in held.get("elem", ()))
 
 
 def counts(text: str) -> dict[str, int]:

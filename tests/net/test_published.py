@@ -33,7 +33,7 @@ ASK = """
 import socket, sys
 kind = socket.SOCK_STREAM if sys.argv[1] == "tcp" else socket.SOCK_DGRAM
 with socket.socket(socket.AF_INET, kind) as s:
-    s.settimeout(2)
+    s.settimeout(1)
     s.connect((sys.argv[2], int(sys.argv[3])))
     if kind == socket.SOCK_DGRAM:
         s.send(b"who")

@@ -487,3 +487,60 @@ def test_a_network_on_the_lan_is_the_administrators_and_its_addresses_are_the_la
     server.call("POST", "/auth/namespaces", {"namespace": "ci", "key_name": "k", "key": "secret-of-ci"})
     ours = {"namespace": "ci", "key": "secret-of-ci"}
     assert server.call("POST", "/networks", {"name": "mine", "bridge": "br0"}, **ours).status == 403
+
+
+def test_rules_are_made_attached_changed_and_kept_while_they_are_used(server: Running) -> None:
+    server.network()
+    server.network("quiet", "10.43.0.0/24", isolated=True)
+    lines = [
+        "tcp:443,80,8000-8010",
+        "tcp:22@192.0.2.0/24",
+        "udp:53@quiet",
+        "icmp",
+        "any@10.9.0.0/16",
+    ]
+    made = server.call("POST", "/rules", {"name": "web", "allow": lines})
+    shown = [
+        "tcp:80,443,8000-8010",
+        "tcp:22@192.0.2.0/24",
+        "udp:53@10.43.0.0/24",
+        "icmp",
+        "any@10.9.0.0/16",
+    ]
+    assert made.body["allow"] == shown
+    assert server.get("/rules/web")["allow"] == shown
+    assert server.call("POST", "/rules", {"name": "web", "allow": []}).status == 409
+    for wrong in (
+        "tcp:",
+        "tcp:0",
+        "tcp:70000",
+        "tcp:9-8",
+        "icmp:8",
+        "gre",
+        "tcp:80@nowhere",
+        "tcp:80@::/0",
+        "tcp:١",
+    ):
+        assert server.call("POST", "/rules", {"name": "x", "allow": [wrong]}).status == 400, wrong
+    first = created(server, network=[{"network_uuid": "lan", "rules": "web"}, {"network_uuid": "quiet"}])
+    link, other = (each["uuid"] for each in first["interfaces"])
+    ports = lambda: {  # noqa: E731
+        port.uuid: port.allowed and tuple(map(str, port.allowed))
+        for network in server.agent.desired.networks.networks  # type: ignore[union-attr]
+        for port in network.ports
+    }
+    assert ports() == {link: tuple(shown), other: ()}
+    assert server.call("DELETE", "/rules/web").status == 409
+    assert server.call("PUT", "/rules/web", {"allow": ["icmp"]}).body["allow"] == ["icmp"]
+    assert server.call("POST", f"/interfaces/{other}/rules", {"rules": "web"}).status == 200
+    assert server.call("DELETE", f"/interfaces/{link}/rules", {"rules": "web"}).body["rules"] == []
+    last = created(server, "b", network="lan")["interfaces"][0]["uuid"]
+    assert ports() == {link: None, other: ("icmp",), last: None}
+    server.call("DELETE", f"/interfaces/{other}/rules", {"rules": "web"})
+    server.call("POST", "/auth/namespaces", {"namespace": "ci", "key_name": "k", "key": "secret-of-ci"})
+    ours = {"namespace": "ci", "key": "secret-of-ci"}
+    assert server.call("GET", "/rules/system%2Fweb", **ours).status == 404
+    assert server.call("POST", "/rules", {"name": "x", "allow": ["any@lan"]}, **ours).status == 400
+    assert server.call("POST", f"/interfaces/{link}/rules", {"rules": "web"}, **ours).status == 404
+    assert server.call("DELETE", "/rules/web").status == 200
+    assert server.get("/rules") == []

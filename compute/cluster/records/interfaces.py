@@ -29,6 +29,8 @@ class Interface(Stored):
     model: str = "virtio"
     floating: str = ""
     published: tuple[Published, ...] = ()
+    rules: tuple[str, ...] = ()
+    """UUIDs."""
     state: str = "created"
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -43,6 +45,7 @@ class Want:
     mac: str = ""
     model: str = "virtio"
     float: bool = False
+    rules: tuple[str, ...] = ()
     uuid: str = ""
     """Of one that was before."""
 
@@ -75,6 +78,7 @@ def attach(
         order=order,
         model=want.model,
         floating=take_floating(txn, uuid) if want.float else "",
+        rules=want.rules,
     )
     txn.create(made)
     txn.event(Network.KIND, network.uuid, f"{address} given to interface {uuid}", type="mutate")

@@ -42,6 +42,7 @@ class Network(Stored):
     """The nodes' own bridge that its guests are on: no router, no tunnel, no server of ours."""
     gateway: str = ""
     """The router of the LAN; "" is the first address of the block."""
+    isolated: bool = False
     state: str = "created"
     created_s: float = 0
     deleted_s: float = 0

@@ -1,0 +1,68 @@
+"""Who may begin to speak to a guest: rules for the frames that go to its tap, and for what its own frames open.
+
+A bridge has no connection tracking in every kernel, so a set per tap remembers what the guest began: (protocol, the
+other's address and port, its own port), a day for TCP, a minute after a FIN or RST, three for the rest. What is allowed
+is judged packet by packet, so a change of rules ends no flow that is still allowed. Fields are read at fixed places:
+packets with IP options, and fragments, which have no ports, do not pass.
+"""
+
+from collections.abc import Iterator
+
+from net.ipam import ANY
+from net.plan.facts import Elements
+from net.plan.model import Port
+
+_KEY = "@nh,72,8 . @nh,96,32 . @nh,160,16 . @nh,176,16"
+"""Protocol, source address, source port, destination port, as they stand in a packet that comes."""
+_MOST = 65536
+
+
+def flows(at: str, tap: str) -> Elements:
+    """The set of what a guest began."""
+    return Elements(
+        f"set {at} f-{tap} {{ typeof {_KEY} ; flags dynamic,timeout ; size {_MOST} ; timeout 3m ; }}"
+    )
+
+
+def tracked(tap: str, port: Port) -> Iterator[str]:
+    """Of what a guest sends. Answers of its own servers, at ports that are open anyway, are not worth remembering."""
+    opens = f"update @f-{tap} {{ @nh,72,8 . @nh,128,32 . @nh,176,16 . @nh,160,16"
+    yield "ether type != ip return"
+    for allow in port.allowed or ():
+        if allow.ports:
+            yield f"{allow.protocol} sport {_ports(allow.ports)} return"
+    yield f"tcp flags & (fin | rst) != 0 {opens} timeout 1m }} return"
+    yield f"tcp flags & (syn | psh) != 0 {opens} timeout 1d }} return"
+    yield f"meta l4proto udp {opens} }}"
+    yield f"icmp type echo-request update @f-{tap} {{ @nh,72,8 . @nh,128,32 . @nh,192,16 . @nh,192,16 }}"
+
+
+def admitted(tap: str, port: Port) -> Iterator[str]:
+    """Of what comes to a guest."""
+    drop = f'counter name "{tap}-rules" drop'
+    yield "ether type arp accept"
+    yield "udp sport 67 udp dport 68 accept"
+    yield "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+    yield f"ether type ip ip hdrlength != 5 {drop}"
+    yield f"ether type ip ip frag-off & 0x3fff != 0 {drop}"
+    yield f"ether type ip6 exthdr frag exists {drop}"
+    yield f"ether type ip meta l4proto {{ tcp, udp }} {_KEY} @f-{tap} accept"
+    yield f"icmp type echo-reply @nh,72,8 . @nh,96,32 . @nh,192,16 . @nh,192,16 @f-{tap} accept"
+    # An error holds the packet that it is about, with a header of its own.
+    about = "@nh,228,4 5 @nh,296,8 . @nh,352,32 . @nh,400,16 . @nh,384,16"
+    echo = "@nh,228,4 5 @nh,296,8 1 @nh,296,8 . @nh,352,32 . @nh,416,16 . @nh,416,16"
+    yield f"icmp type {{ destination-unreachable, time-exceeded }} {about} @f-{tap} accept"
+    yield f"icmp type {{ destination-unreachable, time-exceeded }} {echo} @f-{tap} accept"
+    for allow in port.allowed or ():
+        source = f"ip saddr {allow.source} " if allow.source != ANY else ""
+        if allow.protocol == "icmp":
+            yield f"{source}icmp type echo-request accept"
+        elif allow.ports:
+            yield f"{source}{allow.protocol} dport {_ports(allow.ports)} accept"
+        else:
+            yield f"{source}{'' if allow.protocol == 'any' else f'meta l4proto {allow.protocol} '}accept"
+    yield drop
+
+
+def _ports(ranges: tuple[tuple[int, int], ...]) -> str:
+    return "{ " + ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in ranges) + " }"
