@@ -211,7 +211,7 @@ def set_(
     for name in names:
         memory_mib = memory and memory // 2**20
         found = api("PATCH", "instances", name, cpus=cpus, memory=memory_mib, disks=sizes or None, **start)
-        if found["power_state"] == "off" and (cpus or memory):
+        if found["power_state"] == "off" and (cpus or memory or disks):
             say(f"{name} is off: it has what was set from its next start on")
         elif cpus or memory:
             say(f"{name} has its cpus and memory from its next start on (sf instance reboot {name} --hard)")

@@ -52,8 +52,10 @@ class Backup:
 
 def _pack(state_dir: Path) -> bytes:
     source = state_dir / "sf.db"
-    if not source.exists():
-        raise NotFound(f"there is no {source}", hint="sf state backup works on the server, as root")
+    if not os.access(source, os.R_OK):
+        raise NotFound(
+            f"there is no {source}, or it is not yours", hint="sf state backup works on the server, as root"
+        )
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
         with closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True, timeout=10)) as now:
             now.backup(copy)
@@ -67,9 +69,8 @@ def _pack(state_dir: Path) -> bytes:
     return _MAGIC + Digest.of(body).hex().encode() + b"\n" + body
 
 
-@contextmanager
-def _opened(data: bytes) -> Iterator[tuple[sqlite3.Connection, dict[str, bytes]]]:
-    """The database, in memory, and the files. Raises Corrupt."""
+def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], int]:
+    """The database, the files, how many instances it knows. Raises Corrupt."""
     line, _, body = data.partition(b"\n")
     if line != _MAGIC + Digest.of(body).hex().encode():
         raise Corrupt("it is no backup of a server's state, or damaged")
@@ -81,9 +82,13 @@ def _opened(data: bytes) -> Iterator[tuple[sqlite3.Connection, dict[str, bytes]]
             found.deserialize(plain)
             files = {n: bytes(d) for n, d in found.execute("select name, data from file") if n in _FILES}
             found.execute("drop table file")
-            if found.execute("pragma quick_check(1)").fetchone() != ("ok",) or _IDENTITY not in files:
-                raise Corrupt("the state in it is damaged")
-            yield found, files
+            (count,) = found.execute("select count(*) from kv where key like 'instance/%'").fetchone()
+            told = [
+                found.execute(ask).fetchone() for ask in ("pragma quick_check(1)", "select format from meta")
+            ]
+            if told != [("ok",), (1,)] or _IDENTITY not in files:
+                raise Corrupt("the state in it is damaged, or a newer version of sf wrote it")
+            return found.serialize(), files, count
         except (zstandard.ZstdError, sqlite3.Error, TypeError, ValueError) as err:
             raise Corrupt(f"the state in it cannot be read: {err}") from err
 
@@ -91,11 +96,8 @@ def _opened(data: bytes) -> Iterator[tuple[sqlite3.Connection, dict[str, bytes]]
 def _look(name: str, made_s: float, data: bytes) -> tuple[Backup, bytes]:
     """Read all of it, and say what is in it."""
     try:
-        with _opened(data) as (found, files):
-            if found.execute("select format from meta").fetchone() != (1,):
-                raise Corrupt("a newer version of sf wrote it")
-            (count,) = found.execute("select count(*) from kv where key like 'instance/%'").fetchone()
-            return Backup(name, made_s, len(data), "", _identity(files[_IDENTITY]), count), data
+        _, files, count = _unpack(data)
+        return Backup(name, made_s, len(data), "", _identity(files[_IDENTITY]), count), data
     except Corrupt as err:
         return Backup(name, made_s, len(data), str(err)), data
 
@@ -170,17 +172,13 @@ def restore_state(state_dir: Path, where: str, name: str = "") -> Backup:
         raise NotFound(f"{where} keeps no state {name}".strip(), hint=f"sf state check {where}")
     if len({made.installation for made, _ in found if made.installation}) > 1:
         raise Conflict(f"{where} keeps states of several installations", hint="--from NAME")
-    made, data = _sound(found[0][0]), found[0][1]
+    made, (database, files, _) = _sound(found[0][0]), _unpack(found[0][1])
+    if (own := state_dir / _IDENTITY).exists() and own.read_bytes() != files[_IDENTITY]:
+        raise Conflict(f"{state_dir} is of another installation than {made.name}", hint="use an empty one")
     place = state_dir / ".restore"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(mode=0o700)
-    with _opened(data) as (copy, files):
-        if (own := state_dir / _IDENTITY).exists() and own.read_bytes() != files[_IDENTITY]:
-            place.rmdir()
-            raise Conflict(
-                f"{state_dir} is of another installation than {made.name}", hint="use an empty one"
-            )
-        durable.write(place / "sf.db", copy.serialize())
+    durable.write(place / "sf.db", database)
     with closing(SqliteStore(place / "sf.db")) as store:
         nodes = [node.name for node in Transaction(store).list(Node) if node.state != "deleted"]
         transact(store, lambda txn: begin(txn, nodes, f"the state was restored from {made.name}"))
@@ -204,9 +202,8 @@ def _keep_aside(old: Path) -> None:
             database.execute("pragma journal_mode=delete")
         with suppress(FileExistsError):
             os.link(old, kept)
-    for end in ("-wal", "-shm"):
-        with suppress(FileNotFoundError):
-            Path(f"{old}{end}").rename(f"{kept}{end}")
+    for path in old.parent.glob(f"{old.name}-*"):
+        path.rename(f"{kept}{path.name.removeprefix(old.name)}")
 
 
 async def keep(store: StateStore, config: Config, node: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 from scripts.private_libvirtd import PrivateHost
 from tests.system.boot_sector import boot_sector
 from tests.system.machine import within
-from tests.system.test_state_put_back import Site
+from tests.system.test_state_put_back import Site, host, site
 
+__all__ = ["host", "site"]
 pytestmark = pytest.mark.system
 
 
@@ -47,8 +48,7 @@ def test_state_and_images_come_out_of_one_store_and_guests_whose_disks_were_brou
     for uuid in old.running():  # the old machine is gone
         old.host.virsh("destroy", uuid)
     key = (old.state / "auth/local-key").read_text()
-    vni = old.state  # only its disks were saved
-    shutil.copytree(vni / "instances" / brought, tmp_path / "saved")
+    shutil.copytree(old.state / "instances" / brought, tmp_path / "saved")
     shutil.rmtree(old.state)
 
     said = new.sf("state", "restore", str(bucket)).stderr
@@ -68,3 +68,23 @@ def test_state_and_images_come_out_of_one_store_and_guests_whose_disks_were_brou
     assert lost not in {one["uuid"] for one in new.listed("instance", "ls")}
     assert "newest backup of it is of" in new.sf("doctor", check=False).stdout
     new.stop()
+
+
+def test_an_older_state_restored_on_the_same_machine_destroys_nothing(site: Site) -> None:
+    first = site.create("w0", "--network", "lan")
+    site.sf("state", "backup", str(site.home / "kept.state"))
+    second = site.create("w1", "--network", "lan")
+    before, taps = site.running(), site.taps()
+    done = site.sf("state", "restore", str(site.home / "kept.state"), check=False)
+    assert done.returncode == 5 and "another sf serve" in done.stderr, "not under a server that runs"
+    site.stop()
+    site.sf("state", "restore", str(site.home / "kept.state"))
+    site.start()
+    (orphan,) = site.orphans(second)
+    assert orphan["name"] == "w1" and orphan["power_state"] == "on"
+    assert site.instance("w0")["power_state"] == "on" and site.instance("w0")["uuid"] == first
+    assert (site.running(), site.taps()) == (before, taps)
+    site.sf("node", "orphans", "--adopt", second)
+    site.create("w2", "--network", "lan")
+    assert {one["name"] for one in site.listed("instance", "ls")} == {"w0", "w1", "w2"}
+    assert site.running().items() >= before.items()
