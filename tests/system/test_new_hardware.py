@@ -35,6 +35,7 @@ def test_state_and_images_come_out_of_one_store_and_guests_whose_disks_were_brou
     old, new = (
         machine(host, tmp_path / name, name, bucket) for host, name in zip(hosts, ("old", "new"), strict=True)
     )
+    old.sf("store", "init", str(bucket))
     old.start()
     (tmp_path / "disk.img").write_bytes(boot_sector("HELLO AGAIN\r\n"))
     old.sf("image", "push", str(tmp_path / "disk.img"), "loop")
