@@ -197,9 +197,10 @@ def test_a_server_that_starts_again_goes_on_with_what_was_asked_for(
         assert artifact(server, f"{url}/x")["state"] == "created"
 
 
-def listing(root: Path, url: str) -> Path:
+def listing(root: Path, url: str, twelve: bytes = DATA) -> Path:
+    """A source list of Debian 12 and 13, in the directory that `url` serves."""
     entries = []
-    for release, word, data in (("13", "trixie", OTHER), ("12", "bookworm", DATA)):
+    for release, word, data in (("13", "trixie", OTHER), ("12", "bookworm", twelve)):
         (root / word / "20261101-1").mkdir(parents=True)
         (root / word / "20261101-1/disk.raw").write_bytes(data)
         digest = hashlib.sha512(data).hexdigest()
