@@ -1,5 +1,6 @@
 """/artifacts: the names of the image stores, and what namespaces keep, as artifacts of type image."""
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -7,26 +8,25 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute
+from compute.api.context import Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import artifacts as acts
 from compute.cluster.images.artifacts import Artifact
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
 from compute.errors import Invalid
+from imagestore import NotFound as NoName
 
 router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
 
 
-class ListBody(Body):
+class ListBody(NamespaceBody):
     node: str | None = None
-    namespace: str | None = None
 
 
-class UrlBody(Body):
+class UrlBody(NamespaceBody):
     url: str
     shared: bool = False
-    namespace: str | None = None
 
 
 def _find(ctx: Context, ref: str) -> Artifact:
@@ -79,8 +79,15 @@ def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
     namespace = ctx.emptied(body)
     doomed = [a for a in ctx.read().list(Artifact) if a.namespace == namespace]
     for one in doomed:
-        ctx.act(lambda txn, one=one: txn.purge(one))  # type: ignore[misc]
+        _delete(ctx, one)
     return JSONResponse([one.uuid for one in doomed])
+
+
+def _delete(ctx: Context, known: Artifact) -> None:
+    ctx.act(lambda txn: txn.purge(known))
+    if store := ctx.services.namespaces.find(known.namespace):
+        with suppress(NoName):
+            store.names.remove(known.uuid, "latest")
 
 
 @router.get("/artifacts/{ref}")
@@ -93,7 +100,7 @@ def delete_artifact(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Re
     known = _record(ctx, ref)
     if not known.namespace:
         raise Invalid(f"{ref[:80]} is a name of an image store", hint="sf image rm removes it")
-    ctx.act(lambda txn: txn.purge(known))
+    _delete(ctx, known)
     return JSONResponse(_show(ctx, replace(known, state="deleted"))[0])
 
 

@@ -188,7 +188,7 @@ def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance]) -> J
             "uuid": blob.uuid,
             "index": int(number),
             "digest": blob.disk,
-            "size": blob.size_bytes,
+            "size": blob.disk_bytes,
             "reference_count": 1 + len(users[blob.disk]),
             "depends_on": None,
             "instances": users[blob.disk],

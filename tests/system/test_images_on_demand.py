@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,10 @@ def test_a_guest_of_a_url_waits_for_it_and_the_next_one_asks_only_whether_it_cha
         held = {stat.key for stat in own.backend.list(f"refs/{INSTALLATION}-")}
         assert {f"refs/{INSTALLATION}-{b['uuid']}" for b in artifact(server, url)["blobs"].values()} <= held
         assert server.call("DELETE", f"/artifacts/{kept['uuid']}").body["state"] == "deleted"
-        assert server.get("/artifacts") == []
+        assert server.get("/artifacts") == [] and list(own.names.list()) == []
+        Holds(server.services.store, INSTALLATION).reconcile({"my/system": own})
+        held = {stat.key for stat in own.backend.list(f"refs/{INSTALLATION}-")}
+        assert held == {f"refs/{INSTALLATION}-{i['uuid']}" for i in server.get("/instances")}
     assert not list((tmp_path / "server/downloads").iterdir())
 
 
@@ -154,6 +158,18 @@ def test_a_tenants_url_never_leads_to_a_private_address(tmp_path: Path, upstream
             server.call("POST", "/artifacts", {"url": f"{url}/x", "shared": True}, namespace="shop").status
             == 403
         )
+
+
+def test_many_guests_of_one_url_at_once_cost_one_download(tmp_path: Path, upstream: tuple[Path, str]) -> None:
+    root, url = upstream
+    (root / "x").write_bytes(DATA)
+    with serving(tmp_path) as server, ThreadPoolExecutor(8) as pool:
+        guest(server, f"{url}/x", "web")
+        made = list(pool.map(lambda n: guest(server, f"{url}/x", f"web{n}", memory=16)["uuid"], range(20)))
+        for uuid in made:
+            server.wait_for(f"/instances/{uuid}", "created")
+    fetched = [line for line in asked(tmp_path) if line.startswith("GET /x 200")]
+    assert len(fetched) == 1
 
 
 def test_a_namespace_has_three_on_their_way_and_keeps_no_other_waiting(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _resolve(
         who = "--sync fetches it" if sight.everything else "the administrator can fetch it"
         hint = f"{who} from {urlsplit(source.url).hostname}"
         raise NotFound(f"{base} is in no store, but in a source list", hint=hint) from err
-    return fitted(spec, Blob(found.namespace, 0, str(found.digest), found.size_bytes))
+    return fitted(spec, Blob(found.namespace, str(found.digest), found.size_bytes))
 
 
 def fitted(spec: DiskSpec, blob: "Blob") -> DiskSpec:
@@ -119,7 +119,6 @@ class Blob:
     """A version of an artifact."""
 
     namespace: str = ""  # in whose own store it is; "" for the server's
-    size_bytes: int = 0
     disk: str = ""  # its manifest's digest
     disk_bytes: int = 0
     uuid: str = field(default_factory=new_uuid)
@@ -130,7 +129,7 @@ class Artifact(Stored):
     """What a namespace keeps, with versions; stored without namespace: what users add to a name of a store."""
 
     KIND: ClassVar[str] = "artifact"
-    uuid: str
+    uuid: str  # also the name of a URL's newest disk in the namespace's store
     metadata: dict[str, Any] = field(default_factory=dict)
     namespace: str = ""
     name: str = ""
@@ -196,8 +195,7 @@ def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
             for record in records:
                 name, blobs = f"{record.name}:{record.tag}", {}
                 for d in list(record.images.values())[:1]:
-                    size = sizes.get(d, 0)
-                    blobs[str(record.revision)] = Blob("", size, str(d), size, blob_uuid(str(d)))
+                    blobs[str(record.revision)] = Blob("", str(d), sizes.get(d, 0), blob_uuid(str(d)))
                 uuid, digests = identity(store.info.id, name), tuple(map(str, record.images.values()))
                 shown = Artifact(uuid=uuid, namespace="system", name=name, source_url=name, digests=digests)
                 last = record.revision if blobs else 0

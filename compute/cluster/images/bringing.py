@@ -5,10 +5,9 @@ Out of the records alone, so that whoever starts again goes on with it. Instance
 
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 
 from compute.cluster.auth import SYSTEM
 from compute.cluster.feed import Feed
@@ -23,7 +22,7 @@ from compute.wire.spec import InstanceState
 from imagestore import Progress, Report, StoreError
 from imagestore.mirror import bring, sources
 
-_LOOK_S, _TELL_S = 5.0, 2.0
+_MOST, _LOOK_S, _TELL_S = 32, 5.0, 2.0
 
 
 class Bringing:
@@ -33,7 +32,7 @@ class Bringing:
         self, records: StateStore, own: NamespaceStores, server: Resolver, config: Config, feed: Feed
     ) -> None:
         self._records, self._own, self._server, self._config = records, own, server, config
-        self._feed, self._pool, self._running = feed, ThreadPoolExecutor(32, "sf-bring"), set[str]()
+        self._feed, self._running = feed, set[str]()
         self._listed = Lock()  # two downloads of one source would write to one file
 
     async def keep(self) -> None:
@@ -41,9 +40,9 @@ class Bringing:
         while True:
             seen = self._feed.revision
             for one in Transaction(self._records).list(Artifact):
-                if one.wanted and one.uuid not in self._running:
+                if one.wanted and one.uuid not in self._running and len(self._running) < _MOST:
                     self._running.add(one.uuid)
-                    self._pool.submit(self._run, one)
+                    Thread(target=self._run, args=(one,), daemon=True).start()  # it ends with the process
             await self._feed.moved((Artifact.KIND,), seen, _LOOK_S)
 
     def _run(self, one: Artifact) -> None:
@@ -62,7 +61,7 @@ class Bringing:
     def _bring(self, one: Artifact, work: Path) -> Blob:
         wanted, machine, tell, home = one.wanted, self._config.architecture, self._teller(one), one.namespace
         if wanted.startswith(WEB):
-            store, source = self._own.of(home), sources.of_url(wanted, f"url-{one.uuid}", "latest", machine)
+            store, source = self._own.of(home), sources.of_url(wanted, one.uuid, "latest", machine)
             done = bring(store, source, machine, work, trusted=home == SYSTEM, progress=tell)
         else:
             with self._listed:
@@ -71,8 +70,7 @@ class Bringing:
                 home, store = "", self._server.stores["local"]
                 done = bring(store, named, machine, work, trusted=True, progress=tell)
         assert done.digest is not None
-        size = store.manifest(done.digest).size_bytes
-        return Blob(home, size, str(done.digest), size)
+        return Blob(home, str(done.digest), store.manifest(done.digest).size_bytes)
 
     def _teller(self, one: Artifact) -> Report:
         """Says how far it is; ends it when it is not wanted any more."""
