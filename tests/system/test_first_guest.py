@@ -36,7 +36,7 @@ def typed(machine: Machine, answer: bytes, *words: str) -> tuple[int, str]:
 def test_the_first_command_of_a_fresh_installation_is_a_guest(tmp_path: Path, tiny_image: Path) -> None:
     upstream = tmp_path / "upstream"
     upstream.mkdir()
-    lists = listing(upstream, f"http://127.0.0.1:{PORT}", tiny_image.read_bytes())
+    lists = listing(upstream, f"http://127.0.0.1:{PORT}", tiny_image.read_bytes(), "qcow2")
     with (upstream / "tiny.img.xz").open("wb") as file:
         file.write(lzma.compress(tiny_image.read_bytes(), preset=0))
     with PrivateHost() as host:

@@ -213,7 +213,7 @@ def test_a_server_that_starts_again_goes_on_with_what_was_asked_for(
         assert artifact(server, f"{url}/x")["state"] == "created"
 
 
-def listing(root: Path, url: str, twelve: bytes = DATA) -> Path:
+def listing(root: Path, url: str, twelve: bytes = DATA, form: str = "raw") -> Path:
     """A source list of Debian 12 and 13, in the directory that `url` serves."""
     entries = []
     for release, word, data in (("13", "trixie", OTHER), ("12", "bookworm", twelve)):
@@ -222,7 +222,7 @@ def listing(root: Path, url: str, twelve: bytes = DATA) -> Path:
         digest = hashlib.sha512(data).hexdigest()
         (root / word / "20261101-1/SHA512SUMS").write_text(f"{digest}  disk.raw\n")
         entries.append(
-            f'[[source]]\nname = "debian"\ntags = ["{release}", "{word}"]\nformat = "raw"\n'
+            f'[[source]]\nname = "debian"\ntags = ["{release}", "{word}"]\nformat = "{form}"\n'
             f'url = "{url}/{word}/{{build}}/disk.raw"\nchecksums = "{url}/{word}/{{build}}/SHA512SUMS"\n'
             f"build = {{ page = \"{url}/{word}/\", pattern = '(\\d{{8}}-\\d+)/' }}\n"
         )
