@@ -22,6 +22,7 @@ FIELDS = (
     ("router", "router_node"),
     ("floating gateway", "floating_gateway"),
     ("namespace", "namespace"),
+    ("dns", lambda n: [f"{entry} {address}" for entry, address in sorted(n["dns"].items())]),
     ("addresses", lambda n: [_interface(i) for i in n.get("interfaces", [])]),
 )
 FINDINGS = (("node", "node"), ("problem", "problem"), ("fix", "fix"))
@@ -101,6 +102,22 @@ def delete(names: tuple[str, ...], force: bool) -> None:
     for name in names:
         api("DELETE", "networks", name)
         say(f"{name} is being deleted")
+
+
+@network.add(
+    examples="""sf network dns lan db.example.net 10.42.0.9
+    sf network dns lan printer 192.168.1.9
+    sf network dns lan printer --undo"""
+)
+@click.argument("entry", metavar="ENTRY")
+@click.argument("address", required=False)
+@click.option("--undo", is_flag=True, help="Forget the entry.")
+def dns(name: str, entry: str, address: str | None, undo: bool) -> None:
+    """Have a network's DNS answer for ENTRY with ADDRESS, and for ADDRESS with ENTRY. `sf network show` lists them."""
+    if undo == bool(address):
+        raise Problem("an ADDRESS, or --undo", hint=f"sf network dns {name} {entry} 10.42.0.9", code=USAGE)
+    what = {"name": entry} | ({} if undo else {"value": address})
+    Api()("DELETE" if undo else "POST", "networks", name, "dns", **what)
 
 
 @network.add(examples="sf network ping lan 10.42.0.17")

@@ -33,6 +33,9 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool)
         "bind-interfaces",
         f"domain={domain}",
     ]
+    if uplink and network.provide_dns:  # the host may ask for names, too
+        outer = names.uplink(network.vni)
+        lines += [f"interface={outer}", f"no-dhcp-interface={outer}"]
     if network.provide_dns:
         lines += [f"local=/{domain}/", "expand-hosts", "domain-needed", "bogus-priv"]
         lines += [f"server={address}" for address in upstream]

@@ -162,6 +162,9 @@ def router_table(installation: str, network: Network, inside: IPv4Address | None
         if network.provide_dns:
             entry.append(f'iifname "{br}" meta l4proto {{ tcp, udp }} th dport 53 accept')
     if routes and inside is not None:
+        if network.provide_dns:
+            host = f'iifname "{up}" ip saddr {inside - 1} ip daddr {inside}'
+            entry.append(f"{host} meta l4proto {{ tcp, udp }} th dport 53 accept")
         if network.provide_nat:
             through.append(f'iifname "{br}" oifname "{up}" ip saddr {block} accept')
         if own := [*(a for a, _ in floating), *routed]:

@@ -122,15 +122,37 @@ def _use_dns(guest: Guest) -> None:
     guest.space.sh("echo 'hosts: files dns' > /run/nsswitch; mount --bind /run/nsswitch /etc/nsswitch.conf")
 
 
+ASKS = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.settimeout(2)
+    words = b"".join(bytes([len(w)]) + w.encode() for w in sys.argv[2].split("."))
+    s.sendto(b"ab" + bytes([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]) + words + bytes([0, 0, 1, 0, 1]), (sys.argv[1], 53))
+    assert s.recv(999)[7] == 1
+"""
+
+
 def test_guests_find_each_other_by_their_bare_names_and_under_internal(cluster: Cluster) -> None:
     """I: names ended in .local, which belongs to mDNS: a Debian guest never asks a DNS server for them."""
     one, two = replace(make_port(2, "n1"), hostname="web"), replace(make_port(3, "n1"), hostname="db")
-    network = make_network(one, two)
+    own = (("printer", IPv4Address("192.0.2.9")), ("db.example.net", two.address))
+    network = make_network(one, two, dns_entries=own)
     cluster.apply(network)
     with cluster.guest(network, one) as web, cluster.guest(network, two) as db:
         for guest in (web, db):
             _use_dns(guest)
         assert db.pings("web") and db.pings("web.sf.internal")
+        assert "192.0.2.9" in db.space.sh("getent hosts printer printer.sf.internal")
+        assert web.pings("db.example.net")
+        assert "printer.sf.internal" in db.space.sh("getent hosts 192.0.2.9")
+        assert "web.sf.internal" in db.space.sh(f"getent hosts {one.address}")
+        host = cluster.nodes[0].space
+        end = next(word for word in host.sh("ip -4 -o addr").split() if word.startswith("169.254."))
+        inside = IPv4Address(end.split("/")[0]) + 1
+        assert host.works(f"python3 -c '{ASKS}' {inside} web.sf.internal"), "the host asks"
+        assert not cluster.world.works(
+            f"ip route add {inside}/32 via 10.9.9.1; python3 -c '{ASKS}' {inside} web"
+        ), "nobody else"
         assert web.pings("db")
         assert not db.space.works("ping -n -c 1 -W 1 nobody")
 
