@@ -6,6 +6,7 @@ from .errors import NetError as NetError
 from .kernel.netns import listening as listening
 from .kernel.netns import tcp_socket as tcp_socket
 from .plan.model import Allow as Allow
+from .plan.model import Limits as Limits
 from .plan.model import Network as Network
 from .plan.model import NodeNetworks as NodeNetworks
 from .plan.model import Peer as Peer

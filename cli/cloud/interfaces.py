@@ -5,6 +5,7 @@ import click
 from cli.cloud.api import Api
 from cli.cloud.create import attachment
 from cli.cloud.instance import instance as instance
+from cli.command import SIZE
 from cli.errors import MISSING, Problem
 from cli.output import show_one
 
@@ -52,6 +53,17 @@ def publish(name: str, ports: str, form: str, interface: str | None, undo: bool)
     verb = "DELETE" if undo else "POST"
     made = Api()(verb, "interfaces", link_of(name, interface), "publish", ports=ports)
     show_one(made, (*LINKS, ("published", "published")), form, name="uuid")
+
+
+@instance.add(examples="sf instance limit web --in 10M --out 2M --packets-in 5000\nsf instance limit web")
+@click.option("--in", "bytes_in", type=SIZE, default="0", help="Bytes in a second to the guest: 10M.")
+@click.option("--out", "bytes_out", type=SIZE, default="0", help="From the guest.")
+@click.option("--packets-in", type=click.IntRange(0, 2**40), default=0)
+@click.option("--packets-out", type=click.IntRange(0, 2**40), default=0)
+@click.option("--interface", metavar="ADDRESS|MAC|UUID", help="Where a guest has more than one.")
+def limit(name: str, interface: str | None, **limits: int) -> None:
+    """Limit what an interface carries in a second, from now on; what is not given is without limit."""
+    Api()("PUT", "interfaces", link_of(name, interface), "limits", **limits)
 
 
 def link_of(name: str, which: str | None) -> str:

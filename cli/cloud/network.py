@@ -70,11 +70,11 @@ def create(name: str, netblock: str | None, form: str, chosen: str | None, **giv
     """
     if not netblock and not given["bridge"]:
         raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
-    api, lan = Api(), {key: given[key] for key in ("bridge", "gateway")}
-    services = {f"provide_{key}": given[key] for key in ("dhcp", "nat", "dns")}
-    lan = {**lan, "range": chosen} if given["bridge"] else {}
-    services["isolated"] = given["isolated"]
-    show_one(api("POST", "networks", name=name, netblock=netblock or "", **services, **lan), COLUMNS, form)
+    api, keys = Api(), ("dhcp", "nat", "dns")
+    wanted = {"isolated": given["isolated"], **{f"provide_{key}": given[key] for key in keys}}
+    if given["bridge"]:
+        wanted |= {"bridge": given["bridge"], "gateway": given["gateway"], "range": chosen}
+    show_one(api("POST", "networks", name=name, netblock=netblock or "", **wanted), COLUMNS, form)
     if given["bridge"]:  # the nodes look while we wait
         for row in next((rows for _ in poll(3, 0.5) if (rows := api("GET", "networks", name, "doctor"))), ()):
             say(f"{row['node']}: {row['problem']}{row['fix'] and '; ' + row['fix']}")

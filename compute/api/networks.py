@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import replace
 from ipaddress import IPv4Network
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -24,9 +24,10 @@ from compute.cluster.records.rules import Rules
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
-from net import Allow, ipam
+from net import Allow, Limits, ipam
 
 router = APIRouter(tags=["networks"], route_class=Route)
+Rate = Annotated[int, Field(ge=0, le=2**40)]
 
 
 class CreateBody(Body):
@@ -252,6 +253,21 @@ def unpublish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
     wanted = published.parse(body.ports)
     changed = ctx.change(_interface(ctx, ref), lambda txn, uuid: published.unpublish(txn, uuid, wanted))
     return JSONResponse(views.interface(changed))
+
+
+class LimitsBody(Body):
+    bytes_in: Rate = 0
+    bytes_out: Rate = 0
+    packets_in: Rate = 0
+    packets_out: Rate = 0
+
+
+@router.put("/interfaces/{ref}/limits")
+def limit(ctx: Ctx, ref: str, body: LimitsBody) -> Response:
+    """How much passes in a second, to the guest (in) and from it (out); 0 is without limit."""
+    found, limits = _interface(ctx, ref), Limits(**body.model_dump())
+    ctx.change(found, lambda txn, uuid: txn.update(replace(txn.get(Interface, uuid), limits=limits)))
+    return get_interface(ctx, ref)
 
 
 class AllowBody(Body):

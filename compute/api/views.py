@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -48,6 +49,7 @@ def interface(item: Interface) -> Json:
         floating=item.floating or None,
         published=[str(each) for each in item.published],
         rules=list(item.rules),
+        limits=asdict(item.limits),
         model=item.model,
     )
 

@@ -213,6 +213,7 @@ def _network(
                 tap=tap(installation, port.uuid) if alive[port.instance_uuid].node == node else "",
                 floating=IPv4Address(port.floating) if port.floating else None,
                 published=port.published,
+                limits=port.limits,
                 allowed=allowed(network.isolated, port.rules, rules),
             )
             for port in sorted(ports, key=lambda p: p.uuid)

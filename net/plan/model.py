@@ -39,6 +39,16 @@ class Allow:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How much passes a port in a second, to its guest (in) and from it (out); 0 is without limit."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+    packets_in: int = 0
+    packets_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Port:
     """One NIC of one guest on a network, wherever in the cluster it is."""
 
@@ -58,6 +68,7 @@ class Port:
     published: tuple[Published, ...] = ()
     allowed: tuple[Allow, ...] | None = None
     """Who may begin to speak to it; None: everybody who reaches it."""
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)

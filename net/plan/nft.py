@@ -16,7 +16,7 @@ from net.plan.facts import Admission, Chain, Elements, ForeignChain, Hook, Rule,
 from net.plan.model import Network, Port
 from net.plan.names import VXLAN_PORT
 
-REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other", "rules")
+REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other", "rules", "limit")
 """Why a guest's frame was dropped: one counter each per tap."""
 
 TAPS, FROM, TO = "taps", "from", "to"
@@ -53,16 +53,18 @@ def link_local(mac: str) -> IPv6Address:
     return IPv6Address(bytes.fromhex("fe80000000000000") + octets[:3] + b"\xff\xfe" + octets[3:])
 
 
-def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[str]:
+def _pinned(tap: str, port: Port, addresses: Sequence[IPv4Address]) -> Iterator[str]:
     def drop(match: str, reason: str) -> str:
         return f'{match} counter name "{tap}-{reason}" drop'
 
+    mac = port.mac
     own, local = braces(addresses) if addresses else f"@{LEARNED}", link_local(mac)
     # nft 1.0.6 has no name for what is read out of a DHCP answer, so what is compared with that has none either.
     ip, sender = (
         ("ip saddr", "arp saddr ip") if addresses else (f"ether saddr . {_IP}", f"ether saddr . {_ARP}")
     )
     yield drop(f"ether saddr != {mac}", "mac")
+    yield from _limited(tap, port.limits.bytes_out, port.limits.packets_out)
     # The way of nearly every packet; DHCP and VXLAN are UDP. A tagged frame has another type.
     yield f"ether type ip {ip} {own} ip protocol != udp accept"
     yield drop("ether type { 8021q, 8021ad }", "other")
@@ -91,6 +93,15 @@ def _pinned(tap: str, mac: str, addresses: Sequence[IPv4Address]) -> Iterator[st
     yield f'counter name "{tap}-other" drop'
 
 
+def _limited(tap: str, rate_bytes: int, rate_packets: int) -> Iterator[str]:
+    """What is too much is dropped; a tenth of a second's may come at once, and one packet that the card will cut up."""
+    drop = f'counter name "{tap}-limit" drop'
+    if rate_bytes:
+        yield f"limit rate over {rate_bytes} bytes/second burst {max(rate_bytes // 10, 1 << 17)} bytes {drop}"
+    if rate_packets:
+        yield f"limit rate over {rate_packets}/second burst {max(rate_packets // 10, 5)} packets {drop}"
+
+
 def _allowed(network: Network, port: Port) -> list[IPv4Address]:
     """None: those that a DHCP server on the LAN's side was seen to give."""
     if port.address in UNKNOWN:
@@ -100,6 +111,7 @@ def _allowed(network: Network, port: Port) -> list[IPv4Address]:
 
 def _sent(tap: str, port: Port) -> Iterator[str]:
     """What is done with frames that go to a guest. An answer's type is its first option (RFC 2132) in all servers."""
+    yield from _limited(tap, port.limits.bytes_in, port.limits.packets_in)
     if port.address in UNKNOWN:
         # The address that is given, and the MAC it is given to, lie 24 and 36 bytes behind the start of the UDP header.
         mac = f"@th,64,8 2 @th,288,48 0x{port.mac.replace(':', '')} @th,1984,24 0x350105"
@@ -116,7 +128,7 @@ def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) ->
     chains = [_chain("ports", Hook("filter", "prerouting", -300), dispatch)]
     chains.append(_chain("to", Hook("filter", "postrouting", 0), [f"oifname vmap @{TO}"]))
     chains += [
-        _chain(f"p-{tap}", None, _pinned(tap, port.mac, _allowed(network, port)))
+        _chain(f"p-{tap}", None, _pinned(tap, port, _allowed(network, port)))
         for tap, (network, port) in local.items()
     ]
     chains += [_chain(f"t-{tap}", None, _sent(tap, port)) for tap, (_, port) in local.items()]

@@ -10,7 +10,7 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from net import Allow, Published
+from net import Allow, Limits, Published
 from net.plan.nft import link_local
 from tests.net.machines import OUTSIDE, Cluster, Guest, checksum, ethernet, ipv4, make_network, make_port, udp
 from tests.net.test_published import ask, serve
@@ -179,6 +179,29 @@ def test_a_flood_of_flows_shuts_out_nobody_but_the_one_that_floods(
         )
     assert ask(two.space, ONE.address, 80) == "tcp80 10.42.0.3"
     assert four.pings(TWO.address)
+
+
+def test_what_passes_a_limited_port_in_a_second_is_bounded_both_ways(
+    cluster: Cluster, guests: tuple[Guest, Guest, Guest]
+) -> None:
+    _, two, four = guests
+    limits = Limits(packets_in=20, bytes_out=1_000_000)
+    network = replace(guests[0].network, ports=(ONE, replace(TWO, limits=limits), FOUR))
+    cluster.nodes[1].apply(cluster.desired(network))
+    node, before = two.node, len(two.received)
+    for number in range(300):
+        four.send(
+            ethernet(FOUR.mac, TWO.mac, 0x0800, ipv4(FOUR.address, TWO.address, 17, udp(9, number, MARK)))
+        )
+        two.send(
+            ethernet(TWO.mac, FOUR.mac, 0x0800, ipv4(TWO.address, FOUR.address, 17, udp(9, 9, b"x" * 1400)))
+        )
+    assert two.pings(FOUR.address, tries=20)
+    dropped = node.space.call(node.plane.counters, network)[two.name]["limit"]
+    assert dropped > 200 + 100, "most of 300 packets in, and of 420,000 bytes out"
+    assert sum(MARK in frame for frame in two.received[before:]) < 100
+    assert cluster.nodes[1].apply(cluster.desired(network)) == []
+    cluster.nodes[1].apply(cluster.desired(guests[0].network))
 
 
 def test_a_change_of_200_rules_is_one_transaction_that_ends_no_flow_and_lets_no_probe_through(

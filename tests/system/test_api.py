@@ -536,6 +536,10 @@ def test_rules_are_made_attached_changed_and_kept_while_they_are_used(server: Ru
     assert server.call("DELETE", f"/interfaces/{link}/rules", {"rules": "web"}).body["rules"] == []
     last = created(server, "b", network="lan")["interfaces"][0]["uuid"]
     assert ports() == {link: None, other: ("icmp",), last: None}
+    limits = {"bytes_in": 10_000_000, "packets_out": 500}
+    assert server.call("PUT", f"/interfaces/{link}/limits", limits).body["limits"]["packets_out"] == 500
+    assert server.call("PUT", f"/interfaces/{link}/limits", {"bytes_in": -1}).status == 400
+    assert server.get(f"/interfaces/{link}")["limits"]["bytes_in"] == 10_000_000
     server.call("DELETE", f"/interfaces/{other}/rules", {"rules": "web"})
     server.call("POST", "/auth/namespaces", {"namespace": "ci", "key_name": "k", "key": "secret-of-ci"})
     ours = {"namespace": "ci", "key": "secret-of-ci"}

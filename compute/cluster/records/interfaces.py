@@ -13,7 +13,7 @@ from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
-from net import Published, ipam, port_mac
+from net import Limits, Published, ipam, port_mac
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class Interface(Stored):
     published: tuple[Published, ...] = ()
     rules: tuple[str, ...] = ()
     """UUIDs."""
+    limits: Limits = field(default_factory=Limits)
     state: str = "created"
     metadata: dict[str, Any] = field(default_factory=dict)
 

@@ -15,9 +15,7 @@ from compute.errors import Conflict, Denied, Invalid, NotFound
 from net import VXLAN_PORT, Published
 
 _FORM = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?:([0-9]{1,5})(?:-([0-9]{1,5}))?(?:/(tcp|udp))?")
-_MOST = 256
-"""Ports of one interface: each has a record and a line in the router's rules."""
-_LOW = 1024
+_MOST, _LOW = 256, 1024  # of one interface: each port has a record, and a line in the router's rules
 
 
 def parse(text: str) -> Published:

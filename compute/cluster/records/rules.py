@@ -15,7 +15,6 @@ from compute.errors import Conflict, Invalid
 from net import Allow
 
 _FORM = re.compile(r"(tcp|udp|icmp|any)(?::([0-9,-]{1,512}))?(?:@(.{1,64}))?")
-_MOST_ATTACHED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +72,8 @@ def attach_rules(txn: Transaction, uuid: str, rules_uuid: str, *, on: bool) -> I
     find_network(txn, found.network_uuid)
     kept = [each for each in found.rules if each != rules_uuid]
     found = replace(found, rules=(*kept, rules_uuid) if on else tuple(kept))
-    if len(found.rules) > _MOST_ATTACHED:
-        raise Invalid(f"an interface has at most {_MOST_ATTACHED} rules")
+    if len(found.rules) > 8:
+        raise Invalid("an interface has at most 8 rules")
     txn.update(found)
     txn.update(rules)
     return found
