@@ -143,6 +143,12 @@ class ServedImages:
         path = self._cache.path(Digest.parse(digest))
         return path if path.exists() else None
 
+    def own_store(self, namespace: str) -> str:
+        """The URL of a namespace's own store. Raises Unavailable before it is known here."""
+        if not (url := self._handed.get(f"my/{namespace}", "")):
+            raise Unavailable(f"namespace {namespace} has no store here yet", hint="try again")
+        return url
+
     def admit(self, group: int) -> None:
         """Exports are this group's to connect to, also those that a service makes after a restart; images, to read."""
         for name, mode in (("run/nbd", 0o2711), ("cache", 0o710)):

@@ -75,6 +75,23 @@ class InterfaceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Capture:
+    """A moment of a guest's disks, to be stored in the namespace's own store without a name; then how that ended.
+
+    digests: device → what it is stored as. costs: bytes held in clusters of its own, read, new, known, written.
+    """
+
+    uuid: str
+    labels: dict[str, str] = field(default_factory=dict)
+    moment_s: float = 0
+    frozen: bool = False
+    digests: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceSpec:
     """Everything a node needs to run one guest."""
 
@@ -105,6 +122,8 @@ class InstanceSpec:
     delete: bool = False
     made: bool = False
     """Its disks were made once: where they are not, they are never made anew."""
+    snapshots: tuple[Capture, ...] = ()
+    """To be taken, the first first; the node says how they ended for as long as they stand here."""
     failed: bool = False
     """The record is in state error: keep what is there for the user to look at, build and start nothing."""
     order: int = 0
@@ -198,6 +217,8 @@ class InstanceStatus:
     vdi_port: int = 0
     agent_state: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    snapshots: tuple[Capture, ...] = ()
+    """Those that ended and are still ordered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,15 @@ be told from one never begun; so after kill -9 at any moment the next agent goes
 """
 
 import asyncio
-import contextlib
 import logging
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
+from compute.agent.guest.capture import Captures
 from compute.agent.guest.console import ConsoleLog
 from compute.agent.guest.define import define
 from compute.agent.guest.disks import Disks, Leaving
@@ -36,7 +36,6 @@ from net import NetError, Network
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-_ENDED = {"halted": "the guest powered itself off", "destroyed": "somebody stopped the guest"}
 
 
 class Guest:
@@ -52,6 +51,7 @@ class Guest:
         self._voice = Voice(host, spec.uuid)
         self._taps = Taps(host, self._journal.part(TapsHeld()))
         self._disks = Disks(host, spec.uuid, self._journal.part(DisksHeld()), self._voice.event)
+        self._captures = Captures(host, spec.uuid, self._journal.part, self._disks, self._voice, self.wake)
         self.console = ConsoleLog(self.directory / "console.log")
         self.gone = False
         """Nothing of it is left."""
@@ -144,11 +144,12 @@ class Guest:
         spec = self.spec
         if not self._recorded:
             await self._recover()
+        if spec.delete and self.known:
+            await self._delete()
+            return
+        await self._captures.adopt()
         if not self.known:
             await self._watch()
-            return
-        if spec.delete:
-            await self._delete()
             return
         if self.record.phase is Phase.FAILED or spec.failed:
             self._voice.fail(self.record.message)
@@ -168,6 +169,7 @@ class Guest:
             )
         await self._disks.end_move()
         state = await self._observe()
+        await self._captures.look(spec, state.power)
         if spec.power is Power.OFF:
             if state.power != "off" or self.record.phase is not Phase.OFF:
                 await self._power_off()
@@ -181,7 +183,7 @@ class Guest:
     async def _recover(self) -> None:
         """Without a record: make one from what is here, if it was made."""
         xml = ""
-        with contextlib.suppress(NotFound):
+        with suppress(NotFound):
             xml = await self.host.do(self.host.hypervisor.xml, self.spec.uuid)
         spec = self.spec if self.known and not self.spec.delete else domain.spec_of(xml) if xml else None
         parts = rebuilt(self.host.node, self.directory, spec, xml, self._damage) if spec else None
@@ -209,10 +211,9 @@ class Guest:
             if state.ended == "unknown":  # libvirtd knows nothing of its end: the machine was rebooted
                 await self._course.save(phase=Phase.STARTING)
             else:
-                log_file = f"{domain.name(self.host.installation, self.spec.uuid)}.log"
-                crash = f"qemu was killed or crashed; see {log_file} of libvirt"
-                why = _ENDED.get(state.ended, crash)
-                await self._course.save(phase=Phase.ENDED, message=why, crashed=why == crash)
+                why = domain.why_ended(state.ended, self.host.installation, self.spec.uuid)
+                crashed = why.startswith("qemu")
+                await self._course.save(phase=Phase.ENDED, message=why, crashed=crashed)
                 await self._taps.remove()
                 self._voice.event(why)
         return state
@@ -226,7 +227,7 @@ class Guest:
             await self.host.do(hypervisor.reboot, uuid)
             self._voice.event("asked the guest to reboot")
         await self._taps.plug(self.spec, self.networks)
-        await self._disks.move(self.spec)
+        await self._captures.move(self.spec)
         if self.spec.power is Power.PAUSED and state.power == "on":
             await self.host.do(hypervisor.suspend, uuid)
         elif state.power == "paused" and self.spec.power is Power.ON and self._disks.may_go_on(state.reason):
@@ -295,6 +296,7 @@ class Guest:
         """Remove everything; what was begun is begun again after a crash until the directory is gone."""
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
         await self.host.do(self.host.hypervisor.undefine, self.spec.uuid)
+        await self._captures.stop()
         await self._taps.remove()
         await self._disks.give_up(self.record.spec)
         if self.directory.exists():
@@ -309,8 +311,7 @@ class Guest:
 
     async def _failed(self, err: Exception) -> None:
         """Say why. Before the first start it is an error for good; later the instance stays, with its reason."""
-        hint = getattr(err, "hint", "")
-        message = f"{err}{f' ({hint})' if hint else ''}"
+        message = f"{err} ({hint})" if (hint := getattr(err, "hint", "")) else str(err)
         self._voice.event(f"failed: {message}")
         if not self.record.created:
             await self._course.save(phase=Phase.FAILED, message=message)
@@ -338,8 +339,7 @@ class Guest:
                 extra["vdi_password"] = self.record.vdi_password
         else:
             self._voice.agent_ready = None
-        if self._disks.held.arrived:
-            extra["image_bytes"] = self._disks.held.arrived
+        extra |= {"image_bytes": arrived} if (arrived := self._disks.held.arrived) else {}
         power = "crashed" if self.record.crashed else state.power
         message = self.record.message or state.reason
         self._voice.publish(InstanceState.CREATED, power, message, vdi_port=port, extra=extra)

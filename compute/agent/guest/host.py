@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from compute.agent.guest.turns import Turns
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
-from compute.wire.spec import InstanceState, InstanceStatus, NodeEvent
+from compute.wire.spec import Capture, InstanceState, InstanceStatus, NodeEvent
 from net import Action, Finding, Network, NodeNetworks, Port
 
 T = TypeVar("T")
@@ -53,6 +53,10 @@ class Images(Protocol):
 
     def complete(self, digest: str) -> Path | None:
         """The complete raw file of an image, if it is here."""
+        ...
+
+    def own_store(self, namespace: str) -> str:
+        """The URL of a namespace's own store. Raises Unavailable before it is known here."""
         ...
 
     async def settled(self, reader: str) -> None:
@@ -117,6 +121,7 @@ class Voice:
         self.stage = InstanceState.PREFLIGHT
         self.agent_ready: bool | None = None
         """Whether the agent in the guest answers; None if libvirt must be asked."""
+        self.taken: tuple[Capture, ...] = ()
         self._say_at_s, self._said, self._halted = 0.0, "", ""
 
     def publish(
@@ -125,6 +130,7 @@ class Voice:
         """The instance is at `stage` now, or still at the last one."""
         self.stage = stage or self.stage
         more |= {"accel": str(self._host.verdict), "agent_state": "ready" if self.agent_ready else ""}
+        more["snapshots"] = self.taken
         self._host.publish(InstanceStatus(self._uuid, self.stage, power, message, **more))
 
     def fail(self, message: str) -> None:

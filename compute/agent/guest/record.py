@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 from compute.agent.hypervisor import domain
 from compute.errors import ComputeError, Invalid
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.spec import InstanceSpec
+from compute.wire.spec import Capture, InstanceSpec
 from imagestore import durable
 from net import Network, Port
 
@@ -82,6 +82,15 @@ class DisksHeld:
     """From where the bytes of each device's image came during the newest boot."""
 
 
+@dataclass(frozen=True, slots=True)
+class CapturesHeld:
+    """Snapshots: which may be in qemu, whether the guest may be frozen (written before it is), and how they ended."""
+
+    began: str = ""
+    frozen: bool = False
+    taken: tuple[Capture, ...] = ()
+
+
 class Part(Generic[T]):
     """One part's values, `now`; only its owner saves."""
 
@@ -137,7 +146,7 @@ class Journal:
 
 def rebuilt(
     node: str, directory: Path, spec: InstanceSpec, xml: str, why: str
-) -> tuple[Course, TapsHeld, DisksHeld] | None:
+) -> tuple[Course, TapsHeld, DisksHeld, CapturesHeld] | None:
     """The parts of the record of a guest that was made from `spec`; None if not all of its disks are there.
 
     `xml` is its domain, "" without. That it is up is only assumed: what libvirt says next decides.
@@ -155,4 +164,5 @@ def rebuilt(
         if i.uuid in live
     )
     course = Course(spec, Phase.UP, True, why, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
-    return course, TapsHeld(taps), DisksHeld(served=domain.served(xml) if xml else (), moved=moved)
+    captures = CapturesHeld("unknown", frozen=True)
+    return course, TapsHeld(taps), DisksHeld(served=domain.served(xml) if xml else (), moved=moved), captures

@@ -69,6 +69,13 @@ def name(installation: str, uuid: str) -> str:
     return f"sf-{installation}-{uuid}"
 
 
+def why_ended(how: str, installation: str, uuid: str) -> str:
+    """For people: why a domain that was up is off; begins with "qemu" for what was no end of its own."""
+    crash = f"qemu was killed or crashed; see {name(installation, uuid)}.log of libvirt"
+    ends = {"halted": "the guest powered itself off", "destroyed": "somebody stopped the guest"}
+    return ends.get(how, crash)
+
+
 def interface_alias(uuid: str) -> str:
     """libvirt keeps aliases only if they start with ua-."""
     return f"ua-{uuid}"

@@ -1,0 +1,108 @@
+"""Snapshots of running and stopped guests: real libvirtd, qemu and image service; the agent driven by the test."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compute.wire.spec import Capture, DiskSpec, InstanceSpec
+from imagestore import Digest, Store, open_store, pull, verify_image
+from scripts.private_libvirtd import PrivateHost
+from tests.system.test_agent import remove, says
+from tests.system.test_lazy_boot import LazyBench
+
+pytestmark = pytest.mark.system
+
+COUNTER, PLACE = 16, 44 << 20
+COUNT = f"""#!/bin/sh
+# The same number on both disks, first on the first.
+i=0
+while true; do
+    i=$((i + 1))
+    for disk in vda vdb; do
+        printf '%015d\\n' $i | dd of=/dev/$disk bs=512 seek={PLACE >> 9} conv=notrunc,sync,fsync 2>/dev/null
+    done
+    [ $i = 5 ] && echo SF-GUEST-COUNTS >/dev/ttyS0
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[PrivateHost]:
+    with PrivateHost() as made:
+        yield made
+
+
+@pytest.fixture
+def bench(host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyBench]:
+    monkeypatch.setenv("SF_ACCEL", "tcg")
+    monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "index"))
+    bench = LazyBench(host, tmp_path)
+    bench.desk.now = replace(bench.desk.now, stores={"my/system": bench.url})
+    yield bench
+    assert bench.domains() == []
+
+
+def counting(bench: LazyBench, image: Digest) -> InstanceSpec:
+    disks = (DiskSpec("vda", str(image), size_bytes=64 << 20), DiskSpec("vdb", size_bytes=64 << 20))
+    return bench.spec(image, disks=disks, memory_mib=192, user_data=COUNT.encode())
+
+
+async def snapshot(bench: LazyBench, spec: InstanceSpec, uuid: str) -> Capture:
+    """Order one, and wait for its end; afterwards it is not asked for any more."""
+    bench.desk.want(replace(spec, snapshots=(Capture(uuid, {"of": spec.name}),)))
+    status = await bench.desk.seen(lambda s: any(t.uuid == uuid for t in s.snapshots), spec.uuid)
+    bench.desk.want(spec)
+    await bench.desk.seen(lambda s: not s.snapshots, spec.uuid)
+    return next(t for t in status.snapshots if t.uuid == uuid)
+
+
+def numbers(store: Store, taken: Capture, directory: Path) -> list[int]:
+    """What each disk counted at that moment."""
+    found = []
+    for device, stored in sorted(taken.digests.items()):
+        digest, out = Digest.parse(stored), directory / f"{device}.out"
+        assert not verify_image(store, digest).problems
+        pull(store, digest, out, format_="raw")
+        with out.open("rb") as file:
+            found.append(int(os.pread(file.fileno(), COUNTER, PLACE) or 0))
+        out.unlink()
+    return found
+
+
+def nodes(bench: LazyBench, spec: InstanceSpec) -> str:
+    asked = '{"execute":"query-named-block-nodes","arguments":{"flat":true}}'
+    return bench.host.virsh("qemu-monitor-command", f"sf-{bench.installation}-{spec.uuid}", asked).stdout
+
+
+def test_all_disks_of_a_running_guest_are_stored_as_they_were_at_one_moment(
+    bench: LazyBench, tiny_image: Path
+) -> None:
+    async def story() -> None:
+        base = bench.push(tiny_image)
+        spec = counting(bench, base)
+        store = open_store(bench.url)
+        async with bench.agent() as agent:
+            bench.desk.want(spec)
+            await says(agent, spec, b"SF-GUEST-COUNTS")
+            last = 0
+            for number in range(4):
+                taken = await snapshot(bench, spec, f"s{number}")
+                assert taken.error == "" and taken.frozen
+                first, second = numbers(store, taken, bench.directory)
+                assert first in (second, second + 1) and first > last
+                last = first
+                assert store.manifest(Digest.parse(taken.digests["vda"])).parent == base
+                assert (
+                    taken.costs["new"] < 1 << 20 and taken.costs["read"] < 10 << 20 and not taken.note.strip()
+                )
+            assert "sf-" not in nodes(bench, spec).replace(f"sf-{bench.installation}", "")
+            assert not list((bench.directory / "run").glob("snapshot*"))
+            await remove(bench, spec)
+        store.backend.close()
+        await bench.service_is_gone()
+
+    asyncio.run(story())
