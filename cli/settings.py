@@ -90,8 +90,6 @@ def keep_context(name: str, values: dict[str, str] | None) -> Path:
         raise Problem(f"no context is called {name!r} in {path}", hint="sf context ls", code=MISSING)
     if values is None:
         del known[name]
-        if document.get("context") == name:
-            del document["context"]
     else:
         known[name] = tomlkit.item(values)
         document["context"] = name

@@ -64,7 +64,7 @@ class Api:
 
     def token(self) -> str:
         """With which this client is logged in."""
-        if not self._token:
+        if not self._token or time.monotonic() > self._until_s:
             self._login()
         return self._token
 
@@ -73,6 +73,7 @@ class Api:
             self._send("GET", ("",), {})  # nobody there is the more useful answer
         check_key(self.url, self.namespace, self._key)
         body = {"namespace": self.namespace, "key": self._key}
+        self._token, self._until_s = "", time.monotonic() + 600  # of the 900 s that it holds
         self._token = str(_answer(*self._send("POST", ("auth",), body))["access_token"])
 
     def _send(self, method: str, path: tuple[str, ...], body: Object) -> tuple[int, Mapping[str, str], bytes]:

@@ -16,15 +16,14 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import connect
 
 from cli.cloud.api import Api
-from cli.errors import CONFLICT, ERROR, EXIT_CODES, TIMEOUT, UNREACHABLE, Problem
+from cli.errors import CONFLICT, ERROR, EXIT_CODES, UNREACHABLE, Problem
 from cli.output import say
 
 _LIMITS: dict[str, Any] = {"open_timeout": 20, "compression": None, "max_size": None, "proxy": None}
 _PIECE_BYTES = 1 << 16
 _LEAVE = b"\x1d"
+# What a guest may have left behind is undone: soft reset, main screen, cursor, mouse, paste.
 _SANE = b"\x1b[!p\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?2004l"
-"""What a guest may have left behind is undone: soft reset, main screen, cursor, mouse, paste."""
-
 Message = bytes | dict[str, Any]
 
 
@@ -38,8 +37,7 @@ class Stream(ExitStack):
         try:
             self._socket = self.enter_context(connect(url, ssl=api.tls, additional_headers=told, **_LIMITS))
         except (OSError, WebSocketException) as error:
-            code = TIMEOUT if isinstance(error, TimeoutError) else UNREACHABLE
-            raise Problem(f"no stream from {api.url}: {error}", hint="sf doctor, there", code=code) from error
+            raise Problem(f"no stream from {api.url}: {error}", code=UNREACHABLE) from error
         self.send(options)
 
     def send(self, message: Message) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,7 +92,7 @@ async def connect(namespace: str, address: str, port: int, stream: Stream) -> No
             await asyncio.get_running_loop().sock_connect(socket, (address, port))
     except (OSError, TimeoutError) as err:
         socket.close()
-        why = getattr(err, "strerror", None) or "no answer"
+        why = os.strerror(err.errno).lower() if err.errno else "no answer"
         raise Unavailable(f"{address} port {port}: {why}") from err
     await _carry(*await asyncio.open_connection(sock=socket), stream)
 

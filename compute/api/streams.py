@@ -26,8 +26,7 @@ router = APIRouter()
 _ASKED_BYTES, _ASK_S = 1 << 18, 20.0
 _AGAIN_S = 5.0
 _MOST, _MOST_OF_ONE = 512, 128
-_open: Counter[str] = Counter()
-"""Streams by namespace. All servers of one process count together."""
+_open: Counter[str] = Counter()  # by namespace; all servers of one process count together
 
 
 def of_socket(socket: WebSocket, closed: asyncio.Event | None = None) -> Stream:

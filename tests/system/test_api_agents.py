@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from compute.api import agents
 from compute.cluster import liveness
@@ -267,3 +269,43 @@ def test_only_the_administrator_makes_tokens_and_only_where_agents_can_come(
     assert server.call("POST", "/nodes/token", namespace="shop").status == 403
     with running(tmp_path / "other") as alone:
         assert alone.call("POST", "/nodes/token").status == 409
+
+
+def test_a_stream_comes_from_the_node_that_was_asked_and_with_its_ticket_alone(
+    server: Running, address: tuple[str, int]
+) -> None:
+    asked, rival = joined(server, address, "node2"), joined(server, address, "node3")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+    def come(ticket: str, name: str, identity: str) -> Any:
+        return connect(
+            f"wss://{address[0]}:{address[1]}/agent/v1/streams/{ticket}",
+            ssl=context,
+            additional_headers={"Authorization": f"Node {name}:{identity}"},
+            proxy=None,
+        )
+
+    opening = asyncio.run_coroutine_threadsafe(
+        server.services.controller.stream("node2", "exec", "uuid", {"argv": ["true"]}), server.loop
+    )
+    (order,) = asked.call("GET", "operations?wait=5")[1]
+    assert order["verb"] == "stream" and order["arguments"][:3] == ["exec", "uuid", {"argv": ["true"]}]
+    ticket = order["arguments"][3]
+    for wrong in (
+        (ticket, "node3", rival.identity),
+        (ticket, "node2", rival.identity),
+        ("x", "node2", asked.identity),
+    ):
+        with pytest.raises((InvalidStatus, ConnectionClosed)), come(*wrong) as socket:
+            socket.recv(10)
+    with come(ticket, "node2", asked.identity) as mine:
+        asked.call("POST", f"operations/{order['id']}", {"result": None})
+        stream = opening.result(10)
+        asyncio.run_coroutine_threadsafe(stream.send(b"there"), server.loop).result(10)
+        assert mine.recv(10) == b"there"
+        mine.send('{"exit": 0}')
+        assert asyncio.run_coroutine_threadsafe(stream.receive(), server.loop).result(10) == '{"exit": 0}'
+        with pytest.raises((InvalidStatus, ConnectionClosed)), come(ticket, "node2", asked.identity) as again:
+            again.recv(10)
+        asyncio.run_coroutine_threadsafe(stream.aclose(), server.loop).result(10)

@@ -116,13 +116,14 @@ def test_files_and_directories_go_in_and_come_out_whole(site: Site) -> None:
     sf("instance", "cp", "web:/tmp/renamed/sub/data", "web:/tmp/renamed", str(home / "back"))
     assert (home / "back/data").read_bytes() == (home / "back/renamed/sub/data").read_bytes() == data
     sf("instance", "cp", "web:/no/such", str(home / "back"), code=3)
-    sf("instance", "cp", str(home / "app/run"), "web:/no/such/place/", code=1)
+    sf("instance", "cp", str(home / "app/run"), "web:/no/such/place", code=1)
     sf("instance", "cp", "web:/etc/passwd", "web:/tmp/x", code=2)
     assert sorted(path.name for path in (home / "back").iterdir()) == ["data", "renamed"]
     trick = "cd /tmp && mkdir -p evil && ln -s /etc evil/out && ln -s ../../../up evil/up"
     sf("instance", "exec", "web", "--", "sh", "-c", trick)
-    sf("instance", "cp", "web:/tmp/evil", str(home / "back"), code=1)
-    assert sorted(path.name for path in (home / "back").iterdir()) == ["data", "renamed"]
+    sf("instance", "cp", "web:/tmp/evil", str(home / "back"))
+    assert sorted(path.name for path in (home / "back").iterdir()) == ["data", "evil", "renamed"]
+    assert not list((home / "back/evil").iterdir())
     assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == "1\n"
 
 

@@ -20,23 +20,20 @@ from imagestore import read_json, whole
 
 _POOL = ThreadPoolExecutor(16, "guest-agents")
 """Apart from the agent's own threads: a silent guest holds one for _ANSWER_S."""
-_ANSWER_S, _ANSWER_BYTES = 10, 16 << 20
-_LIVE_S = 0.3
-"""A command that ends before hands out its output at once."""
+_ANSWER_S, _ANSWER_BYTES = 20, 16 << 20
+_LIVE_S = 0.3  # a command that ends before hands out its output at once
 
 # Whoever makes the directory `live` has the output: this script at its end, or who reads it meanwhile.
 _RUN = """exec 3<&0; d=$1; shift; (umask 077; mkdir "$d") || exit 126
 "$@" <&3 3<&- >"$d/o" 2>"$d/e" & echo $! >"$d/p"; exec 3<&-; wait $!; r=$?
-[ $(cat "$d/o" "$d/e" | wc -c) -le 2097152 ] && mkdir "$d/live" 2>&- && {
+[ $(cat "$d/o" "$d/e" | wc -c) -le 262144 ] && mkdir "$d/live" 2>&- && {
 printf x; cat "$d/o"; cat "$d/e" >&2; rm -rf "$d"; }; exit $r"""
 _READ = """cd "$1" || exit 3; [ "$4" ] && { mkdir live || exit 3; }
-tail -c +$2 o | head -c 1048576; tail -c +$3 e 2>&- | head -c 1048576 >&2"""
+tail -c +$2 o | head -c 262144; tail -c +$3 e 2>&- | head -c 262144 >&2"""
 _END = 'kill $(cat "$1/p") 2>&-; rm -rf "$1"'
 
-Output = Callable[[bytes, bytes], Awaitable[None]]
-"""Takes pieces of what a command wrote to standard output and standard error."""
-Ended = tuple[int, bytes, bytes]
-"""Exit code, output, errors."""
+Output = Callable[[bytes, bytes], Awaitable[None]]  # takes pieces of what a command wrote: output, errors
+Ended = tuple[int, bytes, bytes]  # exit code, output, errors
 
 
 class Channel:

@@ -19,8 +19,7 @@ from compute.errors import Conflict, Unavailable
 from compute.wire.streams import Stream, first
 
 _BEFORE_BYTES = 2048
-_BEHIND = 256
-"""Pieces that a watcher may be behind."""
+_BEHIND = 256  # pieces that a watcher may be behind
 _TTY = re.compile(r"/dev/pts/[0-9]{1,9}")
 
 
