@@ -24,7 +24,7 @@ from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Conflict, Denied
 from imagestore import Corrupt, open_store
-from tests import api_server
+from tests import api_server, servers
 from tests.drills import rounds, seed
 
 
@@ -197,6 +197,23 @@ def test_the_server_backs_up_when_it_is_due_and_the_oldest_go(
     shutil.rmtree(tmp_path / "store")
     (tmp_path / "store").write_text("no directory")
     assert "was not backed up" in state_backup._when_due(config)
+
+
+def test_a_bucket_keeps_so_many_and_gives_the_newest(
+    server: Path, tmp_path: Path, seaweedfs: servers.Server
+) -> None:
+    where = seaweedfs.url("home")
+    for number in range(2):
+        with api_server.running(server) as running:
+            running.network(f"lan{number}", f"10.{number}.0.0/24")
+        time.sleep(1.1)  # the names, and the times of S3, are whole seconds
+        made = back_up_state(server, where, 1)
+    assert [bool(one.trouble) for one, _ in state_backups(where)] == [False]
+    fresh = tmp_path / "new"
+    fresh.mkdir()
+    assert restore_state(fresh, where).name == made.name
+    with api_server.running(fresh) as running:
+        assert {network["name"] for network in running.get("/networks")} >= {"lan0", "lan1"}
 
 
 KILLED = """
