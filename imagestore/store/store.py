@@ -16,7 +16,7 @@ from imagestore.backends.wrappers import innermost, replace
 from imagestore.errors import Conflict, Corrupt, Denied, NoSpace, NotFound, StoreError, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.digest import Buffer, Digest
-from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, PACKS, Kind, kind_of, untrashed
+from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS, PACKS, STATES, Kind, kind_of, untrashed
 from imagestore.formats.sealed import decode, seal
 from imagestore.store.names import Names
 
@@ -147,11 +147,11 @@ class Store:
                 directory.keep_reserve()
 
     def check_public(self) -> None:
-        """Raises Denied for a private store."""
-        if self.info.private:
-            raise Denied(
-                f"{self.url} is private", hint="`sf store copy` its images into a store for everybody"
-            )
+        """Raises Denied for a private store, and for one that keeps a server's state."""
+        state = None if self.backend.read_only else next(self.objects(STATES), None)
+        if self.info.private or state:
+            why = "keeps the state of a server" if state else "is private"
+            raise Denied(f"{self.url} {why}", hint="`sf store copy` its images into a store for everybody")
 
     def manifest(self, digest: Digest) -> "Manifest":
         """Raises NotFound, Corrupt."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import imagestore
 from compute import back_up_state, restore_state, state_backups
 from compute.cluster import state_backup
 from compute.cluster.records.epochs import Epoch
@@ -172,6 +173,8 @@ def test_a_published_store_takes_no_state_and_no_store_shows_one_to_its_readers(
     name = back_up_state(server, kept.as_uri()).name
     assert (kept / "state" / name).is_file() and public(f"/state/{name}") is None
     assert mode(kept / "state" / name) == 0o600
+    with pytest.raises(imagestore.Denied, match="state of a server"):
+        open_store(kept.as_uri()).check_public()
     store = open_store((tmp_path / "store").as_uri(), create=True)
     store.backend.put(f"tuf/{'0' * 64}/1.root.json", b"{}")
     with pytest.raises(Denied, match="published"):
