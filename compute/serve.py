@@ -30,6 +30,7 @@ from compute.cluster.certificates import authority, certificate, shown
 from compute.cluster.controller import Controller
 from compute.cluster.holding import Holds
 from compute.cluster.images.bringing import Bringing
+from compute.cluster.images.snapshots import Snapshots
 from compute.cluster.images.stores import MINE, NamespaceStores
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
@@ -119,7 +120,8 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             await state_backup.keep(store, config, controller.server)
 
         bringing = Bringing(store, own, stores.images, config, controller.feed)
-        parts = controller.keep_up, stores.keep, instances_images, state_backups, bringing.keep
+        taking = Snapshots(store, own, lambda: stores.images.stores, controller.feed)
+        parts = controller.keep_up, stores.keep, instances_images, state_backups, bringing.keep, taking.keep
         await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")

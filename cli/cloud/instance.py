@@ -12,7 +12,7 @@ from cli.cloud.create import attachment, created, gigabytes, image_of, ssh_key, 
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
 from cli.errors import TIMEOUT, USAGE, Problem
-from cli.output import Row, confirm, say, show_list, show_one, size, when
+from cli.output import Row, confirm, say, show_list, show_one, size, status, when
 
 COLUMNS = (
     ("name", "name"),
@@ -245,3 +245,50 @@ _power("unpause", "unpause", "Let paused guests go on.")
 def reboot(name: str, hard: bool) -> None:
     """Reboot a guest."""
     Api()("POST", "instances", name, "reboothard" if hard else "rebootsoft")
+
+
+SNAPSHOT = (
+    ("name", "name"),
+    ("state", "state"),
+    ("new", lambda s: size(s.get("new"))),
+    ("known", lambda s: size(s.get("known"))),
+    ("file systems", lambda s: "frozen" if s.get("frozen") else "as after a crash"),
+)
+SNAPSHOT_FIELDS = (
+    *SNAPSHOT,
+    ("held", lambda s: size(s.get("held"))),
+    ("read", lambda s: size(s.get("read"))),
+    ("written", lambda s: size(s.get("written"))),
+    ("digests", lambda s: [f"{device} {digest}" for device, digest in sorted(s["digests"].items())]),
+    ("note", "note"),
+    ("error", "error_message"),
+)
+
+
+@instance.add(examples="sf instance snapshot web")
+@click.option(
+    "--timeout", type=DURATION, default="1h", show_default=True, help="How long to wait for its end."
+)
+def snapshot(name: str, form: str, timeout: float) -> None:
+    """Keep all disks of a running guest as they are now, as images under my/."""
+    api = Api()
+    made = api("POST", "instances", name, "snapshot")
+    with status() as tell:
+        for gone_s in poll(timeout):
+            found = next(s for s in api("GET", "instances", name, "snapshot") if s["uuid"] == made["uuid"])
+            if found["state"] in ("created", "error"):
+                break
+            tell(f"{found['name']}: {found['state']}", f"{gone_s:.0f} s")
+        else:
+            raise Problem(
+                f"{made['name']} is not stored yet", hint=f"sf instance snapshots {name}", code=TIMEOUT
+            )
+    if found["state"] == "error":
+        raise Problem(f"{found['name']}: {found['error_message']}", hint=f"sf instance events {name}")
+    show_one(found, SNAPSHOT_FIELDS, form)
+
+
+@instance.add(examples="sf instance snapshots web")
+def snapshots(name: str, form: str) -> None:
+    """List the snapshots of a guest, the newest first."""
+    show_list(Api()("GET", "instances", name, "snapshot"), SNAPSHOT, form)

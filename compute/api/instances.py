@@ -20,6 +20,7 @@ from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.rules import Rules
+from compute.cluster.records.snapshots import snapshots_of, take
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import Limits, unreadable
@@ -265,6 +266,18 @@ def plug_interface(ctx: Ctx, ref: str, body: PlugBody) -> Response:
         lambda txn: ctx.once(txn, Interface, body, lambda t: acts.add_interface(t, known.uuid, want))
     )
     return JSONResponse(views.interface(made))
+
+
+@router.get("/instances/{ref}/snapshot")
+def list_snapshots(ctx: Ctx, ref: str) -> Response:
+    """The newest first."""
+    return JSONResponse([views.snapshot(one) for one in snapshots_of(ctx.read(), _find(ctx, ref).uuid)])
+
+
+@router.post("/instances/{ref}/snapshot")
+def take_snapshot(ctx: Ctx, ref: str) -> Response:
+    """Of all its disks at one moment, into the namespace's own store. Poll the list for its `state`."""
+    return JSONResponse(views.snapshot(ctx.change(_find(ctx, ref), take)))
 
 
 @router.get("/instances/{ref}/consoledata")

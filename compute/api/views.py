@@ -15,6 +15,7 @@ from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.rules import Rules
+from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event
 from compute.wire.spec import InstanceState
@@ -35,6 +36,25 @@ def _common(item: Stored, **fields: Any) -> Json:
 
 def namespace(item: Namespace) -> Json:
     return _common(item, name=item.name, keys=sorted(item.keys), trust={"full": sorted(item.trust)})
+
+
+def snapshot(item: Snapshot) -> Json:
+    order = item.order
+    names = {device: f"my/{item.image(device)}:{item.tag}" for device in sorted(order.digests)}
+    said = {
+        "frozen": order.frozen,
+        "note": order.note,
+        "error_message": order.error,
+        "created": order.moment_s,
+    }
+    more = {
+        "instance_uuid": item.instance_uuid,
+        "namespace": item.namespace,
+        **order.costs,
+        **said,
+    }
+    name = f"my/{item.instance.lower()}:{item.tag}"
+    return _common(item, name=name, images=names, digests=order.digests, **more)
 
 
 def interface(item: Interface) -> Json:

@@ -19,10 +19,12 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.rules import Rules, allowed
 from compute.cluster.records.secrets import site_secret, store_token
+from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.transaction import Transaction
 from compute.wire.codec import to_plain
 from compute.wire.spec import (
     AGENT_CHANNEL,
+    Capture,
     ImageSite,
     InstanceSpec,
     InstanceState,
@@ -41,6 +43,7 @@ KINDS = frozenset(
         Node.KIND,
         Epoch.KIND,
         Quarantined.KIND,
+        Snapshot.KIND,
         liveness.KIND,
     }
     | {Namespace.KIND}
@@ -80,10 +83,13 @@ def read(
     )
     gone = [one.uuid for one in orphans if one.delete]
     removals = tuple(InstanceSpec(uuid, uuid, "", 1, 16, (), delete=True) for uuid in gone)
-    present = epoch(txn)
+    present, wanted = epoch(txn), defaultdict[str, tuple[Capture, ...]](tuple)
+    for one in sorted(txn.list(Snapshot), key=lambda one: one.tag):
+        wanted[one.instance_uuid] += (one.order,) if one.state == "ordered" else ()
+    asked = tuple(replace(i, snapshots=wanted[i.uuid]) if wanted[i.uuid] else i for i in now.instances)
     now = replace(
         now,
-        instances=(*now.instances, *removals),
+        instances=(*asked, *removals),
         image_site=image_site(node, nodes, alive, site_secret(txn)),
         epoch=present.number,
         former=present.former,

@@ -24,13 +24,14 @@ from typing import Any
 from compute.cluster.quarantine import Quarantined, forget
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.snapshots import settle_snapshot
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Invalid
 from compute.wire.codec import from_plain
 from compute.wire.spec import InstanceState, InstanceStatus, NodeEvent
 
 _TYPES = frozenset({"audit", "mutate", "status", "resources", "usage"})
-_TEXT = 2000
+_TEXT, _SNAPSHOTS = 2000, 16
 _EXTRA_BYTES = 2**14
 _LATE_S, _EARLY_S = 30 * 86400.0, 60.0
 
@@ -98,6 +99,8 @@ def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
     steps = path_to(found.state, status.state)
     if steps and steps[-1].value.endswith("-error"):
         steps.append(InstanceState.ERROR)
+    for said in status.snapshots[:_SNAPSHOTS]:
+        settle_snapshot(txn, found, said)
     now = replace(
         found,
         state=steps[-1] if steps else found.state,

@@ -11,6 +11,7 @@ import pytest
 from compute.wire.spec import Capture, DiskSpec, InstanceSpec
 from imagestore import Digest, Store, open_store, pull, verify_image
 from scripts.private_libvirtd import PrivateHost
+from tests.system.machine import Machine, within
 from tests.system.test_agent import remove, says
 from tests.system.test_lazy_boot import LazyBench
 
@@ -106,3 +107,36 @@ def test_all_disks_of_a_running_guest_are_stored_as_they_were_at_one_moment(
         await bench.service_is_gone()
 
     asyncio.run(story())
+
+
+def test_a_snapshot_by_the_commands_is_an_image_that_another_guest_boots_from(
+    host: PrivateHost, tmp_path: Path, tiny_image: Path
+) -> None:
+    machine = Machine(host, tmp_path, SF_ACCEL="tcg", SF_NODE_NAME="here")
+    machine.sf("image", "push", str(tiny_image), "tiny:1")
+    machine.start()
+    script = tmp_path / "count.sh"
+    script.write_text(COUNT)
+    try:
+        create = ["instance", "create", "--image", "tiny:1", "--memory", "192"]
+        machine.sf(
+            *create, "web", "--disk", "1G", "--disk", "1G", "--user-data", str(script), "--wait", "boot"
+        )
+        within(120, lambda: "SF-GUEST-COUNTS" in machine.sf("instance", "console", "web").stdout, "it counts")
+        made = [machine.listed("instance", "snapshot", "web") for _ in range(2)]
+        assert all(one["state"] == "created" and one["frozen"] and one["new"] < 2 << 20 for one in made)
+        assert made[0]["images"].keys() == {"vda", "vdb"} and made[0]["name"].startswith("my/web:")
+        assert [one["name"] for one in machine.listed("instance", "snapshots", "web")] == [
+            one["name"] for one in reversed(made)
+        ]
+        machine.sf(
+            "instance", "create", "--image", made[0]["name"], "--memory", "192", "web2", "--wait", "boot"
+        )
+        history = machine.sf("instance", "events", "web").stdout
+        assert "snapshot is web:" in history
+        machine.sf("instance", "stop", "web")
+        refused = machine.sf("instance", "snapshot", "web", check=False)
+        assert refused.returncode == 5 and "does not run" in refused.stderr
+        machine.sf("instance", "delete", "web", "web2", "--force", "--wait")
+    finally:
+        machine.signal(2)

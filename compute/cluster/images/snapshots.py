@@ -1,0 +1,68 @@
+"""What the server does for a snapshot: what its disks are made of goes to the own store, then names to what came."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from compute.cluster.feed import Feed
+from compute.cluster.images.stores import NamespaceStores
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.snapshots import Snapshot, finish
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.state.protocol import StateStore
+from compute.errors import ComputeError, Conflict
+from compute.wire.spec import InstanceState
+from imagestore import Digest, Store, StoreError, copy_image, tag
+
+_LOOK_S = 5.0
+
+
+class Snapshots:
+    """`keep` in the server's loop; a few snapshots at once take their next step, each in a thread."""
+
+    def __init__(
+        self, records: StateStore, own: NamespaceStores, stores: Callable[[], Mapping[str, Store]], feed: Feed
+    ) -> None:
+        self._records, self._own, self._stores, self._feed = records, own, stores, feed
+        self._pool, self._busy = ThreadPoolExecutor(4, "sf-snapshots"), set[str]()
+
+    async def keep(self) -> None:
+        """For ever."""
+        while True:
+            seen = self._feed.revision
+            await asyncio.to_thread(self._look)
+            await self._feed.moved((Snapshot.KIND,), seen, _LOOK_S)
+
+    def _look(self) -> None:
+        read = Transaction(self._records)
+        for one in read.list(Snapshot):
+            instance = read.find(Instance, one.instance_uuid)
+            here = instance is not None and instance.state == InstanceState.CREATED
+            if one.live and one.uuid not in self._busy and not (one.state == "ordered" and here):
+                self._busy.add(one.uuid)
+                self._pool.submit(self._advance, one, instance if here else None)
+
+    def _advance(self, one: Snapshot, instance: Instance | None) -> None:
+        try:
+            if instance is None or one.order.error:
+                raise Conflict(one.order.error or "its instance is gone")
+            target = self._own.of(one.namespace)
+            if one.state == "initial":
+                # A store is complete in itself.
+                for disk in instance.disks:
+                    if disk.image and disk.store != one.namespace:
+                        others = self._own.made() if disk.store else self._stores()
+                        digest = Digest.parse(disk.image)
+                        sources = [store for store in others.values() if store.has_manifest(digest)]
+                        copy_image((sources or [target])[0], target, digest)
+                transact(self._records, lambda txn: txn.update(replace(one, state="ordered")))
+                return
+            for device, digest in ((name, Digest.parse(text)) for name, text in one.order.digests.items()):
+                tag(target, digest, one.image(device), one.tag, target.manifest(digest).architecture)
+            transact(self._records, lambda txn: finish(txn, one.uuid))
+        except (ComputeError, StoreError, OSError) as err:
+            error = str(err) or repr(err)
+            transact(self._records, lambda txn: finish(txn, one.uuid, error))
+        finally:
+            self._busy.discard(one.uuid)

@@ -1,0 +1,149 @@
+"""The server's side of snapshots: what is asked, what a node may say of it, what gets names."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compute.cluster import desired
+from compute.cluster.feed import Feed
+from compute.cluster.images.snapshots import Snapshots
+from compute.cluster.images.stores import NamespaceStores
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.snapshots import Snapshot, settle_snapshot, snapshots_of, take
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.reports import settle
+from compute.cluster.state.sqlite import SqliteStore
+from compute.errors import Conflict
+from compute.wire.spec import Capture, DiskSpec, InstanceState, InstanceStatus
+from imagestore import Digest, Store, open_store, push
+from tests.unit.imagestore.images import make_raw
+
+WEB, DB = "11111111-0000-4000-8000-000000000001", "22222222-0000-4000-8000-000000000002"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "sf.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "index"))
+    store = open_store(str(tmp_path / "store"), create=True)
+    yield store
+    store.backend.close()
+
+
+@pytest.fixture
+def worker(store: SqliteStore, images: Store, tmp_path: Path) -> Iterator[Snapshots]:
+    transact(store, lambda txn: txn.create(Namespace(name="shop")))
+    own = NamespaceStores(store, lambda: str(tmp_path / "store"), tmp_path)
+    yield Snapshots(store, own, lambda: {"local": images}, Feed(store))
+    own.close()
+
+
+def guest(store: SqliteStore, uuid: str, image: Digest | None = None, **changes: object) -> Instance:
+    made = Instance(
+        uuid=uuid,
+        name="Web",
+        namespace="shop",
+        node="here",
+        cpus=1,
+        memory_mib=64,
+        disks=(DiskSpec("vda", str(image or "")),),
+        state=InstanceState.CREATED,
+        power_state="on",
+    )
+    made = replace(made, **changes)  # type: ignore[arg-type]
+    transact(store, lambda txn: txn.create(made))
+    return made
+
+
+def taken(store: SqliteStore, uuid: str) -> Snapshot:
+    return snapshots_of(Transaction(store), uuid)[0]
+
+
+def advance(store: SqliteStore, worker: Snapshots, uuid: str) -> Snapshot:
+    read = Transaction(store)
+    worker._advance(taken(store, uuid), read.find(Instance, uuid))
+    return taken(store, uuid)
+
+
+def test_it_goes_from_asked_to_named_and_its_image_is_complete_in_the_own_store(
+    store: SqliteStore, images: Store, worker: Snapshots, tmp_path: Path
+) -> None:
+    base = push(images, make_raw(tmp_path / "disk.raw"), "tiny").digest
+    guest(store, WEB, base)
+    asked = transact(store, lambda txn: take(txn, WEB))
+    assert (
+        asked.state == "initial"
+        and not desired.read(Transaction(store), "here", "0" * 8, ["here"]).instances[0].snapshots
+    )
+    assert advance(store, worker, WEB).state == "ordered"
+    own = worker._own.of("shop")
+    assert own.has_manifest(base) and own.info.private
+    (spec,) = desired.read(Transaction(store), "here", "0" * 8, ["here"]).instances
+    assert [one.uuid for one in spec.snapshots] == [asked.uuid]
+    told = replace(spec.snapshots[0], digests={"vda": str(base)}, costs={"new": 5}, labels={"by": "the node"})
+    status = InstanceStatus(WEB, InstanceState.CREATED, "on", snapshots=(told,))
+    transact(store, lambda txn: settle(txn, "elsewhere", status))
+    assert taken(store, WEB).state == "ordered"
+    transact(store, lambda txn: settle(txn, "here", status))
+    assert taken(store, WEB).state == "stored" and taken(store, WEB).order.labels["instance"] == "Web"
+    assert advance(store, worker, WEB).state == "created"
+    assert own.names.get("web", asked.tag).images == {"x86_64": base}
+
+
+def test_one_at_a_time_of_a_guest_that_runs_and_each_has_a_name_of_its_own(store: SqliteStore) -> None:
+    guest(store, WEB)
+    guest(store, DB, name="db", power_state="off")
+    first = transact(store, lambda txn: take(txn, WEB))
+    for uuid in (WEB, DB):
+        with pytest.raises(Conflict):
+            transact(store, lambda txn, uuid=uuid: take(txn, uuid))  # type: ignore[misc]
+    transact(store, lambda txn: txn.update(replace(taken(store, WEB), state="created")))
+    assert transact(store, lambda txn: take(txn, WEB)).tag > first.tag
+
+
+def test_what_cannot_be_is_an_error_with_its_reason(
+    store: SqliteStore, worker: Snapshots, tmp_path: Path
+) -> None:
+    guest(store, WEB, Digest.of(b"nowhere"))
+    transact(store, lambda txn: take(txn, WEB))
+    lost = advance(store, worker, WEB)
+    assert lost.state == "error" and "not" in lost.order.error
+    transact(store, lambda txn: take(txn, WEB))
+    transact(store, lambda txn: txn.delete(Instance, WEB))
+    assert advance(store, worker, WEB).order.error == "its instance is gone"
+
+
+def test_a_node_speaks_of_snapshots_that_were_ordered_of_it_alone(
+    store: SqliteStore, images: Store, worker: Snapshots, tmp_path: Path
+) -> None:
+    base = push(images, make_raw(tmp_path / "disk.raw"), "tiny").digest
+    web, db = guest(store, WEB, base), guest(store, DB, base, name="db")
+    uuid = transact(store, lambda txn: take(txn, WEB)).uuid
+    whole = Capture(uuid, digests={"vda": str(base)})
+    transact(store, lambda txn: settle_snapshot(txn, web, whole))  # not ordered yet
+    assert advance(store, worker, WEB).state == "ordered"
+    for other in (Capture(f"../instance/{WEB}"), Capture("x" * 9000)):
+        transact(store, lambda txn, other=other: settle_snapshot(txn, web, other))  # type: ignore[misc]
+    transact(store, lambda txn: settle_snapshot(txn, db, whole))
+    assert taken(store, WEB).state == "ordered"
+    wrong: list[dict[str, Any]] = [{}, {"digests": {"vda": "b3:0", "vdb": "x"}}, {"error": "e" * 9000}]
+    for said in wrong:
+        told = Capture(uuid, **said)
+        transact(store, lambda txn, told=told: settle_snapshot(txn, web, told))  # type: ignore[misc]
+        assert len(taken(store, WEB).order.error) <= 2000
+        assert advance(store, worker, WEB).state == "error"
+        uuid = transact(store, lambda txn: take(txn, WEB)).uuid
+        assert advance(store, worker, WEB).state == "ordered"
+    absent = Capture(uuid, digests={"vda": str(Digest.of(b"absent"))})
+    transact(store, lambda txn: settle_snapshot(txn, web, absent))
+    assert advance(store, worker, WEB).state == "error" and not list(worker._own.of("shop").names.list())
