@@ -124,7 +124,7 @@ class Disks:
 
     async def _move(self, device: str, image: str) -> None:
         held, figures = self._held, await self._host.images.figures(self._reader(device))
-        if figures:
+        if figures and figures != held.now.arrived.get(device):
             await held.save(arrived={**held.now.arrived, device: figures})
         whole = figures.get("present_bytes") == figures.get("data_bytes")
         backing = self._host.images.complete(image) if image and whole else None

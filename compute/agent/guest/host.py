@@ -154,6 +154,7 @@ class Voice:
         """Why its processors stand still though nobody asked for it; "" if they do not."""
         if reason != self._halted:
             self.event(f"paused: {reason}" if reason else "it goes on")
+            self.publish(power="paused" if reason else "on", message=reason)
         self._halted = reason
 
     def event(self, message: str, duration_s: float | None = None, **extra: Any) -> None:

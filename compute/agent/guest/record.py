@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from compute.agent.hypervisor import domain
-from compute.errors import ComputeError, Invalid
+from compute.errors import ComputeError, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import Capture, InstanceSpec
 from imagestore import durable
@@ -136,7 +136,11 @@ class Journal:
         await self._save()
 
     async def _save(self) -> None:
-        await self._do(self._write)
+        """Raises Unavailable: a disk that is full now is no failure of a guest."""
+        try:
+            await self._do(self._write)
+        except OSError as err:
+            raise Unavailable(f"{self._path} cannot be written: {err.strerror}") from err
 
     def _write(self) -> None:
         self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)

@@ -1,0 +1,228 @@
+"""The packages, as somebody meets them who has never seen sf: installed, used, upgraded, switched off and on, removed.
+
+Whole under scripts/test --all. SF_TEST_SUITE=trixie is another system than Debian 12, SF_TEST_PACKAGES a directory of
+packages that are built already. Prints how long each part took.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from scripts import fresh_root
+from tests import drills
+from tests.system.installed import Installed, in_root
+from tests.system.machine import ROOT, within
+
+SUITE = os.environ.get("SF_TEST_SUITE", "bookworm")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.drill,
+    pytest.mark.timeout(7200),
+    pytest.mark.skipif(not drills.everything(), reason="builds packages and a system: scripts/test --all"),
+]
+
+DB = """#!/bin/sh
+mkdir -p /run/www && cd /run/www && httpd -p 80 -h /run/www
+while sleep 0.2; do cut -d ' ' -f 1 /proc/uptime >/run/www/up.new && mv up.new up; done
+"""
+WEB = """#!/bin/sh
+while sleep 0.5; do
+    now=$(wget -q -T 3 -O - http://db/up) && echo "SF-POLL ok $now" || echo "SF-POLL failed"
+done
+"""
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    print(f"{SUITE}: {what}: {time.monotonic() - began:.1f} s")
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages of now, and in before/ the same under an older version."""
+    built = os.environ.get("SF_TEST_PACKAGES")
+    directory = tmp_path_factory.mktemp("packages")
+    if built:
+        for path in Path(built).glob("sf-*.deb"):
+            shutil.copy(path, directory)
+    else:
+        with timed("scripts/package, in a new root"):
+            subprocess.run([ROOT / "scripts/package", "--suite", SUITE, "--to", directory], check=True)
+    (directory / "before").mkdir()
+    for path in directory.glob("*.deb"):
+        tree = directory / "tree"
+        subprocess.run(["dpkg-deb", "-R", path, tree], check=True)
+        control = tree / "DEBIAN/control"
+        version = re.search(r"^Version: (.*)", control.read_text(), re.M)
+        assert version is not None
+        control.write_text(control.read_text().replace(version[1], f"0.0.9~{version[1]}"))
+        subprocess.run(
+            ["dpkg-deb", "-Znone", "-b", tree, directory / "before"], check=True, stdout=subprocess.DEVNULL
+        )
+        shutil.rmtree(tree)
+    return directory
+
+
+@pytest.fixture
+def machine(packages: Path, tiny_image: Path) -> Iterator[Installed]:
+    with fresh_root.new_root(SUITE) as root:
+        shutil.rmtree(root / "root/sf")
+        shutil.copytree(packages, root / "root/debs")
+        shutil.copy(tiny_image, root / "srv/tiny.qcow2")
+        (root / "root/db").write_text(DB)
+        (root / "root/web").write_text(WEB)
+        in_root(
+            root,
+            "apt-get -qq update; apt-get -qq -y install --no-install-recommends systemd-sysv dbus iproute2",
+        )
+        with timed("download of what the packages depend on"):
+            in_root(root, "apt-get -qq -y -d install --no-install-recommends /root/debs/*.deb")
+        (root / "var/log/journal").mkdir(exist_ok=True)
+        made = Installed(root)
+        try:
+            made.boot()
+            yield made
+        finally:
+            made.close()
+
+
+def traces(machine: Installed) -> set[str]:
+    """What a package or sf may leave: files, users, namespaces, links, tables, domains, processes."""
+    ignored = r"^/(proc|sys|dev|run|tmp|root|etc/(ld.so.cache|ssl/certs|.*-$)|var/(log|cache|lib/(apt|dpkg|systemd)))"
+    found = machine.run(
+        "find / -xdev -printf '%p\\n'; getent passwd | sed s/^/user:/; ip netns; ip -o link"
+    ).stdout
+    found += machine.run(
+        "nft list tables; virsh -q list --all --name; ps -eo comm= | grep -E 'dnsmasq|qemu|^sf'", check=False
+    ).stdout
+    return {line for line in found.splitlines() if not re.match(ignored, line)}
+
+
+def polls(machine: Installed) -> list[str]:
+    return re.findall(r"SF-POLL (.*)", machine.run("sf instance console web").stdout.replace("\r", ""))
+
+
+def ups(machine: Installed) -> list[float]:
+    """db's uptimes, as web got them."""
+    return [float(line.split()[1]) for line in polls(machine) if line.startswith("ok")]
+
+
+def journal(machine: Installed, boot: int) -> str:
+    return machine.run(f"journalctl -b {boot} -o short-monotonic --no-pager").stdout
+
+
+def test_installed_used_upgraded_switched_off_and_on_removed_and_purged(machine: Installed) -> None:
+    apt = "apt-get -qq -y -o Dpkg::Use-Pty=0 --no-download"
+    before = traces(machine)
+    with timed("apt install"):
+        machine.run(f"{apt} install --no-install-recommends /root/debs/before/*.deb")
+    installed = traces(machine)
+    within(30, lambda: machine.run("sf network ls", check=False).returncode == 0, "sf serve answers")
+    doctor = machine.run("sf doctor").stdout
+    assert not re.search("^(wrong|warning)", doctor, re.M), doctor
+    with timed("the demo's guest, with its network and image"):
+        machine.run("sf image push /srv/tiny.qcow2 tiny:1 && sf network create lan 10.42.0.0/24")
+        create = "sf instance create {0} --image tiny:1 --network lan --memory 192 --user-data /root/{0} --wait boot"
+        machine.run(create.format("db"))
+    machine.run(create.format("web"))
+    machine.run("sf instance set db --order 1 --delay 2s && sf instance set web --order 2")
+    within(60, lambda: len(ups(machine)) > 3, "web hears of db")
+    assert "SF-GUEST-READY" in machine.run("sf instance console db").stdout
+
+    # What systemd is for
+    first = machine.run("systemctl show -P MainPID sf-serve").stdout
+    machine.run(f"kill -9 {first}")
+    within(30, lambda: machine.run("sf network ls", check=False).returncode == 0, "sf serve is back")
+    assert machine.run("systemctl show -P MainPID sf-serve").stdout != first
+    off = "sf-mirror sf-mirror-sync.timer sf-mirror-refresh.timer sf-gc.timer sf-verify.timer sf-imaged"
+    assert set(machine.run(f"systemctl is-enabled {off}", check=False).stdout.split()) == {"disabled"}
+    machine.run("systemctl start sf-gc sf-verify")
+    mirror = "runuser -u sf-mirror -- env SF_STATE_DIR=/var/lib/sf-mirror sf"
+    machine.run(f"{mirror} mirror init && {mirror} image push /srv/tiny.qcow2 tiny:1")
+    machine.run(
+        "systemctl start sf-mirror sf-mirror-refresh sf-mirror-gc sf-mirror-verify && systemctl stop sf-mirror"
+    )
+
+    # Upgrade
+    guests = machine.run("systemctl show -P ActiveEnterTimestamp sf-guests").stdout
+    qemus = machine.run("pgrep -f qemu-system").stdout
+    with timed("apt upgrade"):
+        machine.run(f"{apt} install --no-install-recommends /root/debs/*.deb")
+    within(60, lambda: machine.run("sf instance ls", check=False).returncode == 0, "sf serve is upgraded")
+    count = len(polls(machine))
+    within(60, lambda: len(polls(machine)) > count + 3, "web goes on")
+    assert "failed" not in polls(machine)[3:], polls(machine)
+    assert ups(machine) == sorted(ups(machine)), "db was not started anew"
+    assert machine.run("pgrep -f qemu-system").stdout == qemus
+    assert machine.run("systemctl show -P ActiveEnterTimestamp sf-guests").stdout == guests
+    print(f"{SUITE}: {len(polls(machine))} polls, {polls(machine).count('failed')} failed")
+
+    # The host goes down and comes back
+    with timed("poweroff of the host with two guests"):
+        machine.power_off()
+    with timed("boot of the host"):
+        machine.boot()
+    said = journal(machine, -1)
+    print(
+        "\n".join(
+            line for line in said.splitlines() if re.search(r"sf-guests|sf\[|Stop.*(libvirt|sf:)", line)
+        )[-4000:]
+    )
+    places = [
+        said.index(text)
+        for text in ("stopped; 2 guests", "system/web is off", "system/db is off", "Stopped libvirtd")
+        if text in said
+    ]
+    assert len(places) >= 3 and places == sorted(places) and "was cut off" not in said
+    within(
+        240,
+        lambda: {one in machine.run("sf instance ls").stdout for one in ("off", "error")} == {False},
+        "both run",
+    )
+    events = machine.run("sf instance events db --format json; sf instance events web --format json").stdout
+    started = [
+        max(
+            float(at) for at, what in re.findall(r'"timestamp": ([\d.]+),[^{}]*?"message": "(started)"', half)
+        )
+        for half in events.split("\n]\n[")
+    ]
+    assert started[0] + 2 <= started[1], started
+    within(120, lambda: polls(machine)[-1].startswith("ok"), "web hears of db again")
+
+    # Removal
+    images = machine.run("ls /var/lib/sf/store/packs /var/lib/sf/instances").stdout
+    with timed("apt remove with two running guests"):
+        told = machine.run(f"{apt} remove sf-node sf-images").stdout
+    assert "stay in /var/lib/sf;" in told and "stay in /var/lib/sf-mirror;" in told
+    assert machine.run("ls /var/lib/sf/store/packs /var/lib/sf/instances").stdout == images
+    kept = re.compile(r"/var/lib/sf(-mirror)?(/|$)|/etc/sf(/|$)|user:sf-mirror|/etc/systemd/system/.*\bsf-")
+    left = {line for line in traces(machine) - before if line in installed or re.search(r"\bsf", line)}
+    left = {
+        line
+        for line in left
+        if re.search(r"\bsf|dnsmasq|qemu-system", line) and not line.startswith("/var/lib/libvirt")
+    }
+    print("left after remove:", sorted({line for line in left if line.count("/") < 5}))
+    assert not {line for line in left if not kept.search(line)}
+    with timed("installed again"):
+        machine.run(f"{apt} install --no-install-recommends /root/debs/*.deb")
+    within(
+        240,
+        lambda: (
+            {one in machine.run("sf instance ls", check=False).stdout for one in ("off", "error")} == {False}
+        ),
+        "both run",
+    )
+    machine.run(f"{apt} purge sf-node sf-images")
+    left = {line for line in traces(machine) - before if re.search(r"\bsf|dnsmasq|qemu-system", line)}
+    print("left after purge:", sorted(left))
+    assert left == set()
