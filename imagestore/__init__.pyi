@@ -37,7 +37,6 @@ from .outside import read_json as read_json
 from .outside import whole as whole
 from .progress import Progress as Progress
 from .progress import Report as Report
-from .pull import Seed as Seed
 from .pull import pull as pull
 from .push import push as push
 from .push import push_changed as push_changed
@@ -61,6 +60,8 @@ from .store.trust import trusted_until as trusted_until
 from .units import duration_s as duration_s
 from .units import size_bytes as size_bytes
 from .units import size_text as size_text
+from .updates.using import Seed as Seed
+from .updates.using import read_steps as read_steps
 from .verify import VerifyReport as VerifyReport
 from .verify import repair as repair
 from .verify import verify_image as verify_image

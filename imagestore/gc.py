@@ -29,6 +29,7 @@ from imagestore.store.pages import move
 from imagestore.store.placement import Placement
 from imagestore.store.roots import AHEAD_S, Roots, find_roots
 from imagestore.store.store import Store
+from imagestore.updates.using import read_steps
 
 GRACE_S = 24 * 3600.0
 REPACK_THRESHOLD = 0.5
@@ -107,6 +108,8 @@ class Seen:
     """Images in use, and the packs of their layouts."""
     trash: frozenset[str]
     """Keys of old manifests and layouts in no use that a run marked before."""
+    updates: frozenset[Digest]
+    """What the lists of images in use name."""
 
 
 def look(store: Store, grace_s: float, *, mend_times: bool = False) -> Seen:
@@ -116,7 +119,8 @@ def look(store: Store, grace_s: float, *, mend_times: bool = False) -> Seen:
     # What may be deleted is what was condemned before the roots are read: whoever sets a root later has to
     # look at the list and at the objects' etags after it, and helps himself.
     condemned = Condemned.read(store)
-    objects = {kind: dict(named(store, kind)) for kind in (keys.MANIFESTS, keys.LAYOUTS, *keys.BESIDE)}
+    kinds = (keys.MANIFESTS, keys.LAYOUTS, keys.DELTAS, *keys.BESIDE)
+    objects = {kind: dict(named(store, kind)) for kind in kinds}
     inventory = Inventory.read(store)
     roots = find_roots(store, now_s, before_s)
     packs_of = _mark(store, inventory, roots)
@@ -126,8 +130,10 @@ def look(store: Store, grace_s: float, *, mend_times: bool = False) -> Seen:
         for name, stat in objects[kind].items()
         if name not in roots.images and stat.modified_s <= before_s and _is_trash(store, stat)
     }
+    lists = (read_steps(store, image) for image in objects[keys.UPDATES].keys() & roots.images)
+    listed = frozenset(step.name for steps in lists for step in steps.values())
     return Seen(
-        before_s, ahead_s, mend_times, condemned, objects, inventory, roots, packs_of, frozenset(trash)
+        before_s, ahead_s, mend_times, condemned, objects, inventory, roots, packs_of, frozenset(trash), listed
     )  # fmt: skip
 
 
@@ -216,6 +222,9 @@ def plan(seen: Seen, threshold: float) -> Plan:
         if name not in roots.images
         and old(stat)
         and (name not in seen.objects[keys.MANIFESTS] or keys.MANIFESTS.key(name) in gone)
+    ]
+    beside += [
+        stat for name, stat in seen.objects[keys.DELTAS].items() if name not in seen.updates and old(stat)
     ]
     delete = [*(stat for stat in (*manifests, *layouts) if stat.key in seen.trash), *beside]
     mark = [stat for stat in (*manifests, *layouts) if stat.key not in seen.trash and stat.size_bytes]

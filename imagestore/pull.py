@@ -26,16 +26,9 @@ from imagestore.formats.manifest import Manifest
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import READERS, Batch, Frames, ImageReader, LocalOrigin
 from imagestore.store.store import Store
+from imagestore.updates.using import Seed, UpdateOrigin
 
 _COPY_CHUNKS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """A complete raw disk on this machine and what it holds. It is not trusted: what is copied is hashed."""
-
-    manifest: Manifest
-    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +112,8 @@ class _Filling:
                 with closing(LocalOrigin(self._manifest)) as here:
                     here.add(seed.path, seed.manifest, None)
                     self._seeded += self._take(pool, here.fetch)
+            with closing(UpdateOrigin(lambda: store, self._digest, self._manifest, seeds)) as update:
+                self._fetch_update(pool, update)
             self._fetch_all(pool, store, fallbacks)
         if not self._have.all():
             raise Corrupt(f"the image {self._digest} is not whole after all")
@@ -170,6 +165,27 @@ class _Filling:
 
     # What comes from the store
 
+    def _fetch_update(self, pool: ThreadPoolExecutor, update: UpdateOrigin) -> None:
+        """What an update from a seed brings."""
+
+        def work(frames: Numbers) -> tuple[list[int], int]:
+            batches = update.load(frames)
+            every = [pair for one in batches for pair in zip(one.chunks, one.pieces, strict=True)]
+            for chunk, piece in every:
+                self._file.put(int(self._offsets[chunk]), memoryview(piece))
+            return [chunk for chunk, _ in every], sum(batch.received_bytes for batch in batches)
+
+        self._came(in_order(pool, work, update.requests(np.flatnonzero(~self._have)), READERS))
+
+    def _came(self, answers: Iterator[tuple[Sequence[int] | Numbers, int]]) -> None:
+        """Note what each request brought: chunks that are written, and how many bytes it took."""
+        for chunks, fetched in answers:
+            self._have[chunks] = True
+            self._file.written(int(self._lengths[chunks].sum()))
+            self._fetched += fetched
+            self._requests += 1
+            self._report()
+
     def _fetch_all(self, pool: ThreadPoolExecutor, store: Store, fallbacks: Sequence[Store]) -> None:
         missing = np.flatnonzero(~self._have)
         self._file.allocate(self._offsets[missing], self._lengths[missing])
@@ -184,12 +200,7 @@ class _Filling:
                 self._unpack(frames, frame, data)
             return frames.chunks[frames.rows(request)], sum(map(len, stored))
 
-        for chunks, fetched in reader.each(missing, fetch, pool):
-            self._have[chunks] = True
-            self._file.written(int(self._lengths[chunks].sum()))
-            self._fetched += fetched
-            self._requests += 1
-            self._report()
+        self._came(reader.each(missing, fetch, pool))
 
     def _unpack(self, frames: Frames, frame: int, stored: memoryview) -> None:
         """Verify the wanted chunks of a frame and write them, neighbours together. Raises Corrupt."""

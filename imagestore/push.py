@@ -41,6 +41,7 @@ from imagestore.store.pages import lay_out
 from imagestore.store.placement import Placement, too_scattered
 from imagestore.store.roots import Offer, can_be_read
 from imagestore.store.store import Store
+from imagestore.updates.making import make_update
 
 _PARTS_BYTES = 10 << 20
 """Most index parts that one push reads."""
@@ -63,6 +64,8 @@ class PushResult:
     notes: tuple[str, ...] = ()
     """With `sparsify`: which parts of the disk are stored whole all the same, and why. Of a changed disk: why all of
     it was looked at."""
+    update_bytes: int = 0
+    """With `update`: what this version costs who holds the former one, 0 where frames are as good."""
 
 
 def push(
@@ -78,6 +81,7 @@ def push(
     format_: str | None = None,
     sparsify: bool = False,
     bounded: bool = False,
+    update: bool = False,
     progress: Report = silent,
     cache: Path | None = None,
 ) -> PushResult:
@@ -85,6 +89,7 @@ def push(
 
     format_: raw, qcow2, vmdk, vhdx, vdi, vhd, or None to look. sparsify: leave out blocks that ext4 on it has free
     for certain. bounded: the file is a stranger's, and may mean no more work than its size allows.
+    update: keep beside it what it costs who holds what the name pointed at before (`imagestore.updates`).
     cache: directory of the local index instead of SF_CACHE_DIR.
     Raises Invalid for a bad image or name, Conflict when it is in use, and what the backend raises.
     """
@@ -102,7 +107,9 @@ def push(
             check_work(disk, path.stat().st_size)
         writer = stack.enter_context(_Writer(store, disk, progress, cache))
         special = look(disk, sparsify=sparsify)
-        return replace(writer.push(name, tag, facts, special), notes=special.notes)
+        done = replace(writer.push(name, tag, facts, special), notes=special.notes)
+    step = make_update(store, writer.former, done.digest) if update and writer.former else None
+    return replace(done, update_bytes=step.size_bytes if step else 0)
 
 
 def push_changed(
@@ -130,6 +137,8 @@ class _Writer:
         self._offsets, self._lengths, self._rows = (np.zeros(0, np.int64) for _ in range(3))
         self._stack = ExitStack()
         self._new_bytes = self._known_bytes = 0
+        self.former: Digest | None = None
+        """What the name pointed at before."""
 
     def __enter__(self) -> Self:
         workers = min(8, len(os.sched_getaffinity(0)))
@@ -148,7 +157,7 @@ class _Writer:
         names, architecture = self._store.names, facts["architecture"]
         record = names.read(name, tag) if name else None
         images = record.images if record and not record.removed else {}
-        current = images.get(architecture)
+        self.former = current = images.get(architecture)
         parent = current or next(iter(images.values()), None)
         followed = parent is not None and self._lookup.follow(parent)
         windows = Windows(self._disk, self._store.info.chunker, self._pool, special)

@@ -17,6 +17,7 @@ from imagestore.formats.index import Hooks
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import unseal
+from imagestore.formats.update import decode_steps, verify_update
 from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
 from imagestore.store.frames import Frames, load
@@ -70,6 +71,7 @@ def verify_store(
     report = VerifyReport()
     _verify_small(store, report)
     inventory = Inventory.read(store)
+    _verify_updates(store, report, full=full)
     _verify_index(store, inventory, report)
     manifests = {name: stat for name, stat in named(store, keys.MANIFESTS) if stat.size_bytes}
     packs_of: dict[Digest, set[Digest]] = {name: set() for name in manifests}
@@ -201,6 +203,17 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
         found.append(Problem(keys.HOOKS_KEY, f"index part {name} is not there"))
 
 
+def _verify_updates(store: Store, report: VerifyReport, *, full: bool) -> None:
+    for to, stat in named(store, keys.UPDATES):
+        with report.about(stat.key), contextlib.suppress(NotFound):
+            for base, step in decode_steps(store.backend.get(stat.key).data, stat.key).items():
+                key = keys.DELTAS.key(step.name)
+                if not store.has(key) or store.backend.stat(key).size_bytes != step.size_bytes:
+                    raise Corrupt(f"{key} is not there, or has another length than its list says")
+                if full:
+                    verify_update(store.backend.get(key).data, base, to, step)
+
+
 def _verify_layout(inventory: Inventory, manifest: Manifest, layout: Layout, report: VerifyReport) -> None:
     """Whether every chunk lies where the layout says, by the packs' own footers."""
     layout.check(manifest)
@@ -279,7 +292,7 @@ def _mend(store: Store, other: Store, key: str) -> bool:
             store.backend.put(key, data)
         case keys.INFO:
             store.backend.put(key, store.info.encode())
-        case keys.INDEX | keys.LEASES | keys.HOOKS:
+        case keys.INDEX | keys.LEASES | keys.HOOKS | keys.UPDATES:
             # Hints and promises: who needs them writes them again.
             store.backend.delete(key)
         case keys.GC:

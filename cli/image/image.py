@@ -33,6 +33,7 @@ FIELDS = (
     ("labels", lambda i: [f"{k}={v}" for k, v in i["labels"].items()]),
     ("source", lambda i: [f"{k}: {v}" for k, v in i["source"].items()]),
     ("parent", "parent"),
+    ("from former", lambda i: [f"{size(cost)} from {base}" for base, cost in i["updates"].items()]),
     ("disk id", "disk_id"),
     ("store", "store"),
 )
@@ -48,6 +49,7 @@ PUSHED = (
     ("new", lambda r: size(r["new_bytes"])),
     ("already there", lambda r: size(r["known_bytes"])),
     ("written", lambda r: size(r["written_bytes"])),
+    ("from former", lambda r: size(r["update_bytes"]) if r["update_bytes"] else ""),
     ("not sparsified", "notes"),
 )
 
@@ -91,6 +93,7 @@ path = click.Path(dir_okay=False, path_type=Path)
     "--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]), help="Default: look."
 )
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
+@click.option("--update", is_flag=True, help="Also make what takes holders of the former version here.")
 def push(
     file: Path | str, name: str, architecture: str, single_writer: bool, form: str, **given: Any
 ) -> None:
@@ -208,8 +211,11 @@ def _here() -> dict[str, str]:
 @image.add(examples="sf image show debian:12\nsf image show debian:12 --format json")
 def show(name: str, architecture: str, form: str) -> None:
     """Show an image: its digest, its size, its labels and where it came from."""
+    from imagestore import read_steps
+
     with found(name, architecture) as (store, full, digest):
         manifest, layout = store.manifest(digest), store.layout(digest)
+        steps = read_steps(store, digest)
     row = {
         "name": full,
         "digest": str(digest),
@@ -224,6 +230,7 @@ def show(name: str, architecture: str, form: str) -> None:
         "source": dict(manifest.source),
         "parent": str(manifest.parent or ""),
         "disk_id": str(manifest.disk_id),
+        "updates": {str(base): step.size_bytes for base, step in steps.items()},
         "store": store.url,
     }
     show_one(row, FIELDS, form)

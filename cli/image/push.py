@@ -22,7 +22,7 @@ class Source(click.Path):
 def keep(file: Path | str, text: str, architecture: str, alone: bool, **given: Any) -> Row:
     """Bring it into the store of the settings; the row that says what came. Raises Corrupt, Problem.
 
-    given: checksum, labels, input_format, sparsify.
+    given: checksum, labels, input_format, sparsify, update.
     """
     from imagestore import Corrupt, check_architecture, keep_buffers, push
 
@@ -33,8 +33,9 @@ def keep(file: Path | str, text: str, architecture: str, alone: bool, **given: A
     if isinstance(file, str):
         from imagestore.mirror import bring, sources
 
-        if given["input_format"] or given["sparsify"]:
-            raise Problem("--input-format and --sparsify are for files", hint="download it", code=USAGE)
+        if given["input_format"] or given["sparsify"] or given["update"]:
+            what = "--input-format, --sparsify and --update are for files"
+            raise Problem(what, hint="download it", code=USAGE)
         source = sources.of_url(file, name, tag, machine, checksum=checksum, **shared)
         with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
             say(f"from {file} to {store.url}")
@@ -48,7 +49,7 @@ def keep(file: Path | str, text: str, architecture: str, alone: bool, **given: A
         algorithm, digits = sources.parse_checksum(checksum)
         if hash_file(file, algorithm) != digits:
             raise Corrupt(f"{file}: its {algorithm} is not the one that was given")
-    how = {**shared, "format_": given["input_format"], "sparsify": given["sparsify"]}
+    how = {**shared, "format_": given["input_format"]} | {key: given[key] for key in ("sparsify", "update")}
     with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
         say(f"from {file} to {store.url}")
         done = push(store, file, name, tag, architecture=machine, progress=tell, **how)

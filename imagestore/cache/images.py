@@ -21,10 +21,10 @@ from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
 from imagestore.outside import read_json
-from imagestore.pull import Seed
 from imagestore.store.names import parse_reference
 from imagestore.store.resolve import begins, resolve
 from imagestore.store.store import Store
+from imagestore.updates.using import Seed
 
 _SEEDS = 8
 

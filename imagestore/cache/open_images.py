@@ -31,6 +31,7 @@ from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin
+from imagestore.updates.using import UpdateOrigin
 
 log = logging.getLogger(__name__)
 TRACE_S = 600.0
@@ -187,6 +188,8 @@ class OpenImages:
         layout: Layout | None = None
         if not whole:
             stored = self._stored(digest, manifest)
+            seeds = await asyncio.to_thread(self._cache.seeds)
+            origins += [UpdateOrigin(origin.store, digest, manifest, seeds) for origin in stored]
             origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
@@ -210,7 +213,8 @@ class OpenImages:
         for image in self._images.values():
             if not image.partial.complete:
                 stored = self._stored(image.digest, image.partial.manifest)
-                image.origins = [image.local, *stored]
+                updates = [origin for origin in image.origins if isinstance(origin, UpdateOrigin)]
+                image.origins = [image.local, *updates, *stored]
 
     def _manifest(self, digest: Digest) -> Manifest:
         with contextlib.suppress(NotFound, Corrupt):
@@ -259,7 +263,9 @@ class OpenImages:
         """Nobody reads it through us any more: an incomplete image stays as it is."""
         if self._images.pop(image.digest, None):
             await self._fetcher.remove(image)
-            image.local.close()
+            for origin in image.origins:
+                if isinstance(origin, LocalOrigin | UpdateOrigin):
+                    origin.close()
             image.partial.close()
 
     async def _replay(self, image: Image) -> None:

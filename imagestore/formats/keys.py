@@ -22,6 +22,7 @@ class Check(Enum):
 
     NAME = "its bytes have the digest that names it"
     FOOTER = "its footer has the digest that names it, and the hashes of all frames"
+    HEAD = "its head has the digest that names it, and the hashes of all frames"
     SEAL = "it holds a digest of itself"
     SHAPE = "its structure, and what it says of other objects"
     SIGNATURE = "somebody signed it"
@@ -33,6 +34,7 @@ class End(Enum):
     CONDEMNED = "deleted a grace after it was put on the condemned list"
     MARKED = "marked as trash, deleted a grace later if the mark is still there"
     IMAGE = "deleted with the manifest of the same digest"
+    LISTED = "deleted when no image in use lists it"
     PACKS = "replaced when packs that it lists are deleted"
     TOMBSTONE = "removed by hand, deleted a grace later"
     EXPIRY = "deleted when its time is over"
@@ -84,6 +86,8 @@ TRACES = Kind("traces", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "nodes")
 PROVENANCE = Kind("provenance", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 SUMS = Kind("sums", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 GROUPS = Kind("groups", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "writers", "put")
+UPDATES = Kind("updates", _DIGEST, True, Check.SEAL, End.IMAGE, True, "writers, mirrors")
+DELTAS = Kind("deltas", _DIGEST, False, Check.HEAD, End.LISTED, True, "writers, mirrors")
 TUF = Kind(
     "tuf", r"[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json", True, Check.SIGNATURE, End.OWNER, True, "signers"
 )  # fmt: skip
@@ -93,8 +97,8 @@ STATES = Kind("state", r"[0-9a-f]{8}-\d{8}t\d{6}z", True, Check.SEAL, End.OWNER,
 GC = Kind("gc", "condemned", True, Check.SEAL, End.OWNER, False, "collector")
 
 KINDS = (
-    INFO, PACKS, INDEX, HOOKS, MANIFESTS, LAYOUTS, NAMES, TRACES, PROVENANCE, SUMS, GROUPS, TUF, LEASES, REFS,
-    STATES, GC,
+    INFO, PACKS, INDEX, HOOKS, MANIFESTS, LAYOUTS, NAMES, TRACES, PROVENANCE, SUMS, GROUPS, UPDATES, DELTAS, TUF,
+    LEASES, REFS, STATES, GC,
 )  # fmt: skip
 BESIDE = tuple(kind for kind in KINDS if kind.end is End.IMAGE)
 """About an image, but no part of it: copied where they are, missed nowhere."""

@@ -29,7 +29,6 @@ PAGE_BYTES = 16 << 20
 MAX_DISK_BYTES = 64 << 40
 """Larger disks are refused everywhere: 64 TiB."""
 MAX_CHUNKS = 1 << 28
-MAX_BYTES = 16 << 30
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 1 << 16, 1 << 26
 _ARCHITECTURE = re.compile(r"[a-z0-9_]{1,32}")
 _KEYS = {
@@ -54,9 +53,6 @@ class Pages(NamedTuple):
 
     ids: Ids
     lengths: Numbers
-
-
-Fetch = Callable[[Pages], Sequence[Buffer]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,7 +160,7 @@ class Manifest:
         return Digest.of(self.encode())
 
     @classmethod
-    def decode(cls, data: bytes, fetch: Fetch | None = None) -> Self:
+    def decode(cls, data: bytes, fetch: Callable[[Pages], Sequence[Buffer]] | None = None) -> Self:
         """Read and check an encoded manifest from anywhere. fetch: brings the pages that do not follow the head.
 
         Raises Corrupt, and what `fetch` raises.

@@ -8,8 +8,6 @@ from imagestore.errors import Corrupt, Invalid, NotFound
 from imagestore.formats import keys
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import IndexPart
-from imagestore.formats.layout import Layout
-from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import decode
 from imagestore.store.frames import Frames
 from imagestore.store.index import publish_part
@@ -59,9 +57,9 @@ def _check(store: Store, key: str, data: bytes) -> None:
         case keys.INDEX:
             publish_part(store, IndexPart.decode(data))
         case keys.MANIFESTS:
-            Manifest.decode(data)
+            store.manifest(Digest.parse(key[-64:]), data)
         case keys.LAYOUTS:
-            sizes = Layout.decode(data, Digest.parse(key[-64:])).pack_sizes()
+            sizes = store.layout(Digest.parse(key[-64:]), data).pack_sizes()
             if missing := sizes.keys() - store.has_packs(sizes):
                 raise Invalid(f"{key} names {len(missing)} packs that are not in this store")
         case keys.LEASES:

@@ -22,7 +22,7 @@ from imagestore.backends.protocol import Backend, Object, ObjectStat, ReadOnly, 
 from imagestore.durable import opened
 from imagestore.errors import Corrupt, NotFound, Unavailable
 from imagestore.formats.digest import Buffer, Digest
-from imagestore.formats.keys import PACKS, Check, kind_of, matches
+from imagestore.formats.keys import DELTAS, PACKS, Check, kind_of, matches
 from imagestore.formats.pack import Footer
 from imagestore.store.frames import Frames
 from imagestore.store.inventory import open_tail, read_tail
@@ -61,11 +61,15 @@ class PullThrough(ReadOnly):
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         if kind_of(key) is PACKS:
             return self._from_pack(key, start, length)
+        if kind_of(key) is DELTAS:  # large, and read once by each
+            return self._upstream.get(key, start, length)
         found = self._whole(key)
         end = end_of(f"{self.url}/{key}", start, length, len(found.data))
         return Object(found.data[start:end], found.stat)
 
     def stat(self, key: str) -> ObjectStat:
+        if kind_of(key) is DELTAS:
+            return self._upstream.stat(key)
         return self._pack(key).stat if kind_of(key) is PACKS else self._whole(key).stat
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:

@@ -15,12 +15,13 @@ from imagestore.backends.protocol import Backend
 from imagestore.copy import copy_image
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import BESIDE, TUF
+from imagestore.formats.keys import BESIDE, DELTAS, TUF
 from imagestore.mirror.signing import Publisher, check_complete
 from imagestore.mirror.sources import choose
 from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Target, signed_targets, tree
+from imagestore.updates.using import read_steps
 
 _MOST_ROOTS = 1024
 
@@ -64,7 +65,7 @@ def replicate(
             try:
                 report(title)
                 result = copy_image(source, target, digest)
-                _copy_beside(source.backend, target.backend, digest)
+                _copy_beside(source, target, digest)
                 target.names.set(record.name, record.tag, architecture, digest)
                 yield Replicated(title, "new", written_bytes=result.written_bytes)
             except StoreError as error:
@@ -78,10 +79,13 @@ def replicate(
                 yield Replicated(f"signatures of {str(fingerprint)[:15]}…", "failed", str(error))
 
 
-def _copy_beside(source: Backend, target: Backend, digest: Digest) -> None:
+def _copy_beside(source: Store, target: Store, digest: Digest) -> None:
+    for step in read_steps(source, digest).values():
+        with suppress(NotFound):
+            _copy_once(source.backend, target.backend, DELTAS.key(step.name))
     for kind in BESIDE:
         with suppress(NotFound):
-            target.put(kind.key(digest), source.get(kind.key(digest)).data)
+            target.backend.put(kind.key(digest), source.backend.get(kind.key(digest)).data)
 
 
 def signers(store: Store) -> list[Digest]:

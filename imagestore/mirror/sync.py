@@ -27,6 +27,7 @@ from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
 from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
+from imagestore.updates.making import make_update
 
 ATTEMPTS = 3
 LONGEST_S = 6 * 3600.0
@@ -234,6 +235,9 @@ class _Image:
         there = replace(there, build=there.build or there.last_modified, fetched_at_s=now_s)
         self._store.backend.put(PROVENANCE.key(result.digest), there.encode())
         self._tag(result.digest)
+        if self._current:
+            with suppress(StoreError):  # who holds the former one fetches frames
+                make_update(self._store, self._current, result.digest)
         return self._outcome("new", there, result.digest, result.new_bytes)
 
     def _download(self, there: Provenance, known: Provenance, progress: Report) -> Fetched:

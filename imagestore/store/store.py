@@ -153,11 +153,11 @@ class Store:
             why = "keeps the state of a server" if state else "is private"
             raise Denied(f"{self.url} {why}", hint="`sf store copy` its images into a store for everybody")
 
-    def manifest(self, digest: Digest) -> "Manifest":
-        """Raises NotFound, Corrupt."""
+    def manifest(self, digest: Digest, data: bytes | None = None) -> "Manifest":
+        """data: what is, or is to be, under its key. Raises NotFound, Corrupt."""
         from imagestore.formats.manifest import Manifest, Pages
 
-        data = self._content(MANIFESTS.key(digest))
+        data = data or self._content(MANIFESTS.key(digest))
         if Digest.of(data) != digest:
             raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
 

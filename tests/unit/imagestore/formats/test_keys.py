@@ -72,5 +72,5 @@ def test_only_objects_named_by_their_bytes_are_judged_by_them() -> None:
 
 
 def test_what_is_named_by_its_own_digest_never_changes() -> None:
-    assert {kind.tree for kind in KINDS if not kind.changes} == {"packs", "index", "manifests"}
-    assert {kind.tree for kind in BESIDE} == {"traces", "provenance", "sums", "groups"}
+    assert {kind.tree for kind in KINDS if not kind.changes} == {"packs", "index", "manifests", "deltas"}
+    assert {kind.tree for kind in BESIDE} == {"traces", "provenance", "sums", "groups", "updates"}

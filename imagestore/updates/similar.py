@@ -1,0 +1,52 @@
+"""Which old chunk a new one resembles most, blind to file systems: both have samples in common.
+
+A rolling hash of 32 bytes (Gear, as FastCDC's) is looked at wherever it meets a mask; the smallest value of each of 8
+buckets stands for a chunk, and votes for old chunks that have it too (Broder, On the resemblance of documents).
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from imagestore.formats.columns import Numbers
+
+_GEAR = np.random.default_rng(1).integers(0, 1 << 32, 256, np.uint32)
+_SAMPLED, _BUCKETS, _VOTES = np.uint32(1 << 26), 8, 4
+"""One place in 64 is sampled; a value votes for at most so many chunks."""
+Samples = tuple[npt.NDArray[np.uint32], Numbers]
+"""Values, and the chunk that each is of."""
+
+
+def samples(data: npt.NDArray[np.uint8], ends: Numbers) -> Samples:
+    """Of chunks that lie one after the other in `data` and end there."""
+    hashes = np.take(_GEAR, data, mode="wrap")
+    for reach in (1, 2, 4, 8, 16):
+        older = hashes[:-reach] << np.uint32(reach)
+        hashes[reach:] += older
+    places = np.flatnonzero(hashes < _SAMPLED)
+    values, chunks = hashes[places] * np.uint32(0x9E3779B1), np.searchsorted(ends, places, "right")
+    found = [(values[:0], chunks[:0])]
+    for bucket in range(_BUCKETS):
+        rows = np.flatnonzero(values % _BUCKETS == bucket)
+        if len(rows):
+            first = np.flatnonzero(np.diff(chunks[rows], prepend=-1))
+            found.append((np.minimum.reduceat(values[rows], first), chunks[rows][first]))
+    smallest, owners = map(np.concatenate, zip(*found, strict=True))
+    return smallest, owners
+
+
+def most_alike(new: Samples, old: Samples, count: int) -> Numbers:
+    """For each of `count` new chunks the old one with most values in common, or -1."""
+    best = np.full(count, -1, np.int64)
+    if not len(old[0]):
+        return best
+    order = np.argsort(old[0], kind="stable")
+    values, owners = old[0][order], old[1][order]
+    first, pairs = np.searchsorted(values, new[0]), list[Numbers]()
+    for at in range(_VOTES):
+        place = np.minimum(first + at, len(values) - 1)
+        meets = (first + at < len(values)) & (values[place] == new[0])
+        pairs.append((new[1][meets] << 32) | owners[place[meets]])
+    met, votes = np.unique(np.concatenate(pairs), return_counts=True)
+    met = met[np.argsort(votes, kind="stable")]
+    best[met >> 32] = met & 0xFFFFFFFF
+    return best

@@ -1,0 +1,207 @@
+"""Updates: what a version costs who holds another; whatever is wrong with one, the bytes are right."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imagestore.backends.wrappers import Wrapper
+from imagestore.cache.intake import Brought, bring
+from imagestore.cache.partial import PartialImage
+from imagestore.formats.digest import Digest
+from imagestore.formats.keys import DELTAS, UPDATES
+from imagestore.formats.update import Step, Update, encode_steps
+from imagestore.mirror.replicate import replicate
+from imagestore.pull import PullResult, Seed, pull
+from imagestore.push import push
+from imagestore.store.frames import StoreOrigin
+from imagestore.store.store import Store
+from imagestore.updates.making import make_update
+from imagestore.updates.using import UpdateOrigin, read_steps
+from imagestore.verify import repair, verify_store
+from tests.memory import Memory
+from tests.world import World, disk, write_pages
+
+
+class Versions:
+    """Two versions of an image: nearly all chunks of the second are others, and nearly all of their bytes are not."""
+
+    def __init__(self, world: World, directory: Path) -> None:
+        self.world, self.directory = world, directory
+        old, random = bytearray(disk(1, 2, 3, 4)), np.random.default_rng(7)
+        self.former = world.push("it", bytes(old))
+        self.file = directory / "former.raw"
+        self.file.write_bytes(old)
+        for at in range(0, len(old), 24 << 10):
+            old[at + 100 : at + 116] = random.bytes(16)
+        self.digest = world.push("it", bytes(old) + disk(9, blocks=4))
+        self.seed = Seed(world.store.manifest(self.former), self.file)
+
+    def pull(self, seed: Seed | None = None) -> PullResult:
+        out = self.directory / "out.raw"
+        done = pull(
+            self.world.store, self.digest, out, format_="raw", seeds=[seed or self.seed], durable=False
+        )
+        assert out.read_bytes() == self.world.images[self.digest]
+        out.unlink()
+        return done
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "pages"])
+def versions(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Versions]:
+    write_pages() if request.param else None
+    yield Versions(World(tmp_path / "world"), tmp_path)
+    write_pages(None)
+
+
+def made(versions: Versions) -> Step:
+    step = make_update(versions.world.store, versions.former, versions.digest)
+    assert step is not None
+    return step
+
+
+def test_who_holds_the_former_version_fetches_a_fraction_and_has_the_same_bytes(versions: Versions) -> None:
+    frames = versions.pull()
+    step = made(versions)
+    update = versions.pull()
+    assert update.fetched_bytes == step.size_bytes - step.head_bytes
+    assert update.fetched_bytes < frames.fetched_bytes / 4
+    assert versions.world.store.backend.stat(DELTAS.key(step.name)).size_bytes == step.size_bytes
+
+
+def test_a_flipped_bit_in_what_is_held_costs_bytes_and_nothing_else(versions: Versions) -> None:
+    made(versions)
+    data = bytearray(versions.file.read_bytes())
+    for at in range(50_000, len(data), 200_000):
+        data[at] ^= 1
+    versions.file.write_bytes(data)
+    versions.pull()
+    versions.file.write_bytes(data[: 1 << 20])
+    versions.pull()
+
+
+@pytest.mark.parametrize("at", [30, 0.6])
+@pytest.mark.parametrize("how", ["flip", "cut", "zero", "gone"])
+def test_a_damaged_update_brings_no_wrong_byte(versions: Versions, at: float, how: str) -> None:
+    step, objects = made(versions), versions.world.memory.objects
+    key = DELTAS.key(step.name)
+    data = bytearray(objects[key].data)
+    place = at if isinstance(at, int) else int(at * len(data))
+    if how == "flip":
+        data[place] ^= 4
+    elif how == "cut":
+        del data[place:]
+    else:
+        data[place : place + 500] = bytes(len(data[place : place + 500]))
+    versions.world.store.backend.put(key, bytes(data))
+    if how == "gone":
+        del objects[key]
+    versions.pull()
+    report = verify_store(versions.world.store, full=True)
+    assert {problem.key for problem in report.problems} == {UPDATES.key(versions.digest)}
+    assert repair(versions.world.store, report, versions.world.store, full=True).problems == []
+
+
+def test_a_hostile_update_is_refused_whatever_it_names(versions: Versions) -> None:
+    """Its head is in order and has the right name; what it says is not so."""
+    step, store = made(versions), versions.world.store
+    whole = store.backend.get(DELTAS.key(step.name)).data
+    head, frames = whole[: step.head_bytes], whole[step.head_bytes :]
+    good = Update.decode(head, step.name, versions.former, versions.digest)
+    columns = {
+        name: getattr(good, name) for name in ("sizes", "counts", "base_counts", "chunks", "base_chunks")
+    }
+    for name, column in columns.items():
+        for value in (0, 1, 7, 2**31, 2**32 - 1):
+            wrong = {**columns, name: np.full_like(column, value)}
+            bad = Update(good.base, good.to, *wrong.values(), good.hashes).encode()
+            sealed = Step(Digest.of(bad), len(bad), len(bad) + len(frames))
+            store.backend.put(DELTAS.key(sealed.name), bad + frames)
+            store.backend.put(UPDATES.key(versions.digest), encode_steps({versions.former: sealed}))
+            versions.pull()
+    for data in (
+        b"",
+        b"{}",
+        encode_steps({versions.digest: step}),
+        encode_steps({versions.former: step})[:-9],
+    ):
+        store.backend.put(UPDATES.key(versions.digest), data)
+        versions.pull()
+
+
+def test_a_node_that_holds_the_former_version_fills_the_next_from_the_update(versions: Versions) -> None:
+    made(versions)
+    store, manifest = versions.world.store, versions.world.store.manifest(versions.digest)
+    partial = PartialImage(versions.directory / "it.part", versions.digest, manifest)
+    update = UpdateOrigin(lambda: store, versions.digest, manifest, [versions.seed])
+    other = StoreOrigin("a store", lambda: store, versions.digest, manifest)
+    brought, chunks = Brought(), list(range(len(manifest.ids)))
+    threads = [
+        threading.Thread(target=bring, args=(partial, chunks[at::3], [update, other], {}, brought))
+        for at in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(brought.kept) == chunks
+    assert brought.error is None
+    assert brought.received["update"]
+    update.close()
+    partial.close()
+
+
+def test_mirrors_carry_updates_and_collectors_take_them_with_their_image(versions: Versions) -> None:
+    step, world = made(versions), versions.world
+    target = Store.init(Memory(clock=lambda: world.now_s), single_writer=True)
+    assert {done.result for done in replicate(world.store, target)} == {"new"}
+    assert read_steps(target, versions.digest) == {versions.former: step}
+    assert verify_store(target, full=True).problems == []
+    world.collect_for(100)
+    assert world.store.has(DELTAS.key(step.name))
+    world.push("it", disk(5))
+    world.collect_for(200)
+    assert not any(key.startswith(("deltas/", "updates/")) for key in world.memory.objects)
+    world.check_all()
+
+
+def test_an_update_that_saves_nothing_is_not_kept(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    base, to = world.push("it", disk(1, 2)), world.push("it", disk(3, 4))
+    assert make_update(world.store, base, to) is None
+    assert make_update(world.store, to, to) is None
+    empty = world.push("it", bytes(1 << 20))
+    assert make_update(world.store, empty, to) is None
+    assert make_update(world.store, to, empty) is None
+
+
+def test_a_push_makes_the_update_from_what_the_name_was(tmp_path: Path) -> None:
+    world, path = World(tmp_path / "world"), tmp_path / "disk"
+    data = bytearray(disk(1, 2))
+    path.write_bytes(data)
+    options = {"format_": "raw", "cache": tmp_path / "cache", "update": True}
+    first = push(world.store, path, "it", **options)  # type: ignore[arg-type]
+    assert first.update_bytes == 0
+    for at in range(0, len(data), 50_000):
+        data[at] ^= 1
+    path.write_bytes(data)
+    second = push(world.store, path, "it", **options)  # type: ignore[arg-type]
+    assert 0 < second.update_bytes < second.written_bytes / 2
+    assert read_steps(world.store, second.digest)[first.digest].size_bytes == second.update_bytes
+
+
+def test_a_store_that_is_away_for_the_update_alone_costs_frames(versions: Versions) -> None:
+    made(versions)
+
+    class Without(Wrapper):
+        def _do(self, verb: str, key: str, action):  # type: ignore[no-untyped-def]
+            if key.startswith("deltas/"):
+                raise OSError("hung up")
+            return action()
+
+    store = Store(Without(versions.world.memory), versions.world.store.info)
+    out = versions.directory / "out.raw"
+    pull(store, versions.digest, out, format_="raw", seeds=[versions.seed], durable=False)
+    assert out.read_bytes() == versions.world.images[versions.digest]
