@@ -11,7 +11,7 @@ import numpy as np
 from imagestore.backends.wrappers import RateLimited
 from imagestore.copy import copy_image
 from imagestore.errors import Corrupt, Invalid, NotFound, StoreError, Unsupported
-from imagestore.formats import keys
+from imagestore.formats import groups, keys
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks
 from imagestore.formats.layout import Layout
@@ -77,7 +77,9 @@ def verify_store(
     packs_of: dict[Digest, set[Digest]] = {name: set() for name in manifests}
     for name in manifests:
         with report.about(keys.MANIFESTS.key(name), name):
-            manifest = store.manifest(name)
+            manifest, key = store.manifest(name), keys.GROUPS.key(name)
+            with report.about(key), contextlib.suppress(NotFound):
+                groups.decode(store.backend.get(key).data, manifest.size_bytes, manifest.disk_id)
             with report.about(keys.LAYOUTS.key(name), name):
                 layout = store.layout(name)
                 packs_of[name] = set(layout.packs)
@@ -292,7 +294,7 @@ def _mend(store: Store, other: Store, key: str) -> bool:
             store.backend.put(key, data)
         case keys.INFO:
             store.backend.put(key, store.info.encode())
-        case keys.INDEX | keys.LEASES | keys.HOOKS | keys.UPDATES:
+        case keys.INDEX | keys.LEASES | keys.HOOKS | keys.UPDATES | keys.GROUPS:
             # Hints and promises: who needs them writes them again.
             store.backend.delete(key)
         case keys.GC:

@@ -44,9 +44,8 @@ class _Spool(NamedTuple):
             values, chunks = samples(np.asarray(self.data[start : int(ends[-1])]), ends - start)
             return values, chunks + part[0]
 
-        columns = zip(*in_order(pool, work, pairwise(cuts), _WORKERS), strict=True)
-        values, chunks = map(np.concatenate, columns)
-        return values, chunks
+        values, chunks = zip(*in_order(pool, work, pairwise(cuts), _WORKERS), strict=True)
+        return np.concatenate(values), np.concatenate(chunks)
 
     def of(self, at: Numbers) -> bytes:
         """The bytes of some of them, by their numbers here."""
@@ -66,12 +65,11 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
         alike = most_alike(news.samples(pool), olds.samples(pool), len(missing))
         made = in_order(pool, lambda part: _frame(news, olds, alike, part), _frames(news), 2 * _WORKERS)
         counts, bases, frames = zip(*made, strict=True)
-    sizes = [len(frame) for frame in frames]
-    numbers = [np.array(column, np.uint32) for column in (sizes, counts, [len(rows) for rows in bases])]
-    rows = (missing.astype(np.uint32), np.concatenate(bases).astype(np.uint32))
+    columns = (map(len, frames), counts, map(len, bases), missing, np.concatenate(bases))
+    a, b, c, d, e = (np.fromiter(column, np.uint32) for column in columns)
     hashes = np.frombuffer(b"".join(map(Digest.of, frames)), np.uint8).reshape(-1, 32)
-    head = Update(base, to, numbers[0], numbers[1], numbers[2], *rows, hashes).encode()
-    step, layout = Step(Digest.of(head), len(head), len(head) + sum(sizes)), store.layout(to)
+    head = Update(base, to, a, b, c, d, e, hashes).encode()
+    step, layout = Step(Digest.of(head), len(head), len(head) + int(a.sum())), store.layout(to)
     if step.size_bytes > _SAVES * layout.frames["size"][np.unique(layout.chunk_frames[missing])].sum():
         return None
     store.backend.put(DELTAS.key(step.name), [head, *frames])
