@@ -221,7 +221,7 @@ def running(
             )
         )
         task = asyncio.create_task(agent.run())
-        bringing = asyncio.create_task(Bringing(store, own, known, settings, controller.feed).keep())
+        bringing = asyncio.create_task(Bringing(store, own, known, settings).keep(controller.feed))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http{'s' * settings.tls}://127.0.0.1:{listener.getsockname()[1]}"
         key = (directory / "auth/local-key").read_text()

@@ -1,5 +1,6 @@
 """What `sf instance create` makes of its options, and how it waits for the guest."""
 
+import platform
 import re
 import sys
 import time
@@ -8,8 +9,8 @@ from pathlib import Path
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import last_line, up
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
-from cli.image.stores import opened
-from cli.output import confirm, progress, say, size, status
+from cli.image.push import keep
+from cli.output import confirm, say, size, status
 
 
 def gigabytes(size_bytes: int) -> int:
@@ -42,30 +43,26 @@ def ssh_key(path: Path) -> str:
 
 def image_of(api: Api, file: Path) -> str:
     """Keep a disk image's file in the local store, which this machine's server reads; the name that it got."""
-    from imagestore import keep_buffers, push
-
     if not api.local:
         hint = "sf image push FILE NAME --store URL, to a store that the server reads"
         raise Problem(f"{api.url} cannot see {file}", hint=hint, code=USAGE)
-    keep_buffers()
     name = re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:60] or "disk"
-    tag = time.strftime("%Y%m%d-%H%M%S", time.localtime(file.stat().st_mtime))
-    with opened(create=True, write=True) as store, progress(f"{name}:{tag}") as tell:
-        push(store, file, name, tag, progress=tell)
-    say(f"{file} is {name}:{tag} from now on")
-    return f"{name}:{tag}"
+    name += time.strftime(":%Y%m%d-%H%M%S", time.localtime(file.stat().st_mtime))
+    keep(str(file), name, platform.machine(), alone=False)
+    say(f"{file} is {name} from now on")
+    return name
 
 
 def created(api: Api, body: Object, *, sync: bool) -> Object:
     """Ask for it; and on a terminal, whether an image is to be fetched that only a source list names."""
-    word = "--sync fetches it "
     try:
         return api("POST", "instances", **body, sync=sync or None)  # type: ignore[no-any-return]
     except Problem as error:
-        if sync or not error.hint.startswith(word) or not sys.stdin.isatty():
+        _, asks, host = error.hint.partition("--sync fetches it from ")
+        if sync or not asks or not sys.stdin.isatty():
             raise
-        confirm(f"{error}; fetch it {error.hint.removeprefix(word)}?", force=False)
-        return created(api, body, sync=True)
+        confirm(f"{error}; fetch it from {host}?", force=False)
+    return created(api, body, sync=True)
 
 
 def wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:

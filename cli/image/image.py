@@ -13,7 +13,7 @@ import click
 
 from cli.command import DURATION, STORE, Group, settings
 from cli.errors import MISSING, USAGE, Problem
-from cli.image.push import Source, keep
+from cli.image.push import keep
 from cli.image.stores import found, judge, opened, written
 from cli.output import ago, confirm, progress, say, show_list, show_one, size, when
 
@@ -85,7 +85,7 @@ path = click.Path(dir_okay=False, path_type=Path)
     sf image push https://cloud.example/x.qcow2.xz x:1 --checksum sha256:…
     sf image push disk.raw shop:2026-11 --label team=shop --store 's3://images/sf?region=eu-central-1'"""
 )
-@click.argument("file", metavar="FILE|URL", type=Source(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", metavar="FILE|URL")
 @click.argument("name")
 @click.option("--checksum", default="", metavar="sha256:…", help="What FILE must have.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
@@ -94,9 +94,7 @@ path = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
 @click.option("--update", is_flag=True, help="Also make what takes holders of the former version here.")
-def push(
-    file: Path | str, name: str, architecture: str, single_writer: bool, form: str, **given: Any
-) -> None:
+def push(file: str, name: str, architecture: str, single_writer: bool, form: str, **given: Any) -> None:
     """Keep the disk in FILE under NAME[:TAG]: qcow2, raw, VMDK, VHDX, VDI, fixed VHD, or one of these in an OVA, or
     compressed (xz, gzip, zstd, bzip2).
 
@@ -104,7 +102,7 @@ def push(
     """
     given["labels"] = dict(label.partition("=")[::2] for label in given["labels"])
     row = keep(file, name, architecture, single_writer, **given)
-    show_one(row, FETCHED if isinstance(file, str) else PUSHED, form)
+    show_one(row, FETCHED if "://" in file else PUSHED, form)
 
 
 @image.add(

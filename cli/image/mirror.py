@@ -1,6 +1,7 @@
 """`sf mirror`: carry images for others, sign their names, serve them."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,14 @@ from cli.output import confirm, progress, say, show_list, show_one, size, status
 
 if TYPE_CHECKING:
     from imagestore import Store
-    from imagestore.mirror import Keyring, Publisher
+    from imagestore.mirror import Keyring, Outcome, Publisher
 
 mirror = Group("mirror", needs=STORE, help="Carry images for others, sign their names, serve them.")
 SYNCED = (
     ("image", "name"),
     ("result", "result"),
     ("new", lambda o: size(o["bytes"]) if o["bytes"] else ""),
-    ("seconds", "seconds"),
+    ("seconds", lambda o: o["seconds"] or ""),
     ("message", "message"),
 )
 STATUS = (
@@ -130,14 +131,11 @@ def _from_sources(
     work = settings().state_dir / "mirror" / "downloads"
     lists = sources.lists(str(given or settings().get("sources")))
     wanted = sources.choose(lists, patterns, lambda source: [f"{source.name}:{tag}" for tag in source.tags])
-    outcomes = sync_sources(store, wanted, work, dry_run=dry_run, progress=progress)
-    return [
-        _row(f"{o.title} {o.architecture}", o.result, o.new_bytes, o.message, o.seconds) for o in outcomes
-    ]
+    return [_row(one) for one in sync_sources(store, wanted, work, dry_run=dry_run, progress=progress)]
 
 
-def _row(name: str, result: str, count: int, message: str, seconds: object = "") -> dict[str, Any]:
-    return {"name": name, "result": result, "bytes": count, "seconds": seconds, "message": message}
+def _row(one: "Outcome") -> dict[str, Any]:
+    return asdict(one) | {"bytes": one.new_bytes, "digest": str(one.digest or "")}
 
 
 def _replicate(origin: str, store: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -159,8 +157,7 @@ def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list
     from imagestore.mirror import replicate
 
     with status() as tell:
-        done = replicate(source, target, patterns, report=tell)
-        return [_row(one.name, one.result, one.written_bytes, one.message) for one in done]
+        return [_row(one) for one in replicate(source, target, patterns, report=tell)]
 
 
 def _show(rows: list[dict[str, Any]], form: str) -> None:

@@ -4,22 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
-
 from cli.command import settings
 from cli.errors import USAGE, Problem
 from cli.image.stores import opened, written
 from cli.output import Row, progress, say
 
 
-class Source(click.Path):
-    """A file that is there, or a web address as it stands."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return str(value) if "://" in str(value) else super().convert(value, param, ctx)
-
-
-def keep(file: Path | str, text: str, architecture: str, alone: bool, **given: Any) -> Row:
+def keep(file: str, text: str, architecture: str, alone: bool, **given: Any) -> Row:
     """Bring it into the store of the settings; the row that says what came. Raises Corrupt, Problem.
 
     given: checksum, labels, input_format, sparsify, update.
@@ -29,28 +20,28 @@ def keep(file: Path | str, text: str, architecture: str, alone: bool, **given: A
     keep_buffers()
     (name, tag), machine = written(text), check_architecture(architecture)
     title = f"{name}:{tag}"
-    shared, checksum = {"labels": given["labels"]}, given["checksum"]
-    if isinstance(file, str):
+    labels, checksum = given.get("labels") or {}, given.get("checksum", "")
+    how: dict[str, Any] = {key: given.get(key, False) for key in ("sparsify", "update")}
+    how["format_"] = given.get("input_format")
+    if "://" in file:
         from imagestore.mirror import bring, sources
 
-        if given["input_format"] or given["sparsify"] or given["update"]:
+        if any(how.values()):
             what = "--input-format, --sparsify and --update are for files"
             raise Problem(what, hint="download it", code=USAGE)
-        source = sources.of_url(file, name, tag, machine, checksum=checksum, **shared)
+        source = sources.of_url(file, name, tag, machine, checksum=checksum, labels=labels)
         with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
             say(f"from {file} to {store.url}")
             work = settings().cache_dir / "downloads"
             came = bring(store, source, machine, work, trusted=True, progress=tell)
-        row: Row = {"result": came.result, "new_bytes": came.new_bytes, "digest": str(came.digest)}
-        return {**row, "name": title, "architecture": machine}
+        return {**asdict(came), "name": title, "architecture": machine, "digest": str(came.digest)}
     if checksum:
         from imagestore.mirror import hash_file, sources
 
         algorithm, digits = sources.parse_checksum(checksum)
-        if hash_file(file, algorithm) != digits:
+        if hash_file(Path(file), algorithm) != digits:
             raise Corrupt(f"{file}: its {algorithm} is not the one that was given")
-    how = {**shared, "format_": given["input_format"]} | {key: given[key] for key in ("sparsify", "update")}
     with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
         say(f"from {file} to {store.url}")
-        done = push(store, file, name, tag, architecture=machine, progress=tell, **how)
+        done = push(store, Path(file), name, tag, architecture=machine, labels=labels, progress=tell, **how)
     return asdict(done) | {"name": title, "architecture": machine, "digest": str(done.digest)}

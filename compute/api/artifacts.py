@@ -1,20 +1,23 @@
 """/artifacts: the names of the image stores, and what namespaces keep, as artifacts of type image."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import artifacts as acts
 from compute.cluster.images.artifacts import Artifact
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
-from compute.errors import Invalid
+from compute.cluster.records.transaction import Transaction
+from compute.errors import Invalid, NotFound
 from imagestore import NotFound as NoName
 
 router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
@@ -27,6 +30,10 @@ class ListBody(NamespaceBody):
 class UrlBody(NamespaceBody):
     url: str
     shared: bool = False
+
+
+class VersionsBody(Body):
+    max_versions: int = Field(ge=1, le=100)
 
 
 def _find(ctx: Context, ref: str) -> Artifact:
@@ -42,9 +49,8 @@ def _record(ctx: Context, ref: str) -> Artifact:
 
 
 def _show(ctx: Context, *found: Artifact) -> list[dict[str, Any]]:
-    read = ctx.read()
-    instances = [i for i in read.list(Instance) if ctx.sees(i)]
-    metadata = {a.uuid: a.metadata for a in read.list(Artifact)}
+    instances = [i for i in ctx.read().list(Instance) if ctx.sees(i)]
+    metadata = {a.uuid: a.metadata for a in ctx.read().list(Artifact)}
     return [views.artifact(one, metadata.get(one.uuid, {}), instances) for one in found]
 
 
@@ -95,13 +101,47 @@ def get_artifact(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(_show(ctx, _find(ctx, ref))[0])
 
 
-@router.delete("/artifacts/{ref}")
-def delete_artifact(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
+def _change(ctx: Context, ref: str, change: Callable[[Artifact], Artifact]) -> Response:
+    """Of one that a namespace keeps."""
     known = _record(ctx, ref)
     if not known.namespace:
-        raise Invalid(f"{ref[:80]} is a name of an image store", hint="sf image rm removes it")
-    _delete(ctx, known)
-    return JSONResponse(_show(ctx, replace(known, state="deleted"))[0])
+        raise Invalid(f"{ref[:80]} is a name of an image store", hint="sf image tag, sf image rm")
+
+    def act(txn: Transaction, uuid: str) -> Artifact:
+        txn.update(now := change(txn.get(Artifact, uuid)))
+        return now
+
+    return JSONResponse(_show(ctx, ctx.change(known, act))[0])
+
+
+@router.delete("/artifacts/{ref}")
+def delete_artifact(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
+    gone = _change(ctx, ref, lambda one: replace(one, state="deleted"))
+    _delete(ctx, _record(ctx, ref))
+    return gone
+
+
+@router.post("/artifacts/{ref}/versions")
+def set_versions(ctx: Ctx, ref: str, body: VersionsBody) -> Response:
+    return _change(ctx, ref, lambda one: replace(one, max_versions=body.max_versions))
+
+
+@router.delete("/artifacts/{ref}/versions/{index}")
+def delete_version(ctx: Ctx, ref: str, index: str) -> Response:
+    def without(one: Artifact) -> Artifact:
+        if index not in one.blobs:
+            raise NotFound(f"{ref[:80]} has no version {index[:20]}")
+        return replace(one, blobs={n: blob for n, blob in one.blobs.items() if n != index})
+
+    return _change(ctx, ref, without)
+
+
+@router.post("/artifacts/{ref}/share")
+@router.post("/artifacts/{ref}/unshare")
+def share(ctx: Ctx, ref: str) -> Response:
+    """With everybody, whose lists it is in from then on."""
+    ctx.admin()
+    return _change(ctx, ref, lambda one: replace(one, shared=ctx.request.url.path.endswith("/share")))
 
 
 @router.get("/artifacts/{ref}/versions")

@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -200,11 +200,9 @@ def event(item: Event) -> Json:
 
 def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance]) -> Json:
     """`instances`: those that the caller sees."""
-    users: Mapping[str, list[str]] = {blob.disk: [] for blob in item.blobs.values()}
-    for one in instances:
-        for disk in one.disks:
-            if disk.image in users and one.state != InstanceState.DELETED:
-                users[disk.image].append(one.uuid)
+    there = [i for i in instances if i.state != InstanceState.DELETED]
+    disks = {blob.disk for blob in item.blobs.values()}
+    users = {disk: [i.uuid for i in there if any(d.image == disk for d in i.disks)] for disk in disks}
     blobs = {
         number: {
             "uuid": blob.uuid,
@@ -217,6 +215,7 @@ def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance]) -> J
         }
         for number, blob in item.blobs.items()
     }
+    newest = max(map(int, blobs), default=0)
     return _common(
         item,
         metadata=metadata,
@@ -227,8 +226,8 @@ def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance]) -> J
         namespace=item.namespace,
         shared=item.shared,
         max_versions=item.max_versions,
-        index=item.last,
-        blob_uuid=item.blobs[str(item.last)].uuid if str(item.last) in item.blobs else None,
+        index=newest,
+        blob_uuid=blobs[str(newest)]["uuid"] if blobs else None,
         blobs=blobs,
         progress=item.progress or None,
         error_message=item.error_message or None,

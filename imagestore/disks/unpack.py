@@ -38,19 +38,14 @@ _PACKED: dict[bytes, Callable[[], Any]] = {
 }
 
 
-def most_data(file_bytes: int) -> int:
-    """How much data a file of that size may stand for."""
-    return LEAST_DATA_BYTES + MOST_RATIO * file_bytes
-
-
 def check_work(disk: Disk, file_bytes: int) -> None:
     """A small file may stand for a disk full of data (one cluster, named again and again). Raises Invalid."""
-    at, data_bytes = 0, 0
+    at, left = 0, LEAST_DATA_BYTES + MOST_RATIO * file_bytes
     while (stretch := disk.next_data(at)) is not None:
         at = stretch[1]
-        data_bytes += stretch[1] - stretch[0]
-        if data_bytes > (most := most_data(file_bytes)):
-            raise Invalid(f"a file of {file_bytes} bytes that means more than {most} bytes of data")
+        left -= stretch[1] - stretch[0]
+        if left < 0:
+            raise Invalid(f"a file of {file_bytes} bytes that means too many bytes of data")
 
 
 @contextlib.contextmanager
@@ -112,7 +107,7 @@ def _streams(make: Callable[[], Any], descriptor: int, what: str) -> Iterator[tu
 
 
 def _write(file: Any, parts: Iterator[tuple[int, bytes]], size: int, what: str, progress: Report) -> None:
-    most, data, whole = most_data(size), 0, 0
+    most, data, whole = LEAST_DATA_BYTES + MOST_RATIO * size, 0, 0
     for done, part in parts:
         progress(Progress("unpack", done, size))
         whole += len(part)

@@ -12,8 +12,8 @@ from .serve import Options as Options
 from .serve import serve as serve
 from .signing import Keyring as Keyring
 from .signing import Publisher as Publisher
+from .sources import Outcome as Outcome
 from .sources import Source as Source
-from .sync import Outcome as Outcome
 from .sync import bring as bring
 from .sync import sync as sync
 from .tree import Ranged as Ranged

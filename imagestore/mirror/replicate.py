@@ -6,7 +6,6 @@ publication, whose images are all here. `adopt` puts one's own signature on what
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Snapshot, Timestamp
@@ -17,7 +16,7 @@ from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import BESIDE, DELTAS, TUF
 from imagestore.mirror.signing import Publisher, check_complete
-from imagestore.mirror.sources import choose
+from imagestore.mirror.sources import Outcome, choose
 from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Target, signed_targets, tree
@@ -26,23 +25,13 @@ from imagestore.updates.using import read_steps
 _MOST_ROOTS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Replicated:
-    """What became of one name. `result`: new, unchanged or failed."""
-
-    name: str
-    result: str
-    message: str = ""
-    written_bytes: int = 0
-
-
 def replicate(
     source: Store,
     target: Store,
     patterns: Collection[str] = (),
     *,
     report: Callable[[str], object] = lambda name: None,
-) -> Iterator[Replicated]:
+) -> Iterator[Outcome]:
     """Copy names that match any of the patterns (`debian:*`; none: all), each with all it needs before its name is set.
 
     A pattern that matches none raises NotFound before anything is done; a name that fails stops no other. The owner's
@@ -60,23 +49,23 @@ def replicate(
             title = f"{text} {architecture}"
             same = not here.removed and here.images.get(architecture) == digest
             if same and can_be_read(target, digest):
-                yield Replicated(title, "unchanged")
+                yield Outcome(title, "unchanged")
                 continue
             try:
                 report(title)
                 result = copy_image(source, target, digest)
                 _copy_beside(source, target, digest)
                 target.names.set(record.name, record.tag, architecture, digest)
-                yield Replicated(title, "new", written_bytes=result.written_bytes)
+                yield Outcome(title, "new", new_bytes=result.written_bytes)
             except StoreError as error:
                 failed = True
-                yield Replicated(title, "failed", str(error))
+                yield Outcome(title, "failed", str(error))
     if not failed:
         for fingerprint in signers(source):
             try:
                 copy_tree(source.backend, target.backend, fingerprint)
             except StoreError as error:
-                yield Replicated(f"signatures of {str(fingerprint)[:15]}…", "failed", str(error))
+                yield Outcome(f"signatures of {str(fingerprint)[:15]}…", "failed", str(error))
 
 
 def _copy_beside(source: Store, target: Store, digest: Digest) -> None:

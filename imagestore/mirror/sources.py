@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from imagestore.errors import Corrupt, Invalid, NotFound
+from imagestore.formats.digest import Digest
 from imagestore.store.names import check_architecture, check_name
 
 T = TypeVar("T")
@@ -70,6 +71,18 @@ class Source:
     def title(self) -> str:
         """For reports."""
         return f"{self.name}:{self.tags[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one image, whoever it came from. `result`: new, unchanged or failed."""
+
+    name: str
+    result: str
+    message: str = ""
+    digest: Digest | None = None
+    new_bytes: int = 0
+    seconds: float = 0.0
 
 
 _KEYS = {one.name for one in fields(Source)} - {"build_page", "build_pattern", "checksum"} | {"build"}

@@ -21,7 +21,7 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.keys import PROVENANCE
 from imagestore.mirror import sources
 from imagestore.mirror.download import Downloader, Fetched, hash_file
-from imagestore.mirror.sources import Source
+from imagestore.mirror.sources import Outcome, Source
 from imagestore.outside import YEAR_9999_S, read_json, real
 from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
@@ -34,19 +34,6 @@ LONGEST_S = 6 * 3600.0
 """What one image may take; then the next has its turn."""
 _ODD = {"BADSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "NODATA", "UNEXPECTED", "FAILURE", "ERROR", "BADARMOR"}
 """What gpgv says where it is not only a key that is missing (gnupg's doc/DETAILS)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one image of a source. `result`: new, unchanged or failed."""
-
-    title: str
-    architecture: str
-    result: str
-    message: str = ""
-    digest: Digest | None = None
-    new_bytes: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +98,7 @@ def sync(
                         outcome = image.preview() if dry_run else image.sync(_bounded(report, started))
                 except StoreError as error:
                     words = f"{error} ({error.hint})" if error.hint else str(error)
-                    outcome = Outcome(source.title, architecture, "failed", words)
+                    outcome = Outcome(f"{source.title} {architecture}", "failed", words)
                 outcomes.append(replace(outcome, seconds=round(time.monotonic() - started, 1)))
     return outcomes
 
@@ -187,7 +174,8 @@ class _Image:
         return False
 
     def _outcome(self, result: str, there: Provenance, digest: Digest | None, new_bytes: int = 0) -> Outcome:
-        return Outcome(self._source.title, self._architecture, result, there.signed_by, digest, new_bytes)
+        name = f"{self._source.title} {self._architecture}"
+        return Outcome(name, result, there.signed_by, digest, new_bytes)
 
     def preview(self) -> Outcome:
         """What `sync` would do, as far as that is known without downloading."""

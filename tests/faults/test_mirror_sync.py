@@ -131,7 +131,7 @@ def test_a_bad_source_stops_no_other(store: Store, upstream: tuple[Path, str], t
         source(url + "/good.img", name="good"),
         source("http://127.0.0.1:1/x.img", name="away"),
     ]
-    results = {outcome.title: outcome for outcome in sync(store, wanted, tmp_path / "work")}
+    results = {outcome.name.split()[0]: outcome for outcome in sync(store, wanted, tmp_path / "work")}
     assert [results[f"{name}:12"].result for name in ("missing", "bad", "good", "away")] == [
         "failed", "failed", "new", "failed",
     ]  # fmt: skip

@@ -98,7 +98,29 @@ def test_a_guest_of_a_url_waits_for_it_and_the_next_one_asks_only_whether_it_cha
         Holds(server.services.store, INSTALLATION).reconcile({"my/system": own})
         held = {stat.key for stat in own.backend.list(f"refs/{INSTALLATION}-")}
         assert {f"refs/{INSTALLATION}-{b['uuid']}" for b in artifact(server, url)["blobs"].values()} <= held
-        assert server.call("DELETE", f"/artifacts/{kept['uuid']}").body["state"] == "deleted"
+        path = f"/artifacts/{kept['uuid']}"
+        assert [v["index"] for v in server.get(f"{path}/versions")] == [1, 2]
+        assert server.call("DELETE", f"{path}/versions/3").status == 404
+        assert server.call("POST", f"{path}/versions", {"max_versions": 0}).status == 400
+        left = server.call("POST", f"{path}/versions", {"max_versions": 1}).body
+        assert (left["max_versions"], left["index"], list(left["blobs"])) == (1, 2, ["2"])
+        gone = server.call("DELETE", f"{path}/versions/2").body
+        assert (gone["index"], gone["blob_uuid"], gone["blobs"]) == (0, None, {})
+        tenant(server, "shop")
+        assert server.get("/artifacts", namespace="shop") == []
+        assert server.call("POST", f"{path}/share", namespace="shop").status == 403
+        assert server.call("POST", f"{path}/share").body["shared"]
+        assert [a["uuid"] for a in server.get("/artifacts", namespace="shop")] == [kept["uuid"]]
+        for verb, where in (
+            ("POST", "/share"),
+            ("POST", "/unshare"),
+            ("DELETE", ""),
+            ("DELETE", "/versions/1"),
+        ):
+            assert server.call(verb, path + where, namespace="shop").status == 403
+        assert not server.call("POST", f"{path}/unshare").body["shared"]
+        assert server.get(path, namespace="shop")["status"] == 404
+        assert server.call("DELETE", path).body["state"] == "deleted"
         assert server.get("/artifacts") == [] and list(own.names.list()) == []
         Holds(server.services.store, INSTALLATION).reconcile({"my/system": own})
         held = {stat.key for stat in own.backend.list(f"refs/{INSTALLATION}-")}

@@ -50,41 +50,37 @@ def resolve_disks(
     """
     if len(wanted) > len(_DEVICES):
         raise Invalid(f"an instance has at most {len(_DEVICES)} disks")
-    return tuple(
-        _resolve(sight, disk, f"vd{letter}", architecture, lists, sync)
-        for letter, disk in zip(_DEVICES, wanted, strict=False)
-    )
 
+    def named(spec: DiskSpec, base: str) -> DiskSpec:
+        try:
+            found = sight.resolve(base, architecture)
+        except NoImage as err:
+            if (source := listed(base, architecture, lists)) is None:
+                raise
+            if sync:
+                return spec
+            who = "--sync fetches it" if sight.everything else "the administrator can fetch it"
+            hint = f"{who} from {urlsplit(source.url).hostname}"
+            raise NotFound(f"{base} is in no store, but in a source list", hint=hint) from err
+        return fitted(spec, Blob(found.namespace, str(found.digest), found.size_bytes))
 
-def _resolve(
-    sight: "Sight", disk: Mapping[str, Any], device: str, architecture: str, lists: str, sync: bool
-) -> DiskSpec:
-    size_bytes = int(disk.get("size") or 0) * GIB
-    bus = disk.get("bus") or "virtio"
-    bus = "sata" if bus == "ide" else bus  # q35 has no IDE
-    if disk.get("type") not in (None, "disk"):
-        raise Invalid(f"disk {device}: type {str(disk['type'])[:40]!r} is not offered", hint="type is disk")
-    base = str(disk.get("base") or "")
-    if not base and not size_bytes:
-        raise Invalid(f"disk {device} has neither a base nor a size", hint="a blank disk needs a size in GB")
-    spec = DiskSpec(device, "", base, size_bytes, bus)
-    if base.startswith(WEB):
-        check_url(sight, base)
-    if not base or base.startswith(WEB):
-        return spec
-    if re.match(r"[a-z]+://|label:|file:", base):
-        raise Invalid(f"disk {device}: cannot boot from {base[:120]!r}", hint="give a name such as debian:12")
-    try:
-        found = sight.resolve(base, architecture)
-    except NoImage as err:
-        if (source := listed(base, architecture, lists)) is None:
-            raise
-        if sync:
-            return spec
-        who = "--sync fetches it" if sight.everything else "the administrator can fetch it"
-        hint = f"{who} from {urlsplit(source.url).hostname}"
-        raise NotFound(f"{base} is in no store, but in a source list", hint=hint) from err
-    return fitted(spec, Blob(found.namespace, str(found.digest), found.size_bytes))
+    def resolve(disk: Mapping[str, Any], device: str) -> DiskSpec:
+        size_bytes, base = int(disk.get("size") or 0) * GIB, str(disk.get("base") or "")
+        bus = disk.get("bus") or "virtio"
+        bus = "sata" if bus == "ide" else bus  # q35 has no IDE
+        if (kind := disk.get("type")) not in (None, "disk"):
+            raise Invalid(f"disk {device}: type {str(kind)[:40]!r} is not offered", hint="type is disk")
+        if not base and not size_bytes:
+            hint = "a blank disk needs a size in GB"
+            raise Invalid(f"disk {device} has neither a base nor a size", hint=hint)
+        spec = DiskSpec(device, "", base, size_bytes, bus)
+        if base.startswith(WEB):
+            check_url(sight, base)
+        elif re.match(r"[a-z]+://|label:|file:", base):
+            raise Invalid(f"disk {device}: cannot boot from {base[:120]!r}", hint="a name such as debian:12")
+        return named(spec, base) if base and not base.startswith(WEB) else spec
+
+    return tuple(resolve(disk, f"vd{letter}") for letter, disk in zip(_DEVICES, wanted, strict=False))
 
 
 def fitted(spec: DiskSpec, blob: "Blob") -> DiskSpec:
@@ -141,9 +137,12 @@ class Artifact(Stored):
     shared: bool = False
     max_versions: int = 3
     last: int = 0  # the number of the newest version there was
-    blobs: dict[str, Blob] = field(default_factory=dict)  # by number, oldest first
+    blobs: dict[str, Blob] = field(default_factory=dict)  # by number, oldest first; the newest `max_versions`
     store_url: str = ""  # of a name's store
     digests: tuple[str, ...] = ()  # of a name: all architectures
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blobs", dict(list(self.blobs.items())[-self.max_versions :]))
 
 
 def identity(namespace: str, called: str) -> str:
@@ -156,7 +155,7 @@ def want(txn: Transaction, namespace: str, called: str, **more: Any) -> Artifact
     own = [a for a in txn.list(Artifact) if a.namespace == namespace]
     found = txn.find(Artifact, uuid := identity(namespace, called))
     if len(own) - bool(found) >= _MOST or sum(bool(a.wanted) for a in own if a != found) >= _MOST_WANTED:
-        hint = f"{_MOST_WANTED} at a time, {_MOST} in all: wait, or delete some"
+        hint = f"{_MOST_WANTED} at a time, {_MOST} in all"
         raise NoCapacity(f"namespace {namespace} has too many artifacts", hint=hint)
     found = found or Artifact(uuid=uuid, namespace=namespace, name=called, source_url=called)
     state = "creating" if found.blobs else "initial"
@@ -172,8 +171,7 @@ def add_version(txn: Transaction, found: Artifact, blob: Blob) -> Artifact:
     if newest is None or blob.disk != newest.disk:
         found = replace(found, last=found.last + 1, blobs=found.blobs | {str(found.last + 1): blob})
         txn.event(Artifact.KIND, found.uuid, f"version {found.last} is blob {blob.uuid}")
-    blobs = dict(list(found.blobs.items())[-found.max_versions :])
-    now = replace(found, blobs=blobs, state="created", wanted="", progress="")
+    now = replace(found, state="created", wanted="", progress="")
     txn.update(now)
     return now
 
@@ -184,10 +182,7 @@ def blob_uuid(digest: str) -> str:
 
 
 def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
-    """Every name of every store that can be listed; what one of them does not give is a line in the log.
-
-    One version, numbered by the name's revision; its blob is the first architecture's manifest.
-    """
+    """Every name of every store that can be listed; what one of them does not give is a line in the log."""
     for store in stores:
         try:
             records = list(store.names.list())
@@ -205,10 +200,7 @@ def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
 
 
 def find(among: Iterable[Artifact], reference: str, namespace: str) -> Artifact:
-    """By UUID, or by name (`debian` is `debian:latest`); of several the one that `namespace` keeps.
-
-    Raises NotFound, Invalid where several fit.
-    """
+    """By UUID or name; of several the one that `namespace` keeps. Raises NotFound, Invalid where several fit."""
     names = {reference, reference if ":" in reference else f"{reference}:latest"}
     found = [a for a in among if a.uuid == reference or names & {a.name, a.source_url}]
     found = [a for a in found if a.namespace == namespace and not a.store_url] or found

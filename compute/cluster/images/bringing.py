@@ -28,22 +28,20 @@ _MOST, _LOOK_S, _TELL_S = 32, 5.0, 2.0
 class Bringing:
     """Of one server."""
 
-    def __init__(
-        self, records: StateStore, own: NamespaceStores, server: Resolver, config: Config, feed: Feed
-    ) -> None:
+    def __init__(self, records: StateStore, own: NamespaceStores, server: Resolver, config: Config) -> None:
         self._records, self._own, self._server, self._config = records, own, server, config
-        self._feed, self._running = feed, set[str]()
+        self._running = set[str]()
         self._listed = Lock()  # two downloads of one source would write to one file
 
-    async def keep(self) -> None:
+    async def keep(self, feed: Feed) -> None:
         """For ever."""
         while True:
-            seen = self._feed.revision
+            seen = feed.revision
             for one in Transaction(self._records).list(Artifact):
                 if one.wanted and one.uuid not in self._running and len(self._running) < _MOST:
                     self._running.add(one.uuid)
                     Thread(target=self._run, args=(one,), daemon=True).start()  # it ends with the process
-            await self._feed.moved((Artifact.KIND,), seen, _LOOK_S)
+            await feed.moved((Artifact.KIND,), seen, _LOOK_S)
 
     def _run(self, one: Artifact) -> None:
         work = self._config.state_dir / "downloads" / one.uuid
