@@ -1,6 +1,5 @@
 """`sf instance exec`, `cp`, `console`, `ssh`, `connect`, `forward`: into a guest from wherever the API is."""
 
-import hashlib
 import os
 import shlex
 import sys
@@ -22,19 +21,19 @@ from cli.errors import ERROR, MISSING, USAGE, Problem
 from cli.output import say, show_one
 
 _PIECE_BYTES = 1 << 16  # an emulated guest's agent takes seconds for a megabyte
-_UNPACK = """[ "$(sha256sum <"$1" | cut -c1-64)" = "$4" ] && d=$(mktemp -d) && tar -xz -C "$d" -f "$1"; r=$?; rm -f "$1"
-[ $r = 0 ] && case $2 in */) mkdir -p "$2";; esac && t=$2 && if [ -d "$t" ]; then t="$t/$3"; fi && mv "$d/x" "$t"
-r=$?; rm -rf "$d"; exit $r"""
+_UNPACK = """d=$(mktemp -d) && tar -xz -C "$d" && case $1 in */) mkdir -p "$1";; esac && t=$1 &&
+if [ -d "$t" ]; then t="$t/$2"; fi && mv "$d/x" "$t"; r=$?; rm -rf "$d"; exit $r"""
 _PACK = '[ -e "$1" ] || exit 3; tar -c -C "${1%/*}/" -f - "${1##*/}"'
 _SH = ("/bin/sh", "-c")
 _OPTIONS: dict[str, Any] = {"ignore_unknown_options": True}
 
 
-def run(api: Api, name: str, *argv: str, stdin: bytes | None = None, out: IO[bytes] | None = None) -> int:
+def run(api: Api, name: str, *argv: str, stdin: IO[bytes] | None = None, out: IO[bytes] | None = None) -> int:
     """A command in a guest: what it writes is written here, its exit code returned."""
     with Stream(api, name, "exec", argv=argv, input=stdin is not None) as stream:
         if stdin is not None:
-            stream.send(stdin)
+            while piece := stdin.read(_PIECE_BYTES):
+                stream.send(piece)
             stream.send({"eof": True})
         while isinstance(message := stream.receive(), bytes):
             if out is None:
@@ -45,11 +44,11 @@ def run(api: Api, name: str, *argv: str, stdin: bytes | None = None, out: IO[byt
 
 
 @instance.add("exec", context_settings=_OPTIONS, examples="sf instance exec web -- uname -a")
-@click.option("-i", "--input", "take", is_flag=True, help="Hand it the standard input (1 MiB at most).")
+@click.option("-i", "--input", "take", is_flag=True, help="Hand it the standard input.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def exec_(name: str, take: bool, command: tuple[str, ...]) -> int:
     """Run a command in a guest, through its agent; output and exit code are the command's."""
-    return run(Api(), name, *command, stdin=sys.stdin.buffer.read() if take else None)
+    return run(Api(), name, *command, stdin=sys.stdin.buffer if take else None)
 
 
 @instance.add(examples="sf instance cp ./app web:/opt/\nsf instance cp web:/var/log/syslog .")
@@ -74,19 +73,13 @@ def _place(text: str) -> tuple[str, str]:
 
 
 def put(api: Api, name: str, source: Path, path: str) -> None:
-    """What `source` is, to `path` or into that directory: in pieces, put in its place once its sum is right."""
-    half, sum_ = f"/tmp/.sf-{os.urandom(8).hex()}", hashlib.sha256()  # noqa: S108 - the guest's; random
+    """What `source` is, to `path` or into that directory: in its place once all of it is there and its sum right."""
     with tempfile.TemporaryFile() as packed:
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
             archive.add(source, arcname="x")
         packed.seek(0)
-        while piece := packed.read(_PIECE_BYTES):
-            sum_.update(piece)
-            if code := run(api, name, *_SH, 'umask 077; cat >> "$1"', "sh", half, stdin=piece):
-                raise Problem(f"{name} did not take all of {source}: code {code}", hint="is its disk full?")
-    words = (half, path, source.resolve().name, sum_.hexdigest())
-    if code := run(api, name, *_SH, _UNPACK, "sh", *words):
-        raise Problem(f"{source} was not unpacked in {name}: code {code}")
+        if code := run(api, name, *_SH, _UNPACK, "sh", path, source.resolve().name, stdin=packed):
+            raise Problem(f"{source} was not unpacked in {name}: code {code}")
 
 
 def _get(api: Api, name: str, path: str, target: Path) -> None:

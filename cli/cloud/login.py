@@ -56,8 +56,7 @@ def _authority(url: str, fingerprint: str) -> str:
     except (ValueError, TypeError, AttributeError) as error:
         raise Problem(f"{url} shows no authority's certificate", code=AUTH) from error
     if found != wanted:
-        hint = "is it the right server? sf serve prints the fingerprint when it starts"
-        raise Problem(f"{url} shows another authority: {found}", hint=hint, code=AUTH)
+        raise Problem(f"{url} shows another authority: {found}", hint="is it the right server?", code=AUTH)
     return str(pem)
 
 

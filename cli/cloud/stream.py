@@ -102,10 +102,7 @@ def forward(port: int, opened: Callable[[], Stream]) -> None:
 
 
 def interact(stream: Stream) -> None:
-    """This terminal is the guest's until ^]. What the guest writes comes as it is, escape sequences too.
-
-    The terminal is as before afterwards, however this ends.
-    """
+    """This terminal is the guest's, escape sequences and all, until ^]; then as before, however this ends."""
     before, left = termios.tcgetattr(0), threading.Event()
 
     def there() -> None:

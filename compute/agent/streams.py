@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,9 +17,6 @@ from compute.wire.streams import PIECE_BYTES, Stream, failure, first
 from net import NetError, tcp_socket
 
 Dial = Callable[[str], Awaitable[Stream]]  # brings the stream of a ticket to the server
-
-_STDIN_BYTES = 1 << 20
-_CONNECT_S = 10.0
 
 
 class Streams:
@@ -63,13 +61,14 @@ class Streams:
 
     async def _exec(self, guest: Guest, options: dict[str, Any], stream: Stream) -> None:
         """`{"argv": [...], "input": true}`: then input up to `eof`. Output comes behind a byte, 1 or 2, then `exit`."""
-        argv, stdin = options.get("argv"), b""
+        argv, fed = options.get("argv"), asyncio.Event()
         if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
             raise Invalid("argv is a list of words")
-        while options.get("input") is True and isinstance(piece := await stream.receive(), bytes):
-            stdin += piece
-            if len(stdin) > _STDIN_BYTES:
-                raise Invalid("a command's input has at most 1 MiB", hint="sf instance cp")
+
+        async def given() -> AsyncIterator[bytes]:
+            while isinstance(piece := await stream.receive(), bytes):
+                yield piece
+            fed.set()
 
         async def out(one: bytes, other: bytes) -> None:
             for mark, data in ((b"\1", one), (b"\2", other)):
@@ -78,9 +77,17 @@ class Streams:
 
         async def execute() -> None:
             channel = self._channels.setdefault(guest, Channel(guest.host.hypervisor, guest.spec.uuid))
+            stdin = given() if options.get("input") is True else None
+            if not stdin:
+                fed.set()
             await stream.send(json.dumps({"exit": await channel.execute(argv, out, stdin)}))
 
-        await first(execute(), _gone(stream))
+        async def gone() -> None:
+            await fed.wait()
+            while await stream.receive() is not None:
+                pass
+
+        await first(execute(), gone())
 
 
 async def connect(namespace: str, address: str, port: int, stream: Stream) -> None:
@@ -88,18 +95,12 @@ async def connect(namespace: str, address: str, port: int, stream: Stream) -> No
     socket = await asyncio.to_thread(tcp_socket, namespace)
     socket.setblocking(False)
     try:
-        async with asyncio.timeout(_CONNECT_S):
+        async with asyncio.timeout(10):
             await asyncio.get_running_loop().sock_connect(socket, (address, port))
     except (OSError, TimeoutError) as err:
         socket.close()
-        why = os.strerror(err.errno).lower() if err.errno else "no answer"
-        raise Unavailable(f"{address} port {port}: {why}") from err
+        raise Unavailable(f"{address} port {port}: {os.strerror(err.errno or errno.ETIMEDOUT)}") from err
     await _carry(*await asyncio.open_connection(sock=socket), stream)
-
-
-async def _gone(stream: Stream) -> None:
-    while await stream.receive() is not None:
-        pass
 
 
 async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: Stream) -> None:

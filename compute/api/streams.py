@@ -1,8 +1,7 @@
 """/instances/R/streams/KIND: a WebSocket into a guest: its console, commands, ports.
 
-The client's first message is a text, JSON: what it wants of that kind (`compute.agent.streams`). Then messages go both
-ways until one side closes. What goes wrong is a text `{"error", "hint", "kind"}` before the end. A stream ends with the
-key that it was opened with, with its object, and with the server, which keeps nothing of it.
+The client's first message is a text, JSON: what it wants of that kind (`compute.agent.streams`). What goes wrong is a
+text `{"error", "hint", "kind"}` before the end. A stream ends with either side, its key, its guest, and the server.
 """
 
 import asyncio

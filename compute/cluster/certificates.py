@@ -1,8 +1,7 @@
 """The certificates of an installation: the one that nodes know, and the authority's, which signs what the API shows.
 
-Nodes and people compare a fingerprint and nothing else, so what they know names no host and does not expire. The
-authority's key is made once and belongs to the backup of the state (`auth/`); with it a server can be made anew, or
-another beside it, without anybody logging in again.
+Nodes and people compare a fingerprint and nothing else, so what they know names no host and does not expire. The key
+of the authority is part of the state's backup: with it a server is made anew without anybody logging in again.
 """
 
 import datetime

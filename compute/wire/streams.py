@@ -1,8 +1,7 @@
 """Streams: what a client and something on a node say to each other, message by message, for as long as both want.
 
 A message is bytes (data) or a text (JSON: `{"eof": true}`, `{"exit": 0}`, `{"error": …}`). A node that is asked for one
-comes with it: the server's own through `pair`, one elsewhere by a WebSocket over a connection that it makes. Whoever
-sends waits while the other does not take it, so a stream holds a few messages and no more.
+brings it: the server's own through `pair`, another by a WebSocket. Who sends waits while the other does not take it.
 """
 
 import asyncio

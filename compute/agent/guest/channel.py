@@ -1,17 +1,18 @@
 """The agent in a guest, qemu-guest-agent: https://www.qemu.org/docs/master/interop/qemu-ga-ref.html
 
-Its answers are a guest's: whatever they are, they are bounded, checked and never more than words of its own. One that
-is silent is a time-out. The agent itself hands out a command's output when that has ended, and libvirt ends a channel
-at more than 10 MiB; so a command's output goes into files of the guest, which are read in pieces while it runs.
+Its answers are a guest's: bounded, checked, never more than words of its own; silence is a time-out. It hands out
+output when a command has ended, and libvirt ends a channel at 10 MiB, so output goes into files of the guest, which are
+read in pieces meanwhile. Large `input-data` makes it silent for good, so input goes into a file as well.
 """
 
 import asyncio
 import base64
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from compute.agent.hypervisor.libvirt import Hypervisor
@@ -24,7 +25,8 @@ _ANSWER_S, _ANSWER_BYTES = 20, 16 << 20
 _LIVE_S = 0.3  # a command that ends before hands out its output at once
 
 # Whoever makes the directory `live` has the output: this script at its end, or who reads it meanwhile.
-_RUN = """exec 3<&0; d=$1; shift; (umask 077; mkdir "$d") || exit 126
+_RUN = """d=$1; shift; [ -e "$d" ] || { (umask 077; mkdir "$d") || exit 126; }
+[ -e "$d/i" ] && exec 3<"$d/i" || exec 3</dev/null; rm -f "$d/i"
 "$@" <&3 3<&- >"$d/o" 2>"$d/e" & echo $! >"$d/p"; exec 3<&-; wait $!; r=$?
 [ $(cat "$d/o" "$d/e" | wc -c) -le 262144 ] && mkdir "$d/live" 2>&- && {
 printf x; cat "$d/o"; cat "$d/e" >&2; rm -rf "$d"; }; exit $r"""
@@ -33,6 +35,7 @@ tail -c +$2 o | head -c 262144; tail -c +$3 e 2>&- | head -c 262144 >&2"""
 _END = 'kill $(cat "$1/p") 2>&-; rm -rf "$1"'
 
 Output = Callable[[bytes, bytes], Awaitable[None]]  # takes pieces of what a command wrote: output, errors
+Given = AsyncIterator[bytes] | None
 Ended = tuple[int, bytes, bytes]  # exit code, output, errors
 
 
@@ -42,14 +45,12 @@ class Channel:
     def __init__(self, hypervisor: Hypervisor, uuid: str) -> None:
         self._hypervisor, self._uuid, self._turn = hypervisor, uuid, asyncio.Lock()
 
-    async def execute(self, argv: Sequence[str], out: Output, stdin: bytes = b"") -> int:
+    async def execute(self, argv: Sequence[str], out: Output, stdin: Given = None) -> int:
         """Run a command until it ends, hand out what it writes meanwhile, return its exit code.
 
         Cancelled, the command is asked to end. Raises Unavailable, Conflict when the guest is off.
         """
         place, seen, live = f"/tmp/.sf-{secrets.token_hex(8)}", (1, 1), False  # noqa: S108 - the guest's; random
-        pid = await self._start(_RUN, place, *argv, stdin=stdin)
-        began = time.monotonic()
 
         async def read() -> bool:
             """Whether there was something, or this was the first look."""
@@ -65,7 +66,11 @@ class Channel:
                 live = True
 
         try:
-            code, output, errors = await self._ended(pid, look)
+            if stdin is not None:
+                await self._run('umask 077; mkdir "$1"', place)
+                await self._write(f"{place}/i", stdin)
+            began = time.monotonic()
+            code, output, errors = await self._ended(await self._start(_RUN, place, *argv), look)
             await out(output[1:], errors)
             if live or not output:
                 await look(ended=True)
@@ -89,9 +94,16 @@ class Channel:
             pause_s = min(0.5, 2 * pause_s)
         return done
 
-    async def _start(self, script: str, *words: str, stdin: bytes = b"") -> int:
-        given: dict[str, Any] = {"input-data": base64.b64encode(stdin).decode()} if stdin else {}
-        given |= {"path": "/bin/sh", "arg": ["-c", script, "sh", *words], "capture-output": True}
+    async def _write(self, path: str, pieces: AsyncIterator[bytes]) -> None:
+        file = {"handle": await self._ask("guest-file-open", {"path": path, "mode": "w"}, whole)}
+        async for piece in pieces:
+            given = file | {"buf-b64": base64.b64encode(piece).decode()}
+            if await self._ask("guest-file-write", given, itemgetter("count")) != len(piece):
+                raise Unavailable("the guest does not take what it is given", hint="is its disk full?")
+        await self._ask("guest-file-close", file, bool)
+
+    async def _start(self, script: str, *words: str) -> int:
+        given = {"path": "/bin/sh", "arg": ["-c", script, "sh", *words], "capture-output": True}
         pid: int = await self._ask("guest-exec", given, lambda said: whole(said["pid"]))
         return pid
 

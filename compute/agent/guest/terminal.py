@@ -1,7 +1,7 @@
 """A guest's serial console for any number of people at once.
 
-qemu has the master of a pseudo-terminal and writes all to the log as well, whether somebody looks or not. We open the
-other side while at least one watches, once for all of them; who is too slow for what comes is let go, and comes again.
+qemu has the master of a pseudo-terminal, and writes all to the log as well. We open the other side while at least one
+watches, once for all of them; who is too slow for what comes is let go, and comes again.
 """
 
 import asyncio

@@ -3,10 +3,10 @@
 import asyncio
 import base64
 import json
+import os
 import select
 import subprocess
-import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,12 +140,16 @@ class Shell:
         self.running: dict[int, subprocess.Popen[bytes]] = {}
 
     def __call__(self, command: str, arguments: dict[str, Any]) -> Any:
+        if command == "guest-file-open":
+            return os.open(arguments["path"], os.O_WRONLY | os.O_CREAT)
+        if command == "guest-file-write":
+            return {"count": os.write(arguments["handle"], base64.b64decode(arguments["buf-b64"]))}
+        if command == "guest-file-close":
+            return os.close(arguments["handle"]) or {}
         if command == "guest-exec":
             argv = [arguments["path"], *arguments["arg"]]
-            with tempfile.TemporaryFile() as stdin:
-                stdin.write(base64.b64decode(arguments.get("input-data", "")))
-                stdin.seek(0)
-                started = subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            pipe = subprocess.PIPE
+            started = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
             self.running[started.pid] = started
             return {"pid": started.pid}
         process = self.running[arguments["pid"]]
@@ -165,20 +169,26 @@ def _piped(process: "subprocess.Popen[bytes]") -> bool:
     return bool(ready)
 
 
-def _said(*argv: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+def _said(*argv: str, stdin: bytes | None = None) -> tuple[int, bytes, bytes]:
     seen = [b"", b""]
+
+    async def given() -> AsyncIterator[bytes]:
+        for at in range(0, len(stdin or b""), 1 << 16):
+            yield (stdin or b"")[at : at + (1 << 16)]
 
     async def keep(one: bytes, other: bytes) -> None:
         seen[:] = seen[0] + one, seen[1] + other
 
     _, channel = _channel(Shell())
-    code = asyncio.run(channel.execute(argv, keep, stdin))
+    code = asyncio.run(channel.execute(argv, keep, None if stdin is None else given()))
     return code, seen[0], seen[1]
 
 
 def test_a_commands_output_errors_input_and_code_are_its_own() -> None:
     assert _said("sh", "-c", "echo a; echo b >&2; exit 7") == (7, b"a\n", b"b\n")
     assert _said("cat", stdin=b"\0input\xff") == (0, b"\0input\xff", b"")
+    assert _said("wc", "-c", stdin=bytes(3_000_000)) == (0, b"3000000\n", b"")
+    assert _said("cat", stdin=b"") == _said("cat") == (0, b"", b"")
     assert _said("true") == (0, b"", b"") and _said("sh", "-c", "kill -9 $$")[0] == 137
     assert _said("no-such-command")[0] == 127
 
@@ -187,4 +197,25 @@ def test_what_a_command_says_while_it_runs_and_more_than_an_answer_holds_arrives
     script = "for i in 1 2 3; do echo $i; sleep 0.3; done; head -c 3000000 /dev/zero; echo end >&2; exit 3"
     assert _said("sh", "-c", script) == (3, b"1\n2\n3\n" + bytes(3_000_000), b"end\n")
     assert _said("head", "-c", "5000000", "/dev/zero") == (0, bytes(5_000_000), b"")
+    assert not list(Path("/tmp").glob(".sf-*"))
+
+
+def test_a_guest_that_takes_less_than_it_is_given_runs_nothing_and_keeps_nothing() -> None:
+    shell = Shell()
+
+    def answers(command: str, arguments: dict[str, Any]) -> Any:
+        return {"count": 1} if command == "guest-file-write" else shell(command, arguments)
+
+    async def given() -> AsyncIterator[bytes]:
+        yield b"four"
+
+    async def drill() -> None:
+        guest, channel = _channel(answers)
+        with pytest.raises(Unavailable, match="does not take"):
+            await channel.execute(["touch", "/tmp/.sf-ran"], _drop, given())
+        assert not any("touch" in arguments.get("arg", ()) for _, arguments in guest.asked)
+
+    asyncio.run(drill())
+    for process in shell.running.values():
+        process.wait(10)
     assert not list(Path("/tmp").glob(".sf-*"))
