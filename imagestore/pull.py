@@ -114,7 +114,8 @@ class _Filling:
                     self._seeded += self._take(pool, here.fetch)
             with closing(UpdateOrigin(lambda: store, self._digest, self._manifest, seeds)) as update:
                 self._fetch_update(pool, update)
-            self._fetch_all(pool, store, fallbacks)
+            if not self._have.all():
+                self._fetch_all(pool, store, fallbacks)
         if not self._have.all():
             raise Corrupt(f"the image {self._digest} is not whole after all")
         data_bytes = int(self._lengths.sum())
