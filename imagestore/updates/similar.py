@@ -10,7 +10,7 @@ import numpy.typing as npt
 from imagestore.formats.columns import Numbers
 
 _PAIR, _MIX = np.uint16(0x9E37), np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
-_SAMPLED, _WINDOW_BYTES, _BUCKETS, _VOTES = np.uint16(1 << 10), 16, 8, 4
+_SAMPLED, _BUCKETS, _VOTES = np.uint16(1 << 10), 8, 4
 """One place in 64 is sampled; a value votes for at most so many chunks."""
 Samples = tuple[npt.NDArray[np.uint32], Numbers]
 """Values, and the chunk that each is of."""
@@ -18,10 +18,9 @@ Samples = tuple[npt.NDArray[np.uint32], Numbers]
 
 def samples(data: npt.NDArray[np.uint8], ends: Numbers) -> Samples:
     """Of chunks that lie one after the other in `data` and end there."""
-    pairs = (data[odd:][: (len(data) - odd) // 2 * 2].copy().view("<u2") for odd in (0, 1))
+    pairs = (data[odd : odd + max(0, len(data) - 16) // 2 * 2].copy().view("<u2") for odd in (0, 1))
     found_at = [2 * np.flatnonzero(two * _PAIR + _PAIR < _SAMPLED) + odd for odd, two in enumerate(pairs)]
     places = np.sort(np.concatenate(found_at))
-    places = places[places <= len(data) - _WINDOW_BYTES]
     windows = np.ndarray(max(0, len(data) - 7), "<u8", data, strides=(1,))
     hashes = (windows[places] * _MIX[0] + windows[places + 8]) * _MIX[1]
     values, chunks = (hashes >> np.uint64(32)).astype(np.uint32), np.searchsorted(ends, places, "right")
