@@ -57,7 +57,7 @@ class Streams:
             task.cancel()
 
     async def _console(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
-        await self._terminals.setdefault(guest, Terminal(guest)).serve(stream)
+        await self._terminals.setdefault(guest, Terminal()).serve(guest, stream)
 
     async def _exec(self, guest: Guest, options: dict[str, Any], stream: Stream) -> None:
         """`{"argv": [...], "input": true}`: then input up to `eof`. Output comes behind a byte, 1 or 2, then `exit`."""

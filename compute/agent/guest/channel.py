@@ -31,7 +31,7 @@ _RUN = """d=$1; shift; [ -e "$d" ] || { (umask 077; mkdir "$d") || exit 126; }
 [ $(cat "$d/o" "$d/e" | wc -c) -le 262144 ] && mkdir "$d/live" 2>&- && {
 printf x; cat "$d/o"; cat "$d/e" >&2; rm -rf "$d"; }; exit $r"""
 _READ = """cd "$1" || exit 3; [ "$4" ] && { mkdir live || exit 3; }
-tail -c +$2 o | head -c 262144; tail -c +$3 e 2>&- | head -c 262144 >&2"""
+tail -c +$2 o 2>&- | head -c 262144; tail -c +$3 e 2>&- | head -c 262144 >&2"""
 _END = 'kill $(cat "$1/p") 2>&-; rm -rf "$1"'
 
 Output = Callable[[bytes, bytes], Awaitable[None]]  # takes pieces of what a command wrote: output, errors

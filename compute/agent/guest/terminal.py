@@ -26,15 +26,15 @@ _TTY = re.compile(r"/dev/pts/[0-9]{1,9}")
 class Terminal:
     """The console of one guest."""
 
-    def __init__(self, guest: Guest) -> None:
-        self._guest, self._file = guest, -1
+    def __init__(self) -> None:
+        self._file = -1
         self._watchers: set[MemoryObjectSendStream[bytes]] = set()
 
-    async def serve(self, stream: Stream) -> None:
+    async def serve(self, guest: Guest, stream: Stream) -> None:
         """Show the end of the log and what comes; type what the stream brings. Ends with either."""
         out, pieces = anyio.create_memory_object_stream[bytes](_BEHIND)
-        before = await asyncio.to_thread(self._guest.console.tail, _BEFORE_BYTES)
-        await self._open()
+        before = await asyncio.to_thread(guest.console.tail, _BEFORE_BYTES)
+        await self._open(guest)
 
         async def show() -> None:
             await stream.send(before)
@@ -60,9 +60,9 @@ class Terminal:
             if not self._watchers:
                 self._close()
 
-    async def _open(self) -> None:
-        host = self._guest.host
-        path = domain.console_tty(await host.do(host.hypervisor.xml, self._guest.spec.uuid))
+    async def _open(self, guest: Guest) -> None:
+        host = guest.host
+        path = domain.console_tty(await host.do(host.hypervisor.xml, guest.spec.uuid))
         if not _TTY.fullmatch(path):
             raise Conflict("the guest is off: it has no console now", hint="sf instance start")
         if self._file < 0:

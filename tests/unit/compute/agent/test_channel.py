@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from compute.agent.guest.channel import Channel
+from compute.agent.guest.channel import _READ, Channel
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.errors import Unavailable
 
@@ -219,3 +219,11 @@ def test_a_guest_that_takes_less_than_it_is_given_runs_nothing_and_keeps_nothing
     for process in shell.running.values():
         process.wait(10)
     assert not list(Path("/tmp").glob(".sf-*"))
+
+
+def test_output_that_is_not_there_yet_is_nothing_and_no_error_of_ours(tmp_path: Path) -> None:
+    """A slow guest has made the directory and not begun to write: this was an endless loop."""
+    argv = ["/bin/sh", "-c", _READ, "sh", str(tmp_path), "1", "1", "1"]
+    done = subprocess.run(argv, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (tmp_path / "live").is_dir()

@@ -18,7 +18,7 @@ from compute.errors import ComputeError, Conflict, Unavailable
 from compute.wire.streams import Stream, failure, pair
 
 
-def _terminal(tmp_path: Path, name: str) -> Terminal:
+def _guest(tmp_path: Path, name: str) -> Guest:
     async def do(call: Any, *arguments: Any) -> Any:
         return call(*arguments)
 
@@ -27,7 +27,7 @@ def _terminal(tmp_path: Path, name: str) -> Terminal:
     log = tmp_path / "console.log"
     log.write_bytes(b"login: ")
     guest = SimpleNamespace(host=host, spec=SimpleNamespace(uuid="u"), console=ConsoleLog(log))
-    return Terminal(cast(Guest, guest))
+    return cast(Guest, guest)
 
 
 async def _sees(stream: Stream, what: bytes) -> None:
@@ -39,10 +39,10 @@ async def _sees(stream: Stream, what: bytes) -> None:
             seen += message
 
 
-async def _serve(terminal: Terminal, far: Stream) -> None:
+async def _serve(terminal: Terminal, guest: Guest, far: Stream) -> None:
     """As `agent.streams` does."""
     try:
-        await terminal.serve(far)
+        await terminal.serve(guest, far)
     except ComputeError as err:
         await far.send(failure(err))
     finally:
@@ -65,9 +65,9 @@ def test_all_who_watch_see_what_comes_and_what_any_types_arrives(
     master, name = master_and_name
 
     async def drill() -> None:
-        terminal = _terminal(tmp_path, name)
+        terminal, guest = Terminal(), _guest(tmp_path, name)
         ends = [pair() for _ in range(2)]
-        tasks = [asyncio.create_task(_serve(terminal, far)) for _, far in ends]
+        tasks = [asyncio.create_task(_serve(terminal, guest, far)) for _, far in ends]
         (one, _), (other, _) = ends
         for near in (one, other):
             await _sees(near, b"login: ")
@@ -92,10 +92,10 @@ def test_who_takes_nothing_is_let_go_and_holds_up_nobody(tmp_path: Path, master_
     master, name = master_and_name
 
     async def drill() -> None:
-        terminal = _terminal(tmp_path, name)
+        terminal, guest = Terminal(), _guest(tmp_path, name)
         slow, far = pair()
         quick, other = pair()
-        tasks = [asyncio.create_task(_serve(terminal, end)) for end in (far, other)]
+        tasks = [asyncio.create_task(_serve(terminal, guest, end)) for end in (far, other)]
         await _sees(quick, b"login: ")
         for number in range(600):
             await asyncio.to_thread(os.write, master, b"flood %d\n" % number)
@@ -113,10 +113,10 @@ def test_who_takes_nothing_is_let_go_and_holds_up_nobody(tmp_path: Path, master_
 def test_a_guest_that_is_switched_off_ends_its_console_and_one_that_is_off_has_none(tmp_path: Path) -> None:
     async def drill() -> None:
         master, slave = pty.openpty()
-        terminal = _terminal(tmp_path, os.ttyname(slave))
+        terminal, guest = Terminal(), _guest(tmp_path, os.ttyname(slave))
         os.close(slave)
         near, far = pair()
-        task = asyncio.create_task(_serve(terminal, far))
+        task = asyncio.create_task(_serve(terminal, guest, far))
         await _sees(near, b"login: ")
         await asyncio.sleep(0.1)
         os.close(master)
@@ -124,6 +124,6 @@ def test_a_guest_that_is_switched_off_ends_its_console_and_one_that_is_off_has_n
         await task
         for nothing in ("", "/etc/passwd", "/dev/pts/../../etc/passwd"):
             with pytest.raises(Conflict):
-                await _terminal(tmp_path, nothing).serve(pair()[1])
+                await Terminal().serve(_guest(tmp_path, nothing), pair()[1])
 
     asyncio.run(drill())
