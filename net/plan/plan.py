@@ -121,7 +121,8 @@ def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:
         if held is not None:
             open_fields = replace(link, mac=link.mac or held.mac, peer=held.peer, carrier=held.carrier)
             # A tap on the node's own bridge waits in the host's namespace until its guest holds it.
-            if open_fields != held and (held.carrier or held.master or name != HOST):
+            waits = name == HOST and link.kind == "tun" and not (held.carrier or held.master)
+            if open_fields != held and not waits:
                 actions.append(Action(Verb.CHANGE, name, link, held))
             if open_fields.mac != held.mac:
                 readdressed.add(n)

@@ -44,6 +44,7 @@ def lan(tmp_path: Path) -> Iterator[Lan]:
             machine.sh(f"ip link add eth0 type veth peer name {name} netns {node.tid}; ip link set eth0 up")
             node.sh(f"ip link set {name} master br0 up")
             machine.sh(f"ip addr add 192.168.77.{1 + 2 * number}/24 dev eth0")
+        node.sh("until ip link show br0 | grep -q 'state UP'; do sleep 0.1; done")
         router.sh(
             "dnsmasq --port=0 --interface=eth0 --bind-interfaces --leasefile-ro --no-ping --conf-file=/dev/null"
             " --dhcp-range=192.168.77.100,192.168.77.120 --dhcp-authoritative --pid-file=/run/dnsmasq.pid"

@@ -36,6 +36,11 @@ def test_cycles_of_networks_ports_and_floating_ips_with_faults_at_every_step_lea
         state = tmp_path / "agent"
         state.mkdir()
         node.space.sh("sysctl -qw net.ipv4.ip_forward=1; iptables -P FORWARD DROP; mkdir /run/netns")
+        node.space.sh(
+            "ip link add br0 type bridge; ip link add lan0 master br0 type veth peer name lan1\n"
+            "for link in br0 lan0 lan1; do ip link set $link up; done\n"
+            "until ip link show br0 | grep -q 'state UP'; do sleep 0.1; done"
+        )
         before = _everything(node, state)
         starts = 0
         while True:

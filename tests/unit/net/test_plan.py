@@ -195,3 +195,14 @@ def test_only_a_firewall_that_drops_by_policy_gets_a_rule_of_ours() -> None:
     ]
     assert all(a.rule.mark.startswith("sf-1a2b3c4d:") for a in made)
     assert nft.admissions(INSTALLATION, chains, [], uplinks=False) == frozenset()
+
+
+def test_an_uplink_that_is_down_on_the_host_is_raised_though_it_has_no_carrier() -> None:
+    network = Network("n", 7, "n", IPv4Network("10.0.0.0/24"), IPv4Address("10.0.0.1"), router_node="n1")
+    desired = NodeNetworks(INSTALLATION, "n1", (network,))
+    observed = _as_desired(desired, EMPTY)
+    host = observed.namespaces[HOST]
+    (name,) = host.links
+    down = {name: replace(host.links[name], up=False, carrier=False)}
+    broken = replace(observed, namespaces={**observed.namespaces, HOST: replace(host, links=down)})
+    assert [(action.verb, action.namespace) for action in plan(desired, broken)] == [(Verb.CHANGE, HOST)]
