@@ -89,3 +89,30 @@ def test_an_older_state_restored_on_the_same_machine_destroys_nothing(site: Site
     site.create("w2", "--network", "lan")
     assert {one["name"] for one in site.listed("instance", "ls")} == {"w0", "w1", "w2"}
     assert site.running().items() >= before.items()
+
+
+def test_a_node_that_joined_follows_the_restored_server_and_keeps_what_that_does_not_know(site: Site) -> None:
+    url, token = (site.listed("node", "token")[key] for key in ("url", "token"))
+    far = Site(site.host, site.home / "far", SF_ACCEL="tcg", SF_NODE_NAME="n2")
+    far.home.mkdir()
+    far.start("agent", "--join", url, "--token", token)
+    within(60, lambda: "n2" in {n["name"] for n in site.listed("node", "ls")}, "n2 has joined")
+    known = site.create("w2", "--on", "n2", "--network", "lan")
+    site.sf("state", "backup", str(site.home / "kept.state"))
+    later = site.create("w3", "--on", "n2", "--network", "lan")
+    before, addresses = site.running(), {site.instance(n)["interfaces"][0]["ipv4"] for n in ("w2", "w3")}
+    site.signal()
+    site.state.rename(site.home / "lost")
+    site.sf("state", "restore", str(site.home / "kept.state"))
+    shutil.copytree(site.home / "lost" / "store", site.state / "store")
+    site.start()
+    (orphan,) = site.orphans(later)
+    assert (orphan["name"], orphan["node"], orphan["power_state"]) == ("w3", "n2", "on")
+    within(60, lambda: site.instance("w2")["power_state"] == "on", "w2 is known")
+    assert site.instance("w2")["uuid"] == known and site.running() == before
+    fresh = site.create("w4", "--on", "n2", "--network", "lan")
+    assert site.instance("w4")["interfaces"][0]["ipv4"] not in addresses and fresh in site.running()
+    for name in ("w2", "w4"):
+        site.sf("instance", "delete", name, "--wait")
+    assert set(site.running()) == {later}
+    far.stop()
