@@ -171,3 +171,41 @@ def test_a_disk_that_moves_to_its_complete_image_and_grows_at_the_same_time_does
         within(60, settled, "moved and grown")
         assert site.running()[uuid] == process
         site.sf("instance", "delete", name, "--wait")
+
+
+@pytest.mark.system
+@pytest.mark.drill
+def test_a_disk_that_is_to_grow_while_it_is_snapshot_grows_after_that(site: Site) -> None:
+    """Nothing of a snapshot is left in qemu when libvirt changes the disk, and the copy has the size of its moment."""
+    rng = random.Random(seed())
+    uuid = site.create("w1", "--disk", "1G")
+    process = site.running()[uuid]
+    for turn in range(rounds(full=20)):
+        with ThreadPoolExecutor(2) as pool:
+            taking = pool.submit(site.sf, "instance", "snapshot", "w1", "--format", "json", check=False)
+            time.sleep(rng.uniform(0, 1.5))
+            site.sf("instance", "set", "w1", "--disk", f"{turn + 2}G")
+            if killed := turn % 2:
+                site.signal()
+                site.start()
+            taken = taking.result()
+        within(60, lambda gib=turn + 2: disk_bytes(site, uuid) == gib << 30, "it has grown")  # type: ignore[misc]
+        if not killed:
+            assert taken.returncode == 0 and json.loads(taken.stdout)["state"] == "created", taken.stderr
+
+        def ended() -> bool:
+            states = {one["state"] for one in site.listed("instance", "snapshots", "w1")}
+            return states <= {"created", "error"}
+
+        within(60, ended, "each snapshot ends")
+        assert site.running()[uuid] == process and site.instance("w1")["power_state"] == "on"
+        within(30, lambda: "sf-cbw" not in nodes(site, uuid), "nothing of it is left in qemu")
+    for store in (site.state / "store-namespaces").iterdir():
+        assert "every byte" in site.sf("store", "verify", "--full", "--store", str(store)).stdout
+
+
+def nodes(site: Site, uuid: str) -> str:
+    """The block nodes of the guest's qemu."""
+    domain = f"sf-{json.loads((site.state / 'installation.json').read_text())['id']}-{uuid}"
+    asked = '{"execute":"query-named-block-nodes","arguments":{"flat":true}}'
+    return site.host.virsh("qemu-monitor-command", domain, asked).stdout
