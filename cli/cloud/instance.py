@@ -272,10 +272,17 @@ SNAPSHOT_FIELDS = (
 def snapshot(name: str, form: str, timeout: float) -> None:
     """Keep all disks of a running guest as they are now, as images under my/."""
     api = Api()
-    made = api("POST", "instances", name, "snapshot")
+    found = follow_snapshot(api, name, api("POST", "instances", name, "snapshot"), timeout)
+    show_one(found, SNAPSHOT_FIELDS, form)
+
+
+def follow_snapshot(api: Api, name: str, made: Object, timeout: float) -> Object:
+    """One that was begun, as it ended."""
     with status() as tell:
         for gone_s in poll(timeout):
-            found = next(s for s in api("GET", "instances", name, "snapshot") if s["uuid"] == made["uuid"])
+            found: Object = next(
+                s for s in api("GET", "instances", name, "snapshot") if s["uuid"] == made["uuid"]
+            )
             if found["state"] in ("created", "error"):
                 break
             tell(f"{found['name']}: {found['state']}", f"{gone_s:.0f} s")
@@ -285,7 +292,18 @@ def snapshot(name: str, form: str, timeout: float) -> None:
             )
     if found["state"] == "error":
         raise Problem(f"{found['name']}: {found['error_message']}", hint=f"sf instance events {name}")
-    show_one(found, SNAPSHOT_FIELDS, form)
+    return found
+
+
+@instance.add(examples="sf instance restore web my/web:20261224-180000")
+@click.option("--timeout", type=DURATION, default="1h", show_default=True)
+@click.argument("image")
+def restore(name: str, image: str, force: bool, timeout: float) -> None:
+    """Give a guest the disks of one of its snapshots again; what it has now is kept as a snapshot first."""
+    confirm(f"restart {name} with the disks of {image}?", force)
+    api = Api()
+    kept = follow_snapshot(api, name, api("POST", "instances", name, "restore", image=image), timeout)
+    say(f"{name} starts with {image}; what it had is {kept['name']}")
 
 
 @instance.add(examples="sf instance snapshots web")

@@ -16,6 +16,7 @@ from compute.cluster.images import artifacts as acts
 from compute.cluster.images.artifacts import Artifact
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
+from compute.cluster.records.snapshots import Snapshot, snapshots_of, take
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Invalid, NotFound
 from imagestore import NotFound as NoName
@@ -25,6 +26,10 @@ router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
 
 class ListBody(NamespaceBody):
     node: str | None = None
+
+
+class ImageBody(Body):
+    image: str
 
 
 class UrlBody(NamespaceBody):
@@ -151,3 +156,32 @@ def get_versions(ctx: Ctx, ref: str) -> Response:
 
 add_metadata(router, "/artifacts/{ref}", _record)
 add_events(router, "/artifacts/{ref}", _record)
+
+
+@router.post("/instances/{ref}/restore")
+def restore(ctx: Ctx, ref: str, body: ImageBody) -> Response:
+    """Give an instance the disks of a snapshot of it, or its first disk an image; what it has is kept first."""
+    instance = ctx.find(Instance, ref)
+    found = ctx.images(instance.namespace).resolve(body.image, ctx.services.config.architecture)
+    whole, first = dict[str, tuple[str, str]](), instance.disks[0].device
+    for one in snapshots_of(ctx.read(), instance.uuid):
+        if str(found.digest) in one.order.digests.values() and not whole:
+            whole = {d: (digest, one.namespace) for d, digest in one.order.digests.items()}
+    whole = whole or {first: (str(found.digest), found.namespace)}
+
+    def change(txn: Transaction, uuid: str) -> Snapshot:
+        disks = [
+            (disk, *whole.get(disk.device, (disk.image, disk.store)))
+            for disk in txn.get(Instance, uuid).disks
+        ]
+        if disks[0][0].size_bytes < found.size_bytes:
+            raise Invalid(
+                f"{body.image} has {found.size_bytes} bytes, the disk less", hint="sf instance set --disk"
+            )
+        then = tuple(
+            replace(d, image=i, store=s, image_name=body.image if d.image != i else d.image_name)
+            for d, i, s in disks
+        )
+        return take(txn, uuid, then)
+
+    return JSONResponse(views.snapshot(ctx.change(instance, change)))

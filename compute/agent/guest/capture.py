@@ -1,25 +1,28 @@
-"""Snapshots of a running guest's disks: begun and ended by its owner between other steps, stored beside them.
+"""Snapshots of a guest's disks: begun and ended by its owner between other steps, stored beside them; and the way back.
 
-While one is under way nothing else changes the disks. The record says so before qemu knows of it, so that whoever
-adopts the guest thaws it and puts all back first; then it is begun anew.
+While one is under way nothing else changes the disks, and a guest that is off stays off. The record says so before
+qemu knows of it, so that whoever adopts the guest thaws it and puts all back first; then it is begun anew.
 """
 
 import asyncio
+import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from compute.agent.guest import overlay
 from compute.agent.guest.disks import Disks
 from compute.agent.guest.host import Host, Voice
-from compute.agent.guest.record import CapturesHeld, Part
+from compute.agent.guest.record import CapturesHeld, Course, Part, Phase
 from compute.agent.hypervisor import nodes
 from compute.errors import ComputeError, Conflict, NotFound
 from compute.wire.spec import Capture, InstanceSpec
@@ -43,6 +46,23 @@ class Captures:
         # A socket's path has at most 107 bytes.
         self._directory = host.directory.parent / "run" / f"snapshot-{uuid[:13]}"
         self._task: asyncio.Future[Capture] | None = None
+        self._daemon: asyncio.subprocess.Process | None = None
+
+    @property
+    def at_rest(self) -> bool:
+        """One is under way of a guest that is off."""
+        return self._daemon is not None
+
+    async def restore(self, now: Course, spec: InstanceSpec) -> Phase:
+        """Its phase now that disks are of another image than so far: they are made anew. May be repeated."""
+        olds = {disk.device: disk.image for disk in now.spec.disks}
+        others = {disk.device for disk in spec.disks if olds.get(disk.device, disk.image) != disk.image}
+        if others and now.created:
+            await self._host.do(self._host.hypervisor.destroy, self._uuid)
+            await self._disks.forget(others)
+            await self._disks.make(spec, await self._disks.images(spec, asyncio.Event()))
+            self._voice.event(f"{', '.join(sorted(others))}: restored")
+        return Phase.STARTING if others and now.created else now.phase
 
     async def adopt(self) -> None:
         """Put back what an earlier agent left."""
@@ -76,12 +96,10 @@ class Captures:
     async def _begin(self, spec: InstanceSpec, one: Capture, power: str) -> None:
         await self._held.save(began=one.uuid)
         try:
-            if power == "off":
-                raise Conflict("the guest is off")
             disks, socket = self._prepare(spec), self._directory / "s"
             one = replace(one, frozen=power == "on" and await self._freeze())
-            begin = self._host.do(nodes.begin, self._host.hypervisor, self._uuid, disks, socket)
-            begun = asyncio.ensure_future(begin)
+            begin = partial(self._host.do, nodes.begin, self._host.hypervisor, self._uuid, disks, socket)
+            begun = asyncio.ensure_future(self._serve(spec, socket) if power == "off" else begin())
             # Reads of an image that does not arrive may hold qemu up; file systems do not wait for that.
             if one.frozen and not (await asyncio.wait({begun}, timeout=_AGENT_S / 2))[0]:
                 await self._thaw()
@@ -129,6 +147,28 @@ class Captures:
                 os.chown(path, on.stat().st_uid, on.stat().st_gid)
         return found
 
+    async def _serve(self, spec: InstanceSpec, socket: Path) -> None:
+        """The disks of a guest that is off, by a process that ends with this one."""
+        images = await self._disks.images(spec, asyncio.Event())
+        argv = ["setpriv", "--pdeathsig", "KILL", "qemu-storage-daemon", "--pidfile", f"{socket}.pid"]
+        argv += ["--nbd-server", f"addr.type=unix,addr.path={socket}"]
+        for name in (disk.device for disk in spec.disks):
+            file: dict[str, Any] = {"driver": "file", "filename": str(self._disks.overlay(name))}
+            node = {"driver": "qcow2", "node-name": name, "read-only": True, "backing": None, "file": file}
+            if under := images.get(name):
+                path = {"driver": "file", "filename": str(under.path)}
+                served = {"driver": "nbd", "server": {"type": "unix", "path": str(under.socket)}}
+                node["backing"] = {"driver": "raw", "file": served if under.socket else path}
+            argv += ["--blockdev", json.dumps(node)]
+            for kind, depth in (("snap", "off"), ("map", "on")):
+                export = f"type=nbd,id={kind}-{name},name={kind}-{name},node-name={name}"
+                argv += ["--export", f"{export},allocation-depth={depth}"]
+        self._daemon = await asyncio.create_subprocess_exec(*argv)
+        while self._daemon.returncode is None and not socket.with_suffix(".pid").exists():
+            await asyncio.sleep(0.02)
+        if self._daemon.returncode is not None:
+            raise Conflict("the disks cannot be opened", hint="the agent's log has the words of qemu")
+
     def _push(self, spec: InstanceSpec, one: Capture) -> Capture:
         digests, costs, notes, socket = dict[str, str](), Counter[str](), "", self._directory / "s"
         try:
@@ -153,5 +193,10 @@ class Captures:
     async def _take_away(self, *ended: Capture) -> None:
         await self._thaw()
         await self._host.do(nodes.end, self._host.hypervisor, self._uuid)
+        if self._daemon is not None:
+            with suppress(ProcessLookupError):
+                self._daemon.kill()
+            await self._daemon.wait()
+            self._daemon = None
         shutil.rmtree(self._directory, ignore_errors=True)
         await self._held.save(began="", taken=(*self._held.now.taken, *ended))

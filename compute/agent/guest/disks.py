@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from compute.agent.guest import overlay
@@ -107,6 +107,15 @@ class Disks:
         for disk in spec.disks:
             if disk.image:
                 await self._host.images.gone(self._reader(disk.device))
+
+    async def forget(self, devices: Collection[str]) -> None:
+        """Remove disks of a guest that is off."""
+        for device in devices:
+            await self._host.images.gone(self._reader(device))
+            for second in (False, True):
+                self.overlay(device, second=second).unlink(missing_ok=True)
+        moved = tuple(device for device in self._held.now.moved if device not in devices)
+        await self._held.save(moved=moved, served=(), arrived={})
 
     async def grow(self, spec: InstanceSpec) -> None:
         """As large as they are to be by now. Never while something else is done to them."""

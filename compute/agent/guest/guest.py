@@ -162,7 +162,8 @@ class Guest:
             await self._prepare()
         unpaused = self.record.spec.power is Power.PAUSED and spec.power is Power.ON
         if spec != self.record.spec:
-            await self._course.save(spec=spec)
+            phase = await self._captures.restore(self.record, spec)
+            await self._course.save(spec=spec, phase=phase)
         if spec.reboot_hard > self.record.reboot_hard:
             await self._course.save(
                 phase=Phase.STARTING, reboot_hard=spec.reboot_hard, reboot_soft=spec.reboot_soft
@@ -173,7 +174,7 @@ class Guest:
         if spec.power is Power.OFF:
             if state.power != "off" or self.record.phase is not Phase.OFF:
                 await self._power_off()
-        elif self.record.phase in (Phase.STARTING, Phase.OFF):
+        elif self.record.phase in (Phase.STARTING, Phase.OFF) and not self._captures.at_rest:
             if self.host.turns.come(spec):
                 await self._power_on()
         elif self.record.phase is Phase.UP:
@@ -212,8 +213,7 @@ class Guest:
                 await self._course.save(phase=Phase.STARTING)
             else:
                 why = domain.why_ended(state.ended, self.host.installation, self.spec.uuid)
-                crashed = why.startswith("qemu")
-                await self._course.save(phase=Phase.ENDED, message=why, crashed=crashed)
+                await self._course.save(phase=Phase.ENDED, message=why, crashed=why.startswith("qemu"))
                 await self._taps.remove()
                 self._voice.event(why)
         return state

@@ -9,7 +9,7 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
-from compute.wire.spec import Capture, InstanceState
+from compute.wire.spec import Capture, DiskSpec, InstanceState
 
 _TEXT = 2000
 
@@ -27,6 +27,8 @@ class Snapshot(Stored):
     """Its time: of the names `my/INSTANCE:TAG` and, of further disks, `my/INSTANCE-DEVICE:TAG`."""
     state: str = "initial"
     order: Capture
+    then: tuple[DiskSpec, ...] = ()
+    """What the instance's disks become when this one of its former disks is kept."""
 
     @property
     def live(self) -> bool:
@@ -43,11 +45,11 @@ def snapshots_of(txn: Transaction, instance: str) -> list[Snapshot]:
     return sorted((t for t in txn.list(Snapshot) if t.instance_uuid == instance), key=lambda t: t.tag)[::-1]
 
 
-def take(txn: Transaction, uuid: str) -> Snapshot:
+def take(txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = ()) -> Snapshot:
     """A snapshot of an instance is wanted now. Raises NotFound, Conflict."""
     found, others = txn.get(Instance, uuid), snapshots_of(txn, uuid)
-    if found.state != InstanceState.CREATED or found.power_state not in ("on", "paused"):
-        raise Conflict(f"instance {found.name} does not run", hint=f"sf instance start {found.name}")
+    if found.state != InstanceState.CREATED:
+        raise Conflict(f"instance {found.name} is {found.state}")
     if any(one.live for one in others):
         raise Conflict(f"a snapshot of {found.name} is under way", hint="try again when it is over")
     txn.update(replace(found, updated_s=time.time()))  # so that two at once repeat this
@@ -56,7 +58,13 @@ def take(txn: Transaction, uuid: str) -> Snapshot:
         now += 1
     order = Capture(number, {"instance": found.name, "instance-uuid": uuid, "taken": tag})
     made = Snapshot(
-        uuid=number, instance_uuid=uuid, instance=found.name, namespace=found.namespace, tag=tag, order=order
+        uuid=number,
+        instance_uuid=uuid,
+        instance=found.name,
+        namespace=found.namespace,
+        tag=tag,
+        order=order,
+        then=then,
     )
     txn.create(made)
     txn.event(Instance.KIND, uuid, f"snapshot {tag} asked for", type="audit")
@@ -82,3 +90,8 @@ def finish(txn: Transaction, uuid: str, error: str = "") -> None:
         costs = ", ".join(f"{name} {count}" for name, count in order.costs.items())
         said = f"failed: {order.error}" if error else f"is {one.instance.lower()}:{one.tag}; bytes: {costs}"
         txn.event(Instance.KIND, one.instance_uuid, f"snapshot {said}", type="status", extra=order.costs)
+        if one.then and not error and (instance := txn.find(Instance, one.instance_uuid)) is not None:
+            txn.update(replace(instance, disks=one.then, updated_s=time.time()))
+            txn.event(
+                Instance.KIND, instance.uuid, f"its disks become {one.then[0].image_name}", type="audit"
+            )

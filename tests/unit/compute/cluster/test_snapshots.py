@@ -102,7 +102,7 @@ def test_it_goes_from_asked_to_named_and_its_image_is_complete_in_the_own_store(
 
 def test_one_at_a_time_of_a_guest_that_runs_and_each_has_a_name_of_its_own(store: SqliteStore) -> None:
     guest(store, WEB)
-    guest(store, DB, name="db", power_state="off")
+    guest(store, DB, name="db", state=InstanceState.ERROR)
     first = transact(store, lambda txn: take(txn, WEB))
     for uuid in (WEB, DB):
         with pytest.raises(Conflict):
