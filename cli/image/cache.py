@@ -98,11 +98,7 @@ _about("prefetch", "Bring a whole image to this node, in the background.")
 
 @cache.add(examples="sf cache prune\nsf cache prune --to 20G")
 @click.option(
-    "--to",
-    "limit",
-    type=SIZE,
-    default="0",
-    help="What may stay; default: only what is in use or pinned.",
+    "--to", "limit", type=SIZE, default="0", help="What may stay; default: only what is in use or pinned."
 )
 def prune(limit: int) -> None:
     """Forget unused images, least recently used first."""

@@ -91,18 +91,12 @@ def init(keys: Path | None, root_keys: int, threshold: int) -> None:
 @click.option("--dry-run", is_flag=True, help="Only show what would come from the source lists.")
 @keys_option
 def sync(
-    patterns: tuple[str, ...],
-    origin: str | None,
-    sources: Path | None,
-    publish: bool,
-    dry_run: bool,
-    force: bool,
-    keys: Path | None,
-    form: str,
+    patterns: tuple[str, ...], origin: str | None, dry_run: bool, force: bool, form: str, **given: Any
 ) -> None:
     """Bring the newest images of upstreams, or names of another mirror, into the store."""
     if dry_run and origin:
         raise click.UsageError("--dry-run looks at source lists, not at another mirror")
+    sources, ring = given["sources"], _keyring(given["keys"])
     with opened(create=True) as store:
         if origin:
             rows = _replicate(origin, store, patterns)
@@ -117,8 +111,8 @@ def sync(
                 if new:
                     confirm("fetch them all?", force)
             rows = _from_sources(store, sources, patterns)
-        if publish and (_keyring(keys).directory / "fingerprint").exists():
-            _publish(store, keys)
+        if given["publish"] and (ring.directory / "fingerprint").exists():
+            _publish(store, given["keys"])
     _show(rows, form)
 
 
@@ -273,30 +267,18 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
     sf mirror serve --host 0.0.0.0 --port 8080 --store 's3://images/sf?region=eu-central-1'
     sf mirror serve --upstream https://images.example/#b3:… --keep 50G"""
 )
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every address of this machine."
-)
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every address here.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--upstream", metavar="URL", help="Be a cache of this mirror instead of serving the store.")
 @click.option(
-    "--keep", "--keep-gib", type=GIBIBYTES, default="20G", show_default=True, help="So much of the upstream."
+    "--keep", "--keep-gib", type=GIBIBYTES, default="20G", show_default=True, help="Of the upstream."
 )
 @click.option("--requests", default=512, show_default=True, help="Requests at once, in each process.")
 @click.option(
-    "--rate",
-    default=0.0,
-    show_default=True,
-    help="Requests a second of one address, in each process; 0: any.",
+    "--rate", default=0.0, show_default=True, help="Requests a second of an address and process; 0: any."
 )
-@click.option(
-    "--workers",
-    default=min(4, os.cpu_count() or 1),
-    show_default=True,
-    help="Processes; with --upstream it is one.",
-)
-def serve(
-    host: str, port: int, upstream: str | None, keep: int, requests: int, rate: float, workers: int
-) -> None:
+@click.option("--workers", default=min(4, os.cpu_count() or 1), show_default=True, help="Processes.")
+def serve(host: str, port: int, upstream: str | None, workers: int, **limits: Any) -> None:
     """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""
     from imagestore.mirror import Options
     from imagestore.mirror import serve as serve_mirror
@@ -304,13 +286,8 @@ def serve(
     if not upstream:
         with opened(create=settings().store_is_default) as store:
             store.check_public()
-    options = Options(
-        settings().store_url,
-        upstream or "",
-        str(settings().state_dir / "mirror" / "pull-through"),
-        keep,
-        requests,
-        rate,
-    )
-    say(f"serving {upstream or settings().store_url} at http://{host}:{port}/")
+    told, kept = settings(), settings().state_dir / "mirror" / "pull-through"
+    bounds = (limits[name] for name in ("keep", "requests", "rate"))
+    options = Options(told.store_url, upstream or "", str(kept), *bounds)
+    say(f"serving {upstream or told.store_url} at http://{host}:{port}/")
     serve_mirror(options, host, port, workers)

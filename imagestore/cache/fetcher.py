@@ -73,10 +73,7 @@ class Fetcher:
     """The threads and limits that all images of a process share. Made and used on the event loop."""
 
     def __init__(
-        self,
-        happened: Happened = lambda image, line: None,
-        connections: int = 16,
-        fill_bytes_s: float = 0.0,
+        self, happened: Happened = lambda image, line: None, connections: int = 16, fill_bytes_s: float = 0.0
     ) -> None:
         self._happened = happened
         self._pool = ThreadPoolExecutor(connections, "fetch")

@@ -93,11 +93,7 @@ class Layout:
         return Layout.of(self.manifest, self.packs, self.frames, *places_)
 
     def _encode(self, magic: bytes, header: dict[str, Any], *more: npt.NDArray[Any]) -> bytes:
-        header |= {
-            "chunks": len(self.chunk_frames),
-            "frames": len(self.frames),
-            "packs": len(self.packs),
-        }
+        header |= {"chunks": len(self.chunk_frames), "frames": len(self.frames), "packs": len(self.packs)}
         packs = np.frombuffer(b"".join(self.packs), np.uint8)
         frames = [self.frames[name] for name in ("pack", "offset", "size", "plain")]
         small = [a.astype("<u4") for a in (*frames, self.chunk_frames, self.chunk_offsets)]

@@ -18,13 +18,7 @@ from imagestore.formats import columns
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TUF
 from imagestore.formats.manifest import Manifest
-from imagestore.mirror.content import (
-    DEBIAN_WORDS,
-    Sums,
-    read_sums,
-    simplestreams_archive,
-    version_date,
-)
+from imagestore.mirror.content import DEBIAN_WORDS, Sums, read_sums, simplestreams_archive, version_date
 from imagestore.store.names import Change
 from imagestore.store.store import Store
 from imagestore.store.trust import Target, signed_targets, tree

@@ -50,10 +50,7 @@ _OPTIONS = "SF_MIRROR_OPTIONS"
 _ROWS = 100
 """Images on one page."""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'"
-_SECURITY = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
+_SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 
 def _environment() -> Environment:
