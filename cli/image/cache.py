@@ -97,9 +97,7 @@ _about("prefetch", "Bring a whole image to this node, in the background.")
 
 
 @cache.add(examples="sf cache prune\nsf cache prune --to 20G")
-@click.option(
-    "--to", "limit", type=SIZE, default="0", help="What may stay; default: only what is in use or pinned."
-)
+@click.option("--to", "limit", type=SIZE, default="0", help="What may stay beside what is in use or pinned.")
 def prune(limit: int) -> None:
     """Forget unused images, least recently used first."""
     for digest in _ask("prune", limit_bytes=limit):
@@ -141,12 +139,8 @@ def top(interval_s: float) -> None:
 @click.command(cls=Command, examples="sf imaged\nsf imaged --fill-rate 20M --cache-size 100G")
 @kept("--fill-rate", metavar="SIZE", help="Bytes a second for what nobody waits for; 0: no limit.")
 @kept("--cache-size", metavar="SIZE", help="Forget unused images above this; 0: no limit.")
-@click.option(
-    "--user", default="", metavar="NAME", help="Give up root and become this user (and its groups)."
-)
-@click.option(
-    "--group", default="", metavar="NAME", help="Who may connect besides: qemu's group, such as kvm."
-)
+@click.option("--user", default="", metavar="NAME", help="Give up root and become this user.")
+@click.option("--group", default="", metavar="NAME", help="Who may connect besides: qemu's, such as kvm.")
 def imaged(user: str, group: str) -> None:
     """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
     from imagestore import options_of, run_service

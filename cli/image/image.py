@@ -89,9 +89,7 @@ path = click.Path(dir_okay=False, path_type=Path)
 @click.argument("name")
 @click.option("--checksum", default="", metavar="sha256:…", help="What FILE must have.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
-@click.option(
-    "--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]), help="Default: look."
-)
+@click.option("--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]))
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
 @click.option("--update", is_flag=True, help="Also make what takes holders of the former version here.")
 def push(file: str, name: str, architecture: str, single_writer: bool, form: str, **given: Any) -> None:
@@ -110,15 +108,9 @@ def push(file: str, name: str, architecture: str, single_writer: bool, form: str
     sf image pull official/debian:12 -o /dev/vg/web
     sf image pull official/debian:12"""
 )
-@click.option(
-    "-o", "--output", type=path, help="A file, a device or -; without, the image comes to the local store."
-)
-@click.option(
-    "--as", "kind", type=click.Choice(["qcow2", "raw"]), help="Default: by the suffix; devices and - are raw."
-)
-@click.option(
-    "--seed", "seeds", multiple=True, metavar="NAME=FILE", help="Take equal parts from the raw disk FILE."
-)
+@click.option("-o", "--output", type=path, help="A file, a device or -; default: the local store.")
+@click.option("--as", "kind", type=click.Choice(["qcow2", "raw"]), help="Default: by the suffix, else raw.")
+@click.option("--seed", "seeds", multiple=True, metavar="NAME=FILE", help="Take equal parts from a raw disk.")
 @click.option("--force", is_flag=True, help="Do not ask before a device is written.")
 def pull(name: str, architecture: str, form: str, output: Path | None, force: bool, **given: Any) -> None:
     """Write an image to a file or a device, or bring it here from another store."""
@@ -303,12 +295,7 @@ def history(name: str, form: str) -> None:
 @image.add(examples="sf image gc --dry-run\nsf image gc --grace 2h")
 @click.option("--dry-run", is_flag=True, help="Only say what a run would do.")
 @click.option(
-    "--grace",
-    "grace_s",
-    type=DURATION,
-    default="24h",
-    show_default=True,
-    help="Longer than any cache keeps names: 90s, 30m, 24h, 7d.",
+    "--grace", "grace_s", type=DURATION, default="24h", show_default=True, help="Longer than any cache's."
 )
 @click.option(
     "--repack-threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="SHARE"

@@ -270,13 +270,9 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every address here.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--upstream", metavar="URL", help="Be a cache of this mirror instead of serving the store.")
-@click.option(
-    "--keep", "--keep-gib", type=GIBIBYTES, default="20G", show_default=True, help="Of the upstream."
-)
+@click.option("--keep", "--keep-gib", type=GIBIBYTES, default="20G", show_default=True, help="Of it.")
 @click.option("--requests", default=512, show_default=True, help="Requests at once, in each process.")
-@click.option(
-    "--rate", default=0.0, show_default=True, help="Requests a second of an address and process; 0: any."
-)
+@click.option("--rate", default=0.0, show_default=True, help="Of an address, a second and process; 0: any.")
 @click.option("--workers", default=min(4, os.cpu_count() or 1), show_default=True, help="Processes.")
 def serve(host: str, port: int, upstream: str | None, workers: int, **limits: Any) -> None:
     """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""

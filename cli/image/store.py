@@ -70,14 +70,9 @@ def stats(form: str) -> None:
     sf store verify --full --repair-from debian-12.qcow2"""
 )
 @click.option("--full", is_flag=True, help="Read and hash every byte, not only the structure.")
+@click.option("--rate-limit", type=MEBIBYTES, default="0", help="Most in a second; a number: MiB.")
 @click.option(
-    "--rate-limit", type=MEBIBYTES, default="0", help="Read at most so much a second; a number: MiB."
-)
-@click.option(
-    "--repair-from",
-    "other",
-    metavar="URL|FILE",
-    help="Mend what is wrong with the bytes of this other store, or of the disk image that was pushed.",
+    "--repair-from", "other", metavar="URL|FILE", help="Mend with another store, or the disk pushed."
 )
 @click.option("--repair", "older", hidden=True)
 def verify(full: bool, rate_limit: int, other: str | None, older: str | None, single_writer: bool) -> None:
