@@ -33,9 +33,7 @@ RESERVED = ("all", "local", "my")
 def access(settings: Settings) -> tuple[str, str, str]:
     """URL of the API, namespace, key ("" if none). A key that stands beside a URL goes to that URL only."""
     names = ("api_url", "namespace", "key")
-    told = {
-        name: settings.flags.get(name) or settings.environment.get(f"SF_{name.upper()}") for name in names
-    }
+    told = {n: settings.flags.get(n) or settings.environment.get(f"SF_{n.upper()}") for n in names}
     sources = [
         {name: settings.get(name) for name in names},
         {name: os.environ.get(f"SHAKENFIST_{name.upper()}", "") for name in names},

@@ -106,9 +106,7 @@ async def agent(
     numbers = {"fill-rate": told.fill_bytes_s, "cache-size": told.cache_bytes, "read-ahead": told.read_ahead}
     limits = tuple(word for name, number in numbers.items() for word in (f"--{name}", f"{number:.0f}"))
     peers = f"{address}:{config.peer_port}" if config.peer_port and not address.is_loopback else ""
-    settings = Settings(
-        lambda: tuple(stores.urls.values()), config.fill, config.read_timeout_s, limits, peers
-    )
+    settings = Settings(lambda: list(stores.urls.values()), config.fill, config.read_timeout_s, limits, peers)
     return Agent(
         controller,
         node,

@@ -121,7 +121,8 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
         bringing = partial(Bringing(store, own, stores.images, config).keep, controller.feed)
         taking = Snapshots(store, own, lambda: stores.images.stores, controller.feed)
-        parts = controller.keep_up, stores.keep, instances_images, state_backups, bringing, taking.keep
+        upkeep = own.keep, taking.keep
+        parts = *upkeep, controller.keep_up, stores.keep, instances_images, state_backups, bringing
         await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")

@@ -101,9 +101,7 @@ class Settings:
         found = self._file["remotes"]
         for name, values in found.items():
             if not isinstance(values, dict) or not isinstance(values.get("url"), str) or name == "local":
-                raise Invalid(
-                    f"the remote {name!r} in {self.user_file} or {_SYSTEM} has no url, or a taken name"
-                )
+                raise Invalid(f"the remote {name!r} in {self.user_file} or {_SYSTEM} has no url, or is taken")
         return {name: values["url"] for name, values in found.items()}
 
     @cached_property

@@ -97,9 +97,7 @@ def verify_store(
             elif pack in inventory.tables:
                 footer = inventory.tables[pack].footer
                 if footer.data_bytes + len(footer.encode()) + 12 != stat.size_bytes:
-                    raise Corrupt(
-                        f"pack {pack} is {stat.size_bytes} bytes long, which does not fit its footer"
-                    )
+                    raise Corrupt(f"pack {pack} is {stat.size_bytes} bytes long, which is not by its footer")
         report.packs += 1
         report.checked_bytes += stat.size_bytes if full else 0
         progress(Progress("verify", report.checked_bytes if full else 0, total))
@@ -173,9 +171,7 @@ def _verify_small(store: Store, report: VerifyReport) -> None:
                 raise Corrupt(f"{stat.key} holds the name {record.name}:{record.tag}")
             for digest in () if record.removed else record.images.values():
                 if not store.has_manifest(digest):
-                    report.problems.append(
-                        Problem(keys.MANIFESTS.key(digest), f"{stat.key} needs it", digest)
-                    )
+                    report.problems.append(Problem(keys.MANIFESTS.key(digest), f"{stat.key} has it", digest))
 
 
 def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> None:
@@ -299,9 +295,7 @@ def _mend(store: Store, other: Store, key: str) -> bool:
             store.backend.delete(key)
         case keys.GC:
             # What was on the list must not come back: everything that no image uses goes on the new one.
-            used = {
-                pack for digest in find_roots(store, 0.0, 0.0).must for pack in store.layout(digest).packs
-            }
+            used = {pack for one in find_roots(store, 0.0, 0.0).must for pack in store.layout(one).packs}
             store.backend.delete(key)
             unused = Inventory.read(store).packs.keys() - used
             Condemned(epoch=secrets.randbits(48)).replace(store, add=unused)

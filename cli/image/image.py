@@ -150,9 +150,7 @@ def _bring(name: str, architecture: str, form: str) -> None:
 
     with found(name, architecture) as (source, full, digest), opened(create=True, write=True) as store:
         if not full:
-            raise Problem(
-                f"{name} has no name to keep it under here", hint="NAME[:TAG][@b3:DIGEST]", code=USAGE
-            )
+            raise Problem(f"{name} has no name to keep it here", hint="NAME[:TAG][@b3:DIGEST]", code=USAGE)
         count = 0
         if source.url != store.url:
             say(f"from {source.url} to {store.url}")
@@ -294,15 +292,11 @@ def history(name: str, form: str) -> None:
 
 @image.add(examples="sf image gc --dry-run\nsf image gc --grace 2h")
 @click.option("--dry-run", is_flag=True, help="Only say what a run would do.")
-@click.option(
-    "--grace", "grace_s", type=DURATION, default="24h", show_default=True, help="Longer than any cache's."
-)
+@click.option("--grace", "grace_s", type=DURATION, default="24h", show_default=True, help="For caches.")
 @click.option(
     "--repack-threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="SHARE"
 )
-@click.option(
-    "--mend-times", is_flag=True, help="What bears a time that is yet to come begins its grace now."
-)
+@click.option("--mend-times", is_flag=True, help="What bears a time yet to come begins its grace now.")
 def gc(form: str, single_writer: bool, **given: Any) -> None:
     """Free what no image needs; packs of which more than SHARE is unused are written anew."""
     from imagestore import collect

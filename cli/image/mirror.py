@@ -74,9 +74,7 @@ def init(keys: Path | None, root_keys: int, threshold: int) -> None:
     with opened(create=True) as store:
         fingerprint = signing.init(store, ring, root_keys=root_keys, threshold=threshold)
     print(fingerprint)
-    say(
-        f"keys are in {ring.directory}: keep a copy of root*.pem elsewhere; clients need the fingerprint above"
-    )
+    say(f"keys are in {ring.directory}: copy root*.pem elsewhere; clients need the fingerprint above")
 
 
 @mirror.add(
@@ -241,9 +239,7 @@ def show_status(keys: Path | None, form: str) -> None:
             published, expires = _publisher(store, keys).published()
         except NotFound:
             fingerprint, published, expires = "", {}, None
-        draft = sorted(
-            f"{n}:{t} {a}" for (n, t, a), digest in drafts.items() if published.get((n, t, a)) != digest
-        )
+        draft = sorted(f"{n}:{t} {a}" for (n, t, a), d in drafts.items() if published.get((n, t, a)) != d)
         row = {
             "store": store.url,
             "fingerprint": fingerprint,

@@ -55,9 +55,7 @@ def stats(form: str) -> None:
     with opened() as found:
         told = store_stats(found)
     row = {**asdict(told), "name": found.url}
-    row["images"] = [
-        {**one, "digest": str(one["digest"]), "name": " ".join(one["names"])} for one in row["images"]
-    ]
+    row["images"] = [{**i, "digest": str(i["digest"]), "name": " ".join(i["names"])} for i in row["images"]]
     show_one({**row, "images": row["images"] if form == "json" else None}, STATS, form)
     if form == "table":
         show_list(row["images"], IMAGES, form)
@@ -71,9 +69,7 @@ def stats(form: str) -> None:
 )
 @click.option("--full", is_flag=True, help="Read and hash every byte, not only the structure.")
 @click.option("--rate-limit", type=MEBIBYTES, default="0", help="Most in a second; a number: MiB.")
-@click.option(
-    "--repair-from", "other", metavar="URL|FILE", help="Mend with another store, or the disk pushed."
-)
+@click.option("--repair-from", "other", metavar="URL|FILE", help="Mend with a store, or the disk pushed.")
 @click.option("--repair", "older", hidden=True)
 def verify(full: bool, rate_limit: int, other: str | None, older: str | None, single_writer: bool) -> None:
     """Check a store; exit 1 when anything is wrong."""

@@ -65,6 +65,6 @@ def judge(report: "VerifyReport", what: str, good: str) -> None:
         print(clean(f"{trouble.key}: {trouble.reason}{image}"))
     if report.problems:
         raise Problem(
-            f"{what}: {len(report.problems)} problems", hint="sf store verify --full --repair-from URL|FILE"
+            f"{what}: {len(report.problems)} problems", hint="sf store verify --repair-from URL|FILE"
         )
     print(f"{what}: {good}")

@@ -25,6 +25,7 @@ BASE = ("auth", "namespaces")
 
 node = Group("node", needs=API, help="Machines of the cluster.")
 namespace = Group("namespace", needs=API, help="Tenants: each has its own guests, networks and keys.")
+QUOTAS = (("what", "name"), ("used", "used"), ("at most", "most"))
 key = Group("key", needs=API, help="Keys of a namespace.")
 of = click.argument("of", metavar="NAMESPACE")
 
@@ -117,6 +118,24 @@ def namespace_delete(name: str, force: bool) -> None:
     say(f"{name} deleted")
 
 
+quota = Group("quota", needs=API, help="What a namespace may have at most.")
+namespace.add_command(quota)
+
+
+@quota.add("show", examples="sf namespace quota show shop")
+def quota_show(name: str, form: str) -> None:
+    """Show what a namespace has, and may have at most."""
+    show_list(Api()("GET", *BASE, name, "quota"), QUOTAS, form)
+
+
+@quota.add("set", examples="sf namespace quota set shop instances=10 stored_gb=50")
+@click.argument("limits", nargs=-1, required=True, metavar="WHAT=MOST...")
+def quota_set(name: str, limits: tuple[str, ...]) -> None:
+    """Change limits; what is there already stays."""
+    pairs = (text.partition("=") for text in limits)
+    Api()("PUT", *BASE, name, "quota", **{what: click.INT(most) for what, _, most in pairs})
+
+
 @key.add("ls", examples="sf key ls shop")
 @of
 def key_ls(of: str, form: str) -> None:
@@ -143,9 +162,7 @@ def key_rm(of: str, name: str, force: bool) -> None:
     if (of, name) == api.known_as and not force:
         # Not even without a terminal: this is how root was locked out of its own server.
         hint = "--force does it; sf serve makes system's local key anew when it starts"
-        raise Problem(
-            f"{name} is the key that you use: you could not log in any more", hint=hint, code=CONFLICT
-        )
+        raise Problem(f"{name} is the key that you use: you would be locked out", hint=hint, code=CONFLICT)
     confirm(f"remove key {name} of {of}? What is logged in with it ends at once.", force)
     api("DELETE", *BASE, of, "keys", name)
     say(f"{name} removed")

@@ -66,9 +66,7 @@ def _stores() -> Iterator[Line]:
             if isinstance(error, NotFound) and name == "local" and settings().store_is_default:
                 yield OK, f"{name}: none yet", ""
             else:
-                mend = (
-                    "sf store verify" if name == "local" else f"sf remote rm {name}, if it is gone for good"
-                )
+                mend = "sf store verify" if name == "local" else f"sf remote rm {name}, if it is gone"
                 yield WRONG, f"{name}: {error}", mend if isinstance(error, NotFound) else error.hint or mend
             continue
         yield OK, f"{name}: {store.url}", ""

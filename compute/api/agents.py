@@ -209,7 +209,7 @@ class NodesStores:
         joining.check_reader(Transaction(self._services.store), node, token)
         name, _, key = scope["path"].removeprefix("/agent/v1/stores/").partition("/")
         if own := await asyncio.to_thread(self._own, node, name):
-            await self._own_stores.serve(own, key, scope, receive, send)
+            await self._own_stores.serve(own, name.rpartition(SLASH)[2], key, scope, receive, send)
             return
         store = self._services.resolver.stores.get(name)
         if store is None:

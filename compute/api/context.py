@@ -20,6 +20,7 @@ from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
 from compute.cluster.images.artifacts import Artifact, Resolver, named_images
 from compute.cluster.images.stores import NamespaceStores, Sight
+from compute.cluster.quotas import enforce
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take
@@ -121,7 +122,12 @@ class Context:
         return Transaction(self.store)
 
     def act(self, action: Callable[[Transaction], T]) -> T:
-        return transact(self.store, action, self.services.config.node_name)
+        def act(txn: Transaction) -> T:
+            done = action(txn)
+            enforce(txn)
+            return done
+
+        return transact(self.store, act, self.services.config.node_name)
 
     def change(self, known: Stored, action: Callable[[Transaction, str], T]) -> T:
         """`action` on an object that was found, by its id. Raises Precondition, and what `action` raises."""

@@ -1,15 +1,18 @@
 """/auth: tokens, namespaces, keys and trust."""
 
 from dataclasses import replace
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, Services, address_of
 from compute.api.edge import Route
 from compute.api.history import add_metadata
 from compute.cluster import auth
+from compute.cluster.quotas import DEFAULTS, Quota, used
 from compute.cluster.records.namespaces import Namespace
 from compute.errors import Conflict, Invalid, NotFound
 
@@ -148,6 +151,25 @@ def remove_trust(ctx: Ctx, ref: str, external: str) -> Response:
         ctx.store, ref, lambda n: replace(n, trust=tuple(t for t in n.trust if t != external))
     )
     return JSONResponse(views.namespace(changed))
+
+
+@router.get("/auth/namespaces/{ref}/quota")
+def get_quota(ctx: Ctx, ref: str) -> Response:
+    """What of each it has, and may have at most."""
+    _find(ctx, ref)
+    quota, has, store = Quota.of(ctx.read(), ref), used(ctx.read(), ref), ctx.services.namespaces.find(ref)
+    has["stored_gb"] = sum(stat.size_bytes for stat in store.backend.list("")) >> 30 if store else 0
+    return JSONResponse([{"name": what, "used": has[what], "most": quota.most(what)} for what in DEFAULTS])
+
+
+@router.put("/auth/namespaces/{ref}/quota")
+def set_quota(ctx: Ctx, ref: str, body: dict[str, Annotated[int, Field(ge=0, le=2**40)]]) -> Response:
+    ctx.admin()
+    if unknown := body.keys() - DEFAULTS.keys():
+        raise Invalid(f"there is no quota of {min(unknown)[:40]}", hint=", ".join(DEFAULTS))
+    _find(ctx, ref)
+    ctx.act(lambda txn: txn.update(replace(known := Quota.of(txn, ref), limits=known.limits | body)))
+    return get_quota(ctx, ref)
 
 
 add_metadata(router, "/auth/namespaces/{ref}", _find)

@@ -6,6 +6,7 @@ in number at once; how slow it may come is `listening`'s rule.
 
 import asyncio
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
@@ -17,11 +18,14 @@ from starlette.types import Receive, Scope, Send
 
 from compute.api.context import Services, address_of, ask_stores
 from compute.api.edge import SLASH
+from compute.cluster.quotas import Quota
+from compute.cluster.records.transaction import Transaction
 from compute.errors import Denied, Invalid, NotFound
 from imagestore import ObjectStat, Store, decimal
 from imagestore.mirror import Ranged, admit, shown
 
-_MOST_BYTES, _PIECE_BYTES, _AT_ONCE = 320 << 20, 1 << 20, 8
+_MOST_BYTES, _PIECE_BYTES, _AT_ONCE, _LOOK_S = 320 << 20, 1 << 20, 8, 60.0
+_STORED: dict[str, tuple[int, float]] = {}  # URL of a store → bytes there or on their way, and when counted
 
 
 class OwnStores:
@@ -36,7 +40,7 @@ class OwnStores:
         namespace, _, key = rest.replace(SLASH, "/").partition("/")
         # In a thread: the first use of a key costs a bcrypt, that of a store a few requests.
         store = await asyncio.to_thread(self._store, Request(scope), namespace)
-        await self.serve(store, key, scope, receive, send)
+        await self.serve(store, namespace, key, scope, receive, send)
 
     def _store(self, request: Request, namespace: str) -> Store:
         told, services = request.headers.get("authorization", ""), self._services
@@ -50,8 +54,10 @@ class OwnStores:
             raise NotFound(f"namespace {namespace} has kept no image")
         return store
 
-    async def serve(self, store: Store, key: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer for one object, or (no key) a listing; who asks was let in."""
+    async def serve(
+        self, store: Store, namespace: str, key: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer for one object of a namespace's store, or (no key) a listing; who asks was let in."""
         request = Request(scope, receive)
         verb, told, backend, found = request.method, request.headers, store.backend, list[ObjectStat]()
         match = unquote(told["if-match"].strip('"')) if "if-match" in told else None
@@ -71,6 +77,7 @@ class OwnStores:
         if verb == "PUT":
             async with self._coming[store.url]:
                 data = await self._body(request)
+                await self._reserve(store, namespace, len(data))
                 await check(data=data)
                 found = [await ask_stores(backend.put, key, data, if_match=match, if_none_match=new)]
         elif verb == "DELETE":
@@ -83,6 +90,17 @@ class OwnStores:
             raise Invalid(f"no verb of a store: {verb[:20]}")
         rows = [asdict(s) | {"etag": f'"{quote(s.etag, safe="")}"'} for s in found]
         await JSONResponse({"now": await ask_stores(backend.now), "objects": rows})(scope, receive, send)
+
+    async def _reserve(self, store: Store, namespace: str, size: int) -> None:
+        """Count what comes before it is there, for a minute. Raises NoCapacity."""
+        known = _STORED.get(store.url, (0, -_LOOK_S))
+        if time.monotonic() - known[1] >= _LOOK_S:
+            total = await ask_stores(lambda: sum(stat.size_bytes for stat in store.backend.list("")))
+            if _STORED.get(store.url, known) == known:
+                _STORED[store.url] = total, time.monotonic()
+        counted, at = _STORED[store.url]
+        Quota.of(Transaction(self._services.store), namespace).check("stored_gb", (counted + size) / 2**30)
+        _STORED[store.url] = counted + size, at
 
     async def _body(self, request: Request) -> bytes:
         size, held = decimal(request.headers.get("content-length", "")), bytearray()

@@ -21,6 +21,7 @@ from typing import Any
 import bcrypt
 import jwt
 
+from compute.cluster.quotas import Quota, enforce
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import KeyHash, Namespace
 from compute.cluster.records.networks import Network
@@ -131,9 +132,7 @@ class Authority:
     def _find(self, namespace: str, key: str, keys: Mapping[str, KeyHash], address: str) -> str:
         """Which of a namespace's keys it is."""
         if not self._tries.take((address, namespace)):
-            raise Unavailable(
-                f"too many wrong keys for {namespace[:80]} from {address}", hint="wait a minute"
-            )
+            raise Unavailable(f"too many wrong keys for {namespace[:80]} from {address}", hint="wait a bit")
         for name, known in keys.items():
             lookup = _lookup(key, known.nonce)
             if known.lookup in ("", lookup) and self._matches(key, known):
@@ -172,14 +171,10 @@ class Authority:
         if scheme.lower() == "basic":  # what a scraper of metrics can be told: it keeps a key, not a token
             token, scheme = self.login(*basic(authorization), address)["access_token"], "bearer"
         if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated(
-                "no token", hint="POST /auth first; sf does it with the key in auth/local-key"
-            )
+            raise Unauthenticated("no token", hint="POST /auth first; sf does, with auth/local-key")
         try:
             options: Any = {"verify_exp": not begun}
-            claims = jwt.decode(
-                token, self._jwt_secret, algorithms=["HS256"], issuer=_ISSUER, options=options
-            )
+            claims = jwt.decode(token, self._jwt_secret, ["HS256"], issuer=_ISSUER, options=options)
         except jwt.InvalidTokenError as err:
             raise Unauthenticated(f"the token does not hold: {err}", hint="authenticate again") from err
         txn = Transaction(self._store)
@@ -227,6 +222,7 @@ def delete_namespace(store: StateStore, name: str) -> None:
                 delete_rules(txn, rules.uuid)
         _trust_nobody(txn, name)
         txn.delete(Namespace, name)
+        txn.delete(Quota, name)
 
     transact(store, action)
 
@@ -237,6 +233,7 @@ def change_namespace(store: StateStore, name: str, change: Callable[[Namespace],
     def action(txn: Transaction) -> Namespace:
         changed = change(txn.get(Namespace, name))
         txn.update(changed)
+        enforce(txn)
         return changed
 
     return transact(store, action)

@@ -76,9 +76,7 @@ class Controller:
                 facts = to_plain(NodeFacts(cpus=os.cpu_count() or 1, memory_mib=memory_mib))
                 known = Node(uuid=new_uuid(), name=self.server, facts=facts, machine=seen.machine)
             elif known is None:
-                raise Conflict(
-                    f"node {self.server} is another machine", hint="give this one another node_name"
-                )
+                raise Conflict(f"node {self.server} is another machine", hint="give this another node_name")
             elif known.name != self.server and not any(
                 n.name == self.server and n.state != "deleted" for n in nodes
             ):
@@ -165,9 +163,7 @@ class Controller:
         def action(txn: Transaction) -> None:
             known = txn.get(Node, node)
             if known.machine not in ("", seen.machine):
-                raise Conflict(
-                    f"node {node} is another state directory than this", hint="join this one by itself"
-                )
+                raise Conflict(f"node {node} is another state directory than this", hint="join it anew")
             if known.machine != seen.machine:
                 txn.update(replace(known, machine=seen.machine))
             names = [n.name for n in txn.list(Node) if n.state != "deleted"]

@@ -41,9 +41,7 @@ def join(txn: Transaction, secret: str, name: str) -> tuple[Node, str]:
         raise Denied("the join token is unknown, used or too old", hint="make a new one: sf node token")
     known = txn.find(Node, check_name(name, "node name"))
     if known is not None and known.state != "deleted":
-        raise Conflict(
-            f"there is a node {name} already", hint=f"sf node remove {name}, or join as another name"
-        )
+        raise Conflict(f"there is a node {name} already", hint=f"sf node remove {name}, or use another name")
     identity = secrets.token_urlsafe(32)
     node = Node(uuid=new_uuid(), name=name, identity=_hash(identity), lastseen_s=time.time())
     txn.delete(Taken, token.name)
@@ -66,6 +64,6 @@ def check_identity(txn: Transaction, name: str, identity: str) -> Node:
     node = txn.find(Node, name)
     if node is None or not node.identity or not hmac.compare_digest(node.identity, _hash(identity)):
         raise Unauthenticated(
-            f"node {name[:80]} is not known by this secret", hint="join again: sf node token"
+            f"node {name[:80]} is not known by this secret", hint="join anew: sf node token"
         )
     return node

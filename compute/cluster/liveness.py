@@ -65,9 +65,7 @@ class Liveness:
         """The way to ask the node directly. Raises Unavailable while its agent is away."""
         found = self._ways.get(node)
         if found is None or not self.alive(node):
-            raise Unavailable(
-                f"node {node} does not answer", hint=f"is its agent running? sf node show {node}"
-            )
+            raise Unavailable(f"node {node} does not answer", hint=f"does its agent run? sf node show {node}")
         return found
 
     def note(self, txn: Transaction) -> None:

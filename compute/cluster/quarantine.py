@@ -114,9 +114,7 @@ def order_deletion(txn: Transaction, uuid: str) -> Quarantined:
     node = txn.find(Node, found.node)
     if node is None or node.state == "deleted":
         _give_back(txn, found)
-    txn.event(
-        Node.KIND, found.node, f"deletion of guest {uuid}, which is in no record, asked for", type="audit"
-    )
+    txn.event(Node.KIND, found.node, f"deletion of guest {uuid}, in no record, asked for", type="audit")
     return found
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from imagestore.backends.protocol import Data, Object, ObjectStat, check_key, end_of, pieces
+from imagestore.backends.protocol import Data, Etag, Object, ObjectStat, check_key, end_of, pieces
 from imagestore.durable import locked, opened, sync
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
 from imagestore.formats.keys import STATES, kind_of
@@ -79,9 +79,7 @@ class Directory:
         try:
             with os.scandir(self.root / parent) as entries:
                 # A directory sorts as its name and "/": so do the keys below it.
-                found = sorted(
-                    (entry.name + "/" * entry.is_dir(follow_symlinks=False), entry) for entry in entries
-                )
+                found = sorted((e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in entries)
         except (FileNotFoundError, NotADirectoryError):
             return
         for name, entry in found:
@@ -95,9 +93,7 @@ class Directory:
                 with contextlib.suppress(FileNotFoundError):
                     yield _stat(key, entry.stat(follow_symlinks=False))
 
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
+    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         path = self._path(key)
         with self._errors(key), contextlib.ExitStack() as undo:
             self._make_directories(path.parent)
@@ -123,7 +119,7 @@ class Directory:
                 sync(path.parent)
         return _stat(key, status)
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: Etag = None) -> None:
         path = self._path(key)
         with self._errors(key):
             try:

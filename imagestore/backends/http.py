@@ -10,10 +10,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import urllib3
-
 from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, ReadOnly, check_key, pieces
-from imagestore.backends.web import PATIENCE_S, Web, body, receive, whole_of
+from imagestore.backends.web import PATIENCE_S, Response, Web, body, receive, whole_of
 from imagestore.errors import Corrupt, Invalid, Unsupported
 from imagestore.formats.keys import kind_of
 from imagestore.outside import decimal, read_json, real, whole
@@ -67,19 +65,19 @@ class Http(ReadOnly):
     def close(self) -> None:
         self._web.close()
 
-    def _send(self, verb: str, key: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    def _send(self, verb: str, key: str, headers: dict[str, str]) -> Response:
         if (kind := kind_of(key)) is None or kind.changes:
             headers["Cache-Control"] = "no-cache"
         return self._web.open(verb, f"{self._base}/{check_key(key)}", headers, f"{self.url}/{key}")
 
-    def _length(self, response: urllib3.BaseHTTPResponse, key: str) -> int | None:
+    def _length(self, response: Response, key: str) -> int | None:
         size = decimal(response.headers.get("content-length", ""))
         if size is not None and size > MAX_BYTES:
             raise Corrupt(f"{self.url}/{key}: {size} bytes are too many")
         return size
 
 
-def _stat(key: str, response: urllib3.BaseHTTPResponse, size_bytes: int) -> ObjectStat:
+def _stat(key: str, response: Response, size_bytes: int) -> ObjectStat:
     modified = response.headers.get("last-modified", "")
     try:
         modified_s = parsedate_to_datetime(modified).timestamp()

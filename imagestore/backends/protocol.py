@@ -14,6 +14,7 @@ from imagestore.errors import Corrupt, Invalid, Unsupported
 from imagestore.formats.digest import Buffer
 
 Data = Buffer | Sequence[Buffer]
+Etag = str | None
 
 MAX_BYTES = 1 << 30
 """No object is larger; a server that announces more is not believed."""
@@ -108,9 +109,7 @@ class Backend(Protocol):
         """
         ...
 
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
+    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         """Store `data` (pieces are joined) under `key`, replacing what was there.
 
         if_match: only if the object's etag is this one, else Conflict.
@@ -118,7 +117,7 @@ class Backend(Protocol):
         """
         ...
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: Etag = None) -> None:
         """Remove it; "there was none" is success, "I was not allowed to" is Denied."""
         ...
 
@@ -136,12 +135,10 @@ class ReadOnly:
     conditional = False
     url: str
 
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
+    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         raise Unsupported(f"{self.url} is read-only")
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: Etag = None) -> None:
         raise Unsupported(f"{self.url} is read-only")
 
     def now(self) -> float:

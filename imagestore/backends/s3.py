@@ -21,7 +21,7 @@ import urllib3.exceptions
 from botocore.config import Config
 
 from imagestore import durable
-from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, check_key, pieces
+from imagestore.backends.protocol import MAX_BYTES, Data, Etag, Object, ObjectStat, check_key, pieces
 from imagestore.backends.web import PATIENCE_S, receive, whole_of
 from imagestore.backends.wrappers import Retried
 from imagestore.errors import (
@@ -128,9 +128,7 @@ class S3:
                 finally:
                     self.known = found
                 if found == "none":
-                    log.warning(
-                        "%s has no conditional writes: only one writer at a time may use it", self.address
-                    )
+                    log.warning("%s has no conditional writes: one writer at a time may use it", self.address)
                 elif self.kept is not None:
                     with contextlib.suppress(OSError):
                         self.kept.parent.mkdir(parents=True, exist_ok=True)
@@ -178,9 +176,7 @@ class S3:
                     key = entry["Key"].removeprefix(self._prefix)
                     yield ObjectStat(key, entry["Size"], _etag(entry), entry["LastModified"].timestamp())
 
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
+    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         body = b"".join(pieces(data))
         conditions: dict[str, Any] = {}
         if (if_match or if_none_match) and self.conditional:
@@ -195,7 +191,7 @@ class S3:
                 raise
             return ObjectStat(key, len(body), _etag(answer), self.now())
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: Etag = None) -> None:
         if if_match is not None and self.conditions == "put":
             raise Unsupported(f"{self.url} has no conditional deletes")
         condition: dict[str, Any] = {}

@@ -30,6 +30,7 @@ from imagestore.backends.protocol import MAX_BYTES
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
 from imagestore.outside import read_json
 
+Response = urllib3.BaseHTTPResponse
 REDIRECTS = 8
 PATIENCE_S = 30.0
 _CONNECT_S = 10.0
@@ -67,7 +68,7 @@ class Web:
         where: str,
         accepted: tuple[int, ...] = (200, 206),
         sent: Sequence[memoryview] | None = None,
-    ) -> urllib3.BaseHTTPResponse:
+    ) -> Response:
         """The answer's head; the caller reads the body (`body`) and closes it. `where`: the URL, for messages.
 
         sent: the request's own body, whose length is among the headers; then no redirect is followed.
@@ -102,7 +103,7 @@ class Web:
 
     def _request(
         self, verb: str, url: str, headers: Mapping[str, str], private: bool, sent: Any = None
-    ) -> urllib3.BaseHTTPResponse:
+    ) -> Response:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
         if not host or not port:
@@ -171,7 +172,7 @@ def whole_of(said: str, start: int, length: int | None = None) -> int | None:
     return whole if start < end <= whole and end == (whole if length is None else start + length) else None
 
 
-def body(response: urllib3.BaseHTTPResponse, where: str) -> Iterator[bytes]:
+def body(response: Response, where: str) -> Iterator[bytes]:
     """A body as it comes. Raises Unavailable when the connection ends early."""
     try:
         yield from iter(partial(response.read1, _PART_BYTES, decode_content=False), b"")
@@ -238,9 +239,7 @@ def _public(host: str, port: int) -> list[str]:
     return found
 
 
-def _checked(
-    response: urllib3.BaseHTTPResponse, where: str, accepted: tuple[int, ...]
-) -> urllib3.BaseHTTPResponse:
+def _checked(response: Response, where: str, accepted: tuple[int, ...]) -> Response:
     status = response.status
     if status in accepted and response.headers.get("content-encoding", "identity") == "identity":
         return response

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from imagestore.backends.protocol import Backend, Data, Object, ObjectStat, pieces
+from imagestore.backends.protocol import Backend, Data, Etag, Object, ObjectStat, pieces
 from imagestore.errors import Conflict, Corrupt, Unavailable
 from imagestore.formats.keys import matches
 
@@ -43,14 +43,12 @@ class Wrapper:
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         return self.inner.list(prefix)
 
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
+    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         return self._do(
             "put", key, lambda: self.inner.put(key, data, if_match=if_match, if_none_match=if_none_match)
         )
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: Etag = None) -> None:
         self._do("delete", key, lambda: self.inner.delete(key, if_match=if_match))
 
     def now(self) -> float:
@@ -166,9 +164,7 @@ class RateLimited(Wrapper):
         self._pay(len(found.data))
         return found
 
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
+    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         self._pay(sum(memoryview(piece).nbytes for piece in pieces(data)))
         return self.inner.put(key, data, if_match=if_match, if_none_match=if_none_match)
 

@@ -236,9 +236,7 @@ class Fetcher:
             self._say(image, note)
         if brought.loose and not brought.error:
             wanted.paused_until_s = now + _FULL_S
-            self._say(
-                image, "the cache's disk is full: reads go on without being kept, filling waits for room"
-            )
+            self._say(image, "the cache's disk is full: reads go on without being kept, filling waits")
         if brought.error:
             image.last_error = str(brought.error)
             if job.kind is not Kind.DEMAND and (job.owner or not wanted.owner(job.chunks[0])):

@@ -185,7 +185,7 @@ class PeerServer:
             head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             verb, path, _ = head[0].split(" ")
             headers = {
-                name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])
+                name.lower(): text.strip() for name, _, text in (one.partition(":") for one in head[1:])
             }
             length = int(headers.get("content-length", "0"))
             if verb != "POST" or not 0 < length <= _MAX_CHUNKS * _ID or length % _ID:

@@ -210,9 +210,7 @@ class ImageService:
             total -= row["used_bytes"]
             gone.append(row["digest"])
         if total > limit:
-            self._tell(
-                "", f"the cache holds {total >> 20} MiB, {limit >> 20} are allowed: the rest is in use"
-            )
+            self._tell("", f"the cache holds {total >> 20} MiB, {limit >> 20} are allowed: the rest is used")
         return gone
 
     # -- seeing

@@ -88,9 +88,8 @@ def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0)
 
     @get("/streams/v1/images.json")
     async def streams_products() -> JSONResponse:
-        return JSONResponse(
-            await site.run(lambda: streams_images(site.catalog.images(), site.catalog.manifest))
-        )
+        known = site.catalog
+        return JSONResponse(await site.run(lambda: streams_images(known.images(), known.manifest)))
 
     @get("/images/{name}/{tag}/{arch}/")
     async def page(request: Request, name: str, tag: str, arch: str) -> HTMLResponse:
@@ -181,10 +180,8 @@ class _Site:
         if file == "SHA256SUMS" and sums:
             return PlainTextResponse(f"{sums.qcow2}  disk.qcow2\n{sums.raw}  disk.raw\n")
         if file in _ARCHIVES and sums:
-            created_s = sums.created_s
-            data = await self.run(
-                lambda: simplestreams_archive(self.catalog.manifest(image.digest), created_s)
-            )
+            at_s = sums.created_s
+            data = await self.run(lambda: simplestreams_archive(self.catalog.manifest(image.digest), at_s))
             return Response(data, media_type="application/x-xz")
         if file not in _DISKS:
             raise NotFound(f"no file {quote(file[:80])} of {image.name}:{image.tag}")

@@ -297,7 +297,5 @@ def check_signature(text: bytes, signature: bytes, keyring: Path) -> tuple[bytes
         good = [line[3] for line in told if line[1:2] == ["GOODSIG"] and len(line) > 3]
         checked = words["NEWSIG"] - words["NO_PUBKEY"]
         if not good or len(good) != checked or (done.returncode and _ODD & words.keys()):
-            raise Denied(
-                "the signature on the checksum file is wrong, or by a key that is not in the keyring"
-            )
+            raise Denied("the checksum file's signature is wrong, or by a key that is not in the keyring")
         return text if signature else (directory / "signed").read_bytes(), good[0]

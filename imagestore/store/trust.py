@@ -113,9 +113,7 @@ class Trust:
         except (tuf.RepositoryError, ValueError, AttributeError) as error:
             raise Invalid(f"not a TUF root: {error}") from error
         if metadata.signed.version != 1:
-            raise Invalid(
-                "not a first root", hint="give 1.root.json: newer ones are found and checked from there"
-            )
+            raise Invalid("not a first root", hint="give 1.root.json: newer ones are found from there")
         Directory(directory).put("anchor.json", root)
         return cls(backend, directory)
 
@@ -272,9 +270,7 @@ def _explain(error: Exception, file: str, url: str) -> StoreError:
     """python-tuf's error as one of ours, in words. `file`: what was read last, which is what broke the rule."""
     role = file.removesuffix(".json").rpartition(".")[2]
     if isinstance(error, tuf.DownloadHTTPError) and role == "timestamp":
-        return Denied(
-            f"{url} is unsigned: it publishes no timestamp", hint="its owner runs `sf mirror publish`"
-        )
+        return Denied(f"{url} is unsigned: it publishes no timestamp", hint="its owner: `sf mirror publish`")
     if isinstance(error, tuf.DownloadLengthMismatchError):
         return Corrupt(f"{url} answers with an endless {file}")
     if isinstance(error, tuf.DownloadError):

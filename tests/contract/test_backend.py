@@ -43,12 +43,13 @@ def backend(
         made = RateLimited(Verified(Retried(Counted(Directory(tmp_path / "store")))), 1e9)
     elif request.param == "wire":
         monkeypatch.setattr(stores, "admit", lambda *_, **__: None)
+        monkeypatch.setattr(stores.OwnStores, "_reserve", reserve_nothing)
         monkeypatch.setattr(stores, "shown", lambda key: True)
         store = Store(Directory(tmp_path / "store"), StoreInfo("0" * 32, ChunkerParams()))
         served = stores.OwnStores(SimpleNamespace(config=Config(state_dir=tmp_path)))  # type: ignore[arg-type]
 
         async def one(scope: Scope, receive: Receive, send: Send) -> None:
-            await served.serve(store, scope["path"][1:], scope, receive, send)
+            await served.serve(store, "n", scope["path"][1:], scope, receive, send)
 
         app = FastAPI()
         problems.install(app)
@@ -69,6 +70,9 @@ def backend(
         made = open_backend(url)
     yield made
     made.close()
+
+
+async def reserve_nothing(*_: object) -> None: ...
 
 
 @pytest.fixture

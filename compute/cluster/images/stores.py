@@ -5,6 +5,7 @@ its bucket, made on first use at a place that no other namespace ever gets, not 
 Images in it are `my/name:tag`, and `namespace/name:tag` for whoever is trusted there; a bare name never means them.
 """
 
+import asyncio
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import NotFound
-from imagestore import Resolved, Store, StoreError, digest_of, open_store, parse_reference
+from imagestore import Resolved, Store, StoreError, collect, digest_of, open_store, parse_reference
 
 MINE = "my"
 """Before the slash: the current namespace."""
@@ -70,6 +71,14 @@ class NamespaceStores:
                     found[one.name] = self._opened(one.store)
         return found
 
+    async def keep(self) -> None:
+        """For ever: each hour the collector, in all of them."""
+        while True:
+            await asyncio.sleep(3600)
+            for store in (await asyncio.to_thread(self.made)).values():
+                with suppress(StoreError):  # next hour
+                    await asyncio.to_thread(collect, store)
+
     def close(self) -> None:
         for store in self._open.values():
             store.backend.close()
@@ -107,9 +116,7 @@ class Sight:
         remote = self.namespace if wanted.remote == MINE else wanted.remote or ""
         if wanted.remote == MINE or (remote and remote not in self.stores and self.may(remote)):
             if (store := self.namespaces.find(remote)) is None:
-                raise NotFound(
-                    f"no image {text}: namespace {remote} has kept none", hint="see: sf image ls my"
-                )
+                raise NotFound(f"no image {text}: {remote} has kept none", hint="see: sf image ls my")
             digest = digest_of(store, wanted, architecture)
             return Resolved(digest, store.manifest(digest).size_bytes, remote)
         found = self.resolver.resolve(text, architecture)

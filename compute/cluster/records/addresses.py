@@ -50,9 +50,7 @@ def take_floating(txn: Transaction, holder: str) -> str:
     check(txn)
     known = txn.find(Ipam, FLOATING)
     if known is None:
-        raise NoCapacity(
-            "there is no floating pool", hint="set floating_pool and uplink in /etc/sf/config.toml"
-        )
+        raise NoCapacity("there is no floating pool", hint="set floating_pool and uplink in config.toml")
     pool, address = ipam.allocate(known.pool, holder, time.time())
     txn.update(replace(known, pool=pool))
     return str(address)

@@ -85,6 +85,4 @@ def check(txn: Transaction) -> None:
     now = epoch(txn)
     if now.waiting:
         hint = "sf node orphans shows what is found; sf node remove NODE, for one that is gone for good"
-        raise Unavailable(
-            f"{now.why}; waiting for {', '.join(now.waiting)} to say what runs there", hint=hint
-        )
+        raise Unavailable(f"{now.why}; waiting for {', '.join(now.waiting)} to say what runs", hint=hint)

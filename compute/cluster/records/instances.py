@@ -84,9 +84,7 @@ class Instance(Stored):
 def check(instance: Instance, wants: Sequence[Want]) -> None:
     """Raises Invalid."""
     if not _HOSTNAME.fullmatch(instance.name):
-        raise Invalid(
-            f"not a host name: {instance.name[:80]!r}", hint="1 to 63 letters, digits and dashes, no dot"
-        )
+        raise Invalid(f"not a host name: {instance.name[:80]!r}", hint="1 to 63 letters, digits, dashes")
     if not 1 <= instance.cpus <= 256:
         raise Invalid(f"cpus is {instance.cpus}, not 1 to 256")
     if not 16 <= instance.memory_mib <= 4 * 2**20:

@@ -67,7 +67,7 @@ def attach(
     mac = ipam.check_mac(want.mac) if want.mac else port_mac(uuid)
     if mac in taken:
         raise Conflict(
-            f"MAC address {mac} is in use on network {network.name}", hint="give none to have one chosen"
+            f"MAC address {mac} is in use on network {network.name}", hint="give none: one is chosen"
         )
     made = Interface(
         uuid=uuid,

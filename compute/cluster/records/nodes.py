@@ -63,9 +63,7 @@ def check_facts(facts: NodeFacts) -> NodeFacts:
     except ValueError as err:
         raise Invalid(f"a node cannot be like that: {err}") from err
     if not fits:
-        raise Invalid(
-            "a node cannot be like that", hint="cpus, memory, address, MTU, images and stores are checked"
-        )
+        raise Invalid("a node cannot be like that", hint="cpus, memory, address, MTU, images, stores")
     return facts
 
 

@@ -55,7 +55,5 @@ def new_uuid() -> str:
 def check_name(name: str, what: str) -> str:
     """Letters, digits, dot, dash, underscore; at most 63. Raises Invalid."""
     if not _NAME.fullmatch(name):
-        raise Invalid(
-            f"not a {what}: {name[:80]!r}", hint="1 to 63 letters, digits, dots, dashes, underscores"
-        )
+        raise Invalid(f"not a {what}: {name[:80]!r}", hint="1 to 63 letters, digits, dots, dashes, or _")
     return name

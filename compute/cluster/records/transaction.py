@@ -140,6 +140,4 @@ def transact(store: StateStore, action: Callable[[Transaction], T], node: str = 
             return result
         except Stale:
             time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
-    raise Conflict(
-        "too many others change the same objects at this moment", hint="repeat the command in a moment"
-    )
+    raise Conflict("too many others change the same objects", hint="repeat the command in a moment")

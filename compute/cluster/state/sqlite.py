@@ -107,9 +107,7 @@ class SqliteStore:
                 raise self._damaged(str(err)) from err
             raise
         if format_ != 1:
-            raise Conflict(
-                f"{self._path} has format {format_}", hint="a newer version of sf wrote it: upgrade"
-            )
+            raise Conflict(f"{self._path} has format {format_}", hint="a newer sf wrote it: upgrade")
 
     def _make(self) -> None:
         """A new database under its name at once and whole: an empty file is never one that was just begun."""
