@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from net.plan import names
 from net.plan.facts import HOST, Facts, Observed
-from net.plan.model import Network, NodeNetworks, Peer, Port
+from net.plan.model import Allow, Network, NodeNetworks, Peer, Port, Published
 from net.plan.plan import plan
 from net.plan.target import target
 from tests.net.machines import Cluster, Node, Space, make_network, make_port
@@ -31,6 +31,7 @@ _MANY = 200
 
 def run(bench: Bench) -> None:
     _throughput(bench)
+    _on_one_node(bench)
     _making(bench)
     _planning(bench)
     _reconciling(bench)
@@ -96,6 +97,35 @@ def _iperf(client: Space, server: Space, address: str) -> float:
     printed = client.sh(f"iperf3 -c {address} -t {_SECONDS} -J | grep bits_per_second | tail -1")
     listening.communicate(timeout=60)
     return float(printed.split(":")[1].strip().rstrip(",")) / 1e9
+
+
+def _on_one_node(bench: Bench) -> None:
+    """One TCP stream to a guest with rules, from another and through a published port, beside a plain bridge."""
+    rules = tuple(Allow("tcp", ((n, n),), IPv4Network("192.0.2.0/24")) for n in range(10_000, 10_049))
+    web = (Published("tcp", 5201, 5201),)
+    one = make_port(2, "n1")
+    two = make_port(3, "n1", allowed=(*rules, Allow("tcp", ((5201, 5201),))), published=web)
+    network = make_network(one, two)
+    with Cluster(bench.dir("node"), 1) as cluster, Space() as near, Space() as far:
+        node = cluster.nodes[0]
+        cluster.apply(network)
+        node.space.sh("ip link add hand type bridge && ip link set hand mtu 1450 up")
+        for number, guest in enumerate((near, far), 1):
+            guest.sh(f"ip link add eth0 mtu 1450 type veth peer name hand{number} netns {node.space.tid}")
+            node.space.sh(f"ip link set hand{number} mtu 1450 master hand up")
+            guest.sh(f"ip addr add 10.99.0.{number}/24 dev eth0 && ip link set eth0 up")
+        with _veth_guest(node, network, one) as left, _veth_guest(node, network, two) as right:
+            right.sh(f"ip route add default via {network.gateway}")
+            rates: dict[str, list[float]] = {"plain": [], "rules": [], "published": []}
+            for _ in range(7):
+                rates["plain"].append(_iperf(near, far, "10.99.0.2"))
+                rates["rules"].append(_iperf(left, right, str(two.address)))
+                rates["published"].append(_iperf(cluster.world, right, str(node.address)))
+    medians = {what: statistics.median(each) for what, each in rates.items()}
+    for what, rate in medians.items():
+        bench.number(f"{what}_gbits", rate, "Gbit/s")
+    bench.ratio("rules_vs_bridge", medians["rules"], medians["plain"], at_least=0.95)
+    bench.ratio("published_vs_bridge", medians["published"], medians["plain"], at_least=0.95)
 
 
 def _timed(node: Node, function: Callable[..., Any], *arguments: Any) -> float:

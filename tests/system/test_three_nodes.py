@@ -73,6 +73,15 @@ def test_a_published_port_leads_the_world_to_a_guest_and_moves_with_the_router(c
     cluster.server.sf("node", "drain", old)
     within(30, lambda: cluster.router() != old and banner().startswith("SSH-2.0"), "the port moved along")
     cluster.server.sf("node", "drain", old, "--undo")
+    cluster.server.sf("rules", "create", "shut")
+    cluster.server.sf("rules", "attach", "shut", "b")
+    within(30, lambda: not banner(), "nobody may speak to it")
+    assert cluster.inside("a", "ping -c 1 -W 2 b").returncode != 0
+    cluster.server.sf("rules", "set", "shut", "--allow", "tcp:22", "--allow", "icmp@lan")
+    within(30, lambda: banner().startswith("SSH-2.0"), "its rules let ssh in")
+    assert cluster.inside("a", "ping -c 1 -W 5 b").returncode == 0
+    cluster.server.sf("rules", "detach", "shut", "b")
+    cluster.server.sf("rules", "delete", "shut")
     cluster.server.sf("instance", "publish", "b", "2222:22", "--undo")
     within(30, lambda: not banner(), "it is closed")
 
