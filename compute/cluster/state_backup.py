@@ -213,6 +213,7 @@ async def keep(store: StateStore, config: Config, node: str) -> None:
         words = await asyncio.to_thread(_when_due, config)
         if words not in ("", said):
             said = words
+            log.log(logging.ERROR if " not " in words else logging.INFO, "%s", words)
             note = partial(Transaction.event, kind=Node.KIND, owner=node, message=words)
             with suppress(ComputeError):
                 await asyncio.to_thread(transact, store, note, node)
@@ -230,5 +231,4 @@ def _when_due(config: Config) -> str:
         made = back_up_state(config.state_dir, config.state_backup, config.state_backup_keep)
         return f"the state was backed up: {made.name}"
     except (ComputeError, StoreError, OSError, sqlite3.Error) as err:
-        log.error("the state was not backed up: %s", err)
         return f"the state was not backed up: {err}"

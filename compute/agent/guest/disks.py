@@ -120,8 +120,8 @@ class Disks:
     async def grow(self, spec: InstanceSpec) -> None:
         """As large as they are to be by now. Never while something else is done to them."""
         for disk in spec.disks:
-            size = disk.size_bytes // 512 * 512
-            if overlay.virtual_size(self.overlay(disk.device)) < size:
+            size, path = disk.size_bytes // 512 * 512, self.overlay(disk.device)
+            if path.exists() and overlay.virtual_size(path) < size:
                 await self._host.do(self._host.hypervisor.grow_disk, self._uuid, disk.device, size)
                 self._event(f"{disk.device} has {disk.size_bytes / 2**30:.4g} GiB now")
 
