@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests import web
 from tests.api_server import Running, running
+from tests.system.test_images_on_demand import DATA, serving
 
 VERSION = "0.8.3"
 
@@ -120,6 +122,64 @@ def test_the_client_manages_namespaces_keys_and_trust(server: Running, sf_client
     sf_client("namespace", "clean", "--confirm", "--namespace", "shop")
     sf_client("namespace", "delete", "shop")
     assert "shop" not in sf_client("namespace", "list")
+
+
+def test_the_client_keeps_urls_as_artifacts_and_boots_from_them(
+    tmp_path: Path, client_bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views compared with the page of the interface: each field is there, and of its kind."""
+    monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "hints"))
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "x").write_bytes(DATA)
+    with web.nginx(root, tmp_path / "nginx") as url, serving(tmp_path) as server:
+        url += "/x"
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SHAKENFIST_API_URL": server.url}
+        environment |= {"SHAKENFIST_NAMESPACE": "system", "SHAKENFIST_KEY": server.key}
+
+        def sf_client(*words: str) -> Any:
+            argv = [str(client_bin / "sf-client"), "--json", *words]
+            done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout
+
+        sf_client("artifact", "cache", url)
+        uuid = sf_client("artifact", "list")[0]["uuid"]
+        server.wait_for(f"/artifacts/{uuid}", "created")
+        shown = sf_client("artifact", "show", uuid)
+        kinds = {
+            "uuid": str,
+            "namespace": str,
+            "artifact_type": str,
+            "state": str,
+            "source_url": str,
+            "index": int,
+        }
+        kinds |= {"blob_uuid": str, "blobs": dict, "max_versions": int, "shared": bool, "metadata": dict}
+        assert {name: type(shown[name]) for name in kinds} == kinds and shown["source_url"] == url
+        blob = shown["blobs"]["1"]
+        wanted = {
+            "uuid": str,
+            "size": int,
+            "reference_count": int,
+            "depends_on": type(None),
+            "instances": list,
+        }
+        assert {name: type(blob[name]) for name in wanted} == wanted and blob["uuid"] == shown["blob_uuid"]
+        assert (blob["size"], shown["index"]) == (len(DATA), 1)
+        assert sf_client("artifact", "versions", uuid)[0]["index"] == 1
+        made = sf_client("instance", "create", "web", "1", "256", "-d", f"8@{url}")
+        assert server.wait_for("/instances/web", "created")["disks"][0]["base"] == url
+        assert sf_client("artifact", "show", uuid)["blobs"]["1"]["instances"] == [made["uuid"]]
+        sf_client("artifact", "share", uuid)
+        assert sf_client("artifact", "show", uuid)["shared"]
+        sf_client("artifact", "unshare", uuid)
+        sf_client("artifact", "max-versions", uuid, "2")
+        sf_client("artifact", "delete-version", uuid, "1")
+        assert sf_client("artifact", "show", uuid)["blobs"] == {}
+        assert any("version 1 is blob" in e["message"] for e in sf_client("artifact", "events", uuid))
+        assert sf_client("artifact", "delete", uuid)["state"] == "deleted"
+        assert sf_client("artifact", "list") == []
 
 
 def test_the_client_lists_nodes_artifacts_and_locks(server: Running, sf_client: Callable[..., str]) -> None:
