@@ -83,7 +83,7 @@ MANIFESTS = Kind("manifests", _DIGEST, False, Check.NAME, End.MARKED, True, "wri
 LAYOUTS = Kind("layouts", _DIGEST, True, Check.SHAPE, End.MARKED, True, "writers, collector", "put")
 NAMES = Kind("names", f"{_WORD}/{_WORD}", True, Check.SEAL, End.TOMBSTONE, True, "writers", "swap")
 TRACES = Kind("traces", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "nodes")
-PROVENANCE = Kind("provenance", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
+PROVENANCE = Kind("provenance", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors", good_for="put")
 SUMS = Kind("sums", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 GROUPS = Kind("groups", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "writers", "put")
 UPDATES = Kind("updates", _DIGEST, True, Check.SEAL, End.IMAGE, True, "writers, mirrors")

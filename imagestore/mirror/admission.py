@@ -66,6 +66,8 @@ def _check(store: Store, key: str, data: bytes) -> None:
             many = sum(1 for _ in store.objects(keys.LEASES)) >= _LEASES and not store.has(key)
             if many or len(data) > _SMALL_BYTES or decode(data, key, lease_of)[2] > LEASE_S:
                 raise Invalid(f"{key}: {_LEASES} leases of {LEASE_S:.0f} s are the most")
+        case keys.PROVENANCE if len(data) > _SMALL_BYTES:
+            raise Invalid(f"{key} has more than {_SMALL_BYTES} bytes")
         case keys.NAMES:
             record = NameRecord.decode(data[:_SMALL_BYTES])
             if keys.NAMES.key(record.name, record.tag) != key:

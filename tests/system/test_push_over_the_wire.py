@@ -20,14 +20,17 @@ from compute.cluster.records.transaction import Transaction
 from imagestore.cache.images import ImageCache
 from imagestore.errors import Conflict, Denied, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
+from imagestore.formats.keys import PROVENANCE
 from imagestore.formats.layout import Layout
 from imagestore.formats.sealed import seal
+from imagestore.mirror import bring, sources
 from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store.leases import LEASE_S
 from imagestore.store.names import NameRecord, name_key
 from imagestore.store.open import open_store
 from imagestore.verify import verify_store
+from tests import web
 from tests.api_server import Running, running
 from tests.system.test_api_agents import listening
 from tests.system.test_handed_stores import handed, register
@@ -83,6 +86,21 @@ def test_a_laptop_pushes_lists_tags_pulls_and_boots_what_is_its_own(
         laptop.sf("instance", "create", "web", "--image", "my/golden:1", "--memory", "256")
         made = Transaction(server.services.store).list(Instance)
         assert [(i.namespace, i.disks[0].store) for i in made] == [("shop", "shop")]
+
+
+def test_a_url_goes_to_a_store_over_the_wire_and_is_known_there_by_its_etag(
+    server: Running, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    make_raw(tmp_path / "root/x")
+    with web.nginx(tmp_path / "root", tmp_path / "nginx") as upstream:
+        store, source = open_store(url(server)), sources.of_url(f"{upstream}/x", "x", "1", "x86_64")
+        results = [bring(store, source, "x86_64", tmp_path / "work", trusted=True).result for _ in range(2)]
+        assert results == ["new", "unchanged"]
+    assert "GET /x 304" in (tmp_path / "nginx/access.log").read_text()
+    digest = store.names.get("x", "1").digest("x86_64")
+    with pytest.raises(Invalid):
+        store.backend.put(PROVENANCE.key(digest), bytes(5 << 20))
 
 
 def test_no_route_leads_a_tenant_to_what_another_keeps(server: Running, tmp_path: Path) -> None:
