@@ -121,7 +121,7 @@ def journal(machine: Installed, boot: int) -> str:
 
 
 def test_installed_used_upgraded_switched_off_and_on_removed_and_purged(machine: Installed) -> None:
-    apt = "apt-get -qq -y -o Dpkg::Use-Pty=0 --no-download"
+    apt = "apt-get -qq -y -o Dpkg::Use-Pty=0"
     before = traces(machine)
     with timed("apt install"):
         machine.run(f"{apt} install --no-install-recommends /root/debs/before/*.deb")
