@@ -34,7 +34,7 @@ while sleep 0.2; do cut -d ' ' -f 1 /proc/uptime >/run/www/up.new && mv up.new u
 """
 WEB = """#!/bin/sh
 while sleep 0.5; do
-    now=$(wget -q -T 3 -O - http://db/up) && echo "SF-POLL ok $now" || echo "SF-POLL failed"
+    now=$(wget -q -T 3 -O - http://10.42.0.9/up) && echo "SF-POLL ok $now" || echo "SF-POLL failed"
 done
 """
 
@@ -132,10 +132,10 @@ def test_installed_used_upgraded_switched_off_and_on_removed_and_purged(machine:
     with timed("the demo's guest, with its network and image"):
         machine.run("sf image push /srv/tiny.qcow2 tiny:1 && sf network create lan 10.42.0.0/24")
         create = "sf instance create {0} --image tiny:1 --network lan --memory 192 --user-data /root/{0} --wait boot"
-        machine.run(create.format("db"))
+        machine.run(create.format("db").replace("lan", "lan,address=10.42.0.9"))
     machine.run(create.format("web"))
     machine.run("sf instance set db --order 1 --delay 2s && sf instance set web --order 2")
-    within(60, lambda: len(ups(machine)) > 3, "web hears of db")
+    within(180, lambda: len(ups(machine)) > 3, "web hears of db")
     assert "SF-GUEST-READY" in machine.run("sf instance console db").stdout
 
     # What systemd is for
@@ -159,7 +159,7 @@ def test_installed_used_upgraded_switched_off_and_on_removed_and_purged(machine:
         machine.run(f"{apt} install --no-install-recommends /root/debs/*.deb")
     within(60, lambda: machine.run("sf instance ls", check=False).returncode == 0, "sf serve is upgraded")
     count = len(polls(machine))
-    within(60, lambda: len(polls(machine)) > count + 3, "web goes on")
+    within(180, lambda: len(polls(machine)) > count + 3, "web goes on")
     assert "failed" not in polls(machine)[3:], polls(machine)
     assert ups(machine) == sorted(ups(machine)), "db was not started anew"
     assert machine.run("pgrep -f qemu-system").stdout == qemus
