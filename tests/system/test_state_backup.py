@@ -79,6 +79,7 @@ def test_what_a_file_or_a_store_keeps_comes_back_on_a_new_machine_in_a_new_epoch
         with api_server.running(fresh) as again:
             assert again.get("/instances")[0]["name"] == "web"
             assert again.instance("db").status == 503
+            assert again.call("PATCH", "/instances/web", {"cpus": 2}).status == 503
     assert mode(next((tmp_path / "store/state").iterdir())) == 0o600
 
 

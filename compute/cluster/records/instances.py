@@ -175,7 +175,8 @@ def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = Fals
 
 
 def created(txn: Transaction, uuid: str) -> Instance:
-    """One that can be changed. Raises NotReady, Conflict."""
+    """One that can be changed. Raises NotReady, Conflict, Unavailable."""
+    epochs.check(txn)
     found = txn.get(Instance, uuid)
     if found.state in _BUSY:
         raise NotReady(f"instance {found.name} is {found.state}", hint="wait until it is created")
@@ -187,7 +188,6 @@ def created(txn: Transaction, uuid: str) -> Instance:
 
 def power(txn: Transaction, uuid: str, verb: str) -> Instance:
     """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict, Unavailable."""
-    epochs.check(txn)
     found = created(txn, uuid)
     if verb == "pause" and found.power == Power.OFF:
         raise Conflict(f"instance {found.name} is off", hint="power it on first")
