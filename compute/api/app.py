@@ -16,6 +16,7 @@ from compute.api.stores import OwnStores
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.snapshots import Backup
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
 
@@ -72,6 +73,11 @@ class _Objects(Collector):
             if disks:
                 waited.add_metric([one.uuid], sum(figures.get("waited_s", 0) for figures in disks))
         yield from (came, waited)
+        kept = GaugeMetricFamily("sf_backup", "Failures in a row; the last", labels=["instance", "what"])
+        for rule in read.list(Backup):
+            kept.add_metric([rule.uuid, "failures"], rule.failures)
+            kept.add_metric([rule.uuid, "last_seconds"], rule.last_s)
+        yield kept
         yield GaugeMetricFamily("sf_state_revision", "Commits of the state store", self._store.revision())
 
 

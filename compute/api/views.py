@@ -49,6 +49,7 @@ def snapshot(item: Snapshot) -> Json:
     }
     more = {
         "instance_uuid": item.instance_uuid,
+        "backup": item.backup,
         "namespace": item.namespace,
         **order.costs,
         **said,

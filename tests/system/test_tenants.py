@@ -188,3 +188,32 @@ def test_metrics_ask_for_the_administrators_key(server: Running) -> None:
     assert json.dumps(
         server.call("GET", "/metrics", namespace="", headers={"Authorization": "Basic é"}).status
     )
+
+
+def test_snapshots_and_backups_are_their_namespaces_alone_and_only_the_administrator_names_a_store(
+    server: Running,
+) -> None:
+    web = guest(server, "shop", lan(server, "shop")["uuid"])
+    path = f"/instances/{web['uuid']}"
+    assert server.wait_for(path, "created")
+    rule = {"every": 86400, "daily": 7}
+    assert server.call("PUT", f"{path}/backup", {**rule, "store": "/etc"}, namespace="shop").status == 403
+    assert server.call("PUT", f"{path}/backup", {"every": 1}, namespace="shop").status == 400
+    assert server.call("PUT", f"{path}/backup", rule, namespace="shop").body["keep"]["daily"] == 7
+    assert [r["name"] for r in server.get("/backups", namespace="shop")] == ["web"]
+    assert server.get("/backups", namespace="lab") == []
+    tries = [
+        ("GET", "snapshot"),
+        ("POST", "snapshot"),
+        ("POST", "backup"),
+        ("PUT", "backup"),
+        ("DELETE", "backup"),
+    ]
+    tries += [("DELETE", "snapshot/20260101-000000"), ("POST", "restore")]
+    for verb, what in tries:
+        body = {**rule} if verb == "PUT" else {"image": "my/web"} if what == "restore" else None
+        assert server.call(verb, f"{path}/{what}", body, namespace="lab").status == 404, (verb, what)
+    assert server.call("POST", f"{path}/restore", {"image": "shop/web:1"}, namespace="shop").status == 404
+    assert server.call("DELETE", f"{path}/snapshot/20260101-000000", namespace="shop").status == 404
+    assert server.call("DELETE", f"{path}/backup", namespace="shop").status == 200
+    assert server.get("/backups", namespace="shop") == []

@@ -1,19 +1,21 @@
 """What the server does for a snapshot: what its disks are made of goes to the own store, then names to what came."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import replace
 
 from compute.cluster.feed import Feed
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.snapshots import Snapshot, finish
+from compute.cluster.records.snapshots import Backup, Snapshot, due, finish, kept, snapshots_of
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict
 from compute.wire.spec import InstanceState
-from imagestore import Digest, Store, StoreError, copy_image, tag
+from imagestore import Digest, NotFound, Store, StoreError, copy_image, copy_name, open_store, tag
 
 _LOOK_S = 5.0
 
@@ -32,10 +34,12 @@ class Snapshots:
         while True:
             seen = self._feed.revision
             await asyncio.to_thread(self._look)
-            await self._feed.moved((Snapshot.KIND,), seen, _LOOK_S)
+            await self._feed.moved((Snapshot.KIND, Backup.KIND), seen, _LOOK_S)
 
     def _look(self) -> None:
         read = Transaction(self._records)
+        for rule in (rule for rule in read.list(Backup) if rule.due_s <= time.time()):
+            transact(self._records, lambda txn, uuid=rule.uuid: due(txn, uuid))  # type: ignore[misc]
         for one in read.list(Snapshot):
             instance = read.find(Instance, one.instance_uuid)
             here = instance is not None and instance.state == InstanceState.CREATED
@@ -60,9 +64,31 @@ class Snapshots:
                 return
             for device, digest in ((name, Digest.parse(text)) for name, text in one.order.digests.items()):
                 tag(target, digest, one.image(device), one.tag, target.manifest(digest).architecture)
+            if one.backup and (rule := Transaction(self._records).find(Backup, one.instance_uuid)):
+                self._keep(rule, one, target)
             transact(self._records, lambda txn: finish(txn, one.uuid))
         except (ComputeError, StoreError, OSError) as err:
             error = str(err) or repr(err)
             transact(self._records, lambda txn: finish(txn, one.uuid, error))
         finally:
             self._busy.discard(one.uuid)
+
+    def _keep(self, rule: Backup, new: Snapshot, target: Store) -> None:
+        """A complete copy in the other store; and what the rule does not keep goes from both."""
+        if rule.store:
+            with closing((other := open_store(rule.store, create=True, private=True)).backend):
+                for device in new.order.digests:
+                    copy_name(target, other, target.names.get(new.image(device), new.tag))
+        made = [one for one in snapshots_of(Transaction(self._records), rule.uuid) if one.backup]
+        made = [one for one in made if one.state == "created" or one.uuid == new.uuid]
+        for old in (one for one in made if one.uuid not in kept(rule.keep, made) | {new.uuid}):
+            remove(self._records, self._own, old, rule.store)
+
+
+def remove(records: StateStore, own: NamespaceStores, one: Snapshot, url: str = "") -> None:
+    """Take away its names, also in another store, then its record; the collector does the rest."""
+    for store in (own.of(one.namespace), *([open_store(url)] if url else [])):
+        for device in one.order.digests:
+            with suppress(NotFound):
+                store.names.remove(one.image(device), one.tag)
+    transact(records, lambda txn: txn.delete(Snapshot, one.uuid))

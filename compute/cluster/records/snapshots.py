@@ -1,7 +1,8 @@
 """Snapshots of instances' disks: initial ─▶ ordered of the node ─▶ stored there ─▶ created, with names; or error."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
 from compute.wire.spec import Capture, DiskSpec, InstanceState
 
-_TEXT = 2000
+_TEXT, _TAG, _RETRY_S = 2000, "%Y%m%d-%H%M%S", 60.0
+_CALENDAR = {"daily": "%Y-%j", "weekly": "%G-%V", "monthly": "%Y-%m"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,7 @@ class Snapshot(Stored):
     """Its time: of the names `my/INSTANCE:TAG` and, of further disks, `my/INSTANCE-DEVICE:TAG`."""
     state: str = "initial"
     order: Capture
+    backup: bool = False
     then: tuple[DiskSpec, ...] = ()
     """What the instance's disks become when this one of its former disks is kept."""
 
@@ -40,12 +43,64 @@ class Snapshot(Stored):
         return self.instance.lower() + ("" if device == "vda" else f"-{device}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup(Stored):
+    """By which rule snapshots of an instance (it has its uuid) are taken, kept, and copied to the store of this URL."""
+
+    KIND: ClassVar[str] = "backup"
+    uuid: str
+    namespace: str
+    every_s: float
+    due_s: float
+    keep: dict[str, int] = field(default_factory=dict)
+    store: str = ""
+    failures: int = 0
+    error: str = ""
+    last_s: float = 0
+
+
+def kept(keep: Mapping[str, int], made: Sequence[Snapshot]) -> set[str]:
+    """Uuids of the backups (the newest first) that stay: the newest, and that of so many days, weeks, months (UTC)."""
+    stay = {one.uuid for one in (made[:1] if any(keep.values()) else made)}
+    for span, form in _CALENDAR.items():
+        newest: dict[str, str] = {}
+        for one in made:
+            newest.setdefault(datetime.strptime(one.tag, _TAG).strftime(form), one.uuid)
+        stay |= set(list(newest.values())[: keep.get(span, 0)])
+    return stay
+
+
+def due(txn: Transaction, uuid: str) -> None:
+    """Take the backup that is due; the next one is by the same clock, however long the server was away."""
+    rule, instance, now = txn.get(Backup, uuid), txn.find(Instance, uuid), time.time()
+    if instance is None or instance.state == InstanceState.DELETED:
+        txn.delete(Backup, uuid)
+        return
+    late = max(0.0, now - rule.due_s) // rule.every_s + 1
+    txn.update(replace(rule, due_s=rule.due_s + late * rule.every_s))
+    try:
+        take(txn, uuid, backup=True)
+    except Conflict as err:
+        note(txn, uuid, str(err))
+
+
+def note(txn: Transaction, uuid: str, error: str = "") -> None:
+    """How a backup ended: one that failed is tried again sooner than the rule says."""
+    if (rule := txn.find(Backup, uuid)) is not None:
+        again_s = time.time() + _RETRY_S * 2 ** min(rule.failures, 6)
+        now = replace(rule, failures=0, error="", last_s=time.time())
+        failed = replace(
+            rule, failures=rule.failures + 1, error=error[:_TEXT], due_s=min(rule.due_s, again_s)
+        )
+        txn.update(failed if error else now)
+
+
 def snapshots_of(txn: Transaction, instance: str) -> list[Snapshot]:
     """Those of an instance, the newest first."""
     return sorted((t for t in txn.list(Snapshot) if t.instance_uuid == instance), key=lambda t: t.tag)[::-1]
 
 
-def take(txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = ()) -> Snapshot:
+def take(txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup: bool = False) -> Snapshot:
     """A snapshot of an instance is wanted now. Raises NotFound, Conflict."""
     found, others = txn.get(Instance, uuid), snapshots_of(txn, uuid)
     if found.state != InstanceState.CREATED:
@@ -54,18 +109,13 @@ def take(txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = ()) -> Snapsh
         raise Conflict(f"a snapshot of {found.name} is under way", hint="try again when it is over")
     txn.update(replace(found, updated_s=time.time()))  # so that two at once repeat this
     now, tags, number = time.time(), {one.tag for one in others}, new_uuid()
-    while (tag := datetime.fromtimestamp(now, UTC).strftime("%Y%m%d-%H%M%S")) in tags:
+    while (tag := datetime.fromtimestamp(now, UTC).strftime(_TAG)) in tags:
         now += 1
     order = Capture(number, {"instance": found.name, "instance-uuid": uuid, "taken": tag})
     made = Snapshot(
-        uuid=number,
-        instance_uuid=uuid,
-        instance=found.name,
-        namespace=found.namespace,
-        tag=tag,
-        order=order,
-        then=then,
-    )
+        uuid=number, instance_uuid=uuid, instance=found.name, namespace=found.namespace, tag=tag, order=order,
+        then=then, backup=backup,
+    )  # fmt: skip
     txn.create(made)
     txn.event(Instance.KIND, uuid, f"snapshot {tag} asked for", type="audit")
     return made
@@ -90,6 +140,8 @@ def finish(txn: Transaction, uuid: str, error: str = "") -> None:
         costs = ", ".join(f"{name} {count}" for name, count in order.costs.items())
         said = f"failed: {order.error}" if error else f"is {one.instance.lower()}:{one.tag}; bytes: {costs}"
         txn.event(Instance.KIND, one.instance_uuid, f"snapshot {said}", type="status", extra=order.costs)
+        if one.backup:
+            note(txn, one.instance_uuid, error)
         if one.then and not error and (instance := txn.find(Instance, one.instance_uuid)) is not None:
             txn.update(replace(instance, disks=one.then, updated_s=time.time()))
             txn.event(

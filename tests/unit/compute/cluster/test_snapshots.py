@@ -1,8 +1,11 @@
 """The server's side of snapshots: what is asked, what a node may say of it, what gets names."""
 
+import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,20 +16,23 @@ from compute.cluster.images.snapshots import Snapshots
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
-from compute.cluster.records.snapshots import Snapshot, settle_snapshot, snapshots_of, take
+from compute.cluster.records.snapshots import Backup, Snapshot, due, kept, settle_snapshot, snapshots_of, take
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict
 from compute.wire.spec import Capture, DiskSpec, InstanceState, InstanceStatus
-from imagestore import Digest, Store, open_store, push
+from imagestore import Digest, Store, open_store, push, verify_store
 from tests.unit.imagestore.images import make_raw
 
 WEB, DB = "11111111-0000-4000-8000-000000000001", "22222222-0000-4000-8000-000000000002"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteStore]:
+    begun, seconds = time.time(), itertools.count()  # a snapshot each second at most, as in life
+    clock = SimpleNamespace(time=lambda: begun + next(seconds))
+    monkeypatch.setattr("compute.cluster.records.snapshots.time", clock)
     store = SqliteStore(tmp_path / "sf.db")
     yield store
     store.close()
@@ -147,3 +153,80 @@ def test_a_node_speaks_of_snapshots_that_were_ordered_of_it_alone(
     absent = Capture(uuid, digests={"vda": str(Digest.of(b"absent"))})
     transact(store, lambda txn: settle_snapshot(txn, web, absent))
     assert advance(store, worker, WEB).state == "error" and not list(worker._own.of("shop").names.list())
+
+
+def rule(records: SqliteStore, **changes: Any) -> Backup:
+    made = Backup(uuid=WEB, namespace="shop", every_s=86400.0, due_s=time.time() - 1, **changes)
+    transact(records, lambda txn: (txn.find(Backup, WEB), txn.update(made))[0])  # type: ignore[func-returns-value]
+    return made
+
+
+def test_a_rule_keeps_by_the_calendar_and_always_the_newest() -> None:
+    def at(tag: str) -> Snapshot:
+        return Snapshot(
+            uuid=tag, instance_uuid=WEB, instance="web", namespace="", tag=tag, order=Capture(tag)
+        )
+
+    days = [at(f"202612{day:02}-{hour}0000") for day in range(31, 0, -1) for hour in (18, 12)]
+    assert kept({}, days) == {one.uuid for one in days}
+    assert kept({"daily": 2}, days) == {"20261231-180000", "20261230-180000"}
+    assert kept({"weekly": 2, "monthly": 3}, days) == {"20261231-180000", "20261227-180000"}
+    assert kept({"monthly": 2}, [*days, at("20261105-120000"), at("20261001-120000")]) == {
+        "20261231-180000",
+        "20261105-120000",
+    }
+    assert kept({"daily": 1}, []) == set()
+
+
+def test_what_was_due_while_the_server_was_away_is_taken_once_and_the_clock_stays(store: SqliteStore) -> None:
+    guest(store, WEB)
+    due_s = rule(store, keep={"daily": 1}).due_s
+    transact(store, lambda txn: txn.update(replace(txn.get(Backup, WEB), due_s=due_s - 5 * 86400)))
+    transact(store, lambda txn: due(txn, WEB))
+    now = Transaction(store).get(Backup, WEB)
+    assert abs(now.due_s - due_s - 86400) < 1 and len(snapshots_of(Transaction(store), WEB)) == 1
+    assert taken(store, WEB).backup and now.error == ""
+
+
+def test_a_backup_that_fails_is_tried_again_sooner_and_one_that_is_made_ends_that(
+    store: SqliteStore, images: Store, worker: Snapshots, tmp_path: Path
+) -> None:
+    guest(store, WEB, state=InstanceState.CREATING)
+    rule(store)
+    transact(store, lambda txn: due(txn, WEB))
+    failed = Transaction(store).get(Backup, WEB)
+    assert failed.failures == 1 and "creating" in failed.error and failed.due_s < time.time() + 130
+    transact(store, lambda txn: txn.update(replace(txn.get(Instance, WEB), state=InstanceState.CREATED)))
+    base = push(images, make_raw(tmp_path / "disk.raw"), "tiny").digest
+    disks = (DiskSpec("vda", str(base)),)
+    transact(store, lambda txn: txn.update(replace(txn.get(Instance, WEB), disks=disks)))
+    for _ in range(3):
+        transact(store, lambda txn: due(txn, WEB))
+        advance(store, worker, WEB)
+        said = replace(taken(store, WEB).order, digests={"vda": str(base)})
+        transact(store, lambda txn, said=said: settle_snapshot(txn, txn.get(Instance, WEB), said))  # type: ignore[misc]
+        assert advance(store, worker, WEB).state == "created"
+        transact(store, lambda txn: txn.update(replace(txn.get(Backup, WEB), keep={"daily": 1})))
+    made = Transaction(store).get(Backup, WEB)
+    assert made.failures == 0 and made.error == "" and made.last_s > 0
+    (left,) = snapshots_of(Transaction(store), WEB)
+    names = [(r.name, r.tag) for r in worker._own.of("shop").names.list()]
+    assert names == [("web", left.tag)]
+
+
+def test_another_store_gets_complete_copies_and_follows_the_rule(
+    store: SqliteStore, images: Store, worker: Snapshots, tmp_path: Path
+) -> None:
+    base = push(images, make_raw(tmp_path / "disk.raw"), "tiny").digest
+    guest(store, WEB, base)
+    rule(store, store=str(tmp_path / "other"), keep={"daily": 1})
+    for _ in range(2):
+        transact(store, lambda txn: due(txn, WEB))
+        advance(store, worker, WEB)
+        said = replace(taken(store, WEB).order, digests={"vda": str(base)})
+        transact(store, lambda txn, said=said: settle_snapshot(txn, txn.get(Instance, WEB), said))  # type: ignore[misc]
+        assert advance(store, worker, WEB).state == "created"
+    other = open_store(str(tmp_path / "other"))
+    assert [r.tag for r in other.names.list()] == [taken(store, WEB).tag] and other.info.private
+    assert not verify_store(other, full=True).problems
+    other.backend.close()
