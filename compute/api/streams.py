@@ -52,13 +52,13 @@ async def stream(socket: WebSocket, ref: str, kind: str) -> None:
     ours, far, namespace = of_socket(socket), None, ""
     try:
         ctx = _context(socket)
-        async with asyncio.timeout(_ASK_S):
-            options = _asked(await ours.receive())
-        known = _find(ctx, ref)
         if _open[ctx.caller.namespace] >= _MOST_OF_ONE or _open.total() >= _MOST:
             raise Unavailable("too many streams at this moment", hint="close some")
         namespace = ctx.caller.namespace
         _open[namespace] += 1
+        async with asyncio.timeout(_ASK_S):
+            options = _asked(await ours.receive())
+        known = _find(ctx, ref)
         node, target, options = _target(ctx, known, kind, options)
         far = await ctx.services.controller.stream(node, kind, target, options)
 
