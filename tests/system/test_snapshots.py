@@ -159,6 +159,12 @@ def test_a_snapshot_by_the_commands_is_an_image_that_another_guest_boots_from(
         )
         within(120, lambda: "SF-GUEST-COUNTS" in machine.sf("instance", "console", "web").stdout, "it counts")
         within(60, lambda: machine.instance("web")["power_state"] == "on", "it runs")
+        machine.sf("backup", "set", "web", "--every", "1d", "--keep-daily", "1")
+        within(60, lambda: machine.listed("backup", "ls")[0]["last_s"] > 0, "the first is due at once")
+        second = machine.listed("backup", "run", "web")
+        assert [one["name"] for one in machine.listed("backup", "show", "web")] == [second["name"]]
+        machine.sf("backup", "delete", "web", second["name"], "--force")
+        assert machine.listed("backup", "show", "web") == []
         machine.sf("instance", "delete", "web", "web2", "--force", "--wait")
     finally:
         machine.signal(2)

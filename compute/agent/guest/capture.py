@@ -30,8 +30,7 @@ from imagestore import Changes, Digest, NbdDisk, StoreError, open_store, push_ch
 
 _AGENT_S = 2
 """For each answer of the agent in the guest: its file systems are frozen for less than 5 s."""
-_SCRATCH_SHARE = 4
-"""A snapshot may use one part in so many of the room that is free."""
+_SCRATCH_SHARE = 4  # a snapshot may use one part in so many of the room that is free
 _Make = Callable[[CapturesHeld], Part[CapturesHeld]]
 
 
@@ -65,7 +64,8 @@ class Captures:
         return Phase.STARTING if others and now.created else now.phase
 
     async def adopt(self) -> None:
-        """Put back what an earlier agent left."""
+        """Thaw the guest unless that is done, and put back what an earlier agent left."""
+        await self._thaw()
         if self._held.now.began and self._task is None:
             await self._take_away()
 
@@ -120,9 +120,10 @@ class Captures:
         return ready and await self._ask("guest-fsfreeze-freeze")
 
     async def _thaw(self) -> None:
-        while self._held.now.frozen:
-            if await self._ask("guest-fsfreeze-thaw"):
-                await self._held.save(frozen=False)
+        if self._held.now.frozen and await self._ask("guest-fsfreeze-thaw"):
+            await self._held.save(frozen=False)
+        elif self._held.now.frozen:
+            asyncio.get_running_loop().call_later(1, self._wake)
 
     async def _ask(self, command: str) -> bool:
         """Whether it was done, or the guest is off."""
@@ -191,7 +192,6 @@ class Captures:
             return replace(one, error=f"{err} ({hint})" if isinstance(err, StoreError) else repr(err))
 
     async def _take_away(self, *ended: Capture) -> None:
-        await self._thaw()
         await self._host.do(nodes.end, self._host.hypervisor, self._uuid)
         if self._daemon is not None:
             with suppress(ProcessLookupError):

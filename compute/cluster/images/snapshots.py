@@ -43,6 +43,8 @@ class Snapshots:
         for one in read.list(Snapshot):
             instance = read.find(Instance, one.instance_uuid)
             here = instance is not None and instance.state == InstanceState.CREATED
+            if instance is None and not one.live:  # what it kept stays, in the store alone
+                transact(self._records, lambda txn, uuid=one.uuid: txn.delete(Snapshot, uuid))  # type: ignore[misc]
             if one.live and one.uuid not in self._busy and not (one.state == "ordered" and here):
                 self._busy.add(one.uuid)
                 self._pool.submit(self._advance, one, instance if here else None)
@@ -80,8 +82,8 @@ class Snapshots:
                 for device in new.order.digests:
                     copy_name(target, other, target.names.get(new.image(device), new.tag))
         made = [one for one in snapshots_of(Transaction(self._records), rule.uuid) if one.backup]
-        made = [one for one in made if one.state == "created" or one.uuid == new.uuid]
-        for old in (one for one in made if one.uuid not in kept(rule.keep, made) | {new.uuid}):
+        stay = kept(rule.keep, [one for one in made if one.state == "created" or one.uuid == new.uuid])
+        for old in (one for one in made if one.uuid not in stay | {new.uuid} and not one.live):
             remove(self._records, self._own, old, rule.store)
 
 
