@@ -176,8 +176,8 @@ class Agent:
                 # A neighbour ignores a second gratuitous ARP within a second: look again soon after a change.
                 applied = await self._apply_networks(quarantine.keep(desired.networks, unknown))
                 quiet = quiet + 1 if applied else 0
+                await self._images.use(desired.stores)  # first: a new guest's image may be in a new one
                 await self._apply_instances(host, desired)
-                await self._images.use(desired.stores)
                 await self._images.share(desired.image_site)
                 settled = settled or (answered and await self._settle_images(host))
             await self._register(host.verdict)
