@@ -7,7 +7,7 @@ from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from compute.cluster.images.artifacts import GIB, Artifact, blob_uuid
+from compute.cluster.images.artifacts import GIB, Artifact, identity
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
@@ -117,7 +117,7 @@ def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
                 "digest": disk.image or None,
                 "size": -(-disk.size_bytes // GIB),
                 "size_bytes": disk.size_bytes,
-                "blob_uuid": blob_uuid(disk.image) if disk.image else None,
+                "blob_uuid": identity(disk.image) if disk.image else None,
             }
             for disk in item.disks
         ],

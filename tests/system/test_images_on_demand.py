@@ -182,6 +182,24 @@ def test_a_tenants_url_never_leads_to_a_private_address(tmp_path: Path, upstream
         )
 
 
+def test_what_a_url_brings_counts_for_the_quotas(tmp_path: Path, upstream: tuple[Path, str]) -> None:
+    root, url = upstream
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", root / "two", "2G"], check=True)
+    (root / "x").write_bytes(DATA)
+    with serving(tmp_path) as server:
+        for limits, file in (({"disk_gb": 1}, "two"), ({"disk_gb": 9, "stored_gb": 0}, "x")):
+            assert server.call("PUT", "/auth/namespaces/system/quota", limits).status == 200
+            uuid = guest(server, f"{url}/{file}")["uuid"]
+            said = server.wait_for(f"/instances/{uuid}", "error")["error_message"]
+            assert f"{list(limits)[-1]} " in said and "at most" in said, said
+            assert artifact(server, f"{url}/{file}")["state"] == "error"
+            server.call("DELETE", f"/instances/{uuid}")
+            server.wait_for(f"/instances/{uuid}", "deleted")
+        server.call("PUT", "/auth/namespaces/system/quota", {"stored_gb": 9, "disk_gb": 9})
+        guest(server, f"{url}/x")
+        server.wait_for("/instances/web", "created")
+
+
 def test_many_guests_of_one_url_at_once_cost_one_download(tmp_path: Path, upstream: tuple[Path, str]) -> None:
     root, url = upstream
     (root / "x").write_bytes(DATA)

@@ -145,9 +145,9 @@ class Artifact(Stored):
         object.__setattr__(self, "blobs", dict(list(self.blobs.items())[-self.max_versions :]))
 
 
-def identity(namespace: str, called: str) -> str:
-    """The UUID of what a namespace calls so."""
-    return str(uuid_module.uuid5(_ARTIFACTS, f"{namespace}/{called}"))
+def identity(*called: str) -> str:
+    """The UUID under which the API shows a manifest's digest; of a namespace or store, and what it calls so."""
+    return str(uuid_module.uuid5(_ARTIFACTS, "/".join(called)))
 
 
 def want(txn: Transaction, namespace: str, called: str, **more: Any) -> Artifact:
@@ -176,11 +176,6 @@ def add_version(txn: Transaction, found: Artifact, blob: Blob) -> Artifact:
     return now
 
 
-def blob_uuid(digest: str) -> str:
-    """The UUID under which the API shows a manifest."""
-    return str(uuid_module.uuid5(_ARTIFACTS, digest))
-
-
 def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
     """Every name of every store that can be listed; what one of them does not give is a line in the log."""
     for store in stores:
@@ -190,7 +185,7 @@ def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
             for record in records:
                 name, blobs = f"{record.name}:{record.tag}", {}
                 for d in list(record.images.values())[:1]:
-                    blobs[str(record.revision)] = Blob("", str(d), sizes.get(d, 0), blob_uuid(str(d)))
+                    blobs[str(record.revision)] = Blob("", str(d), sizes.get(d, 0), identity(str(d)))
                 uuid, digests = identity(store.info.id, name), tuple(map(str, record.images.values()))
                 shown = Artifact(uuid=uuid, namespace="system", name=name, source_url=name, digests=digests)
                 last = record.revision if blobs else 0

@@ -13,6 +13,7 @@ from compute.cluster.auth import SYSTEM
 from compute.cluster.feed import Feed
 from compute.cluster.images.artifacts import WEB, Artifact, Blob, Resolver, add_version, fitted, listed
 from compute.cluster.images.stores import NamespaceStores
+from compute.cluster.quotas import Quota, enforce
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
@@ -57,27 +58,30 @@ class Bringing:
             self._running.discard(one.uuid)
 
     def _bring(self, one: Artifact, work: Path) -> Blob:
-        wanted, machine, tell, home = one.wanted, self._config.architecture, self._teller(one), one.namespace
+        wanted, machine, home = one.wanted, self._config.architecture, one.namespace
         if wanted.startswith(WEB):
             store, source = self._own.of(home), sources.of_url(wanted, one.uuid, "latest", machine)
+            tell = self._teller(one, sum(stat.size_bytes for stat in store.backend.list("")))
             done = bring(store, source, machine, work, trusted=home == SYSTEM, progress=tell)
         else:
             with self._listed:
                 if (named := listed(wanted, machine, self._config.sources)) is None:
                     raise NotFound(f"no source list names {wanted} any more")
                 home, store = "", self._server.stores["local"]
-                done = bring(store, named, machine, work, trusted=True, progress=tell)
+                done = bring(store, named, machine, work, trusted=True, progress=self._teller(one))
         assert done.digest is not None
         return Blob(home, str(done.digest), store.manifest(done.digest).size_bytes)
 
-    def _teller(self, one: Artifact) -> Report:
-        """Says how far it is; ends it when it is not wanted any more."""
+    def _teller(self, one: Artifact, held_bytes: int = 0) -> Report:
+        """Says how far it is; ends it when it is not wanted any more, or does not fit beside what is held."""
         last_s = 0.0
 
         def tell(p: Progress) -> None:
             nonlocal last_s
             if time.monotonic() - last_s > _TELL_S:
                 last_s = time.monotonic()
+                quota = Quota.of(Transaction(self._records), one.namespace)
+                quota.check("stored_gb", (held_bytes + p.written_bytes) / 2**30)
                 share = f" {100 * p.done_bytes // p.total_bytes}%" if p.total_bytes else ""
                 transact(self._records, lambda txn: _say(txn, one, f"{p.stage}{share}"))
 
@@ -118,3 +122,4 @@ def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> None:
         now = replace(instance, disks=disks, state=state, error_message=why, progress="")
         txn.update(replace(now, updated_s=time.time()))
         txn.event(Instance.KIND, now.uuid, f"state is error: {why}" if why else f"{one.wanted[:200]} is here")
+    enforce(txn)
