@@ -187,8 +187,7 @@ class Plane:
         }
         chains, counters = {**have.chains, **own.chains}, have.counters | own.counters
         want = replace(own, chains=chains, elements={**have.elements, **both}, counters=counters)
-        if want != have:
-            space.nft(ruleset.script(want, have))
+        space.nft(ruleset.script(want, have))
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         """One namespace after the other; what fails in one does not hinder the others."""

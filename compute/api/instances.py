@@ -194,6 +194,8 @@ def _user_data(text: str) -> bytes:
 
 def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
     network = ctx.find(Network, body.network_uuid, namespace)
+    if network.bridge and (body.address or body.macaddress):  # it might be anybody's on the LAN
+        ctx.admin()
     nodes = [node.name for node in ctx.read().list(Node)]
     own = own_macs(ctx.services.controller.installation, network.vni, nodes)
     if body.macaddress and ipam.check_mac(body.macaddress) in own:

@@ -116,8 +116,8 @@ def _sent(tap: str, port: Port) -> Iterator[str]:
         # The address that is given, and the MAC it is given to, lie 24 and 36 bytes behind the start of the UDP header.
         mac = f"@th,64,8 2 @th,288,48 0x{port.mac.replace(':', '')} @th,1984,24 0x350105"
         yield f"udp sport 67 udp dport 68 {mac} update @{LEARNED} {{ {port.mac} . @th,192,32 }}"
-        # Guests have no address of the LAN's IPv6 that a filter could know.
-        yield "icmpv6 type nd-router-advert drop"
+    # Guests have no IPv6 address that a filter could know but their link-local one.
+    yield "icmpv6 type nd-router-advert drop"
     if port.allowed is not None:
         yield from rules.admitted(tap, port)
 

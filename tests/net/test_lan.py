@@ -1,8 +1,9 @@
 """Guests on the node's own bridge: their addresses, what they may send, and whose the bridge stays."""
 
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from net import Network, NodeNetworks
 from net.errors import Failed
 from net.ipam import ANY, UNKNOWN
+from net.plan.nft import link_local
 from tests.net.machines import Cluster, Guest, Node, Space, arp, dhcp_frame, ethernet, ipv4, make_port, udp
+from tests.net.test_spoofing import icmpv6
 
 pytestmark = pytest.mark.system
 MARK = b"from a guest on the LAN"
@@ -108,6 +111,12 @@ def attacks(guest: Guest, own: IPv4Address, other: IPv4Address) -> dict[str, byt
     }
 
 
+def send_raw(frame: bytes) -> None:
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind(("eth0", 0))
+        raw.send(frame)
+
+
 def ack(mac: str, given: str = "192.168.77.200") -> bytes:
     packed = bytes.fromhex(mac.replace(":", ""))
     body = b"\2\1\6\0" + b"abcd" + b"\0" * 8 + IPv4Address(given).packed + b"\0" * 8 + packed
@@ -144,6 +153,15 @@ def test_a_guest_with_an_address_of_our_range_needs_no_dhcp(lan: Lan) -> None:
         guest.space.sh("ip addr add 192.168.77.60/24 dev eth0; ip addr del 192.168.77.9/24 dev eth0")
         assert guest.reaches_not("192.168.77.3")
         asks = replace(network, ports=(port, by_dhcp(2)))
+        advert = b"\x86" + b"\0" * 15 + MARK
+        router = link_local("02:00:00:00:00:aa")
+        frame = ethernet(
+            "02:00:00:00:00:aa", "33:33:00:00:00:01", 0x86DD, icmpv6(router, IPv6Address("ff02::1"), advert)
+        )
+        lan.neighbour.call(send_raw, frame)
+        guest.space.sh("ip addr flush dev eth0; ip addr add 192.168.77.9/24 dev eth0")
+        assert lan.neighbour.works("ping -n -c 1 -W 2 192.168.77.9")
+        assert not any(MARK in seen for seen in guest.received), "no IPv6 that its filter could not know"
         for each in (asks, network):
             lan.node.apply(replace(desired, networks=(each,)))
             assert lan.node.apply(replace(desired, networks=(each,))) == []

@@ -487,6 +487,21 @@ def test_a_network_on_the_lan_is_the_administrators_and_its_addresses_are_the_la
     server.call("POST", "/auth/namespaces", {"namespace": "ci", "key_name": "k", "key": "secret-of-ci"})
     ours = {"namespace": "ci", "key": "secret-of-ci"}
     assert server.call("POST", "/networks", {"name": "mine", "bridge": "br0"}, **ours).status == 403
+    server.call("POST", "/auth/namespaces/system/trust", {"external_namespace": "ci"})
+    body = {
+        "name": "t",
+        "cpus": 1,
+        "memory": 64,
+        "disk": [{"size": 1}],
+        "network": [{"network_uuid": lan["uuid"]}],
+    }
+    for claim in (
+        {"address": "192.168.7.1"},
+        {"macaddress": "02:00:00:00:00:01"},
+    ):  # the LAN's router's, perhaps
+        claims = {**body, "network": [{"network_uuid": lan["uuid"], **claim}]}
+        assert server.call("POST", "/instances", claims, **ours).status == 403, claim
+    assert server.call("POST", "/instances", body, **ours).status == 200
 
 
 def test_rules_are_made_attached_changed_and_kept_while_they_are_used(server: Running) -> None:

@@ -50,9 +50,11 @@ class Taps:
             network = networks.get(tap.network_uuid)
             if (tap.adopted and tap.network) or network is None:
                 continue
-            await self._host.wire(self._host.plane.adopt_tap, network, tap.port)
+            told = next((port for port in network.ports if port.uuid == tap.port.uuid), tap.port)
+            port = replace(told, floating=None, published=())  # rules and limits hold from the first frame on
+            await self._host.wire(self._host.plane.adopt_tap, network, port)
             kept = replace(network, ports=(), routed=(), dns_entries=(), router_floating=None)
-            done = replace(tap, adopted=True, network=kept)
+            done = replace(tap, port=port, adopted=True, network=kept)
             await self._held.save(taps=tuple(done if t is tap else t for t in self._held.now.taps))
 
     async def remove(self, keep: frozenset[str] = frozenset()) -> None:

@@ -34,12 +34,7 @@ def parse(text: str) -> Published:
 
 
 def publish(
-    txn: Transaction,
-    uuid: str,
-    wanted: Published,
-    *,
-    listening: Collection[tuple[str, int]],
-    admin: bool,
+    txn: Transaction, uuid: str, wanted: Published, *, listening: Collection[tuple[str, int]], admin: bool
 ) -> Interface:
     """Lead the ports to an interface. `listening`: where the router's node has servers. Twice is once.
 
