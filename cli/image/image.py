@@ -234,6 +234,34 @@ def verify(name: str, architecture: str) -> None:
     judge(report, f"{full} {digest}".strip(), "every byte is right")
 
 
+@image.add(examples="sf image publish my/web-20261128t101500z golden:3")
+@click.argument("new")
+def publish(name: str, new: str, architecture: str, single_writer: bool, form: str) -> None:
+    """Keep a cleaned copy of an image for everybody: without machine-id, host keys, logs, users' keys and what was
+    deleted. Only ext4 is cleaned; `sf mirror publish` signs.
+    """
+    from imagestore import keep_buffers
+    from imagestore import pull as pull_image
+    from imagestore import push as push_image
+    from imagestore.mirror import clean
+
+    keep_buffers()
+    target, into = written(new), opened(name=new, create=True, write=True, alone=single_writer)
+    with found(name, architecture) as (source, _, digest), into as store, TemporaryDirectory() as directory:
+        store.check_public()
+        say(f"from {source.url} to {store.url}")
+        raw, was = Path(directory, "disk.raw"), source.manifest(digest)
+        with progress(name) as tell:
+            pull_image(source, digest, raw, format_="raw", durable=False, progress=tell)
+        gone, facts = clean(raw), {"architecture": was.architecture, "os_name": was.os}
+        how: dict[str, Any] = {**facts, "format_": "raw", "sparsify": True}
+        with progress(new) as tell:
+            done = push_image(store, raw, *target, progress=tell, **how)
+    say(f"{len(gone)} files are not in it: {', '.join(gone[:8])}{', …' if gone[8:] else ''}")
+    row = asdict(done) | {"name": ":".join(target), "digest": str(done.digest), "removed": gone}
+    show_one(row, PUSHED, form)
+
+
 @image.add(examples="sf image tag debian:12 debian:stable")
 @click.argument("new")
 def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:

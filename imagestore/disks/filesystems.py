@@ -57,7 +57,7 @@ def look(disk: Disk, *, sparsify: bool) -> Special:
                 places.append(found[found % BLOCK == 0] // BLOCK)
         if sparsify and not table.doubt:
             try:
-                rows = _free(disk, region, system)
+                rows = free_bytes(disk, region, system)
             except Doubt as doubt:
                 notes.append(f"{region.name}: {doubt}")
             else:
@@ -71,8 +71,8 @@ def look(disk: Disk, *, sparsify: bool) -> Special:
     )
 
 
-def _free(disk: Disk, region: Region, system: Ext4 | None) -> Numbers:
-    """Its free blocks: none where nothing is known there, Doubt where that must be said."""
+def free_bytes(disk: Disk, region: Region, system: Ext4 | None) -> Numbers:
+    """Where its free blocks begin and end: none where nothing is known there, Doubt where that must be said."""
     found = signs(read_range(disk, region.start, HEAD_BYTES))
     what = " and ".join(sorted(found)) or "nothing that sf knows"
     if found > {"ext4"}:

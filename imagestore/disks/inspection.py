@@ -113,24 +113,27 @@ def _place(image: int) -> str:
 
 
 def _qemu_img(image: int, path: Path, arguments: list[str], file_bytes: int) -> str:
-    limits = [f"--cpu={_CPU_S}", f"--as={_MEMORY_BYTES}", f"--fsize={file_bytes}", "--core=0"]
-    try:
-        done = subprocess.run(
-            ["prlimit", *limits, "qemu-img", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_WALL_S,
-            stdin=subprocess.DEVNULL,
-            pass_fds=(image,),
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except FileNotFoundError as error:
-        raise Invalid(f"{path}: this format needs qemu-img, which is not installed") from error
-    except subprocess.TimeoutExpired as error:
-        raise Invalid(f"{path}: qemu-img took longer than {_WALL_S} s") from error
+    done = caged(["qemu-img", *arguments], file_bytes, pass_fds=(image,))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"qemu-img ended with {done.returncode}"])[-1]
         if "No space left" in last:
             raise NoSpace(f"{path}: no space for the converted disk in {tempfile.gettempdir()}")
         raise Invalid(f"{path}: {last.removeprefix('qemu-img: ').replace(_place(image), path.name)}")
     return done.stdout
+
+
+def caged(
+    argv: list[str], file_bytes: int, *, pass_fds: tuple[int, ...] = (), cpu_s: int = _CPU_S
+) -> subprocess.CompletedProcess[str]:
+    """Run a program on what strangers made, within limits. Raises Invalid where it is not there or takes too long."""
+    limits = [f"--cpu={cpu_s}", f"--as={_MEMORY_BYTES}", f"--fsize={file_bytes}", "--core=0"]
+    told: dict[str, str] = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(
+            ["prlimit", *limits, *argv], capture_output=True, text=True, timeout=_WALL_S,
+            stdin=subprocess.DEVNULL, pass_fds=pass_fds, env=told,
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise Invalid(f"this needs {argv[0]}, which is not installed") from error
+    except subprocess.TimeoutExpired as error:
+        raise Invalid(f"{argv[0]} took longer than {_WALL_S} s") from error

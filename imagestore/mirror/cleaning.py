@@ -1,0 +1,110 @@
+"""What a disk must not carry into a store for everybody: who it was, its keys and logs, and what was deleted on it.
+
+The e2fsprogs (debugfs, e2fsck, tune2fs) change ext4 in a file, in the cage that qemu-img runs in: nothing is mounted. A
+journal is played back first and made anew in the end, and directories are packed, since both remember deleted names.
+What stays free is the push's to leave out (`sparsify`). Whatever cannot be cleaned for certain is refused.
+"""
+
+import re
+from pathlib import Path
+
+from imagestore.disks.disk import Disk, read_range
+from imagestore.disks.ext4 import Ext4
+from imagestore.disks.filesystems import HEAD_BYTES, free_bytes, look, signs
+from imagestore.disks.inspection import caged
+from imagestore.disks.open import open_disk
+from imagestore.disks.partitions import Region, read_partitions
+from imagestore.errors import Invalid
+from imagestore.formats.chunking import BLOCK
+
+_FILES = re.compile(
+    r"/etc/(?:machine-id|hostname|ssh/ssh_host_[^/]*)|/var/lib/(?:dbus/machine-id|systemd/random-seed)"
+    r"|/(?:root|home/[^/]*)/(?:\.[a-z_]*history|\.ssh/.*)"
+    r"|/(?:tmp|var/(?:tmp|log|crash|lib/(?:cloud|dhcp|dhcpcd|NetworkManager)))/.*"
+)
+"""What goes, by its path."""
+_WAYS = re.compile(
+    r"|/etc(?:/ssh)?|/var|/var/lib(?:/dbus|/systemd)?|/root(?:/\.ssh.*)?|/home(?:/[^/]*(?:/\.ssh.*)?)?"
+    r"|/(?:tmp|var/(?:tmp|log|crash|lib/(?:cloud|dhcp|dhcpcd|NetworkManager)))(?:/.*)?"
+)
+"""Directories on the way to those."""
+_NAME = re.compile(r"[A-Za-z0-9_.,:@%+=~-]+")
+_MOST = 20_000
+
+
+def clean(path: Path) -> list[str]:
+    """Clean the raw disk in a file that is nobody else's; the paths that went. Raises Invalid."""
+    with open_disk(path, "raw") as disk:
+        gone = _every(disk, path)
+    with open_disk(path, "raw") as disk, path.open("r+b") as file:  # as it is now
+        if left := [note for note in look(disk, sparsify=True).notes if "FAT" not in note]:
+            raise Invalid(f"what was deleted on it cannot be left out: {left[0]}")
+        for region in read_partitions(disk).regions:
+            system = Ext4.open(disk, region.start, min(region.end, disk.size_bytes))
+            for start, end in free_bytes(disk, region, system).tolist() if system else ():
+                # A push leaves out whole blocks of 4 KiB; what is free beside them is overwritten.
+                first, last = min(end, -(-start // BLOCK) * BLOCK), max(start, end // BLOCK * BLOCK)
+                for at, to in ((start, first), (last, end)):
+                    file.seek(at)
+                    file.write(bytes(max(0, to - at)))
+    return gone
+
+
+def _every(disk: Disk, path: Path) -> list[str]:
+    table, gone = read_partitions(disk), list[str]()
+    if table.doubt:
+        raise Invalid(f"it cannot be cleaned: {table.doubt}")
+    for region in table.regions:
+        found = signs(read_range(disk, region.start, HEAD_BYTES))
+        if found == {"ext4"}:
+            gone += _clean(disk, path, region)
+        elif found - {"FAT"} or (not found and region.end - region.start > 4 << 20):
+            what = " and ".join(sorted(found)) or "something unknown"
+            raise Invalid(
+                f"{region.name} holds {what}: only ext4 is cleaned", hint="sf image pull, clean it, and push"
+            )
+    return gone
+
+
+def _clean(disk: Disk, path: Path, region: Region) -> list[str]:
+    at = f"{path}?offset={region.start}"
+
+    def run(*argv: str, good: tuple[int, ...] = (0,)) -> str:
+        done = caged([*argv, at], disk.size_bytes, cpu_s=600)
+        if done.returncode not in good:
+            raise Invalid(f"{region.name} cannot be cleaned: {argv[0]} ended with {done.returncode}")
+        return done.stdout
+
+    run("e2fsck", "-fy", good=(0, 1))
+    if "inline_data" in run("debugfs", "-R", "features"):
+        raise Invalid(
+            f"{region.name} keeps small files in inodes (inline_data), which stay there when deleted"
+        )
+    wanted, gone, looked = [""], list[str](), 0
+    while wanted:
+        directory = wanted.pop()
+        for line in run("debugfs", "-R", f"ls -p {directory or '/'}").splitlines():
+            _, inode, mode, _, _, name, _ = (line.split("/") + [""] * 7)[:7]
+            if name in ("", ".", "..") or inode == "0":
+                continue
+            here, looked = f"{directory}/{name}", looked + 1
+            way, file = _WAYS.fullmatch(here), _FILES.fullmatch(here)
+            if (way or file) and (not _NAME.fullmatch(name) or looked > _MOST):
+                raise Invalid(
+                    f"{region.name} cannot be cleaned: {directory} holds names that are none, or too many"
+                )
+            if mode.startswith("04") and way:
+                wanted.append(here)
+            elif file and not mode.startswith("04"):
+                gone.append(here)
+    steps = [f"rm {name}" for name in gone]
+    if "/etc/machine-id" in gone:  # empty, not absent: systemd makes a new one at the next boot
+        steps += ["cd /etc", "write /dev/null machine-id", "sif /etc/machine-id mode 0100444"]
+    script = path.with_suffix(".clean")
+    script.write_text("\n".join([*steps, ""]))
+    run("debugfs", "-w", "-f", str(script))
+    run("e2fsck", "-fyD", good=(0, 1))
+    run("tune2fs", "-O", "^has_journal")
+    run("e2fsck", "-fy", good=(0, 1))
+    run("tune2fs", "-j")
+    return gone
