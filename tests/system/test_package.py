@@ -79,7 +79,7 @@ def machine(packages: Path, tiny_image: Path) -> Iterator[Installed]:
         (root / "root/web").write_text(WEB)
         in_root(
             root,
-            "apt-get -qq update; apt-get -qq -y install --no-install-recommends systemd-sysv dbus iproute2",
+            "apt-get -qq update; apt-get -qq -y install --no-install-recommends systemd-sysv dbus iproute2 procps",
         )
         with timed("download of what the packages depend on"):
             in_root(root, "apt-get -qq -y -d install --no-install-recommends /root/debs/*.deb")
