@@ -13,8 +13,8 @@ import click
 
 from cli.command import DURATION, STORE, Group, settings
 from cli.errors import MISSING, USAGE, Problem
-from cli.image.push import keep
-from cli.image.stores import found, judge, opened, written
+from cli.image.push import keep, keep_clean
+from cli.image.stores import found, home, judge, opened, written
 from cli.output import ago, confirm, progress, say, show_list, show_one, size, when
 
 COLUMNS = (
@@ -148,7 +148,10 @@ def pull(name: str, architecture: str, form: str, output: Path | None, force: bo
 def _bring(name: str, architecture: str, form: str) -> None:
     from imagestore import copy_name
 
-    with found(name, architecture) as (source, full, digest), opened(create=True, write=True) as store:
+    with (
+        found(name, architecture) as (source, full, digest),
+        opened(name="any", create=True, write=True) as store,
+    ):
         if not full:
             raise Problem(f"{name} has no name to keep it here", hint="NAME[:TAG][@b3:DIGEST]", code=USAGE)
         count = 0
@@ -164,7 +167,7 @@ def _bring(name: str, architecture: str, form: str) -> None:
 @click.option("--removed", is_flag=True, help="Those that undelete can bring back, too.")
 def ls(remote: str | None, form: str, removed: bool) -> None:
     """List images of the local store, of a remote, or what a namespace keeps (`my`: the current one)."""
-    here, place = _here(), (remote or "local").rstrip("/")
+    here, place = _here(), (remote or home() or "local").rstrip("/")
     url = settings().stores.get(place, "")
     name, make = "" if url else f"{place}/any", not remote and settings().store_is_default
     with opened(url, name=name, create=make) as store:
@@ -240,25 +243,9 @@ def publish(name: str, new: str, architecture: str, single_writer: bool, form: s
     """Keep a cleaned copy of an image for everybody: without machine-id, host keys, logs, users' keys and what was
     deleted. Only ext4 is cleaned; `sf mirror publish` signs.
     """
-    from imagestore import keep_buffers
-    from imagestore import pull as pull_image
-    from imagestore import push as push_image
-    from imagestore.mirror import clean
-
-    keep_buffers()
-    target, into = written(new), opened(name=new, create=True, write=True, alone=single_writer)
-    with found(name, architecture) as (source, _, digest), into as store, TemporaryDirectory() as directory:
-        store.check_public()
-        say(f"from {source.url} to {store.url}")
-        raw, was = Path(directory, "disk.raw"), source.manifest(digest)
-        with progress(name) as tell:
-            pull_image(source, digest, raw, format_="raw", durable=False, progress=tell)
-        gone, facts = clean(raw), {"architecture": was.architecture, "os_name": was.os}
-        how: dict[str, Any] = {**facts, "format_": "raw", "sparsify": True}
-        with progress(new) as tell:
-            done = push_image(store, raw, *target, progress=tell, **how)
-    say(f"{len(gone)} files are not in it: {', '.join(gone[:8])}{', …' if gone[8:] else ''}")
-    row = asdict(done) | {"name": ":".join(target), "digest": str(done.digest), "removed": gone}
+    target, into = written(new), opened(create=True, write=True, alone=single_writer)
+    with found(name, architecture) as (source, _, digest), into as store:
+        row = keep_clean(source, digest, store, *target)
     show_one(row, PUSHED, form)
 
 
@@ -329,6 +316,10 @@ def gc(form: str, single_writer: bool, **given: Any) -> None:
     """Free what no image needs; packs of which more than SHARE is unused are written anew."""
     from imagestore import collect
 
+    if home():
+        raise Problem(
+            "what a namespace keeps, the server collects", hint="--store URL for another", code=USAGE
+        )
     with opened(alone=single_writer) as store:
         report = collect(store, **given)
     show_one({**asdict(report), "mend_times": given["mend_times"], "name": store.url}, COLLECTED, form)

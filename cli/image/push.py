@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cli.command import settings
@@ -45,3 +46,21 @@ def keep(file: str, text: str, architecture: str, alone: bool, **given: Any) -> 
         say(f"from {file} to {store.url}")
         done = push(store, Path(file), name, tag, architecture=machine, labels=labels, progress=tell, **how)
     return asdict(done) | {"name": title, "architecture": machine, "digest": str(done.digest)}
+
+
+def keep_clean(source: Any, digest: Any, store: Any, name: str, tag: str) -> Row:
+    """A cleaned copy of an image in another store, for everybody. Raises Denied, Invalid."""
+    from imagestore import keep_buffers, pull, push
+    from imagestore.mirror import clean
+
+    keep_buffers()
+    store.check_public()
+    say(f"from {source.url} to {store.url}")
+    title = f"{name}:{tag}"
+    with TemporaryDirectory() as directory, progress(title) as tell:
+        raw, was = Path(directory, "disk.raw"), source.manifest(digest)
+        pull(source, digest, raw, format_="raw", durable=False, progress=tell)
+        gone, how = clean(raw), {"architecture": was.architecture, "os_name": was.os, "format_": "raw"}
+        done = push(store, raw, name, tag, progress=tell, sparsify=True, **how)
+    say(f"{len(gone)} files are not in it, such as {', '.join(gone[:8])}")
+    return asdict(done) | {"name": title, "digest": str(done.digest), "removed": gone}

@@ -23,7 +23,7 @@ def opened(
     from cli.settings import own_store
     from imagestore import open_store, parse_reference
 
-    of = parse_reference(name).remote if name and written(name) else None
+    of = (parse_reference(name).remote or home()) if name and written(name) else ""
     url, ca = own_store(settings(), of) if of else (url or settings().store_url, "")
     store = open_store(url, create=create and not of, single_writer=alone, ca=ca)
     try:
@@ -34,6 +34,15 @@ def opened(
         store.backend.close()
 
 
+def home() -> str:
+    """`my` where a context is in use and no store was named: there a bare name is the current namespace's."""
+    from cli.settings import contexts
+
+    told = settings()
+    named = told.flags.get("store") or told.environment.get("SF_STORE")
+    return "" if named or told.get("context") not in contexts(told) else "my"
+
+
 @contextmanager
 def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"]]:
     """Look an image up in the stores of the settings: its store, its name ("" for a digest alone), its digest."""
@@ -41,8 +50,8 @@ def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"
 
     with ExitStack() as stack:
         stores = {n: partial(stack.enter_context, opened(url)) for n, url in settings().stores.items()}
-        if (of := parse_reference(text).remote) and of not in stores:
-            stores[of] = partial(stack.enter_context, opened(name=f"{of}/any"))
+        if (of := parse_reference(text).remote or home()) and of not in stores:
+            stores = {of: partial(stack.enter_context, opened(name=f"{of}/any")), **stores}
         image = resolve(text, architecture, stores)
         yield image.store, image.name, image.digest
 

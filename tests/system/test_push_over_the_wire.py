@@ -69,6 +69,17 @@ def test_a_laptop_pushes_lists_tags_pulls_and_boots_what_is_its_own(
         said = laptop.sf("image", "push", str(disk), "my/golden:1", "--input-format", "raw")
         assert f"to {server.url}/stores/shop" in said
         laptop.sf("image", "tag", "my/golden:1", "my/golden:new")
+        # With a context a bare name means the same place, before any remote.
+        laptop.sf("image", "tag", "golden:new", "bare:1")
+        assert set(laptop.sf("image", "ls", "--format", "name").split()) == {
+            "bare:1",
+            "golden:1",
+            "golden:new",
+        }
+        assert "stores/shop" in laptop.sf("image", "show", "bare:1")
+        assert "server collects" in laptop.sf("image", "gc", code=2)
+        laptop.sf("image", "ls", "--store", str(tmp_path / "nowhere"), code=3)
+        laptop.sf("image", "rm", "bare:1")
         names = {"golden:1", "golden:new"}
         for words in (("my",), ("my/",), ("shop",)):
             assert set(laptop.sf("image", "ls", *words, "--format", "name").split()) == names
