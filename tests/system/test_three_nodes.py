@@ -65,7 +65,7 @@ def test_a_published_port_leads_the_world_to_a_guest_and_moves_with_the_router(c
 
     def banner() -> str:
         address = f"10.77.0.{cluster.router()[1]}"
-        words = ["bash", "-c", f"exec 3<>/dev/tcp/{address}/2222 && timeout 5 head -1 <&3"]
+        words = ["timeout", "5", "bash", "-c", f"exec 3<>/dev/tcp/{address}/2222 && head -1 <&3"]
         return cluster.world.run(words, check=False).stdout
 
     within(30, lambda: banner().startswith("SSH-2.0"), "the world reaches the guest's port")
