@@ -17,7 +17,7 @@ from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import DELTAS, UPDATES
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.update import Step, Update, decode_steps, firsts
-from imagestore.store.frames import BULK_BYTES, Batch, plan_requests
+from imagestore.store.frames import REQUEST_BYTES, Batch, plan_requests
 from imagestore.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,10 @@ class UpdateOrigin:
         update = self._opened()
         if update is None:
             return []
-        wanted = np.zeros(len(self._manifest.lengths), np.bool_)
-        wanted[chunks] = True
-        frames = np.flatnonzero(np.add.reduceat(wanted[update.chunks], firsts(update.counts)[:-1]))
-        return [frames[p] for p in plan_requests(self._ends[frames], self._ends[frames + 1], BULK_BYTES)]
+        wanted = np.isin(update.chunks, chunks)
+        frames = np.flatnonzero(np.logical_or.reduceat(wanted, firsts(update.counts)[:-1]))
+        starts, ends = self._ends[frames], self._ends[frames + 1]
+        return [frames[part] for part in plan_requests(starts, ends, 2 * REQUEST_BYTES)]
 
     def load(self, frames: Numbers) -> list[Batch]:
         """Adjoining frames, each a batch, checked; fewer, or none, where one is odd."""
