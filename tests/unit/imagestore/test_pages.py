@@ -10,11 +10,12 @@ import pytest
 from imagestore.backends.directory import Directory
 from imagestore.cache.images import ImageCache
 from imagestore.copy import copy_image
-from imagestore.errors import Corrupt
+from imagestore.errors import Corrupt, Invalid
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, MANIFESTS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
+from imagestore.mirror.admission import admit
 from imagestore.pull import pull
 from imagestore.stats import store_stats
 from imagestore.store.roots import can_be_read
@@ -164,3 +165,18 @@ def test_the_store_of_the_version_that_first_wrote_pages_is_read(tmp_path: Path)
         assert store.manifest(digest).page_bytes == 1 << 20
         pull(store, digest, tmp_path / "out.raw", format_="raw", durable=False)
         assert (tmp_path / "out.raw").stat().st_size == store.manifest(digest).size_bytes
+
+
+def test_over_the_wire_heads_are_admitted_when_their_pages_can_be_read(world: World) -> None:
+    digest, other = world.push("one", disk(1, 2)), world.push("two", disk(3, 4))
+    manifest, layout = world.store.manifest(digest), world.store.layout(digest)
+    for key, data in ((LAYOUTS.key(digest), layout.encode()), (MANIFESTS.key(digest), manifest.encode())):
+        admit(world.store, "PUT", key, data, creates=False, swaps=False)
+    wrong = replace(world.store.layout(other), manifest=digest)
+    world.store.backend.put(LAYOUTS.key(digest), wrong.encode())
+    with pytest.raises(Invalid):
+        admit(world.store, "PUT", MANIFESTS.key(digest), manifest.encode(), creates=False, swaps=False)
+    for pack in layout.packs:
+        del world.memory.objects[f"packs/{pack.hex()[:2]}/{pack.hex()}"]
+    with pytest.raises(Invalid):
+        admit(world.store, "PUT", LAYOUTS.key(digest), layout.encode(), creates=False, swaps=False)
