@@ -2,15 +2,19 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from compute.agent.guest import capture
 from compute.wire.spec import Capture, DiskSpec, InstanceSpec, Power
 from imagestore import Digest, Store, open_store, pull, verify_image
 from scripts.private_libvirtd import PrivateHost
+from tests import drills
 from tests.system.machine import Machine, within
 from tests.system.test_agent import remove, says
 from tests.system.test_lazy_boot import LazyBench
@@ -114,6 +118,38 @@ def test_all_disks_of_a_running_guest_are_stored_as_they_were_at_one_moment(
             assert numbers(store, again, bench.directory) == [first, second]
             await remove(bench, spec)
         store.backend.close()
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+@pytest.mark.drill
+@pytest.mark.skipif(not drills.everything(), reason="one boot more, in scripts/test --all")
+def test_a_scratch_that_is_full_ends_the_snapshot_and_not_the_guest(
+    bench: LazyBench, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = capture.push_changed
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(3)  # so long that the guest overwrites something
+        return stored(*arguments)
+
+    async def story() -> None:
+        spec = counting(bench, bench.push(tiny_image))
+        async with bench.agent() as agent:
+            bench.desk.want(spec)
+            await says(agent, spec, b"SF-GUEST-COUNTS")
+            with monkeypatch.context() as patch:
+                patch.setattr(capture, "push_changed", slowly)
+                patch.setattr(capture, "_SCRATCH_SHARE", 1 << 60)
+                full = await snapshot(bench, spec, "full")
+            assert "no room" in full.error and not full.digests
+            store = open_store(bench.url)
+            before = numbers(store, await snapshot(bench, spec, "one"), bench.directory)
+            assert before < numbers(store, await snapshot(bench, spec, "two"), bench.directory)
+            store.backend.close()
+            assert "sf-cbw" not in nodes(bench, spec)
+            await remove(bench, spec)
         await bench.service_is_gone()
 
     asyncio.run(story())
