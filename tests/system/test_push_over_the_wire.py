@@ -23,15 +23,19 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.keys import PROVENANCE
 from imagestore.formats.layout import Layout
 from imagestore.formats.sealed import seal
+from imagestore.gc import collect
 from imagestore.mirror import bring, sources
 from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store.leases import LEASE_S
 from imagestore.store.names import NameRecord, name_key
 from imagestore.store.open import open_store
+from imagestore.store.store import Store
 from imagestore.verify import verify_store
 from tests import web
 from tests.api_server import Running, running
+from tests.drills import rounds, seed
+from tests.faults.faulty import WAYS, Faulty, Killed
 from tests.system.test_api_agents import listening
 from tests.system.test_handed_stores import handed, register
 from tests.system.test_login import Laptop, _config, _fingerprint, laptop  # noqa: F401
@@ -386,3 +390,29 @@ def test_a_node_pushes_into_the_stores_of_its_guests_namespaces_and_renames_noth
             open_store(rivals)
         store.backend.close()
     laptops.backend.close()
+
+
+@pytest.mark.drill
+def test_a_push_that_ends_at_any_request_leaves_a_store_that_verifies_and_the_rerun_succeeds(
+    server: Running, tmp_path: Path
+) -> None:
+    """Request after request lost, its answer lost, or the laptop gone: what has a name can be read."""
+    raw = make_raw(tmp_path / "a.raw", size_bytes=2 << 20)
+    total, number = 1, 0
+    cases = [(at, way) for at in range(40) for way in WAYS if way != "torn"]
+    for at, way in random.Random(seed()).sample(cases, max(6, rounds(60))):
+        name, number = f"n{number}", number + 1
+        store = open_store(url(server))
+        faulty = Faulty(store.backend, at, way)
+        with suppress(StoreError, Killed):
+            push(Store(faulty, store.info), raw, name, "1", format_="raw", cache=tmp_path / name)
+        total = max(total, faulty.requests)
+        own = server.services.namespaces.of("shop")
+        assert verify_store(own, full=True).problems == [], (at, way)
+        push(store, raw, name, "1", format_="raw", cache=tmp_path / name)
+        assert verify_store(own, full=True).problems == [], (at, way)
+        assert own.names.get(name, "1")
+        store.names.remove(name, "1")
+        collect(own, grace_s=-5.0)
+        store.backend.close()
+    assert total > 10
