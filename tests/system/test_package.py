@@ -165,7 +165,8 @@ def test_installed_used_upgraded_switched_off_and_on_removed_and_purged(machine:
     count = len(polls(machine))
     within(180, lambda: len(polls(machine)) > count + 3, "web goes on")
     assert "failed" not in polls(machine)[3:], polls(machine)
-    assert ups(machine) == sorted(ups(machine)), "db was not started anew"
+    seen = ups(machine)
+    assert seen == sorted(seen), "db was started anew"
     assert machine.run("pgrep -x qemu-system-x86").stdout == qemus
     assert machine.run("systemctl show -P ActiveEnterTimestamp sf-guests").stdout == guests
     print(f"{SUITE}: {len(polls(machine))} polls, {polls(machine).count('failed')} failed")
