@@ -161,5 +161,7 @@ def _fifty(bench: Bench, server: Machine) -> None:
         rss, after = figures()
         seconds = time.perf_counter() - began
         many.stdin.write("\n")
+        many.stdin.flush()
+        many.stdout.read()
     bench.number("server_rss_with_50_streams", rss, "MiB", at_most=300)
     bench.number("server_cores_with_50_streams", (after - before) / seconds, "cores", at_most=1)
