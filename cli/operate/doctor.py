@@ -137,6 +137,9 @@ def _server() -> Iterator[Line]:
         if node.get("awaited"):
             what = f"nothing begins before node {name} has said what runs there: {node['awaited']}"
             yield WRONG, what, mend
+        elif state == "missing" and node["is_database_node"]:
+            what = f"node {name}, the server's own, has said nothing since the server started"
+            yield WARNING, what, "ask again in a moment; then: journalctl -u sf-serve"
         elif state == "missing":
             yield WRONG, f"node {name} says nothing", mend
         elif state == "drained":

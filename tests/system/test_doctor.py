@@ -108,6 +108,13 @@ def test_nodes_guests_and_networks_are_looked_at(server: Running) -> None:
     assert any("the bridge is missing" in line for line in lines("wrong"))
 
 
+def test_a_server_whose_own_node_has_not_registered_yet_is_not_called_wrong(server: Running) -> None:
+    """So it is for a moment after each start, and after installation."""
+    server.services.controller.nodes._ways.pop(server.agent.node)
+    assert not any("node" in line and "nothing" in line for line in lines("wrong"))
+    assert any("has said nothing since the server started" in line for line in lines("warning"))
+
+
 def test_after_a_restore_the_nodes_that_have_not_spoken_yet_are_named(server: Running) -> None:
     """A4: while nothing begins, it is said why, and what ends it."""
     node = server.agent.node
