@@ -8,8 +8,11 @@ import asyncio
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
+from typing import IO
 from urllib.parse import quote, unquote
 
 from fastapi import Request
@@ -25,6 +28,8 @@ from imagestore import ObjectStat, Store, decimal
 from imagestore.mirror import Ranged, admit, shown
 
 _MOST_BYTES, _PIECE_BYTES, _AT_ONCE, _LOOK_S = 320 << 20, 1 << 20, 8, 60.0
+_IN_MEMORY = 2
+"""Bodies that are checked at once, of all stores: each is in memory as a whole meanwhile."""
 _STORED: dict[str, tuple[int, float]] = {}  # URL of a store → bytes there or on their way, and when counted
 
 
@@ -34,6 +39,7 @@ class OwnStores:
     def __init__(self, services: Services, *, renames: bool = True) -> None:
         self._services, self._renames = services, renames
         self._coming = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(_AT_ONCE))
+        self._held = asyncio.Semaphore(_IN_MEMORY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         rest = scope["path"].removeprefix("/stores/")
@@ -75,8 +81,8 @@ class OwnStores:
             await Ranged(*about, read, lambda done: _PIECE_BYTES)(scope, receive, send)
             return
         if verb == "PUT":
-            async with self._coming[store.url]:
-                data = await self._body(request)
+            async with self._coming[store.url], self._body(request) as file, self._held:
+                data = await asyncio.to_thread(file.read)
                 await self._reserve(store, namespace, len(data))
                 await check(data=data)
                 found = [await ask_stores(backend.put, key, data, if_match=match, if_none_match=new)]
@@ -102,7 +108,9 @@ class OwnStores:
         Quota.of(Transaction(self._services.store), namespace).check("stored_gb", (counted + size) / 2**30)
         _STORED[store.url] = counted + size, at
 
-    async def _body(self, request: Request) -> bytes:
+    @asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[IO[bytes]]:
+        """A file with all of it, at its beginning."""
         size, held = decimal(request.headers.get("content-length", "")), bytearray()
         if size is None or size > _MOST_BYTES:
             raise Invalid(f"a body has a length, of at most {_MOST_BYTES} bytes")
@@ -116,4 +124,4 @@ class OwnStores:
                     raise Invalid("the body is longer than was said")
             file.write(held)
             file.seek(0)
-            return await asyncio.to_thread(file.read)
+            yield file
