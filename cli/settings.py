@@ -106,6 +106,9 @@ def check_key(url: str, namespace: str, key: str) -> None:
 def own_store(settings: Settings, namespace: str) -> tuple[str, str]:
     """The URL of a namespace's own image store over the API (`my`: the current one's), and who vouches for it."""
     url, me, key = access(settings)
+    if not key and namespace != "my":
+        hint = "sf remote ls; a namespace's images are seen with a key: sf login URL"
+        raise Problem(f"no store or remote is called {namespace!r}", hint=hint, code=MISSING)
     check_key(url, me, key)
     scheme, _, rest = url.partition("://")
     me, key, of = (quote(part, safe="") for part in (me, key, me if namespace == "my" else namespace))

@@ -36,6 +36,8 @@ def keep(file: str, text: str, architecture: str, alone: bool, **given: Any) -> 
             work = settings().cache_dir / "downloads"
             came = bring(store, source, machine, work, trusted=True, progress=tell)
         return {**asdict(came), "name": title, "architecture": machine, "digest": str(came.digest)}
+    if not Path(file).exists():  # before a store is made for it
+        raise Problem(f"cannot read {file}: no such file", hint="FILE or URL", code=USAGE)
     if checksum:
         from imagestore.mirror import hash_file, sources
 

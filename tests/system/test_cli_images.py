@@ -54,7 +54,9 @@ class User:
     def fails(self, *words: str | Path, code: int, prefix: Sequence[str] = ()) -> str:
         """The one line that an error is."""
         done = self.types(*words, code=code, prefix=prefix)
-        lines = [line for line in done.stderr.splitlines() if not line.startswith(("push ", "pull "))]
+        lines = [
+            line for line in done.stderr.splitlines() if not line.startswith(("push ", "pull ", "from "))
+        ]
         assert len(lines) == 1, done.stderr
         assert lines[0].startswith("sf: ")
         assert done.stdout == ""
@@ -172,13 +174,18 @@ def test_an_unreachable_remote_does_not_let_the_next_one_answer(user: User, disk
 
 @pytest.mark.parametrize(
     "name",
-    ["Debian", "a b", "a:", ":12", "a:b:c", "../etc", "a@b3:xyz", "-a", "remote/a:1", "a" * 200, "a\x1b[2J"],
+    ["Debian", "a b", "a:", ":12", "a:b:c", "../etc", "a@b3:xyz", "-a", "local/a:1", "a" * 200, "a\x1b[2J"],
 )
 def test_a_name_that_breaks_the_grammar_is_refused_before_anything_is_made(
     user: User, disk: Path, name: str
 ) -> None:
     line = user.fails("image", "push", disk, "--", name, code=2)
     assert line.isprintable()
+    assert not user.store.exists()
+
+
+def test_a_place_that_nobody_knows_is_not_found_and_nothing_is_made(user: User, disk: Path) -> None:
+    assert "remote" in user.fails("image", "push", disk, "remote/a:1", code=3)
     assert not user.store.exists()
 
 
@@ -462,7 +469,7 @@ def test_completion_scripts_are_the_shells_own(user: User) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     complete = {"_SF_COMPLETE": "bash_complete", "COMP_WORDS": "sf image pu", "COMP_CWORD": "2"}
     done = subprocess.run([SF], env=user.environment | complete, capture_output=True, text=True)
-    assert done.stdout.split() == ["plain,push", "plain,pull"]
+    assert done.stdout.split() == ["plain,push", "plain,pull", "plain,publish"]
 
 
 def test_a_boots_trace_of_this_node_is_kept_beside_the_image(user: User, disk: Path) -> None:
