@@ -1,1 +1,1 @@
-"""What disks are made of, as the server knows it: names of stores as artifacts, later blobs and backups."""
+"""What disks are made of, as the server knows it: artifacts, what brings them, namespaces' own stores, snapshots."""

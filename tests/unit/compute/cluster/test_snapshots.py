@@ -1,5 +1,6 @@
 """The server's side of snapshots: what is asked, what a node may say of it, what gets names."""
 
+import asyncio
 import itertools
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from compute.cluster.records.snapshots import Backup, Snapshot, due, kept, settl
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
-from compute.errors import Conflict
+from compute.errors import Conflict, NoCapacity, NotFound
 from compute.wire.spec import Capture, DiskSpec, InstanceState, InstanceStatus
 from imagestore import Digest, Store, open_store, push, verify_store
 from tests.unit.imagestore.images import make_raw
@@ -230,3 +231,23 @@ def test_another_store_gets_complete_copies_and_follows_the_rule(
     assert [r.tag for r in other.names.list()] == [taken(store, WEB).tag] and other.info.private
     assert not verify_store(other, full=True).problems
     other.backend.close()
+
+
+def test_an_error_in_one_look_ends_no_server(worker: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or a rule that is taken away between the look and the act: said, and looked at again."""
+    looks = 0
+
+    class Enough(Exception):
+        pass
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks > 2:
+            raise Enough
+        raise (NoCapacity("the disk is full"), NotFound("backup x not found"))[looks - 1]
+
+    monkeypatch.setattr(worker, "_look", look)
+    monkeypatch.setattr("compute.cluster.images.snapshots._LOOK_S", 0.01)
+    with pytest.raises(Enough):
+        asyncio.run(worker.keep())
