@@ -7,7 +7,7 @@
     POST /agent/v1/inventory  {seen}                         → null: what the node remembers, and has unasked
     POST /agent/v1/renew                                     → {fence_s}: without another renewal the node fences itself
     GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
-    GET  /agent/v1/stores/NAME/KEY                           → an object of a store; `my%2FNAMESPACE`: see api/stores
+    GET  /agent/v1/stores/NAME/KEY                           → an object of a store; `my%2FNAMESPACE`: see images/stores
     WebSocket /agent/v1/streams/TICKET                       a stream that the operation `stream` asked for
     POST /agent/v1/operations/ID {result} or {error, hint}   → null; `result` of `console` is base64
 
@@ -30,7 +30,7 @@ from starlette.types import Receive, Scope, Send
 from compute.api import problems
 from compute.api.context import Body, Services
 from compute.api.edge import SLASH, Edge, Metrics, Route
-from compute.api.stores import OwnStores
+from compute.api.images.stores import OwnStores
 from compute.api.streams import of_socket
 from compute.cluster import desired, joining
 from compute.cluster.auth import basic

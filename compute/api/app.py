@@ -9,10 +9,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from compute.api import artifacts, instances, namespaces, networks, nodes, problems, streams
+from compute.api import instances, namespaces, networks, nodes, problems, streams
 from compute.api.context import Ctx, Services
 from compute.api.edge import Edge, Metrics
-from compute.api.stores import OwnStores
+from compute.api.images import artifacts, snapshots
+from compute.api.images.stores import OwnStores
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
@@ -89,7 +90,7 @@ def build(services: Services) -> FastAPI:
     metrics.registry.register(_Objects(services.store))
     app.add_middleware(Edge, metrics=metrics)
     problems.install(app)
-    for module in (namespaces, instances, networks, nodes, artifacts, streams):
+    for module in (namespaces, instances, networks, nodes, artifacts, snapshots, streams):
         app.include_router(module.router)
     app.mount("/stores", OwnStores(services))
 

@@ -88,7 +88,7 @@ def _stat(key: str, response: Response, size_bytes: int) -> ObjectStat:
 
 
 class Wire(Http):
-    """A store behind a server's API (compute/api/stores), with a key: `sf+https://NAME:PASSWORD@host/path`.
+    """A store behind a server's API (compute/api/images/stores), with a key: `sf+https://NAME:PASSWORD@host/path`.
 
         GET, HEAD  URL/KEY    as of any web server; an ETag is the store's own, percent-encoded
         PUT, DELETE URL/KEY, with If-Match: "…" or If-None-Match: *; GET URL/?prefix=P

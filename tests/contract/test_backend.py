@@ -14,7 +14,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from compute.api import problems, stores
+from compute.api import problems
+from compute.api.images import stores
 from compute.config import Config
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compute.api import stores
+from compute.api.images import stores
 from compute.cluster.quotas import DEFAULTS, used
 from compute.cluster.records.addresses import FLOATING, Ipam
 from compute.cluster.records.interfaces import Interface

@@ -1,6 +1,5 @@
 """/artifacts: the names of the image stores, and what namespaces keep, as artifacts of type image."""
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -15,13 +14,10 @@ from compute.api.context import Body, Context, Ctx, DeleteAllBody, NamespaceBody
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images import artifacts as acts
 from compute.cluster.images.artifacts import Artifact
-from compute.cluster.images.snapshots import remove
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
-from compute.cluster.records.snapshots import Backup, Snapshot, snapshots_of, take
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Invalid, NotFound
-from compute.wire.codec import to_plain
 from imagestore import NotFound as NoName
 
 router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
@@ -29,18 +25,6 @@ router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
 
 class ListBody(NamespaceBody):
     node: str | None = None
-
-
-class ImageBody(Body):
-    image: str
-
-
-class RuleBody(Body):
-    every: float = Field(ge=300, le=366 * 86400)
-    daily: int = Field(default=0, ge=0, le=3660)
-    weekly: int = Field(default=0, ge=0, le=520)
-    monthly: int = Field(default=0, ge=0, le=120)
-    store: str = Field(default="", max_length=1000)
 
 
 class UrlBody(NamespaceBody):
@@ -167,76 +151,3 @@ def get_versions(ctx: Ctx, ref: str) -> Response:
 
 add_metadata(router, "/artifacts/{ref}", _record)
 add_events(router, "/artifacts/{ref}", _record)
-
-
-@router.post("/instances/{ref}/restore")
-def restore(ctx: Ctx, ref: str, body: ImageBody) -> Response:
-    """Give an instance the disks of a snapshot of it, or its first disk an image; what it has is kept first."""
-    instance = ctx.find(Instance, ref)
-    found = ctx.images(instance.namespace).resolve(body.image, ctx.services.config.architecture)
-    whole, first = dict[str, tuple[str, str]](), instance.disks[0].device
-    for one in snapshots_of(ctx.read(), instance.uuid):
-        if str(found.digest) in one.order.digests.values() and not whole:
-            whole = {d: (digest, one.namespace) for d, digest in one.order.digests.items()}
-    whole = whole or {first: (str(found.digest), found.namespace)}
-
-    def change(txn: Transaction, uuid: str) -> Snapshot:
-        disks = [
-            (disk, *whole.get(disk.device, (disk.image, disk.store)))
-            for disk in txn.get(Instance, uuid).disks
-        ]
-        if disks[0][0].size_bytes < found.size_bytes:
-            raise Invalid(
-                f"{body.image} has {found.size_bytes} bytes, the disk less", hint="sf instance set --disk"
-            )
-        then = tuple(
-            replace(d, image=i, store=s, image_name=body.image if d.image != i else d.image_name)
-            for d, i, s in disks
-        )
-        return take(txn, uuid, then)
-
-    return JSONResponse(views.snapshot(ctx.change(instance, change)))
-
-
-@router.get("/backups")
-def list_rules(ctx: Ctx) -> Response:
-    """Which instances are backed up by themselves, and how that goes."""
-    names = {instance.uuid: instance.name for instance in ctx.read().list(Instance)}
-    return JSONResponse([to_plain(r) | {"name": names.get(r.uuid, "")} for r in ctx.listed(Backup, None)])
-
-
-@router.put("/instances/{ref}/backup")
-def set_rule(ctx: Ctx, ref: str, body: RuleBody) -> Response:
-    """The first is due at once. Another store is opened with the server's keys, so the administrator names it."""
-    instance = ctx.find(Instance, ref)
-    if body.store:
-        ctx.admin()
-    new = Backup(uuid=instance.uuid, namespace=instance.namespace, every_s=0, due_s=0)
-    keep = body.model_dump(include={"daily", "weekly", "monthly"})
-    rule = ctx.read().find(Backup, instance.uuid) or new
-    rule = replace(rule, every_s=body.every, due_s=time.time(), keep=keep, store=body.store)
-    ctx.act(lambda txn: txn.update(rule))
-    return JSONResponse(to_plain(rule) | {"name": instance.name})
-
-
-@router.delete("/instances/{ref}/backup")
-def unset_rule(ctx: Ctx, ref: str) -> Response:
-    ctx.change(ctx.find(Instance, ref), lambda txn, uuid: txn.delete(Backup, uuid))
-    return JSONResponse(None)
-
-
-@router.post("/instances/{ref}/backup")
-def run_backup(ctx: Ctx, ref: str) -> Response:
-    made = ctx.change(ctx.find(Instance, ref), lambda txn, uuid: take(txn, uuid, backup=True))
-    return JSONResponse(views.snapshot(made))
-
-
-@router.delete("/instances/{ref}/snapshot/{tag}")
-def delete_snapshot(ctx: Ctx, ref: str, tag: str) -> Response:
-    read, instance = ctx.read(), ctx.find(Instance, ref)
-    one = next((one for one in snapshots_of(read, instance.uuid) if one.tag == tag), None)
-    if one is None:
-        raise NotFound(f"no snapshot {tag[:80]}", hint=f"see: sf instance snapshots {instance.name}")
-    rule = read.find(Backup, instance.uuid)
-    remove(ctx.store, ctx.services.namespaces, one, rule.store if rule and one.backup else "")
-    return JSONResponse(None)

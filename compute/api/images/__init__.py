@@ -1,0 +1,1 @@
+"""What the API has of images: artifacts, snapshots and backups of instances, namespaces' own stores."""

@@ -1,0 +1,104 @@
+"""Snapshots of instances: given back, deleted, and taken by a rule as backups. One is asked for in `instances`."""
+
+import time
+from dataclasses import replace
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from compute.api import views
+from compute.api.context import Body, Ctx, StoreRoute
+from compute.cluster.images.snapshots import remove
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.snapshots import Backup, Snapshot, snapshots_of, take
+from compute.cluster.records.transaction import Transaction
+from compute.errors import Invalid, NotFound
+from compute.wire.codec import to_plain
+
+router = APIRouter(tags=["snapshots"], route_class=StoreRoute)
+
+
+class ImageBody(Body):
+    image: str
+
+
+class RuleBody(Body):
+    every: float = Field(ge=300, le=366 * 86400)
+    daily: int = Field(default=0, ge=0, le=3660)
+    weekly: int = Field(default=0, ge=0, le=520)
+    monthly: int = Field(default=0, ge=0, le=120)
+    store: str = Field(default="", max_length=1000)
+
+
+@router.post("/instances/{ref}/restore")
+def restore(ctx: Ctx, ref: str, body: ImageBody) -> Response:
+    """Give an instance the disks of a snapshot of it, or its first disk an image; what it has is kept first."""
+    instance = ctx.find(Instance, ref)
+    found = ctx.images(instance.namespace).resolve(body.image, ctx.services.config.architecture)
+    whole, first = dict[str, tuple[str, str]](), instance.disks[0].device
+    for one in snapshots_of(ctx.read(), instance.uuid):
+        if str(found.digest) in one.order.digests.values() and not whole:
+            whole = {d: (digest, one.namespace) for d, digest in one.order.digests.items()}
+    whole = whole or {first: (str(found.digest), found.namespace)}
+
+    def change(txn: Transaction, uuid: str) -> Snapshot:
+        disks = [
+            (disk, *whole.get(disk.device, (disk.image, disk.store)))
+            for disk in txn.get(Instance, uuid).disks
+        ]
+        if disks[0][0].size_bytes < found.size_bytes:
+            raise Invalid(
+                f"{body.image} has {found.size_bytes} bytes, the disk less", hint="sf instance set --disk"
+            )
+        then = tuple(
+            replace(d, image=i, store=s, image_name=body.image if d.image != i else d.image_name)
+            for d, i, s in disks
+        )
+        return take(txn, uuid, then)
+
+    return JSONResponse(views.snapshot(ctx.change(instance, change)))
+
+
+@router.get("/backups")
+def list_rules(ctx: Ctx) -> Response:
+    """Which instances are backed up by themselves, and how that goes."""
+    names = {instance.uuid: instance.name for instance in ctx.read().list(Instance)}
+    return JSONResponse([to_plain(r) | {"name": names.get(r.uuid, "")} for r in ctx.listed(Backup, None)])
+
+
+@router.put("/instances/{ref}/backup")
+def set_rule(ctx: Ctx, ref: str, body: RuleBody) -> Response:
+    """The first is due at once. Another store is opened with the server's keys, so the administrator names it."""
+    instance = ctx.find(Instance, ref)
+    if body.store:
+        ctx.admin()
+    new = Backup(uuid=instance.uuid, namespace=instance.namespace, every_s=0, due_s=0)
+    keep = body.model_dump(include={"daily", "weekly", "monthly"})
+    rule = ctx.read().find(Backup, instance.uuid) or new
+    rule = replace(rule, every_s=body.every, due_s=time.time(), keep=keep, store=body.store)
+    ctx.act(lambda txn: txn.update(rule))
+    return JSONResponse(to_plain(rule) | {"name": instance.name})
+
+
+@router.delete("/instances/{ref}/backup")
+def unset_rule(ctx: Ctx, ref: str) -> Response:
+    ctx.change(ctx.find(Instance, ref), lambda txn, uuid: txn.delete(Backup, uuid))
+    return JSONResponse(None)
+
+
+@router.post("/instances/{ref}/backup")
+def run_backup(ctx: Ctx, ref: str) -> Response:
+    made = ctx.change(ctx.find(Instance, ref), lambda txn, uuid: take(txn, uuid, backup=True))
+    return JSONResponse(views.snapshot(made))
+
+
+@router.delete("/instances/{ref}/snapshot/{tag}")
+def delete_snapshot(ctx: Ctx, ref: str, tag: str) -> Response:
+    read, instance = ctx.read(), ctx.find(Instance, ref)
+    one = next((one for one in snapshots_of(read, instance.uuid) if one.tag == tag), None)
+    if one is None:
+        raise NotFound(f"no snapshot {tag[:80]}", hint=f"see: sf instance snapshots {instance.name}")
+    rule = read.find(Backup, instance.uuid)
+    remove(ctx.store, ctx.services.namespaces, one, rule.store if rule and one.backup else "")
+    return JSONResponse(None)
