@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 def _everything(node: Node, state: Path) -> str:
     kernel = (
         "ip -o link | sed 's/^[0-9]*: //'; ip -o -4 addr | sed 's/^[0-9]*: //'; ip route; ip rule;"
-        " ip neigh show proxy; ip neigh show nud permanent; bridge fdb; nft list ruleset; ls /run/netns; ss -Hlun"
+        " ip neigh show proxy; ip neigh show nud permanent; bridge fdb | grep permanent; nft list ruleset;"
+        " ls /run/netns; ss -Hlun"
     )
     files = sorted(str(path) for path in state.rglob("*") if path.name not in ("desired", "done"))
     return node.space.sh(kernel) + "\n".join(map(str, [*node.space.processes(), *files]))
