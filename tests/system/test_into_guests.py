@@ -193,7 +193,9 @@ def test_ssh_scp_and_ports_go_through_the_api(site: Site) -> None:
         assert process.stderr and b"8022" in process.stderr.readline()
         talk = "import socket; s = socket.create_connection(('127.0.0.1', 8022)); print(s.recv(8))"
         for _ in range(3):  # a router that moves costs a connection, and the next one may take it
-            within(60, lambda: b"SSH-2.0" in site.laptop.run("python3", "-c", talk).stdout, "through the port")
+            within(
+                60, lambda: b"SSH-2.0" in site.laptop.run("python3", "-c", talk).stdout, "through the port"
+            )
     finally:
         site.laptop.host.run(["pkill", "-f", "instance forward web"], check=False)
         process.wait(30)
