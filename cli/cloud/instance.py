@@ -1,6 +1,7 @@
 """`sf instance`: guests."""
 
 import base64
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -235,9 +236,24 @@ def _power(word: str, path: str, text: str) -> None:
 
 
 _power("start", "poweron", "Switch guests on.")
-_power("stop", "poweroff", "Switch guests off at once, as by holding down the power button.")
 _power("pause", "pause", "Stop guests' processors.")
 _power("unpause", "unpause", "Let paused guests go on.")
+
+
+@instance.add(examples="sf instance stop web db --wait\nsf instance stop web --force")
+@click.option(
+    "--timeout", type=DURATION, default="60s", show_default=True, help="Then the power is taken anyway."
+)
+@click.option("--force", is_flag=True, help="Take the power at once, as by holding down the power button.")
+@click.option("--wait", is_flag=True, help="Until they are off.")
+def stop(names: tuple[str, ...], timeout: float, force: bool, wait: bool) -> None:
+    """Ask guests to end, by their power button and their agent; their power is taken after a while."""
+    api, grace_s = Api(), 0 if force else math.ceil(timeout)
+    for name in names:
+        api("POST", "instances", name, "poweroff", timeout_s=grace_s or None)
+    for name in names if wait else ():
+        if not any(api("GET", "instances", name)["power_state"] == "off" for _ in poll(grace_s + 60, 0.3)):
+            raise Problem(f"{name} is not off", hint=f"sf instance events {name}", code=TIMEOUT)
 
 
 @instance.add(examples="sf instance reboot web\nsf instance reboot web --hard")

@@ -33,7 +33,7 @@ from net import ipam, own_macs
 router = APIRouter(tags=["instances"], route_class=Route)
 
 USER_DATA_BYTES = 2**16
-_VERBS = ("rebootsoft", "reboothard", "poweroff", "poweron", "pause", "unpause")
+_VERBS = ("rebootsoft", "reboothard", "poweron", "pause", "unpause")
 
 
 class DiskBody(Body):
@@ -103,6 +103,11 @@ class SetBody(Body):
     autostart: Literal["yes", "no", "last"] | None = None
     order: int | None = Field(default=None, ge=0, le=9)
     delay_s: int | None = Field(default=None, ge=0, le=600)
+
+
+class PowerOffBody(Body):
+    timeout_s: int = Field(default=0, ge=0, le=86400)
+    """How long the guest is asked to end before its power is taken; 0: at once."""
 
 
 class PlugBody(Body):
@@ -252,6 +257,14 @@ def _add_verb(verb: str) -> None:
 
 for _verb in _VERBS:
     _add_verb(_verb)
+
+
+@router.post("/instances/{ref}/poweroff")
+def poweroff(ctx: Ctx, ref: str, body: PowerOffBody | None = None) -> Response:
+    """Takes its power: at once, or once the guest was asked to end for `timeout_s`. Poll `power_state`."""
+    grace_s = body.timeout_s if body else 0
+    changed = ctx.change(_find(ctx, ref), lambda txn, uuid: acts.power(txn, uuid, "poweroff", grace_s))
+    return JSONResponse(_view(ctx, changed))
 
 
 @router.get("/instances/{ref}/interfaces")

@@ -252,6 +252,7 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         video="" if instance.video["model"] == "none" else instance.video["model"],
         video_kib=instance.video["memory"],
         power=instance.power,
+        grace_s=instance.grace_s,
         reboot_soft=instance.reboot_soft,
         reboot_hard=instance.reboot_hard,
         delete=instance.state in LEAVING,

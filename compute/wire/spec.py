@@ -116,6 +116,8 @@ class InstanceSpec:
     video_kib: int = 0
     """Its memory; 0 is what qemu gives it."""
     power: Power = Power.ON
+    grace_s: int = 0
+    """How long it is asked to end before its power is taken, if it is to be off."""
     reboot_soft: int = 0
     """Counters: the agent reboots when they grew since it last looked."""
     reboot_hard: int = 0

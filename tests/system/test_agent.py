@@ -535,6 +535,41 @@ def test_power_verbs_pause_off_on_and_hard_reboot(bench: Bench) -> None:
     asyncio.run(story())
 
 
+def test_a_guest_that_is_asked_to_end_and_does_not_hear_loses_its_power_in_time_whoever_asked(
+    bench: Bench,
+) -> None:
+    """The boot sector has no power button."""
+
+    def said(text: str) -> int:
+        return len([event for event in bench.desk.events if text in event.message])
+
+    async def story() -> None:
+        spec = bench.spec()
+        ending = replace(spec, power=Power.OFF, grace_s=3600)
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            bench.desk.want(ending)
+            await bench.desk.seen(lambda s: s.power_state == "transition-to-off", spec.uuid)
+            bench.desk.want(spec)  # somebody thought better of it
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            bench.desk.want(ending)
+            await bench.desk.seen(lambda s: s.power_state == "transition-to-off", spec.uuid)
+        async with bench.agent():
+            await bench.desk.seen(lambda s: s.power_state == "transition-to-off", spec.uuid)
+            assert said("asked the guest to end") == 2 and bench.qemu(spec)
+            bench.desk.want(replace(ending, grace_s=1))
+            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            assert (said("asked the guest to end"), said("did not end within 1 s")) == (2, 1)
+            bench.desk.want(spec)
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            bench.desk.want(replace(spec, power=Power.OFF))
+            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            assert (said("asked the guest to end"), said("powered off")) == (2, 2)
+            await remove(bench, spec)
+
+    asyncio.run(story())
+
+
 def test_a_killed_qemu_is_reported_as_crashed_and_starts_again_when_asked(bench: Bench) -> None:
     async def story() -> None:
         spec = bench.spec()

@@ -65,6 +65,11 @@ def test_power_verbs_reach_the_node(server: Running) -> None:
             break
     assert server.get("/instances/web")["power_state"] == "off"
     assert server.call("POST", "/instances/web/reboothard").status == 409
+    for given in (-1, 86401, 1.5, "soon"):
+        assert server.call("POST", "/instances/web/poweroff", {"timeout_s": given}).status == 400
+    asked = server.call("POST", "/instances/web/poweroff", {"timeout_s": 60})
+    said = [event["message"] for event in server.get(f"/instances/{uuid}/events")]
+    assert asked.status == 200 and "poweroff asked for, 60 s after the guest was asked to end" in said
     server.call("POST", "/instances/web/poweron")
     assert server.call("POST", "/instances/web/reboothard").status == 200
     assert server.services.controller is not None

@@ -117,7 +117,7 @@ def test_a_disk_grows_under_its_guest_and_the_rest_counts_from_the_next_start(si
     assert f"'{2 << 30}'" in repr(site.host.virsh("domblkinfo", uuid, "vda").stdout.split())
     assert site.running()[uuid] == process
     assert "49152 KiB" not in site.host.virsh("dominfo", uuid).stdout
-    site.sf("instance", "stop", "w1")
+    site.sf("instance", "stop", "w1", "--force")
     within(30, lambda: site.instance("w1")["power_state"] == "off", "off")
     assert "is off" in site.sf("instance", "set", "w1", "--disk", "vda=3G").stderr
     site.sf("instance", "rename", "w1", "w9")

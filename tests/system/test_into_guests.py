@@ -243,3 +243,19 @@ def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest
         within(60, lambda: subprocess.run(site.laptop.argv(*answers)).returncode == 0, f"after the {victim}")  # noqa: B023
         if victim in ("client", "server"):
             within(30, lambda: left() == before, f"the command of the {victim} is gone")  # noqa: B023
+
+
+def test_a_guest_that_hears_its_power_button_ends_by_itself_and_starts_again_if_it_is_wanted_on(
+    site: Site,
+) -> None:
+    sf, server = site.laptop.sf, site.cluster.server
+    said = lambda: [e["message"] for e in server.listed("instance", "events", "web")]  # noqa: E731
+    sf("instance", "stop", "web", "--timeout", "10m", "--wait")
+    assert "the guest powered itself off" in said() and server.instance("web")["error_message"] is None
+    sf("instance", "start", "web")
+    within(150, lambda: server.instance("web")["agent_state"] == "ready", "it is up again")
+    server.sf("instance", "stop", "web", "--timeout", "10m")
+    within(60, lambda: any("asked the guest to end" in m for m in said()[:3]), "it is asked")
+    server.sf("instance", "start", "web")
+    within(60, lambda: any("is wanted on by now" in m for m in said()), "it ends, and is started")
+    within(60, lambda: server.instance("web")["power_state"] == "on", "it is on")

@@ -62,7 +62,7 @@ def test_guests_end_and_start_in_their_order_and_autostart_decides_which(
     machine.sf("image", "push", str(tmp_path / "sector.raw"), "sector:1")
     for name in ("web", "db", "never", "always", "off"):
         machine.sf("instance", "create", name, "--image", "sector:1", "--memory", "32", "--wait", "created")
-    machine.sf("instance", "stop", "always", "off")
+    machine.sf("instance", "stop", "always", "off", "--force")
     machine.sf("instance", "set", "db", "--order", "1", "--delay", "2s")
     machine.sf("instance", "set", "web", "--order", "2")
     machine.sf("instance", "set", "never", "--autostart", "no")

@@ -180,7 +180,7 @@ def test_a_snapshot_by_the_commands_is_an_image_that_another_guest_boots_from(
         )
         history = machine.sf("instance", "events", "web").stdout
         assert "snapshot is web:" in history
-        machine.sf("instance", "stop", "web")
+        machine.sf("instance", "stop", "web", "--force")
         still = machine.listed("instance", "snapshot", "web")
         assert still["state"] == "created" and still["images"].keys() == {"vda", "vdb"}
         machine.sf("instance", "start", "web")

@@ -19,7 +19,7 @@ from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.errors import ComputeError, Unavailable
 from imagestore import read_json, whole
 
-_POOL = ThreadPoolExecutor(16, "guest-agents")
+POOL = ThreadPoolExecutor(16, "guest-agents")
 """Apart from the agent's own threads: a silent guest holds one for _ANSWER_S."""
 _ANSWER_S, _ANSWER_BYTES = 20, 16 << 20
 _LIVE_S = 0.3  # a command that ends before hands out its output at once
@@ -124,7 +124,7 @@ class Channel:
         """One command's answer, as `read` makes a value of it."""
         loop, ask = asyncio.get_running_loop(), self._hypervisor.agent
         async with self._turn:
-            said = await loop.run_in_executor(_POOL, ask, self._uuid, command, arguments, _ANSWER_S)
+            said = await loop.run_in_executor(POOL, ask, self._uuid, command, arguments, _ANSWER_S)
         try:
             return read(read_json(said, most_bytes=_ANSWER_BYTES)["return"])
         except (ValueError, LookupError, TypeError, AttributeError) as err:

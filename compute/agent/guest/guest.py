@@ -23,6 +23,7 @@ from compute.agent.guest.capture import Captures
 from compute.agent.guest.console import ConsoleLog
 from compute.agent.guest.define import define
 from compute.agent.guest.disks import Disks, Leaving
+from compute.agent.guest.ending import Ending
 from compute.agent.guest.host import Host, Voice
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld, rebuilt
 from compute.agent.guest.taps import Taps
@@ -51,6 +52,7 @@ class Guest:
         self._voice = Voice(host, spec.uuid)
         self._taps = Taps(host, self._journal.part(TapsHeld()))
         self._disks = Disks(host, spec.uuid, self._journal.part(DisksHeld()), self._voice.event)
+        self._ending = Ending(host, spec.uuid, self._course, self._taps, self._voice, self.wake)
         self._captures = Captures(host, spec.uuid, self._journal.part, self._disks, self._voice, self.wake)
         self.console = ConsoleLog(self.directory / "console.log")
         self.gone = False
@@ -162,17 +164,22 @@ class Guest:
             await self._prepare()
         unpaused = self.record.spec.power is Power.PAUSED and spec.power is Power.ON
         if spec != self.record.spec:
-            phase = await self._captures.restore(self.record, spec)
-            await self._course.save(spec=spec, phase=phase)
+            again = spec.power is Power.OFF and self.record.spec.power is not Power.OFF
+            asked_s, phase = (
+                0 if again else self.record.asked_s,
+                await self._captures.restore(self.record, spec),
+            )
+            await self._course.save(spec=spec, phase=phase, asked_s=asked_s)
         if spec.reboot_hard > self.record.reboot_hard:
             await self._course.save(
                 phase=Phase.STARTING, reboot_hard=spec.reboot_hard, reboot_soft=spec.reboot_soft
             )
         await self._disks.end_move()
-        state = await self._observe()
+        state = await self._ending.observe(spec.power)
         await self._captures.look(spec, state.power)
         if spec.power is Power.OFF:
-            if state.power != "off" or self.record.phase is not Phase.OFF:
+            done = state.power == "off" and self.record.phase is Phase.OFF
+            if not done and await self._ending.come(spec, state):
                 await self._power_off()
         elif self.record.phase in (Phase.STARTING, Phase.OFF) and not self._captures.at_rest:
             if self.host.turns.come(spec):
@@ -204,19 +211,6 @@ class Guest:
         if seen != self.orphan:
             self.orphan = seen
             self.host.shown()
-
-    async def _observe(self) -> DomainState:
-        """What libvirt says; a guest that was up and is off by itself is noted as ended."""
-        state = await self.host.do(self.host.hypervisor.state, self.spec.uuid)
-        if state.power == "off" and self.record.phase is Phase.UP:
-            if state.ended == "unknown":  # libvirtd knows nothing of its end: the machine was rebooted
-                await self._course.save(phase=Phase.STARTING)
-            else:
-                why = domain.why_ended(state.ended, self.host.installation, self.spec.uuid)
-                await self._course.save(phase=Phase.ENDED, message=why, crashed=why.startswith("qemu"))
-                await self._taps.remove()
-                self._voice.event(why)
-        return state
 
     async def _keep(self, state: DomainState) -> None:
         """A guest that is up: reboot, pause, resume, plug."""
@@ -341,6 +335,7 @@ class Guest:
             self._voice.agent_ready = None
         extra |= {"image_bytes": arrived} if (arrived := self._disks.held.arrived) else {}
         power = "crashed" if self.record.crashed else state.power
+        power = "transition-to-off" if state.power != "off" and self.spec.power is Power.OFF else power
         message = self.record.message or state.reason
         self._voice.publish(InstanceState.CREATED, power, message, vdi_port=port, extra=extra)
 

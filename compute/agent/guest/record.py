@@ -47,6 +47,8 @@ class Course:
     crashed: bool = False
     reboot_soft: int = 0
     reboot_hard: int = 0
+    asked_s: float = 0
+    """When it was asked to end, the last time it was to; 0 if it was not."""
     vdi_password: str = field(default_factory=lambda: secrets.token_hex(4))
 
 

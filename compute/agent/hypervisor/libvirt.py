@@ -236,9 +236,15 @@ class Hypervisor:
             found.reboot(libvirt.VIR_DOMAIN_REBOOT_ACPI_POWER_BTN)
 
     def press_power(self, uuid: str) -> None:
-        """Ask the guest, by its agent or its power button, to end; it may ignore it. Nothing if it is off."""
+        """Ask the guest, by its power button, to end; it may ignore it. Nothing if it is off."""
         with contextlib.suppress(NotFound, Conflict, Refused), self._domain(uuid) as found:
-            found.shutdown()
+            found.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+
+    def ask_agent_to_end(self, uuid: str) -> None:
+        """Ask the guest by its agent, if that has its channel open: it says nothing when it obeys, for up to 5 s."""
+        with contextlib.suppress(ComputeError):
+            if self.agent_ready(uuid):
+                self.agent(uuid, "guest-shutdown", {"mode": "powerdown"}, 5)
 
     def destroy(self, uuid: str) -> None:
         """Pull the plug (qemu flushes first). Nothing if it is off or unknown."""

@@ -60,6 +60,8 @@ class Instance(Stored):
     side_channels: tuple[str, ...] = ()
     state: InstanceState = InstanceState.INITIAL
     power: Power = Power.ON
+    grace_s: int = 0
+    """With power off: how long the guest is asked to end before its power is taken."""
     power_state: str = "off"
     reboot_soft: int = 0
     reboot_hard: int = 0
@@ -186,8 +188,11 @@ def created(txn: Transaction, uuid: str) -> Instance:
     return found
 
 
-def power(txn: Transaction, uuid: str, verb: str) -> Instance:
-    """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict, Unavailable."""
+def power(txn: Transaction, uuid: str, verb: str, grace_s: int = 0) -> Instance:
+    """poweron, poweroff, pause, unpause, rebootsoft, reboothard. Raises NotReady, Conflict, Unavailable.
+
+    grace_s: of poweroff, how long the guest is asked to end before; 0 takes its power at once.
+    """
     found = created(txn, uuid)
     if verb == "pause" and found.power == Power.OFF:
         raise Conflict(f"instance {found.name} is off", hint="power it on first")
@@ -200,9 +205,10 @@ def power(txn: Transaction, uuid: str, verb: str) -> Instance:
         # It ended by itself; nobody asked it to be off.
         found = replace(found, reboot_hard=found.reboot_hard + 1)
     else:
-        found = replace(found, power=_WANTED[verb])
+        found = replace(found, power=_WANTED[verb], grace_s=grace_s)
     txn.update(replace(found, updated_s=time.time()))
-    txn.event(Instance.KIND, uuid, f"{verb} asked for", type="audit")
+    asked = f", {grace_s} s after the guest was asked to end" if grace_s else ""
+    txn.event(Instance.KIND, uuid, f"{verb} asked for{asked}", type="audit")
     return found
 
 
