@@ -99,11 +99,19 @@ def ago(timestamp_s: object) -> str:
     """How long ago that was, in one unit; what is no number as it is."""
     if not isinstance(timestamp_s, int | float) or not timestamp_s:
         return clean(timestamp_s or "")
-    gone_s = max(0.0, time.time() - timestamp_s)
-    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
-        if gone_s >= seconds:
-            return f"{gone_s // seconds:.0f} {unit} ago"
-    return f"{gone_s:.0f} s ago"
+    return f"{_span(time.time() - timestamp_s)} ago"
+
+
+def left(timestamp_s: float | None) -> str:
+    """How long it is until then, in one unit; "" for never."""
+    return f"in {_span(timestamp_s - time.time())}" if timestamp_s else ""
+
+
+def _span(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def confirm(question: str, force: bool) -> None:

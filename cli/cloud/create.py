@@ -1,16 +1,58 @@
-"""What `sf instance create` makes of its options, and how it waits for the guest."""
+"""What `sf instance create`, `sf run` and `sf image build` make of a guest's options, and how they wait for it."""
 
+import base64
 import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import click
 
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import last_line, up
+from cli.command import GIBIBYTES, MEBIBYTES
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.image.push import keep
 from cli.output import confirm, say, size, status
+
+file = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
+_OPTIONS = (
+    click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], a URL, or a file."),
+    click.option(
+        "--sync", is_flag=True, help="Fetch an image that only a source list names, without asking."
+    ),
+    click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated."),
+    click.option("--publish", "ports", multiple=True, metavar="8080:80[/udp]", help="On the first network."),
+    click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True),
+    click.option(
+        "--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; a number: MiB."
+    ),
+    click.option(
+        "--disk",
+        "disks",
+        type=GIBIBYTES,
+        multiple=True,
+        metavar="8G",
+        help="The first: the image's disk. More: blank ones.",
+    ),
+    click.option("--ssh-key", "ssh_keys", multiple=True, type=file, help="A public key. May be repeated."),
+    click.option("--user-data", type=file, help="For cloud-init."),
+    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Metadata. May be repeated."),
+    click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS."),
+    click.option("--vdi", type=click.Choice(["vnc", "spice"]), help="A graphical console as well."),
+    click.option("--on", "node", metavar="NODE", help="The node to run on."),
+)
+
+
+def guest(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a command that makes a guest: `asked` takes these options."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
 
 def gigabytes(size_bytes: int) -> int:
@@ -51,6 +93,40 @@ def image_of(api: Api, file: Path) -> str:
     keep(str(file), name, platform.machine(), alone=False)
     say(f"{file} is {name} from now on")
     return name
+
+
+def asked(api: Api, name: str, given: Object, **more: Any) -> Object:
+    """A guest of these options is asked for; `more` goes into the call as it is."""
+    image, disks = given["image"] or "", [Object(size=gigabytes(each)) for each in given["disks"]] or [{}]
+    if Path(image).is_file() and ("/" in image or Path(image).suffix in _DISKS):
+        image = image_of(api, Path(image))
+    if not image and not given["disks"]:
+        raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
+    disks[0] |= {"base": image or None}
+    body: Object = {
+        "name": name,
+        "cpus": given["cpus"],
+        "memory": given["memory"] // 2**20,
+        "disk": disks,
+        "network": [attachment(api, text) for text in given["networks"]],
+        "ssh_key": "\n".join(map(ssh_key, given["ssh_keys"])) or None,
+        "user_data": base64.b64encode(data.read_bytes()).decode() if (data := given["user_data"]) else None,
+        "placed_on": given["node"],
+        "uefi": given["uefi"] or None,
+        "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
+        "metadata": dict(label.partition("=")[::2] for label in given["labels"]) or None,
+        "ttl": given.get("ttl"),
+        "ephemeral": given.get("ephemeral"),
+    }
+    if given["ports"] and not body["network"]:
+        raise Problem("ports are published for a network", hint="--network NAME", code=USAGE)
+    made = created(api, {**body, **more}, sync=given["sync"])
+    for ports in given["ports"]:
+        try:
+            api("POST", "interfaces", made["interfaces"][0]["uuid"], "publish", ports=ports)
+        except Problem as error:
+            raise Problem(f"{name} is created, but {error}", hint=error.hint, code=error.code) from error
+    return made
 
 
 def created(api: Api, body: Object, *, sync: bool) -> Object:

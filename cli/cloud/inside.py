@@ -13,7 +13,7 @@ import click
 
 from cli.cloud.api import Api
 from cli.cloud.console import emit, read
-from cli.cloud.instance import file
+from cli.cloud.create import file
 from cli.cloud.interfaces import instance as instance
 from cli.cloud.stream import Stream, carry, forward, interact
 from cli.command import settings

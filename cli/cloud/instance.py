@@ -1,19 +1,17 @@
 """`sf instance`: guests."""
 
-import base64
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
 from cli.cloud.api import Api, Object, poll
-from cli.cloud.create import attachment, created, gigabytes, image_of, ssh_key, wait
+from cli.cloud.create import asked, gigabytes, guest, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
-from cli.errors import TIMEOUT, USAGE, Problem
-from cli.output import Row, confirm, say, show_list, show_one, size, status, when
+from cli.errors import TIMEOUT, Problem
+from cli.output import Row, confirm, left, say, show_list, show_one, size, status, when
 
 COLUMNS = (
     ("name", "name"),
@@ -34,6 +32,7 @@ FIELDS = (
     ("disks", lambda i: [_disk(disk) for disk in i.get("disks") or []]),
     ("labels", lambda i: [f"{key}={value}" for key, value in (i.get("metadata") or {}).items()]),
     ("autostart", lambda i: f"{i.get('autostart')}, order {i.get('order')}, delay {i.get('delay_s')} s"),
+    ("ends", lambda i: _ends(i)),
     ("created", lambda i: when(i.get("created"))),
     ("changed", lambda i: when(i.get("updated"))),
     ("screen", lambda i: _screen(i)),
@@ -43,6 +42,14 @@ FIELDS = (
     ("agent", "agent_state"),
     ("error", "error_message"),
 )
+
+
+def _ends(found: Row) -> str:
+    """When it is deleted by itself."""
+    maker = "with its maker" if found.get("held_until") else ""
+    return ", ".join(
+        filter(None, [left(found.get("until")), "when off" if found.get("ephemeral") else "", maker])
+    )
 
 
 def _interface(link: Row) -> str:
@@ -71,8 +78,6 @@ def _arrived(device: str, figures: Mapping[str, Any]) -> str:
 
 
 instance = Group("instance", needs=API, help="Create, watch and control guests.")
-_DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
-file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def links_of(row: Row) -> list[Object]:
@@ -83,65 +88,21 @@ def links_of(row: Row) -> list[Object]:
     examples="""sf instance create web --image debian:12 --network lan --cpus 1 --memory 512 --wait boot
     sf instance create y --image https://cloud.example/y.qcow2.xz --wait boot
     sf instance create db --image debian:12 --network lan,address=10.42.0.9 --disk 20G --disk 100G
-    sf instance create ci --image debian:12 --network lan --ssh-key ~/.ssh/id_ed25519.pub --user-data init.yaml"""
+    sf instance create ci --image debian:12 --network lan --ssh-key ~/.ssh/id_ed25519.pub --user-data init.yaml
+    sf instance create try --image debian:12 --network lan --ttl 2h --ephemeral"""
 )
-@click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], a URL, or a file.")
-@click.option("--sync", is_flag=True, help="Fetch an image that only a source list names, without asking.")
-@click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated.")
-@click.option("--publish", "ports", multiple=True, metavar="8080:80[/udp]", help="On the first network.")
-@click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; a number: MiB.")
-@click.option(
-    "--disk",
-    "disks",
-    type=GIBIBYTES,
-    multiple=True,
-    metavar="8G",
-    help="The first: the image's disk. More: blank ones.",
-)
-@click.option("--ssh-key", "ssh_keys", multiple=True, type=file, help="A public key. May be repeated.")
-@click.option("--user-data", type=file, help="For cloud-init.")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Metadata. May be repeated.")
-@click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS.")
-@click.option("--vdi", type=click.Choice(["vnc", "spice"]), help="A graphical console as well.")
-@click.option("--on", "node", metavar="NODE", help="The node to run on.")
+@guest
+@click.option("--ttl", type=DURATION, help="How long it lives; then it is deleted.")
+@click.option("--ephemeral", is_flag=True, help="Delete it once it is off.")
 @click.option("--wait", type=click.Choice(["no", "created", "boot"]), default="no", show_default=True)
 @click.option("--timeout", type=DURATION, default="15m", show_default=True, help="How long --wait waits.")
 def create(name: str, form: str, **given: Any) -> None:
     """Create a guest and start it."""
     api = Api()
-    file = Path(given["image"] or "")
-    if file.is_file() and ("/" in given["image"] or file.suffix in _DISKS):
-        given["image"] = image_of(api, file)
-    if not given["image"] and not given["disks"]:
-        raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
-    disks: list[Object] = [{"size": gigabytes(each), "base": None} for each in given["disks"]]
-    disks = disks or [{"size": None}]
-    disks[0]["base"] = given["image"]
-    body: Object = {
-        "name": name,
-        "cpus": given["cpus"],
-        "memory": given["memory"] // 2**20,
-        "disk": disks,
-        "ssh_key": "\n".join(map(ssh_key, given["ssh_keys"])) or None,
-        "user_data": base64.b64encode(data.read_bytes()).decode() if (data := given["user_data"]) else None,
-        "placed_on": given["node"],
-        "uefi": given["uefi"] or None,
-        "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
-        "metadata": dict(label.partition("=")[::2] for label in given["labels"]) or None,
-    }
-    body["network"] = [attachment(api, text) for text in given["networks"]]
-    if given["ports"] and not body["network"]:
-        raise Problem("ports are published for a network", hint="--network NAME", code=USAGE)
-    made = created(api, body, sync=given["sync"])
-    for ports in given["ports"]:
-        try:
-            api("POST", "interfaces", made["interfaces"][0]["uuid"], "publish", ports=ports)
-        except Problem as error:
-            raise Problem(f"{name} is created, but {error}", hint=error.hint, code=error.code) from error
-    if not body["network"]:
+    made = asked(api, name, given)
+    if not given["networks"]:
         say(f"{name} has no network: nobody will reach it but by its console (--network NAME)")
-    elif not body["ssh_key"] and not body["user_data"]:
+    elif not given["ssh_keys"] and not given["user_data"]:
         say(f"{name} has no key: nobody will log in unless its image has a password (--ssh-key FILE.pub)")
     if given["wait"] != "no":
         made = wait(api, made["uuid"], given["wait"] == "boot", given["timeout"])
@@ -151,7 +112,8 @@ def create(name: str, form: str, **given: Any) -> None:
 @instance.add(examples="sf instance ls --format name")
 def ls(everything: bool, form: str) -> None:
     """List guests."""
-    show_list(Api()("GET", "instances", all=everything), COLUMNS, form)
+    rows = Api()("GET", "instances", all=everything)
+    show_list(rows, (*COLUMNS, ("ends", _ends)) if any(map(_ends, rows)) else COLUMNS, form)
 
 
 @instance.add(examples="sf instance show web")
@@ -185,6 +147,7 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
     "set",
     examples="""sf instance set web --cpus 2 --memory 2G
     sf instance set db --disk 40G --disk vdb=200G
+    sf instance set try --ttl 4h
     sf instance set db --autostart yes --order 1 --delay 20s""",
 )
 @click.option("--cpus", type=click.IntRange(min=1))
@@ -192,6 +155,7 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
 @click.option(
     "--disk", "disks", multiple=True, metavar="[DEVICE=]40G", help="Larger than it is; default: vda."
 )
+@click.option("--ttl", type=DURATION, help="From now on; then it is deleted. 0: it stays.")
 @click.option(
     "--autostart", type=click.Choice(["yes", "no", "last"]), help="With its machine; last: if it ran."
 )

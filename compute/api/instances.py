@@ -1,6 +1,7 @@
 """/instances: what users run."""
 
 import base64
+import time
 from collections import defaultdict
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ from net import ipam, own_macs
 router = APIRouter(tags=["instances"], route_class=Route)
 
 USER_DATA_BYTES = 2**16
+_MOST_S = 10 * 366 * 86400.0
 _VERBS = ("rebootsoft", "reboothard", "poweron", "pause", "unpause")
 
 
@@ -89,6 +91,12 @@ class CreateBody(Body):
     configdrive: Literal["openstack-disk", "none"] | None = None
     metadata: dict[str, Any] | None = None
     side_channels: list[str] | None = None
+    ttl: float | None = Field(default=None, gt=0, le=_MOST_S)
+    """Seconds, after which it is deleted."""
+    lease: float | None = Field(default=None, ge=5, le=3600)
+    """Seconds, after which it is deleted unless its maker renews that: POST /instances/R/lease."""
+    ephemeral: bool = False
+    """It is deleted once it is off."""
     sync: bool = False
     """Fetch an image that no store has, where a source list names it: the administrator's word."""
 
@@ -103,6 +111,12 @@ class SetBody(Body):
     autostart: Literal["yes", "no", "last"] | None = None
     order: int | None = Field(default=None, ge=0, le=9)
     delay_s: int | None = Field(default=None, ge=0, le=600)
+    ttl: float | None = Field(default=None, ge=0, le=_MOST_S)
+    """Seconds from now, after which it is deleted; 0: it stays."""
+
+
+class LeaseBody(Body):
+    seconds: float = Field(ge=0, le=3600)
 
 
 class PowerOffBody(Body):
@@ -170,6 +184,9 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             uefi=bool(body.uefi),
             side_channels=tuple(channels),
             metadata=body.metadata or {},
+            until_s=_after(body.ttl),
+            held_s=_after(body.lease),
+            ephemeral=body.ephemeral,
         )
         wants = [_want(ctx, network, namespace) for network in body.network or ()]
         images = {disk.image for disk in instance.disks if disk.image and not disk.store}
@@ -185,6 +202,10 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
         made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))
     made = ctx.find(Instance, made.uuid)
     return ctx.show(made, _view(ctx, made))
+
+
+def _after(seconds: float | None) -> float:
+    return time.time() + seconds if seconds else 0
 
 
 def _user_data(text: str) -> bytes:
@@ -237,9 +258,18 @@ def get_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Respo
 def set_instance(ctx: Ctx, ref: str, body: SetBody) -> Response:
     """Change what is given, leave the rest. Disks grow at once, the rest counts from the next start on."""
     changes, config = body.model_dump(exclude_none=True, by_alias=True), ctx.services.config
+    if body.ttl is not None:
+        changes["until_s"] = _after(changes.pop("ttl"))
     limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
     act = partial(change, changes=changes, limits=limits, usable=ctx.services.controller.nodes.usable())
     return JSONResponse(_view(ctx, ctx.change(_find(ctx, ref), act)))
+
+
+@router.post("/instances/{ref}/lease")
+def renew_lease(ctx: Ctx, ref: str, body: LeaseBody) -> Response:
+    """Its maker is there, and says so again within these seconds; 0: it needs nobody from now on."""
+    changed = ctx.change(_find(ctx, ref), lambda txn, uuid: acts.hold(txn, uuid, body.seconds))
+    return JSONResponse({"held_until": changed.held_s or None})
 
 
 @router.delete("/instances/{ref}")

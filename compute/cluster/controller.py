@@ -97,7 +97,8 @@ class Controller:
 
     async def keep_up(self) -> None:
         """Until cancelled."""
-        await upkeep.keep_up(self.store, self.feed, self.nodes, self.server)
+        always = upkeep.keep_up(self.store, self.feed, self.nodes, self.server)
+        await asyncio.gather(always, upkeep.keep_time(self.store, self.feed, self.server))
 
     # What agents call
 

@@ -147,7 +147,8 @@ def set_instance(
 
     Raises Conflict (a name that is taken, less than a guest that is not off may have now), Invalid, NoCapacity.
     """
-    found = instances.created(txn, uuid)
+    change = instances.living if changes.keys() == {"until_s"} else instances.created
+    found = change(txn, uuid)
     disks = {disk.device: disk for disk in found.disks}
     for device, size in changes.get("disks", {}).items():
         known = disks.get(device)

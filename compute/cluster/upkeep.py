@@ -7,7 +7,8 @@ import time
 from compute.cluster import liveness
 from compute.cluster.feed import Feed
 from compute.cluster.liveness import Liveness
-from compute.cluster.records.instances import Instance
+from compute.cluster.records.epochs import Epoch
+from compute.cluster.records.instances import Instance, end, why_over
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, move_routers, router_candidates
 from compute.cluster.records.taken import Taken
@@ -19,6 +20,7 @@ from compute.wire.spec import InstanceState
 log = logging.getLogger(__name__)
 
 _SWEEP_S = 60.0
+_LOOK_S = 0.5
 _KEEP_DELETED_S = 3600.0
 _KEEP_REQUEST_S = 86400.0
 
@@ -42,6 +44,28 @@ async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -
             log.error("upkeep: %s", err)
             await asyncio.sleep(1)
         await feed.moved((liveness.KIND, Network.KIND), seen, _SWEEP_S)
+
+
+async def keep_time(store: StateStore, feed: Feed, server: str) -> None:
+    """Until cancelled: what is over is deleted, and an event says why."""
+    while True:
+        seen, pause_s = feed.revision, 1.0
+        try:
+            pause_s = await asyncio.to_thread(_end, store, server)
+        except ComputeError as err:
+            log.error("upkeep: %s", err)
+        await feed.moved((Instance.KIND, Epoch.KIND), seen, pause_s)
+        await asyncio.sleep(_LOOK_S)
+
+
+def _end(store: StateStore, server: str) -> float:
+    """The seconds until there may be something to do again."""
+    now, there = time.time(), Transaction(store).list(Instance)
+    for one in there:
+        if why_over(one, now):
+            transact(store, lambda txn, uuid=one.uuid: end(txn, uuid), server)  # type: ignore[misc]
+    times = [at for one in there for at in (one.until_s, one.held_s) if at > now]
+    return min([*(at - now for at in times), _SWEEP_S])
 
 
 def _move_routers(txn: Transaction, nodes: Liveness) -> None:

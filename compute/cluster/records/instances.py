@@ -79,6 +79,12 @@ class Instance(Stored):
     """Whether it runs once its node's machine has started: yes, no, or last: if it did before."""
     order: int = 0
     delay_s: int = 0
+    until_s: float = 0
+    """When it is deleted by itself; 0: never."""
+    held_s: float = 0
+    """Until when whoever made it holds it, who says so again and again; 0: it needs nobody."""
+    ephemeral: bool = False
+    """It is deleted once it is off."""
     unconfirmed: bool = False
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
 
@@ -162,6 +168,43 @@ def delete_instance(txn: Transaction, uuid: str) -> Instance:
     return found
 
 
+def why_over(found: Instance, now_s: float) -> str:
+    """Why it is to be deleted by itself; "" while it is not."""
+    if found.state in (InstanceState.DELETED, InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR):
+        return ""
+    if 0 < found.until_s <= now_s:
+        return "its time is up"
+    if 0 < found.held_s <= now_s:
+        return "whoever made it has fallen silent"
+    off = found.state == InstanceState.CREATED and found.power_state in ("off", "crashed")
+    return f"it is {found.power_state}, and ephemeral" if off and found.ephemeral else ""
+
+
+def end(txn: Transaction, uuid: str, why: str = "") -> None:
+    """Delete what is over, or what is over for this reason; nothing of a state that may be older than the guests."""
+    found = txn.find(Instance, uuid)
+    why = why or (why_over(found, time.time()) if found else "")
+    if found and why and not epochs.epoch(txn).waiting:
+        delete_instance(txn, uuid)
+        txn.event(Instance.KIND, uuid, f"deleted by itself: {why}", type="audit")
+
+
+def living(txn: Transaction, uuid: str) -> Instance:
+    """One that is not deleted, in whatever state it is. Raises Conflict."""
+    found = txn.get(Instance, uuid)
+    if found.state in (InstanceState.DELETED, InstanceState.DELETE_WAIT):
+        raise Conflict(f"instance {found.name} is deleted")
+    return found
+
+
+def hold(txn: Transaction, uuid: str, seconds: float) -> Instance:
+    """Whoever made it is there, and speaks again before that; 0: it needs nobody from now on. Raises Conflict."""
+    found = living(txn, uuid)
+    found = replace(found, held_s=time.time() + seconds if seconds else 0)
+    txn.update(found)
+    return found
+
+
 def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = False) -> None:
     """The node has nothing of it any more: give back addresses, name and claims, all or nothing."""
     for interface in interfaces_of(txn, found.uuid):
@@ -215,7 +258,9 @@ def power(txn: Transaction, uuid: str, verb: str, grace_s: int = 0) -> Instance:
 def booted(txn: Transaction, node: str) -> None:
     """The node's machine has started: those that are to run then, or not to, are wanted so."""
     for one in txn.list(Instance):
-        if one.node == node and one.state == InstanceState.CREATED and one.autostart != "last":
+        if one.node == node and one.ephemeral and one.state == InstanceState.CREATED:
+            end(txn, one.uuid, f"{node} has started, and it is ephemeral")
+        elif one.node == node and one.state == InstanceState.CREATED and one.autostart != "last":
             ended = one.autostart == "yes" and one.power == Power.ON and one.power_state in ("off", "crashed")
             wanted = Power.ON if one.autostart == "yes" else Power.OFF
             txn.update(replace(one, power=wanted, reboot_hard=one.reboot_hard + ended, updated_s=time.time()))
