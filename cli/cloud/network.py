@@ -31,6 +31,7 @@ EVENTS = (
     ("type", "type"),
     ("node", "fqdn"),
     ("message", "message"),
+    ("by", lambda e: " from ".join(filter(None, (e.get("by"), e.get("from"))))),
 )
 
 network = Group("network", needs=API, help="Virtual networks for guests.")

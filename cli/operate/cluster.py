@@ -5,9 +5,10 @@ import secrets
 import click
 
 from cli.cloud.api import Api
-from cli.command import API, Group
+from cli.cloud.network import EVENTS
+from cli.command import API, DURATION, Group
 from cli.errors import CONFLICT, Problem
-from cli.output import ago, confirm, say, show_list, show_one
+from cli.output import ago, confirm, left, say, show_list, show_one
 
 NODES = (
     ("name", "name"),
@@ -20,6 +21,11 @@ NAMESPACES = (
     ("name", "name"),
     ("keys", lambda n: " ".join(n.get("keys") or [])),
     ("trusts", lambda n: " ".join((n.get("trust") or {}).get("full", []))),
+)
+KEYS = (
+    ("name", "name"),
+    ("may", lambda k: "read" if k.get("read_only") else "read and change"),
+    ("ends", lambda k: "expired" if left(k["expires"]) == "in 0 s" else left(k["expires"]) or "never"),
 )
 BASE = ("auth", "namespaces")
 
@@ -118,6 +124,12 @@ def namespace_delete(name: str, force: bool) -> None:
     say(f"{name} deleted")
 
 
+@namespace.add("events", examples="sf namespace events shop")
+def namespace_events(name: str, limit: int, form: str) -> None:
+    """Who made and removed its keys, and trusts whom, newest first."""
+    show_list(Api()("GET", *BASE, name, "events", limit=limit), EVENTS, form, name="message")
+
+
 quota = Group("quota", needs=API, help="What a namespace may have at most.")
 namespace.add_command(quota)
 
@@ -139,17 +151,24 @@ def quota_set(name: str, limits: tuple[str, ...]) -> None:
 @key.add("ls", examples="sf key ls shop")
 @of
 def key_ls(of: str, form: str) -> None:
-    """List the names of a namespace's keys."""
-    rows = [{"name": name} for name in Api()("GET", *BASE, of, "keys")]
-    show_list(rows, (("name", "name"),), form)
+    """List a namespace's keys: what each may, and when it ends."""
+    found = Api()("GET", *BASE, of)
+    show_list([{"name": name} | found["about_keys"][name] for name in found["keys"]], KEYS, form)
 
 
-@key.add("add", examples="sf key add shop laptop")
+@key.add("add", examples="sf key add shop laptop\nsf key add shop monitoring --ttl 30d --read-only")
 @of
-def key_add(of: str, name: str) -> None:
-    """Make a new key and print it; it is not shown again."""
+@click.option(
+    "--ttl", type=DURATION, metavar="DURATION", help="Until when it holds: 12h, 30d; default: for ever."
+)
+@click.option("--read-only", is_flag=True, help="It sees everything and changes nothing; no streams.")
+def key_add(of: str, name: str, ttl: float | None, read_only: bool) -> None:
+    """Make a new key and print it; it is not shown again. What is logged in with it ends when it does."""
+    if ttl is not None and ttl < 1:
+        raise click.UsageError("a key that never holds")
     made = secrets.token_urlsafe(32)
-    Api()("POST", *BASE, of, "keys", key_name=name, key=made)
+    more = {"ttl_s": ttl and int(ttl), "read_only": read_only or None}
+    Api()("POST", *BASE, of, "keys", key_name=name, key=made, **more)
     print(made)
 
 

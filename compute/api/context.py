@@ -24,7 +24,7 @@ from compute.cluster.quotas import enforce
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import By, Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
@@ -112,7 +112,8 @@ class Context:
 
     def _caller(self, *, begun: bool = False) -> Caller:
         said = self.request.headers.get("authorization", "")
-        return self.services.authority.caller(said, address_of(self.request), begun=begun)
+        method = self.request.scope.get("method", "")  # a WebSocket has none
+        return self.services.authority.caller(said, address_of(self.request), method=method, begun=begun)
 
     def look_again(self) -> None:
         """For answers that take long: whom does the caller stand for now? Raises Unauthenticated."""
@@ -127,7 +128,15 @@ class Context:
             enforce(txn)
             return done
 
-        return transact(self.store, act, self.services.config.node_name)
+        return transact(self.store, act, self.services.config.node_name, self.by)
+
+    @property
+    def by(self) -> By:
+        """Who asks, and from where, for the events of a change."""
+        host, port = self.request.client or ("", 0)
+        # Of what a proxy said (uvicorn believes this machine's) there is no port.
+        where = f"{host[:64]}{'' if port else ', as a proxy says'}"
+        return By(f"{self.caller.namespace}/{self.caller.key_name}", where)
 
     def change(self, known: Stored, action: Callable[[Transaction, str], T]) -> T:
         """`action` on an object that was found, by its id. Raises Precondition, and what `action` raises."""

@@ -1,7 +1,7 @@
 """/auth: tokens, namespaces, keys and trust."""
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -10,7 +10,7 @@ from pydantic import Field
 from compute.api import views
 from compute.api.context import Body, Context, Ctx, Services, address_of
 from compute.api.edge import Route
-from compute.api.history import add_metadata
+from compute.api.history import add_events, add_metadata
 from compute.cluster import auth
 from compute.cluster.quotas import DEFAULTS, Quota, used
 from compute.cluster.records.namespaces import Namespace
@@ -34,14 +34,19 @@ class CreateBody(Body):
     key: str | None = None
 
 
-class KeyBody(Body):
-    key_name: str
-    key: str
-
-
 class KeyValueBody(Body):
     key_name: str | None = None
     key: str
+    ttl_s: int | None = Field(default=None, ge=0, le=100 * 366 * 86400)
+    """How long it holds; 0: for ever. Not given: as it was, or for ever."""
+    read_only: bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        return {"key": self.key, "ttl_s": self.ttl_s, "read_only": self.read_only}
+
+
+class KeyBody(KeyValueBody):
+    key_name: str
 
 
 class TrustBody(Body):
@@ -56,11 +61,12 @@ def _find(ctx: Context, name: str) -> Namespace:
     return found
 
 
-def _own(ctx: Context, name: str) -> None:
+def _own(ctx: Context, name: str) -> Namespace:
     """Keys and trust are the namespace's own affair: a friend could stay by them. Raises Denied, NotFound."""
-    _find(ctx, name)
+    found = _find(ctx, name)
     if ctx.caller.namespace != name:
         ctx.admin()
+    return found
 
 
 @router.post("/auth")
@@ -79,7 +85,7 @@ def create_namespace(ctx: Ctx, body: CreateBody) -> Response:
     ctx.admin()
     if body.namespace in {*_RESERVED, *dict(ctx.services.config.stores)}:
         raise Conflict(f"{body.namespace}/… means something else already", hint="sf remote ls; another name")
-    made = auth.create_namespace(ctx.store, body.namespace, body.key_name or "", body.key or "")
+    made = auth.create_namespace(ctx.store, body.namespace, body.key_name or "", body.key or "", ctx.by)
     return JSONResponse(views.namespace(made))
 
 
@@ -104,19 +110,19 @@ def list_keys(ctx: Ctx, ref: str) -> Response:
 @router.post("/auth/namespaces/{ref}/keys")
 def add_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
     _own(ctx, ref)
-    auth.set_key(ctx.store, ref, body.key_name, body.key, must_exist=False)
+    auth.set_key(ctx.store, ref, body.key_name, must_exist=False, by=ctx.by, **body.given())
     return JSONResponse(body.key_name)
 
 
 @router.put("/auth/namespaces/{ref}/keys")
 def change_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
-    return change_named_key(ctx, ref, body.key_name, KeyValueBody(key=body.key))
+    return change_named_key(ctx, ref, body.key_name, body)
 
 
 @router.put("/auth/namespaces/{ref}/keys/{key_name}")
 def change_named_key(ctx: Ctx, ref: str, key_name: str, body: KeyValueBody) -> Response:
     _own(ctx, ref)
-    auth.set_key(ctx.store, ref, key_name, body.key, must_exist=True)
+    auth.set_key(ctx.store, ref, key_name, must_exist=True, by=ctx.by, **body.given())
     return JSONResponse(key_name)
 
 
@@ -128,7 +134,7 @@ def delete_key(ctx: Ctx, ref: str, key_name: str) -> Response:
         return replace(item, keys={k: v for k, v in item.keys.items() if k != key_name})
 
     _own(ctx, ref)
-    auth.change_namespace(ctx.store, ref, change)
+    auth.change_namespace(ctx.store, ref, change, f"key {key_name} removed", ctx.by)
     return JSONResponse(None)
 
 
@@ -138,19 +144,22 @@ def add_trust(ctx: Ctx, ref: str, body: TrustBody) -> Response:
     # A tenant is not told which namespaces there are: whoever is made later is trusted by nobody.
     if ctx.caller.admin and ctx.read().find(Namespace, body.external_namespace) is None:
         raise Invalid(f"namespace {body.external_namespace[:80]} does not exist")
-    changed = auth.change_namespace(
-        ctx.store, ref, lambda n: replace(n, trust=tuple({*n.trust, body.external_namespace}))
-    )
-    return JSONResponse(views.namespace(changed))
+    return _trust(ctx, ref, body.external_namespace, trusted=True)
 
 
 @router.delete("/auth/namespaces/{ref}/trust/{external}")
 def remove_trust(ctx: Ctx, ref: str, external: str) -> Response:
     _own(ctx, ref)
-    changed = auth.change_namespace(
-        ctx.store, ref, lambda n: replace(n, trust=tuple(t for t in n.trust if t != external))
-    )
-    return JSONResponse(views.namespace(changed))
+    return _trust(ctx, ref, external, trusted=False)
+
+
+def _trust(ctx: Context, ref: str, other: str, *, trusted: bool) -> Response:
+    def change(item: Namespace) -> Namespace:
+        rest = tuple(name for name in item.trust if name != other)
+        return replace(item, trust=(*rest, other) if trusted else rest)
+
+    said = f"trusts {other[:80]}" if trusted else f"trusts {other[:80]} no more"
+    return JSONResponse(views.namespace(auth.change_namespace(ctx.store, ref, change, said, ctx.by)))
 
 
 @router.get("/auth/namespaces/{ref}/quota")
@@ -173,3 +182,4 @@ def set_quota(ctx: Ctx, ref: str, body: dict[str, Annotated[int, Field(ge=0, le=
 
 
 add_metadata(router, "/auth/namespaces/{ref}", _find)
+add_events(router, "/auth/namespaces/{ref}", _own)

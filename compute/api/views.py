@@ -35,7 +35,9 @@ def _common(item: Stored, **fields: Any) -> Json:
 
 
 def namespace(item: Namespace) -> Json:
-    return _common(item, name=item.name, keys=sorted(item.keys), trust={"full": sorted(item.trust)})
+    about = {n: {"expires": k.expires_s or None, "read_only": k.read_only} for n, k in item.keys.items()}
+    keys = {"keys": sorted(item.keys), "about_keys": about}
+    return _common(item, name=item.name, **keys, trust={"full": sorted(item.trust)})
 
 
 def snapshot(item: Snapshot) -> Json:
@@ -198,6 +200,8 @@ def event(item: Event) -> Json:
         "fqdn": item.node,
         "duration": item.duration_s,
         "message": item.message,
+        "by": item.by.key or None,
+        "from": item.by.address or None,
         "extra": item.extra,
     }
 

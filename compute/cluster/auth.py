@@ -3,7 +3,7 @@
 Keys are kept as bcrypt of their SHA-256 (bcrypt alone reads 72 bytes), beside two bytes of a cheap hash: of wrong keys
 one in 65,536 costs a bcrypt, of a namespace's own the right one alone. A key that was right once is remembered for this
 process as an HMAC under a secret of the process, so that only its first use pays at all. A token is a JWT (HS256,
-900 s) that names its key's nonce: changing or removing the key ends its tokens at once.
+900 s) that names its key's nonce: changing or removing the key, and its time, end its tokens at once.
 """
 
 import base64
@@ -28,9 +28,9 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.rules import Rules, delete_rules
 from compute.cluster.records.secrets import secret
 from compute.cluster.records.stored import check_name
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import NOBODY, By, Transaction, transact
 from compute.cluster.state.protocol import StateStore
-from compute.errors import ComputeError, Conflict, Invalid, NotFound, Unauthenticated, Unavailable
+from compute.errors import ComputeError, Conflict, Denied, Invalid, NotFound, Unauthenticated, Unavailable
 from compute.wire.spec import InstanceState
 from imagestore import durable, listening
 
@@ -44,6 +44,8 @@ _LINE = 16
 _TRIES = 32
 """Wrong keys from one address for one namespace at once; then one a second."""
 _ISSUER = "sf"
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""All else is a change, streams too, and no key's that only reads; it logs in, for which nobody is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Caller:
     namespace: str
     key_name: str
     sees: frozenset[str]
+    read_only: bool = False
 
     @property
     def admin(self) -> bool:
@@ -118,6 +121,9 @@ class Authority:
         if not name:
             name = self._find(namespace, key, keys, address)
             self._known[mark] = keys[name].nonce
+        if keys[name].expired:
+            hint = f"sf key add {namespace} makes another, with a key that holds"
+            raise Unauthenticated(f"key {name} of namespace {namespace} has expired", hint=hint)
         claims = {
             "iss": _ISSUER,
             "sub": namespace,
@@ -162,9 +168,12 @@ class Authority:
         with suppress(ComputeError):  # it is right all the same, and will be asked for again
             change_namespace(self._store, namespace, change)
 
-    def caller(self, authorization: str, address: str = "", *, begun: bool = False) -> Caller:
-        """Whom an Authorization header stands for. Raises Unauthenticated.
+    def caller(
+        self, authorization: str, address: str = "", *, method: str = "", begun: bool = False
+    ) -> Caller:
+        """Whom an Authorization header stands for. Raises Unauthenticated, and Denied where its key may not do that.
 
+        method: what is asked, in HTTP's words; what is none of `_READS` is a change.
         begun: the request was let in before, so that only the end of its key ends it, and not its token's time.
         """
         scheme, _, token = authorization.partition(" ")
@@ -182,11 +191,18 @@ class Authority:
         known = namespace.keys.get(claims["key"]) if namespace else None
         if known is None or known.nonce != claims["nonce"]:
             raise Unauthenticated("the token's key is gone", hint="authenticate again")
+        if known.expired:
+            raise Unauthenticated("the token's key has expired", hint="authenticate with another")
+        if known.read_only and method not in _READS:
+            why = f"key {claims['key']} of namespace {claims['sub']} may only read"
+            raise Denied(why, hint="another key, made without --read-only, may")
         sees = {n.name for n in txn.list(Namespace) if claims["sub"] in n.trust} | {claims["sub"]}
-        return Caller(claims["sub"], claims["key"], frozenset(sees))
+        return Caller(claims["sub"], claims["key"], frozenset(sees), known.read_only)
 
 
-def create_namespace(store: StateStore, name: str, key_name: str = "", key: str = "") -> Namespace:
+def create_namespace(
+    store: StateStore, name: str, key_name: str = "", key: str = "", by: By = NOBODY
+) -> Namespace:
     """Raises Conflict when there is one, Invalid for a bad name."""
     keys = {check_name(key_name or "default", "key name"): hash_key(key)} if key else {}
     namespace = Namespace(name=check_name(name, "namespace"), keys=keys)
@@ -194,8 +210,9 @@ def create_namespace(store: StateStore, name: str, key_name: str = "", key: str 
     def action(txn: Transaction) -> None:
         _trust_nobody(txn, name)
         txn.create(namespace)
+        txn.event(Namespace.KIND, name, " ".join(("created", *map("with key {}".format, keys))), type="audit")
 
-    transact(store, action)
+    transact(store, action, by=by)
     return namespace
 
 
@@ -210,7 +227,7 @@ def delete_namespace(store: StateStore, name: str) -> None:
     """Raises Invalid while it has instances or networks (the interface's 400), or for `system`."""
 
     def action(txn: Transaction) -> None:
-        txn.get(Namespace, name)
+        namespace = txn.get(Namespace, name)
         if name == SYSTEM:
             raise Invalid("the system namespace stays")
         living = (i for i in txn.list(Instance) if i.state != InstanceState.DELETED)
@@ -221,26 +238,43 @@ def delete_namespace(store: StateStore, name: str) -> None:
             if rules.namespace == name:
                 delete_rules(txn, rules.uuid)
         _trust_nobody(txn, name)
-        txn.delete(Namespace, name)
+        txn.purge(namespace)
         txn.delete(Quota, name)
 
     transact(store, action)
 
 
-def change_namespace(store: StateStore, name: str, change: Callable[[Namespace], Namespace]) -> Namespace:
-    """Replace a namespace by `change` of it. Raises NotFound and what `change` raises."""
+def change_namespace(
+    store: StateStore, name: str, change: Callable[[Namespace], Namespace], said: str = "", by: By = NOBODY
+) -> Namespace:
+    """Replace a namespace by `change` of it; `said` is its event. Raises NotFound and what `change` raises."""
 
     def action(txn: Transaction) -> Namespace:
         changed = change(txn.get(Namespace, name))
         txn.update(changed)
+        if said:
+            txn.event(Namespace.KIND, name, said, type="audit")
         enforce(txn)
         return changed
 
-    return transact(store, action)
+    return transact(store, action, by=by)
 
 
-def set_key(store: StateStore, name: str, key_name: str, key: str, *, must_exist: bool) -> None:
-    """Add (must_exist False) or change a key. Raises NotFound or Conflict accordingly."""
+def set_key(
+    store: StateStore,
+    name: str,
+    key_name: str,
+    key: str,
+    *,
+    must_exist: bool,
+    ttl_s: int | None = None,
+    read_only: bool | None = None,
+    by: By = NOBODY,
+) -> None:
+    """Add (must_exist False) or change a key. Raises NotFound or Conflict accordingly.
+
+    ttl_s: how long it holds, 0 for ever. What is not given stays as it was: a key that is changed may no more.
+    """
     hashed = hash_key(key)
     check_name(key_name, "key name")
 
@@ -249,9 +283,13 @@ def set_key(store: StateStore, name: str, key_name: str, key: str, *, must_exist
             raise NotFound(f"namespace {name} has no key {key_name}")
         if not must_exist and key_name in namespace.keys:
             raise Conflict(f"namespace {name} has a key {key_name} already", hint="PUT changes it")
-        return replace(namespace, keys={**namespace.keys, key_name: hashed})
+        was = namespace.keys.get(key_name, hashed)
+        ends_s = was.expires_s if ttl_s is None else ttl_s and int(time.time()) + ttl_s
+        reads = was.read_only if read_only is None else read_only
+        made = replace(hashed, expires_s=ends_s, read_only=reads)
+        return replace(namespace, keys={**namespace.keys, key_name: made})
 
-    change_namespace(store, name, change)
+    change_namespace(store, name, change, f"key {key_name} {'changed' if must_exist else 'added'}", by)
 
 
 def ensure_local_key(store: StateStore, path: Path) -> None:
@@ -265,7 +303,8 @@ def ensure_local_key(store: StateStore, path: Path) -> None:
     key = path.read_text().strip()
     found = Transaction(store).find(Namespace, SYSTEM)
     known = found.keys.get("local") if found else None
-    if known and bcrypt.checkpw(_digest(key), known.hash.encode()):
+    good = known and not known.expires_s and not known.read_only
+    if known and good and bcrypt.checkpw(_digest(key), known.hash.encode()):
         return
     hashed = hash_key(key)
 

@@ -271,6 +271,19 @@ def test_tenants_have_their_own_keys_and_see_their_own(site: Site, web: str) -> 
     site.fails(4, "namespace", "create", "other", **as_shop)
     site.fails(4, "instance", "ls", SF_NAMESPACE="shop", SF_KEY="wrong")
     assert "laptop" in site.types("namespace", "show", "shop")
+    reader = site.types("key", "add", "shop", "reader", "--ttl", "30d", "--read-only").strip()
+    site.types("instance", "ls", SF_NAMESPACE="shop", SF_KEY=reader)
+    denied = site.fails(4, "network", "create", "lan", "10.7.0.0/24", SF_NAMESPACE="shop", SF_KEY=reader)
+    assert "key reader of namespace shop may only read" in denied
+    site.fails(2, "key", "add", "shop", "odd", "--ttl", "0")
+    listed = site.types("key", "ls", "shop")
+    assert re.search(r"laptop +read and change +never\n", listed) and re.search(
+        r"reader +read +in 29 d\n", listed
+    )
+    assert re.search(
+        r"key reader added +system/local from 127.0.0.1\n", site.types("namespace", "events", "shop")
+    )
+    site.types("key", "rm", "shop", "reader")
     assert site.types("key", "ls", "shop", "--format", "name") == "laptop\n"
     site.types("key", "rm", "shop", "laptop")
     site.fails(4, "instance", "ls", **as_shop)

@@ -50,7 +50,7 @@ class OwnStores:
 
     def _store(self, request: Request, namespace: str) -> Store:
         told, services = request.headers.get("authorization", ""), self._services
-        caller = services.authority.caller(told, address_of(request))
+        caller = services.authority.caller(told, address_of(request), method=request.method)
         own = caller.admin or caller.namespace == namespace
         if not caller.may(namespace):
             raise NotFound(f"namespace {namespace[:80]} not found")

@@ -1,5 +1,6 @@
 """Namespaces: who has keys, and whom each trusts. `auth` says what a key opens."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +15,13 @@ class KeyHash:
     nonce: str
     lookup: str = ""
     """Two bytes of SHA-256 over nonce and key: they refuse a wrong key before bcrypt has to. Version 0.1 had none."""
+    expires_s: int = 0
+    """When it ends, in seconds since the epoch; 0: never."""
+    read_only: bool = False
+
+    @property
+    def expired(self) -> bool:
+        return 0 < self.expires_s <= time.time()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

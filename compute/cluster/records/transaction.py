@@ -5,7 +5,7 @@ import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from compute.cluster.records.stored import Stored
 from compute.cluster.state.protocol import ABSENT, Record, StateStore
@@ -15,6 +15,17 @@ T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
 
 _ATTEMPTS = 50
+
+
+class By(NamedTuple):
+    """Who asked for a change, and from where."""
+
+    key: str = ""
+    """NAMESPACE/KEY; "" for what nobody asked for through the API."""
+    address: str = ""
+
+
+NOBODY = By()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +44,7 @@ class Event(Stored):
     node: str = ""
     duration_s: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    by: By = NOBODY
 
 
 class Transaction:
@@ -41,10 +53,11 @@ class Transaction:
     `list` is not compared at commit: a decision must rest on records read by `get` or `find` (hence Taken and Claims).
     """
 
-    def __init__(self, store: StateStore, node: str = "") -> None:
+    def __init__(self, store: StateStore, node: str = "", by: By = NOBODY) -> None:
         self.store = store
         self.node = node
         """Who writes: the `fqdn` of its events."""
+        self.by = by
         self.expect: dict[str, int] = {}
         self.writes: dict[str, bytes | None] = {}
         self.reads: dict[str, Record | None] = {}
@@ -115,6 +128,7 @@ class Transaction:
             node=self.node,
             duration_s=duration_s,
             extra=dict(extra or {}),
+            by=self.by,
         )
         self.writes[entry.key] = entry.encode()
         if tail.int % Event.TRIM == 0:
@@ -127,14 +141,14 @@ class Transaction:
             self.store.commit(self.writes, expect=self.expect)
 
 
-def transact(store: StateStore, action: Callable[[Transaction], T], node: str = "") -> T:
+def transact(store: StateStore, action: Callable[[Transaction], T], node: str = "", by: By = NOBODY) -> T:
     """Run `action` on a fresh Transaction and commit it, again and again while others were faster. Raises Conflict.
 
     `action` may run several times, so it does nothing but read, decide and write through the transaction.
     """
     for attempt in range(_ATTEMPTS):
         try:
-            transaction = Transaction(store, node)
+            transaction = Transaction(store, node, by)
             result = action(transaction)
             transaction.commit()
             return result
