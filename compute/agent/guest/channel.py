@@ -17,22 +17,24 @@ from typing import Any
 
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.errors import ComputeError, Unavailable
-from imagestore import read_json, whole
+from imagestore import decimal, read_json, whole
 
 POOL = ThreadPoolExecutor(16, "guest-agents")
 """Apart from the agent's own threads: a silent guest holds one for _ANSWER_S."""
 _ANSWER_S, _ANSWER_BYTES = 20, 16 << 20
 _LIVE_S = 0.3  # a command that ends before hands out its output at once
 
-# Whoever makes the directory `live` has the output: this script at its end, or who reads it meanwhile.
-_RUN = """d=$1; shift; [ -e "$d" ] || { (umask 077; mkdir "$d") || exit 126; }
-[ -e "$d/i" ] && exec 3<"$d/i" || exec 3</dev/null; rm -f "$d/i"
-"$@" <&3 3<&- >"$d/o" 2>"$d/e" & echo $! >"$d/p"; exec 3<&-; wait $!; r=$?
-[ $(cat "$d/o" "$d/e" | wc -c) -le 262144 ] && mkdir "$d/live" 2>&- && {
-printf x; cat "$d/o"; cat "$d/e" >&2; rm -rf "$d"; }; exit $r"""
-_READ = """cd "$1" || exit 3; [ "$4" ] && { mkdir live || exit 3; }
-tail -c +$2 o 2>&- | head -c 262144; tail -c +$3 e 2>&- | head -c 262144 >&2"""
-_END = 'kill $(cat "$1/p") 2>&-; rm -rf "$1"'
+# Whoever makes the file .l has the output: this script at its end, or who reads it meanwhile. Forks are what costs here.
+_RUN = """d=$1; shift; (umask 77; set -C; : >"$d.o" >"$d.e") || exit 126
+[ -e "$d.i" ] && exec 3<"$d.i" || exec 3</dev/null; exec 4>"$d.o" 5>"$d.e"
+"$@" <&3 >&4 2>&5 3<&- 4>&- 5>&- & echo $! >"$d.p"; exec 3<&-; wait $!; r=$?; set -C
+{ read x o </proc/$$/fdinfo/4 && read x e </proc/$$/fdinfo/5 && [ $((o+e)) -le 262144 ] && true >"$d.l"; } 2>&- && {
+printf "x$r "; [ $o = 0 ] || cat "$d.o"; [ $e = 0 ] || cat "$d.e" >&2; exec rm -f "$d.o" "$d.e" "$d.p" "$d.i" "$d.l"; }
+exit $r"""
+_READ = """[ -e "$1.e" ] || exit 3; [ -z "$4" ] || (set -C; : >"$1.l") 2>&- || exit 3
+tail -c +$2 "$1.o" | head -c 262144; tail -c +$3 "$1.e" | head -c 262144 >&2"""
+_KILL = 'kill $(cat "$1.p") 2>&-; '
+_END = 'rm -f "$1.o" "$1.e" "$1.p" "$1.i" "$1.l"'
 
 Output = Callable[[bytes, bytes], Awaitable[None]]  # takes pieces of what a command wrote: output, errors
 Given = AsyncIterator[bytes] | None
@@ -67,16 +69,21 @@ class Channel:
 
         try:
             if stdin is not None:
-                await self._run('umask 077; mkdir "$1"', place)
-                await self._write(f"{place}/i", stdin)
+                await self._run('umask 077; : >"$1.i"', place)
+                await self._write(f"{place}.i", stdin)
             began = time.monotonic()
             code, output, errors = await self._ended(await self._start(_RUN, place, *argv), look)
-            await out(output[1:], errors)
-            if live or not output:
+            said, _, output = output.partition(b" ")
+            await out(output, errors)
+            if live or not said:
                 await look(ended=True)
+            elif (known := decimal(said[1:].decode("latin-1"))) is None:
+                raise Unavailable("the agent in the guest says nonsense of how a command ended")
+            else:
+                code = known
         except BaseException:
             with suppress(ComputeError):
-                await asyncio.shield(self._start(_END, place))
+                await asyncio.shield(self._start(_KILL + _END, place))
             raise
         if live:
             await self._run(_END, place)
@@ -86,12 +93,11 @@ class Channel:
         return await self._ended(await self._start(script, *words))
 
     async def _ended(self, pid: int, meanwhile: Callable[[], Awaitable[None]] | None = None) -> Ended:
-        pause_s = 0.005
+        began = time.monotonic()
         while (done := await self._status(pid)) is None:
             if meanwhile:
                 await meanwhile()
-            await asyncio.sleep(pause_s)
-            pause_s = min(0.5, 2 * pause_s)
+            await asyncio.sleep(min(0.5, max(0.004, (time.monotonic() - began) / 5)))
         return done
 
     async def _write(self, path: str, pieces: AsyncIterator[bytes]) -> None:

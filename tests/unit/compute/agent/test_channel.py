@@ -122,7 +122,7 @@ def test_more_than_was_asked_for_and_words_of_any_length_are_bounded() -> None:
 
 
 def test_a_command_that_ends_at_once_costs_two_questions() -> None:
-    done = {"exited": True, "exitcode": 3, "out-data": base64.b64encode(b"xhello").decode()}
+    done = {"exited": True, "exitcode": 0, "out-data": base64.b64encode(b"x3 hello").decode()}
     guest, channel = _channel(lambda command, _: {"pid": 1} if command == "guest-exec" else done)
     said = []
 
@@ -222,8 +222,19 @@ def test_a_guest_that_takes_less_than_it_is_given_runs_nothing_and_keeps_nothing
 
 
 def test_output_that_is_not_there_yet_is_nothing_and_no_error_of_ours(tmp_path: Path) -> None:
-    """A slow guest has made the directory and not begun to write: this was an endless loop."""
-    argv = ["/bin/sh", "-c", _READ, "sh", str(tmp_path), "1", "1", "1"]
+    """A slow guest has not begun to write: this was an endless loop."""
+    argv = ["/bin/sh", "-c", _READ, "sh", str(tmp_path / "x"), "1", "1", "1"]
     done = subprocess.run(argv, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert (tmp_path / "live").is_dir()
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (3, b"", b"", [])
+    (tmp_path / "x.o").touch(), (tmp_path / "x.e").touch()
+    done = subprocess.run(argv, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"") and (tmp_path / "x.l").exists()
+    assert subprocess.run(argv, capture_output=True).returncode == 3, "the output is somebody else's"
+
+
+@pytest.mark.parametrize("end", [b"x ", b"x1e9 y", b"x-1 ", b"hello", b"x" + b"9" * 100 + b" "])
+def test_an_end_that_says_no_code_is_nonsense(end: bytes) -> None:
+    done = {"exited": True, "exitcode": 0, "out-data": base64.b64encode(end).decode()}
+    _, channel = _channel(lambda command, _: {"pid": 1} if command == "guest-exec" else done)
+    with pytest.raises(Unavailable, match="nonsense"):
+        asyncio.run(channel.execute(["true"], _drop))
