@@ -95,6 +95,7 @@ def forward(port: int, opened: Callable[[], Stream]) -> None:
     except (OSError, OverflowError) as error:
         raise Problem(f"cannot listen on port {port}: {error}", hint="another port", code=CONFLICT) from error
     with listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         say(f"127.0.0.1:{listener.getsockname()[1]} leads there; Ctrl-C ends it")
         while True:
             client, _ = listener.accept()
