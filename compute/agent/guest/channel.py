@@ -24,7 +24,7 @@ POOL = ThreadPoolExecutor(16, "guest-agents")
 _ANSWER_S, _ANSWER_BYTES = 20, 16 << 20
 _LIVE_S = 0.3  # a command that ends before hands out its output at once
 
-# Whoever makes the file .l has the output: this script at its end, or who reads it meanwhile. Forks are what costs here.
+# Whoever makes the file .l has the output: this script at its end, or a reader meanwhile. Forks are what costs.
 _RUN = """d=$1; shift; (umask 77; set -C; : >"$d.o" >"$d.e") || exit 126
 [ -e "$d.i" ] && exec 3<"$d.i" || exec 3</dev/null; exec 4>"$d.o" 5>"$d.e"
 "$@" <&3 >&4 2>&5 3<&- 4>&- 5>&- & echo $! >"$d.p"; exec 3<&-; wait $!; r=$?; set -C
