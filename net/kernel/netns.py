@@ -323,4 +323,5 @@ class Netns:
 def tcp_socket(namespace: str) -> socket.socket:
     """A socket that connects from inside a namespace, whoever uses it. Raises NetError."""
     with Netns(namespace) as inside, inside.entered():
-        return socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio looks at the last
+        # Named for asyncio, which sets TCP_NODELAY where it sees the protocol.
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
