@@ -1,5 +1,7 @@
 """/nodes and /admin."""
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -99,7 +101,9 @@ def remove_node(ctx: Ctx, ref: str) -> Response:
     known = _find(ctx, ref)
     server, others = ctx.services.controller.server, _living(ctx)
     alive = known.name in others
-    gone = ctx.act(lambda txn: acts.remove(txn, known.name, server=server, alive=alive, router_nodes=others))
+    remove = partial(acts.remove, name=known.name, server=server, alive=alive, router_nodes=others)
+    while not (gone := ctx.act(remove)):
+        pass
     return JSONResponse(_view(ctx, gone))
 
 

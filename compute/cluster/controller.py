@@ -32,7 +32,7 @@ from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent,
 from compute.wire.streams import Arrivals, Stream, pair
 
 T = TypeVar("T")
-_MOST_ORPHANS = 4096
+_MOST_ORPHANS, _EVENTS = 4096, 25
 
 
 class Controller:
@@ -89,8 +89,7 @@ class Controller:
             site_secret(txn)
             return known.name
 
-        self.server = await self._act(action, self.server)
-        self.nodes.server = self.server
+        self.server = self.nodes.server = await self._act(action, self.server)
 
     def stop(self) -> None:
         self.feed.stop()
@@ -105,8 +104,9 @@ class Controller:
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
         """Say what the machine is, at every start of its agent and when its images change. Raises Invalid."""
         check_facts(facts)
+        last = ""
 
-        def action(txn: Transaction) -> None:
+        def action(txn: Transaction) -> str:
             known = txn.find(Node, node)
             if known is None or known.state == "deleted":
                 raise NotFound(f"node {node} has not joined", hint="sf agent --join URL --token T")
@@ -116,14 +116,17 @@ class Controller:
                 hint = f"if that one is gone: sf node remove {taken.name}"
                 raise Conflict(f"{facts.address} is the address of node {taken.name}", hint=hint)
             plain = to_plain(facts)
-            if facts.boot and facts.boot != (known.facts.get("boot") or facts.boot):
-                booted(txn, node)
+            started = facts.boot and facts.boot != (known.facts.get("boot") or facts.boot)
+            if started and (more := booted(txn, node, last)):
+                return more
             if known.facts != plain:
                 txn.update(replace(known, facts=plain, lastseen_s=time.time()))
             if known.facts == plain or {**known.facts, "images": plain["images"]} != plain:
                 txn.event(Node.KIND, node, "its agent started", type="status", extra=plain)
+            return ""
 
-        await self._act(action, node)
+        while last := await self._act(action, node):
+            pass
         self.nodes.attach(node, operations)
 
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
@@ -153,15 +156,15 @@ class Controller:
         """What an agent saw. When it returns, it is kept."""
         for status in statuses:
             await self._act(partial(settle, node=node, status=status), node)
-        if events:
-            await self._act(partial(keep_events, node=node, events=events), node)
+        for at in range(0, len(events), _EVENTS):
+            await self._act(partial(keep_events, node=node, events=events[at : at + _EVENTS]), node)
 
     async def inventory(self, node: str, seen: Inventory) -> None:
         """What a node remembers, and what it has that is in no record. Raises Conflict for a copy of another node."""
         if len(seen.orphans) > _MOST_ORPHANS:
             raise Invalid(f"no node has {len(seen.orphans)} guests")
 
-        def action(txn: Transaction) -> None:
+        def action(txn: Transaction) -> bool:
             known = txn.get(Node, node)
             if known.machine not in ("", seen.machine):
                 raise Conflict(f"node {node} is another state directory than this", hint="join it anew")
@@ -171,11 +174,14 @@ class Controller:
             joined = node if node != self.server else ""
             if began := compare(txn, names, seen.epoch, seen.reached, joined=joined):
                 txn.event(Node.KIND, node, f"it says that {epoch(txn).why}", type="audit")
-            quarantine.note(txn, node, seen.orphans)
+            if quarantine.note(txn, node, seen.orphans):
+                return True
             if not began and seen.epoch == epoch(txn).number:
                 heard(txn, node)
+            return False
 
-        await self._act(action, node)
+        while await self._act(action, node):
+            pass
 
     async def renew(self, node: str) -> float:
         """A node on another machine lives `liveness.LEASE_S` longer. Returns when it must fence itself, in seconds."""

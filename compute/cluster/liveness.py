@@ -75,6 +75,6 @@ class Liveness:
         for known in nodes:
             state, words = ("created", "answers") if known.name in living else ("missing", "does not answer")
             found = txn.find(Node, known.name) if known.state != state else None
-            if found is not None and found.state != "deleted":
+            if found is not None and found.state != "deleted" and txn.room > 10:
                 txn.update(replace(found, state=state, lastseen_s=time.time()))
                 txn.event(Node.KIND, known.name, words, type="status")

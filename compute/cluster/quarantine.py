@@ -35,8 +35,8 @@ class Quarantined(Stored):
     """Ordered: it stays here until its node has nothing of it any more."""
 
 
-def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> None:
-    """All that a node has and nobody knows, in place of what it said before."""
+def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> bool:
+    """All that a node has and nobody knows, in place of what it said before. True: there is more, as before."""
     before = {known.uuid: known for known in txn.list(Quarantined) if known.node == node and not known.delete}
     for orphan in orphans:
         had, message, spec = before.pop(orphan.uuid, None), "", orphan.spec
@@ -51,6 +51,8 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> None:
         if message:
             txn.event(Node.KIND, node, message, type="status")
         if had is None or had.orphan != orphan:
+            if txn.room < 40:
+                return True
             made = Quarantined(uuid=orphan.uuid, node=node, orphan=orphan, since_s=time.time())
             if had is not None:
                 made = replace(had, orphan=orphan)
@@ -59,7 +61,10 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> None:
             txn.update(made)
             hold(txn, made)
     for gone in before.values():
+        if txn.room < 40:
+            return True
         forget(txn, gone)
+    return False
 
 
 def hold(txn: Transaction, known: Quarantined) -> None:

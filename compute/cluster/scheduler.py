@@ -15,7 +15,7 @@ from compute.cluster.records.interfaces import Want
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.taken import Claims, claim
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Conflict, Invalid, NoCapacity, NotFound
+from compute.errors import Conflict, Invalid, NoCapacity, NotFound, Stale
 from compute.wire.spec import Power
 from imagestore import Digest, Store, StoreError
 
@@ -31,6 +31,8 @@ class Room:
     claimed_memory_mib: int
     why_not: str = ""
     """Why it takes nothing: it is drained or missing, or cannot have the image."""
+    revision: int = 0
+    """Of its claims."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +80,26 @@ def place(
 def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
     """Every node for `place`. usable: node → "" or why it takes nothing; nodes that are not in it are away.
 
-    Claims are read through the transaction, so that a placement elsewhere repeats this one.
+    Whoever places holds the transaction to the claims of the node that was chosen: `take`.
     """
-    found = []
+    found, held = [], {claims.name: claims for claims in txn.list(Claims)}
     for node in txn.list(Node):
         if node.state == "deleted":
             continue
-        claims = txn.find(Claims, node.name) or Claims(name=node.name)
+        claims = held.get(node.name) or Claims(name=node.name)
         facts = facts_of(node)
         why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
         size = (facts.cpus, facts.memory_mib) if facts else (0, 0)
-        found.append(Room(node.name, *size, claims.cpus, claims.memory_mib, why_not))
+        found.append(Room(node.name, *size, claims.cpus, claims.memory_mib, why_not, claims.revision))
     return found
+
+
+def take(txn: Transaction, rooms: Sequence[Room], node: str) -> str:
+    """So that a placement there at the same moment repeats this one. Raises Stale for one that came before."""
+    claims = txn.find(Claims, node)
+    if (claims.revision if claims else 0) != next(room.revision for room in rooms if room.node == node):
+        raise Stale(f"{node} has less room by now")
+    return node
 
 
 def unreadable(
@@ -129,15 +139,16 @@ def create_instance(
     """
     instances.check(instance, wants)
     images = {disk.image for disk in instance.disks if disk.image}
+    there = rooms(txn, usable)
     node = place(
-        rooms(txn, usable),
+        there,
         instance.cpus,
         instance.memory_mib,
         limits=limits,
         wanted=instance.node,
         holders=[n.name for n in txn.list(Node) if (f := facts_of(n)) and images <= set(f.images)],
     )
-    return instances.create_instance(txn, replace(instance, node=node), wants)
+    return instances.create_instance(txn, replace(instance, node=take(txn, there, node)), wants)
 
 
 def set_instance(
@@ -164,7 +175,9 @@ def set_instance(
     if min(more) < 0 and (found.power, found.power_state) != (Power.OFF, "off"):
         raise Conflict(f"{found.name} gets less only while it is off", hint=f"sf instance stop {found.name}")
     if max(more) > 0:
-        place(rooms(txn, usable), max(0, more[0]), max(0, more[1]), limits=limits, wanted=found.node)
+        there = rooms(txn, usable)
+        take(txn, there, found.node)
+        place(there, max(0, more[0]), max(0, more[1]), limits=limits, wanted=found.node)
     claim(txn, found.node, *more)
     txn.update(now)
     txn.event(instances.Instance.KIND, uuid, f"set: {dict(changes)}", type="audit")

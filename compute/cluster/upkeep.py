@@ -12,7 +12,7 @@ from compute.cluster.records.instances import Instance, end, why_over
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, move_routers, router_candidates
 from compute.cluster.records.taken import Taken
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError
 from compute.wire.spec import InstanceState
@@ -29,16 +29,17 @@ async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -
     """Until cancelled. An error is said and tried again: a full disk must not end the server."""
     swept_s = 0.0
 
-    def nodes_and_routers(txn: Transaction) -> None:
+    def nodes_and_routers(txn: Transaction) -> bool:
         nodes.note(txn)
         _move_routers(txn, nodes)
+        return txn.room < 10
 
     while True:
         seen = feed.revision
         try:
-            await asyncio.to_thread(transact, store, nodes_and_routers, server)
+            await asyncio.to_thread(pieces, store, nodes_and_routers, server)
             if time.monotonic() - swept_s > _SWEEP_S:
-                await asyncio.to_thread(transact, store, _sweep, server)
+                await asyncio.to_thread(pieces, store, _sweep, server)
                 swept_s = time.monotonic()
         except ComputeError as err:
             log.error("upkeep: %s", err)
@@ -69,23 +70,24 @@ def _end(store: StateStore, server: str) -> float:
 
 
 def _move_routers(txn: Transaction, nodes: Liveness) -> None:
-    """A network without a living router gets one. A node's lease outlives a restart of the server."""
-    alive = nodes.among(txn.list(Node))
+    """A network without a living router gets one, and what a drained node still routes. A lease outlives a restart."""
+    alive = nodes.among(n for n in txn.list(Node) if not n.drained)
     lost = {n.router_node for n in txn.list(Network) if n.state == "created" and not n.bridge} - set(alive)
     for name in sorted(lost) if alive else ():
         move_routers(txn, name, router_candidates(txn, alive))
 
 
-def _sweep(txn: Transaction) -> None:
+def _sweep(txn: Transaction) -> bool:
     """Records of the deleted stay an hour for those who poll, request keys a day, events as long as their object."""
-    now = time.time()
+    now, more = time.time(), False
     for instance in txn.list(Instance):
         done = instance.state == InstanceState.DELETED and not instance.unconfirmed
         if done and instance.updated_s < now - _KEEP_DELETED_S:
-            txn.purge(instance)
+            more = more or txn.purge(instance)
     for network in txn.list(Network):
         if network.state == "deleted" and network.deleted_s < now - _KEEP_DELETED_S:
-            txn.purge(network)
+            more = more or txn.purge(network)
     for taken in txn.list(Taken, "request/"):
-        if taken.created_s < now - _KEEP_REQUEST_S:
+        if taken.created_s < now - _KEEP_REQUEST_S and txn.room > 0:
             txn.delete(Taken, taken.name)
+    return more or txn.room <= 0

@@ -16,7 +16,7 @@ from compute.cluster.images import artifacts as acts
 from compute.cluster.images.artifacts import Artifact
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Transaction, pieces
 from compute.errors import Invalid, NotFound
 from imagestore import NotFound as NoName
 
@@ -90,7 +90,7 @@ def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
 
 
 def _delete(ctx: Context, known: Artifact) -> None:
-    ctx.act(lambda txn: txn.purge(known))
+    pieces(ctx.store, lambda txn: txn.purge(known))
     if store := ctx.services.namespaces.find(known.namespace):
         with suppress(NoName):
             store.names.remove(known.uuid, "latest")

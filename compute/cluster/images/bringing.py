@@ -15,7 +15,7 @@ from compute.cluster.images.artifacts import WEB, Artifact, Blob, Resolver, add_
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.quotas import Quota, enforce
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import ComputeError, Invalid, NotFound, brief
@@ -48,11 +48,11 @@ class Bringing:
         work = self._config.state_dir / "downloads" / one.uuid
         try:
             blob = self._bring(one, work)
-            transact(self._records, lambda txn: _end(txn, one, blob, ""))
+            pieces(self._records, lambda txn: _end(txn, one, blob, ""))
         except Exception as err:  # noqa: BLE001 - whatever one artifact meets ends no other, and is said
             known, hint = isinstance(err, StoreError | ComputeError), getattr(err, "hint", "")
             said = f"{err} ({hint})".removesuffix(" ()") if known else brief(err)
-            transact(self._records, lambda txn: _end(txn, one, None, said[:1000]))
+            pieces(self._records, lambda txn: _end(txn, one, None, said[:1000]))
         finally:
             shutil.rmtree(work, ignore_errors=True)
             self._running.discard(one.uuid)
@@ -97,21 +97,18 @@ def _say(txn: Transaction, one: Artifact, text: str) -> None:
     if (found := txn.find(Artifact, one.uuid)) is None:
         raise Invalid("it is not wanted any more")
     txn.update(replace(found, progress=text, state="creating"))
-    for instance in _waiting(txn, one):
+    for instance in _waiting(txn, one)[: txn.room]:
         txn.update(replace(instance, progress=f"image: {text}"))
 
 
-def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> None:
-    """It is here, or will not come: the artifact has a version more, instances go on, or both say why not."""
-    if (found := txn.find(Artifact, one.uuid)) is not None:
-        if blob is not None and one.wanted.startswith(WEB):
-            add_version(txn, found, blob)
-        elif blob is not None:
-            txn.purge(found)  # it is a name of the server's store from now on
-        else:
-            txn.update(replace(found, state="error", wanted="", progress="", error_message=said))
-            txn.event(Artifact.KIND, one.uuid, f"state is error: {said}")
+def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> bool:
+    """It is here, or will not come: instances go on, the artifact has a version more, or both say why not.
+
+    True: there are more instances, for another transaction.
+    """
     for instance in _waiting(txn, one):
+        if txn.room < 10:
+            return True
         disks, why = instance.disks, said
         try:
             if blob is not None:
@@ -122,4 +119,13 @@ def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> None:
         now = replace(instance, disks=disks, state=state, error_message=why, progress="")
         txn.update(replace(now, updated_s=time.time()))
         txn.event(Instance.KIND, now.uuid, f"state is error: {why}" if why else f"{one.wanted[:200]} is here")
+    if (found := txn.find(Artifact, one.uuid)) is not None:
+        if blob is not None and one.wanted.startswith(WEB):
+            add_version(txn, found, blob)
+        elif blob is not None:
+            txn.purge(found)  # it is a name of the server's store from now on
+        else:
+            txn.update(replace(found, state="error", wanted="", progress="", error_message=said))
+            txn.event(Artifact.KIND, one.uuid, f"state is error: {said}")
     enforce(txn)
+    return False

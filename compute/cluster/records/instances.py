@@ -255,9 +255,18 @@ def power(txn: Transaction, uuid: str, verb: str, grace_s: int = 0) -> Instance:
     return found
 
 
-def booted(txn: Transaction, node: str) -> None:
-    """The node's machine has started: those that are to run then, or not to, are wanted so."""
+def booted(txn: Transaction, node: str, after: str = "") -> str:
+    """The node's machine has started: those that are to run then, or not to, are wanted so.
+
+    Returns after which of them another transaction goes on, "" when all were looked at.
+    """
+    last = ""
     for one in txn.list(Instance):
+        if one.uuid <= after:
+            continue
+        if txn.room < 8:
+            return last
+        last = one.uuid
         if one.node == node and one.ephemeral and one.state == InstanceState.CREATED:
             end(txn, one.uuid, f"{node} has started, and it is ephemeral")
         elif one.node == node and one.state == InstanceState.CREATED and one.autostart != "last":
@@ -267,6 +276,7 @@ def booted(txn: Transaction, node: str) -> None:
             txn.event(
                 Instance.KIND, one.uuid, f"{node} has started; autostart is {one.autostart}", type="audit"
             )
+    return ""
 
 
 def add_interface(txn: Transaction, uuid: str, want: Want) -> Interface:

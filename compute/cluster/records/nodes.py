@@ -19,6 +19,8 @@ from compute.wire.codec import from_plain
 from compute.wire.spec import InstanceState, NodeFacts
 
 _DIGEST = re.compile(r"b3:[0-9a-f]{64}")
+_DELETED = 60
+"""Records that go, or change, with one instance, at most."""
 _LEAST_MTU, _MOST, _TEXT = 1200, 10_000, 1000
 
 
@@ -85,8 +87,12 @@ def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[
     return found
 
 
-def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_nodes: Sequence[str]) -> Node:
+def remove(
+    txn: Transaction, name: str, *, server: str, alive: bool, router_nodes: Sequence[str]
+) -> Node | None:
     """Forget it, and the instances that were on it. Raises Conflict for the server, or while it lives and has some.
+
+    None: there are more of them, for another transaction.
 
     Its identity and the deletions stay: a machine that comes back is told what to remove, until it has done so.
     """
@@ -98,6 +104,8 @@ def remove(txn: Transaction, name: str, *, server: str, alive: bool, router_node
         hint = "delete them first, or switch the node off: then they are given up"
         raise Conflict(f"node {name} is alive and has {len(here)} instances", hint=hint)
     for instance in here:
+        if txn.room < _DELETED:
+            return None
         finish_delete(txn, txn.get(Instance, instance.uuid), unconfirmed=True)
     heard(txn, name)
     move_routers(txn, name, router_nodes)
@@ -141,12 +149,15 @@ def rename(txn: Transaction, known: Node, name: str) -> Node:
 
 
 def move_routers(txn: Transaction, away_from: str, router_nodes: Sequence[str]) -> list[str]:
-    """Give the routers of a node that is dead, drained or gone to others in turn. Returns the networks' UUIDs."""
+    """Give the routers of a node that is dead, drained or gone to others in turn. Returns the networks' UUIDs.
+
+    As many as fit: upkeep moves the rest.
+    """
     moved: list[str] = []
     targets = [name for name in router_nodes if name != away_from]
     for network in txn.list(Network):
         routed = network.state == "created" and not network.bridge
-        if routed and network.router_node == away_from and targets:
+        if routed and network.router_node == away_from and targets and txn.room > 8:
             target = targets[len(moved) % len(targets)]
             txn.update(replace(network, router_node=target))
             txn.event(Network.KIND, network.uuid, f"router moved from {away_from} to {target}", type="mutate")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from compute.cluster.records.stored import Stored
-from compute.cluster.state.protocol import ABSENT, Record, StateStore
+from compute.cluster.state.protocol import ABSENT, MOST_KEYS, Record, StateStore
 from compute.errors import Conflict, NotFound, Stale
 
 T = TypeVar("T")
@@ -62,6 +62,11 @@ class Transaction:
         self.writes: dict[str, bytes | None] = {}
         self.reads: dict[str, Record | None] = {}
 
+    @property
+    def room(self) -> int:
+        """How many more records it may write and rest on; some are left for its end. Longer work goes in pieces."""
+        return MOST_KEYS - 10 - max(len(self.writes), len(self.expect))
+
     def find(self, cls: type[O], identity: str) -> O | None:
         key = f"{cls.KIND}/{identity}"
         if key in self.writes:
@@ -99,11 +104,14 @@ class Transaction:
         """Remove it; "there was none" is success."""
         self.writes[f"{cls.KIND}/{identity}"] = None
 
-    def purge(self, value: Stored) -> None:
-        """Remove it and its history."""
-        self.writes[value.key] = None
+    def purge(self, value: Stored) -> bool:
+        """Remove its history, and then it. True: there is more, for another transaction."""
         for record in self.store.list(f"{Event.KIND}/{value.key}/"):
+            if self.room <= 0:
+                return True
             self.writes[record.key] = None
+        self.writes[value.key] = None
+        return False
 
     def event(
         self,
@@ -132,7 +140,8 @@ class Transaction:
         )
         self.writes[entry.key] = entry.encode()
         if tail.int % Event.TRIM == 0:
-            for record in self.store.list(f"{Event.KIND}/{place}")[: -Event.LIMIT]:
+            oldest = self.store.list(f"{Event.KIND}/{place}")[: -Event.LIMIT]
+            for record in oldest[: max(0, self.room - Event.TRIM)]:
                 self.writes[record.key] = None
 
     def commit(self) -> None:
@@ -155,3 +164,9 @@ def transact(store: StateStore, action: Callable[[Transaction], T], node: str = 
         except Stale:
             time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
     raise Conflict("too many others change the same objects", hint="repeat the command in a moment")
+
+
+def pieces(store: StateStore, action: Callable[[Transaction], bool], node: str = "") -> None:
+    """`action` in as many transactions as it takes, for as long as it says that there is more."""
+    while transact(store, action, node):
+        pass

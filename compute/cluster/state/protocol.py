@@ -9,8 +9,22 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from compute.errors import ComputeError
+
 ABSENT = 0
 """The revision of a key that does not exist."""
+
+MOST_KEYS, MOST_BYTES = 100, 1 << 20
+"""What one commit may write, and compare. etcd takes 128 operations and 1.5 MiB, of which an engine needs some."""
+
+
+def bounded(writes: Mapping[str, bytes | None], expect: Mapping[str, int]) -> None:
+    """Raises ComputeError for a commit that no engine takes: longer work is done in pieces that may be repeated."""
+    size_bytes = sum(len(key) + len(value or b"") for key, value in writes.items())
+    if max(len(writes), len(expect)) > MOST_KEYS or size_bytes > MOST_BYTES:
+        raise ComputeError(
+            f"a change of {len(writes)} records ({size_bytes >> 10} KiB) that rests on {len(expect)} is too large"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +50,8 @@ class StateStore(Protocol):
 
     Atomic? Yes: a commit's comparisons and writes happen at one revision, or nothing happens.
     Durable? When `commit` returns, a crash of the machine does not undo it.
-    Idempotent? Reads are. A commit whose answer was lost is not: read back.
+    Bounded? At most MOST_KEYS and MOST_BYTES in one commit, else ComputeError.
+    Idempotent? Reads are. Of a commit that raised Unavailable nobody knows whether it happened, or will: read back.
     Ordered? Commits are totally ordered; `get` and `list` see every commit that returned before they were called.
     Thread-safe? Yes. Who closes it? Who built it.
     """

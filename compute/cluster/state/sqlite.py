@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compute.cluster.state.protocol import ABSENT, Change, Record
+from compute.cluster.state.protocol import ABSENT, Change, Record, bounded
 from compute.cluster.state.reserve import Reserve
 from compute.errors import Compacted, ComputeError, Conflict, LeaseLost, NoSpace, Stale, Unavailable
 from imagestore import durable
@@ -184,6 +184,7 @@ class SqliteStore:
         lease: int | None = None,
         ephemeral: Collection[str] = (),
     ) -> int:
+        bounded(writes, expect)
         return self._submit(_Job(writes, expect, lease, ephemeral))
 
     def grant(self, ttl_s: float) -> int:
