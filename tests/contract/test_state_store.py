@@ -5,30 +5,62 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compute.cluster.state.protocol import ABSENT, StateStore
+from compute.cluster.state.protocol import ABSENT, MOST_BYTES, MOST_KEYS, StateStore
 from compute.cluster.state.sqlite import HISTORY, SqliteStore
 from compute.errors import Compacted, ComputeError, LeaseLost, Stale, Unavailable
+from tests.drills import everything
+from tests.etcd import members
 
 Reopen = Callable[[], StateStore]
+Make = Callable[[Path], StateStore]
 
-ENGINES: dict[str, Callable[[Path], StateStore]] = {"sqlite": lambda path: SqliteStore(path / "sf.db")}
+ENGINES = {"sqlite": 0, "etcd": 1} | ({"three etcds": 3} if everything() else {})
+"""How many members of etcd each has."""
+SHORT = {"sqlite": HISTORY, "etcd": 100, "three etcds": 100}
+"""How much history each keeps here."""
+
+
+@pytest.fixture(scope="module")
+def make() -> Iterator[Callable[[str], Make]]:
+    """A maker of stores for an engine, which runs from its first use on."""
+    with ExitStack() as running:
+        urls: dict[str, str] = {}
+
+        def maker(engine: str) -> Make:
+            if engine == "sqlite":
+                return lambda path: SqliteStore(path / "sf.db")
+            pytest.importorskip("etcd3gw")
+            from compute.cluster.state.etcd import EtcdStore
+            from compute.cluster.state.gateway import Access
+
+            if engine not in urls:
+                urls[engine] = running.enter_context(members(ENGINES[engine])).url
+            return lambda path: EtcdStore(Access(f"{urls[engine]}{path}"), history=SHORT[engine])
+
+        yield maker
 
 
 @pytest.fixture(params=ENGINES)
-def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Reopen]:
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def reopen(engine: str, make: Callable[[str], Make], tmp_path: Path) -> Iterator[Reopen]:
     """Opens the same state again; the one before is closed first."""
     opened: list[StateStore] = []
 
     def again() -> StateStore:
         if opened:
             opened[-1].close()
-        opened.append(ENGINES[request.param](tmp_path))
+        opened.append(make(engine)(tmp_path))
         return opened[-1]
 
     yield again
@@ -125,10 +157,10 @@ def test_a_watch_waits_for_the_change(store: StateStore) -> None:
         assert [c.revision for c in waiting.result(30)] == [revision]
 
 
-def test_a_watch_from_too_long_ago_is_told_to_list_again(store: StateStore) -> None:
+def test_a_watch_from_too_long_ago_is_told_to_list_again(store: StateStore, engine: str) -> None:
     start = put(store, "a")
     with ThreadPoolExecutor(32) as pool:
-        for _ in pool.map(lambda i: store.commit({"b": b"%d" % i}, expect={}), range(2 * HISTORY + 2)):
+        for _ in pool.map(lambda i: store.commit({"b": b"%d" % i}, expect={}), range(2 * SHORT[engine] + 2)):
             pass
     with pytest.raises(Compacted):
         store.watch("", start, 0)
@@ -230,10 +262,12 @@ def test_after_closing_every_writer_is_told(reopen: Reopen) -> None:
     )
 )
 def test_any_sequence_of_commits_ends_where_a_dictionary_would(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[dict[str, bytes | None], dict[str, int]]]
+    make: Callable[[str], Make],
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: list[tuple[dict[str, bytes | None], dict[str, int]]],
 ) -> None:
-    for make in ENGINES.values():
-        store = make(tmp_path_factory.mktemp("state"))
+    for engine in ENGINES:
+        store = make(engine)(tmp_path_factory.mktemp("state"))
         model: dict[str, tuple[bytes, int]] = {}
         base = store.revision()
         try:
@@ -253,6 +287,27 @@ def test_any_sequence_of_commits_ends_where_a_dictionary_would(
             assert {r.key: (r.value, r.revision) for r in store.list("")} == model
         finally:
             store.close()
+
+
+def test_a_commit_has_its_bounds_and_all_that_is_within_them_is_taken(store: StateStore) -> None:
+    whole = {f"k{n}": bytes(MOST_BYTES // MOST_KEYS - 10) for n in range(MOST_KEYS)}
+    store.commit(whole, expect=dict.fromkeys(whole, ABSENT))
+    assert len(store.list("k")) == MOST_KEYS
+    for writes, expect in (
+        (dict.fromkeys([*whole, "more"], b""), {}),
+        ({"a": b""}, dict.fromkeys([*whole, "more"], ABSENT)),
+        ({"a": bytes(MOST_BYTES)}, {}),
+    ):
+        with pytest.raises(ComputeError, match="too large"):
+            store.commit(writes, expect=expect)
+    assert store.get("a") is None
+
+
+def test_a_long_list_is_whole_and_of_one_revision(store: StateStore) -> None:
+    keys = [f"k/{n:04d}" for n in range(2100)]
+    for at in range(0, len(keys), MOST_KEYS):
+        store.commit(dict.fromkeys(keys[at : at + MOST_KEYS], b"x"), expect={})
+    assert [record.key for record in store.list("k/")] == keys
 
 
 def test_sqlite_runs_with_a_journal_that_survives_power_loss(tmp_path: Path) -> None:
