@@ -18,6 +18,7 @@ MEMBERS = {
     "cache": ("cli.image.cache:cache", "Images that this node holds."),
     "mirror": ("cli.image.mirror:mirror", "Carry images for others, sign their names, serve them."),
     "remote": ("cli.image.store:remote", "Other stores to look names up in."),
+    "events": ("cli.cloud.events:events", "What happened to what you see."),
     "backup": ("cli.cloud.backup:backup", "Keep guests' disks, regularly."),
     "node": ("cli.operate.cluster:node", "Machines of the cluster."),
     "namespace": ("cli.operate.cluster:namespace", "Tenants."),

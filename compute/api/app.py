@@ -9,11 +9,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from compute.api import instances, namespaces, networks, nodes, problems, streams
+from compute.api import history, instances, namespaces, networks, nodes, problems, streams
 from compute.api.context import Ctx, Services
 from compute.api.edge import Edge, Metrics
 from compute.api.images import artifacts, snapshots
 from compute.api.images.stores import OwnStores
+from compute.api.ui import pages
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
@@ -90,7 +91,7 @@ def build(services: Services) -> FastAPI:
     metrics.registry.register(_Objects(services.store))
     app.add_middleware(Edge, metrics=metrics)
     problems.install(app)
-    for module in (namespaces, instances, networks, nodes, artifacts, snapshots, streams):
+    for module in (namespaces, instances, networks, nodes, artifacts, snapshots, streams, history, pages):
         app.include_router(module.router)
     app.mount("/stores", OwnStores(services))
 

@@ -1,7 +1,7 @@
-"""Metadata and events: the same routes under every kind of object."""
+"""Metadata and events: the same routes under every kind of object, and the events of all that somebody sees."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,11 +13,19 @@ from starlette.concurrency import run_in_threadpool
 
 from compute.api import views
 from compute.api.context import Body, Context, Ctx
+from compute.api.edge import Route
 from compute.cluster.images.artifacts import Artifact
+from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.networks import Network
+from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event, Transaction
-from compute.errors import Invalid, NotFound, Unauthenticated
+from compute.cluster.state.protocol import Change, Record
+from compute.errors import Compacted, Invalid, NotFound, Unauthenticated
+from imagestore import decimal
+
+router = APIRouter(tags=["events"], route_class=Route)
 
 METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
@@ -89,13 +97,13 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
         query = body or EventQuery()
         if follow:  # an artifact is everybody's: its store need not be asked again
             again = (lambda: item) if isinstance(item, Artifact) else partial(find, ctx, item.id)
-            return StreamingResponse(
-                _stream(ctx, again, query),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-store"},
-            )
+            return _streamed(_stream(ctx, again, query))
         found = _read(ctx, item, query)
         return JSONResponse([views.event(e) for e in found])
+
+
+def _streamed(events: AsyncIterator[str]) -> Response:
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 def _read(ctx: Context, item: Stored, query: EventQuery, after: str = "") -> list[Event]:
@@ -126,5 +134,63 @@ async def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -
         for event in reversed(found):
             after = event.name
             yield f"id: {event.name}\ndata: {json.dumps(views.event(event))}\n\n"
+        if not await feed.moved((Event.KIND, Namespace.KIND), seen, _KEEPALIVE_S):
+            yield ": still here\n\n"
+
+
+_KINDS: dict[str, type[Stored]] = {kind.KIND: kind for kind in (Artifact, Instance, Network, Node)}
+"""What has a history. A node's is everybody's, here as under /nodes."""
+
+
+@router.get("/events")
+def all_events(ctx: Ctx, body: EventQuery | None = None, follow: bool = False) -> Response:
+    """Of all that the caller sees, newest first; `?follow=true`: server-sent events, those to come."""
+    if follow:
+        return _streamed(_follow(ctx))
+    query, found = body or EventQuery(), list[dict[str, Any]]()
+    newest = sorted(ctx.store.list(f"{Event.KIND}/"), key=lambda r: r.key.rpartition("/")[2], reverse=True)
+    for view in _seen(ctx, newest):
+        if len(found) == query.limit:
+            break
+        found += [view] if query.event_type in (None, "", view["type"]) else []
+    return JSONResponse(found)
+
+
+def _seen(ctx: Context, records: Iterable[Record | Change]) -> Iterator[dict[str, Any]]:
+    """The events among them that the caller sees, with what each is about."""
+    read = ctx.read()
+    for record in records:
+        _, kind, identity, _ = record.key.split("/")
+        about: Any = read.find(_KINDS[kind], identity) if kind in _KINDS else None
+        if (
+            about
+            and record.value
+            and (kind == Node.KIND or getattr(about, "shared", False) or ctx.sees(about))
+        ):
+            what = {"object": kind, "uuid": about.uuid, "name": about.name}
+            yield views.event(Event.decode(record.value, 0)) | what | {"revision": record.revision}
+
+
+async def _follow(ctx: Context) -> AsyncIterator[str]:
+    """A reader that comes back says where it was by Last-Event-ID (a revision); what is forgotten is passed over."""
+    feed = ctx.services.controller.feed
+    after = decimal(ctx.request.headers.get("last-event-id", "")) or feed.revision
+
+    def read() -> list[dict[str, Any]]:
+        ctx.look_again()
+        try:
+            return list(_seen(ctx, ctx.store.watch(f"{Event.KIND}/", after, 0)))
+        except Compacted:
+            return []
+
+    while not await ctx.request.is_disconnected():
+        seen = feed.revision
+        try:
+            found = await run_in_threadpool(read)
+        except Unauthenticated:
+            return
+        for event in found:
+            yield f"id: {event['revision']}\ndata: {json.dumps(event)}\n\n"
+        after = max(seen, *(event["revision"] for event in found), 0)
         if not await feed.moved((Event.KIND, Namespace.KIND), seen, _KEEPALIVE_S):
             yield ": still here\n\n"

@@ -108,7 +108,7 @@ class Authority:
         self._tries = listening.Buckets(per_second=1, burst=_TRIES)
         self._jwt_secret = transact(store, lambda txn: secret(txn, "jwt-secret"))
 
-    def login(self, namespace: str, key: str, address: str = "") -> dict[str, Any]:
+    def login(self, namespace: str, key: str, address: str = "", *, lasts_s: int = TOKEN_S) -> dict[str, Any]:
         """The answer of POST /auth. Raises Unauthenticated, in the same words where there is no such namespace.
 
         address: who asks, as `listening.origin` has it. Raises Unavailable after too many wrong keys from there.
@@ -130,10 +130,10 @@ class Authority:
             "key": name,
             "nonce": keys[name].nonce,
             "iat": now,
-            "exp": now + TOKEN_S,
+            "exp": now + lasts_s,
         }
         token = jwt.encode(claims, self._jwt_secret, algorithm="HS256")
-        return {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_S}
+        return {"access_token": token, "token_type": "Bearer", "expires_in": lasts_s}
 
     def _find(self, namespace: str, key: str, keys: Mapping[str, KeyHash], address: str) -> str:
         """Which of a namespace's keys it is."""

@@ -51,6 +51,9 @@ def test_mirror_sync_of_an_installed_wheel_has_its_source_lists(installed: Path,
     assert done.returncode == 1 and "no source lists" not in done.stderr
 
 
-def test_a_wheel_carries_the_mirrors_pages(installed: Path) -> None:
-    here = sorted(p.name for p in (ROOT / "imagestore/mirror/templates").iterdir())
-    assert sorted(p.name for p in (installed / "imagestore/mirror/templates").iterdir()) == here
+@pytest.mark.parametrize(
+    "pages", ["imagestore/mirror/templates", "compute/api/ui/templates", "compute/api/ui/static"]
+)
+def test_a_wheel_carries_the_pages(installed: Path, pages: str) -> None:
+    here = sorted(p.name for p in (ROOT / pages).iterdir())
+    assert sorted(p.name for p in (installed / pages).iterdir()) == here

@@ -1,0 +1,1 @@
+"""Pages for people at /ui: the API's own client, in the same process."""

@@ -1,0 +1,103 @@
+"""The events of all that somebody sees: by the API, and by `sf events`."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tests.api_server import Running, running
+
+SF = Path(sys.executable).with_name("sf")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Running]:
+    with running(tmp_path / "state") as found:
+        found.call("POST", "/auth/namespaces", {"namespace": "shop", "key_name": "k", "key": "shop-key"})
+        found.login("shop", "shop-key")
+        found.network()
+        yield found
+
+
+def stream(server: Running, namespace: str, key: str, **more: str) -> Any:
+    token = server.login(namespace, key).body["access_token"]
+    asked = urllib.request.Request(
+        f"{server.url}/events?follow=true", headers={"Authorization": f"Bearer {token}", **more}
+    )
+    return urllib.request.urlopen(asked, timeout=30)
+
+
+def told(answer: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    last = ""
+    for line in answer:
+        what, _, text = line.decode().rstrip().partition(": ")
+        last = text if what == "id" else last
+        if what == "data":
+            yield last, json.loads(text)
+
+
+def test_the_newest_events_of_all_that_the_caller_sees_and_of_nothing_else(server: Running) -> None:
+    server.instance("web", network="lan")
+    server.wait_for("/instances/web", "created")
+    every = server.get("/events", {"limit": 50})
+    assert {e["object"] for e in every} == {"instance", "network", "node"}
+    assert [e["timestamp"] for e in every] == sorted((e["timestamp"] for e in every), reverse=True)
+    assert {"name": "web", "message": "state is created"}.items() <= next(
+        e for e in every if e["message"] == "state is created"
+    ).items()
+    assert len(server.get("/events", {"limit": 2})) == 2
+    assert {e["type"] for e in server.get("/events", {"event_type": "audit"})} == {"audit"}
+    theirs = server.get("/events", namespace="shop", key="shop-key")
+    assert {e["object"] for e in theirs} <= {"node"}
+    assert server.call("GET", "/events", namespace="").status == 401
+
+
+def test_a_stream_of_all_events_tells_of_ones_own_alone_resumes_and_ends_with_its_key(
+    server: Running,
+) -> None:
+    with stream(server, "system", server.key) as all_of_it, stream(server, "shop", "shop-key") as shop:
+        server.instance("web", network="lan")
+        body = {"name": "shops", "netblock": "10.44.0.0/24"}
+        assert server.call("POST", "/networks", body, namespace="shop", key="shop-key").status == 200
+        own = next(told(shop))[1]
+        assert (own["object"], own["name"]) == ("network", "shops")
+        reading = told(all_of_it)
+        mark, first = next((m, e) for m, e in reading if e["name"] == "web")
+        assert first["message"] == "asked for; placed on node1"
+        next(e for _, e in reading if e["name"] == "shops")
+        server.call("PUT", "/auth/namespaces/shop/keys/k", {"key": "another"})
+        assert [e for _, e in told(shop) if e["object"] != "node"] == []  # and it ends
+    with stream(server, "system", server.key, **{"Last-Event-ID": mark}) as again:
+        assert "asked for; placed on node1" not in {next(told(again))[1]["message"]}
+
+
+def test_sf_events_lists_and_follows_in_lines_of_json(server: Running, tmp_path: Path) -> None:
+    environment = os.environ | {"HOME": str(tmp_path), "SF_API_URL": server.url, "SF_KEY": server.key}
+    listed = subprocess.run(
+        [SF, "events", "--limit", "3"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert "network lan" in listed.stdout and "created as 10.42.0.0/24" in listed.stdout, listed.stderr
+    argv = [SF, "events", "-f", "--format", "json"]
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout
+        said: list[str] = []
+        reading = threading.Thread(target=lambda: said.extend(following.stdout or ()), daemon=True)
+        reading.start()
+        try:
+            for number in range(100):  # it is not known when it listens
+                server.network(f"n{number}", f"10.{number + 50}.0.0/24")
+                reading.join(0.3)
+                if said:
+                    break
+            event = json.loads(said[0])
+            assert event["object"] == "network" and event["message"].startswith("created as 10.")
+        finally:
+            following.kill()
+            reading.join(10)
