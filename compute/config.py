@@ -58,6 +58,8 @@ class Config:
     sync_names: bool = False
     """Whether anybody may have images fetched that a source list names; those in `sources`, "" for the usual ones."""
     sources: str = ""
+    novnc: Path = Path("/usr/share/novnc")
+    """Where Debian's package has noVNC; what npm packs as @novnc/novnc is as good."""
 
 
 def load(settings: Settings) -> Config:
@@ -94,6 +96,7 @@ def load(settings: Settings) -> Config:
         state_backup_keep=read("state_backup_keep", lambda text: max(1, int(text)), "14"),
         sync_names=read("sync_names", lambda text: bool(("no", "yes").index(text)), "no"),
         sources=settings.get("sources"),
+        novnc=Path(settings.get("novnc", "/usr/share/novnc")),
     )
 
 

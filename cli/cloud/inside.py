@@ -166,13 +166,25 @@ def forward_(name: str, ports: str) -> None:
     forward(int(here or port), lambda: Stream(api, uuid, "connect", port=int(port)))
 
 
-@instance.add(examples="sf instance vnc web")
-def vnc(name: str, form: str) -> None:
-    """Where a guest's screen is shown (create --vdi), for a viewer that reaches the node, and its password."""
+@instance.add(examples="sf instance vnc web\nsf instance vnc web --listen 5901")
+@click.option("--listen", type=click.IntRange(0, 65535), metavar="PORT", help="Of loopback, for a viewer.")
+def vnc(name: str, listen: int | None, form: str) -> None:
+    """A guest's screen (create --vdi): the address of a page that shows it, once, to who opens it within a minute.
+
+    A port of --listen asks for no password. SPICE has a port of the node and one, for viewers that reach the node.
+    """
     api = Api()
     found = api("GET", "instances", name)
-    if not found.get("vdi_port"):
+    kind, uuid = (found["video"] or {}).get("vdi"), found["uuid"]
+    row = {"name": name, "kind": kind, "password": found["vdi_password"]}
+    if found.get("vdi_port"):
+        row["address"] = f"{api('GET', 'nodes', found['node'])['ip']}:{found['vdi_port']}"
+    elif kind != "vnc" or found["power_state"] not in ("on", "paused"):
         raise Problem(f"{name} shows no screen now", hint="create --vdi vnc, and start it", code=MISSING)
-    row = {"kind": (found["video"] or {}).get("vdi"), "password": found["vdi_password"], "name": name}
-    row["address"] = f"{api('GET', 'nodes', found['node'])['ip']}:{found['vdi_port']}"
+    elif listen is not None:
+        forward(listen, lambda: Stream(api, uuid, "vnc"))
+    else:
+        api.asked_by_anybody("screen")  # the server says so if it has no page
+        ticket = api("POST", "instances", uuid, "streams", "vnc")["ticket"]
+        row["address"] = f"{api.url}/screen#{uuid}.{ticket}"
     show_one(row, (("address", "address"), ("kind", "kind"), ("password", "password")), form)

@@ -64,6 +64,8 @@ def _disk(disk: Row) -> str:
 def _screen(found: Row) -> str:
     """How a viewer gets in, while the guest runs."""
     port, kind = found.get("vdi_port"), (found.get("video") or {}).get("vdi")
+    if kind == "vnc" and not port:
+        return f"sf instance vnc {found['name']}" if found["power_state"] == "on" else ""
     return f"{kind} on port {port} of {found['node']}, password {found.get('vdi_password')}" if port else ""
 
 

@@ -164,11 +164,9 @@ def key_ls(of: str, form: str) -> None:
 @click.option("--read-only", is_flag=True, help="It sees everything and changes nothing; no streams.")
 def key_add(of: str, name: str, ttl: float | None, read_only: bool) -> None:
     """Make a new key and print it; it is not shown again. What is logged in with it ends when it does."""
-    if ttl is not None and ttl < 1:
-        raise click.UsageError("a key that never holds")
     made = secrets.token_urlsafe(32)
-    more = {"ttl_s": ttl and int(ttl), "read_only": read_only or None}
-    Api()("POST", *BASE, of, "keys", key_name=name, key=made, **more)
+    may = {"ttl_s": ttl and int(ttl), "read_only": read_only or None}
+    Api()("POST", *BASE, of, "keys", key_name=name, key=made, **may)
     print(made)
 
 

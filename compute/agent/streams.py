@@ -1,4 +1,4 @@
-"""What a node's end of a stream does: a console, a command in a guest, a port of it."""
+"""What a node's end of a stream does: a console, a command in a guest, a port of it, its screen."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 from compute.agent.guest.channel import Channel
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.terminal import Terminal
-from compute.errors import ComputeError, Invalid, Unavailable
+from compute.agent.hypervisor.domain import screen
+from compute.errors import ComputeError, Conflict, Invalid, Unavailable
 from compute.wire.streams import PIECE_BYTES, Stream, failure, first
 from net import NetError, tcp_socket
 
@@ -30,7 +31,7 @@ class Streams:
 
     async def open(self, guest: Guest, kind: str, options: dict[str, Any], ticket: str) -> None:
         """Serve one in the background. Raises Invalid for an unknown kind."""
-        serve = {"console": self._console, "exec": self._exec}.get(kind)
+        serve = {"console": self._console, "exec": self._exec, "vnc": self._vnc}.get(kind)
         if serve is None:
             raise Invalid(f"this node's agent knows no stream {kind[:80]}")
         await self.begin(ticket, lambda stream: serve(guest, options, stream))
@@ -58,6 +59,14 @@ class Streams:
 
     async def _console(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
         await self._terminals.setdefault(guest, Terminal()).serve(guest, stream)
+
+    async def _vnc(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
+        """The bytes of RFC 6143."""
+        path = screen(await guest.host.do(guest.host.hypervisor.xml, guest.spec.uuid))[1]
+        if not path:
+            hint = "create --vdi vnc and start it; one that runs since an older sf: sf instance reboot --hard"
+            raise Conflict(f"{guest.spec.name} shows no screen now", hint=hint)
+        await _carry(*await asyncio.open_unix_connection(path), stream)
 
     async def _exec(self, guest: Guest, options: dict[str, Any], stream: Stream) -> None:
         """`{"argv": [...], "input": true}`: then input up to `eof`. Output comes behind a byte, 1 or 2, then `exit`."""

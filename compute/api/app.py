@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from compute.api import history, instances, namespaces, networks, nodes, problems, streams
+from compute.api import history, instances, namespaces, networks, nodes, problems, screens, streams
 from compute.api.context import Ctx, Services
 from compute.api.edge import Edge, Metrics
 from compute.api.images import artifacts, snapshots
@@ -34,6 +34,7 @@ CAPABILITIES = (
     "node-get",
     "node-metadata",
     "provide-dns",
+    "vdi-console-helper",
 )
 """What clients search for in the page at `/`. A word stands here when its routes are there, never before."""
 
@@ -91,7 +92,18 @@ def build(services: Services) -> FastAPI:
     metrics.registry.register(_Objects(services.store))
     app.add_middleware(Edge, metrics=metrics)
     problems.install(app)
-    for module in (namespaces, instances, networks, nodes, artifacts, snapshots, streams, history, pages):
+    for module in (
+        namespaces,
+        instances,
+        networks,
+        nodes,
+        artifacts,
+        snapshots,
+        screens,
+        streams,
+        history,
+        pages,
+    ):
         app.include_router(module.router)
     app.mount("/stores", OwnStores(services))
 

@@ -24,7 +24,7 @@ from compute.cluster.quotas import enforce
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take
-from compute.cluster.records.transaction import By, Transaction, transact
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
@@ -128,15 +128,11 @@ class Context:
             enforce(txn)
             return done
 
-        return transact(self.store, act, self.services.config.node_name, self.by)
-
-    @property
-    def by(self) -> By:
-        """Who asks, and from where, for the events of a change."""
         host, port = self.request.client or ("", 0)
         # Of what a proxy said (uvicorn believes this machine's) there is no port.
         where = f"{host[:64]}{'' if port else ', as a proxy says'}"
-        return By(f"{self.caller.namespace}/{self.caller.key_name}", where)
+        by = f"{self.caller.namespace}/{self.caller.key_name}", where
+        return transact(self.store, act, self.services.config.node_name, by)
 
     def change(self, known: Stored, action: Callable[[Transaction, str], T]) -> T:
         """`action` on an object that was found, by its id. Raises Precondition, and what `action` raises."""

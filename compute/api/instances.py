@@ -137,7 +137,7 @@ def _find(ctx: Context, ref: str) -> Instance:
 
 
 def _view(ctx: Context, item: Instance) -> dict[str, Any]:
-    return views.instance(item, acts.interfaces_of(ctx.read(), item.uuid))
+    return views.instance(item, acts.interfaces_of(ctx.read(), item.uuid), ctx.caller.read_only)
 
 
 @router.get("/instances")
@@ -145,7 +145,8 @@ def list_instances(ctx: Ctx, body: ListBody | None = None) -> Response:
     interfaces: dict[str, list[Interface]] = defaultdict(list)
     for interface in ctx.read().list(Interface):
         interfaces[interface.instance_uuid].append(interface)
-    found = [views.instance(item, interfaces[item.uuid]) for item in ctx.listed(Instance, body)]
+    reads = ctx.caller.read_only
+    found = [views.instance(item, interfaces[item.uuid], reads) for item in ctx.listed(Instance, body)]
     return JSONResponse(sorted(found, key=lambda view: view["created"]))
 
 

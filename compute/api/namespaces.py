@@ -1,7 +1,8 @@
 """/auth: tokens, namespaces, keys and trust."""
 
+import time
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -14,6 +15,7 @@ from compute.api.history import add_events, add_metadata
 from compute.cluster import auth
 from compute.cluster.quotas import DEFAULTS, Quota, used
 from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NotFound
 
 router = APIRouter(tags=["auth"], route_class=Route)
@@ -37,12 +39,9 @@ class CreateBody(Body):
 class KeyValueBody(Body):
     key_name: str | None = None
     key: str
-    ttl_s: int | None = Field(default=None, ge=0, le=100 * 366 * 86400)
-    """How long it holds; 0: for ever. Not given: as it was, or for ever."""
+    ttl_s: int | None = Field(default=None, ge=1, le=100 * 366 * 86400)
+    """How long it holds from now on. Not given: as it was, or for ever."""
     read_only: bool | None = None
-
-    def given(self) -> dict[str, Any]:
-        return {"key": self.key, "ttl_s": self.ttl_s, "read_only": self.read_only}
 
 
 class KeyBody(KeyValueBody):
@@ -85,7 +84,8 @@ def create_namespace(ctx: Ctx, body: CreateBody) -> Response:
     ctx.admin()
     if body.namespace in {*_RESERVED, *dict(ctx.services.config.stores)}:
         raise Conflict(f"{body.namespace}/… means something else already", hint="sf remote ls; another name")
-    made = auth.create_namespace(ctx.store, body.namespace, body.key_name or "", body.key or "", ctx.by)
+    keys = {body.key_name or "default": auth.hash_key(body.key)} if body.key else {}
+    made = ctx.act(lambda txn: auth.create_namespace(txn, body.namespace, keys))
     return JSONResponse(views.namespace(made))
 
 
@@ -98,7 +98,7 @@ def get_namespace(ctx: Ctx, ref: str) -> Response:
 @router.delete("/auth/namespaces/{ref}")
 def delete_namespace(ctx: Ctx, ref: str) -> Response:
     ctx.admin()
-    auth.delete_namespace(ctx.store, ref)
+    ctx.act(lambda txn: auth.delete_namespace(txn, ref))
     return JSONResponse(None)
 
 
@@ -109,32 +109,37 @@ def list_keys(ctx: Ctx, ref: str) -> Response:
 
 @router.post("/auth/namespaces/{ref}/keys")
 def add_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
-    _own(ctx, ref)
-    auth.set_key(ctx.store, ref, body.key_name, must_exist=False, by=ctx.by, **body.given())
-    return JSONResponse(body.key_name)
+    return _set_key(ctx, ref, body.key_name, body, must_exist=False)
 
 
 @router.put("/auth/namespaces/{ref}/keys")
 def change_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
-    return change_named_key(ctx, ref, body.key_name, body)
+    return _set_key(ctx, ref, body.key_name, body, must_exist=True)
 
 
 @router.put("/auth/namespaces/{ref}/keys/{key_name}")
 def change_named_key(ctx: Ctx, ref: str, key_name: str, body: KeyValueBody) -> Response:
+    return _set_key(ctx, ref, key_name, body, must_exist=True)
+
+
+def _set_key(ctx: Context, ref: str, key_name: str, body: KeyValueBody, *, must_exist: bool) -> Response:
     _own(ctx, ref)
-    auth.set_key(ctx.store, ref, key_name, must_exist=True, by=ctx.by, **body.given())
+    hashed, may = auth.hash_key(body.key), body.model_dump(include={"read_only"}, exclude_none=True)
+    may |= {"expires_s": int(time.time()) + body.ttl_s} if body.ttl_s else {}
+    ctx.act(lambda txn: auth.set_key(txn, ref, key_name, hashed, must_exist=must_exist, **may))
     return JSONResponse(key_name)
 
 
 @router.delete("/auth/namespaces/{ref}/keys/{key_name}")
 def delete_key(ctx: Ctx, ref: str, key_name: str) -> Response:
-    def change(item: Namespace) -> Namespace:
-        if key_name not in item.keys:
+    def action(txn: Transaction) -> None:
+        keys = dict(txn.get(Namespace, ref).keys)
+        if keys.pop(key_name, None) is None:
             raise NotFound(f"namespace {ref} has no key {key_name[:80]}")
-        return replace(item, keys={k: v for k, v in item.keys.items() if k != key_name})
+        auth.change_namespace(txn, ref, f"key {key_name} removed", keys=keys)
 
     _own(ctx, ref)
-    auth.change_namespace(ctx.store, ref, change, f"key {key_name} removed", ctx.by)
+    ctx.act(action)
     return JSONResponse(None)
 
 
@@ -149,17 +154,17 @@ def add_trust(ctx: Ctx, ref: str, body: TrustBody) -> Response:
 
 @router.delete("/auth/namespaces/{ref}/trust/{external}")
 def remove_trust(ctx: Ctx, ref: str, external: str) -> Response:
-    _own(ctx, ref)
     return _trust(ctx, ref, external, trusted=False)
 
 
 def _trust(ctx: Context, ref: str, other: str, *, trusted: bool) -> Response:
-    def change(item: Namespace) -> Namespace:
-        rest = tuple(name for name in item.trust if name != other)
-        return replace(item, trust=(*rest, other) if trusted else rest)
+    def action(txn: Transaction) -> Namespace:
+        rest = tuple(name for name in txn.get(Namespace, ref).trust if name != other)
+        said = f"trusts {other[:80]}{'' if trusted else ' no more'}"
+        return auth.change_namespace(txn, ref, said, trust=(*rest, other) if trusted else rest)
 
-    said = f"trusts {other[:80]}" if trusted else f"trusts {other[:80]} no more"
-    return JSONResponse(views.namespace(auth.change_namespace(ctx.store, ref, change, said, ctx.by)))
+    _own(ctx, ref)
+    return JSONResponse(views.namespace(ctx.act(action)))
 
 
 @router.get("/auth/namespaces/{ref}/quota")

@@ -1,21 +1,25 @@
-"""/instances/R/streams/KIND: a WebSocket into a guest: its console, commands, ports.
+"""/instances/R/streams/KIND: a WebSocket into a guest: its console, commands, ports, screen.
 
+A browser's has no header for a token. It offers the subprotocols `sf` and `ticket.T`: T is what a POST to the same path
+gave, holds for a minute and opens that stream once, for the caller of the POST.
 The client's first message is a text, JSON: what it wants of that kind (`compute.agent.streams`). What goes wrong is a
 text `{"error", "hint", "kind"}` before the end. A stream ends with either side, its key, its guest, and the server.
 """
 
 import asyncio
+import secrets
 from collections import Counter
 from contextlib import suppress
 from typing import Any, cast
 
 from fastapi import APIRouter, Request, WebSocket
+from fastapi.responses import JSONResponse, Response
 from starlette.websockets import WebSocketDisconnect
 
-from compute.api.context import Context
+from compute.api.context import Context, Ctx
 from compute.cluster.records.instances import Instance, interfaces_of
 from compute.cluster.records.networks import Network
-from compute.errors import ComputeError, Conflict, Denied, Invalid, Unavailable
+from compute.errors import ComputeError, Conflict, Denied, Invalid, Unauthenticated, Unavailable
 from compute.wire.spec import InstanceState
 from compute.wire.streams import Message, Stream, carry, failure, first
 from imagestore import read_json
@@ -26,6 +30,8 @@ _ASKED_BYTES, _ASK_S = 1 << 18, 20.0
 _AGAIN_S = 5.0
 _MOST, _MOST_OF_ONE = 512, 128
 _open: Counter[str] = Counter()  # by namespace; all servers of one process count together
+_TICKET_S = 60.0
+_tickets: dict[str, tuple[Context, tuple[str, str]]] = {}  # whose; the instance's uuid and the kind
 
 
 def of_socket(socket: WebSocket, closed: asyncio.Event | None = None) -> Stream:
@@ -46,12 +52,23 @@ def of_socket(socket: WebSocket, closed: asyncio.Event | None = None) -> Stream:
     return Stream(send, receive, close, WebSocketDisconnect, RuntimeError, OSError)
 
 
+@router.post("/instances/{ref}/streams/{kind}", tags=["instances"])
+async def ticket(ctx: Ctx, ref: str, kind: str) -> Response:
+    """For a browser: opens this stream once, within a minute, as the WebSocket's subprotocol `ticket.T` beside `sf`."""
+    known, made = _find(ctx, ref), secrets.token_urlsafe(32)
+    if sum(whose.caller.namespace == ctx.caller.namespace for whose, _ in _tickets.values()) >= _MOST_OF_ONE:
+        raise Unavailable("too many tickets at this moment", hint="use them, or wait a minute")
+    _tickets[made] = ctx, (known.uuid, kind)
+    asyncio.get_running_loop().call_later(_TICKET_S, _tickets.pop, made, None)
+    return JSONResponse({"ticket": made, "expires_in": _TICKET_S})
+
+
 @router.websocket("/instances/{ref}/streams/{kind}")
 async def stream(socket: WebSocket, ref: str, kind: str) -> None:
-    await socket.accept()
+    await socket.accept("sf" if "sf" in socket.scope["subprotocols"] else None)
     ours, far, namespace = of_socket(socket), None, ""
     try:
-        ctx = _context(socket)
+        ctx = _context(socket, ref, kind)
         if _open[ctx.caller.namespace] >= _MOST_OF_ONE or _open.total() >= _MOST:
             raise Unavailable("too many streams at this moment", hint="close some")
         namespace = ctx.caller.namespace
@@ -61,6 +78,9 @@ async def stream(socket: WebSocket, ref: str, kind: str) -> None:
         known = _find(ctx, ref)
         node, target, options = _target(ctx, known, kind, options)
         far = await ctx.services.controller.stream(node, kind, target, options)
+        if kind in ("console", "vnc"):  # not what scripts open by the hundred
+            said = f"{kind} opened from {socket.client.host[:64] if socket.client else 'nowhere'}"
+            await asyncio.to_thread(ctx.act, lambda t: t.event(Instance.KIND, known.uuid, said, type="audit"))
 
         async def watch() -> None:
             while True:
@@ -80,12 +100,19 @@ async def stream(socket: WebSocket, ref: str, kind: str) -> None:
         await ours.aclose()
 
 
-def _context(socket: WebSocket) -> Context:
+def _context(socket: WebSocket, ref: str, kind: str) -> Context:
     """Raises Unauthenticated, and Denied for a page of another server that has a browser open a stream."""
     origin = socket.headers.get("origin")
     if origin and origin.partition("://")[2] != socket.headers.get("host"):
         raise Denied("a page of another server may not open streams")
-    return Context(cast(Request, socket))
+    shown = [word[7:] for word in socket.scope["subprotocols"] if word.startswith("ticket.")]
+    if not shown or "authorization" in socket.headers:
+        return Context(cast(Request, socket))
+    ctx, meant = _tickets.pop(shown[0], (None, ("", "")))
+    if ctx is None or meant != (_find(ctx, ref).uuid, kind):
+        raise Unauthenticated("a ticket opens one stream, once, within a minute", hint="ask for another")
+    ctx.look_again()
+    return ctx
 
 
 def _asked(message: Message | None) -> dict[str, Any]:

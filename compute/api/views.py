@@ -103,7 +103,8 @@ def network(item: Network) -> Json:
     )
 
 
-def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
+def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = False) -> Json:
+    """read_only: for somebody who may not type on its screen."""
     return _common(
         item,
         name=item.name,
@@ -130,7 +131,7 @@ def instance(item: Instance, interfaces: Iterable[Interface]) -> Json:
         console_port=item.console_port or None,
         vdi_port=item.vdi_port or None,
         vdi_tls_port=None,
-        vdi_password=item.extra.get("vdi_password"),
+        vdi_password=None if read_only else item.extra.get("vdi_password"),
         ssh_key=item.ssh_key or None,
         user_data=base64.b64encode(item.user_data).decode() or None,
         uefi=item.uefi,
@@ -200,8 +201,8 @@ def event(item: Event) -> Json:
         "fqdn": item.node,
         "duration": item.duration_s,
         "message": item.message,
-        "by": item.by.key or None,
-        "from": item.by.address or None,
+        "by": item.by[0] or None,
+        "from": item.by[1] or None,
         "extra": item.extra,
     }
 

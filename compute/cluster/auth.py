@@ -12,7 +12,7 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import Any
 import bcrypt
 import jwt
 
-from compute.cluster.quotas import Quota, enforce
+from compute.cluster.quotas import Quota
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import KeyHash, Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.rules import Rules, delete_rules
 from compute.cluster.records.secrets import secret
 from compute.cluster.records.stored import check_name
-from compute.cluster.records.transaction import NOBODY, By, Transaction, transact
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict, Denied, Invalid, NotFound, Unauthenticated, Unavailable
 from compute.wire.spec import InstanceState
@@ -122,8 +122,9 @@ class Authority:
             name = self._find(namespace, key, keys, address)
             self._known[mark] = keys[name].nonce
         if keys[name].expired:
-            hint = f"sf key add {namespace} makes another, with a key that holds"
-            raise Unauthenticated(f"key {name} of namespace {namespace} has expired", hint=hint)
+            raise Unauthenticated(
+                f"key {name} of namespace {namespace} has expired", hint="sf key add makes one"
+            )
         claims = {
             "iss": _ISSUER,
             "sub": namespace,
@@ -161,12 +162,13 @@ class Authority:
             self._line.release()
 
     def _upgrade(self, namespace: str, name: str, known: KeyHash) -> None:
-        def change(found: Namespace) -> Namespace:
-            same = name in found.keys and found.keys[name].nonce == known.nonce
-            return replace(found, keys=found.keys | {name: known}) if same else found
+        def action(txn: Transaction) -> None:
+            found = txn.get(Namespace, namespace)
+            if name in found.keys and found.keys[name].nonce == known.nonce:
+                txn.update(replace(found, keys=found.keys | {name: known}))
 
         with suppress(ComputeError):  # it is right all the same, and will be asked for again
-            change_namespace(self._store, namespace, change)
+            transact(self._store, action)
 
     def caller(
         self, authorization: str, address: str = "", *, method: str = "", begun: bool = False
@@ -194,26 +196,21 @@ class Authority:
         if known.expired:
             raise Unauthenticated("the token's key has expired", hint="authenticate with another")
         if known.read_only and method not in _READS:
-            why = f"key {claims['key']} of namespace {claims['sub']} may only read"
-            raise Denied(why, hint="another key, made without --read-only, may")
+            raise Denied(
+                f"key {claims['key']} of namespace {claims['sub']} may only read", hint="use another"
+            )
         sees = {n.name for n in txn.list(Namespace) if claims["sub"] in n.trust} | {claims["sub"]}
         return Caller(claims["sub"], claims["key"], frozenset(sees), known.read_only)
 
 
-def create_namespace(
-    store: StateStore, name: str, key_name: str = "", key: str = "", by: By = NOBODY
-) -> Namespace:
+def create_namespace(txn: Transaction, name: str, keys: Mapping[str, KeyHash]) -> Namespace:
     """Raises Conflict when there is one, Invalid for a bad name."""
-    keys = {check_name(key_name or "default", "key name"): hash_key(key)} if key else {}
-    namespace = Namespace(name=check_name(name, "namespace"), keys=keys)
-
-    def action(txn: Transaction) -> None:
-        _trust_nobody(txn, name)
-        txn.create(namespace)
-        txn.event(Namespace.KIND, name, " ".join(("created", *map("with key {}".format, keys))), type="audit")
-
-    transact(store, action, by=by)
-    return namespace
+    checked = {check_name(key, "key name"): known for key, known in keys.items()}
+    made = Namespace(name=check_name(name, "namespace"), keys=checked)
+    _trust_nobody(txn, name)
+    txn.create(made)
+    txn.event(Namespace.KIND, name, " ".join(("created", *map("with key {}".format, keys))), type="audit")
+    return made
 
 
 def _trust_nobody(txn: Transaction, name: str) -> None:
@@ -223,73 +220,47 @@ def _trust_nobody(txn: Transaction, name: str) -> None:
             txn.update(replace(other, trust=tuple(t for t in other.trust if t != name)))
 
 
-def delete_namespace(store: StateStore, name: str) -> None:
+def delete_namespace(txn: Transaction, name: str) -> None:
     """Raises Invalid while it has instances or networks (the interface's 400), or for `system`."""
-
-    def action(txn: Transaction) -> None:
-        namespace = txn.get(Namespace, name)
-        if name == SYSTEM:
-            raise Invalid("the system namespace stays")
-        living = (i for i in txn.list(Instance) if i.state != InstanceState.DELETED)
-        used = any(name in (i.namespace, *(disk.store for disk in i.disks)) for i in living)
-        if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
-            raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
-        for rules in txn.list(Rules):
-            if rules.namespace == name:
-                delete_rules(txn, rules.uuid)
-        _trust_nobody(txn, name)
-        txn.purge(namespace)
-        txn.delete(Quota, name)
-
-    transact(store, action)
+    found = txn.get(Namespace, name)
+    if name == SYSTEM:
+        raise Invalid("the system namespace stays")
+    living = (i for i in txn.list(Instance) if i.state != InstanceState.DELETED)
+    used = any(name in (i.namespace, *(disk.store for disk in i.disks)) for i in living)
+    if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
+        raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
+    for rules in txn.list(Rules):
+        if rules.namespace == name:
+            delete_rules(txn, rules.uuid)
+    _trust_nobody(txn, name)
+    txn.purge(found)
+    txn.delete(Quota, name)
 
 
-def change_namespace(
-    store: StateStore, name: str, change: Callable[[Namespace], Namespace], said: str = "", by: By = NOBODY
-) -> Namespace:
-    """Replace a namespace by `change` of it; `said` is its event. Raises NotFound and what `change` raises."""
-
-    def action(txn: Transaction) -> Namespace:
-        changed = change(txn.get(Namespace, name))
-        txn.update(changed)
-        if said:
-            txn.event(Namespace.KIND, name, said, type="audit")
-        enforce(txn)
-        return changed
-
-    return transact(store, action, by=by)
+def change_namespace(txn: Transaction, name: str, said: str, **changes: Any) -> Namespace:
+    """`said` is its event. Raises NotFound."""
+    changed = replace(txn.get(Namespace, name), **changes)
+    txn.update(changed)
+    txn.event(Namespace.KIND, name, said, type="audit")
+    return changed
 
 
 def set_key(
-    store: StateStore,
-    name: str,
-    key_name: str,
-    key: str,
-    *,
-    must_exist: bool,
-    ttl_s: int | None = None,
-    read_only: bool | None = None,
-    by: By = NOBODY,
+    txn: Transaction, name: str, key_name: str, key: KeyHash, *, must_exist: bool, **may: Any
 ) -> None:
     """Add (must_exist False) or change a key. Raises NotFound or Conflict accordingly.
 
-    ttl_s: how long it holds, 0 for ever. What is not given stays as it was: a key that is changed may no more.
+    may: `expires_s`, `read_only`; what is not given stays as it was: a key that is changed may no more than before.
     """
-    hashed = hash_key(key)
-    check_name(key_name, "key name")
-
-    def change(namespace: Namespace) -> Namespace:
-        if must_exist and key_name not in namespace.keys:
-            raise NotFound(f"namespace {name} has no key {key_name}")
-        if not must_exist and key_name in namespace.keys:
-            raise Conflict(f"namespace {name} has a key {key_name} already", hint="PUT changes it")
-        was = namespace.keys.get(key_name, hashed)
-        ends_s = was.expires_s if ttl_s is None else ttl_s and int(time.time()) + ttl_s
-        reads = was.read_only if read_only is None else read_only
-        made = replace(hashed, expires_s=ends_s, read_only=reads)
-        return replace(namespace, keys={**namespace.keys, key_name: made})
-
-    change_namespace(store, name, change, f"key {key_name} {'changed' if must_exist else 'added'}", by)
+    keys = txn.get(Namespace, name).keys
+    if must_exist and key_name not in keys:
+        raise NotFound(f"namespace {name} has no key {key_name[:80]}")
+    if not must_exist and check_name(key_name, "key name") in keys:
+        raise Conflict(f"namespace {name} has a key {key_name} already", hint="PUT changes it")
+    was = keys.get(key_name, key)
+    made = replace(was, hash=key.hash, nonce=key.nonce, lookup=key.lookup, **may)
+    said = f"key {key_name} {'changed' if must_exist else 'added'}"
+    change_namespace(txn, name, said, keys=keys | {key_name: made})
 
 
 def ensure_local_key(store: StateStore, path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import pwd
+import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ import pytest
 
 from compute.agent.agent import Agent
 from compute.agent.guest.host import Backing
+from compute.agent.hypervisor.domain import screen
 from compute.errors import NotFound
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import (
@@ -204,6 +206,14 @@ class Bench:
         """The process id of a guest, as the private host numbers it."""
         name = f"sf-{self.installation}-{spec.uuid}"
         return int((self.host.directory / f"run/libvirt/qemu/{name}.pid").read_text())
+
+    def screen(self, spec: InstanceSpec) -> str:
+        """What a guest's VNC says first, on the socket that its domain names: none but root's and qemu's."""
+        path = screen(self.host.virsh("dumpxml", f"sf-{self.installation}-{spec.uuid}").stdout)[1]
+        mode = self.host.run(["stat", "-c", "%a", str(Path(path).parent)]).stdout.strip()
+        assert mode[-1] == "0", mode
+        read = "import socket, sys; s = socket.socket(1); s.connect(sys.argv[1]); print(s.recv(12).decode())"
+        return self.host.run([sys.executable, "-c", read, path]).stdout.strip()
 
     def outside(self, pid: int) -> str:
         """A process of the private host as this machine numbers it."""
@@ -692,9 +702,11 @@ def test_every_kind_of_disk_firmware_and_display_starts(bench: Bench) -> None:
                 await bench.desk.seen(lambda s: s.power_state == "on", each.uuid)
             await says(agent, bare, b"HELLO")
             await says(agent, cards[0], b"HELLO")
-            for each in (busy, uefi):
-                status = await bench.desk.seen(lambda s: s.power_state == "on", each.uuid)
-                assert status.vdi_port >= 5900 and len(status.extra["vdi_password"]) == 8
+            status = await bench.desk.seen(lambda s: s.power_state == "on", uefi.uuid)
+            assert status.vdi_port >= 5900 and len(status.extra["vdi_password"]) == 8
+            status = await bench.desk.seen(lambda s: s.power_state == "on", busy.uuid)
+            assert not status.vdi_port and "vdi_password" not in status.extra
+            assert bench.screen(busy) == "RFB 003.008"
             await says(agent, busy, b"HELLO")
             listening = bench.host.run(["ss", "-ltnH"]).stdout.split("\n")
             assert {line.split()[3].rpartition(":")[0] for line in listening if line} == {"127.0.0.1"}
@@ -710,9 +722,11 @@ def test_a_qemu_that_is_not_root_runs_guests_and_the_shared_image_keeps_its_owne
     monkeypatch.setenv("SF_ACCEL", "tcg")
 
     async def story(bench: Bench) -> None:
-        spec = bench.spec(disks=(DiskSpec("vda", str(HELLO)), DiskSpec("vdb", size_bytes=1 << 20)))
+        disks = DiskSpec("vda", str(HELLO)), DiskSpec("vdb", size_bytes=1 << 20)
+        spec = bench.spec(disks=disks, vdi="vnc")
         async with bench.agent() as agent:
             await bench.boot(agent, spec)
+            assert bench.screen(spec) == "RFB 003.008"
             owner = pwd.getpwnam("nobody").pw_uid
             assert Path(f"/proc/{bench.outside(bench.qemu(spec))}").stat().st_uid == owner
             assert (bench.directory / "instances" / spec.uuid / "vda.qcow2").stat().st_uid == owner

@@ -325,7 +325,7 @@ def test_a_body_that_is_no_json_is_400(server: Running) -> None:
 def test_the_page_at_the_root_lists_capabilities_without_a_token(server: Running) -> None:
     page = server.call("GET", "/", namespace="").body.decode()
     assert "hot-plug-interface" in page
-    for absent in ("instance-execute", "blob-search-by-hash", "network-delete-async", "vdi-console"):
+    for absent in ("instance-execute", "blob-search-by-hash", "network-delete-async", "vdi-console-proxy"):
         assert absent not in page
 
 

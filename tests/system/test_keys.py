@@ -74,9 +74,12 @@ def test_a_key_that_is_changed_may_no_more_than_before(server: Running) -> None:
     before = _seen(server)["laptop"]
     assert server.call("PUT", f"{KEYS}/laptop", {"key": "another"}, namespace="own").status == 200
     assert _seen(server)["laptop"] == before
-    server.call("PUT", f"{KEYS}/laptop", {"key": "another", "read_only": False, "ttl_s": 0}, namespace="own")
-    assert _seen(server)["laptop"] == {"expires": None, "read_only": False}
-    for wrong in ({"ttl_s": -1}, {"ttl_s": 1e30}, {"ttl_s": "x"}, {"read_only": "perhaps"}):
+    server.call(
+        "PUT", f"{KEYS}/laptop", {"key": "another", "read_only": False, "ttl_s": 9000}, namespace="own"
+    )
+    now = _seen(server)["laptop"]
+    assert now["expires"] > before["expires"] and not now["read_only"]
+    for wrong in ({"ttl_s": 0}, {"ttl_s": -1}, {"ttl_s": 1e30}, {"ttl_s": "x"}, {"read_only": "perhaps"}):
         body = {"key_name": "odd", "key": "k", **wrong}
         assert server.call("POST", KEYS, body, namespace="own").status == 400, wrong
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from compute.agent import link as remote
-from compute.cluster.auth import create_namespace
+from compute.cluster.auth import create_namespace, hash_key
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Transaction, transact
 from imagestore.cache.images import ImageCache
 from imagestore.errors import Conflict, Denied, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
@@ -67,7 +67,7 @@ def test_a_laptop_pushes_lists_tags_pulls_and_boots_what_is_its_own(
     state, disk = tmp_path / "state", make_raw(tmp_path / "disk.raw")
     images = ImageCache(state / "cache", {"local": open_store((tmp_path / "images").as_uri(), create=True)})
     with running(state, resolver=images, config=_config(state)) as server:
-        create_namespace(server.services.store, "shop", "k", "kk")
+        transact(server.services.store, lambda txn: create_namespace(txn, "shop", {"k": hash_key("kk")}))
         login = ("login", server.url, "--fingerprint", _fingerprint(state), "--namespace", "shop")
         laptop.sf(*login, "--name", "lab", key="kk")
         said = laptop.sf("image", "push", str(disk), "my/golden:1", "--input-format", "raw")

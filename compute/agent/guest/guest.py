@@ -329,8 +329,8 @@ class Guest:
             if self._voice.agent_ready or self._up:
                 await self._disks.booted()
             if self.spec.vdi:
-                port = domain.graphics_port(await self.host.do(hypervisor.xml, uuid))
-                extra["vdi_password"] = self.record.vdi_password
+                port, _ = domain.screen(await self.host.do(hypervisor.xml, uuid))
+                extra |= {"vdi_password": self.record.vdi_password} if port else {}
         else:
             self._voice.agent_ready = None
         extra |= {"image_bytes": arrived} if (arrived := self._disks.held.arrived) else {}

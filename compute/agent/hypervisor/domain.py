@@ -60,7 +60,7 @@ class Domain:
     disks: tuple[Disk, ...]
     nics: tuple[Nic, ...]
     listen: str = ""
-    """The node's address for VNC or SPICE, which never come without a password."""
+    """The node's address for SPICE, which never comes without a password. VNC is a socket, reached by streams."""
     password: str = ""
 
 
@@ -208,7 +208,9 @@ def domain_xml(domain: Domain) -> str:
         _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
     _add(devices, "memballoon", model="virtio")
-    if spec.vdi:
+    if spec.vdi == "vnc":  # libvirt makes its path, in a directory of qemu's and root's
+        _add(_add(devices, "graphics", type="vnc"), "listen", type="socket")
+    elif spec.vdi:
         graphics = _add(devices, "graphics", type=spec.vdi, autoport="yes", passwd=domain.password)
         _add(graphics, "listen", type="address", address=domain.listen)
     if spec.video or spec.vdi:
@@ -285,10 +287,10 @@ def qemu_group(capabilities: str) -> int:
     return 0
 
 
-def graphics_port(xml: str) -> int:
-    """The port that VNC or SPICE listens on, 0 without."""
-    graphics = _read(xml).find("devices/graphics")
-    return 0 if graphics is None else max(0, int(graphics.get("port", "0")))
+def screen(xml: str) -> tuple[int, str]:
+    """The port that SPICE listens on (or VNC of a guest that an older sf started), 0 without; VNC's socket, or ""."""
+    found = _read(xml).find("devices/graphics")
+    return (0, "") if found is None else (max(0, int(found.get("port", "0"))), found.get("socket", ""))
 
 
 def agent_connected(xml: str) -> bool:

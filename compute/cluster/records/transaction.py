@@ -5,7 +5,7 @@ import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from compute.cluster.records.stored import Stored
 from compute.cluster.state.protocol import ABSENT, MOST_KEYS, Record, StateStore
@@ -15,17 +15,6 @@ T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
 
 _ATTEMPTS = 50
-
-
-class By(NamedTuple):
-    """Who asked for a change, and from where."""
-
-    key: str = ""
-    """NAMESPACE/KEY; "" for what nobody asked for through the API."""
-    address: str = ""
-
-
-NOBODY = By()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +33,8 @@ class Event(Stored):
     node: str = ""
     duration_s: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    by: By = NOBODY
+    by: tuple[str, str] = ("", "")
+    """Whose key (NAMESPACE/KEY) asked for it through the API, and from where."""
 
 
 class Transaction:
@@ -53,7 +43,7 @@ class Transaction:
     `list` is not compared at commit: a decision must rest on records read by `get` or `find` (hence Taken and Claims).
     """
 
-    def __init__(self, store: StateStore, node: str = "", by: By = NOBODY) -> None:
+    def __init__(self, store: StateStore, node: str = "", by: tuple[str, str] = ("", "")) -> None:
         self.store = store
         self.node = node
         """Who writes: the `fqdn` of its events."""
@@ -150,7 +140,9 @@ class Transaction:
             self.store.commit(self.writes, expect=self.expect)
 
 
-def transact(store: StateStore, action: Callable[[Transaction], T], node: str = "", by: By = NOBODY) -> T:
+def transact(
+    store: StateStore, action: Callable[[Transaction], T], node: str = "", by: tuple[str, str] = ("", "")
+) -> T:
     """Run `action` on a fresh Transaction and commit it, again and again while others were faster. Raises Conflict.
 
     `action` may run several times, so it does nothing but read, decide and write through the transaction.

@@ -44,6 +44,7 @@ def tree(value: domain.Domain) -> ElementTree.Element:
             BASE, spec=replace(BASE.spec, video="cirrus", video_kib=16384, config_drive=False, agent=False)
         ),
         replace(shows("vnc"), accel="kvm", cpu="qemu64"),
+        shows("spice"),
     ],
 )
 def test_it_fits_libvirts_schema(tmp_path: Path, value: domain.Domain) -> None:
@@ -67,6 +68,29 @@ def test_a_guest_has_the_card_the_channel_and_the_drive_that_it_was_promised() -
     assert has(agent=False, config_drive=False) == ([], 0, 0)
     shown = tree(shows("vnc"))
     assert [model.attrib for model in shown.iterfind("devices/video/model")] == [{"type": "virtio"}]
+
+
+def test_vnc_listens_on_no_port_and_spice_on_one_with_a_password() -> None:
+    (vnc,) = tree(shows("vnc")).iterfind("devices/graphics")
+    assert vnc.attrib == {"type": "vnc"} and [one.attrib for one in vnc] == [{"type": "socket"}]
+    (spice,) = tree(shows("spice")).iterfind("devices/graphics")
+    assert spice.get("passwd") == "secret"
+    assert [one.attrib for one in spice] == [{"type": "address", "address": "192.0.2.1"}]
+
+
+@pytest.mark.parametrize(
+    ("graphics", "seen"),
+    [
+        ("", (0, "")),
+        ("<graphics type='vnc' socket='/d/vnc.sock'><listen type='socket' socket='/d/vnc.sock'/></graphics>", (0, "/d/vnc.sock")),
+        ("<graphics type='vnc'><listen type='socket'/></graphics>", (0, "")),
+        ("<graphics type='spice' port='5900' autoport='yes' listen='192.0.2.1'/>", (5900, "")),
+        ("<graphics type='vnc' port='5901' listen='192.0.2.1'/>", (5901, "")),  # as an older sf started it
+        ("<graphics type='vnc' port='-1' autoport='yes'/>", (0, "")),
+    ],
+)  # fmt: skip
+def test_where_the_screen_is_stands_in_a_running_domains_xml(graphics: str, seen: tuple[int, str]) -> None:
+    assert domain.screen(f"<domain><devices>{graphics}</devices></domain>") == seen
 
 
 def test_it_carries_the_installations_id_and_finds_it_again() -> None:

@@ -9,18 +9,22 @@ from pathlib import Path
 import pytest
 
 from compute.cluster import auth
-from compute.cluster.auth import Authority, change_namespace, create_namespace, set_key
+from compute.cluster.auth import Authority, create_namespace, hash_key, set_key
 from compute.cluster.records.namespaces import Namespace
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import ComputeError, Unauthenticated, Unavailable
+
+
+def _namespace(store: SqliteStore, name: str, key_name: str, key: str) -> None:
+    transact(store, lambda txn: create_namespace(txn, name, {key_name: hash_key(key)}))
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
     found = SqliteStore(tmp_path / "a.db")
-    create_namespace(found, "shop", "first", "one")
-    set_key(found, "shop", "second", "two", must_exist=False)
+    _namespace(found, "shop", "first", "one")
+    transact(found, lambda txn: set_key(txn, "shop", "second", hash_key("two"), must_exist=False))
     yield found
     found.close()
 
@@ -47,9 +51,12 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 def as_in_0_1(store: SqliteStore) -> None:
     """Keys as version 0.1 left them."""
-    change_namespace(
-        store, "shop", lambda n: replace(n, keys={k: replace(v, lookup="") for k, v in n.keys.items()})
-    )
+
+    def action(txn: Transaction) -> None:
+        found = txn.get(Namespace, "shop")
+        txn.update(replace(found, keys={k: replace(v, lookup="") for k, v in found.keys.items()}))
+
+    transact(store, action)
 
 
 def test_a_login_costs_one_bcrypt_whichever_key_it_is_and_none_the_second_time(
@@ -110,7 +117,7 @@ def test_wrong_keys_for_a_namespace_of_0_1_keep_nobody_else_waiting(
     store: SqliteStore, checks: Counted
 ) -> None:
     """E5: guesses stand in a short line of their own."""
-    create_namespace(store, "bar", "k", "right")
+    _namespace(store, "bar", "k", "right")
     as_in_0_1(store)
     authority = Authority(store)
     checks.go.clear()
@@ -128,7 +135,7 @@ def test_too_many_wrong_keys_are_refused_for_that_address_and_namespace_alone(
     store: SqliteStore, checks: Counted
 ) -> None:
     """E5."""
-    create_namespace(store, "bar", "k", "right")
+    _namespace(store, "bar", "k", "right")
     authority = Authority(store)
     authority.login("shop", "one", "10.0.0.1")
     seen = set()
