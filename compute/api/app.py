@@ -92,18 +92,8 @@ def build(services: Services) -> FastAPI:
     metrics.registry.register(_Objects(services.store))
     app.add_middleware(Edge, metrics=metrics)
     problems.install(app)
-    for module in (
-        namespaces,
-        instances,
-        networks,
-        nodes,
-        artifacts,
-        snapshots,
-        screens,
-        streams,
-        history,
-        pages,
-    ):
+    guests = instances, screens, streams, snapshots, artifacts
+    for module in (*guests, namespaces, networks, nodes, history, pages):
         app.include_router(module.router)
     app.mount("/stores", OwnStores(services))
 
