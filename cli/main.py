@@ -12,6 +12,7 @@ from cli.errors import INTERRUPTED, OK, USAGE, exit_code, one_line
 MEMBERS = {
     "image": ("cli.image.image:image", "Push, pull and manage disk images."),
     "instance": ("cli.cloud.inside:instance", "Create, watch and control guests."),
+    "run": ("cli.cloud.run:run", "Run a command in a guest that is made for it."),
     "network": ("cli.cloud.network:network", "Virtual networks for guests."),
     "rules": ("cli.cloud.rules:rules", "Who may begin to speak to guests."),
     "store": ("cli.image.store:store", "Make, check and copy image stores."),

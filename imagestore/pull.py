@@ -22,6 +22,7 @@ from imagestore.disks.windows import in_order
 from imagestore.errors import Cancelled, Conflict, Corrupt, Invalid, NoSpace, StoreError
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
+from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import READERS, Batch, Frames, ImageReader, LocalOrigin
@@ -61,7 +62,7 @@ def pull(
     """
     if format_ not in ("raw", "qcow2"):
         raise Invalid(f"cannot write format {format_!r}", hint="raw or qcow2")
-    manifest = store.manifest(digest)
+    manifest, layout = store.image(digest)
     with ExitStack() as stack:
         try:
             place = stack.enter_context(target(output, f"{digest.hex()[:16]}.{format_}"))
@@ -73,7 +74,7 @@ def pull(
             qcow2 = plan(manifest) if format_ == "qcow2" else None
             file = Output(place, manifest.size_bytes, qcow2, durable=durable)
             stack.callback(file.close)
-            filling = _Filling(file, manifest, digest, progress, cancel)
+            filling = _Filling(file, manifest, layout, digest, progress, cancel)
             try:
                 result = filling.fill(store, seeds, fallbacks)
             except StoreError:
@@ -94,9 +95,15 @@ class _Filling:
     """Brings the chunks of one manifest into one file."""
 
     def __init__(
-        self, file: Output, manifest: Manifest, digest: Digest, progress: Report, cancel: Event | None
+        self,
+        file: Output,
+        manifest: Manifest,
+        layout: Layout | None,
+        digest: Digest,
+        progress: Report,
+        cancel: Event | None,
     ) -> None:
-        self._file, self._manifest, self._digest = file, manifest, digest
+        self._file, self._manifest, self._layout, self._digest = file, manifest, layout, digest
         self._progress, self._cancel = progress, cancel
         self._offsets, self._lengths = manifest.offsets, manifest.lengths.astype(np.int64)
         self._ids = manifest.ids
@@ -190,7 +197,7 @@ class _Filling:
     def _fetch_all(self, pool: ThreadPoolExecutor, store: Store, fallbacks: Sequence[Store]) -> None:
         missing = np.flatnonzero(~self._have)
         self._file.allocate(self._offsets[missing], self._lengths[missing])
-        reader = ImageReader(lambda: store, self._digest, self._manifest)
+        reader = ImageReader(lambda: store, self._digest, self._manifest, self._layout)
         reader.layout()
         backends = [one.backend for one in (store, store, *fallbacks)]
 

@@ -159,12 +159,12 @@ class _Writer:
         images = record.images if record and not record.removed else {}
         self.former = current = images.get(architecture)
         parent = current or next(iter(images.values()), None)
-        followed = parent is not None and self._lookup.follow(parent)
+        followed = self._lookup.follow(parent) if parent is not None else None
         windows = Windows(self._disk, self._store.info.chunker, self._pool, special)
         self._pack(self._new_chunks(windows))
         manifest = self._manifest(facts, windows.groups)
         digest = manifest.digest
-        if digest == current and followed and can_be_read(self._store, digest, manifest):
+        if digest == current and followed and can_be_read(self._store, digest, followed):
             return self._result(digest, changed=False)
         set_name = partial(names.set, name, tag, architecture, digest) if name else None
         self._offer(manifest, windows.groups, set_name)
@@ -176,10 +176,11 @@ class _Writer:
         special, sums, note = Special(none, none, none.reshape(0, 2)), dict[int, bytes](), ""
         facts: dict[str, Any] = {"architecture": os.uname().machine, "labels": labels}
         disk, olds = self._disk, (none, none, none)
-        for digest in filter(None, (changes.base, *changes.known)):
-            self._lookup.follow(digest)
+        images = [self._lookup.follow(digest) for digest in filter(None, (changes.base, *changes.known))]
         if changes.base is not None:
-            base = self._store.manifest(changes.base)
+            if images[0] is None:
+                raise NotFound(f"image {changes.base} is not in {self._store.url}")
+            base = images[0][0]
             facts |= {"architecture": base.architecture, "os": base.os, "parent": changes.base}
             try:
                 sums = self._sums(changes.base, base)
@@ -238,7 +239,7 @@ class _Writer:
             self._store_again()
             layout = lay_out(self._packer, digest, manifest, self._rows)
             layout.check(manifest)
-            self._packer.publish_index()
+            self._packer.publish_index(self._lookup.hooks)
             bad = offer(layout)
             if not bad:
                 return

@@ -15,10 +15,15 @@ _ESCAPES = re.compile(
 )
 
 
+def answers(_: Api, found: Row) -> str:
+    """How one sees that the guest can be given commands; "" while it cannot."""
+    return "its agent answers" if str(found.get("agent_state") or "").startswith("ready") else ""
+
+
 def up(api: Api, found: Row) -> str:
     """How one sees that the guest is up; "" while it is not."""
-    if str(found.get("agent_state") or "").startswith("ready"):
-        return "its agent answers"
+    if sign := answers(api, found):
+        return sign
     match = _UP.search(read(api, str(found["uuid"]), 20_000))
     return match[0].decode(errors="replace").strip() if match else ""
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from cli.cloud.api import Api, Object, poll
-from cli.cloud.console import last_line, up
+from cli.cloud.console import last_line
 from cli.command import GIBIBYTES, MEBIBYTES
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.image.push import keep
@@ -141,8 +141,8 @@ def created(api: Api, body: Object, *, sync: bool) -> Object:
     return created(api, body, sync=True)
 
 
-def wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:
-    """Follow an instance until it is created, or up."""
+def wait(api: Api, uuid: str, shown: Callable[[Api, Object], str] | None, timeout_s: float) -> Object:
+    """Follow an instance until it is created, and until something is `shown` by it then."""
     hint = f"sf instance events {uuid}"
     with status() as tell:
         for gone_s in poll(timeout_s):
@@ -152,13 +152,15 @@ def wait(api: Api, uuid: str, boot: bool, timeout_s: float) -> Object:
                 raise Problem(f"{name}: {found.get('error_message') or 'the guest crashed'}", hint=hint)
             if state in ("delete-wait", "deleted"):
                 raise Problem(f"{name} was deleted meanwhile", hint=hint, code=MISSING)
-            sign = (up(api, found) if boot else "created") if state == "created" else ""
+            sign = (shown(api, found) if shown else "created") if state == "created" else ""
             if sign:
                 ready = f"{name}: {sign} after {gone_s:.1f} s"
                 break
+            if state == "created" and found["power_state"] == "off":
+                raise Problem(f"{name} has gone off", hint=hint)
             doing = found.get("progress") or ("booting" if state == "created" else state)
-            tell(f"{name}: {doing}", f"{gone_s:.0f} s  {last_line(api, found) if boot else ''}")
+            tell(f"{name}: {doing}", f"{gone_s:.0f} s  {last_line(api, found) if shown else ''}")
         else:
-            raise Problem(f"{uuid} is not up after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
+            raise Problem(f"{name} is not that far after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
     say(ready)
     return found

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from cli.cloud.api import Api, Object, poll
+from cli.cloud.console import up
 from cli.cloud.create import asked, gigabytes, guest, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
@@ -107,7 +108,7 @@ def create(name: str, form: str, **given: Any) -> None:
     elif not given["ssh_keys"] and not given["user_data"]:
         say(f"{name} has no key: nobody will log in unless its image has a password (--ssh-key FILE.pub)")
     if given["wait"] != "no":
-        made = wait(api, made["uuid"], given["wait"] == "boot", given["timeout"])
+        made = wait(api, made["uuid"], up if given["wait"] == "boot" else None, given["timeout"])
     show_one(made, COLUMNS, form)
 
 

@@ -193,19 +193,23 @@ class Loaded(NamedTuple):
     pieces: list[list[memoryview]]
 
 
-def load(store: Store, wanted: Iterable[Frames]) -> Iterator[Loaded]:
+def load(store: Store, wanted: Iterable[Frames], limit_bytes: int = BULK_BYTES) -> Iterator[Loaded]:
     """All of them, some requests ahead of who looks at them. Raises Corrupt, NotFound, Unavailable."""
-    requests = ((frames, request) for frames in wanted for request in frames.requests())
+    requests = ((frames, request) for frames in wanted for request in frames.requests(limit_bytes))
     with ThreadPoolExecutor(READERS, "sf-read") as pool:
         yield from in_order(pool, lambda one: one[0].load(one[1], store.backend), requests, READERS)
 
 
 class ImageReader:
-    """The chunks of one image in a store. `store` opens it, or raises StoreError: it may be there when needed."""
+    """The chunks of one image in a store. `store` opens it, or raises StoreError: it may be there when needed.
 
-    def __init__(self, store: Callable[[], Store], digest: Digest, manifest: Manifest) -> None:
-        self.store, self.digest, self.manifest = store, digest, manifest
-        self._layout: Layout | None = None
+    layout: if it was read and checked already.
+    """
+
+    def __init__(
+        self, store: Callable[[], Store], digest: Digest, manifest: Manifest, layout: Layout | None = None
+    ) -> None:
+        self.store, self.digest, self.manifest, self._layout = store, digest, manifest, layout
 
     def layout(self, *, again: bool = False) -> Layout:
         """The layout, read once (or once more, since a repack replaces it). Raises StoreError."""

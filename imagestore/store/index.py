@@ -44,20 +44,25 @@ def read_part(store: Store, name: Digest) -> IndexPart | None:
     return None
 
 
-def publish_part(store: Store, part: IndexPart) -> Digest:
-    """Write an index part and add it to the hooks. A lost race for the hooks is repeated, then let be: a hint."""
+def publish_part(store: Store, part: IndexPart, seen: tuple[Hooks, str | None] | None = None) -> Digest:
+    """Write an index part and add it to the hooks, `seen` as they were read before.
+
+    A lost race for the hooks is repeated, then let be: a hint.
+    """
     data = part.encode()
     name = Digest.of(data)
     store.backend.put(INDEX.key(name), data)
     if not getattr(innermost(store.backend), "keeps_hooks", False):
-        change_hooks(store, lambda hooks: hooks.with_part(name, part, len(data)))
+        change_hooks(store, lambda hooks: hooks.with_part(name, part, len(data)), seen)
     return name
 
 
-def change_hooks(store: Store, change: Callable[[Hooks], Hooks]) -> bool:
+def change_hooks(
+    store: Store, change: Callable[[Hooks], Hooks], seen: tuple[Hooks, str | None] | None = None
+) -> bool:
     """Replace the hooks by what `change` makes of them, if that is other ones. False when others were always faster."""
-    for _ in range(_ATTEMPTS):
-        hooks, etag = read_hooks(store)
+    for again in range(_ATTEMPTS):
+        hooks, etag = seen if seen and not again else read_hooks(store)
         new = change(hooks)
         if new is hooks:
             return True

@@ -43,6 +43,11 @@ class Condemned:
     modified_s: float = 0.0
     damaged: frozenset[Digest] = frozenset()
 
+    @property
+    def unusable(self) -> frozenset[Digest]:
+        """Packs that no writer may count on."""
+        return self.damaged | self.packs.keys()
+
     @classmethod
     def read(cls, store: Store) -> "Condemned":
         """One request. Raises Corrupt."""
@@ -104,11 +109,18 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
+        self.begin(())
+        return self
+
+    def begin(self, packs: Iterable[Digest]) -> set[Digest]:
+        """Enter it with packs that it counts on from the first, as `reuse` does. Two requests."""
+        self._packs |= set(packs)
         self._write()
         # Before anything is made or reused: the list as it is now is what later ones are compared with.
-        self._epoch = Condemned.read(self._store).epoch
+        condemned = Condemned.read(self._store)
+        self._epoch = condemned.epoch
         self._thread.start()
-        return self
+        return self._packs - condemned.unusable
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
@@ -136,7 +148,7 @@ class Lease:
     def unusable(self, packs: Iterable[Digest]) -> set[Digest]:
         """Which of `packs` must not be used: condemned, damaged, gone. One request, unless some were deleted."""
         condemned, wanted = Condemned.read(self._store), set(packs)
-        bad = wanted & (condemned.packs.keys() | condemned.damaged)
+        bad = wanted & condemned.unusable
         if self._epoch != condemned.epoch:
             # The list forgot some packs since the lease began: those that it names no longer are gone.
             bad |= {pack for pack in wanted - bad if not self._store.has(PACKS.key(pack))}

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Self
 
@@ -14,6 +13,7 @@ from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Footer
 from imagestore.store import index
 from imagestore.store.leases import Lease
@@ -43,61 +43,63 @@ class Lookup:
     ) -> None:
         self._store, self._lease, self._placement, self._local = store, lease, placement, local
         self._stack = ExitStack()
-        self._pool = ThreadPoolExecutor(4, "sf-lookup")
-        self._lineage: list[tuple[Digest, int, int]] = []
+        self._lineage: list[tuple[Digest, Layout | None, slice]] = []
         self._engaged = False
-        self._hooks = Hooks()
+        self.hooks: tuple[Hooks, str | None] = Hooks(), None
+        """As they were when it engaged, and their etag."""
         self._asked: set[Digest] = set()
         self._parts_bytes = parts_bytes
 
     def __enter__(self) -> Self:
-        self._stack.callback(self._pool.shutdown, cancel_futures=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def follow(self, digest: Digest) -> bool:
-        """Take the chunks of an image as known; where they lie is asked when it matters. False if it is not there."""
+    def follow(self, digest: Digest) -> tuple[Manifest, Layout | None] | None:
+        """Take an image's chunks as known; whether they are there is asked when it matters. None if it is not there."""
+        if (found := self._image(digest)) is not None:
+            first, count = self._placement.chunks.add(found[0].ids, -1, 0), len(found[0].ids)
+            self._lineage.append((digest, found[1], slice(first, first + count)))
+        return found
+
+    def _image(self, digest: Digest) -> tuple[Manifest, Layout | None] | None:
         with suppress(NotFound, Corrupt):
-            ids = self._store.manifest(digest).ids
-            first = self._placement.chunks.add(ids, -1, 0)
-            self._lineage.append((digest, first, first + len(ids)))
-            return True
-        return False
+            return self._store.image(digest)
+        return None
 
     def engage(self) -> None:
         """Take a lease, then find out where chunks lie: before anything is relied on or written."""
         if self._engaged:
             return
         self._engaged = True
-        self._stack.enter_context(self._lease)
-        layouts = [self._layout(*one) for one in self._lineage]
         unfinished = self._local.unfinished() if self._local is not None else []
         sizes = {pack: footer.data_bytes for pack, footer in unfinished}
-        for layout in layouts:
+        for _, layout, _ in self._lineage:
             sizes |= layout.pack_sizes() if layout else {}
-        usable = self._there(sizes)
-        for layout, (_, first, end) in zip(layouts, self._lineage, strict=True):
-            chunks = self._placement.chunks.rows[first:end]
+        granted = self._lease.begin(sizes)
+        self._stack.push(self._lease)
+        usable = self._store.has_packs({pack: sizes[pack] for pack in granted})
+        if len(usable) < len(sizes):  # before the lease began a repack has moved what was read, perhaps
+            self._lineage = [
+                (one, (self._image(one) or (None, None))[1], rows) for one, _, rows in self._lineage
+            ]
+            moved = [layout.pack_sizes() for _, layout, _ in self._lineage if layout]
+            usable |= self._there({p: size for of in moved for p, size in of.items() if p not in usable})
+        for _, layout, rows in self._lineage:
+            chunks = self._placement.chunks.rows[rows]
             if layout is None:
                 lost = self._placement.add_pack(Digest(bytes(32)), usable=False)
                 chunks["frame"] = self._placement.add_frame(lost)
             else:
-                start, count = self._placement.add_layout(layout, usable), end - first
+                start, count = self._placement.add_layout(layout, usable), len(chunks)
                 places = start + layout.chunk_frames.astype(np.int64), layout.chunk_offsets
                 chunks["frame"], chunks["offset"] = (column[:count] for column in places)
                 self._placement.chunks.add(layout.pages.ids, *(column[count:] for column in places))
         self._load(unfinished, usable)
         if self._local is not None:
             self._local.forget_packs(pack for pack, _ in unfinished if pack not in usable)
-        self._hooks, _ = index.read_hooks(self._store)
-
-    def _layout(self, digest: Digest, first: int, end: int) -> Layout | None:
-        with suppress(NotFound, Corrupt):
-            layout = self._store.layout(digest)
-            return layout if len(layout.chunk_frames) - len(layout.pages.ids) == end - first else None
-        return None
+        self.hooks = index.read_hooks(self._store)
 
     def _there(self, sizes: Mapping[Digest, int]) -> set[Digest]:
         """Those of these packs that may be relied on and are there, at least so many bytes of each."""
@@ -111,9 +113,10 @@ class Lookup:
             if len(window.ids) and not self._engaged and (self._placement.find(window.ids) < 0).any():
                 self.engage()
             waiting.append(window)
-            if self._hooks.parts:
+            parts = self.hooks[0].parts
+            if parts:
                 self.load_parts(window.ids)
-            while len(waiting) > (_AHEAD_WINDOWS if self._hooks.parts else 0):
+            while len(waiting) > (_AHEAD_WINDOWS if parts else 0):
                 yield waiting.popleft()
         yield from waiting
 
@@ -121,7 +124,7 @@ class Lookup:
         """Read the index parts whose hooks are among the unknown ones of `ids`."""
         unknown = ids[self._placement.find(ids) < 0]
         footers = list[tuple[Digest, Footer]]()
-        for name, size_bytes in self._hooks.matching(unknown) if len(unknown) else ():
+        for name, size_bytes in self.hooks[0].matching(unknown) if len(unknown) else ():
             if name not in self._asked:
                 self._asked.add(name)
                 part = self._part(name, size_bytes)

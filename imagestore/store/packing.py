@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from imagestore.formats.digest import Buffer, Digest
-from imagestore.formats.index import IndexPart
+from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import PACKS
 from imagestore.formats.pack import FRAME_BYTES, KEPT, Codec, Footer, Frame, PackWriter, compress
 from imagestore.store import index
@@ -136,12 +136,12 @@ class Packer:
         self._salt = f"{self._lease.id}.{self._repairs}"
         self._writer = PackWriter(self._salt)
 
-    def publish_index(self) -> None:
-        """Tell other writers of the packs that were made, once."""
+    def publish_index(self, seen: tuple[Hooks, str | None] | None = None) -> None:
+        """Tell other writers of the packs that were made, once. seen: the hooks as they were read before."""
         if not self._unpublished:
             return
         part = IndexPart(tuple(self._unpublished))
-        name = index.publish_part(self._store, part)
+        name = index.publish_part(self._store, part, seen)
         if self._local is not None:
             self._local.keep(name, part)
             self._local.forget_packs(pack for pack, _ in self._unpublished)

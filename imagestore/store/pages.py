@@ -14,6 +14,7 @@ from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest, Pages
+from imagestore.formats.pack import MAX_PACK_BYTES
 from imagestore.store.frames import Frames, load
 from imagestore.store.packing import Framer, Packer
 from imagestore.store.store import Store
@@ -22,7 +23,7 @@ from imagestore.store.store import Store
 def read_pages(store: Store, head: Layout, rows: range) -> list[bytes]:
     """Some of the pages that the head of a layout places, checked. Raises NotFound, Corrupt, Unavailable."""
     found = dict[int, bytes]()
-    for frames, request, _, pieces in load(store, [Frames.of_image(head.pages, head, rows)]):
+    for frames, request, _, pieces in load(store, [Frames.of_image(head.pages, head, rows)], MAX_PACK_BYTES):
         of_request = (piece for of_frame in pieces for piece in of_frame)
         for row, piece in zip(frames.chunks[frames.rows(request)].tolist(), of_request, strict=True):
             found[row] = bytes(piece)

@@ -64,9 +64,10 @@ class Offer:
             if self._store.backend.now() - began_s > LEASE_S:
                 # Suspended for long: what was just written may have been collected. Look again before it is named.
                 self._etags.clear()
+            elif self._set_name is None:
+                return set()  # who gives it a name, or holds it, asks again after that
             elif not self._named:
-                if self._set_name is not None:
-                    self._set_name()
+                self._set_name()
                 self._named = True
         raise Conflict(f"the collector of {self._store.url} is faster than this writer", hint="try again")
 
@@ -119,17 +120,15 @@ def _checked(store: Store, record: NameRecord) -> NameRecord:
     return record
 
 
-def can_be_read(store: Store, digest: Digest, manifest: Manifest | None = None) -> bool:
+def can_be_read(store: Store, digest: Digest, image: tuple[Manifest, Layout | None] | None = None) -> bool:
     """Whether an image is whole as far as can be told without reading its packs, and as far as a verify found.
 
-    manifest: if it was read already. Two requests, and one without a body for each pack.
+    image: if it was read already.
     """
     with suppress(NotFound, Corrupt):
-        layout = store.layout(digest)
-        layout.check(manifest or store.manifest(digest))
-        condemned = Condemned.read(store)
-        bad = (condemned.packs.keys() | condemned.damaged) & set(layout.packs)
-        return not bad and len(store.has_packs(layout.pack_sizes())) == len(layout.packs)
+        _, layout = image or store.image(digest)
+        if layout is not None and Condemned.read(store).unusable.isdisjoint(layout.packs):
+            return len(store.has_packs(layout.pack_sizes())) == len(layout.packs)
     return False
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from imagestore.backends.directory import Directory
@@ -25,7 +24,8 @@ if TYPE_CHECKING:  # numpy: not needed to resolve a name
     from imagestore.formats.manifest import Manifest
 
 T = TypeVar("T")
-_MANY_PACKS = 32
+_PACKS_A_LIST = 4
+"""A list is worth its requests while each of a thousand keys names so many that are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,30 @@ class Store:
             why = "keeps the state of a server" if state else "is private"
             raise Denied(f"{self.url} {why}", hint="`sf store copy` its images into a store for everybody")
 
-    def manifest(self, digest: Digest, data: bytes | None = None) -> "Manifest":
-        """data: what is, or is to be, under its key. Raises NotFound, Corrupt."""
+    def image(self, digest: Digest) -> tuple["Manifest", "Layout | None"]:
+        """Manifest and layout, None where that is lost; pages of both in one go. Raises NotFound, Corrupt."""
+        try:
+            head, pages = self._paged(digest, range)
+        except (NotFound, Corrupt):
+            return self.manifest(digest), None
+        half = len(pages) // 2
+        manifest = self.manifest(digest, paged=(head, pages[:half]))
+        with suppress(Corrupt):
+            layout = head.whole(pages[half:]) if pages else head
+            layout.check(manifest)
+            return manifest, layout
+        return manifest, None
+
+    def manifest(
+        self,
+        digest: Digest,
+        data: bytes | None = None,
+        paged: tuple["Layout", Sequence[Buffer]] | None = None,
+    ) -> "Manifest":
+        """data: what is, or is to be, under its key; paged: its layout's head and its pages, if they were read.
+
+        Raises NotFound, Corrupt.
+        """
         from imagestore.formats.manifest import Manifest, Pages
 
         data = data or self._content(MANIFESTS.key(digest))
@@ -162,7 +184,7 @@ class Store:
             raise Corrupt(f"the bytes of manifest {digest} in {self.url} do not match it")
 
         def fetch(pages: Pages) -> Sequence[Buffer]:
-            head, found = self._paged(digest, lambda _: range(len(pages.ids)))
+            head, found = paged or self._paged(digest, lambda _: range(len(pages.ids)))
             if head.pages.ids[: len(pages.ids)].tobytes() != pages.ids.tobytes():
                 raise Corrupt(f"the layout of {digest} in {self.url} has other pages than its manifest")
             return found
@@ -211,11 +233,13 @@ class Store:
         A request without a body for each; where they are many, most in lists, of a thousand packs a request.
         """
         found = set[Digest]()
-        if len(sizes) > _MANY_PACKS and not self.backend.read_only:
-            for stat in islice(self.objects(PACKS), 250 * len(sizes)):
+        if len(sizes) > _PACKS_A_LIST and not self.backend.read_only:
+            for number, stat in enumerate(self.objects(PACKS), 1):
                 pack = Digest.parse(stat.key[-64:])
                 if stat.size_bytes >= sizes.get(pack, math.inf):
                     found.add(pack)
+                if number % 1000 == 0 and len(found) * 1000 < number * _PACKS_A_LIST:
+                    break
         rest = [pack for pack in sizes if pack not in found]
 
         def there(pack: Digest) -> bool:

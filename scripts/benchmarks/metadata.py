@@ -1,7 +1,9 @@
 """A 40-GiB disk with 20 GiB of data, and versions of it with 10 MiB changed: metadata and requests of a push each.
 
-The disk is made as it is read: every second 8 MiB are data, of blocks that differ and compress well. Pushes are whole
-ones through the store library, of a writer who remembers nothing; what they read of the disk is not what is measured.
+The disk is made as it is read: every second 8 MiB are data, of blocks that differ and compress well. First as snapshots
+are taken, by a look at what changed since the first version (`push_changed`), each with other bytes than those before;
+then by whole pushes. Both through the store library, of a writer who remembers nothing; what they read of the disk is
+not what is measured.
 """
 
 import os
@@ -9,17 +11,19 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks._harness import Bench
+from imagestore import Changes
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import pieces
 from imagestore.backends.wrappers import Wrapper
 from imagestore.formats.digest import Digest
-from imagestore.push import push
+from imagestore.push import push, push_changed
 from imagestore.store.store import Store
 
 GIB = int(os.environ.get("SF_BENCH_GIB", "40"))
@@ -109,20 +113,35 @@ def run(bench: Bench) -> None:
         every = int(layout.frames["size"][new].sum())
         return frames + sum(counted.sent.values()) - every
 
+    def snapshot(base: Digest, stretches: np.ndarray[Any, Any]) -> tuple[Digest, Counted, int]:
+        os.environ["SF_CACHE_DIR"] = str(bench.fresh("cache"))
+        store = Store.open(Counted(Directory(place)))
+        result = push_changed(store, disk, Changes(base, stretches), {})  # type: ignore[arg-type]
+        return result.digest, store.backend, result.new_bytes  # type: ignore[return-value]
+
     known: set[Digest] = set()
     digest, counted, new = once()
+    base, before = digest, disk.changed.copy()
     bench.number("first_metadata_mib", metadata(digest, counted) / 2**20, "MiB")
     bench.number("first_chunks", len(Store.open(Directory(place)).manifest(digest).ids))
-    for number, places in enumerate((1, 10, 40), 1):
+    for number, (how, places) in enumerate(product(("snapshot", "whole"), (1, 10, 40)), 1):
         known = set(Store.open(Directory(place)).layout(digest).packs)
         disk.change(places, 10 << 20, number)
-        digest, counted, new = once()
-        bench.number(f"changed_{places}_new_mib", new / 2**20, "MiB")
-        bench.number(f"changed_{places}_metadata_mib", metadata(digest, counted) / 2**20, "MiB", at_most=2)
-        bench.number(f"changed_{places}_requests", counted.requests.total(), at_most=20)
+        if how == "snapshot":
+            clusters = np.unique(np.flatnonzero(disk.changed != before) * BLOCK >> 16) << 16
+            found, counted, new = snapshot(base, np.stack([clusters, clusters + (1 << 16)], axis=1))
+            told = metadata(found, counted)
+        else:
+            digest, counted, new = once()
+            told = metadata(digest, counted)
+        bench.number(f"{how}_{places}_new_mib", new / 2**20, "MiB")
+        bench.number(f"{how}_{places}_metadata_mib", told / 2**20, "MiB", at_most=2)
+        bench.number(f"{how}_{places}_requests", counted.requests.total(), at_most=20)
         read = sum(counted.got.values()) / 2**20
-        bench.number(f"changed_{places}_read_mib", read, "MiB")
-        bench.note(f"{places} places: {dict(counted.requests)}")
+        bench.number(f"{how}_{places}_read_mib", read, "MiB")
+        bench.note(f"{how}, {places} places: {dict(counted.requests)}")
+        if how == "snapshot":
+            disk.changed[:] = before
     opened_store = Store.open(Counted(Directory(place)))
-    opened_store.manifest(digest), opened_store.layout(digest)
+    opened_store.image(digest)
     bench.number("open_requests", opened_store.backend.requests.total())  # type: ignore[attr-defined]

@@ -3,9 +3,11 @@
 import os
 import random
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +24,13 @@ from imagestore import (
     push_changed,
     verify_store,
 )
+from imagestore.backends.protocol import Backend, ObjectStat
+from imagestore.backends.wrappers import Wrapper
 from imagestore.disks.disk import RawDisk
 from imagestore.errors import Corrupt
 from imagestore.formats import groups
 from imagestore.formats.keys import GROUPS, SUMS
+from tests.world import write_pages
 
 CLUSTER = 1 << 16
 
@@ -109,6 +114,43 @@ def test_a_small_change_of_a_large_disk_reads_little_and_adds_little(store: Stor
     assert read < 5 << 20
     before, after = (set(map(bytes, store.manifest(d).ids)) for d in (base, digest))
     assert len(after - before) <= 4
+
+
+class Asked(Wrapper):
+    """Counts requests; a list is one."""
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner)
+        self.requests = Counter[str]()
+
+    def _do(self, verb: str, key: str, action: Any) -> Any:
+        self.requests[f"{verb} {key.partition('/')[0]}"] += verb != "now"
+        return action()
+
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
+        self.requests[f"list {prefix}"] += 1
+        return self.inner.list(prefix)
+
+
+@pytest.mark.parametrize("pages", [None, 1 << 20])
+def test_a_snapshot_makes_at_most_twenty_requests(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int | None
+) -> None:
+    monkeypatch.setattr("imagestore.store.packing.PACK_BYTES", 4 << 20)
+    write_pages(pages)
+    try:
+        path, data = tmp_path / "disk", bytearray(random.Random(1).randbytes(24 << 20))
+        path.write_bytes(data)
+        base = push(store, path, "web", format_="raw").digest
+        assert len(store.layout(base).packs) > 5
+        data[9 << 20 : (9 << 20) + 8192] = random.Random(2).randbytes(8192)
+        path.write_bytes(data)
+        asked = Asked(store.backend)
+        monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "another node's"))
+        changed(Store.open(asked), path, base, [(9 << 20, (9 << 20) + CLUSTER)])
+        assert asked.requests.total() <= 20, asked.requests
+    finally:
+        write_pages(None)
 
 
 def test_without_the_bases_sums_or_with_others_all_is_read_and_that_is_said(

@@ -9,14 +9,14 @@ import pytest
 from imagestore.backends.protocol import Backend, Data, ObjectStat
 from imagestore.backends.wrappers import Wrapper
 from imagestore.copy import copy_image, copy_name
-from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS, kind_of
+from imagestore.formats.keys import LAYOUTS, LEASES, MANIFESTS, PACKS, kind_of
 from imagestore.mirror.replicate import replicate
 from imagestore.push import push
 from imagestore.store.leases import Condemned
 from imagestore.store.open import open_store
 from imagestore.store.store import Store
 from imagestore.verify import repair, verify_store
-from tests.world import World, disk
+from tests.world import World, disk, write_pages
 
 
 @pytest.fixture
@@ -196,3 +196,44 @@ def test_a_copy_and_a_mirror_see_that_what_they_have_cannot_be_read(world: World
             assert [one.result for one in replicate(world.store, mine.store)] == ["new"]
         mine.check("one")
         assert [one.result for one in replicate(world.store, mine.store)] == ["unchanged"]
+
+
+class Before(Wrapper):
+    """Does something once, before the first lease is written."""
+
+    def __init__(self, inner: Backend, action: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self._actions = [action]
+
+    def put(
+        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
+    ) -> ObjectStat:
+        if kind_of(key) is LEASES and self._actions:
+            self._actions.pop()()
+        return self.inner.put(key, data, if_match=if_match, if_none_match=if_none_match)
+
+
+@pytest.mark.parametrize("pages", [None, 128 << 10])
+def test_what_a_repack_moved_between_a_look_at_the_base_and_the_lease_is_not_stored_again(
+    world: World, pages: int | None
+) -> None:
+    write_pages(pages)
+    moved_bytes = 0
+    try:
+        world.push("gone", disk(1, 2))
+        world.push("one", disk(1))
+        world.store.names.remove("gone", "latest")
+
+        def repack() -> None:
+            nonlocal moved_bytes
+            world.collect_for(200, repack_threshold=0)
+            world.collect_for(200, repack_threshold=0)
+            moved_bytes = world.stored("packs/")
+
+        before = set(packs_of(world))
+        world.push("one", disk(1, 5), Store(Before(world.memory, repack), world.store.info))
+        assert before - set(packs_of(world)), "chunks of the base were moved"
+        assert world.stored("packs/") - moved_bytes < len(disk(5))
+        world.check_all()
+    finally:
+        write_pages(None)
