@@ -6,11 +6,13 @@ An address in quarantine is given out again only to who asks for it by name, or 
 should not meet the old one's connections. Each function returns a new Pool; nothing is changed in place.
 """
 
+import hashlib
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import Self
 
 from net.errors import Conflict, Exhausted, Invalid
@@ -25,6 +27,10 @@ UNKNOWN = IPv4Network("0.0.0.0/8")
 """What stands, in a block of all addresses, for one that the LAN's own DHCP server will give."""
 ANY = IPv4Network("0.0.0.0/0")
 """The block of a network on a LAN of which we know nothing."""
+
+LOCAL6 = IPv6Network("fc00::/7")
+"""Unique local addresses (RFC 4193): not the world's, so they are translated on their way there."""
+_USABLE6 = (LOCAL6, IPv6Network("2000::/3"))
 
 _RESERVED = (
     IPv4Network("0.0.0.0/8"),
@@ -52,6 +58,30 @@ def check_netblock(text: str, excluded: Iterable[IPv4Network] = ()) -> IPv4Netwo
         if netblock.overlaps(block):
             raise Invalid(f"{netblock} overlaps {block}, which is reserved", hint="choose another block")
     return netblock
+
+
+def netblock6(text: str, seed: str) -> IPv6Network:
+    """A network's /64: the one written, or for `auto` a unique local one that follows from the seed. Raises Invalid."""
+    if text == "auto":
+        return IPv6Network((b"\xfd" + hashlib.blake2b(seed.encode(), digest_size=7).digest() + bytes(8), 64))
+    with suppress(ValueError):
+        block = block_of(text)
+        if isinstance(block, IPv6Network) and block.prefixlen == 64 and any(map(block.subnet_of, _USABLE6)):
+            return block
+    hint = "auto, or for example 2001:db8:1:2::/64"
+    raise Invalid(f"{text[:80]!r} is no /64 of global or unique local IPv6 addresses", hint=hint)
+
+
+def block_of(text: str) -> IPv4Network | IPv6Network:
+    """Of either family. Raises ValueError, for a zone (`fe80::%what-you-like`), too: it would stand in rules."""
+    if "%" in text:
+        raise ValueError("a zone has no place in a block")
+    return ip_network(text)
+
+
+def beside(netblock: IPv4Network, block: IPv6Network | None, address: IPv4Address) -> IPv6Address | None:
+    """The IPv6 address of who has `address`: as far into its block, so the one pool gives out both."""
+    return block[int(address) - int(netblock[0])] if block else None
 
 
 def check_mac(text: str) -> str:

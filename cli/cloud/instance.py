@@ -55,7 +55,8 @@ def _ends(found: Row) -> str:
 
 def _interface(link: Row) -> str:
     outside = [*filter(None, [link.get("floating")]), *(link.get("published") or ())]
-    return f"{link['ipv4'] or 'by DHCP'} {link.get('macaddr')}{', from outside ' if outside else ''}{' '.join(outside)}"
+    known = " ".join(filter(None, map(link.get, ("ipv4", "ipv6")))) or "by DHCP"
+    return f"{known} {link.get('macaddr')}{', from outside ' if outside else ''}{' '.join(outside)}"
 
 
 def _disk(disk: Row) -> str:

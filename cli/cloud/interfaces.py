@@ -9,7 +9,13 @@ from cli.command import SIZE
 from cli.errors import MISSING, Problem
 from cli.output import show_one
 
-LINKS = (("address", "ipv4"), ("mac", "macaddr"), ("network", "network_uuid"), ("uuid", "uuid"))
+LINKS = (
+    ("address", "ipv4"),
+    ("ipv6", "ipv6"),
+    ("mac", "macaddr"),
+    ("network", "network_uuid"),
+    ("uuid", "uuid"),
+)
 
 
 @instance.add("add-interface", examples="sf instance add-interface web lan,address=10.42.0.9")
@@ -69,9 +75,8 @@ def limit(name: str, interface: str | None, **limits: int) -> None:
 def link_of(name: str, which: str | None) -> str:
     """The uuid of a guest's interface; None for its only one."""
     links = Api()("GET", "instances", name, "interfaces")
-    uuids = [
-        str(link["uuid"]) for link in links if which in (None, link["uuid"], link["ipv4"], link["macaddr"])
-    ]
+    keys = ("uuid", "ipv4", "ipv6", "macaddr")
+    uuids = [str(link["uuid"]) for link in links if which is None or which in map(link.get, keys)]
     if len(uuids) != 1:
         which = f"no interface {which}" if which else f"{len(uuids)} interfaces, and --interface names none"
         raise Problem(f"{name} has {which}", hint=f"sf instance show {name}", code=MISSING)

@@ -11,7 +11,7 @@ from cli.output import Row, ago, confirm, say, show_list, show_one
 
 COLUMNS = (
     ("name", "name"),
-    ("netblock", lambda n: " ".join(filter(None, [n.get("bridge"), n.get("netblock")]))),
+    ("netblock", lambda n: " ".join(filter(None, map(n.get, ("bridge", "netblock", "netblock6"))))),
     ("vni", "vxlan_id"),
     ("state", "state"),
     ("services", lambda n: " ".join(s for s in ("dhcp", "dns", "nat") if n.get(f"provide_{s}"))),
@@ -41,16 +41,21 @@ def _interface(interface: Row) -> str:
     floating = f" floating {interface['floating']}" if interface.get("floating") else ""
     ports = f" published {' '.join(interface['published'])}" if interface.get("published") else ""
     guest = interface.get("instance_uuid") or ""
-    return f"{interface.get('ipv4') or 'by DHCP'} {interface.get('macaddr')} {guest}{floating}{ports}"
+    known = " ".join(filter(None, map(interface.get, ("ipv4", "ipv6")))) or "by DHCP"
+    return f"{known} {interface.get('macaddr')} {guest}{floating}{ports}"
 
 
 @network.add(
     examples="""sf network create lan 10.42.0.0/24
+    sf network create six 10.44.0.0/24 --ipv6 auto
     sf network create quiet 10.43.0.0/24 --no-nat --no-dhcp
     sf network create home --bridge br0
     sf network create home --bridge br0 192.168.1.0/24 --range 192.168.1.200-192.168.1.220"""
 )
 @click.argument("netblock", required=False)
+@click.option(
+    "--ipv6", metavar="auto|PREFIX/64", help="IPv6 beside it: addresses of the network's own, or a site's."
+)
 @click.option("--isolated", is_flag=True, help="Nobody may speak to its guests but who their rules allow.")
 @click.option(
     "--bridge", metavar="DEVICE", help="The nodes' own: guests are on its LAN, at addresses of its DHCP."
@@ -67,12 +72,19 @@ def _interface(interface: Row) -> str:
 def create(name: str, netblock: str | None, form: str, chosen: str | None, **given: Any) -> None:
     """Make a network with the IPv4 addresses of NETBLOCK, a /29 or larger; or one on the nodes' own LAN.
 
+    Guests get the IPv6 address that goes with their IPv4 one. An administrator's PREFIX is routed as it is: the site's
+    routers must lead it to the node that routes the network. What `auto` chooses is translated on its way out.
+
     The bridge must be there on each node that is to run its guests. Nothing of it is ever changed.
     """
     if not netblock and not given["bridge"]:
         raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
     api, keys = Api(), ("dhcp", "nat", "dns")
-    wanted = {"isolated": given["isolated"], **{f"provide_{key}": given[key] for key in keys}}
+    wanted = {
+        "isolated": given["isolated"],
+        "ipv6": given["ipv6"],
+        **{f"provide_{key}": given[key] for key in keys},
+    }
     if given["bridge"]:
         wanted |= {"bridge": given["bridge"], "gateway": given["gateway"], "range": chosen}
     show_one(api("POST", "networks", name=name, netblock=netblock or "", **wanted), COLUMNS, form)

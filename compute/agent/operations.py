@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from typing import Any
 
 from compute.agent.guest.guest import Guest
@@ -72,7 +72,7 @@ class Operations(NodeOperations):
 
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
         argv = ["ip", "netns", "exec", self._plane.namespace(self._network(network_uuid))]
-        argv += ["ping", "-c", "3", "-i", "0.3", "-w", "5", str(IPv4Address(address))]
+        argv += ["ping", "-c", "3", "-i", "0.3", "-w", "5", str(ip_address(address))]
         async with self._pings:
             done = await asyncio.create_subprocess_exec(
                 *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE

@@ -15,7 +15,7 @@ from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.records import interfaces, published, rules
 from compute.cluster.records import networks as acts
-from compute.cluster.records.addresses import parse_address
+from compute.cluster.records.addresses import parse_within
 from compute.cluster.records.instances import remove_interface
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import Network
@@ -39,6 +39,8 @@ class CreateBody(Body):
     """`A-B`: what may be handed out of a LAN's netblock; without both, the LAN's own DHCP server gives addresses."""
     gateway: str | None = None
     """Of a LAN."""
+    ipv6: str | None = None
+    """`auto`, or a /64 of the site's that is led to its router: the administrator's alone."""
     isolated: bool | None = None
     """Nobody may begin to speak to its guests but who their rules allow."""
     provide_dhcp: bool | None = None
@@ -98,12 +100,16 @@ def list_networks(ctx: Ctx, body: ListBody | None = None) -> Response:
 @router.post("/networks")
 def create_network(ctx: Ctx, body: CreateBody) -> Response:
     config = ctx.services.config
-    if body.bridge:
+    if body.bridge or body.ipv6 not in (None, "", "auto"):
         ctx.admin()
-    elif body.range or body.gateway:
+    if body.bridge and body.ipv6:
+        raise Invalid("a LAN's IPv6 is the LAN's own", hint="without ipv6")
+    if not body.bridge and (body.range or body.gateway):
         raise Invalid("a range and a gateway are a LAN's", hint="with bridge")
+    uuid, seed = new_uuid(), ctx.services.controller.installation
     wanted = Network(
-        uuid=new_uuid(),
+        uuid=uuid,
+        netblock6=str(ipam.netblock6(body.ipv6, f"{seed}/{uuid}")) if body.ipv6 else "",
         name=body.name,
         namespace=ctx.namespace(body.namespace),
         netblock=body.netblock,
@@ -172,11 +178,10 @@ def network_addresses(ctx: Ctx, ref: str) -> Response:
 async def ping(ctx: Ctx, ref: str, address: str) -> Response:
     """Ping from inside the network, on the node that routes it."""
     known = ctx.find(Network, ref)
-    target = parse_address(address)
-    if target not in IPv4Network(known.netblock):
-        raise Invalid(f"{target} is not in {known.netblock}")
+    block = known.block6 if ":" in address and known.block6 else IPv4Network(known.netblock)
+    target = parse_within(address, block)
     node = ctx.services.controller.nodes.operations(_router(ctx, known.uuid))
-    stdout, stderr = await node.ping(known.uuid, str(target))
+    stdout, stderr = await node.ping(known.uuid, target)
     return JSONResponse({"stdout": stdout, "stderr": stderr})
 
 
@@ -285,10 +290,12 @@ class AttachBody(Body):
 
 
 def _allow(ctx: Context, body: AllowBody) -> tuple[Allow, ...]:
-    """A network stands for the netblock that it has now."""
+    """A network stands for the netblocks that it has now."""
     seen = ctx.listed(Network, None)
     blocks = {network.name: network.netblock for network in seen if network.netblock != str(ipam.ANY)}
-    return tuple(rules.parse(text, blocks) for text in body.allow)
+    six = {network.name: network.netblock6 for network in seen if network.netblock6}
+    also = (text for text in body.allow if text.partition("@")[2] in six)
+    return tuple(rules.parse(text, blocks) for text in body.allow) + tuple(rules.parse(t, six) for t in also)
 
 
 @router.get("/rules")

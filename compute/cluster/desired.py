@@ -204,6 +204,7 @@ def _network(
         gateway=IPv4Address(network.gateway or netblock[1]),
         mtu_bytes=1500 if network.bridge else mtu_bytes,
         bridge=network.bridge,
+        netblock6=network.block6,
         provide_dhcp=network.provide_dhcp,
         provide_nat=network.provide_nat,
         provide_dns=network.provide_dns,

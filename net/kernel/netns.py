@@ -26,7 +26,7 @@ from pyroute2.netlink.exceptions import NetlinkError as NetlinkError
 from net.errors import Failed
 from net.kernel import libnft, rtnetlink
 from net.plan import names, ruleset
-from net.plan.facts import Entry, Kind, Link, Table
+from net.plan.facts import Entry, Kind, Link, Table, sysctl
 from net.plan.names import VXLAN_PORT
 
 DIRECTORY = Path("/run/netns")
@@ -35,7 +35,7 @@ DIRECTORY = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
 _MS_BIND, _MNT_DETACH = 0x1000, 2
-_NOARP, _PERMANENT = 0x40, 0x80
+_NOARP, _PERMANENT, _NODAD = 0x40, 0x80, 2
 _SELF, _MASTER, _PROXY = 2, 4, 8
 _PROTO_KERNEL, _PROTO_STATIC, _SCOPE_LINK = 2, 4, 253
 
@@ -174,7 +174,7 @@ class Netns:
                 with suppress(FileNotFoundError):
                     texts[key] = Path(f"/proc/sys/{key}").read_text().strip()
         for key, text in texts.items():
-            yield Entry(Kind.SYSCTL, "", key, text)
+            yield sysctl(key, text)
 
     def proxies(self) -> Iterator[Entry]:
         if not self._names:
@@ -235,7 +235,7 @@ class Netns:
         """Its attributes as they must be; of an observed one, the MAC only where it differs: setting even the same
         one flushes the neighbours."""
         index = self.index(link.name)
-        if not self.name:  # the host itself speaks no IPv6 on a device of ours
+        if not self.name and had is None:  # the host itself speaks no IPv6 on a device of ours
             quiet = f"net/ipv6/conf/{link.name}/disable_ipv6"
             self.entry(Entry(Kind.SYSCTL, "", quiet, "1"), add=True)
         changes: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu_bytes}
@@ -275,13 +275,16 @@ class Netns:
                     path.write_text(item.value)
             return
         index = self.index(item.dev)
+        family = socket.AF_INET6 if ":" in item.key else socket.AF_INET
         if item.kind is Kind.ADDRESS:
             address, length = item.key.split("/")
-            what = {"index": index, "address": address, "prefixlen": int(length)}
+            what = {"index": index, "address": address, "prefixlen": int(length), "family": family}
+            if family == socket.AF_INET6 and add:  # nobody else can have it, and it is of use at once
+                what["flags"] = _NODAD
             try:
                 self._ip.addr("add" if add else "del", **what)
             except NetlinkError as error:
-                if error.code != errno.EEXIST:
+                if error.code != errno.EEXIST or family == socket.AF_INET6:
                     raise
                 # It is there, but the route of its subnet is not.
                 subnet = str(IPv4Interface(item.key).network)
@@ -289,7 +292,7 @@ class Netns:
                 self._ip.route("replace", dst=subnet, oif=index, **kept)
         elif item.kind is Kind.ROUTE:
             way = {"dst": item.key, "gateway": item.value, "oif": index, "proto": _PROTO_STATIC}
-            self._ip.route("replace" if add else "del", **way)
+            self._ip.route("replace" if add else "del", family=family, **way)
         elif item.kind is Kind.FDB and item.value:
             state = _NOARP | _PERMANENT
             verb = "append" if add else "del"
@@ -300,7 +303,7 @@ class Netns:
             self._ip.fdb("replace" if add else "del", ifindex=index, lladdr=item.key, **how)
         elif item.kind is Kind.NEIGHBOUR:
             what = {"ifindex": index, "dst": item.key, "lladdr": item.value, "state": _PERMANENT}
-            self._ip.neigh("replace" if add else "del", **what)
+            self._ip.neigh("replace" if add else "del", family=family, **what)
         else:
             self._ip.neigh("replace" if add else "del", ifindex=index, dst=item.key, flags=_PROXY)
 

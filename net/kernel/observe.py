@@ -11,9 +11,9 @@ from net.kernel import dnsmasq, netns
 from net.kernel.netns import Netns
 from net.plan import names, nft, ruleset
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed, Rule
-from net.plan.target import BRIDGED, FORWARD, SYSCTLS
+from net.plan.target import BRIDGED, FORWARD, FORWARD6, SYSCTLS, sysctls6
 
-_OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE)
+_OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE, Kind.SYSCTL)
 
 
 def observe(
@@ -46,7 +46,7 @@ def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
     own = names.table(installation)
     return Facts(
         links=links,
-        entries=frozenset(e for e in space.entries(SYSCTLS) if e.dev in links or not e.dev),
+        entries=frozenset(e for e in space.entries(_sysctls(links)) if e.dev in links or not e.dev),
         tables={
             family: table for (family, name), table in space.tables("list ruleset").items() if name == own
         },
@@ -54,11 +54,16 @@ def _facts(installation: str, space: Netns, settings: Dnsmasq | None) -> Facts:
     )
 
 
+def _sysctls(links: dict[str, Link], also: Iterable[str] = SYSCTLS) -> list[str]:
+    ends = (link.name for link in links.values() if link.kind in ("bridge", "veth"))
+    return [*also, *(entry.key for dev in ends for entry in sysctls6(dev, on=False))]
+
+
 def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv4Address) -> Observed:
     every = host.links()
     prefix = names.host_uplink_prefix(installation)
     links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
-    entries = list(host.entries((FORWARD, BRIDGED)))
+    entries = list(host.entries(_sysctls(links, (FORWARD, BRIDGED, FORWARD6))))
     table = names.table(installation)
     tables = {}
     for family, name in ruleset.parse(host.nft("list tables", json=True)):
@@ -74,13 +79,16 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
         tables=tables,
         admissions=frozenset(admissions),
     )
-    addresses = {IPv4Interface(e.key).ip: e.dev for e in entries if e.kind is Kind.ADDRESS}
+    own4 = (e for e in entries if e.kind is Kind.ADDRESS and ":" not in e.key)
+    addresses = {IPv4Interface(e.key).ip: e.dev for e in own4}
     carrier = every.get(addresses.get(underlay, ""))
     defaults = [e.dev for e in entries if e.kind is Kind.ROUTE and e.key == "0.0.0.0/0"]
+    forwards6 = Entry(Kind.SYSCTL, "", FORWARD6, "1") in entries
     return Observed(
         namespaces=found,
         host_addresses=frozenset(addresses),
         uplink=defaults[0] if defaults else "",
+        uplink6=forwards6 and any(e.kind is Kind.ROUTE and e.key == "::/0" for e in entries),
         mtu_bytes=carrier.mtu_bytes if carrier else 0,
         resolvers=dnsmasq.upstream(),
         foreign=tuple(foreign),

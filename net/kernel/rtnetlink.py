@@ -7,6 +7,7 @@ loop and in attributes that nobody asked for. A reconcile reads hundreds of name
 import socket
 import struct
 from collections.abc import Iterator
+from ipaddress import ip_address
 
 from net.errors import Failed
 from net.plan.facts import Entry, Kind, Link
@@ -47,6 +48,13 @@ def _dump(asking: socket.socket, request: int, header: bytes) -> Iterator[tuple[
             at += (length + 3) & ~3
 
 
+def _both(asking: socket.socket, request: int, header: str) -> Iterator[tuple[int, bytes, Attributes]]:
+    """Of IPv4 and then of IPv6."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for fixed, attributes in _dump(asking, request, struct.pack(header, family)):
+            yield family, fixed, attributes
+
+
 def _text(value: bytes | None) -> str:
     return value.rstrip(b"\0").decode(errors="replace") if value else ""
 
@@ -56,7 +64,7 @@ def _number(value: bytes | None) -> int:
 
 
 def _ip(value: bytes | None) -> str:
-    return socket.inet_ntoa(value) if value else ""
+    return str(ip_address(value)) if value else ""
 
 
 def links(asking: socket.socket) -> dict[int, Link]:
@@ -103,28 +111,29 @@ def _link(flags: int, attributes: Attributes, names: dict[int, str]) -> Link:
 
 
 def entries(asking: socket.socket, names: dict[int, str], *, connected_only: bool) -> Iterator[Entry]:
-    """Addresses, routes, FDB and neighbours (IPv4) without what the kernel put there itself.
+    """Addresses, routes, FDB and neighbours without what the kernel put there itself.
 
     `connected_only`: an address does not count whose subnet's route was taken away.
     """
     connected = set()
-    for fixed, a in _dump(asking, _GETROUTE, struct.pack("=B11x", socket.AF_INET)):
+    for family, fixed, a in _both(asking, _GETROUTE, "=B11x"):
         length, table, protocol = struct.unpack("=xBxxBB6x", fixed)
         if table == _MAIN_TABLE and protocol != _PROTO_KERNEL:
-            destination = f"{_ip(a.get(1, bytes(4)))}/{length}"
+            destination = f"{_ip(a.get(1, bytes(16 if family == socket.AF_INET6 else 4)))}/{length}"
             yield Entry(Kind.ROUTE, names.get(_number(a.get(4)), ""), destination, _ip(a.get(5)))
         elif table == _MAIN_TABLE:
             connected.add((_number(a.get(4)), _ip(a.get(7))))
-    for fixed, a in _dump(asking, _GETADDR, struct.pack("=BxxxI", socket.AF_INET, 0)):
+    for family, fixed, a in _both(asking, _GETADDR, "=B7x"):
         length, index = struct.unpack("=xBxxI", fixed)
-        if not connected_only or length == 32 or (index, _ip(a.get(2))) in connected:
-            yield Entry(Kind.ADDRESS, names.get(index, ""), f"{_ip(a.get(2))}/{length}")
+        address = _ip(a.get(1 if family == socket.AF_INET6 else 2))
+        if not connected_only or length in (32, 64) or (index, address) in connected:
+            yield Entry(Kind.ADDRESS, names.get(index, ""), f"{address}/{length}")
     for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=B11x", socket.AF_BRIDGE)):
         index, state = struct.unpack("=xxxxiHxx", fixed)
         own = state == _PERMANENT and 9 in a and _number(a[9]) == index  # a bridge's for itself
         if 1 in a or own or (9 in a and state == _NOARP):  # has a remote end, or a bridge's static entry
             yield Entry(Kind.FDB, names.get(index, ""), a.get(2, b"").hex(":"), _ip(a.get(1)))
-    for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=B11x", socket.AF_INET)):
+    for _, fixed, a in _both(asking, _GETNEIGH, "=B11x"):
         index, state = struct.unpack("=xxxxiHxx", fixed)
         if state == _PERMANENT:
             yield Entry(Kind.NEIGHBOUR, names.get(index, ""), _ip(a.get(1)), a.get(2, b"").hex(":"))

@@ -21,8 +21,10 @@ _OUT = "out"
 _NAME = re.compile(r"[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63}){0,126}\.?")
 
 
-def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool) -> Dnsmasq:
-    """The three files as text. `uplink`: whether the router leads anywhere else."""
+def settings(
+    network: Network, upstream: Sequence[IPv4Address], *, uplink: bool, six: bool = False
+) -> Dnsmasq:
+    """The three files as text. `uplink`: whether the router leads anywhere else, `six`: by IPv6."""
     bridge, domain = names.bridge(network.vni), network.domain
     lines = [
         "no-hosts",
@@ -71,10 +73,24 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool)
             lines += sorted(f"dhcp-mac=set:{_OUT},{port.mac}" for port in out)
         if network.provide_dns:
             lines.append(f"dhcp-option=option:dns-server,{network.gateway}")
+        if network.netblock6:
+            # Addresses by DHCPv6 alone; without an uplink its router is no way out (lifetime 0).
+            lines += ["enable-ra", f"dhcp-range={network.netblock6[0]},static,64,{_LEASE}"]
+            lines += [
+                f"dhcp-option=option6:domain-search,{domain}",
+                *([] if six else [f"ra-param={bridge},0,0"]),
+            ]
+            if network.provide_dns:
+                lines.append(f"dhcp-option=option6:dns-server,[{network.address6(network.gateway)}]")
         for port in network.ports:
             called = [f"{port.hostname}.{domain}"] if _NAME.fullmatch(port.hostname) else []
-            hosts.append(",".join([port.mac, str(port.address), *called]))
-    entries = [(port.hostname, port.address) for port in network.ports] + list(network.dns_entries)
+            own6 = network.address6(port.address)
+            hosts.append(",".join([port.mac, str(port.address), *([f"[{own6}]"] if own6 else []), *called]))
+    if network.netblock6 and network.provide_dns and not six:
+        lines.append("filter-AAAA")  # of other servers' answers: nobody waits for what cannot be reached
+    entries: list[tuple[str, object]] = [(port.hostname, port.address) for port in network.ports]
+    entries += [(p.hostname, own6) for p in network.ports if (own6 := network.address6(p.address))]
+    entries += network.dns_entries
     entries = [(name, address) for name, address in entries if _NAME.fullmatch(name)]
     answers = sorted(f"{address} {name}" for name, address in entries) if network.provide_dns else []
     return Dnsmasq(*("".join(f"{line}\n" for line in text) for text in (lines, sorted(hosts), answers)))

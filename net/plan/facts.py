@@ -40,7 +40,7 @@ class Kind:
     """What an entry is; in brackets its key and value. Plain strings: an enum's hash is computed in Python."""
 
     SYSCTL: Final = "sysctl"
-    """(path under /proc/sys, text), of no device."""
+    """(path under /proc/sys, text), of a device where the path is."""
     ADDRESS: Final = "address"
     """(address with prefix length, "")"""
     ROUTE: Final = "route"
@@ -60,6 +60,12 @@ class Entry(NamedTuple):
     dev: str
     key: str
     value: str = ""
+
+
+def sysctl(key: str, value: str) -> Entry:
+    """A setting of IPv6 for one device comes after it; all others before any."""
+    dev = key.split("/")[3] if key.startswith("net/ipv6/conf/") else ""
+    return Entry(Kind.SYSCTL, "" if dev in ("all", "default") else dev, key, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +175,8 @@ class Observed:
     """Every address of the host, whoever set it."""
     uplink: str = ""
     """The device of the host's default route."""
+    uplink6: bool = False
+    """Whether it has an IPv6 default route, and its administrator lets it forward (`FORWARD6`): we never do."""
     mtu_bytes: int = 0
     """Of the device that carries the underlay address; 0 where there is none."""
     resolvers: tuple[IPv4Address, ...] = ()

@@ -1,7 +1,9 @@
 """Desired state of one node's networks, as plain values. Nothing here knows an instance or a database."""
 
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from net import ipam
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,12 @@ class Allow:
     """tcp, udp, icmp (echo) or any."""
     ports: tuple[tuple[int, int], ...] = ()
     """Ranges, sorted and apart; () is every port."""
-    source: IPv4Network = IPv4Network("0.0.0.0/0")
+    source: IPv4Network | IPv6Network = ipam.ANY
+    """ANY is everybody, by IPv6 as well."""
 
     def __str__(self) -> str:
         ports = ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in self.ports)
-        source = f"@{self.source}" if self.source.prefixlen else ""
+        source = f"@{self.source}" if self.source != ipam.ANY else ""
         return f"{self.protocol}{':' if ports else ''}{ports}{source}"
 
 
@@ -100,6 +103,17 @@ class Network:
 
     bridge: str = ""
     """The node's own bridge that its guests are on; then there is no router of ours, no tunnel and no server."""
+    netblock6: IPv6Network | None = None
+    """A /64, out of which everybody has the address that goes with the IPv4 one; None without IPv6."""
+
+    @property
+    def routed6(self) -> bool:
+        """Whether its IPv6 addresses are the world's; local ones are translated, if anything is."""
+        return self.netblock6 is not None and not self.netblock6.subnet_of(ipam.LOCAL6)
+
+    def address6(self, address: IPv4Address) -> IPv6Address | None:
+        """Of a port's, or the gateway's."""
+        return ipam.beside(self.netblock, self.netblock6, address)
 
     def leads_out(self, port: Port) -> bool:
         """Whether the router takes what this port sends anywhere else."""

@@ -8,10 +8,10 @@ Everything here is pure; net/plan/ruleset.py makes text of it. Three tables, all
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
-from net.ipam import UNKNOWN
-from net.plan import names, rules
+from net.ipam import LOCAL6, UNKNOWN
+from net.plan import guards, names, rules
 from net.plan.facts import Admission, Chain, Elements, ForeignChain, Hook, Rule, Table
 from net.plan.model import Network, Port
 from net.plan.names import VXLAN_PORT
@@ -26,6 +26,7 @@ LEARNED = "learned"
 FLOATING = "floating"
 PUBLISHED = "published"
 _IP, _ARP = "@nh,96,32", "@nh,112,32"
+_NEEDED6 = "{ echo-request, nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }"
 _UNREACHABLE = "{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3 }"
 
 
@@ -53,7 +54,9 @@ def link_local(mac: str) -> IPv6Address:
     return IPv6Address(bytes.fromhex("fe80000000000000") + octets[:3] + b"\xff\xfe" + octets[3:])
 
 
-def _pinned(tap: str, port: Port, addresses: Sequence[IPv4Address]) -> Iterator[str]:
+def _pinned(
+    tap: str, port: Port, addresses: Sequence[IPv4Address], own6: IPv6Address | None
+) -> Iterator[str]:
     def drop(match: str, reason: str) -> str:
         return f'{match} counter name "{tap}-{reason}" drop'
 
@@ -83,6 +86,10 @@ def _pinned(tap: str, port: Port, addresses: Sequence[IPv4Address]) -> Iterator[
     yield drop("ether type ip udp sport 67", "dhcp")
     yield drop(f"ether type ip udp dport {VXLAN_PORT}", "vxlan")
     yield "ether type ip accept"
+    if own6:
+        yield drop("ether type != ip6", "other")
+        yield from guards.pinned(drop, mac, own6, local)
+        return
     yield drop(f"ether type ip6 ip6 saddr != {braces(['::', local])}", "ipv6")
     yield drop("ether type ip6 icmpv6 type { nd-router-advert, nd-redirect }", "ra")
     # nft before 1.0.8 has no word for the target address of a neighbour advertisement.
@@ -109,32 +116,38 @@ def _allowed(network: Network, port: Port) -> list[IPv4Address]:
     return [port.address, *(address for address, via in network.routed if via == port.address)]
 
 
-def _sent(tap: str, port: Port) -> Iterator[str]:
-    """What is done with frames that go to a guest. An answer's type is its first option (RFC 2132) in all servers."""
+def _sent(tap: str, port: Port, router_mac: str) -> Iterator[str]:
+    """What is done with frames that go to a guest. An answer's type is its first option (RFC 2132) in all servers.
+    Router advertisements of `router_mac` pass."""
     yield from _limited(tap, port.limits.bytes_in, port.limits.packets_in)
     if port.address in UNKNOWN:
         # The address that is given, and the MAC it is given to, lie 24 and 36 bytes behind the start of the UDP header.
         mac = f"@th,64,8 2 @th,288,48 0x{port.mac.replace(':', '')} @th,1984,24 0x350105"
         yield f"udp sport 67 udp dport 68 {mac} update @{LEARNED} {{ {port.mac} . @th,192,32 }}"
     # Guests have no IPv6 address that a filter could know but their link-local one.
-    yield "icmpv6 type nd-router-advert drop"
+    yield f"{f'ether saddr != {router_mac} ' if router_mac else ''}icmpv6 type nd-router-advert drop"
     if port.allowed is not None:
-        yield from rules.admitted(tap, port)
+        yield from rules.admitted(tap, port, six=bool(router_mac))
 
 
 def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) -> Table:
     """The bridge family's table: `local` has a port by its tap's name. A tap without a chain passes nothing."""
+    macs = {n.vni: names.router_mac(installation, n.vni) for n, _ in local.values() if n.netblock6}
+    six = bool(macs)
     dispatch = ["iifname vmap @taps", f'iifname "{names.TAP_PREFIX}*" drop']
+    dispatch += [rule for vni in sorted(macs) for rule in guards.meshed(names.vxlan(vni))]
     chains = [_chain("ports", Hook("filter", "prerouting", -300), dispatch)]
     chains.append(_chain("to", Hook("filter", "postrouting", 0), [f"oifname vmap @{TO}"]))
     chains += [
-        _chain(f"p-{tap}", None, _pinned(tap, port, _allowed(network, port)))
+        _chain(f"p-{tap}", None, _pinned(tap, port, _allowed(network, port), network.address6(port.address)))
         for tap, (network, port) in local.items()
     ]
-    chains += [_chain(f"t-{tap}", None, _sent(tap, port)) for tap, (_, port) in local.items()]
+    chains += [
+        _chain(f"t-{tap}", None, _sent(tap, port, macs.get(n.vni, ""))) for tap, (n, port) in local.items()
+    ]
     held = {tap: port for tap, (_, port) in local.items() if port.allowed is not None}
     chains.append(_chain("from", Hook("filter", "prerouting", -250), [f"iifname vmap @{FROM}"]))
-    chains += [_chain(f"f-{tap}", None, rules.tracked(tap, port)) for tap, port in held.items()]
+    chains += [_chain(f"f-{tap}", None, rules.tracked(tap, port, six=six)) for tap, port in held.items()]
     at = f"bridge {names.table(installation)}"
     elements = {
         name: Elements(
@@ -146,15 +159,19 @@ def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) ->
     if any(port.address in UNKNOWN for _, port in local.values()):
         kept = "flags dynamic,timeout ; size 65535 ; timeout 30d ;"
         elements[LEARNED] = Elements(f"set {at} {LEARNED} {{ typeof ether saddr . {_IP} ; {kept} }}")
-    elements |= {f"f-{tap}": rules.flows(at, tap) for tap in held}
+    for tap in held:
+        elements |= rules.flows(at, tap, six=six)
+    elements |= guards.sets(at) if six else {}
     counters = frozenset(f"{tap}-{reason}" for tap in local for reason in REASONS)
     return Table("bridge", names.table(installation), dict(chains), elements, counters)
 
 
-def router_table(installation: str, network: Network, inside: IPv4Address | None, *, routes: bool) -> Table:
+def router_table(
+    installation: str, network: Network, inside: IPv4Address | None, *, routes: bool, six: bool = False
+) -> Table:
     """The inet table of a network's namespace: the router's where `routes`, else one that lets nothing in.
 
-    `inside` is the namespace's end of the uplink, None without one.
+    `inside` is the namespace's end of the uplink, None without one. `six`: whether it carries IPv6.
     """
     br, up, block = names.bridge(network.vni), names.uplink(network.vni), network.netblock
     floating = sorted((p.address, p.floating) for p in network.ports if p.floating)
@@ -173,6 +190,14 @@ def router_table(installation: str, network: Network, inside: IPv4Address | None
             entry.append(f'iifname "{br}" udp dport 67 accept')
         if network.provide_dns:
             entry.append(f'iifname "{br}" meta l4proto {{ tcp, udp }} th dport 53 accept')
+    if routes and network.netblock6:
+        entry.append(f"icmpv6 type {_NEEDED6} accept")
+        if network.provide_dhcp:
+            entry.append(f'iifname "{br}" udp dport 547 accept')
+        if six:
+            through.append(f'iifname "{br}" oifname "{up}" ip6 saddr {network.netblock6} accept')
+            if network.routed6:
+                through.append(f'iifname "{up}" oifname "{br}" ip6 daddr {network.netblock6} accept')
     if routes and inside is not None:
         if network.provide_dns:
             host = f'iifname "{up}" ip saddr {inside - 1} ip daddr {inside}'
@@ -218,6 +243,7 @@ def host_table(
     insides: Sequence[IPv4Address],
     floating: Sequence[IPv4Address],
     published: Mapping[tuple[str, int], IPv4Address],
+    blocks6: Sequence[IPv6Network] = (),
 ) -> Table:
     """The inet table of the host: uplinks reach the world, DNS, floating IPs and what this node publishes; not the
     host, nor a node, nor each other. VXLAN with one of our VNIs comes from nodes only; other VXLAN is none of our
@@ -233,6 +259,8 @@ def host_table(
         asks = f"iifname {ours} ip daddr {braces(resolvers)} meta l4proto {{ tcp, udp }} th dport 53 accept"
         entry.append(asks)
         through.append(asks)
+    if blocks6:
+        entry.append(f"iifname {ours} icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept")
     entry.append(f"iifname {ours} counter drop")
     before = []
     after = [f"ip saddr {braces(insides)} oifname != {ours} masquerade"] if insides else []
@@ -249,9 +277,15 @@ def host_table(
         entry.append(f"{mesh} {allowed}counter drop")
     if nodes:
         through.append(f"iifname {ours} ip daddr {braces(nodes)} counter drop")
+    through.append(f"iifname {ours} ip daddr {_UNREACHABLE} counter drop")
+    six = "ip6 version 6"
+    if blocks6:
+        six = f"ip6 saddr != {braces(blocks6)}"
+        through.append(f"iifname {ours} ip6 daddr != {{ 2000::/3, {LOCAL6} }} counter drop")
+        through.append(f"oifname {ours} ip6 daddr != {LOCAL6} ip6 daddr {braces(blocks6)} accept")
+        after.append(f"ip6 saddr {LOCAL6} ip6 saddr {braces(blocks6)} oifname != {ours} masquerade")
     through += [
-        f"iifname {ours} ip daddr {_UNREACHABLE} counter drop",
-        f"iifname {ours} ip6 version 6 counter drop",
+        f"iifname {ours} {six} counter drop",
         f"oifname {ours} ip daddr @{FLOATING} accept",
         f"oifname {ours} counter drop",
     ]

@@ -182,8 +182,10 @@ def _phase(action: Action) -> int:
     match action.item:
         case Dnsmasq():
             return 0 if goes else 9
-        case Entry(kind=Kind.SYSCTL) | Transaction() | Admission():
+        case Entry(kind=Kind.SYSCTL, dev="") | Transaction() | Admission():
             return 4
+        case Entry(kind=Kind.SYSCTL):
+            return 5  # behind its device, which was planned before it
         case Entry(kind=kind):
             return 1 if goes else {Kind.ADDRESS: 6, Kind.PROXY: 8}.get(kind, 7)
         case Link():

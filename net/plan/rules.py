@@ -10,23 +10,37 @@ from collections.abc import Iterator
 
 from net.ipam import ANY
 from net.plan.facts import Elements
+from net.plan.guards import CHAINED
 from net.plan.model import Port
 
 _KEY = "@nh,72,8 . @nh,96,32 . @nh,160,16 . @nh,176,16"
 """Protocol, source address, source port, destination port, as they stand in a packet that comes."""
+_KEY6 = "@nh,48,8 . @nh,64,128 . @nh,320,16 . @nh,336,16"
+"""By IPv6, without extension headers: those do not pass."""
+_NEEDED6 = "{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem, nd-router-advert }"
 _MOST = 65536
 
 
-def flows(at: str, tap: str) -> Elements:
-    """The set of what a guest began."""
-    return Elements(
-        f"set {at} f-{tap} {{ typeof {_KEY} ; flags dynamic,timeout ; size {_MOST} ; timeout 3m ; }}"
-    )
+def flows(at: str, tap: str, *, six: bool) -> dict[str, Elements]:
+    """The sets of what a guest began."""
+    kept = f"flags dynamic,timeout ; size {_MOST} ; timeout 3m ;"
+    keys = {f"f-{tap}": _KEY, **({f"g-{tap}": _KEY6} if six else {})}
+    return {n: Elements(f"set {at} {n} {{ typeof {key} ; {kept} }}") for n, key in keys.items()}
 
 
-def tracked(tap: str, port: Port) -> Iterator[str]:
+def tracked(tap: str, port: Port, *, six: bool) -> Iterator[str]:
     """Of what a guest sends. Answers of its own servers, at ports that are open anyway, are not worth remembering."""
     opens = f"update @f-{tap} {{ @nh,72,8 . @nh,128,32 . @nh,176,16 . @nh,160,16"
+    if six:
+        opens6 = f"update @g-{tap} {{ @nh,48,8 . @nh,192,128"
+        begun = f"{opens6} . @nh,336,16 . @nh,320,16"
+        for allow in port.allowed or ():
+            if allow.ports:
+                yield f"ether type ip6 {allow.protocol} sport {_ports(allow.ports)} return"
+        yield f"ip6 nexthdr tcp tcp flags & (fin | rst) != 0 {begun} timeout 1m }} return"
+        yield f"ip6 nexthdr tcp tcp flags & (syn | psh) != 0 {begun} timeout 1d }} return"
+        yield f"ip6 nexthdr udp {begun} }}"
+        yield f"ip6 nexthdr ipv6-icmp icmpv6 type echo-request {opens6} . @nh,352,16 . @nh,352,16 }}"
     yield "ether type != ip return"
     for allow in port.allowed or ():
         if allow.ports:
@@ -37,12 +51,19 @@ def tracked(tap: str, port: Port) -> Iterator[str]:
     yield f"icmp type echo-request update @f-{tap} {{ @nh,72,8 . @nh,128,32 . @nh,192,16 . @nh,192,16 }}"
 
 
-def admitted(tap: str, port: Port) -> Iterator[str]:
+def admitted(tap: str, port: Port, *, six: bool) -> Iterator[str]:
     """Of what comes to a guest."""
     drop = f'counter name "{tap}-rules" drop'
     yield "ether type arp accept"
     yield "udp sport 67 udp dport 68 accept"
     yield "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+    if six:
+        yield "ip6 saddr fe80::/10 udp sport 547 udp dport 546 accept"
+        # What IPv6 does not work without (RFC 4890); advertisements of routers were judged before.
+        yield f"ip6 nexthdr ipv6-icmp icmpv6 type {_NEEDED6} accept"
+        yield f"ip6 nexthdr {CHAINED} {drop}"
+        yield f"ip6 nexthdr {{ tcp, udp }} {_KEY6} @g-{tap} accept"
+        yield f"icmpv6 type echo-reply @nh,48,8 . @nh,64,128 . @nh,352,16 . @nh,352,16 @g-{tap} accept"
     yield f"ether type ip ip hdrlength != 5 {drop}"
     yield f"ether type ip ip frag-off & 0x3fff != 0 {drop}"
     yield f"ether type ip6 exthdr frag exists {drop}"
@@ -54,8 +75,11 @@ def admitted(tap: str, port: Port) -> Iterator[str]:
     yield f"icmp type {{ destination-unreachable, time-exceeded }} {about} @f-{tap} accept"
     yield f"icmp type {{ destination-unreachable, time-exceeded }} {echo} @f-{tap} accept"
     for allow in port.allowed or ():
-        source = f"ip saddr {allow.source} " if allow.source != ANY else ""
+        family = "ip6" if allow.source.version == 6 else "ip"
+        source = f"{family} saddr {allow.source} " if allow.source != ANY else ""
         if allow.protocol == "icmp":
+            if family == "ip6" or (six and not source):
+                yield f"{source}icmpv6 type echo-request accept"
             yield f"{source}icmp type echo-request accept"
         elif allow.ports:
             yield f"{source}{allow.protocol} dport {_ports(allow.ports)} accept"

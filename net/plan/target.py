@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Network
 
 from net.errors import Failed, Invalid, NetError
 from net.ipam import TRANSIT
-from net.plan import dhcp, names, nft
-from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed
+from net.plan import dhcp, guards, names, nft
+from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed, sysctl
 from net.plan.model import Network, NodeNetworks, Port
 
 VXLAN_OVERHEAD_BYTES = 50
@@ -26,7 +26,8 @@ _QUIET = {
     BRIDGED: "0",
     "net/bridge/bridge-nf-call-arptables": "0",
 }
-SYSCTLS = (*_QUIET, FORWARD)
+FORWARD6 = "net/ipv6/conf/all/forwarding"
+SYSCTLS = (*_QUIET, FORWARD, FORWARD6)
 
 
 def tap_name(desired: NodeNetworks, port: Port) -> str:
@@ -51,7 +52,24 @@ def outer_addresses(network: Network) -> list[IPv4Address]:
 
 def has_uplink(desired: NodeNetworks, network: Network) -> bool:
     leads = network.provide_nat or bool(outer_addresses(network)) or any(p.published for p in network.ports)
-    return routes_here(desired, network) and leads
+    return routes_here(desired, network) and (leads or network.routed6)
+
+
+def has_uplink6(desired: NodeNetworks, network: Network, observed: Observed) -> bool:
+    leads = network.routed6 or bool(network.netblock6 and network.provide_nat)
+    return leads and observed.uplink6 and has_uplink(desired, network)
+
+
+def sysctls6(dev: str, *, on: bool) -> set[Entry]:
+    """IPv6 on one device, with the addresses that we give it alone (IN6_ADDR_GEN_MODE_NONE)."""
+    at = f"net/ipv6/conf/{dev}"
+    return {sysctl(f"{at}/addr_gen_mode", "1"), sysctl(f"{at}/disable_ipv6", "0" if on else "1")}
+
+
+def _end6(dev: str, own: IPv6Address, to: IPv6Network | str, via: IPv6Address, *, on: bool) -> set[Entry]:
+    """One end of an uplink, on link-local addresses."""
+    ways = {Entry(Kind.ADDRESS, dev, f"{own}/64"), Entry(Kind.ROUTE, dev, str(to), str(via))}
+    return sysctls6(dev, on=on) | (ways if on else set())
 
 
 def led_here(observed: Observed) -> set[tuple[str, int]]:
@@ -84,7 +102,8 @@ def transits(desired: NodeNetworks, observed: Observed) -> dict[int, IPv4Address
     taken, chosen = set(observed.host_addresses), {}
     wanting = [n.vni for n in desired.networks if has_uplink(desired, n)]
     entries = observed.namespaces[HOST].entries
-    by_dev = {e.dev: IPv4Interface(e.key) for e in sorted(entries) if e.kind is Kind.ADDRESS}
+    every = (e for e in sorted(entries) if e.kind is Kind.ADDRESS and ":" not in e.key)
+    by_dev = {e.dev: IPv4Interface(e.key) for e in every}
     for vni in wanting:
         had = by_dev.get(names.host_uplink(desired.installation, vni))
         if had and had.ip in TRANSIT and had.network.prefixlen == 31 and had.ip == had.network[0]:
@@ -127,12 +146,16 @@ def _namespace(
     nodes = {desired.node, *(peer.node for peer in desired.peers)}
     own = names.own_macs(desired.installation, vni, nodes)
     network = replace(network, ports=tuple(port for port in network.ports if port.mac not in own))
+    if network.mtu_bytes < 1280:  # the kernel speaks no IPv6 there (RFC 8200)
+        network = replace(network, netblock6=None)
+    six = has_uplink6(desired, network, observed)
     remotes = {peer.node: str(peer.address) for peer in desired.peers if peer.node != desired.node}
     local = {tap_name(desired, port): port for port in network.ports if port.node == desired.node}
-    mtu = network.mtu_bytes
+    # Also who looks for duplicates (RFC 4862) would be answered: by it nodes learn who has which address.
+    mtu, quiet = network.mtu_bytes, not network.netblock6
     links = [
         Link(br, "bridge", alias, mtu, mac=mac),
-        Link(vx, "vxlan", alias, mtu, master=br, suppress=True, vni=vni, local=str(desired.underlay)),
+        Link(vx, "vxlan", alias, mtu, master=br, suppress=quiet, vni=vni, local=str(desired.underlay)),
         *(port_link(desired, network, port) for port in local.values()),
     ]
     entries = {Entry(Kind.SYSCTL, "", key, value) for key, value in _QUIET.items()}
@@ -140,6 +163,13 @@ def _namespace(
     if routes:
         entries.add(Entry(Kind.ADDRESS, br, f"{network.gateway}/{network.netblock.prefixlen}"))
         entries |= {Entry(Kind.ROUTE, br, f"{address}/32", str(via)) for address, via in network.routed}
+    if network.netblock6:
+        entries |= {sysctl(FORWARD6, "1" if routes else "0"), *sysctls6(br, on=routes)}
+    if network.netblock6 and routes:
+        given = (guards.ROUTER, network.address6(network.gateway))
+        entries |= {Entry(Kind.ADDRESS, br, f"{address}/64") for address in given}
+        own6 = ((network.address6(port.address), port.mac) for port in network.ports)
+        entries |= {Entry(Kind.NEIGHBOUR, br, str(address), mac) for address, mac in own6}
     inside = outside + 1 if outside is not None else None
     if outside is not None:
         peer = names.host_uplink(desired.installation, vni)
@@ -147,6 +177,8 @@ def _namespace(
         entries |= {Entry(Kind.ADDRESS, up, f"{inside}/31"), Entry(Kind.ROUTE, up, "0.0.0.0/0", str(outside))}
         if network.router_floating:
             entries.add(Entry(Kind.ADDRESS, up, f"{network.router_floating}/32"))
+        if network.netblock6:
+            entries |= _end6(up, guards.INSIDE, "::/0", guards.ROUTER, on=six)
     # The bridge's own: the kernel made it with the bridge, and forgets it when it was a port's meanwhile.
     entries.add(Entry(Kind.FDB, br, mac))
     entries |= {Entry(Kind.FDB, name, port.mac) for name, port in local.items()}
@@ -161,14 +193,15 @@ def _namespace(
         entries.add(Entry(Kind.FDB, vx, _FLOOD, remote))
     pinned = {tap: (network, port) for tap, port in local.items()}
     bridge_rules = nft.ports_table(desired.installation, pinned)
-    router_rules = nft.router_table(desired.installation, network, inside, routes=routes)
+    router_rules = nft.router_table(desired.installation, network, inside, routes=routes, six=six)
     serves = routes and (network.provide_dhcp or network.provide_dns)
-    upstream = desired.resolvers or observed.resolvers
+    upstream = (desired.resolvers or observed.resolvers) if inside else ()
+    served = dhcp.settings(network, upstream, uplink=bool(inside), six=six) if serves else None
     return Facts(
         links={link.name: link for link in links},
         entries=frozenset(entries),
         tables={table.family: table for table in (bridge_rules, router_rules)},
-        dnsmasq=dhcp.settings(network, upstream if inside else (), uplink=bool(inside)) if serves else None,
+        dnsmasq=served,
     )
 
 
@@ -200,17 +233,21 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
     lan = on_lan(desired)
     links = {tap: _plugged(desired, network, port, observed) for tap, (network, port) in lan.items()}
     tables = {}
-    if lan or any(link.master for link in observed.namespaces[HOST].links.values()):
+    if lan or any(link.master and link.carrier for link in observed.namespaces[HOST].links.values()):
         tables["bridge"] = nft.ports_table(desired.installation, lan)
     if all(network.bridge for network in desired.networks):
         return Facts(links, tables=tables)
     uplink = desired.uplink or observed.uplink
-    entries, floating = set[Entry](), set[IPv4Address]()
+    entries, floating, blocks6 = set[Entry](), set[IPv4Address](), set[IPv6Network]()
     for network in (network for network in desired.networks if network.vni in outside):
         name, end = names.host_uplink(desired.installation, network.vni), outside[network.vni]
         alias = f"{names.owned(desired.installation)}network {network.uuid}"
         links[name] = Link(name, "veth", alias, _UPLINK_MTU_BYTES)
         entries.add(Entry(Kind.ADDRESS, name, f"{end}/31"))
+        if block := network.netblock6:
+            six = has_uplink6(desired, network, observed)
+            entries |= _end6(name, guards.ROUTER, block, guards.INSIDE, on=six)
+            blocks6 |= {block} if six else set()
         for address in outer_addresses(network):
             floating.add(address)
             entries.add(Entry(Kind.ROUTE, name, f"{address}/32", str(end + 1)))
@@ -228,6 +265,7 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
         insides=sorted(address + 1 for address in outside.values()),
         floating=sorted(floating),
         published={key: outside[vni] + 1 for key, vni in published(desired, observed)[0].items()},
+        blocks6=sorted(blocks6),
     )
     admissions = nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(outside))
     return Facts(links, frozenset(entries), tables, admissions)

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,9 @@ class Agent:
         network = make_network(
             port, far, name=f"{slot}-{number}", block=block, vni=1 + slot * 1000 + number % 1000
         )
+        if number % 3:  # with IPv6, translated or routed
+            six = IPv6Network(f"{'fd42' if number % 2 else '2001'}:db8:{slot}:{number % 200}::/64")
+            network = replace(network, netblock6=six)
         self.set(slot, network)
         name = self.insist(self.plane.create_tap, port)
         with Path("/dev/net/tun").open("r+b", buffering=0) as held:

@@ -103,7 +103,7 @@ class Space:
             yield sources
             time.sleep(0.2)
             process.terminate()
-            sources |= {line.split()[2] for line in process.stdout.read().splitlines() if " IP " in line}
+            sources |= {line.split()[2] for line in process.stdout.read().splitlines() if " IP" in line}
 
     @contextmanager
     def sniffing_inside(self, namespace: str, dev: str) -> Iterator[bytearray]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def _everything(node: Node, state: Path) -> str:
     kernel = (
-        "ip -o link | sed 's/^[0-9]*: //'; ip -o -4 addr | sed 's/^[0-9]*: //'; ip route; ip rule;"
+        "ip -o link | sed 's/^[0-9]*: //'; ip -o -4 addr | sed 's/^[0-9]*: //'; ip route; ip rule; ip -6 route;"
         " ip neigh show proxy; ip neigh show nud permanent; bridge fdb | grep permanent; nft list ruleset;"
         " ls /run/netns; ss -Hlun"
     )
@@ -41,6 +41,11 @@ def test_cycles_of_networks_ports_and_floating_ips_with_faults_at_every_step_lea
             "ip link add br0 type bridge; ip link add lan0 master br0 type veth peer name lan1\n"
             "for link in br0 lan0 lan1; do ip link set $link up; done\n"
             "until ip link show br0 | grep -q 'state UP'; do sleep 0.1; done"
+        )
+        node.space.sh(
+            "ip addr add 2001:db8:9::1/64 dev eth0 nodad; sysctl -qw net.ipv6.conf.all.forwarding=1\n"
+            "ip -6 route add default via 2001:db8:9::fe\n"
+            "while ip -6 addr | grep -q tentative; do sleep 0.1; done"
         )
         before = _everything(node, state)
         starts = 0

@@ -13,10 +13,11 @@ from tests.net.machines import OUTSIDE, Cluster, Guest, Space, make_network, mak
 pytestmark = pytest.mark.system
 SERVER = """
 import socket, sys
-kind = socket.SOCK_STREAM if sys.argv[1] == "tcp" else socket.SOCK_DGRAM
-with socket.socket(socket.AF_INET, kind) as s:
+kind = socket.SOCK_STREAM if "tcp" in sys.argv[1] else socket.SOCK_DGRAM
+family = socket.AF_INET6 if "6" in sys.argv[1] else socket.AF_INET
+with socket.socket(family, kind) as s:
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    s.bind(("0.0.0.0", int(sys.argv[2])))
+    s.bind(("", int(sys.argv[2])))
     if kind == socket.SOCK_STREAM:
         s.listen()
     print("there", flush=True)
@@ -31,8 +32,9 @@ with socket.socket(socket.AF_INET, kind) as s:
 """
 ASK = """
 import socket, sys
-kind = socket.SOCK_STREAM if sys.argv[1] == "tcp" else socket.SOCK_DGRAM
-with socket.socket(socket.AF_INET, kind) as s:
+kind = socket.SOCK_STREAM if "tcp" in sys.argv[1] else socket.SOCK_DGRAM
+family = socket.AF_INET6 if "6" in sys.argv[1] else socket.AF_INET
+with socket.socket(family, kind) as s:
     s.settimeout(1)
     s.connect((sys.argv[2], int(sys.argv[3])))
     if kind == socket.SOCK_DGRAM:

@@ -4,6 +4,7 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -509,9 +510,55 @@ def test_a_network_on_the_lan_is_the_administrators_and_its_addresses_are_the_la
     assert server.call("POST", "/instances", body, **ours).status == 200
 
 
+def test_a_network_with_ipv6_gives_an_address_of_each_kind_and_chosen_prefixes_are_the_administrators(
+    server: Running,
+) -> None:
+    auto = server.network(ipv6="auto")
+    block = IPv6Network(auto["netblock6"])
+    assert block.prefixlen == 64 and block.subnet_of(IPv6Network("fd00::/8"))
+    link = created(server, network=[{"network_uuid": "lan", "address": "10.42.0.17"}])["interfaces"][0]
+    assert (link["ipv4"], link["ipv6"]) == ("10.42.0.17", str(block[17]))
+    assert server.get(f"/interfaces/{link['uuid']}")["ipv6"] == str(block[17])
+    (network,) = server.agent.desired.networks.networks  # type: ignore[union-attr]
+    assert (network.netblock6, network.address6(network.ports[0].address)) == (block, block[17])
+    assert server.call("GET", f"/networks/lan/ping/{block[17]}").status == 200
+    for wrong in ("2001:db8::1", "fe80::1", f"{block[17]}%25eth0", "x"):
+        assert server.call("GET", f"/networks/lan/ping/{wrong}").status == 400, wrong
+    plain = server.network("plain", "10.43.0.0/24")
+    assert plain["netblock6"] is None
+    assert server.call("GET", f"/networks/plain/ping/{block[17]}").status == 400
+    routed = {"name": "routed", "netblock": "10.44.0.0/24", "ipv6": "2001:db8:1:2::/64"}
+    assert server.network(**routed)["netblock6"] == routed["ipv6"]
+    assert server.call("POST", "/networks", {**routed, "name": "again"}).status == 409
+    assert server.call("DELETE", "/networks/routed").status == 200
+    assert server.call("POST", "/networks", {**routed, "name": "again"}).status == 200
+    for wrong in (
+        "2001:db8::/48",
+        "fe80::/64",
+        "ff02::/64",
+        "::/64",
+        "2001:db8::%x/64",
+        "2001:db8::1/64",
+        "no",
+        "10.0.0.0/24",
+    ):
+        assert server.call("POST", "/networks", {**routed, "name": "x", "ipv6": wrong}).status == 400, wrong
+    assert server.call("POST", "/networks", {"name": "x", "bridge": "br0", "ipv6": "auto"}).status == 400
+    server.call("POST", "/auth/namespaces", {"namespace": "ci", "key_name": "k", "key": "secret-of-ci"})
+    ours = {"namespace": "ci", "key": "secret-of-ci"}
+    for chosen, status in (("2001:db8:1:3::/64", 403), ("fd00::/64", 403), ("auto", 200)):
+        assert server.call("POST", "/networks", {**routed, "ipv6": chosen}, **ours).status == status, chosen
+
+
 def test_rules_are_made_attached_changed_and_kept_while_they_are_used(server: Running) -> None:
     server.network()
     server.network("quiet", "10.43.0.0/24", isolated=True)
+    six = server.network("six", "10.44.0.0/24", ipv6="auto")["netblock6"]
+    both = ["tcp:22@six", "tcp:80@2001:db8::/32", "any@::/0", "any@0.0.0.0/0"]
+    both = server.call("POST", "/rules", {"name": "both", "allow": both}).body["allow"]
+    assert both == ["tcp:22@10.44.0.0/24", "tcp:80@2001:db8::/32", "any@::/0", "any", f"tcp:22@{six}"]
+    assert server.get("/rules/both")["allow"] == both
+    server.call("DELETE", "/rules/both")
     lines = [
         "tcp:443,80,8000-8010",
         "tcp:22@192.0.2.0/24",
@@ -538,7 +585,8 @@ def test_rules_are_made_attached_changed_and_kept_while_they_are_used(server: Ru
         "icmp:8",
         "gre",
         "tcp:80@nowhere",
-        "tcp:80@::/0",
+        "tcp:80@fe80::%x/64",
+        "tcp:80@2001:db8::1/32",
         "tcp:١",
     ):
         assert server.call("POST", "/rules", {"name": "x", "allow": [wrong]}).status == 400, wrong

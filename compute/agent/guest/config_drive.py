@@ -44,6 +44,14 @@ def _static(interface: InterfaceSpec, network: Network, *, default_route: bool) 
     }
 
 
+def _static6(interface: InterfaceSpec, network: Network, *, default_route: bool) -> dict[str, Any]:
+    """Where the router advertises itself, that alone says whether it is a way out."""
+    route = {"network": "::", "netmask": "::", "gateway": str(network.address6(network.gateway))}
+    own = str(network.address6(IPv4Address(interface.address)))
+    routes = [route] if default_route and not network.provide_dhcp else []
+    return {"type": "ipv6", "ip_address": own, "netmask": "ffff:ffff:ffff:ffff::", "routes": routes}
+
+
 def _leads_out(interface: InterfaceSpec, network: Network) -> bool:
     own = (port for port in network.ports if port.uuid == interface.uuid)
     return network.provide_nat or any(map(network.leads_out, own))
@@ -73,6 +81,9 @@ def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, 
                 resolvers.append({"type": "dns", "address": str(network.gateway)})
                 plan["dns_search"] = [network.domain]
         plans.append(plan)
+        if network.netblock6:
+            same = {"id": f"network{number}-6", "link": f"link{number}", "network_id": network.uuid}
+            plans.append(same | _static6(interface, network, default_route=interface is first))
     return {"links": links, "networks": plans, "services": resolvers}
 
 

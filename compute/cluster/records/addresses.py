@@ -5,8 +5,9 @@ same picture; that makes it safe to look at the list of a network's interfaces i
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Network
 from typing import ClassVar
 
 from compute.cluster.records.epochs import check
@@ -34,6 +35,15 @@ def parse_address(text: str) -> IPv4Address:
         return IPv4Address(text)
     except AddressValueError as err:
         raise Invalid(f"not an IPv4 address: {text[:80]!r}") from err
+
+
+def parse_within(text: str, block: IPv4Network | IPv6Network) -> str:
+    """Raises Invalid."""
+    with suppress(AddressValueError):
+        found = type(block.network_address)(text)
+        if found in block and "%" not in text:
+            return str(found)
+    raise Invalid(f"{text[:80]} is no address of {block}")
 
 
 def ensure_floating(txn: Transaction, pool: IPv4Network | None) -> None:

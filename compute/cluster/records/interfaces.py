@@ -26,6 +26,7 @@ class Interface(Stored):
     mac: str
     address: str
     order: int
+    address6: str = ""
     model: str = "virtio"
     floating: str = ""
     published: tuple[Published, ...] = ()
@@ -76,6 +77,7 @@ def attach(
         namespace=namespace,
         mac=mac,
         address=str(address),
+        address6=str(ipam.beside(pool.netblock, network.block6, address) or ""),
         order=order,
         model=want.model,
         floating=take_floating(txn, uuid) if want.float else "",

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, ClassVar
 
 from compute.cluster.records.addresses import FLOATING, Ipam, give_back_floating, parse_address, take_floating
@@ -43,10 +43,16 @@ class Network(Stored):
     gateway: str = ""
     """The router of the LAN; "" is the first address of the block."""
     isolated: bool = False
+    netblock6: str = ""
+    """Its /64, which no other network has; "" without IPv6."""
     state: str = "created"
     created_s: float = 0
     deleted_s: float = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def block6(self) -> IPv6Network | None:
+        return IPv6Network(self.netblock6) if self.netblock6 else None
 
 
 def find_network(txn: Transaction, uuid: str) -> Network:
@@ -112,6 +118,10 @@ def create_network(
     else:
         pool = ipam.Pool.of(ipam.check_netblock(network.netblock, excluded))
     take_name(txn, Network.KIND, network.namespace, network.name, network.uuid)
+    if network.netblock6:
+        if txn.find(Taken, f"netblock6/{network.netblock6}"):
+            raise Conflict(f"{network.netblock6} is another network's", hint="auto chooses one")
+        take(txn, f"netblock6/{network.netblock6}", network.uuid)
     for _ in range(_VNI_TRIES):
         vni = ipam.random_vni(())
         if txn.find(Taken, f"vni/{vni}") is None:
@@ -149,6 +159,8 @@ def delete_network(txn: Transaction, uuid: str) -> Network:
         give_back_floating(txn, floating)
     txn.delete(Ipam, uuid)
     txn.delete(Taken, f"vni/{found.vni}")
+    if found.netblock6:
+        txn.delete(Taken, f"netblock6/{found.netblock6}")
     txn.delete(Taken, f"{Network.KIND}/{found.namespace}/{found.name}")
     found = replace(
         found, state="deleted", deleted_s=time.time(), router_node="", router_floating="", routed={}

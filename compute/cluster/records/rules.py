@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Network
 from typing import Any, ClassVar
 
 from compute.cluster.records.interfaces import Interface
@@ -12,7 +11,7 @@ from compute.cluster.records.stored import Stored, check_name
 from compute.cluster.records.taken import Taken, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid
-from net import Allow
+from net import Allow, ipam
 
 _FORM = re.compile(r"(tcp|udp|icmp|any)(?::([0-9,-]{1,512}))?(?:@(.{1,64}))?")
 
@@ -41,7 +40,8 @@ def parse(text: str, networks: Mapping[str, str]) -> Allow:
                 raise ValueError
             ports.append((first, last))
             least = last + 1
-        return Allow(found[1], tuple(ports), IPv4Network(networks.get(found[3], found[3] or "0.0.0.0/0")))
+        block = ipam.block_of(networks.get(found[3], found[3] or str(ipam.ANY)))
+        return Allow(found[1], tuple(ports), block)
     except ValueError as err:
         hint = "PROTOCOL[:PORTS][@BLOCK or @NETWORK], for example tcp:80,443 or tcp:22@192.0.2.0/24 or icmp"
         raise Invalid(f"not a rule: {text[:80]!r}", hint=hint) from err

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 
 import pycdlib
@@ -86,6 +86,23 @@ def test_only_the_first_interface_brings_a_default_route() -> None:
     )  # fmt: skip
     first, second = config_drive.network_data(both, NETWORKS)["networks"]
     assert first["routes"] and not second["routes"]
+
+
+def test_where_there_is_ipv6_the_address_is_told_and_its_router_only_where_nothing_advertises_it() -> None:
+    six = {
+        "lan-uuid": replace(LAN, netblock6=IPv6Network("fd42::/64")),
+        "static-uuid": replace(STATIC, netblock6=IPv6Network("2001:db8::/64")),
+    }
+    told = config_drive.network_data(SPEC, six)["networks"]
+    assert [(t["link"], t["type"]) for t in told] == [
+        ("link0", "ipv4"),
+        ("link0", "ipv6"),
+        ("link1", "ipv4_dhcp"),
+        ("link1", "ipv6"),
+    ]
+    assert told[1]["ip_address"] == "2001:db8::9" and told[1]["netmask"] == "ffff:ffff:ffff:ffff::"
+    assert told[1]["routes"] == [{"network": "::", "netmask": "::", "gateway": "2001:db8::1"}]
+    assert told[3]["ip_address"] == "fd42::9" and told[3]["routes"] == []
 
 
 def test_a_network_that_is_not_there_is_an_error() -> None:
