@@ -11,18 +11,25 @@ from pathlib import Path
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace a small file; it is the old one or the new one at any moment, and the new one when this returns.
 
-    Several at once: each writes under a name of its own, so that none publishes half of another's.
+    Several at once: each writes under a name of its own, so that none publishes half of another's; under none until it
+    is whole where the file system has such files, so that who is killed leaves nothing.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with contextlib.ExitStack() as undo:
-        file = os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
         undo.callback(beside.unlink, missing_ok=True)
-        with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        for place, flags in (path.parent, os.O_TMPFILE), (beside, os.O_CREAT | os.O_EXCL):
+            try:
+                with os.fdopen(os.open(place, os.O_WRONLY | flags, mode), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(number := file.fileno())
+                    if place != beside:  # only with a descriptor of a directory the link in /proc is followed
+                        os.link(f"/proc/self/fd/{number}", beside, src_dir_fd=number)
+                break
+            except OSError:
+                if place == beside:
+                    raise
         beside.rename(path)
-        undo.pop_all()
     sync(path.parent)
 
 

@@ -22,8 +22,7 @@ from imagestore.disks.windows import in_order
 from imagestore.errors import Cancelled, Conflict, Corrupt, Invalid, NoSpace, StoreError
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
-from imagestore.formats.layout import Layout
-from imagestore.formats.manifest import Manifest
+from imagestore.formats.layout import Image
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import READERS, Batch, Frames, ImageReader, LocalOrigin
 from imagestore.store.store import Store
@@ -62,7 +61,7 @@ def pull(
     """
     if format_ not in ("raw", "qcow2"):
         raise Invalid(f"cannot write format {format_!r}", hint="raw or qcow2")
-    manifest, layout = store.image(digest)
+    manifest, _ = image = store.image(digest)
     with ExitStack() as stack:
         try:
             place = stack.enter_context(target(output, f"{digest.hex()[:16]}.{format_}"))
@@ -74,7 +73,7 @@ def pull(
             qcow2 = plan(manifest) if format_ == "qcow2" else None
             file = Output(place, manifest.size_bytes, qcow2, durable=durable)
             stack.callback(file.close)
-            filling = _Filling(file, manifest, layout, digest, progress, cancel)
+            filling = _Filling(file, image, digest, progress, cancel)
             try:
                 result = filling.fill(store, seeds, fallbacks)
             except StoreError:
@@ -95,18 +94,12 @@ class _Filling:
     """Brings the chunks of one manifest into one file."""
 
     def __init__(
-        self,
-        file: Output,
-        manifest: Manifest,
-        layout: Layout | None,
-        digest: Digest,
-        progress: Report,
-        cancel: Event | None,
+        self, file: Output, image: Image, digest: Digest, progress: Report, cancel: Event | None
     ) -> None:
-        self._file, self._manifest, self._layout, self._digest = file, manifest, layout, digest
-        self._progress, self._cancel = progress, cancel
-        self._offsets, self._lengths = manifest.offsets, manifest.lengths.astype(np.int64)
-        self._ids = manifest.ids
+        self._file, self._digest, self._progress, self._cancel = file, digest, progress, cancel
+        self._manifest, self._layout = image
+        self._offsets = self._manifest.offsets
+        self._lengths, self._ids = self._manifest.lengths.astype(np.int64), self._manifest.ids
         self._have = np.zeros(len(self._lengths), np.bool_)
         self._resumed = self._seeded = self._fetched = self._requests = 0
 

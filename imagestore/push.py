@@ -176,11 +176,10 @@ class _Writer:
         special, sums, note = Special(none, none, none.reshape(0, 2)), dict[int, bytes](), ""
         facts: dict[str, Any] = {"architecture": os.uname().machine, "labels": labels}
         disk, olds = self._disk, (none, none, none)
-        images = [self._lookup.follow(digest) for digest in filter(None, (changes.base, *changes.known))]
         if changes.base is not None:
-            if images[0] is None:
+            if (found := self._lookup.follow(changes.base)) is None:
                 raise NotFound(f"image {changes.base} is not in {self._store.url}")
-            base = images[0][0]
+            base, _ = found
             facts |= {"architecture": base.architecture, "os": base.os, "parent": changes.base}
             try:
                 sums = self._sums(changes.base, base)

@@ -22,7 +22,7 @@ from botocore.config import Config
 
 from imagestore import durable
 from imagestore.backends.protocol import MAX_BYTES, Data, Etag, Object, ObjectStat, check_key, pieces
-from imagestore.backends.web import PATIENCE_S, receive, whole_of
+from imagestore.backends.web import PATIENCE_S, STATUS, receive, whole_of
 from imagestore.backends.wrappers import Retried
 from imagestore.errors import (
     Conflict,
@@ -41,17 +41,7 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 256 << 10
 log = logging.getLogger(__name__)
-_STATUS: dict[int, type[StoreError]] = {
-    400: Invalid,
-    401: Denied,
-    403: Denied,
-    404: NotFound,
-    409: Conflict,
-    412: Conflict,
-    416: Corrupt,
-    501: Unsupported,
-    507: NoSpace,
-}
+_STATUS = STATUS | {412: Conflict, 501: Unsupported}
 _CODES: dict[str, type[StoreError]] = {
     "QuotaExceeded": NoSpace,
     "XMinioStorageFull": NoSpace,

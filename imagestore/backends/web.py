@@ -40,8 +40,8 @@ _PART_BYTES = 64 << 10
 """As much as a socket mostly has, and little enough for malloc to keep."""
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
-_STATUS |= {400: Invalid, 409: Conflict, 413: Invalid, 507: NoSpace}
+STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
+STATUS |= {400: Invalid, 409: Conflict, 413: Invalid, 507: NoSpace}
 
 
 class Web:
@@ -252,4 +252,4 @@ def _checked(response: Response, where: str, accepted: tuple[int, ...]) -> Respo
     said = said if isinstance(said, dict) else {}
     text = f"no such object ({status})" if status in (404, 410) else f"the server answered {status}"
     text, hint = str(said.get("error") or text), str(said.get("hint") or "")
-    raise _STATUS.get(status, Unavailable)(f"{where}: {text}", hint=hint)
+    raise STATUS.get(status, Unavailable)(f"{where}: {text}", hint=hint)

@@ -131,7 +131,6 @@ class ImageCache:
 
 def _data_between(descriptor: int, start: int, end: int) -> bool:
     """Whether a stretch that must be a hole holds other bytes than zeros."""
-
     while start < end:
         try:
             start = os.lseek(descriptor, start, os.SEEK_DATA)

@@ -21,8 +21,6 @@ class Changes:
     """None: nothing, so all of it is to be looked at."""
     stretches: Numbers
     """(start, end) rows in bytes."""
-    known: tuple[Digest, ...] = ()
-    """More images whose chunks it may have, such as an earlier state of it."""
 
 
 class ChangedDisk:

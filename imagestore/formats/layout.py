@@ -184,6 +184,9 @@ class Layout:
             raise Corrupt("layout: a chunk goes past the end of its frame")
 
 
+Image = tuple[Manifest, Layout | None]  # and where it lies, if that is known
+
+
 def places(frames: Rows) -> Numbers:
     """One number for each frame's pack and place in that."""
     found: Numbers = (frames["pack"] << PACK_BITS) + frames["offset"]

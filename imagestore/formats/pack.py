@@ -178,11 +178,6 @@ class Footer:
             raise Corrupt("pack footer: chunks do not fill their frames")
 
 
-def pack_bytes(footer: bytes) -> bytes:
-    """What follows the frames of a pack: the footer and how to find it from the pack's end."""
-    return footer + len(footer).to_bytes(4, "little") + TRAILER
-
-
 def split_pack(tail: bytes) -> bytes:
     """The encoded footer out of the last bytes of a pack. Raises Corrupt."""
     size = int.from_bytes(tail[-12:-8], "little")
@@ -218,4 +213,5 @@ class PackWriter:
             salt=self._salt,
         )
         encoded = footer.encode()
-        return Digest.of(encoded), footer, [*(f.data for f in frames), pack_bytes(encoded)]
+        end = len(encoded).to_bytes(4, "little") + TRAILER  # from which the footer is found
+        return Digest.of(encoded), footer, [*(f.data for f in frames), encoded + end]

@@ -189,17 +189,17 @@ class _Site:
         etag = f"{image.digest.hex()}.{_DISKS[file]}.{WRITER}"
         modified_s = sums.created_s if sums else 0.0
         read = partial(_read_disk, content, _DISKS[file])
-        return _Disk(content.size_bytes(_DISKS[file]), etag, modified_s, "no-cache", read, _batch_bytes)
+
+        def batch_bytes(done: int) -> int:
+            return _BATCH_BYTES if done >= _KERNEL_BYTES else _FIRST_BYTES
+
+        return _Disk(content.size_bytes(_DISKS[file]), etag, modified_s, "no-cache", read, batch_bytes)
 
 
 class _Disk(Ranged):
     """A whole disk: these are counted apart from packs, for whose clients nothing is read ahead."""
 
     running = 0
-
-
-def _batch_bytes(done: int) -> int:
-    return _BATCH_BYTES if done >= _KERNEL_BYTES else _FIRST_BYTES
 
 
 async def _read_disk(content: Content, format_: str, start: int, length: int, after: int) -> bytes:

@@ -45,10 +45,7 @@ def read_part(store: Store, name: Digest) -> IndexPart | None:
 
 
 def publish_part(store: Store, part: IndexPart, seen: tuple[Hooks, str | None] | None = None) -> Digest:
-    """Write an index part and add it to the hooks, `seen` as they were read before.
-
-    A lost race for the hooks is repeated, then let be: a hint.
-    """
+    """Write an index part and add it to the hooks, `seen` before. A lost race is repeated, then let be: a hint."""
     data = part.encode()
     name = Digest.of(data)
     store.backend.put(INDEX.key(name), data)

@@ -12,8 +12,7 @@ from imagestore.errors import Corrupt, NotFound
 from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
-from imagestore.formats.layout import Layout
-from imagestore.formats.manifest import Manifest
+from imagestore.formats.layout import Image, Layout
 from imagestore.formats.pack import Footer
 from imagestore.store import index
 from imagestore.store.leases import Lease
@@ -56,14 +55,14 @@ class Lookup:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def follow(self, digest: Digest) -> tuple[Manifest, Layout | None] | None:
+    def follow(self, digest: Digest) -> Image | None:
         """Take an image's chunks as known; whether they are there is asked when it matters. None if it is not there."""
         if (found := self._image(digest)) is not None:
             first, count = self._placement.chunks.add(found[0].ids, -1, 0), len(found[0].ids)
             self._lineage.append((digest, found[1], slice(first, first + count)))
         return found
 
-    def _image(self, digest: Digest) -> tuple[Manifest, Layout | None] | None:
+    def _image(self, digest: Digest) -> Image | None:
         with suppress(NotFound, Corrupt):
             return self._store.image(digest)
         return None

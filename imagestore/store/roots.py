@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from imagestore.errors import Conflict, Corrupt, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, MANIFESTS, REFS, TUF, untrashed
-from imagestore.formats.layout import Layout
+from imagestore.formats.layout import Image, Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import decode, seal
 from imagestore.store.leases import LEASE_S, Condemned, Lease, leases
@@ -80,19 +80,13 @@ class Offer:
                 return True
             # Another push of the same disk wrote it, or a repack moved the chunks: to insist would never end.
             found = self._store.backend.get(key)
-            if found.data == self._objects[key] or (key == self._layout_key and self._whole(found.data)):
-                self._etags[key] = found.stat.etag
-                return True
+            if found.data != self._objects[key]:  # as good is a layout, unmarked, that may use all its packs
+                layout = self._store.layout(self._digest, found.data) if key == self._layout_key else None
+                if not can_be_read(self._store, self._digest, (self._manifest, layout)):
+                    return False
+            self._etags[key] = found.stat.etag
+            return True
         return False
-
-    def _whole(self, data: bytes) -> bool:
-        """Whether a layout, unmarked, has all its packs and may use them. Raises NotFound, Corrupt."""
-        layout = self._store.layout(self._digest, data)
-        layout.check(self._manifest)
-        packs = layout.packs
-        return not self._lease.unusable(packs) and len(self._store.has_packs(layout.pack_sizes())) == len(
-            packs
-        )
 
 
 def tag(store: Store, digest: Digest, name: str, tag: str, architecture: str) -> NameRecord:
@@ -120,15 +114,17 @@ def _checked(store: Store, record: NameRecord) -> NameRecord:
     return record
 
 
-def can_be_read(store: Store, digest: Digest, image: tuple[Manifest, Layout | None] | None = None) -> bool:
+def can_be_read(store: Store, digest: Digest, image: Image | None = None) -> bool:
     """Whether an image is whole as far as can be told without reading its packs, and as far as a verify found.
 
     image: if it was read already.
     """
     with suppress(NotFound, Corrupt):
-        _, layout = image or store.image(digest)
-        if layout is not None and Condemned.read(store).unusable.isdisjoint(layout.packs):
-            return len(store.has_packs(layout.pack_sizes())) == len(layout.packs)
+        manifest, layout = image or store.image(digest)
+        if layout is not None:
+            layout.check(manifest)
+            bad = Condemned.read(store).unusable
+            return len(store.has_packs(layout.pack_sizes()) - bad) == len(layout.packs)
     return False
 
 

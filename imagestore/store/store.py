@@ -20,8 +20,10 @@ from imagestore.formats.sealed import decode, seal
 from imagestore.store.names import Names
 
 if TYPE_CHECKING:  # numpy: not needed to resolve a name
-    from imagestore.formats.layout import Layout
+    from imagestore.formats.layout import Image, Layout
     from imagestore.formats.manifest import Manifest
+
+    Paged = tuple[Layout, Sequence[Buffer]]
 
 T = TypeVar("T")
 _PACKS_A_LIST = 4
@@ -153,7 +155,7 @@ class Store:
             why = "keeps the state of a server" if state else "is private"
             raise Denied(f"{self.url} {why}", hint="`sf store copy` its images into a store for everybody")
 
-    def image(self, digest: Digest) -> tuple["Manifest", "Layout | None"]:
+    def image(self, digest: Digest) -> "Image":
         """Manifest and layout, None where that is lost; pages of both in one go. Raises NotFound, Corrupt."""
         try:
             head, pages = self._paged(digest, range)
@@ -167,12 +169,7 @@ class Store:
             return manifest, layout
         return manifest, None
 
-    def manifest(
-        self,
-        digest: Digest,
-        data: bytes | None = None,
-        paged: tuple["Layout", Sequence[Buffer]] | None = None,
-    ) -> "Manifest":
+    def manifest(self, digest: Digest, data: bytes | None = None, paged: "Paged | None" = None) -> "Manifest":
         """data: what is, or is to be, under its key; paged: its layout's head and its pages, if they were read.
 
         Raises NotFound, Corrupt.
@@ -255,9 +252,7 @@ class Store:
         head, pages = self._paged(manifest, lambda count: range(count // 2, count), data)
         return head.whole(pages) if pages else head
 
-    def _paged(
-        self, manifest: Digest, choose: Callable[[int], range], data: bytes | None = None
-    ) -> tuple["Layout", Sequence[Buffer]]:
+    def _paged(self, manifest: Digest, choose: Callable[[int], range], data: bytes | None = None) -> "Paged":
         """A layout's object, and those of the pages that it places, by the packs that they are in now."""
         from imagestore.formats.layout import Layout
         from imagestore.store.pages import read_pages

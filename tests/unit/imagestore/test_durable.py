@@ -1,5 +1,7 @@
 """Small files that several processes write."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +35,36 @@ def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         durable.write(tmp_path / "file", b"x")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_who_is_killed_before_all_is_written_leaves_nothing(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path, os.O_WRONLY | os.O_TMPFILE))
+    except OSError:
+        pytest.skip("no files without a name here")
+    killed = (
+        "import os, sys; from pathlib import Path; from imagestore import durable\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "durable.write(Path(sys.argv[1]), b'x' * 50_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, tmp_path / "file"], check=False)
+    assert done.returncode == -signal.SIGKILL and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["open", "link"])
+def test_where_files_without_a_name_are_missing_it_writes_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    real = getattr(os, missing)
+
+    def refuse(place: Path, *more: int, **options: int) -> int:
+        if missing == "link" or more[0] & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError
+        result: int = real(place, *more, **options)
+        return result
+
+    monkeypatch.setattr(os, missing, refuse)
+    for data in (b"x", b"yy"):
+        durable.write(tmp_path / "file", data, 0o640)
+        assert (tmp_path / "file").read_bytes() == data
+    assert [(entry.name, entry.stat().st_mode & 0o777) for entry in tmp_path.iterdir()] == [("file", 0o640)]
