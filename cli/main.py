@@ -16,7 +16,7 @@ MEMBERS = {
     "network": ("cli.cloud.network:network", "Virtual networks for guests."),
     "rules": ("cli.cloud.rules:rules", "Who may begin to speak to guests."),
     "store": ("cli.image.store:store", "Make, check and copy image stores."),
-    "cache": ("cli.image.cache:cache", "Images that this node holds."),
+    "cache": ("cli.operate.caches:cache", "Images that nodes hold."),
     "mirror": ("cli.image.mirror:mirror", "Carry images for others, sign their names, serve them."),
     "remote": ("cli.image.store:remote", "Other stores to look names up in."),
     "events": ("cli.cloud.events:events", "What happened to what you see."),

@@ -27,7 +27,7 @@ from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.serve import secured
-from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
+from compute.wire.spec import CachedImage, InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
 from compute.wire.streams import SOCKETS
 from imagestore import Resolved, listening
 from imagestore.errors import NotFound
@@ -60,6 +60,7 @@ class PlayedAgent:
         self.stalled: set[str] = set()
         self.console_data = b"SF-GUEST-READY\n"
         self.echoes: list[asyncio.Task[None]] = []
+        self.fetched: list[str] = []
 
     async def run(self) -> None:
         await self.controller.register(self.node, NodeFacts(cpus=4, memory_mib=8192, accel="tcg"), self)
@@ -91,6 +92,10 @@ class PlayedAgent:
 
     async def listening(self) -> list[tuple[str, int]]:
         return [("tcp", 9999)]
+
+    async def cached(self, wanted: str) -> list[CachedImage]:
+        self.fetched += [wanted] if wanted else []
+        return [CachedImage(digest, 1, 1, False, False, 0.0, ()) for digest in self.fetched]
 
     async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
         """Says what it was asked, then says back whatever comes."""

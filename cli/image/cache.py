@@ -1,4 +1,4 @@
-"""`sf imaged`, the node's image service, and the commands of `sf cache` that ask it."""
+"""`sf imaged`, the node's image service, and those commands of `sf cache` that ask it alone."""
 
 import asyncio
 from typing import Any
@@ -8,7 +8,7 @@ import click
 from cli.command import DURATION, SIZE, Command, Group, kept, settings
 from cli.errors import Problem
 from cli.image.stores import found
-from cli.output import ago, show_list, size, status
+from cli.output import ago, size, status
 
 ROWS = (
     ("digest", "digest"),
@@ -20,7 +20,9 @@ ROWS = (
     ("last used", lambda row: ago(row["used_s"])),
 )
 
-cache = Group("cache", help="Images that this node holds.")
+_TOP = ("image", "present", "clients", "from", "a second", "waited")
+
+cache = Group("cache", help="Images that nodes hold.")
 
 
 def present(row: dict[str, Any]) -> str:
@@ -30,7 +32,7 @@ def present(row: dict[str, Any]) -> str:
     return f"{100 * row['present_bytes'] / data:.0f}%" if data else "a part"
 
 
-def _ask(op: str, **arguments: Any) -> Any:
+def ask(op: str, **arguments: Any) -> Any:
     from imagestore import ControlClient, control_socket
 
     return asyncio.run(ControlClient(control_socket(settings().state_dir)).ask(op, **arguments))
@@ -41,13 +43,13 @@ def rows() -> list[dict[str, Any]]:
     from imagestore import Unavailable, list_images
 
     try:
-        told: list[dict[str, Any]] = _ask("ls")["images"]
+        told: list[dict[str, Any]] = ask("ls")["images"]
     except Unavailable:
         told = list_images(settings().state_dir / "cache")
     return told
 
 
-def _digest(name: str, architecture: str) -> str:
+def digest_of(name: str, architecture: str) -> str:
     """What a name stands for: in a store, or (a digest) in this node's cache."""
     from imagestore import parse_reference
 
@@ -77,30 +79,23 @@ def verify() -> None:
     print(f"{len(images)} images, every byte is right")
 
 
-@cache.add(examples="sf cache ls")
-def ls(form: str) -> None:
-    """List the images on this node, and what part of each is present."""
-    show_list(rows(), ROWS, form, name="digest")
-
-
 def _about(word: str, text: str) -> None:
     """Make a command that asks the service for the operation of its name."""
 
     @cache.add(word, help=text, examples=f"sf cache {word} debian:12")
     def run(name: str, architecture: str) -> None:
-        _ask(word, image=_digest(name, architecture))
+        ask(word, image=digest_of(name, architecture))
 
 
 _about("pin", "Keep an image on this node although nothing uses it.")
 _about("unpin", "Let an image be forgotten when it is unused and room is needed.")
-_about("prefetch", "Bring a whole image to this node, in the background.")
 
 
 @cache.add(examples="sf cache prune\nsf cache prune --to 20G")
 @click.option("--to", "limit", type=SIZE, default="0", help="What may stay beside what is in use or pinned.")
 def prune(limit: int) -> None:
     """Forget unused images, least recently used first."""
-    for digest in _ask("prune", limit_bytes=limit):
+    for digest in ask("prune", limit_bytes=limit):
         print(digest)
 
 
@@ -116,22 +111,16 @@ def top(interval_s: float) -> None:
     last: dict[str, int] = {}
     with Live(auto_refresh=False) as live:
         while True:
-            table = Table(
-                "image", "present", "clients", "from", "a second", "waited", box=None, pad_edge=False
-            )
+            table = Table(*_TOP, box=None, pad_edge=False)
             for row in rows():
                 received = row.get("received", {})
                 total = sum(received.values())
                 rate = (total - last.get(row["digest"], total)) / interval_s
                 last[row["digest"]] = total
-                table.add_row(
-                    row["digest"][:15],
-                    present(row),
-                    str(sum(e["clients"] for e in row.get("exports", {}).values())),
-                    " ".join(f"{kind} {size(count)}" for kind, count in sorted(received.items())),
-                    size(rate) if rate else "",
-                    f"{row.get('waited_s', 0):.1f} s",
-                )
+                clients = str(sum(e["clients"] for e in row.get("exports", {}).values()))
+                came = " ".join(f"{kind} {size(count)}" for kind, count in sorted(received.items()))
+                pace = (size(rate) if rate else "", f"{row.get('waited_s', 0):.1f} s")
+                table.add_row(row["digest"][:15], present(row), clients, came, *pace)
             live.update(table, refresh=True)
             time.sleep(interval_s)
 

@@ -94,7 +94,9 @@ class Agent:
         self._instances = instances or state_dir / "instances"
         self._instances.mkdir(parents=True, exist_ok=True)
         self._memory, self._trouble = memory or Memory(state_dir), ""
-        self.operations = Operations(node_name, plane, self._plane_lock, self._guests, controller.dial)
+        self.operations = Operations(
+            node_name, plane, self._plane_lock, self._guests, images, controller.dial
+        )
         self._reports = Reports(partial(controller.report, node_name))
         self._said: Inventory | None = None
         self._lost, self._shown = asyncio.Event(), asyncio.Event()

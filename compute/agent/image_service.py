@@ -174,6 +174,13 @@ class ServedImages:
         """From where the bytes came; {} where nobody knows."""
         return await self._tell("figures", reader=reader) or {}
 
+    async def ask(self, op: str, **arguments: Any) -> Any:
+        """What people ask of the service. Raises Unavailable, in its words."""
+        try:
+            return await self._client.ask(op, timeout_s=_WAIT_S, **arguments)
+        except StoreError as err:
+            raise Unavailable(str(err), hint=err.hint) from err
+
     async def share(self, site: ImageSite) -> None:
         """With whom to share what is here, from now on."""
         if site != self._site:

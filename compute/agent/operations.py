@@ -8,9 +8,12 @@ from typing import Any
 
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Plane
+from compute.agent.image_service import ServedImages
 from compute.agent.streams import Streams, connect
 from compute.errors import NotFound
+from compute.wire.codec import from_plain
 from compute.wire.operations import NodeOperations
+from compute.wire.spec import CachedImage
 from compute.wire.streams import Stream
 from net import Network, NodeNetworks, listening
 
@@ -27,9 +30,11 @@ class Operations(NodeOperations):
         plane: Plane,
         plane_lock: asyncio.Lock,
         guests: Mapping[str, Guest],
+        images: ServedImages,
         dial: Callable[[str, str], Awaitable[Stream]],
     ) -> None:
         self._node, self._plane, self._plane_lock, self._guests = node, plane, plane_lock, guests
+        self._images = images
         self.networks: NodeNetworks | None = None
         self._pings = asyncio.Semaphore(_PINGS)
         self.streams = Streams(partial(dial, node))
@@ -52,6 +57,11 @@ class Operations(NodeOperations):
         async with self._plane_lock:
             found = await asyncio.to_thread(self._plane.doctor, self.networks)
         return [(one.network, one.text, one.fix) for one in found]
+
+    async def cached(self, wanted: str) -> list[CachedImage]:
+        if wanted:
+            await self._images.ask("prefetch", image=wanted)
+        return from_plain(list[CachedImage], (await self._images.ask("ls"))["images"])
 
     async def listening(self) -> list[tuple[str, int]]:
         return sorted(await asyncio.to_thread(listening))

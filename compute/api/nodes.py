@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Context, Ctx
+from compute.api.context import Body, Context, Ctx, ask_stores
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster import quarantine
@@ -20,8 +20,15 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.config import Config
 from compute.errors import Conflict, NotFound
+from compute.wire.codec import to_plain
+from compute.wire.spec import CachedImage
 
 router = APIRouter(tags=["nodes"], route_class=Route)
+
+
+class CacheBody(Body):
+    image: str
+    architecture: str = ""
 
 
 def _find(ctx: Context, ref: str) -> Node:
@@ -92,6 +99,24 @@ def delete_orphan(ctx: Ctx, uuid: str) -> Response:
 def get_node(ctx: Ctx, ref: str) -> Response:
     item = _find(ctx, ref)
     return ctx.show(item, _view(ctx, item))
+
+
+@router.get("/nodes/{ref}/cache")
+async def cached_images(ctx: Ctx, ref: str) -> Response:
+    """What its cache holds, complete or not."""
+    ctx.admin()
+    held = await ctx.services.controller.nodes.operations(_find(ctx, ref).name).cached("")
+    return JSONResponse(to_plain(held, list[CachedImage]))
+
+
+@router.post("/nodes/{ref}/cache")
+async def prefetch_image(ctx: Ctx, ref: str, body: CacheBody) -> Response:
+    """Have it bring the whole of an image, in the background."""
+    ctx.admin()
+    node = ctx.services.controller.nodes.operations(_find(ctx, ref).name)
+    architecture = body.architecture or ctx.services.config.architecture
+    found = await ask_stores(ctx.images(ctx.caller.namespace).resolve, body.image, architecture)
+    return JSONResponse(to_plain(await node.cached(str(found.digest)), list[CachedImage]))
 
 
 @router.delete("/nodes/{ref}")

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast, get_type_hints
 
 from compute.errors import Invalid, Unavailable
 from compute.wire.codec import Base64, from_plain, to_plain
+from compute.wire.spec import CachedImage
 
 Ask = Callable[[str, Sequence[Any]], Awaitable[Any]]
 """Carries (verb, arguments) as JSON to the node and brings the result back; raises ComputeError."""
@@ -37,6 +38,10 @@ class NodeOperations(Protocol):
 
     async def doctor(self) -> list[tuple[str, str, str]]:
         """What of the node's networks is not as desired: (network's name or "", what is wrong, how to mend it)."""
+        ...
+
+    async def cached(self, wanted: str) -> list[CachedImage]:
+        """What its cache holds, complete or not, once it brings the image `wanted`, if any, in the background."""
         ...
 
     async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:

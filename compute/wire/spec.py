@@ -239,6 +239,21 @@ class NodeEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedImage:
+    """One in a node's cache, as its image service says it. `present_bytes` of `data_bytes` while it is incomplete."""
+
+    digest: str
+    size_bytes: int
+    used_bytes: int
+    complete: bool
+    pinned: bool
+    used_s: float
+    readers: tuple[str, ...]
+    present_bytes: int = 0
+    data_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeFacts:
     """What an agent says of its machine when it registers."""
 

@@ -285,6 +285,19 @@ def test_the_doctor_tells_what_concerns_the_network_and_its_nodes(server: Runnin
     ]
 
 
+def test_a_nodes_cache_is_the_administrators_to_see_and_to_fill(server: Running) -> None:
+    image = server.call("POST", "/nodes/node1/cache", {"image": "debian:12"})
+    assert image.status == 200 and server.agent.fetched == [image.body[0]["digest"]]
+    assert [one["digest"] for one in server.get("/nodes/node1/cache")] == server.agent.fetched
+    assert server.call("POST", "/nodes/node1/cache", {"image": "nothing:1"}).status == 404
+    assert server.call("GET", "/nodes/node2/cache").status == 404
+    server.call("POST", "/auth/namespaces", {"namespace": "lab", "key_name": "k", "key": "k" * 20})
+    for verb in ("GET", "POST"):
+        body = {"image": "debian:12"} if verb == "POST" else None
+        assert server.call(verb, "/nodes/node1/cache", body, namespace="lab", key="k" * 20).status == 403
+    assert len(server.agent.fetched) == 1
+
+
 def test_events_are_newest_first_and_filtered(server: Running) -> None:
     created(server)
     found = server.get("/instances/web/events")

@@ -308,6 +308,25 @@ def test_the_cache_is_listed_and_verified(site: Site, web: str) -> None:
     assert "every byte is right" in site.types("cache", "verify")
 
 
+def test_an_image_is_brought_to_nodes_through_the_api_and_their_caches_are_listed(
+    site: Site, web: str
+) -> None:
+    node = site.types("node", "ls", "--format", "name").strip()
+    (site.home / "more.raw").write_bytes(os.urandom(3 << 20))
+    site.types("image", "push", site.home / "more.raw", "more:1", "--input-format", "raw")
+    digest = site.json("image", "show", "more:1")["digest"]
+    site.types("cache", "prefetch", "more:1", "--on", "all")
+    end = time.monotonic() + 60
+    while not any(i["complete"] for i in site.json("cache", "ls", "--on", "all") if i["digest"] == digest):
+        assert time.monotonic() < end, site.types("cache", "ls", "--on", node)
+        time.sleep(0.1)
+    assert {image["node"] for image in site.json("cache", "ls", "--on", node)} == {node}
+    assert digest in site.types("cache", "ls")
+    site.fails(3, "cache", "ls", "--on", "nowhere")
+    site.fails(3, "cache", "prefetch", "nothing:1", "--on", node)
+    site.types("image", "rm", "more:1")
+
+
 def test_a_server_that_is_not_there_is_unreachable(site: Site) -> None:
     for words in (("instance", "ls"), ("network", "ls"), ("node", "ls")):
         assert "127.0.0.1:9" in site.fails(8, *words, "--api-url", "http://127.0.0.1:9")

@@ -16,6 +16,10 @@ from compute.wire.operations import client
         *(("console", ("i", 10), said) for said in (None, 7, "é", "%%%", ["YQ=="], {"a": 1})),
         *(("ping", ("n", "10.0.0.1"), said) for said in (None, [], [[1], []], "ab", [["a"], "b"])),
         *(("doctor", (), said) for said in (None, 3, [["a", "b"]], [[1, 2, 3]], ["abc"])),
+        *(
+            ("cached", ("",), said)
+            for said in (None, {}, [1], [{"digest": "b3:"}], [{"used_s": "yesterday"}])
+        ),
         ("clear_console", ("i",), "done"),
     ],
 )
