@@ -304,7 +304,7 @@ def test_events_are_newest_first_and_filtered(server: Running) -> None:
     assert [e["timestamp"] for e in found] == sorted((e["timestamp"] for e in found), reverse=True)
     assert {e["type"] for e in server.get("/instances/web/events", {"event_type": "audit"})} == {"audit"}
     assert len(server.get("/instances/web/events", {"limit": 1})) == 1
-    assert set(found[0]) == {"timestamp", "type", "fqdn", "duration", "message", "extra"}
+    assert set(found[0]) == {"timestamp", "type", "fqdn", "duration", "message", "extra", "by", "from"}
 
 
 def test_an_entity_tag_guards_against_a_change_in_between(server: Running) -> None:
