@@ -127,7 +127,7 @@ class Group(click.Group):
         return super().command(name, cls=Command, needs=self.needs, **attributes)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*self.lazy, *self.commands]
+        return [*self.commands, *self.lazy]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.lazy:
@@ -137,11 +137,10 @@ class Group(click.Group):
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if self.lazy:
-            with formatter.section("Commands"):
-                formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
-        else:
-            super().format_commands(ctx, formatter)
+        room = formatter.width - 6 - max(map(len, self.list_commands(ctx)))
+        own = ((n, c.get_short_help_str(room)) for n, c in self.commands.items() if not c.hidden)
+        with formatter.section("Commands"):
+            formatter.write_dl([*own, *((name, text) for name, (_, text) in self.lazy.items())])
 
 
 def flag(name: str) -> str:

@@ -78,6 +78,7 @@ def push(
     labels: Mapping[str, str] | None = None,
     os_name: str = "",
     source: Mapping[str, str] | None = None,
+    parent: Digest | None = None,
     format_: str | None = None,
     sparsify: bool = False,
     bounded: bool = False,
@@ -100,6 +101,7 @@ def push(
         "labels": check_labels(dict(labels or {}), "labels"),
         "os": os_name,
         "source": check_labels(dict(source or {}), "source"),
+        "parent": parent,
     }
     with ExitStack() as stack:
         disk = stack.enter_context(open_disk(path, format_, progress))

@@ -5,7 +5,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +21,36 @@ from cli.output import confirm, say, size, status
 
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
-_OPTIONS = (
-    click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], a URL, or a file."),
-    click.option(
-        "--sync", is_flag=True, help="Fetch an image that only a source list names, without asking."
-    ),
+_MACHINE = (
+    click.option("--sync", is_flag=True, help="Fetch an image that only a source list names, unasked."),
     click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated."),
-    click.option("--publish", "ports", multiple=True, metavar="8080:80[/udp]", help="On the first network."),
     click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True),
+    click.option("--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; bare: MiB."),
     click.option(
-        "--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; a number: MiB."
+        "--disk", "disks", type=GIBIBYTES, multiple=True, metavar="8G", help="Image's; more: blank."
     ),
-    click.option(
-        "--disk",
-        "disks",
-        type=GIBIBYTES,
-        multiple=True,
-        metavar="8G",
-        help="The first: the image's disk. More: blank ones.",
-    ),
+    click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS."),
+    click.option("--on", "node", metavar="NODE", help="The node to run on."),
+)
+_GUEST = (
+    click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], a URL, or a file."),
+    *_MACHINE,
+    click.option("--publish", "ports", multiple=True, metavar="8080:80[/udp]", help="On the first network."),
     click.option("--ssh-key", "ssh_keys", multiple=True, type=file, help="A public key. May be repeated."),
     click.option("--user-data", type=file, help="For cloud-init."),
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Metadata. May be repeated."),
-    click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS."),
     click.option("--vdi", type=click.Choice(["vnc", "spice"]), help="A graphical console as well."),
-    click.option("--on", "node", metavar="NODE", help="The node to run on."),
 )
+_NOT_GIVEN: Object = {"ports": (), "ssh_keys": (), "labels": (), "user_data": None, "vdi": None}
 
 
-def guest(command: Callable[..., Any]) -> Callable[..., Any]:
+def guest(command: Callable[..., Any], options: Sequence[Callable[..., Any]] = _GUEST) -> Callable[..., Any]:
     """Decorates a command that makes a guest: `asked` takes these options."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return reduce(lambda made, option: option(made), reversed(options), command)
+
+
+machine = partial(guest, options=_MACHINE)
+"""The same for a guest that nobody gets into."""
 
 
 def gigabytes(size_bytes: int) -> int:
@@ -97,6 +95,7 @@ def image_of(api: Api, file: Path) -> str:
 
 def asked(api: Api, name: str, given: Object, **more: Any) -> Object:
     """A guest of these options is asked for; `more` goes into the call as it is."""
+    given = _NOT_GIVEN | given
     image, disks = given["image"] or "", [Object(size=gigabytes(each)) for each in given["disks"]] or [{}]
     if Path(image).is_file() and ("/" in image or Path(image).suffix in _DISKS):
         image = image_of(api, Path(image))

@@ -47,10 +47,8 @@ FIELDS = (
 
 def _ends(found: Row) -> str:
     """When it is deleted by itself."""
-    maker = "with its maker" if found.get("held_until") else ""
-    return ", ".join(
-        filter(None, [left(found.get("until")), "when off" if found.get("ephemeral") else "", maker])
-    )
+    how = (("ephemeral", "when off"), ("held_until", "with its maker"))
+    return ", ".join(filter(None, (left(found.get("until")), *(text for key, text in how if found.get(key)))))
 
 
 def _interface(link: Row) -> str:

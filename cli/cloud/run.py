@@ -1,4 +1,7 @@
-"""`sf run`: a guest for one command, which holds it by a lease: who is killed in whatever way leaves nothing."""
+"""`sf run` and `sf image build`: guests for one purpose, which the command holds by a lease that it renews.
+
+Whoever kills it, in whatever way, leaves nothing.
+"""
 
 import base64
 import secrets
@@ -7,6 +10,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +20,29 @@ import click
 from cli.cloud import inside
 from cli.cloud.api import Api, Object
 from cli.cloud.console import answers, emit, read
-from cli.cloud.create import asked, guest, wait
-from cli.command import API, DURATION, Command, settings
+from cli.cloud.create import asked, file, guest, machine, wait
+from cli.cloud.instance import follow_snapshot
+from cli.command import API, DURATION, STORE, Command, settings
 from cli.errors import USAGE, Problem
-from cli.output import say
+from cli.image.image import PUSHED
+from cli.image.push import keep_clean
+from cli.image.stores import found, opened, written
+from cli.output import say, show_one
 
 _LEASE_S, _CONSOLES, _TAIL = 60, 32, 15
 _AGENT = b"""#!/bin/sh
-# The agent that runs commands, where an image has none.
 command -v qemu-ga >/dev/null && exit
 { apt-get update && apt-get install -y qemu-guest-agent || dnf install -y qemu-guest-agent; } &&
 systemctl start qemu-guest-agent
 """
 _COMMAND = """command -v cloud-init >/dev/null && cloud-init status --wait >/dev/null 2>&1
 cd "$1" && shift && exec "$@"
+"""
+
+
+_END = b"""#cloud-config
+merge_how: dict(replace)+list()+str()
+power_state: {mode: poweroff, timeout: 300, condition: true}
 """
 
 
@@ -47,12 +61,13 @@ def held(api: Api, name: str, given: Object, **more: Any) -> Iterator[str]:
 
     if not keep:
         threading.Thread(target=renew, daemon=True).start()
+    well = False
     try:
         yield uuid
-    except (Problem, KeyboardInterrupt):
-        keep_console(api, name, uuid, _TAIL)
-        raise
+        well = True
     finally:
+        if not well:
+            keep_console(api, name, uuid, _TAIL)
         over.set()
         if keep:
             say(f"{name} stays (sf instance delete {name})")
@@ -71,6 +86,14 @@ def keep_console(api: Api, name: str, uuid: str, tail: int = 0) -> None:
             old.unlink(missing_ok=True)
         emit(b"".join(said.splitlines(keepends=True)[-tail:]) if tail else b"", sys.stderr)
         say(f"{name}'s console is kept in {place}")
+
+
+def _user_data(*parts: bytes) -> str:
+    """What cloud-init is to do, one after another, as the API takes it."""
+    whole = MIMEMultipart(boundary="sf-part")
+    for part in parts:
+        whole.attach(MIMEText(part.decode(), "plain", "utf-8"))
+    return base64.b64encode(whole.as_bytes()).decode()
 
 
 @click.command(
@@ -98,8 +121,7 @@ def run(command: tuple[str, ...], **given: Any) -> int:
     if lost := [source for source, place in files if not place or not source.exists()]:
         raise Problem(f"nothing to copy: {lost[0]}", hint="-v SOURCE:PLACE", code=USAGE)
     api, name = Api(), f"run-{secrets.token_hex(4)}"
-    lacks = given["networks"] and not given["user_data"]
-    more = {"user_data": base64.b64encode(_AGENT).decode()} if lacks else {}
+    more = {"user_data": _user_data(_AGENT)} if given["networks"] and not given["user_data"] else {}
     with held(api, name, given, **more) as uuid:
         wait(api, uuid, answers, given["timeout"])
         for source, place in files:
@@ -108,3 +130,39 @@ def run(command: tuple[str, ...], **given: Any) -> int:
         if code := inside.run(api, uuid, *argv, stdin=sys.stdin.buffer if given["take"] else None):
             keep_console(api, name, uuid)
         return code
+
+
+@click.command(
+    cls=Command,
+    needs=(*API, *STORE),
+    examples="""sf image build my/web:3 --base debian:12 --user-data web.yaml --network lan
+    sf image build my/debian:12-agent --base debian:12 --user-data empty.yaml --agent --network lan""",
+)
+@click.option("--base", "image", required=True, help="What it is built from: NAME[:TAG][@b3:DIGEST].")
+@click.option("--user-data", "recipe", type=file, required=True, help="The recipe, for cloud-init.")
+@click.option("--agent", is_flag=True, help="With qemu-guest-agent.")
+@machine
+@click.option("--timeout", type=DURATION, default="1h", show_default=True, help="How long it may take.")
+def build(name: str, architecture: str, form: str, **given: Any) -> None:
+    """Make an image by a recipe of cloud-init, in a guest that has nothing else and is gone afterwards.
+
+    The guest goes off when cloud-init has ended; its disk is cleaned (machine-id, host keys, logs, what was deleted;
+    only ext4 is) and kept, with the recipe's digest as label. A recipe that fails makes no image.
+    """
+    from imagestore import Digest
+
+    api, target, recipe, limit_s = Api(), written(name), given.pop("recipe").read_bytes(), given["timeout"]
+    parts = recipe, *([_AGENT] if given["agent"] else []), _END
+    with (
+        opened(name=name, create=True, write=True) as store,
+        held(
+            api, f"build-{secrets.token_hex(4)}", given, ttl=3 * limit_s, user_data=_user_data(*parts)
+        ) as uuid,
+    ):
+        made = wait(api, uuid, lambda _, seen: "built" if seen["power_state"] == "off" else "", limit_s)
+        taken = follow_snapshot(api, uuid, api("POST", "instances", uuid, "snapshot"), limit_s)
+        labels = {"base": given["image"], "recipe": str(Digest.of(b"".join(parts)))}
+        parent = Digest.parse(made["disks"][0]["digest"])
+        with found(taken["name"], architecture) as (source, _, digest):
+            row = keep_clean(source, digest, store, *target, built=True, labels=labels, parent=parent)
+    show_one(row, PUSHED, form)

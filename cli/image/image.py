@@ -76,6 +76,7 @@ FETCHED = (*BROUGHT[:2], ("result", "result"), ("new", lambda r: size(r["new_byt
 PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
 
 image = Group("image", needs=STORE, help="Push, pull and manage disk images.")
+image.lazy["build"] = ("cli.cloud.run:build", "Make an image by a recipe of cloud-init.")
 path = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -245,6 +246,7 @@ def publish(name: str, new: str, architecture: str, single_writer: bool, form: s
     """
     target, into = written(new), opened(create=True, write=True, alone=single_writer)
     with found(name, architecture) as (source, _, digest), into as store:
+        store.check_public()
         row = keep_clean(source, digest, store, *target)
     show_one(row, PUSHED, form)
 

@@ -50,19 +50,20 @@ def keep(file: str, text: str, architecture: str, alone: bool, **given: Any) -> 
     return asdict(done) | {"name": title, "architecture": machine, "digest": str(done.digest)}
 
 
-def keep_clean(source: Any, digest: Any, store: Any, name: str, tag: str) -> Row:
-    """A cleaned copy of an image in another store, for everybody. Raises Denied, Invalid."""
+def keep_clean(source: Any, digest: Any, store: Any, *name: str, built: bool = False, **facts: Any) -> Row:
+    """A cleaned copy of an image in another store; built: if its recipe was without errors. Raises Invalid."""
     from imagestore import keep_buffers, pull, push
-    from imagestore.mirror import clean
+    from imagestore.mirror import check_recipe, clean
 
     keep_buffers()
-    store.check_public()
     say(f"from {source.url} to {store.url}")
-    title = f"{name}:{tag}"
+    title = ":".join(name)
     with TemporaryDirectory() as directory, progress(title) as tell:
         raw, was = Path(directory, "disk.raw"), source.manifest(digest)
         pull(source, digest, raw, format_="raw", durable=False, progress=tell)
-        gone, how = clean(raw), {"architecture": was.architecture, "os_name": was.os, "format_": "raw"}
-        done = push(store, raw, name, tag, progress=tell, sparsify=True, **how)
+        if built:
+            check_recipe(raw)
+        gone, facts = clean(raw), facts | {"architecture": was.architecture, "os_name": was.os}
+        done = push(store, raw, *name, progress=tell, sparsify=True, format_="raw", **facts)
     say(f"{len(gone)} files are not in it, such as {', '.join(gone[:8])}")
     return asdict(done) | {"name": title, "digest": str(done.digest), "removed": gone}

@@ -96,8 +96,7 @@ class Controller:
 
     async def keep_up(self) -> None:
         """Until cancelled."""
-        always = upkeep.keep_up(self.store, self.feed, self.nodes, self.server)
-        await asyncio.gather(always, upkeep.keep_time(self.store, self.feed, self.server))
+        await upkeep.keep_up(self.store, self.feed, self.nodes, self.server)
 
     # What agents call
 

@@ -35,32 +35,22 @@ async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -
         return txn.room < 10
 
     while True:
-        seen = feed.revision
+        seen, pause_s = feed.revision, _LOOK_S
         try:
             await asyncio.to_thread(pieces, store, nodes_and_routers, server)
+            pause_s = await asyncio.to_thread(_end, store, server)
             if time.monotonic() - swept_s > _SWEEP_S:
                 await asyncio.to_thread(pieces, store, _sweep, server)
                 swept_s = time.monotonic()
         except ComputeError as err:
             log.error("upkeep: %s", err)
             await asyncio.sleep(1)
-        await feed.moved((liveness.KIND, Network.KIND), seen, _SWEEP_S)
-
-
-async def keep_time(store: StateStore, feed: Feed, server: str) -> None:
-    """Until cancelled: what is over is deleted, and an event says why."""
-    while True:
-        seen, pause_s = feed.revision, 1.0
-        try:
-            pause_s = await asyncio.to_thread(_end, store, server)
-        except ComputeError as err:
-            log.error("upkeep: %s", err)
-        await feed.moved((Instance.KIND, Epoch.KIND), seen, pause_s)
+        await feed.moved((liveness.KIND, Network.KIND, Instance.KIND, Epoch.KIND), seen, pause_s)
         await asyncio.sleep(_LOOK_S)
 
 
 def _end(store: StateStore, server: str) -> float:
-    """The seconds until there may be something to do again."""
+    """Delete what is over; an event says why. Returns the seconds until there may be something to do again."""
     now, there = time.time(), Transaction(store).list(Instance)
     for one in there:
         if why_over(one, now):

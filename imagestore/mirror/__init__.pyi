@@ -3,6 +3,7 @@ from . import sources as sources
 from . import upstreams as upstreams
 from .admission import admit as admit
 from .admission import shown as shown
+from .cleaning import check_recipe as check_recipe
 from .cleaning import clean as clean
 from .content import compute_sums as compute_sums
 from .download import hash_file as hash_file

@@ -16,6 +16,7 @@ from imagestore.disks.open import open_disk
 from imagestore.disks.partitions import Region, read_partitions
 from imagestore.errors import Invalid
 from imagestore.formats.chunking import BLOCK
+from imagestore.outside import read_json
 
 _FILES = re.compile(
     r"/etc/(?:machine-id|hostname|ssh/ssh_host_[^/]*)|/var/lib/(?:dbus/machine-id|systemd/random-seed)"
@@ -30,6 +31,7 @@ _WAYS = re.compile(
 """Directories on the way to those."""
 _NAME = re.compile(r"[A-Za-z0-9_.,:@%+=~-]+")
 _MOST = 20_000
+_RESULT, _RESULT_BYTES = "/var/lib/cloud/data/result.json", 1 << 20
 
 
 def clean(path: Path) -> list[str]:
@@ -48,6 +50,19 @@ def clean(path: Path) -> list[str]:
                     file.seek(at)
                     file.write(bytes(max(0, to - at)))
     return gone
+
+
+def check_recipe(path: Path) -> None:
+    """Raises Invalid where cloud-init on the raw disk in a file says that its last run failed."""
+    out = path.with_suffix(".result")
+    with open_disk(path, "raw") as disk:
+        for region in read_partitions(disk).regions:  # debugfs finds out which of them are ext4
+            caged(["debugfs", "-R", f"dump {_RESULT} {out}", f"{path}?offset={region.start}"], _RESULT_BYTES)
+    try:
+        if out.exists() and (errors := {**read_json(out.read_bytes())["v1"]}["errors"]):
+            raise Invalid(f"the recipe failed: {'; '.join(map(str, errors))}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise Invalid(f"{_RESULT} on the disk is not cloud-init's") from error
 
 
 def _every(disk: Disk, path: Path) -> list[str]:

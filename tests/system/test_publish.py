@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from imagestore.errors import Invalid
-from imagestore.mirror.cleaning import clean
+from imagestore.mirror.cleaning import check_recipe, clean
 from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store.open import open_store
@@ -122,3 +123,26 @@ def test_what_cannot_be_cleaned_for_certain_is_refused(tmp_path: Path) -> None:
         file.write(bytes(64))
     with pytest.raises(Invalid):
         clean(broken)
+
+
+def test_a_recipe_that_failed_is_found_on_the_disk_that_it_made(tmp_path: Path) -> None:
+    for number, (text, says) in enumerate(
+        (
+            ('{"v1": {"datasource": "x", "errors": []}}', ""),
+            (
+                '{"v1": {"errors": ["(\'scripts-user\', RuntimeError())"]}}',
+                "the recipe failed: .'scripts-user'",
+            ),
+            ('{"v1": 3}', "is not cloud-init's"),
+            ("[" * 100_000, "is not cloud-init's"),
+            ("[]", "is not cloud-init's"),
+        )
+    ):
+        disk = tmp_path / f"{number}.raw"
+        result = disk.with_suffix(".tree") / "var/lib/cloud/data/result.json"
+        result.parent.mkdir(parents=True)
+        result.write_text(text)
+        make(disk)
+        with pytest.raises(Invalid, match=says) if says else nullcontext():
+            check_recipe(disk)
+    check_recipe(make(tmp_path / "without.raw"))

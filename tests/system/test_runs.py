@@ -1,13 +1,15 @@
-"""`sf run`: a guest for one command, and nothing of it afterwards, however that ends."""
+"""`sf run` and `sf image build`: guests for one purpose, and nothing of them afterwards, however that ends."""
 
+import json
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,12 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 SF = "import cli.cloud.run as run, cli.main as sf; run._LEASE_S = 6; sf.main()"
 """`sf` with a shorter lease, so that its end is not waited for so long."""
 TINY = ("run", "--image", "tiny:1", "--memory", "128")
+RECIPE = """#!/bin/sh
+# The tiny guest's disk is a file system of FAT.
+mkdir -p /mnt && mount -t vfat /dev/vda1 /mnt || exit
+seq 1 450000 >/mnt/numbers && umount /mnt
+"""
+CHANGED_BYTES = sum(len(str(number)) + 1 for number in range(1, 450_001))
 
 
 @pytest.fixture(scope="module")
@@ -28,27 +36,42 @@ def machine(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Itera
         made.sf("image", "push", str(tiny_image), "tiny:1")
         made.start()
         yield made
-        gone(made)
+        gone(made, "")
+        left = ("process", "domain", "instances")
+        assert not [trace for trace in made.traces() if any(word in trace for word in left)]
         made.signal()
 
 
-def gone(machine: Machine) -> None:
-    """Nothing is left of any guest, in no record and on no node."""
-    within(90, lambda: machine.listed("instance", "ls") == [], "all guests are gone")
-    left = [
-        trace for trace in machine.traces() if "process" in trace or "domain" in trace or "instances" in trace
-    ]
-    assert not left
+def gone(machine: Machine, prefix: str = "run-") -> None:
+    """No record has a guest of such a name; the node has said that nothing is left of it."""
+
+    def there() -> list[str]:
+        return [one["name"] for one in machine.listed("instance", "ls") if one["name"].startswith(prefix)]
+
+    within(90, lambda: not there(), f"all guests {prefix}… are gone")
 
 
-def started(machine: Machine, *words: str) -> tuple[subprocess.Popen[bytes], str]:
-    """`sf run` in the background, and its process id in the machine."""
-    file = machine.home / f"pid-{time.monotonic_ns()}"
-    script = f'echo $$ >{file}; exec "$@"'
-    argv = machine.argv("sh", "-c", script, "sh", sys.executable, "-c", SF, *TINY, *words)
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    within(20, lambda: file.exists() and file.read_text().strip(), "it has begun")
-    return process, file.read_text().strip()
+def kept(machine: Machine) -> list[str]:
+    return [row["name"] for row in machine.listed("image", "ls", "my")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(machine: Machine) -> Iterator[Future[list[Any]]]:
+    """Two builds of one recipe, and one that does not end in its time: beside the tests, which they slow down."""
+    recipe, bad = machine.home / "recipe", machine.home / "bad"
+    recipe.write_text(RECIPE)
+    bad.write_text("#!/bin/sh\nexit 3\n")
+
+    def build(name: str, file: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        words = ("image", "build", name, "--base", "tiny:1", "--memory", "128", "--user-data", str(file))
+        return machine.sf(*words, *more, "--format", "json", check=False)
+
+    def story() -> list[Any]:
+        late = build("my/bad:1", bad, "--timeout", "3s")
+        return [late, build("my/built:1", recipe), build("my/built:2", recipe, "--agent")]
+
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(story)
 
 
 def test_a_command_has_its_files_its_input_its_output_and_its_code(machine: Machine) -> None:
@@ -63,57 +86,92 @@ def test_a_command_has_its_files_its_input_its_output_and_its_code(machine: Mach
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (7, b"it runs in /work/sub\ngiven\n"), done.stderr
     assert b"bad\n" in done.stderr and b"its agent answers after" in done.stderr
-    (kept,) = (machine.home / ".cache/sf/consoles").iterdir()
-    assert f"console is kept in {kept}".encode() in done.stderr and b"SF-GUEST-READY" in kept.read_bytes()
+    place = done.stderr.decode().split("console is kept in ")[1].strip()
+    assert "SF-GUEST-READY" in Path(place).read_text()
     gone(machine)
 
 
-def test_what_cannot_be_run_says_why_and_leaves_nothing(machine: Machine) -> None:
+def test_rounds_of_true_and_other_ends_leave_nothing_and_have_their_codes(machine: Machine) -> None:
     assert machine.sf("run", "--image", "none:1", "true", check=False).returncode == 3
     assert machine.sf(*TINY, "-v", "/no/such:/x", "true", check=False).returncode == 2
-    with ThreadPoolExecutor() as pool:
-        off = pool.submit(machine.sf, *TINY, "--", "sh", "-c", "echo bye; sync; poweroff -f", check=False)
-        late = pool.submit(machine.sf, *TINY, "--ttl", "2s", "--", "sleep", "100", check=False)
-    assert off.result().returncode not in (0, 7) and "console is kept in" in off.result().stderr
-    assert "SF-GUEST-READY" in off.result().stderr
-    assert late.result().returncode == 3 and "was deleted meanwhile" in late.result().stderr
-    gone(machine)
+    late = machine.sf(*TINY, "--ttl", "1s", "true", check=False)
+    assert late.returncode == 3 and "was deleted meanwhile" in late.stderr
 
-
-def test_rounds_of_true_leave_nothing_and_have_their_codes(machine: Machine) -> None:
     def once(number: int) -> None:
-        word, code = (("true", 0), ("false", 1), ("no-such-command", 127))[number % 3]
+        word, code = (("true", 0), ("no-such-command", 127), ("false", 1))[number % 3]
         assert machine.sf(*TINY, "-q", word, check=False).returncode == code
 
+    def off() -> None:
+        done = machine.sf(*TINY, "--", "sh", "-c", "sync; poweroff -f", check=False)
+        assert done.returncode not in (0, 7) and "console is kept in" in done.stderr
+        assert "SF-GUEST-READY" in done.stderr
+
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(once, range(1000 if drills.everything() else 3)))
+        for end in [
+            pool.submit(off),
+            *(pool.submit(once, n) for n in range(1000 if drills.everything() else 2)),
+        ]:
+            end.result()
     gone(machine)
 
 
+def test_a_recipe_becomes_an_image_and_a_second_time_adds_nothing(
+    machine: Machine, built: Future[list[Any]]
+) -> None:
+    late, *both = built.result(400)
+    assert late.returncode == 7 and "console is kept in" in late.stderr
+    assert [done.returncode for done in both] == [0, 0], both
+    first, second = (json.loads(done.stdout) for done in both)
+    made = machine.listed("image", "show", "my/built:1")
+    assert made["parent"] == machine.listed("image", "show", "tiny:1")["digest"]
+    assert made["labels"]["base"] == "tiny:1" and made["labels"]["recipe"].startswith("b3:")
+    assert first["new_bytes"] < 1.3 * CHANGED_BYTES and second["new_bytes"] < 2 << 20
+    raw = machine.home / "built.raw"
+    machine.sf("image", "pull", "my/built:1", "-o", str(raw))
+    numbers = subprocess.run(
+        ["mtype", "-i", f"{raw}@@{1 << 20}", "::numbers"], check=True, capture_output=True
+    )
+    assert numbers.stdout.startswith(b"1\n2\n") and len(numbers.stdout) == CHANGED_BYTES
+    # What the builders' snapshots were called goes with the builders.
+    within(60, lambda: kept(machine) == ["built:1", "built:2"], "no more is kept")
+    gone(machine, "build-")
+
+
 @pytest.mark.drill
-def test_whoever_is_killed_at_any_moment_leaves_nothing(machine: Machine) -> None:
-    def killed(number: int) -> None:
+def test_a_command_or_a_server_that_is_killed_at_any_moment_leaves_nothing(
+    machine: Machine, built: Future[list[Any]]
+) -> None:
+    built.result(400)
+
+    def begin(number: int) -> tuple[subprocess.Popen[bytes], str]:
+        file = machine.home / f"pid-{number}"
+        argv = (
+            "sh",
+            "-c",
+            f'echo $$ >{file}; exec "$@"',
+            "sh",
+            sys.executable,
+            "-c",
+            SF,
+            *TINY,
+            "sleep",
+            "300",
+        )
+        process = subprocess.Popen(machine.argv(*argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        within(20, lambda: file.exists() and file.read_text().strip(), "it has begun")
+        return process, file.read_text().strip()
+
+    for number in range(30 if drills.everything() else 1):
         rng = random.Random(drills.seed() + number)
-        how = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[number % 3]
-        process, pid = started(machine, "sleep", "300")
-        time.sleep(rng.uniform(0, 9))
+        how = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
+        (doomed, pid), (other, _) = begin(2 * number), begin(2 * number + 1)
+        time.sleep(rng.uniform(0.5, 8))
         machine.host.run(["kill", f"-{int(how)}", pid])
-        out, err = process.communicate(timeout=60)
-        assert process.returncode in (130, 137, -9), (how, process.returncode, out, err)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(killed, range(drills.rounds(full=30))))
-    gone(machine)
-
-
-@pytest.mark.drill
-def test_a_server_that_is_killed_ends_the_command_and_when_it_is_back_the_guest(machine: Machine) -> None:
-    for number in range(drills.rounds(full=4) // 2):
-        process, _ = started(machine, "sh", "-c", "echo begun; sleep 300")
-        assert process.stdout is not None
-        if number % 2 == 0:
-            assert process.stdout.readline() == b"begun\n"
+        said = doomed.communicate(timeout=60)
+        assert doomed.returncode in (130, 137, -9), (how, doomed.returncode, said)
+        time.sleep(rng.uniform(0, 3))
         machine.signal()
-        assert process.wait(60) == 8
+        said = other.communicate(timeout=60)
+        assert other.returncode == 8, (other.returncode, said)
         machine.start()
         gone(machine)

@@ -51,12 +51,17 @@ class Snapshots:
             here = instance is not None and instance.state == InstanceState.CREATED
             if instance is None and not one.live:  # what it kept stays, in the store alone
                 transact(self._records, lambda txn, uuid=one.uuid: txn.delete(Snapshot, uuid))  # type: ignore[misc]
-            if one.live and one.uuid not in self._busy and not (one.state == "ordered" and here):
+            # What was made of a guest that its maker held was for that maker.
+            gone = instance is not None and instance.state == InstanceState.DELETED and instance.held_s > 0
+            if (one.live or gone) and one.uuid not in self._busy and not (one.state == "ordered" and here):
                 self._busy.add(one.uuid)
                 self._pool.submit(self._advance, one, instance if here else None)
 
     def _advance(self, one: Snapshot, instance: Instance | None) -> None:
         try:
+            if not one.live:
+                remove(self._records, self._own, one)
+                return
             if instance is None or one.order.error:
                 raise Conflict(one.order.error or "its instance is gone")
             target = self._own.of(one.namespace)
