@@ -34,7 +34,9 @@ function open() {
     });
 }
 
+addEventListener('hashchange', () => location.reload()); // another address in the same tab
 document.documentElement.style.cssText = 'height: 100%; background: #222; color: #eee; font: 14px sans-serif';
 document.body.style.cssText = 'height: 100%; margin: 0; display: flex; flex-direction: column';
+keys.style.alignSelf = 'flex-start';
 screen.style.cssText = 'flex: 1; min-height: 0';
 if (uuid && ticket) open(); else say('nothing to show: sf instance vnc NAME prints an address that does');

@@ -1,8 +1,11 @@
 """A laptop: a network namespace of its own from which nothing but the API's port of one machine is reached."""
 
+import ctypes
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.private_libvirtd import PrivateHost
@@ -37,6 +40,18 @@ class Laptop:
             f"ip address add {SERVER}/24 dev lap; ip link set lap up\n"
             "iptables -A INPUT -i lap -p tcp --dport 13000 -j ACCEPT; iptables -A INPUT -i lap -j DROP",
         )
+
+    @contextmanager
+    def network(self) -> Iterator[None]:
+        """This thread is in the laptop's network meanwhile, and so is what it connects and starts."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        mine, its = Path("/proc/thread-self/ns/net"), Path(f"/proc/{self.host.pid}/ns/net")
+        with mine.open() as home, its.open() as there:
+            assert not libc.setns(there.fileno(), 0x40000000), os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                assert not libc.setns(home.fileno(), 0x40000000)
 
     def argv(self, *words: str) -> list[str]:
         return self.host.inside(["env", *(f"{n}={v}" for n, v in self.variables.items()), *words])

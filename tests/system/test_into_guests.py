@@ -1,23 +1,30 @@
 """Into a guest on a second node from a laptop that reaches the API's port and nothing else."""
 
+import base64
 import hashlib
+import json
 import os
 import pty
 import random
 import re
 import select
+import signal
 import subprocess
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.private_libvirtd import PrivateHost
 from tests import drills
+from tests.browser import Browser, browser
+from tests.novnc import novnc
+from tests.system.boot_sector import typewriter
 from tests.system.cluster import Cluster
 from tests.system.laptop import URL, Laptop
 from tests.system.machine import ROOT, Machine, within
@@ -67,7 +74,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterator
             if machine.settings["SF_NODE_NAME"] == "n1":
                 laptop.plug(machine)
 
-        cluster = Cluster(stack, home, tiny_image, ("n1", "n2"), prepare=prepare, SF_LISTEN="0.0.0.0:13000")
+        cluster = Cluster(
+            stack, home, tiny_image, ("n1", "n2"), prepare, SF_LISTEN="0.0.0.0:13000", SF_NOVNC=str(novnc())
+        )
         laptop.run("install", "-m", "600", str(cluster.key), f"{cluster.key}.pub", str(laptop.home))
         (laptop.home / "app").mkdir()
         (laptop.home / "app/run").write_text("#!/bin/sh\necho it runs\n")
@@ -259,3 +268,101 @@ def test_a_guest_that_hears_its_power_button_ends_by_itself_and_starts_again_if_
     server.sf("instance", "start", "web")
     within(60, lambda: any("is wanted on by now" in m for m in said()), "it ends, and is started")
     within(60, lambda: server.instance("web")["power_state"] == "on", "it is on")
+
+
+@contextmanager
+def _running(argv: list[str]) -> Iterator[None]:
+    """A program of the laptop's meanwhile: nsenter is another process than what it starts, hence the group."""
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(argv, start_new_session=True, **quiet)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+_COMPARE = """(async picture => {
+    const pixels = (source, width, height) => {
+        const drawn = Object.assign(document.createElement('canvas'), { width, height }).getContext('2d');
+        drawn.drawImage(source, 0, 0);
+        return new Uint32Array(drawn.getImageData(0, 0, width, height).data.buffer);
+    };
+    const image = Object.assign(new Image(), { src: 'data:image/png;base64,' + picture });
+    await image.decode();
+    const shot = pixels(image, image.width, image.height);
+    const shown = pixels(document.querySelector('#screen canvas'), image.width, image.height);
+    return [shot.filter(pixel => pixel << 8).length, shot.filter((pixel, at) => pixel !== shown[at]).length];
+})(%s)"""
+
+
+def _types(tab: Browser, letters: str) -> None:
+    for letter in letters:
+        about = {"key": letter, "code": f"Key{letter.upper()}", "windowsVirtualKeyCode": ord(letter.upper())}
+        tab("Input.dispatchKeyEvent", type="keyDown", text=letter, **about)
+        tab("Input.dispatchKeyEvent", type="keyUp", **about)
+
+
+_DIAL = """new Promise(done => {
+    const socket = new WebSocket(%s, ['sf', 'ticket.' + %s]);
+    socket.onmessage = event => done(event.data);
+    socket.onerror = () => done('no connection');
+    socket.onopen = () => socket.send('{}');
+})"""
+
+
+def test_a_screen_opens_in_a_browser_takes_what_is_typed_and_a_screenshot_shows_it(
+    site: Site, tmp_path: Path
+) -> None:
+    """On a node that nobody reaches, through the API's port."""
+    server, there, laptop = site.cluster.server, site.cluster.nodes["n2"].host, site.laptop
+    (tmp_path / "typewriter.raw").write_bytes(typewriter())
+    server.sf("image", "push", str(tmp_path / "typewriter.raw"), "typewriter:1")
+    words = ("--image", "typewriter:1", "--memory", "64", "--on", "n2", "--vdi", "vnc")
+    laptop.sf("instance", "create", "seen", *words)
+    within(60, lambda: server.instance("seen")["power_state"] == "on", "it runs")
+    uuid = server.instance("seen")["uuid"]
+    (domain,) = (name for name in there.virsh("list", "--name").stdout.split() if name.endswith(uuid))
+
+    def shot() -> list[int]:
+        """A screenshot that qemu makes: how many pixels are lit, and how many are others in the browser."""
+        there.virsh("screenshot", domain, str(tmp_path / "shot.png"))
+        picture = base64.b64encode((tmp_path / "shot.png").read_bytes()).decode()
+        return list(tab.js(_COMPARE % json.dumps(picture)))
+
+    def address() -> str:
+        return str(json.loads(laptop.sf("instance", "vnc", "seen", "--format", "json"))["address"])
+
+    def said() -> str:
+        return laptop.sf("instance", "console", "seen", "--log")
+
+    elsewhere = laptop.argv("python3", "-m", "http.server", "--bind", "127.0.0.1", "8099")
+    with laptop.network(), browser(tmp_path) as tab, _running(elsewhere):
+        tab("Security.setIgnoreCertificateErrors", ignore=True)
+        first = address()
+        tab.go(first, lands=f"{URL}/screen")
+        tab.sees(
+            "document.querySelector('#screen canvas')?.width > 0 && document.getElementById('said').textContent === ''"
+        )
+        assert tab.js("location.href") == f"{URL}/screen", "the ticket is not in the address any more"
+        _types(tab, "a")
+        within(30, lambda: said() == "a", "the guest has a key")
+        before = shot()[0]
+        _types(tab, "typewriter")
+        within(30, lambda: said() == "atypewriter", "the guest has all keys, in order")
+        within(30, lambda: shot()[0] > before + 100, "a screenshot shows them")
+        within(30, lambda: shot()[1] < 50, "the browser shows the same, but for the cursor that blinks")
+        assert not tab.violations
+        for used in (first, f"{first[:-4]}AAAA"):
+            tab.go(used, lands=f"{URL}/screen")
+            tab.sees("document.getElementById('said').textContent.startsWith('a ticket opens one stream')")
+        tab.go("http://127.0.0.1:8099/")
+        dial = json.dumps(f"wss{URL[5:]}/instances/{uuid}/streams/vnc"), json.dumps(address()[-43:])
+        assert '"Denied"' in tab.js(_DIAL % dial), "a page of somebody else"
+
+    with _running(laptop.argv("sf", "instance", "vnc", "seen", "--listen", "5901")):
+        read = "import socket; print(socket.create_connection(('127.0.0.1', 5901)).recv(12))"
+        within(
+            30, lambda: b"RFB 003.008" in laptop.run("sh", "-c", f'python3 -c "{read}" || true').stdout, "VNC"
+        )
+    laptop.sf("instance", "delete", "seen", "--force", "--wait")
