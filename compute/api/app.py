@@ -24,6 +24,10 @@ from compute.cluster.state.protocol import StateStore
 
 CAPABILITIES = (
     "artifact-metadata",
+    "artifact-upload-types",
+    "blob-data-limit",
+    "blob-events",
+    "blob-search-by-hash",
     "events-by-type",
     "extra-dns-entries",
     "get-instance-namespace",

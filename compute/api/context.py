@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, wraps
+from inspect import iscoroutinefunction
 from ipaddress import ip_address
 from itertools import chain
 from typing import Annotated, Any, TypeVar
@@ -66,10 +67,10 @@ async def ask_stores(call: Callable[..., T], *arguments: Any, **named: Any) -> T
 
 
 class StoreRoute(Route):
-    """A route whose handler runs `apart`."""
+    """A route whose handler runs `apart`, unless it does so itself."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, apart(endpoint), **options)
+        super().__init__(path, endpoint if iscoroutinefunction(endpoint) else apart(endpoint), **options)
 
 
 def address_of(request: Request) -> str:
@@ -158,8 +159,8 @@ class Context:
 
     def images(self, namespace: str) -> Sight:
         """What image names mean in a request for objects of a namespace."""
-        services = self.services
-        return Sight(services.resolver, services.namespaces, namespace, self.caller.may, self.caller.admin)
+        has, caller = self.services, self.caller
+        return Sight(has.resolver, has.namespaces, namespace, caller.may, caller.admin, self.artifacts)
 
     def artifacts(self) -> Iterator[Artifact]:
         """What namespaces keep and the caller sees, and the stores' names."""

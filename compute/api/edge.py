@@ -21,7 +21,7 @@ BODY_BYTES = 2**20
 """More than any JSON body needs: user data is at most 64 KiB."""
 
 DRAINED_BYTES = 2**26
-_OBJECTS = ("/stores/", "/agent/v1/stores/")  # below these, bodies have bounds of their own
+_OBJECTS = ("/stores/", "/agent/v1/stores/", "/upload/")  # below these, bodies have bounds of their own
 
 _TOO_LARGE = f"the body has more than {BODY_BYTES} bytes"
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"})

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from compute.cluster.images.artifacts import GIB, Artifact, identity
+from compute.cluster.images.artifacts import GIB, Artifact, Blob, identity
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
@@ -209,29 +209,26 @@ def event(item: Event) -> Json:
     }
 
 
-def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance]) -> Json:
+def _blob(item: Blob, number: str, instances: Iterable[Instance], nodes: Iterable[Node]) -> Json:
+    there = [i for i in instances if i.state != InstanceState.DELETED and item.disk]
+    users = [i.uuid for i in there if any(disk.image == item.disk for disk in i.disks)]
+    held = [node.name for node in nodes if item.disk in node.facts.get("images", ())]
+    said: Json = {"uuid": item.uuid, "index": int(number), "metadata": {}, "version": 1, "transcodes": {}}
+    said |= {"state": "initial" if item.upload else "created", "digest": item.data or item.disk}
+    said |= {"size": item.size_bytes or item.disk_bytes, "virtual size": item.disk_bytes, **item.sums}
+    said |= {"reference_count": 1 + len(users), "instances": users, "locations": held, "depends_on": None}
+    return said | {"modified": item.made_s, "fetched_at": item.made_s, "last_used": None}
+
+
+def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance], nodes: Iterable[Node]) -> Json:
     """`instances`: those that the caller sees."""
-    there = [i for i in instances if i.state != InstanceState.DELETED]
-    disks = {blob.disk for blob in item.blobs.values()}
-    users = {disk: [i.uuid for i in there if any(d.image == disk for d in i.disks)] for disk in disks}
-    blobs = {
-        number: {
-            "uuid": blob.uuid,
-            "index": int(number),
-            "digest": blob.disk,
-            "size": blob.disk_bytes,
-            "reference_count": 1 + len(users[blob.disk]),
-            "depends_on": None,
-            "instances": users[blob.disk],
-        }
-        for number, blob in item.blobs.items()
-    }
+    blobs = {number: _blob(blob, number, instances, nodes) for number, blob in item.blobs.items()}
     newest = max(map(int, blobs), default=0)
     return _common(
         item,
         metadata=metadata,
         name=item.name,
-        artifact_type="image",
+        artifact_type=item.artifact_type,
         source_url=item.source_url,
         store=item.store_url or None,
         namespace=item.namespace,

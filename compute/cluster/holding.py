@@ -53,7 +53,8 @@ class Holds:
                     for one in instances
                 }
                 for blob in (b for b in blobs if b.namespace == home):
-                    wanted[f"{self._prefix}{blob.uuid}"] = frozenset({Digest.parse(blob.disk)})
+                    held = {blob.disk, blob.data} - {""}
+                    wanted[f"{self._prefix}{blob.uuid}"] = frozenset(map(Digest.parse, held))
                 try:
                     self._hold(name, store, wanted)
                 except StoreError as err:

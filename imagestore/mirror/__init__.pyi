@@ -5,6 +5,8 @@ from .admission import admit as admit
 from .admission import shown as shown
 from .cleaning import check_recipe as check_recipe
 from .cleaning import clean as clean
+from .content import Content as Content
+from .content import GroupCache as GroupCache
 from .content import compute_sums as compute_sums
 from .download import hash_file as hash_file
 from .replicate import adopt as adopt

@@ -1,26 +1,42 @@
-"""/artifacts: the names of the image stores, and what namespaces keep, as artifacts of type image."""
+"""/artifacts: names of the image stores, and what namespaces keep; /blobs: their versions, byte for byte; /label: names
+that point to one; /upload: files that come in pieces, to be kept."""
 
-from collections.abc import Callable
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute, ask_stores
+from compute.api.edge import SLASH
 from compute.api.history import add_events, add_metadata
+from compute.api.images.stores import received, reserve
 from compute.cluster.images import artifacts as acts
-from compute.cluster.images.artifacts import Artifact
+from compute.cluster.images.artifacts import BLOB, Artifact, Blob, blob_of, want
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
+from compute.cluster.records.stored import check_name, new_uuid
 from compute.cluster.records.transaction import Transaction, pieces
-from compute.errors import Invalid, NotFound
+from compute.errors import Invalid, NoCapacity, NotFound
+from imagestore import Digest
 from imagestore import NotFound as NoName
+from imagestore.mirror import Content, GroupCache
 
 router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
+
+_MOST = 16
+_READERS, _GROUPS = ThreadPoolExecutor(4, "sf-blobs"), GroupCache(32 << 20)
+Place = Annotated[int, Query(ge=0, le=1 << 60)]
 
 
 class ListBody(NamespaceBody):
@@ -30,6 +46,18 @@ class ListBody(NamespaceBody):
 class UrlBody(NamespaceBody):
     url: str
     shared: bool = False
+
+
+class BlobBody(Body):
+    blob_uuid: str
+
+
+class KeepBody(NamespaceBody):
+    upload_uuid: str | None = None
+    blob_uuid: str | None = None
+    source_url: str | None = Field(default=None, min_length=1, max_length=2000)
+    shared: bool = False
+    artifact_type: Literal["image", "other"] = "image"
 
 
 class VersionsBody(Body):
@@ -48,10 +76,10 @@ def _record(ctx: Context, ref: str) -> Artifact:
     return ctx.read().find(Artifact, found.uuid) or Artifact(uuid=found.uuid)
 
 
-def _show(ctx: Context, *found: Artifact) -> list[dict[str, Any]]:
-    instances = [i for i in ctx.read().list(Instance) if ctx.sees(i)]
+def show(ctx: Context, *found: Artifact) -> list[dict[str, Any]]:
+    instances, nodes = [i for i in ctx.read().list(Instance) if ctx.sees(i)], ctx.read().list(Node)
     metadata = {a.uuid: a.metadata for a in ctx.read().list(Artifact)}
-    return [views.artifact(one, metadata.get(one.uuid, {}), instances) for one in found]
+    return [views.artifact(one, metadata.get(one.uuid, {}), instances, nodes) for one in found]
 
 
 @router.get("/artifacts")
@@ -62,7 +90,7 @@ def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
         facts = facts_of(ctx.read().get(Node, query.node))
         held = set(facts.images if facts else ())
     found = [a for a in ctx.artifacts() if query.namespace in (None, a.namespace)]
-    return JSONResponse(_show(ctx, *(a for a in found if not query.node or held & set(a.digests))))
+    return JSONResponse(show(ctx, *(a for a in found if not query.node or held & set(a.digests))))
 
 
 @router.post("/artifacts")
@@ -70,13 +98,80 @@ def fetch_artifact(ctx: Ctx, body: UrlBody) -> Response:
     """Fetch a URL and keep its disk, again if its server has another file. Poll `state`."""
     namespace = ctx.namespace(body.namespace)
     if not body.url.startswith(acts.WEB):
-        return JSONResponse(_show(ctx, _find(ctx, body.url))[0])
+        return JSONResponse(show(ctx, _find(ctx, body.url))[0])
     acts.check_url(ctx.images(namespace), body.url)
     if body.shared:  # everybody sees it in their lists
         ctx.admin()
-    more = {"shared": True} if body.shared else {}
-    made = ctx.act(lambda txn: acts.want(txn, namespace, body.url, **more))
-    return JSONResponse(_show(ctx, made)[0])
+    more: dict[str, Any] = {"shared": True} if body.shared else {}
+    made = ctx.act(lambda txn: want(txn, namespace, body.url, **more))
+    return JSONResponse(show(ctx, made)[0])
+
+
+def _place(ctx: Context, uuid: str) -> Path:
+    """The file of an upload, whose name nobody else knows. Raises NotFound."""
+    path = ctx.services.config.state_dir / "uploads" / ctx.caller.namespace / uuid
+    if not path.is_file():
+        raise NotFound(f"upload {uuid[:80]} not found", hint="it ends a day after its last piece")
+    return path
+
+
+@router.post("/upload")
+def begin(ctx: Ctx) -> Response:
+    """Then send pieces to /upload/UUID, and make an artifact of them."""
+    path = ctx.services.config.state_dir / "uploads" / ctx.caller.namespace / (uuid := new_uuid())
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if len(list(path.parent.iterdir())) >= _MOST:
+        raise NoCapacity(f"{_MOST} uploads are under way", hint="each ends a day after its last piece")
+    path.touch(0o600)
+    return JSONResponse({"uuid": uuid, "node": ctx.services.config.node_name, "created_at": time.time()})
+
+
+@router.post("/upload/{uuid}")
+async def append(ctx: Ctx, uuid: str) -> Response:
+    """Raw bytes after those that are there. Answers with the size then; after an error, truncate to what is known."""
+    services, namespace = ctx.services, (await ask_stores(_place, ctx, uuid)).parent.name
+    async with received(ctx.request, services) as piece:
+        store = await ask_stores(services.namespaces.of, namespace)
+        await reserve(services, namespace, store, piece.seek(0, os.SEEK_END))
+        return JSONResponse(await ask_stores(_append, ctx, uuid, piece))
+
+
+def _append(ctx: Context, uuid: str, piece: IO[bytes]) -> int:
+    with _place(ctx, uuid).open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _place(ctx, uuid), piece.seek(0)  # it is nobody's yet, and others wait
+        shutil.copyfileobj(piece, file, 1 << 20)
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+@router.post("/upload/{uuid}/truncate/{size}")
+def truncate(ctx: Ctx, uuid: str, size: int) -> Response:
+    """Forget what came after the first `size` bytes."""
+    if not (path := _place(ctx, uuid)).stat().st_size >= size >= 0:
+        raise Invalid(f"the upload has {path.stat().st_size} bytes")
+    os.truncate(path, size)
+    return JSONResponse(size)
+
+
+@router.post("/artifacts/upload/{name}")
+def keep(ctx: Ctx, name: str, body: KeepBody) -> Response:
+    """An upload, or a blob that is there, as an artifact or its next version. Poll `state`."""
+    namespace, path = ctx.namespace(body.namespace), body.upload_uuid and _place(ctx, body.upload_uuid)
+    if bool(path) == bool(body.blob_uuid) or (path and not path.stat().st_size):
+        raise Invalid("an artifact is made of an upload_uuid with bytes, or of a blob_uuid")
+    if body.shared:  # everybody sees it in their lists
+        ctx.admin()
+    if path:
+        size, sent = path.stat().st_size, f"{path.parent.name}/{path.name}"
+        blob = Blob(namespace, size_bytes=size, upload=sent, made_s=time.time())
+    else:
+        blob = blob_of(ctx.artifacts(), f"{BLOB}{body.blob_uuid}")[1]
+    url = body.source_url or f"sf://upload/{namespace}/{check_name(name, 'name')}"
+    shared: dict[str, Any] = {"shared": True} if body.shared else {}
+    kind = body.artifact_type
+    made = ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, artifact_type=kind, **shared))
+    return get_artifact(ctx, made.uuid)
 
 
 @router.delete("/artifacts")
@@ -90,15 +185,15 @@ def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
 
 
 def _delete(ctx: Context, known: Artifact) -> None:
-    pieces(ctx.store, lambda txn: txn.purge(known))
     if store := ctx.services.namespaces.find(known.namespace):
         with suppress(NoName):
-            store.names.remove(known.uuid, "latest")
+            store.names.remove(known.uuid, "latest")  # first, since the record leads there
+    pieces(ctx.store, lambda txn: txn.purge(known))
 
 
 @router.get("/artifacts/{ref}")
 def get_artifact(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse(_show(ctx, _find(ctx, ref))[0])
+    return JSONResponse(show(ctx, _find(ctx, ref))[0])
 
 
 def _change(ctx: Context, ref: str, change: Callable[[Artifact], Artifact]) -> Response:
@@ -111,7 +206,7 @@ def _change(ctx: Context, ref: str, change: Callable[[Artifact], Artifact]) -> R
         txn.update(now := change(txn.get(Artifact, uuid)))
         return now
 
-    return JSONResponse(_show(ctx, ctx.change(known, act))[0])
+    return JSONResponse(show(ctx, ctx.change(known, act))[0])
 
 
 @router.delete("/artifacts/{ref}")
@@ -146,8 +241,71 @@ def share(ctx: Ctx, ref: str) -> Response:
 
 @router.get("/artifacts/{ref}/versions")
 def get_versions(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse(list(_show(ctx, _find(ctx, ref))[0]["blobs"].values()))
+    return JSONResponse(list(show(ctx, _find(ctx, ref))[0]["blobs"].values()))
+
+
+def _views(ctx: Context, *among: Artifact) -> dict[str, dict[str, Any]]:
+    """Of their blobs, by uuid."""
+    return {view["uuid"]: view for one in show(ctx, *among) for view in one["blobs"].values()}
+
+
+@router.get("/blobs")
+def list_blobs(ctx: Ctx, body: ListBody | None = None) -> Response:
+    """Of one node: those that its cache holds."""
+    ctx.admin()
+    node, found = (body.node if body else None), _views(ctx, *ctx.artifacts()).values()
+    return JSONResponse([view for view in found if node in (None, *view["locations"])])
+
+
+@router.get("/blobs/{ref}")
+def get_blob(ctx: Ctx, ref: str) -> Response:
+    return JSONResponse(_views(ctx, blob_of(ctx.artifacts(), BLOB + ref)[0])[ref])
+
+
+@router.get("/blobs/{ref}/data")
+def get_data(ctx: Ctx, ref: str, offset: Place = 0, limit: Place = 0) -> Response:
+    """The bytes from `offset` on, at most `limit`."""
+    blob, services = blob_of(ctx.artifacts(), BLOB + ref)[1], ctx.services
+    digest = Digest.parse(blob.data or blob.disk)
+    own = {"": services.namespaces.of(blob.namespace)} if blob.namespace else services.resolver.stores
+    if (store := next((store for store in own.values() if store.has_manifest(digest)), None)) is None:
+        raise NotFound(f"blob {ref[:80]} is in no store")
+    content = Content(store, digest, _GROUPS, _READERS)
+    size = max(0, min(limit or 1 << 60, content.size_bytes("raw") - offset))
+    pieces = content.read("raw", offset, size, 2)
+
+    async def body() -> AsyncIterator[bytes]:
+        while piece := await ask_stores(next, pieces, b""):
+            yield bytes(piece)
+            await ask_stores(ctx.look_again)
+
+    told = {"content-length": str(size), "content-type": "application/octet-stream"}
+    return StreamingResponse(body(), headers=told)
+
+
+@router.get("/blob_checksums/{algorithm}/{checksum}")
+def find_blob(ctx: Ctx, algorithm: Literal["sha256", "sha512"], checksum: str) -> Response:
+    """One that was uploaded and that the caller sees, or null."""
+    every = _views(ctx, *ctx.artifacts()).values()
+    return JSONResponse(next((view for view in every if view.get(algorithm) == checksum.lower()), None))
+
+
+@router.get("/label/{called:path}")
+@router.post("/label/{called:path}")
+@router.delete("/label/{called:path}")
+def label(ctx: Ctx, called: str, body: BlobBody | None = None) -> Response:
+    """[NAMESPACE/]NAME: point it to a blob, the former ones stay as versions; show it; delete it."""
+    home, _, name = called.replace(SLASH, "/").rpartition("/")
+    home = home or ctx.caller.namespace
+    url = f"sf://label/{home}/{check_name(name, 'label')}"
+    if ctx.request.method == "DELETE":
+        return delete_artifact(ctx, url)
+    if body:
+        space, blob = ctx.namespace(home), blob_of(ctx.artifacts(), BLOB + body.blob_uuid)[1]
+        ctx.act(lambda txn: want(txn, space, url, blob, name=name, artifact_type="label"))
+    return get_artifact(ctx, url)
 
 
 add_metadata(router, "/artifacts/{ref}", _record)
 add_events(router, "/artifacts/{ref}", _record)
+add_events(router, "/blobs/{ref}", lambda ctx, ref: blob_of(ctx.artifacts(), BLOB + ref)[0])

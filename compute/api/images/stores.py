@@ -81,9 +81,9 @@ class OwnStores:
             await Ranged(*about, read, lambda done: _PIECE_BYTES)(scope, receive, send)
             return
         if verb == "PUT":
-            async with self._coming[store.url], self._body(request) as file, self._held:
+            async with self._coming[store.url], received(request, self._services) as file, self._held:
                 data = await asyncio.to_thread(file.read)
-                await self._reserve(store, namespace, len(data))
+                await reserve(self._services, namespace, store, len(data))
                 await check(data=data)
                 found = [await ask_stores(backend.put, key, data, if_match=match, if_none_match=new)]
         elif verb == "DELETE":
@@ -97,31 +97,34 @@ class OwnStores:
         rows = [asdict(s) | {"etag": f'"{quote(s.etag, safe="")}"'} for s in found]
         await JSONResponse({"now": await ask_stores(backend.now), "objects": rows})(scope, receive, send)
 
-    async def _reserve(self, store: Store, namespace: str, size: int) -> None:
-        """Count what comes before it is there, for a minute. Raises NoCapacity."""
-        known = _STORED.get(store.url, (0, -_LOOK_S))
-        if time.monotonic() - known[1] >= _LOOK_S:
-            total = await ask_stores(lambda: sum(stat.size_bytes for stat in store.backend.list("")))
-            if _STORED.get(store.url, known) == known:
-                _STORED[store.url] = total, time.monotonic()
-        counted, at = _STORED[store.url]
-        Quota.of(Transaction(self._services.store), namespace).check("stored_gb", (counted + size) / 2**30)
-        _STORED[store.url] = counted + size, at
 
-    @asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[IO[bytes]]:
-        """A file with all of it, at its beginning."""
-        size, held = decimal(request.headers.get("content-length", "")), bytearray()
-        if size is None or size > _MOST_BYTES:
-            raise Invalid(f"a body has a length, of at most {_MOST_BYTES} bytes")
-        with tempfile.TemporaryFile(dir=self._services.config.state_dir) as file:
-            async for part in request.stream():
-                held += part
-                if len(held) > _PIECE_BYTES:
-                    size -= await asyncio.to_thread(file.write, held)
-                    held = bytearray()
-                if len(held) > size:
-                    raise Invalid("the body is longer than was said")
-            file.write(held)
-            file.seek(0)
-            yield file
+async def reserve(services: Services, namespace: str, store: Store, size: int) -> None:
+    """Count what comes before it is there, for a minute. Raises NoCapacity."""
+    known, read = _STORED.get(store.url, (0, -_LOOK_S)), Transaction(services.store)
+    if time.monotonic() - known[1] >= _LOOK_S:
+        total = await ask_stores(lambda: sum(stat.size_bytes for stat in store.backend.list("")))
+        total += sum(p.stat().st_size for p in services.config.state_dir.glob(f"uploads/{namespace}/*"))
+        if _STORED.get(store.url, known) == known:
+            _STORED[store.url] = total, time.monotonic()
+    counted, at = _STORED[store.url]
+    Quota.of(read, namespace).check("stored_gb", (counted + size) / 2**30)
+    _STORED[store.url] = counted + size, at
+
+
+@asynccontextmanager
+async def received(request: Request, services: Services) -> AsyncIterator[IO[bytes]]:
+    """A file with all of a body, at its beginning."""
+    size, held = decimal(request.headers.get("content-length", "")), bytearray()
+    if size is None or size > _MOST_BYTES:
+        raise Invalid(f"a body has a length, of at most {_MOST_BYTES} bytes")
+    with tempfile.TemporaryFile(dir=services.config.state_dir) as file:
+        async for part in request.stream():
+            held += part
+            if len(held) > _PIECE_BYTES:
+                size -= await asyncio.to_thread(file.write, held)
+                held = bytearray()
+            if len(held) > size:
+                raise Invalid("the body is longer than was said")
+        file.write(held)
+        file.seek(0)
+        yield file

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Denied, Invalid, NoCapacity, NotFound
+from compute.errors import Denied, Invalid, NoCapacity, NotFound, NotReady
 from compute.wire.spec import DiskSpec
 from imagestore import NotFound as NoImage
 from imagestore import Resolved, Store, StoreError, parse_reference
@@ -27,7 +27,7 @@ _ARTIFACTS = uuid_module.UUID("4b1f3f0e-6a3c-5f0b-9d4e-5f7a52f3c0de")
 """Namespace of the UUIDs that names and manifests get in the API (RFC 9562, version 5): the same on every server."""
 
 _DEVICES = "abcdefghijklmnop"
-WEB = ("https://", "http://")
+WEB, BLOB = ("https://", "http://"), "sf://blob/"
 _MOST, _MOST_WANTED = 1000, 3
 """Artifacts of one namespace; those that are on their way."""
 
@@ -76,7 +76,10 @@ def resolve_disks(
         spec = DiskSpec(device, "", base, size_bytes, bus)
         if base.startswith(WEB):
             check_url(sight, base)
-        elif re.match(r"[a-z]+://|label:|file:", base):
+        elif base.startswith(("sf://", "label:")):
+            blob = blob_of(sight.artifacts(), base, sight.namespace)[1]
+            return fitted(spec, blob) if blob.disk else replace(spec, image_name=BLOB + blob.uuid)
+        elif re.match(r"[a-z]+://|file:", base):
             raise Invalid(f"disk {device}: cannot boot from {base[:120]!r}", hint="a name such as debian:12")
         return named(spec, base) if base and not base.startswith(WEB) else spec
 
@@ -112,12 +115,17 @@ def listed(base: str, architecture: str, lists: str) -> Source | None:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A version of an artifact."""
+    """A version of an artifact: a disk, or the bytes that came in, of which a disk is made when one is asked for."""
 
     namespace: str = ""  # in whose own store it is; "" for the server's
     disk: str = ""  # its manifest's digest
     disk_bytes: int = 0
     uuid: str = field(default_factory=new_uuid)
+    data: str = ""  # the manifest of the bytes as they came
+    size_bytes: int = 0  # of those
+    sums: dict[str, str] = field(default_factory=dict)  # of those, by algorithm
+    upload: str = ""  # until they are stored: NAMESPACE/UUID, in `uploads` of the server's directory
+    made_s: float = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +138,7 @@ class Artifact(Stored):
     namespace: str = ""
     name: str = ""
     source_url: str = ""
+    artifact_type: str = "image"  # or label, snapshot, other
     state: str = "created"  # initial → creating → created, or error
     wanted: str = ""  # what is still to come, for `bringing`
     error_message: str = ""
@@ -150,30 +159,48 @@ def identity(*called: str) -> str:
     return str(uuid_module.uuid5(_ARTIFACTS, "/".join(called)))
 
 
-def want(txn: Transaction, namespace: str, called: str, **more: Any) -> Artifact:
-    """Have it brought: as a new artifact, or as its next version. Raises NoCapacity."""
+def want(txn: Transaction, namespace: str, called: str, blob: Blob | None = None, **more: Any) -> Artifact:
+    """Have it brought: a new artifact, its next version (or `blob` as that), a blob's disk. Raises NoCapacity."""
     own = [a for a in txn.list(Artifact) if a.namespace == namespace]
-    found = txn.find(Artifact, uuid := identity(namespace, called))
-    if len(own) - bool(found) >= _MOST or sum(bool(a.wanted) for a in own if a != found) >= _MOST_WANTED:
+    uuid, bring = identity(namespace, called), blob is None or blob.upload
+    found = blob_of(txn.list(Artifact), called)[0] if called.startswith(BLOB) else txn.find(Artifact, uuid)
+    coming = sum(bool(a.wanted) for a in own if bring and a != found)
+    if len(own) - bool(found) >= _MOST or coming >= _MOST_WANTED:
         hint = f"{_MOST_WANTED} at a time, {_MOST} in all"
         raise NoCapacity(f"namespace {namespace} has too many artifacts", hint=hint)
     found = found or Artifact(uuid=uuid, namespace=namespace, name=called, source_url=called)
-    state = "creating" if found.blobs else "initial"
-    now = replace(found, **more, wanted=called, state=state, error_message="")
-    txn.update(now)
-    txn.event(Artifact.KIND, uuid, f"asked for: {called}", type="audit")
+    if found.wanted not in ("", called):
+        raise NotReady(f"a version of {found.name[:80]} is on its way", hint="again in a moment")
+    found = replace(found, error_message="", **more)
+    if blob is not None:
+        return add_version(txn, found, blob)
+    txn.update(now := replace(found, wanted=called, state="creating" if found.blobs else "initial"))
+    txn.event(Artifact.KIND, now.uuid, f"asked for: {called}", type="audit")
     return now
 
 
 def add_version(txn: Transaction, found: Artifact, blob: Blob) -> Artifact:
-    """The next version, unless the newest is the same disk."""
-    newest = found.blobs.get(str(found.last))
-    if newest is None or blob.disk != newest.disk:
+    """The next version, unless the newest is the same; what was uploaded is to be stored yet."""
+    newest, wanted = found.blobs.get(str(found.last)), BLOB + blob.uuid if blob.upload else ""
+    if newest is None or wanted or (blob.disk, blob.data) != (newest.disk, newest.data):
         found = replace(found, last=found.last + 1, blobs=found.blobs | {str(found.last + 1): blob})
         txn.event(Artifact.KIND, found.uuid, f"version {found.last} is blob {blob.uuid}")
-    now = replace(found, state="created", wanted="", progress="")
-    txn.update(now)
+    txn.update(now := replace(found, state="creating" if wanted else "created", wanted=wanted, progress=""))
     return now
+
+
+def blob_of(among: Iterable[Artifact], base: str, namespace: str = "") -> tuple[Artifact, Blob]:
+    """What `label:NAME` and `sf://blob|label|snapshot|upload/…` mean. Raises NotFound, NotReady."""
+    kind, _, rest = base.replace("label:", "sf://label/").removeprefix("sf://").partition("/")
+    home, _, name = rest.rpartition("/")
+    url = f"sf://{kind}/{home or namespace}/{name}"
+    for one in among:
+        for blob in reversed(one.blobs.values()):
+            if rest == {"blob": blob.uuid, "snapshot": one.uuid}.get(kind) or url == one.source_url:
+                if blob.upload:
+                    raise NotReady(f"{base[:120]} is being stored", hint="again in a moment")
+                return one, blob
+    raise NotFound(f"{base[:120]} not found", hint="sf://blob/UUID, sf://label/NAMESPACE/NAME, …")
 
 
 def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:

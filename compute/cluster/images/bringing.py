@@ -1,29 +1,34 @@
-"""What artifacts want is brought here: the disks of URLs, and images that source lists name.
+"""What artifacts want is brought here: disks of URLs and of blobs, what was uploaded, images that source lists name.
 
 Out of the records alone, so that whoever starts again goes on with it. Instances that wait for it are told how it ends.
 """
 
+import asyncio
+import fcntl
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 
 from compute.cluster.auth import SYSTEM
 from compute.cluster.feed import Feed
-from compute.cluster.images.artifacts import WEB, Artifact, Blob, Resolver, add_version, fitted, listed
+from compute.cluster.images.artifacts import BLOB, WEB, Artifact, Blob, Resolver, add_version, fitted, listed
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.quotas import Quota, enforce
 from compute.cluster.records.instances import Instance
+from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import ComputeError, Invalid, NotFound, brief
 from compute.wire.spec import InstanceState
-from imagestore import Progress, Report, StoreError
-from imagestore.mirror import bring, sources
+from imagestore import Digest, Progress, Report, Store, StoreError, Unavailable, pull, push
+from imagestore.mirror import bring, hash_file, sources
 
-_MOST, _LOOK_S, _TELL_S = 32, 5.0, 2.0
+_MOST, _LOOK_S, _TELL_S, _UPLOAD_S = 32, 5.0, 2.0, 86400.0
 
 
 class Bringing:
@@ -38,6 +43,7 @@ class Bringing:
         """For ever."""
         while True:
             seen = feed.revision
+            await asyncio.to_thread(self.sweep)
             for one in Transaction(self._records).list(Artifact):
                 if one.wanted and one.uuid not in self._running and len(self._running) < _MOST:
                     self._running.add(one.uuid)
@@ -52,16 +58,52 @@ class Bringing:
         except Exception as err:  # noqa: BLE001 - whatever one artifact meets ends no other, and is said
             known, hint = isinstance(err, StoreError | ComputeError), getattr(err, "hint", "")
             said = f"{err} ({hint})".removesuffix(" ()") if known else brief(err)
-            pieces(self._records, lambda txn: _end(txn, one, None, said[:1000]))
+            if not (isinstance(err, Unavailable) and one.wanted.startswith(BLOB)):  # else it is tried again
+                pieces(self._records, lambda txn: _end(txn, one, None, said[:1000]))
         finally:
             shutil.rmtree(work, ignore_errors=True)
             self._running.discard(one.uuid)
 
+    def sweep(self) -> None:
+        """Remove uploads without a piece for a day, files that no record leads to, artifacts of nobody."""
+        home, late_s = self._config.state_dir, time.time() - _UPLOAD_S
+        old = [path for path in home.glob("uploads/*/*") if path.stat().st_mtime < late_s]
+        there = [*old, *home.glob("downloads/*")]
+        known = Transaction(self._records).list(Artifact)
+        sent = [blob for one in known for blob in one.blobs.values() if blob.upload]
+        needed = {one.uuid for one in known if one.wanted} | self._running
+        needed |= {blob.uuid for blob in sent} | {blob.upload.partition("/")[2] for blob in sent}
+        spaces = {"", *(one.name for one in Transaction(self._records).list(Namespace))}
+        for gone in (one for one in known if one.namespace not in spaces):
+            pieces(self._records, partial(Transaction.purge, value=gone))
+        for path in (path for path in there if path.name not in needed):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _make(self, one: Artifact, work: Path) -> Blob:
+        """Store what was uploaded, as it is; then, if that is asked for, the disk that it is a file of."""
+        blob = next(blob for blob in one.blobs.values() if BLOB + blob.uuid == one.wanted)
+        store, path = self._own.of(blob.namespace), work.with_name(blob.uuid)
+        keep = partial(push, store, name=None, progress=self._teller(one, store))
+        work.mkdir(parents=True, exist_ok=True)
+        if blob.upload:
+            with suppress(FileNotFoundError):  # done, before a kill
+                (self._config.state_dir / "uploads" / blob.upload).rename(path)
+            with path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # after a piece that was on its way
+                file.truncate(blob.size_bytes)
+            sums = {name: hash_file(path, name) for name in ("sha256", "sha512")}
+            return replace(blob, data=str(keep(path, format_="raw").digest), sums=sums, upload="")
+        pull(store, Digest.parse(blob.data), work / "data", format_="raw", durable=False)
+        disk = keep(work / "data", architecture=self._config.architecture, bounded=True).digest
+        return replace(blob, disk=str(disk), disk_bytes=store.manifest(disk).size_bytes)
+
     def _bring(self, one: Artifact, work: Path) -> Blob:
         wanted, machine, home = one.wanted, self._config.architecture, one.namespace
+        if wanted.startswith(BLOB):
+            return self._make(one, work)
         if wanted.startswith(WEB):
             store, source = self._own.of(home), sources.of_url(wanted, one.uuid, "latest", machine)
-            tell = self._teller(one, sum(stat.size_bytes for stat in store.backend.list("")))
+            tell = self._teller(one, store)
             done = bring(store, source, machine, work, trusted=home == SYSTEM, progress=tell)
         else:
             with self._listed:
@@ -70,11 +112,11 @@ class Bringing:
                 home, store = "", self._server.stores["local"]
                 done = bring(store, named, machine, work, trusted=True, progress=self._teller(one))
         assert done.digest is not None
-        return Blob(home, str(done.digest), store.manifest(done.digest).size_bytes)
+        return Blob(home, str(done.digest), store.manifest(done.digest).size_bytes, made_s=time.time())
 
-    def _teller(self, one: Artifact, held_bytes: int = 0) -> Report:
-        """Says how far it is; ends it when it is not wanted any more, or does not fit beside what is held."""
-        last_s = 0.0
+    def _teller(self, one: Artifact, store: Store | None = None) -> Report:
+        """Says how far it is; ends it when it is not wanted any more, or does not fit beside what the store has."""
+        last_s, held_bytes = 0.0, sum(stat.size_bytes for stat in (store.backend.list("") if store else ()))
 
         def tell(p: Progress) -> None:
             nonlocal last_s
@@ -89,7 +131,8 @@ class Bringing:
 
 
 def _waiting(txn: Transaction, one: Artifact) -> list[Instance]:
-    same = (i for i in txn.list(Instance) if (i.namespace, i.state) == (one.namespace, InstanceState.INITIAL))
+    here = (i for i in txn.list(Instance) if i.state == InstanceState.INITIAL)
+    same = (i for i in here if i.namespace == one.namespace or one.wanted.startswith(BLOB))
     return [i for i in same if any(d.pending and d.image_name == one.wanted for d in i.disks)]
 
 
@@ -119,8 +162,19 @@ def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> bool:
         now = replace(instance, disks=disks, state=state, error_message=why, progress="")
         txn.update(replace(now, updated_s=time.time()))
         txn.event(Instance.KIND, now.uuid, f"state is error: {why}" if why else f"{one.wanted[:200]} is here")
+    here = blob if one.wanted.startswith(BLOB) else None
+    for had in txn.list(Artifact) if here else ():
+        new = {n: here if here and here.uuid == b.uuid else b for n, b in had.blobs.items()}
+        if new != had.blobs:
+            txn.update(replace(had, blobs=new))
+        if txn.room < 10:
+            return True
     if (found := txn.find(Artifact, one.uuid)) is not None:
-        if blob is not None and one.wanted.startswith(WEB):
+        if one.wanted.startswith(BLOB):  # what could not be stored is no version
+            new = {number: each for number, each in found.blobs.items() if not each.upload}
+            last = "created" if new else "error"
+            txn.update(replace(found, blobs=new, state=last, wanted="", progress="", error_message=said))
+        elif blob is not None and one.wanted.startswith(WEB):
             add_version(txn, found, blob)
         elif blob is not None:
             txn.purge(found)  # it is a name of the server's store from now on

@@ -8,13 +8,13 @@ Images in it are `my/name:tag`, and `namespace/name:tag` for whoever is trusted 
 import asyncio
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from compute.cluster.images.artifacts import Resolver
+from compute.cluster.images.artifacts import Artifact, Resolver
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
@@ -105,6 +105,7 @@ class Sight:
     namespace: str
     may: Callable[[str], bool]
     everything: bool
+    artifacts: Callable[[], Iterable[Artifact]]
 
     @property
     def stores(self) -> Mapping[str, Store]:
