@@ -1,4 +1,7 @@
+from .cluster.state.opening import open_state as open_state
+from .cluster.state.opening import state_members as state_members
 from .cluster.state_backup import back_up_state as back_up_state
+from .cluster.state_backup import copy_state as copy_state
 from .cluster.state_backup import restore_state as restore_state
 from .cluster.state_backup import state_backups as state_backups
 from .config import load as load

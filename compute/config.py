@@ -15,6 +15,10 @@ class Config:
     """Everything that one server is configured by."""
 
     state_dir: Path = Path("/var/lib/sf")
+    state: str = ""
+    """etcd://… that keeps the records; "" for a file in `state_dir`."""
+    state_access: tuple[str, ...] = field(default=(), repr=False)
+    """For etcd: files of TLS (authority, certificate, key), then NAME:PASSWORD."""
     instance_dir: Path | None = None
     """Guests' disks; None: instances/ under `state_dir`."""
     stores: tuple[tuple[str, str], ...] = ()
@@ -68,6 +72,8 @@ def load(settings: Settings) -> Config:
     host, port = read("listen", _host_port, "127.0.0.1:13000")
     return Config(
         state_dir=settings.state_dir,
+        state=settings.get("state"),
+        state_access=tuple(settings.get(f"state_{name}") for name in ("ca", "cert", "key", "user")),
         instance_dir=settings.instance_dir,
         stores=tuple(settings.stores.items()),
         stores_again=lambda: Settings(settings.flags, settings.environment).stores,

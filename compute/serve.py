@@ -36,7 +36,7 @@ from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, find_machine
 from compute.cluster.records.transaction import Transaction, transact
-from compute.cluster.state.sqlite import SqliteStore
+from compute.cluster.state.opening import open_state
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
 from compute.wire.streams import SOCKETS
@@ -67,7 +67,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         listening.raise_limits()
         listener = stack.enter_context(_listen(config.host, config.port))
         installation = installation_id(state_dir)
-        store = SqliteStore(state_dir / "sf.db")
+        store = open_state(config)
         stack.callback(store.close)
         ensure_local_key(store, state_dir / "auth" / "local-key")
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
@@ -99,7 +99,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             joining = _settings(agents.build(services), ssl_certfile=cert, ssl_keyfile=key)
             servers.append((_Server(joining), stack.enter_context(_listen(host, int(port)))))
         url = f"http{'s' if tls else ''}://{config.host}:{config.port}"
-        say(f"sf {process.release()} serves {url}, state in {state_dir}")
+        say(f"sf {process.release()} serves {url}, state in {config.state or state_dir}")
         if tls and not config.tls_cert:
             say(f"elsewhere: sf login {url} --fingerprint {Digest.of(authority(state_dir / 'auth')[1])}")
         answering = [asyncio.create_task(server.serve([listening])) for server, listening in servers]

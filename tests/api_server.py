@@ -24,7 +24,7 @@ from compute.cluster.images.bringing import Bringing
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.transaction import transact
-from compute.cluster.state.sqlite import SqliteStore
+from compute.cluster.state.opening import open_state
 from compute.config import Config
 from compute.serve import secured
 from compute.wire.spec import CachedImage, InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
@@ -200,7 +200,7 @@ def running(
     """Serve from `directory` until the block ends; what was stored stays for the next one."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = config or Config(state_dir=directory, node_name="node1")
-    store = SqliteStore(directory / "sf.db")
+    store, node = open_state(settings), settings.node_name
     ensure_local_key(store, directory / "auth/local-key")
     transact(store, lambda txn: ensure_floating(txn, settings.floating_pool))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -210,12 +210,12 @@ def running(
     async def serve() -> None:
         known = resolver or KnownImages()
         controller = Controller(
-            store, INSTALLATION, "node1", stores=lambda: {n: s.url for n, s in known.stores.items()}
+            store, INSTALLATION, node, stores=lambda: {n: s.url for n, s in known.stores.items()}
         )
         await controller.start()
         own = NamespaceStores(store, lambda: (directory / "store").as_uri(), directory)
         services = Services(settings, store, controller, Authority(store), known, own)
-        agent = PlayedAgent(controller, "node1")
+        agent = PlayedAgent(controller, node)
         server = uvicorn.Server(
             uvicorn.Config(
                 api.build(services),
@@ -231,7 +231,7 @@ def running(
         url = f"http{'s' * settings.tls}://127.0.0.1:{listener.getsockname()[1]}"
         key = (directory / "auth/local-key").read_text()
         ready.append(Running(url, key, agent, services, asyncio.get_running_loop()))
-        while not server.started or not controller.nodes.alive("node1"):
+        while not server.started or not controller.nodes.alive(node):
             await asyncio.sleep(0.01)
         started.set()
         await stop.wait()
@@ -255,7 +255,8 @@ def running(
         store.close()
 
 
-if __name__ == "__main__":  # a server to be killed: DIRECTORY
-    with running(Path(sys.argv[1])) as server:
+if __name__ == "__main__":  # a server to be killed: DIRECTORY [STATE]
+    told = Config(state_dir=Path(sys.argv[1]), node_name="node1", state="".join(sys.argv[2:]))
+    with running(told.state_dir, config=told) as server:
         print(server.url, server.key, flush=True)
         threading.Event().wait()

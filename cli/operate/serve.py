@@ -18,6 +18,7 @@ def _log() -> None:
 @click.command(cls=Command, examples="sf serve\nsf serve --listen 127.0.0.1:13001 --store /srv/images")
 @kept("--listen", metavar="HOST:PORT", help="Default: 127.0.0.1:13000.")
 @kept("--store", metavar="URL", help="Where images are looked up first; default: the state directory's.")
+@kept("--state", metavar="URL", help="etcd://H1:2379,H2:2379,H3:2379 to keep the records; default: a file.")
 def serve() -> None:
     """Run the API and this machine's agent, as root, until Ctrl-C; guests go on running without it."""
     import asyncio

@@ -27,11 +27,13 @@ def backup(where: str, form: str) -> None:
 
     It holds every key of this installation: who can read it is root here.
     """
-    from compute import back_up_state
+    from compute import back_up_state, load, open_state
 
+    config = load(settings())
     with status() as tell:
-        tell(f"{settings().state_dir} to {where}")
-        made = back_up_state(settings().state_dir, where)
+        tell(f"{config.state or config.state_dir} to {where}")
+        records = open_state(config) if config.state else None
+        made = back_up_state(config.state_dir, where, records=records)
     show_one(asdict(made), COLUMNS, form)
 
 
@@ -66,3 +68,19 @@ def restore(where: str, name: str, force: bool) -> None:
         tell(f"{where} to {place}")
         made = restore_state(place, where, name)
     say(f"{made.name}, with {made.instances} guests, is back in {place}: start sf serve, then ask sf doctor")
+
+
+@state.add(examples="sf state copy /var/lib/sf etcd://10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379")
+@click.argument("source", metavar="DIR|URL")
+@click.argument("target", metavar="DIR|URL")
+def copy(source: str, target: str) -> None:
+    """Copy the state of a directory into an empty etcd, or back, with the server stopped.
+
+    Nothing is started or made then before every node has said what runs there.
+    """
+    from compute import copy_state, load, only_one
+
+    with only_one(settings().state_dir), status() as tell:
+        tell(f"{source} to {target}")
+        made = copy_state(load(settings()), source, target)
+    say(f"{made.instances} guests are in {target}: start sf serve --state URL, or without it for a directory")

@@ -24,17 +24,18 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 import httpx
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from compute.agent.dialing import bring
 from compute.agent.guest.host import Plane
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
 from compute.wire.operations import NodeOperations, answer
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
-from compute.wire.streams import Stream
+from compute.wire.streams import MESSAGE_BYTES, Stream
 from imagestore import durable
-from net import Action, Finding, Network, NodeNetworks, Port
+from net import Action, Finding, NodeNetworks
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _RENEW_S = 2.0
 _ANSWER_S = 5.0
 _LONG_POLL_S = 20.0
 _AWAY_S = 3.0
+_LIMITS: dict[str, Any] = {"open_timeout": 5, "ping_timeout": 60, "max_size": MESSAGE_BYTES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,8 @@ class Fenced:
 
     def __init__(self, plane: Droppable, lease: Lease, node: str, uplink: str = "") -> None:
         self._plane, self._lease, self._node, self._uplink = plane, lease, node, uplink
+        self.create_tap, self.adopt_tap, self.remove_tap = plane.create_tap, plane.adopt_tap, plane.remove_tap
+        self.namespace = plane.namespace
 
     def apply(self, desired: NodeNetworks) -> Sequence[Action]:
         """As Plane's; `uplink` of this machine's own configuration goes before the server's."""
@@ -176,18 +180,6 @@ class Fenced:
         if not self._lease.held():  # it ran out meanwhile
             self._plane.drop_routers()
         return done
-
-    def create_tap(self, port: Port) -> str:
-        return self._plane.create_tap(port)
-
-    def adopt_tap(self, network: Network, port: Port) -> object:
-        return self._plane.adopt_tap(network, port)
-
-    def remove_tap(self, port: Port) -> object:
-        return self._plane.remove_tap(port)
-
-    def namespace(self, network: Network) -> str:
-        return self._plane.namespace(network)
 
     def doctor(self, desired: NodeNetworks) -> Sequence[Finding]:
         return self._plane.doctor(replace(desired, uplink=self._uplink or desired.uplink))
@@ -312,9 +304,16 @@ class RemoteController:
                     log.error("routers could not be dropped: %s", err)
 
     async def dial(self, node: str, ticket: str) -> Stream:
-        """Bring a stream over a connection of our own. Raises Unavailable."""
+        """Bring a stream over a connection of our own: only a node can connect. Raises Unavailable."""
         mine = self._identity
-        return await bring(mine.url, ticket, f"Node {mine.node}:{mine.secret}", _context(mine))
+        where = f"wss{mine.url.removeprefix('https').rstrip('/')}/agent/v1/streams/{ticket}"
+        told = {"Authorization": f"Node {mine.node}:{mine.secret}"}
+        try:
+            options = {"additional_headers": told, "compression": None, "proxy": None, **_LIMITS}
+            socket = await connect(where, ssl=_context(mine), **options)
+        except (OSError, TimeoutError, WebSocketException) as err:
+            raise Unavailable(f"the server did not take a stream: {err!r}") from err
+        return Stream(socket.send, socket.recv, socket.close, ConnectionClosed)
 
     async def _answering(self) -> None:
         """What the server asks of this node: console data, pings, streams. One that takes long holds up no other."""

@@ -14,17 +14,20 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import zstandard
 
-from compute.cluster.records.epochs import begin
+from compute.cluster.liveness import KIND as ALIVE
+from compute.cluster.records.epochs import Epoch, begin
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.transaction import Transaction, transact
-from compute.cluster.state.protocol import StateStore
+from compute.cluster.state.opening import open_state
+from compute.cluster.state.protocol import MOST_BYTES, MOST_KEYS, StateStore
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import ComputeError, Conflict, Denied, NotFound
@@ -50,8 +53,13 @@ class Backup:
     instances: int = 0
 
 
-def _pack(state_dir: Path) -> bytes:
-    source = state_dir / "sf.db"
+def _pack(state_dir: Path, records: StateStore | None = None, source: Path | None = None) -> bytes:
+    if records is not None and source is None:
+        with TemporaryDirectory(prefix="sf-state-") as place:
+            with closing(SqliteStore(Path(place, "sf.db"))) as copy:
+                _copy(records, copy)
+            return _pack(state_dir, records, Path(place, "sf.db"))
+    source = source or state_dir / "sf.db"
     if not os.access(source, os.R_OK):
         raise NotFound(
             f"there is no {source}, or it is not yours", hint="sf state backup works on the server, as root"
@@ -127,20 +135,22 @@ def _store(where: str, *, create: bool = False) -> Iterator[Store | None]:
         yield store
 
 
-def back_up_state(state_dir: Path, where: str, keep: int = 0) -> Backup:
+def back_up_state(state_dir: Path, where: str, keep: int = 0, records: StateStore | None = None) -> Backup:
     """Write a backup into a file or a store and read it from there; of a store's own so many stay, 0 for all.
 
+    records: those of an etcd, instead of the file in `state_dir`.
     Raises NotFound, Corrupt, Denied for a published store, sqlite3.Error, OSError.
     """
     with _store(where, create=True) as store:
         if store is None:
-            durable.write(Path(where), _pack(state_dir))
+            durable.write(Path(where), _pack(state_dir, records))
             return _sound(next(state_backups(where))[0])
         if next(iter(store.backend.list(TUF.prefix)), None):
             raise Denied(f"{store.url} is published, and a state holds every key", hint="use another store")
         stamp = time.strftime("%Y%m%dt%H%M%Sz", time.gmtime(store.backend.now()))
         own = _identity((state_dir / _IDENTITY).read_bytes())
-        made = _sound(_read(store, store.backend.put(STATES.key(f"{own}-{stamp}"), _pack(state_dir)))[0])
+        kept = store.backend.put(STATES.key(f"{own}-{stamp}"), _pack(state_dir, records))
+        made = _sound(_read(store, kept)[0])
         for stat in _own(store, state_dir)[keep:] if keep else ():
             store.backend.delete(stat.key)
         return made
@@ -161,12 +171,16 @@ def state_backups(where: str) -> Iterator[tuple[Backup, bytes]]:
             yield from (_read(store, stat) for stat in _own(store, None))
 
 
-def restore_state(state_dir: Path, where: str, name: str = "") -> Backup:
+def restore_state(state_dir: Path, where: str, name: str = "", into: StateStore | None = None) -> Backup:
     """Put the newest back, or the one of this name. Whoever calls it holds the lock of `state_dir`.
 
     What is there stays beside it as `sf.db.<time>`, and in its place until the last step: killed at any moment, it is
-    begun anew. Raises NotFound, Corrupt, and Conflict for a directory of another installation.
+    begun anew. into: an etcd, empty. Raises NotFound, Corrupt, and Conflict for a directory of another installation.
     """
+    if into is not None and into.get(Epoch().key):
+        raise Conflict(
+            "there is a state in this etcd", hint="another: etcd://…/PLACE; or etcdctl del --prefix"
+        )
     found = [(made, data) for made, data in state_backups(where) if name in ("", made.name)]
     if not found:
         raise NotFound(f"{where} keeps no state {name}".strip(), hint=f"sf state check {where}")
@@ -182,16 +196,44 @@ def restore_state(state_dir: Path, where: str, name: str = "") -> Backup:
     with closing(SqliteStore(place / "sf.db")) as store:
         nodes = [node.name for node in Transaction(store).list(Node) if node.state != "deleted"]
         transact(store, lambda txn: begin(txn, nodes, f"the state was restored from {made.name}"))
+        if into is not None:
+            _copy(store, into)
     for file, content in files.items():
         path = state_dir / file
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
             durable.write(path, content, 0o644 if file == _IDENTITY else 0o600)
-    _keep_aside(state_dir / "sf.db")
-    (place / "sf.db").rename(state_dir / "sf.db")
-    durable.sync(state_dir)
+    if into is None:
+        _keep_aside(state_dir / "sf.db")
+        (place / "sf.db").rename(state_dir / "sf.db")
+        durable.sync(state_dir)
     shutil.rmtree(place)
     return made
+
+
+def copy_state(config: Config, source: str, target: str) -> Backup:
+    """Everything from a state directory or an etcd to the other, by a backup; the servers of both are stopped."""
+    with TemporaryDirectory(prefix="sf-state-") as place, ExitStack() as opened:
+        told = [replace(config, state=where) if "://" in where else None for where in (source, target)]
+        records, into = (opened.enter_context(closing(open_state(one))) if one else None for one in told)
+        if any(store and store.list(f"{ALIVE}/") for store in (records, into)):
+            raise Conflict("nodes speak to a server whose state this is", hint="stop sf serve")
+        homes = [config.state_dir if "://" in where else Path(where) for where in (source, target)]
+        back_up_state(homes[0], f"{place}/{source.rpartition('/')[2]}", records=records)
+        return restore_state(homes[1], f"{place}/{source.rpartition('/')[2]}", into=into)
+
+
+def _copy(source: StateStore, target: StateStore) -> None:
+    """All of one moment but what lives with a lease; last the epoch, without which it is no state."""
+    piece, size_bytes = dict[str, bytes | None](), 0
+    for record in sorted(source.list(""), key=lambda record: record.key == Epoch().key):
+        size_bytes += len(record.key) + len(record.value)
+        if piece and (len(piece) == MOST_KEYS or size_bytes > MOST_BYTES or record.key == Epoch().key):
+            target.commit(piece, expect={})
+            piece, size_bytes = {}, len(record.key) + len(record.value)
+        if not record.key.startswith(f"{ALIVE}/"):
+            piece[record.key] = record.value
+    target.commit(piece, expect={})
 
 
 def _keep_aside(old: Path) -> None:
@@ -210,7 +252,7 @@ async def keep(store: StateStore, config: Config, node: str) -> None:
     """For ever: a backup as soon as the newest is old enough, also after the server was down; the oldest go."""
     said = ""
     while config.state_backup:
-        words = await asyncio.to_thread(_when_due, config)
+        words = await asyncio.to_thread(_when_due, config, store if config.state else None)
         if words not in ("", said):
             said = words
             log.log(logging.ERROR if " not " in words else logging.INFO, "%s", words)
@@ -220,7 +262,7 @@ async def keep(store: StateStore, config: Config, node: str) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-def _when_due(config: Config) -> str:
+def _when_due(config: Config, records: StateStore | None = None) -> str:
     """What became of it, in words; "" if there was nothing to do."""
     try:
         with _store(config.state_backup, create=True) as store:
@@ -228,7 +270,7 @@ def _when_due(config: Config) -> str:
             due_s = sum(stat.modified_s for stat in newest) + config.state_backup_every_s
             if store and store.backend.now() < due_s:
                 return ""
-        made = back_up_state(config.state_dir, config.state_backup, config.state_backup_keep)
+        made = back_up_state(config.state_dir, config.state_backup, config.state_backup_keep, records)
         return f"the state was backed up: {made.name}"
     except (ComputeError, StoreError, OSError, sqlite3.Error) as err:
         return f"the state was not backed up: {err}"

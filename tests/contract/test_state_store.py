@@ -38,11 +38,10 @@ def make() -> Iterator[Callable[[str], Make]]:
                 return lambda path: SqliteStore(path / "sf.db")
             pytest.importorskip("etcd3gw")
             from compute.cluster.state.etcd import EtcdStore
-            from compute.cluster.state.gateway import Access
 
             if engine not in urls:
                 urls[engine] = running.enter_context(members(ENGINES[engine])).url
-            return lambda path: EtcdStore(Access(f"{urls[engine]}{path}"), history=SHORT[engine])
+            return lambda path: EtcdStore(f"{urls[engine]}{path}", history=SHORT[engine])
 
         yield maker
 

@@ -145,10 +145,7 @@ def _say(txn: Transaction, one: Artifact, text: str) -> None:
 
 
 def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> bool:
-    """It is here, or will not come: instances go on, the artifact has a version more, or both say why not.
-
-    True: there are more instances, for another transaction.
-    """
+    """It is here, or will not come: instances go on, the artifact is had, or both say why not. True: there is more."""
     for instance in _waiting(txn, one):
         if txn.room < 10:
             return True

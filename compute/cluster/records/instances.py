@@ -256,10 +256,7 @@ def power(txn: Transaction, uuid: str, verb: str, grace_s: int = 0) -> Instance:
 
 
 def booted(txn: Transaction, node: str, after: str = "") -> str:
-    """The node's machine has started: those that are to run then, or not to, are wanted so.
-
-    Returns after which of them another transaction goes on, "" when all were looked at.
-    """
+    """The node's machine has started: its guests are wanted on or off. Returns after which another goes on."""
     last = ""
     for one in txn.list(Instance):
         if one.uuid <= after:

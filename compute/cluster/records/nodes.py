@@ -90,9 +90,7 @@ def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[
 def remove(
     txn: Transaction, name: str, *, server: str, alive: bool, router_nodes: Sequence[str]
 ) -> Node | None:
-    """Forget it, and the instances that were on it. Raises Conflict for the server, or while it lives and has some.
-
-    None: there are more of them, for another transaction.
+    """Forget it, and the instances that were on it; None: there are more. Conflict for the server, or one that lives.
 
     Its identity and the deletions stay: a machine that comes back is told what to remove, until it has done so.
     """

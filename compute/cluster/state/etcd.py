@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from compute.cluster.state.gateway import Access, Gateway, Lost, decode, encode, prefix
+from compute.cluster.state.gateway import Gateway, Lost, decode, encode, prefix
 from compute.cluster.state.protocol import ABSENT, Change, Record, bounded
 from compute.errors import Compacted, LeaseLost, NoSpace, Stale, Unavailable
 
@@ -34,8 +34,8 @@ _PIECES, _PIECE = 4, bytes(256 << 10)
 class EtcdStore:
     """`StateStore` in etcd. A lease lives at least two seconds, whatever was asked for: etcd has none shorter."""
 
-    def __init__(self, access: Access, *, history: int = HISTORY) -> None:
-        self.gateway, self._history = Gateway(access), history
+    def __init__(self, url: str, *access: str, history: int = HISTORY) -> None:
+        self.gateway, self._history = Gateway(url, *access), history
         self._ask = self.gateway.ask
         self._full, self._mine, self._trimmed = threading.Lock(), threading.local(), self.revision()
         for kv in self._ask("kv/range", prefix(self._name("nonce/"))).get("kvs", []):
@@ -90,12 +90,13 @@ class EtcdStore:
             compare.append(name | {"target": "VERSION", "result": "GREATER", "version": "0"})
             looking.append({"request_range": name})
         asked = {"compare": compare, "success": doing, "failure": looking}
-        try:
-            revision = self._commit(asked)
-        except NoSpace:
-            if not self._make_room():
-                raise
-            revision = self._commit(asked)
+        while True:
+            try:
+                revision = self._commit(asked)
+                break
+            except NoSpace:
+                if not self._make_room():
+                    raise
         if revision - self._trimmed > self._history // 2:
             self._trimmed = revision
             with suppress(Compacted, Unavailable):  # another server did, or will
@@ -104,19 +105,19 @@ class EtcdStore:
 
     def _commit(self, asked: dict[str, Any]) -> int:
         """Raises Stale, LeaseLost, NoSpace, Unavailable."""
-        for _ in range(_ATTEMPTS if asked["success"] else 0):
+        for _ in range(_ATTEMPTS):
             # Out of its place until it is known again what it holds.
-            slot, revision = self._mine.__dict__.pop(
-                "slot", (self._name(f"nonce/{secrets.token_hex(8)}"), ABSENT)
-            )
+            fresh = self._name(f"nonce/{secrets.token_hex(8)}"), ABSENT
+            slot, revision = self._mine.__dict__.pop("slot", fresh)
             key, nonce = {"key": encode(slot)}, f"{time.time():.0f}-{secrets.token_hex(12)}"
+            put = [{"request_put": key | {"value": encode(nonce)}}] if asked["success"] else []
             whole = {
                 "compare": [*asked["compare"], _is(slot, revision)],
-                "success": [*asked["success"], {"request_put": key | {"value": encode(nonce)}}],
+                "success": [*asked["success"], *put],
                 "failure": [*asked["failure"], {"request_range": key}],
             }
             try:
-                found = self._ask("kv/txn", whole, again=False)
+                found = self._ask("kv/txn", whole, again=not put)
             except Lost:
                 done, revision = self._settle(slot, revision, nonce)
                 self._mine.slot = slot, revision
@@ -124,17 +125,13 @@ class EtcdStore:
                     return revision
                 continue
             if found.get("succeeded"):
-                self._mine.slot = slot, _revision(found)
+                self._mine.slot = slot, _revision(found) if put else revision
                 return _revision(found)
             if _revision(found, -1) == revision:  # else it was taken for one of the dead
                 self._mine.slot = slot, revision
                 break
         else:
-            if asked["success"]:
-                raise Unavailable("etcd's answers are lost again and again", hint="sf doctor")
-            found = self._ask("kv/txn", asked)
-            if found.get("succeeded"):
-                return _revision(found)
+            raise Unavailable("etcd's answers are lost again and again", hint="sf doctor")
         if asked["failure"] and not _revision(found, 0):
             raise LeaseLost("the lease has expired")
         raise Stale("something changed meanwhile")
@@ -153,7 +150,10 @@ class EtcdStore:
         return said == nonce, _revision(found, 0)
 
     def _make_room(self) -> bool:
-        """Give a piece of the reserve away, and all history; False if there is no reserve left."""
+        """Give a piece of the reserve away, and all history; False if there is no reserve left.
+
+        Files of etcd shrink when they are written anew, and it is full until told otherwise.
+        """
         with self._full:
             kept = self._ask("kv/range", prefix(self._name("reserve/")) | {"limit": "1", "keys_only": True})
             if kept.get("kvs"):
@@ -161,7 +161,11 @@ class EtcdStore:
                 self._ask("kv/deleterange", {"key": kept["kvs"][0]["key"]})
                 with suppress(Compacted):
                     self._ask("kv/compaction", {"revision": str(self.revision()), "physical": True})
-                self.gateway.make_room()
+                for member in self.gateway.members:
+                    with suppress(Lost):  # it goes on without us
+                        self.gateway.ask_one(member, "maintenance/defragment", {})
+                for alarm in self._ask("maintenance/alarm", {}).get("alarms", []):
+                    self._ask("maintenance/alarm", alarm | {"action": "DEACTIVATE"})
             return bool(kept.get("kvs"))
 
     # Leases
@@ -188,17 +192,14 @@ class EtcdStore:
             self.revision()  # a member that is cut off has no answer to this, and would watch in silence
             left_s = max(_LEAST_S, deadline - time.monotonic())
             for events in self.gateway.follow(prefix(self._name("state/")), after_revision, left_s):
-                found = [self._change(e) for e in events if self._record(e["kv"]).key.startswith(prefix_)]
-                if found:
+                told = ((self._record(e["kv"]), e.get("type") == "DELETE") for e in events)
+                found = [Change(r.key, None if gone else r.value, r.revision) for r, gone in told]
+                if found := [change for change in found if change.key.startswith(prefix_)]:
                     return found
                 if events and time.monotonic() > deadline:
                     return []
             if time.monotonic() > deadline or self.gateway.closed:
                 return []
-
-    def _change(self, event: dict[str, Any]) -> Change:
-        found = self._record(event["kv"])
-        return Change(found.key, None if event.get("type") == "DELETE" else found.value, found.revision)
 
     def close(self) -> None:
         """A second call does nothing."""

@@ -8,8 +8,6 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import requests
@@ -18,32 +16,10 @@ from etcd3gw.exceptions import Etcd3Exception
 
 from compute.errors import Compacted, ComputeError, Denied, Invalid, LeaseLost, NoSpace, Unavailable
 
-CONNECT_S, ANSWER_S, _MENDED_S = 1.0, 3.0, 60.0
+CONNECT_S, ANSWER_S = 1.0, 3.0
 PATIENCE_S = 12.0
 """An election takes a second or two; who still gets no answer is told so."""
 _URL = re.compile(r"(etcds?)://((?:[\w.-]+|\[[\da-f:]+\]):\d+(?:,[^/,]+:\d+)*)(/[\w./-]*)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Where etcd is, and who we are there: files of TLS (PEM), a user of etcd's own as NAME:PASSWORD."""
-
-    url: str
-    ca: str = ""
-    cert: str = ""
-    key: str = ""
-    user: str = field(default="", repr=False)
-
-    def parts(self) -> tuple[str, Sequence[str], str]:
-        """http or https, the members' addresses, the place. Raises Invalid."""
-        found = _URL.fullmatch(self.url)
-        if not found:
-            raise Invalid(f"not the URL of an etcd: {self.url[:80]}", hint="etcd://h1:2379,h2:2379,h3:2379")
-        return (
-            found[1].replace("etcd", "http"),
-            found[2].split(","),
-            f"/{(found[3] or '').strip('/') or 'sf'}/",
-        )
 
 
 class Lost(ComputeError):
@@ -66,16 +42,16 @@ def prefix(text: str) -> dict[str, str]:
 class Gateway:
     """Verbs of etcd's v3 API as JSON. Thread-safe."""
 
-    def __init__(self, access: Access) -> None:
-        scheme, hosts, self.place = access.parts()
-        self.members, self._access, self._at, self.closed = list[Etcd3Client](), access, 0, False
-        for name, _, port in (host.rpartition(":") for host in hosts):
+    def __init__(self, url: str, ca: str = "", cert: str = "", key: str = "", user: str = "") -> None:
+        """Files of TLS in PEM; user: NAME:PASSWORD. Raises Invalid."""
+        if not (found := _URL.fullmatch(url)):
+            raise Invalid(f"not the URL of an etcd: {url[:80]}", hint="etcd://h1:2379,h2:2379,h3:2379")
+        scheme, self.place = found[1].replace("etcd", "http"), f"/{(found[3] or '').strip('/') or 'sf'}/"
+        self.members, self._user, self._at, self.closed = list[Etcd3Client](), user, 0, False
+        for name, _, port in (host.rpartition(":") for host in found[2].split(",")):
             session = requests.Session()
             session.trust_env = False  # REQUESTS_CA_BUNDLE would go before `ca`, a proxy between us and etcd
-            session.verify, session.cert = (
-                access.ca or True,
-                (access.cert, access.key) if access.cert else None,
-            )
+            session.verify, session.cert = ca or True, (cert, key) if cert else None
             session.mount(f"{scheme}://", requests.adapters.HTTPAdapter(pool_maxsize=64))
             made: Any = Etcd3Client(name.strip("[]"), int(port), scheme, api_path="/v3/", session=session)
             made.timeout = (CONNECT_S, ANSWER_S)
@@ -107,7 +83,7 @@ class Gateway:
         try:
             return self._post(member, path, body)
         except Denied:
-            name, _, password = self._access.user.partition(":")
+            name, _, password = self._user.partition(":")
             if not name:
                 raise
             # etcd3gw knows nothing of etcd's own users. A token lives for minutes, and not at all with others.
@@ -150,14 +126,6 @@ class Gateway:
             if "timed out" not in str(err):
                 self._leave(at)
 
-    def make_room(self) -> None:
-        """Of a full etcd: its files shrink when they are written anew, and it is full until told otherwise."""
-        for member in self.members:
-            with suppress(requests.RequestException):
-                member.session.post(member.get_url("maintenance/defragment"), json={}, timeout=_MENDED_S)
-        for alarm in self.ask("maintenance/alarm", {}).get("alarms", []):
-            self.ask("maintenance/alarm", alarm | {"action": "DEACTIVATE"})
-
     def close(self) -> None:
         self.closed = True
         for member in self.members:
@@ -173,7 +141,6 @@ _TOLD: tuple[tuple[str, type[ComputeError], str, str], ...] = (
     ("permission denied", Unavailable, "etcd's user may not do this", "etcdctl role grant-permission"),
     ("auth token", Denied, "etcd does not know this token", ""),
     ("user name is empty", Denied, "etcd wants a user", "state_user = NAME:PASSWORD"),
-    ("request is too large", Invalid, "etcd takes no change that large", "etcd --max-request-bytes"),
 )
 
 
