@@ -20,6 +20,7 @@ MEMBERS = {
     "mirror": ("cli.image.mirror:mirror", "Carry images for others, sign their names, serve them."),
     "remote": ("cli.image.store:remote", "Other stores to look names up in."),
     "events": ("cli.cloud.events:events", "What happened to what you see."),
+    "top": ("cli.cloud.events:top", "What guests use, in the last 15 seconds."),
     "backup": ("cli.cloud.backup:backup", "Keep guests' disks, regularly."),
     "node": ("cli.operate.cluster:node", "Machines of the cluster."),
     "namespace": ("cli.operate.cluster:namespace", "Tenants."),

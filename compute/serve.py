@@ -121,7 +121,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
         bringing = partial(Bringing(store, own, stores.images, config).keep, controller.feed)
         taking = Snapshots(store, own, lambda: stores.images.stores, controller.feed)
-        upkeep = own.keep, taking.keep
+        upkeep = own.keep, taking.keep, controller.usage.keep
         parts = *upkeep, controller.keep_up, stores.keep, instances_images, state_backups, bringing
         await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))

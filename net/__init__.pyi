@@ -5,6 +5,7 @@ from .doctor import describe as describe
 from .errors import NetError as NetError
 from .kernel.netns import listening as listening
 from .kernel.netns import tcp_socket as tcp_socket
+from .kernel.netns import traffic as traffic
 from .plan.model import Allow as Allow
 from .plan.model import Limits as Limits
 from .plan.model import Network as Network

@@ -27,6 +27,7 @@ from compute.cluster.records.transaction import transact
 from compute.cluster.state.opening import open_state
 from compute.config import Config
 from compute.serve import secured
+from compute.wire.operations import Figures
 from compute.wire.spec import CachedImage, InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
 from compute.wire.streams import SOCKETS
 from imagestore import Resolved, listening
@@ -61,6 +62,7 @@ class PlayedAgent:
         self.console_data = b"SF-GUEST-READY\n"
         self.echoes: list[asyncio.Task[None]] = []
         self.fetched: list[str] = []
+        self.asked = 0
 
     async def run(self) -> None:
         await self.controller.register(self.node, NodeFacts(cpus=4, memory_mib=8192, accel="tcg"), self)
@@ -89,6 +91,13 @@ class PlayedAgent:
 
     async def ping(self, network_uuid: str, address: str) -> tuple[list[str], list[str]]:
         return [f"PING {address}", "3 packets transmitted"], []
+
+    async def usage(self) -> dict[str, Figures]:
+        self.asked += 1
+        used = {"cpu_s": self.asked * 5.0, "memory_bytes": 1 << 28, "read_bytes": self.asked << 20}
+        node = {"cpu_s": self.asked * 10.0, "memory_bytes": 2 << 30, "memory_total_bytes": 8 << 30}
+        node |= {"disk_bytes": 10 << 30, "disk_total_bytes": 100 << 30}
+        return {"": node, **{uuid: dict(used) for uuid, s in self.seen.items() if s.power_state == "on"}}
 
     async def listening(self) -> list[tuple[str, int]]:
         return [("tcp", 9999)]
@@ -227,6 +236,7 @@ def running(
         )
         task = asyncio.create_task(agent.run())
         bringing = asyncio.create_task(Bringing(store, own, known, settings).keep(controller.feed))
+        counting = asyncio.create_task(controller.usage.keep())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http{'s' * settings.tls}://127.0.0.1:{listener.getsockname()[1]}"
         key = (directory / "auth/local-key").read_text()
@@ -237,7 +247,7 @@ def running(
         await stop.wait()
         server.should_exit = True
         await serving
-        for one in (task, bringing):
+        for one in (task, bringing, counting):
             one.cancel()
             with suppress(asyncio.CancelledError):
                 await one

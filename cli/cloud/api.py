@@ -19,8 +19,6 @@ from cli.settings import access, authority, check_key, is_local
 ANSWER_S = 40.0
 """No request of the API may take 30 s."""
 
-_AWAY_S = 2.0
-
 Object = dict[str, Any]
 
 
@@ -37,37 +35,23 @@ class Api:
         self._path, self._token = parts.path.rstrip("/"), ""
         safe = parts.scheme == "https"
         self.tls = tls or trusting(authority(settings(), self.url)) if safe else None
-        self._host, self._port = parts.hostname, parts.port
-        self._connection = self._connect()
-
-    def _connect(self) -> http.client.HTTPConnection:
-        if self.tls:
-            return http.client.HTTPSConnection(self._host, self._port, timeout=ANSWER_S, context=self.tls)
-        return http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)
+        self._connection = (
+            http.client.HTTPSConnection(parts.hostname, parts.port, timeout=ANSWER_S, context=self.tls)
+            if self.tls
+            else http.client.HTTPConnection(parts.hostname, parts.port, timeout=ANSWER_S)
+        )
 
     def follow(self, path: str) -> Iterator[Object]:
-        """Server-sent events, for ever: a server that is away is asked again, from where it was. Raises Problem."""
-        last, _ = "", self.token()
-        for _ in poll(float("inf"), _AWAY_S):
-            connection = self._connect()
-            try:
-                told = {"Authorization": f"Bearer {self.token()}"} | ({"Last-Event-ID": last} if last else {})
-                connection.request("GET", f"{self._path}/{path}?follow=true", headers=told)
-                if (response := connection.getresponse()).status not in (200, 401):
-                    _answer(response.status, dict(response.headers), response.read())
-                for line in response if response.status == 200 else ():
-                    what, _, text = line.decode().rstrip().partition(": ")
-                    last = text if what == "id" else last
-                    if what == "data":
-                        yield json.loads(text)
-                self._token = ""  # it ended with its key, or with the server
-            except (OSError, http.client.HTTPException):
-                pass
-            except Problem as error:
-                if error.code not in (UNREACHABLE, TIMEOUT):
-                    raise
-            finally:
-                connection.close()
+        """Server-sent events until the server ends them. Raises Problem."""
+        told = {"Authorization": f"Bearer {self.token()}"}
+        self._connection.request("GET", f"{self._path}/{path}?follow=true", headers=told)
+        response = self._connection.getresponse()
+        if response.status != 200:
+            _answer(response.status, dict(response.headers), response.read())
+        for line in response:
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
+        raise Problem(f"{self.url} has ended", hint="try again", code=UNREACHABLE)
 
     def __call__(self, method: str, *path: str, **body: Any) -> Any:
         """The answer's JSON, or its bytes if it is none. Raises Problem with the exit code of its status."""

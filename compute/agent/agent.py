@@ -95,7 +95,7 @@ class Agent:
         self._instances.mkdir(parents=True, exist_ok=True)
         self._memory, self._trouble = memory or Memory(state_dir), ""
         self.operations = Operations(
-            node_name, plane, self._plane_lock, self._guests, images, controller.dial
+            node_name, plane, self._plane_lock, self._guests, images, controller.dial, self._instances
         )
         self._reports = Reports(partial(controller.report, node_name))
         self._said: Inventory | None = None

@@ -1,21 +1,24 @@
 """What the server asks of this node directly, done."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Plane
+from compute.agent.hypervisor import figures
 from compute.agent.image_service import ServedImages
 from compute.agent.streams import Streams, connect
 from compute.errors import NotFound
 from compute.wire.codec import from_plain
-from compute.wire.operations import NodeOperations
+from compute.wire.operations import Figures, NodeOperations
 from compute.wire.spec import CachedImage
 from compute.wire.streams import Stream
-from net import Network, NodeNetworks, listening
+from net import NetError, Network, NodeNetworks, listening, traffic
 
 _PINGS = 8
 """At once: each is a process, and tenants ask for them."""
@@ -32,9 +35,10 @@ class Operations(NodeOperations):
         guests: Mapping[str, Guest],
         images: ServedImages,
         dial: Callable[[str, str], Awaitable[Stream]],
+        directory: Path,
     ) -> None:
         self._node, self._plane, self._plane_lock, self._guests = node, plane, plane_lock, guests
-        self._images = images
+        self._images, self._directory = images, directory
         self.networks: NodeNetworks | None = None
         self._pings = asyncio.Semaphore(_PINGS)
         self.streams = Streams(partial(dial, node))
@@ -65,6 +69,21 @@ class Operations(NodeOperations):
 
     async def listening(self) -> list[tuple[str, int]]:
         return sorted(await asyncio.to_thread(listening))
+
+    async def usage(self) -> dict[str, Figures]:
+        return await asyncio.to_thread(self._usage, list(self._guests.values()))
+
+    def _usage(self, guests: Sequence[Guest]) -> dict[str, Figures]:
+        taps, host = dict[str, tuple[int, int]](), guests[0].host if guests else None
+        found = figures.of_guests(host.hypervisor, host.installation) if host else {}
+        for network in self.networks.networks if self.networks and found else ():
+            with suppress(NetError, OSError):  # it goes away at this moment
+                taps |= traffic(self._plane.namespace(network))
+        for guest in guests:
+            links = [taps.get(link.tap, (0, 0)) for link in guest.spec.interfaces]
+            came, went = sum(went for _, went in links), sum(came for came, _ in links)  # seen from the guest
+            found.get(guest.spec.uuid, {}).update(in_bytes=came, out_bytes=went)
+        return found | {"": figures.of_node(self._directory)}
 
     async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
         if kind == "connect":

@@ -1,12 +1,13 @@
 """The application: routers, the capability page, and what machines ask for (metrics, liveness, readiness)."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from compute.api import history, instances, namespaces, networks, nodes, problems, screens, streams
@@ -15,12 +16,13 @@ from compute.api.edge import Edge, Metrics
 from compute.api.images import artifacts, snapshots
 from compute.api.images.stores import OwnStores
 from compute.api.ui import pages
+from compute.cluster.certificates import ends_s
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.snapshots import Backup
 from compute.cluster.records.transaction import Transaction
-from compute.cluster.state.protocol import StateStore
+from compute.wire.operations import COUNTED, HELD
 
 CAPABILITIES = (
     "artifact-metadata",
@@ -51,41 +53,58 @@ _PAGE = (
 class _Objects(Collector):
     """How many of each, counted when somebody asks."""
 
-    def __init__(self, store: StateStore) -> None:
-        self._store = store
+    def __init__(self, services: Services) -> None:
+        self._services = services
 
     def collect(self) -> Iterable[Metric]:
-        read = Transaction(self._store)
-        gauge = GaugeMetricFamily("sf_objects", "Objects by kind and state", labels=["kind", "state"])
-        instances = read.list(Instance)
+        config, usage = self._services.config, self._services.controller.usage
+        read = Transaction(self._services.store)
+        instances, nodes = read.list(Instance), [n for n in read.list(Node) if n.state != "deleted"]
         counted = Counter(("instance", str(i.state)) for i in instances)
         counted.update(("network", n.state) for n in read.list(Network))
-        counted.update(("node", n.state) for n in read.list(Node))
-        for labels, count in sorted(counted.items()):
-            gauge.add_metric(labels, count)
-        yield gauge
-        came = GaugeMetricFamily(
-            "sf_boot_bytes",
-            "Bytes of running guests' images by where they came from",
-            labels=["instance", "origin"],
-        )
-        waited = GaugeMetricFamily(
-            "sf_boot_waited_seconds", "What guests' reads waited for them", labels=["instance"]
-        )
+        counted.update(("node", n.state) for n in nodes)
+        yield _family("sf_objects", "Objects by kind and state", ["kind", "state"], sorted(counted.items()))
+        came, waited = list[_Row](), list[_Row]()
         for one in instances:
             disks = list(one.extra.get("image_bytes", {}).values())
             total = sum((Counter(figures.get("received", {})) for figures in disks), Counter[str]())
-            for origin, count in total.items():
-                came.add_metric([one.uuid, origin], count)
-            if disks:
-                waited.add_metric([one.uuid], sum(figures.get("waited_s", 0) for figures in disks))
-        yield from (came, waited)
-        kept = GaugeMetricFamily("sf_backup", "Failures in a row; the last", labels=["instance", "what"])
-        for rule in read.list(Backup):
-            kept.add_metric([rule.uuid, "failures"], rule.failures)
-            kept.add_metric([rule.uuid, "last_seconds"], rule.last_s)
-        yield kept
-        yield GaugeMetricFamily("sf_state_revision", "Commits of the state store", self._store.revision())
+            came += [((one.uuid, origin), count) for origin, count in total.items()]
+            waited += [((one.uuid,), sum(figures.get("waited_s", 0) for figures in disks))] if disks else []
+        yield _family("sf_boot_bytes", "Bytes of guests' images by origin", ["instance", "origin"], came)
+        yield _family("sf_boot_waited_seconds", "What guests' reads waited for them", ["instance"], waited)
+        rules = read.list(Backup)
+        kept = [((r.uuid, "failures"), float(r.failures)) for r in rules]
+        kept += [((r.uuid, "last_seconds"), r.last_s) for r in rules]
+        kept += [((r.uuid, "due_seconds"), r.due_s) for r in rules]
+        yield _family("sf_backup", "Failures in a row; the last; the next", ["instance", "what"], kept)
+        cert = config.tls_cert or str(config.state_dir / "auth/api.crt") if config.tls else ""
+        ends = [((), ends_s(cert))] if cert else []
+        yield _family("sf_certificate_ends_seconds", "When the API's certificate ends", [], ends)
+        labels = ["instance", "name", "namespace", "node"]
+        yield from _used(
+            "instance", labels, {(i.uuid, i.name, i.namespace, i.node): usage.of(i) for i in instances}
+        )
+        yield from _used("node", ["node"], {(node.name,): usage.of(node) for node in nodes})
+        yield _family("sf_state_revision", "Commits of the state store", [], [((), read.store.revision())])
+
+
+_Row = tuple[tuple[str, ...], float]
+
+
+def _family(name: str, about: str, labels: list[str], rows: Iterable[_Row], *, grows: bool = False) -> Metric:
+    found = (CounterMetricFamily if grows else GaugeMetricFamily)(name, about, labels=labels)
+    for values, number in rows:
+        found.add_metric(values, number)
+    return found
+
+
+def _used(
+    kind: str, labels: list[str], used: Mapping[tuple[str, ...], Mapping[str, Any] | None]
+) -> Iterable[Metric]:
+    for name in (*COUNTED, *HELD):
+        rows = [(values, one[name]) for values, one in used.items() if one]
+        called = f"sf_{kind}_{name.replace('cpu_s', 'cpu_seconds')}"
+        yield _family(called, f"What each {kind} uses", labels, rows, grows=name in COUNTED)
 
 
 def build(services: Services) -> FastAPI:
@@ -93,7 +112,7 @@ def build(services: Services) -> FastAPI:
     app = FastAPI(title="sf", docs_url=None, redoc_url=None)
     app.state.services = services
     metrics = Metrics()
-    metrics.registry.register(_Objects(services.store))
+    metrics.registry.register(_Objects(services))
     app.add_middleware(Edge, metrics=metrics)
     problems.install(app)
     guests = instances, screens, streams, snapshots, artifacts

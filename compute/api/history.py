@@ -1,9 +1,12 @@
 """Metadata and events: the same routes under every kind of object, and the events of all that somebody sees."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter
@@ -31,6 +34,7 @@ METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
 
 Lookup = Callable[[Context, str], Stored]
+Json = views.Json
 
 
 class Item(Body):
@@ -107,39 +111,48 @@ def _streamed(events: AsyncIterator[str]) -> Response:
 
 
 def _read(ctx: Context, item: Stored, query: EventQuery, after: str = "") -> list[Event]:
-    """Newest first. after: only those whose name sorts behind it."""
+    """Newest first. after: only those whose name sorts behind it. What is used has no history: it is made here."""
+    if query.event_type == {"instance": "usage", "node": "resources"}.get(item.KIND, ""):
+        used: Any = ctx.services.controller.usage.of(item)  # type: ignore[arg-type]
+        about: Any = {"type": query.event_type, "message": query.event_type, "extra": used}
+        return [Event(name="", timestamp_s=time.time(), **about)] if used and not after else []
     found = Transaction(ctx.store).list(Event, f"{item.key}/")
     chosen = [e for e in found if query.event_type in (None, "", e.type) and e.name > after]
     return chosen[::-1][: query.limit]
 
 
 async def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -> AsyncIterator[str]:
-    """A reader that comes back says where it was by Last-Event-ID (the event's name).
-
-    It ends with the caller's key, with the trust by which it was seen, and with the object.
-    """
-    feed = ctx.services.controller.feed
+    """Of one object: its events' names are where a reader was. It ends with the object, too."""
     after = ctx.request.headers.get("last-event-id", "")
 
-    def read() -> list[Event]:
-        ctx.look_again()
-        return _read(ctx, find(), query, after)
+    def read() -> list[tuple[str, Json]]:
+        nonlocal after
+        found = [(event.name, views.event(event)) for event in _read(ctx, find(), query, after)]
+        after = found[0][0] if found else after
+        return found[::-1]
 
+    async for text in _sent(ctx, read):
+        yield text
+
+
+async def _sent(ctx: Context, read: Callable[[], list[tuple[str, Json]]]) -> AsyncIterator[str]:
+    """What `read` finds anew, each after its mark (Last-Event-ID), until its key or trust ends."""
+    feed = ctx.services.controller.feed
     while not await ctx.request.is_disconnected():
         seen = feed.revision
         try:
-            found = await run_in_threadpool(read)  # not the loop's own threads: leases are renewed there
+            await run_in_threadpool(ctx.look_again)  # not the loop's own threads: leases are renewed there
+            found = await run_in_threadpool(read)
         except (Unauthenticated, NotFound):
             return
-        for event in reversed(found):
-            after = event.name
-            yield f"id: {event.name}\ndata: {json.dumps(views.event(event))}\n\n"
+        for mark, view in found:
+            yield f"id: {mark}\ndata: {json.dumps(view)}\n\n"
         if not await feed.moved((Event.KIND, Namespace.KIND), seen, _KEEPALIVE_S):
             yield ": still here\n\n"
 
 
 _KINDS: dict[str, type[Stored]] = {kind.KIND: kind for kind in (Artifact, Instance, Network, Node)}
-"""What has a history. A node's is everybody's, here as under /nodes."""
+"""What has a history; a node's is everybody's."""
 
 
 @router.get("/events")
@@ -147,16 +160,13 @@ def all_events(ctx: Ctx, body: EventQuery | None = None, follow: bool = False) -
     """Of all that the caller sees, newest first; `?follow=true`: server-sent events, those to come."""
     if follow:
         return _streamed(_follow(ctx))
-    query, found = body or EventQuery(), list[dict[str, Any]]()
-    newest = sorted(ctx.store.list(f"{Event.KIND}/"), key=lambda r: r.key.rpartition("/")[2], reverse=True)
-    for view in _seen(ctx, newest):
-        if len(found) == query.limit:
-            break
-        found += [view] if query.event_type in (None, "", view["type"]) else []
-    return JSONResponse(found)
+    query, keys = body or EventQuery(), lambda record: record.key.rpartition("/")[2]
+    every = _seen(ctx, sorted(ctx.store.list(f"{Event.KIND}/"), key=keys, reverse=True))
+    wanted = (view for _, view in every if query.event_type in (None, "", view["type"]))
+    return JSONResponse(list(islice(wanted, query.limit)))
 
 
-def _seen(ctx: Context, records: Iterable[Record | Change]) -> Iterator[dict[str, Any]]:
+def _seen(ctx: Context, records: Iterable[Record | Change]) -> Iterator[tuple[str, Json]]:
     """The events among them that the caller sees, with what each is about."""
     read = ctx.read()
     for record in records:
@@ -168,29 +178,20 @@ def _seen(ctx: Context, records: Iterable[Record | Change]) -> Iterator[dict[str
             and (kind == Node.KIND or getattr(about, "shared", False) or ctx.sees(about))
         ):
             what = {"object": kind, "uuid": about.uuid, "name": about.name}
-            yield views.event(Event.decode(record.value, 0)) | what | {"revision": record.revision}
+            yield str(record.revision), views.event(Event.decode(record.value, 0)) | what
 
 
-async def _follow(ctx: Context) -> AsyncIterator[str]:
-    """A reader that comes back says where it was by Last-Event-ID (a revision); what is forgotten is passed over."""
+def _follow(ctx: Context) -> AsyncIterator[str]:
+    """Revisions are where a reader was; what the store has forgotten since is passed over."""
     feed = ctx.services.controller.feed
     after = decimal(ctx.request.headers.get("last-event-id", "")) or feed.revision
 
-    def read() -> list[dict[str, Any]]:
-        ctx.look_again()
-        try:
-            return list(_seen(ctx, ctx.store.watch(f"{Event.KIND}/", after, 0)))
-        except Compacted:
-            return []
+    def read() -> list[tuple[str, Json]]:
+        nonlocal after
+        seen, changes = feed.revision, list[Change]()
+        with suppress(Compacted):
+            changes = list(ctx.store.watch(f"{Event.KIND}/", after, 0))
+        after = max(seen, *(change.revision for change in changes), 0)
+        return list(_seen(ctx, changes))
 
-    while not await ctx.request.is_disconnected():
-        seen = feed.revision
-        try:
-            found = await run_in_threadpool(read)
-        except Unauthenticated:
-            return
-        for event in found:
-            yield f"id: {event['revision']}\ndata: {json.dumps(event)}\n\n"
-        after = max(seen, *(event["revision"] for event in found), 0)
-        if not await feed.moved((Event.KIND, Namespace.KIND), seen, _KEEPALIVE_S):
-            yield ": still here\n\n"
+    return _sent(ctx, read)

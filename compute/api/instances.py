@@ -3,6 +3,7 @@
 import base64
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -136,8 +137,10 @@ def _find(ctx: Context, ref: str) -> Instance:
     return ctx.find(Instance, ref)
 
 
-def _view(ctx: Context, item: Instance) -> dict[str, Any]:
-    return views.instance(item, acts.interfaces_of(ctx.read(), item.uuid), ctx.caller.read_only)
+def _view(ctx: Context, item: Instance, links: Iterable[Interface] | None = None) -> dict[str, Any]:
+    links = acts.interfaces_of(ctx.read(), item.uuid) if links is None else links
+    used = ctx.services.controller.usage.of(item)
+    return views.instance(item, links, ctx.caller.read_only) | {"usage": used}
 
 
 @router.get("/instances")
@@ -145,8 +148,7 @@ def list_instances(ctx: Ctx, body: ListBody | None = None) -> Response:
     interfaces: dict[str, list[Interface]] = defaultdict(list)
     for interface in ctx.read().list(Interface):
         interfaces[interface.instance_uuid].append(interface)
-    reads = ctx.caller.read_only
-    found = [views.instance(item, interfaces[item.uuid], reads) for item in ctx.listed(Instance, body)]
+    found = [_view(ctx, item, interfaces[item.uuid]) for item in ctx.listed(Instance, body)]
     return JSONResponse(sorted(found, key=lambda view: view["created"]))
 
 

@@ -48,7 +48,8 @@ def _find_to_change(ctx: Context, ref: str) -> Stored:
 def _view(ctx: Context, node: Node) -> dict[str, object]:
     controller, now = ctx.services.controller, epoch(ctx.read())
     alive, server = controller.nodes.alive(node.name), node.name == controller.server
-    return views.node(node, alive=alive, server=server, awaited=now.why if node.name in now.waiting else "")
+    awaited, used = now.why if node.name in now.waiting else "", controller.usage.of(node)
+    return views.node(node, alive=alive, server=server, awaited=awaited) | {"usage": used}
 
 
 def _living(ctx: Context) -> list[str]:

@@ -39,6 +39,11 @@ def shown(directory: Path, hosts: Iterable[str]) -> tuple[Path, Path]:
     return _make(directory, "api", hosts)
 
 
+def ends_s(cert: str) -> float:
+    """When a certificate's time is over."""
+    return x509.load_pem_x509_certificate(Path(cert).read_bytes()).not_valid_after_utc.timestamp()
+
+
 def _make(directory: Path, name: str, hosts: Iterable[str] = ()) -> tuple[Path, Path]:
     cert_path, key_path = directory / f"{name}.crt", directory / f"{name}.key"
     if name != "api" and cert_path.exists():

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from compute.cluster import desired, quarantine, upkeep
 from compute.cluster.feed import Feed
-from compute.cluster.liveness import Liveness
+from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.instances import booted
 from compute.cluster.records.nodes import Node, check_facts, find_machine, rename
@@ -57,6 +57,7 @@ class Controller:
         """Name of the server's own node: alive as long as this process is."""
         self.feed = Feed(store)
         self.nodes = Liveness(store, server)
+        self.usage = Usage(self.nodes)
         self.arrivals = Arrivals()
 
     async def start(self, seen: Remembered | None = None) -> None:

@@ -1,18 +1,22 @@
 """Which nodes are there: leases in the state store, so that a second server sees the same.
 
 A node renews `alive/<node>`, an ephemeral key that holds the number of its lease. The server's own node lives as long
-as this process. How to ask a node directly is no record: it is the agent's connection to this process.
+as this process. How to ask a node directly is no record: it is the agent's connection to this process. Nor is what it
+and its guests use: in memory alone, each node is asked once in an interval, whoever looks.
 """
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
+from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
-from compute.errors import LeaseLost, Unavailable
-from compute.wire.operations import NodeOperations
+from compute.errors import ComputeError, LeaseLost, Unavailable
+from compute.wire.operations import COUNTED, HELD, Figures, NodeOperations
 
 LEASE_S = 12.0
 """A node that has not renewed for so long is missing, and its routers move."""
@@ -21,6 +25,7 @@ FENCE_S = 8.0
 """A node that could not renew for so long removes its own routers: before anybody else may take them."""
 
 KIND = "alive"
+_COUNT_S = 15.0
 
 
 class Liveness:
@@ -78,3 +83,37 @@ class Liveness:
             if found is not None and found.state != "deleted" and txn.room > 10:
                 txn.update(replace(found, state=state, lastseen_s=time.time()))
                 txn.event(Node.KIND, known.name, words, type="status")
+
+
+class Usage:
+    """The two newest answers of each node."""
+
+    def __init__(self, nodes: Liveness) -> None:
+        self._nodes, self._said = nodes, dict[str, list[tuple[float, Mapping[str, Figures]]]]()
+
+    async def keep(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.gather(*map(self._ask, await asyncio.to_thread(self._nodes.usable)))
+            await asyncio.sleep(_COUNT_S)
+
+    async def _ask(self, node: str) -> None:
+        try:
+            said = await self._nodes.operations(node).usage()
+        except ComputeError:  # it is silent, or of a version that does not count
+            said = {}
+        self._said[node] = [*self._said.get(node, [])[-1:], (time.monotonic(), said)]
+
+    def of(self, one: Instance | Node) -> dict[str, Any] | None:
+        """COUNTED and HELD, a guest's as its own node has it; None where nobody knows.
+
+        per_s: growth in a second of what is counted, {} at first. cpu_share: of its CPUs; 1 is all of them.
+        """
+        guest, cpus = (one.uuid, one.cpus) if isinstance(one, Instance) else ("", one.facts.get("cpus", 1))
+        answers = self._said.get(getattr(one, "node", one.name)) or [(0.0, {})]
+        (then, before), (at, said) = answers[0], answers[-1]
+        if guest not in said:
+            return None
+        now, was = {n: said[guest].get(n, 0) for n in (*COUNTED, *HELD)}, before.get(guest, {})
+        rates = {n: max(0, now[n] - was[n]) / (at - then) for n in COUNTED if n in was and at > then}
+        return now | {"per_s": rates, "cpu_share": rates["cpu_s"] / cpus if "cpu_s" in rates else None}

@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache, partial
 from inspect import iscoroutinefunction
 from types import SimpleNamespace
-from typing import Any, Protocol, cast, get_type_hints
+from typing import Annotated, Any, Protocol, cast, get_type_hints
+
+from pydantic import Field
 
 from compute.errors import Invalid, Unavailable
 from compute.wire.codec import Base64, from_plain, to_plain
@@ -15,6 +17,13 @@ from compute.wire.spec import CachedImage
 
 Ask = Callable[[str, Sequence[Any]], Awaitable[Any]]
 """Carries (verb, arguments) as JSON to the node and brings the result back; raises ComputeError."""
+
+
+COUNTED = ("cpu_s", "read_bytes", "written_bytes", "in_bytes", "out_bytes")
+"""Of processors, disks and networks, since the start of the guest or the machine."""
+HELD = ("memory_bytes", "disk_bytes", "memory_total_bytes", "disk_total_bytes")
+"""Now; totals are a node's."""
+Figures = dict[str, Annotated[float, Field(ge=0, lt=2**63)]]
 
 
 class NodeOperations(Protocol):
@@ -42,6 +51,10 @@ class NodeOperations(Protocol):
 
     async def cached(self, wanted: str) -> list[CachedImage]:
         """What its cache holds, complete or not, once it brings the image `wanted`, if any, in the background."""
+        ...
+
+    async def usage(self) -> dict[str, Figures]:
+        """Of each running guest by its uuid, and of the node by ""."""
         ...
 
     async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:

@@ -108,6 +108,14 @@ def listening() -> frozenset[tuple[str, int]]:
     return frozenset(found)
 
 
+def traffic(namespace: str) -> dict[str, tuple[int, int]]:
+    """Bytes that came by and left by each device of a namespace (proc(5), /proc/net/dev). Raises NetError."""
+    with Netns(namespace) as inside, inside.entered():
+        lines = Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]
+    words = (line.replace(":", " ").split() for line in lines)
+    return {word[0]: (int(word[1]), int(word[9])) for word in words}
+
+
 class Netns:
     """An open network namespace: HOST is the one in which the calling thread stands. Use it with `with`."""
 

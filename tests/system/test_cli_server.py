@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from private_libvirtd import PrivateHost  # noqa: E402
+
+from tests.system.machine import within  # noqa: E402
 
 pytestmark = pytest.mark.system
 
@@ -140,6 +143,25 @@ def test_a_guest_that_boots_is_followed_until_it_says_that_it_is_up(site: Site) 
     assert "booting" in done.stderr
     site.types("instance", "delete", "up", "--wait")
     assert "up" not in site.types("instance", "ls", "--format", "name").split()
+
+
+def test_what_a_guest_and_its_node_use_is_counted(site: Site, web: str) -> None:
+    address = site.json("instance", "show", web)["interfaces"][0]["ipv4"]
+    site.types("network", "ping", "lan", address)
+
+    def used() -> dict[str, Any]:
+        return site.json("instance", "show", web)["usage"] or {"per_s": {}}
+
+    within(60, lambda: used()["per_s"] and used()["in_bytes"], "figures of two intervals")
+    found = used()
+    assert 0 < found["cpu_s"] < 600 and 2**24 < found["memory_bytes"] < 2**30
+    assert found["read_bytes"] > 2**20 and found["disk_bytes"] > 0 and found["out_bytes"] > 100
+    assert 0 <= found["cpu_share"] < 2
+    node = site.json("node", "ls")[0]["usage"]
+    assert node["memory_total_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < node["disk_bytes"] <= node["disk_total_bytes"] and node["cpu_s"] > found["cpu_s"]
+    lines = site.types("top").splitlines()
+    assert lines[0].split()[:2] == ["NAME", "CPUS"] and lines[1].split()[0] == web and "of 1" in lines[1]
 
 
 def test_a_guest_is_shown_listed_pinged_and_its_history_told(site: Site, web: str) -> None:

@@ -139,7 +139,7 @@ def test_a_tenant_sees_and_does_no_more_than_by_the_api(server: Running) -> None
     shop = Visitor(server.url).login("shop", "shop-key")
     uuid = server.get("/instances/web")["uuid"]
     assert ">web<" not in shop.ask("/ui/instances")[2] and ">lan<" not in shop.ask("/ui/networks")[2]
-    for path in ("", "/console", "/confirm/delete"):
+    for path in ("", "/console", "/confirm?act=delete"):
         assert shop.ask(f"/ui/instances/{uuid}{path}")[0] == 404
     for act in ("delete", "poweroff", "snapshot", "schedule"):
         assert (
@@ -176,18 +176,18 @@ def test_what_guests_and_tenants_write_is_text(server: Running, admin: Visitor) 
     assert (
         text == "&lt;img src=x onerror=alert(1)&gt;&lt;/pre&gt;&lt;script&gt;\n\N{REPLACEMENT CHARACTER}end\n"
     )
-    pages = [page, admin.ask(f"/ui/instances/{uuid}/confirm/restore?image={urllib.parse.quote(EVIL)}")[2]]
+    pages = [page, admin.ask(f"/ui/instances/{uuid}/confirm?act=restore&image={urllib.parse.quote(EVIL)}")[2]]
     pages.append(
         admin.send("/ui/instances/new", name=EVIL, image=EVIL, cpus="1", memory="256", ssh_key=EVIL)[2]
     )
     pages += [
         admin.ask(f"/ui/{name}")[2]
-        for name in (f"instances/{uuid}", "networks", "images", f"x{urllib.parse.quote(EVIL)}")
+        for name in (f"instances/{uuid}", f"instances/{urllib.parse.quote(EVIL)}", "networks", "images")
     ]
     for page in pages:
         found = Elements(page)
         assert "img" not in found.tags and not {a for a in found.attributes if a.startswith("on")}
-        assert page.count("<script") == 1 or "/ui/live.js" not in page
+        assert page.count("<script") == ("/ui/static/live.js" in page)
         assert "style" not in found.attributes and "style" not in found.tags
     assert "name is" in pages[2] or "not a name" in pages[2] or 'role="alert"' in pages[2]
     server.agent.console_data = b"SF-GUEST-READY\n"
@@ -250,7 +250,7 @@ def test_by_keyboard_alone_an_instance_is_made_and_deleted_and_the_page_follows(
     tab.sees("document.querySelector('#about .state').innerText == 'off'")
     server.call("POST", "/instances/typed/poweron")
     tab.sees("document.querySelector('#about .state').innerText == 'on'")
-    tab.tab_to("a[href$='confirm/delete']")
+    tab.tab_to("a[href$='act=delete']")
     tab.press("Enter")
     tab.sees("document.querySelector('h1').innerText == 'Delete typed?'")
     tab.tab_to("main button")
@@ -267,15 +267,15 @@ def test_no_page_has_serious_findings_of_axe_and_none_is_wider_than_a_phone(
     pictures = Path(os.environ.get("SF_PICTURES", tmp_path))
     enter(tab, server)
     uuid = server.get("/instances/web")["uuid"]
-    pages = ["instances", "instances/new", "images", "networks", "nodes", "quotas", "login", "nowhere"]
-    pages += [f"instances/{uuid}", f"instances/{uuid}/console", f"instances/{uuid}/confirm/delete"]
+    pages = "instances instances/new images networks nodes quotas login instances/nowhere".split()
+    pages += [f"instances/{uuid}", f"instances/{uuid}/console", f"instances/{uuid}/confirm?act=delete"]
     for page in pages:
         for width, scheme in ((390, "light"), (1200, "dark")):
             tab.size(width, 844)
             tab("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             tab.go(f"{server.url}/ui/{page}")
             assert tab.js("document.documentElement.scrollWidth") <= width, page
-            tab.picture(pictures / f"{page.replace('/', '-').replace(uuid, 'web')}-{width}.png")
+            tab.picture(pictures / f"{re.sub('[/?=]', '-', page).replace(uuid, 'web')}-{width}.png")
             tab("Page.setBypassCSP", enabled=True)
             tab.js(f"(() => {{ {axe.read_text()} }})()")
             found = json.loads(tab.js("axe.run().then((r) => JSON.stringify(r.violations))"))

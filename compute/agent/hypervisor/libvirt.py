@@ -147,7 +147,7 @@ class Hypervisor:
             self._notify(uuid, "agent ready" if connected else "agent gone")
 
     @contextlib.contextmanager
-    def _calling(self, name: str = "") -> Iterator[Any]:
+    def calling(self, name: str = "") -> Iterator[Any]:
         connection = self._connection
         if connection is None:
             raise Unavailable(f"not connected to libvirt at {self._uri}")
@@ -180,12 +180,12 @@ class Hypervisor:
     @contextlib.contextmanager
     def _domain(self, uuid: str) -> Iterator[Any]:
         name = domain.name(self._installation, uuid)
-        with self._calling(name) as connection:
+        with self.calling(name) as connection:
             yield connection.lookupByName(name)
 
     def qemu_group(self) -> int:
         """The group that qemu runs as, which may be nobody's but libvirt's (security model dac); 0 is root."""
-        with self._calling() as connection:
+        with self.calling() as connection:
             return domain.qemu_group(connection.getCapabilities())
 
     def others(self, known: Collection[str], machine: str, directory: Path) -> list[str]:
@@ -194,7 +194,7 @@ class Hypervisor:
         One of 0.1, which knows no node, is ours if its console's log is below `directory`.
         """
         found = []
-        with self._calling() as connection:
+        with self.calling() as connection:
             for one in connection.listAllDomains():
                 if self._ours(one) in known:
                     continue
@@ -211,7 +211,7 @@ class Hypervisor:
 
     def define(self, xml: str) -> None:
         """Define or redefine (3 ms)."""
-        with self._calling() as connection:
+        with self.calling() as connection:
             connection.defineXML(xml)
 
     def start_paused(self, uuid: str) -> None:

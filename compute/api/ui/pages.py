@@ -1,27 +1,36 @@
 """The pages: what the API says of each noun, and forms that become its requests."""
 
 import base64
-import re
 from asyncio import gather, to_thread
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from compute.api.context import address_of
 from compute.api.history import all_events
-from compute.api.ui.picture import picture
-from compute.api.ui.session import COOKIE, HEADERS, SESSION_S, Page, Refused, Visit, fields, gone_to, shown
+from compute.api.ui.session import COOKIE, HEADERS, SESSION_S, Page, Refused, Visit, form, gone_to, shown
 from compute.errors import NotFound, Unauthenticated
 
 router = APIRouter(prefix="/ui", route_class=Page, include_in_schema=False)
 Asked = Annotated[Visit, Depends(Visit)]
 
-_CONSOLE_BYTES = 1 << 16
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*|[^\[\]])|[^\n\t -\x7e\xa0-\U0010ffff]")
-"""What only a terminal makes something of."""
-_FILES = {"style.css": "text/css", "live.js": "text/javascript"}
+_ONE = {"instance": "instances/{ref}"}
+_PAGES: dict[str, tuple[str, dict[str, str]]] = {
+    "": ("instances", {"instances": "instances"}),
+    "/instances": ("instances", {"instances": "instances"}),
+    "/instances/new": ("new", {"images": "artifacts", "networks": "networks", "spaces": "auth/namespaces"}),
+    "/instances/{ref}": ("instance", _ONE | {w: f"instances/{{ref}}/{w}" for w in ("events", "snapshot")}),
+    "/instances/{ref}/console": ("console", _ONE | {"said": "instances/{ref}/consoledata"}),
+    "/instances/{ref}/confirm": ("confirm", _ONE),
+    "/images": ("images", {"images": "artifacts"}),
+    "/networks": ("networks", {"networks": "networks", "instances": "instances"}),
+    "/nodes": ("nodes", {"nodes": "nodes", "orphans": "nodes/orphans"}),
+    "/quotas": ("quotas", {"spaces": "auth/namespaces", "rows": "auth/namespaces/{namespace}/quota"}),
+}
+"""Path: its template, and the words in it with what the API is asked for each."""
+_PAGES["/instances/{ref}"][1]["rules"] = "backups"
 _POSTS = "poweron poweroff rebootsoft reboothard pause unpause snapshot restore backup".split()
 _ACTS = {verb: ("POST", verb) for verb in _POSTS} | {
     "schedule": ("PUT", "backup"),
@@ -31,34 +40,26 @@ _ACTS = {verb: ("POST", verb) for verb in _POSTS} | {
 """A button of an instance: its request, whose body are the form's fields."""
 
 
-@router.get("")
-def start() -> Response:
-    return gone_to("instances")
-
-
-@router.get("/login")
-def login_page(request: Request) -> Response:
-    address_of(request)
-    return shown(None, "login.html")
-
-
-@router.post("/login")
+@router.api_route("/login", methods=["GET", "POST"])
 async def login(request: Request) -> Response:
-    given, authority = await fields(request), request.app.state.services.authority
-    asked = given.get("namespace", ""), given.get("key", "").strip(), address_of(request)
+    address, authority = address_of(request), request.app.state.services.authority
+    given = await form(request) if request.method == "POST" else {}
+    space, key = given.get("namespace", ""), given.get("key", "").strip()
+    if not given:
+        return shown(None, "login.html")
     try:
-        told = await to_thread(authority.login, *asked, lasts_s=SESSION_S)
+        told = await to_thread(authority.login, space, key, address, lasts_s=SESSION_S)
     except Unauthenticated as err:
-        return shown(None, "login.html", 401, error=str(err), asked=asked[0])
+        return shown(None, "login.html", 401, error=str(err), asked=space)
     secure, answer = request.url.scheme == "https", gone_to("instances")
-    kept: dict[str, Any] = {"path": "/ui", "httponly": True, "samesite": "strict", "secure": secure}
+    kept: Any = {"path": "/ui", "httponly": True, "samesite": "strict", "secure": secure}
     answer.set_cookie(COOKIE, told["access_token"], SESSION_S, **kept)
     return answer
 
 
 @router.post("/logout")
 async def logout(visit: Asked) -> Response:
-    await visit.form()
+    await form(visit.request, visit.word)
     answer = gone_to("login")
     answer.delete_cookie(COOKIE, "/ui")
     return answer
@@ -70,26 +71,30 @@ def events(visit: Asked) -> Response:
     return all_events(visit.ctx, follow=True)
 
 
-@router.get("/instances")
-async def instances(visit: Asked) -> Response:
-    return shown(visit, "instances.html", instances=await visit.api("GET", "instances"))
+async def _page(visit: Visit, path: str, status: int = 200, **told: Any) -> Response:
+    template, asked = _PAGES[path]
+    query, caller = visit.request.query_params, visit.ctx.caller
+    names = {"namespace": caller.namespace, **query, **visit.request.path_params}
+    asked = {word: path for word, path in asked.items() if word != "orphans" or caller.admin}
+    paths = [[part.format_map(names) for part in path.split("/")] for path in asked.values()]
+    found = await gather(*(visit.api("GET", *parts) for parts in paths))
+    values = {"query": names, **dict(zip(asked, found, strict=True)), **told}
+    return shown(visit, f"{template}.html", status, **values)
 
 
-async def _new(visit: Visit, status: int = 200, **told: Any) -> Response:
-    asked = ("artifacts",), ("networks",), ("auth", "namespaces")
-    images, networks, spaces = await gather(*(visit.api("GET", *path) for path in asked))
-    values = {"given": {}, "images": images, "networks": networks, "namespaces": [s["name"] for s in spaces]}
-    return shown(visit, "new.html", status, **values | told)
+def _add(path: str) -> None:
+    @router.get(path)
+    async def page(visit: Asked) -> Response:
+        return await _page(visit, path)
 
 
-@router.get("/instances/new")
-async def new_instance(visit: Asked) -> Response:
-    return await _new(visit)
+for _path in _PAGES:
+    _add(_path)
 
 
 @router.post("/instances/new")
 async def create_instance(visit: Asked) -> Response:
-    given = await visit.form()
+    given = await form(visit.request, visit.word)
     asked: dict[str, Any] = {n: given.get(n) for n in ("name", "cpus", "memory", "ssh_key", "namespace")}
     asked["disk"] = [{"size": given.get("disk"), "base": given.get("image")}]
     asked["network"] = [{"network_uuid": given["network"]}] if "network" in given else None
@@ -97,40 +102,13 @@ async def create_instance(visit: Asked) -> Response:
     try:
         made = await visit.api("POST", "instances", **asked)
     except Refused as err:
-        return await _new(visit, err.status, error=str(err), hint=err.hint, given=given)
+        return await _page(visit, "/instances/new", err.status, error=str(err), hint=err.hint, given=given)
     return gone_to(f"instances/{made['uuid']}")
-
-
-@router.get("/instances/{ref}")
-async def instance(visit: Asked, ref: str) -> Response:
-    found, uuid = (one := await visit.api("GET", "instances", ref)), one["uuid"]
-    events, snapshots, rules = await gather(
-        visit.api("GET", "instances", uuid, "events", limit=20),
-        visit.api("GET", "instances", uuid, "snapshot"),
-        visit.api("GET", "backups"),
-    )
-    rule = next((rule for rule in rules if rule["uuid"] == uuid), None)
-    return shown(visit, "instance.html", instance=found, events=events, snapshots=snapshots, rule=rule)
-
-
-@router.get("/instances/{ref}/console")
-async def console(visit: Asked, ref: str) -> Response:
-    found = await visit.api("GET", "instances", ref)
-    data = await visit.api("GET", "instances", ref, "consoledata", length=_CONSOLE_BYTES)
-    text = _ESCAPES.sub("", data.decode(errors="replace").replace("\r\n", "\n"))
-    return shown(visit, "console.html", instance=found, text=text)
-
-
-@router.get("/instances/{ref}/confirm/{act}")
-async def confirm(visit: Asked, ref: str, act: str, image: str = "") -> Response:
-    """Before what cannot be undone."""
-    found = await visit.api("GET", "instances", ref)
-    return shown(visit, "confirm.html", instance=found, act=act, image=image)
 
 
 @router.post("/instances/{ref}/{act}")
 async def act(visit: Asked, ref: str, act: str) -> Response:
-    given = await visit.form()
+    given = await form(visit.request, visit.word)
     if act not in _ACTS:
         raise NotFound(f"nothing here is called {act[:40]}")
     verb, *path = _ACTS[act]
@@ -138,34 +116,9 @@ async def act(visit: Asked, ref: str, act: str) -> Response:
     return gone_to("instances" if act == "delete" else f"instances/{ref}")
 
 
-@router.get("/images")
-async def images(visit: Asked) -> Response:
-    return shown(visit, "images.html", images=await visit.api("GET", "artifacts"))
-
-
-@router.get("/networks")
-async def networks(visit: Asked) -> Response:
-    found, guests = await gather(visit.api("GET", "networks"), visit.api("GET", "instances"))
-    return shown(visit, "networks.html", networks=found, picture=picture(found, guests))
-
-
-@router.get("/nodes")
-async def nodes(visit: Asked) -> Response:
-    orphans = await visit.api("GET", "nodes", "orphans") if visit.ctx.caller.admin else []
-    return shown(visit, "nodes.html", nodes=await visit.api("GET", "nodes"), orphans=orphans)
-
-
-@router.get("/quotas")
-async def quotas(visit: Asked, namespace: str = "") -> Response:
-    name, spaces = namespace or visit.ctx.caller.namespace, await visit.api("GET", "auth", "namespaces")
-    rows = await visit.api("GET", "auth", "namespaces", name, "quota")
-    return shown(visit, "quotas.html", namespaces=sorted(s["name"] for s in spaces), name=name, rows=rows)
-
-
-@router.get("/{file}")
-def static(file: str) -> Response:
-    """Style and script, for everybody."""
-    if file not in _FILES:
-        raise NotFound(f"no page is called {file[:40]}")
+@router.get("/static/{file}")
+def static(file: Literal["style.css", "live.js"]) -> Response:
+    """For everybody."""
     data = files("compute.api.ui").joinpath("static", file).read_bytes()
-    return Response(data, media_type=_FILES[file], headers=HEADERS | {"Cache-Control": "max-age=300"})
+    kind = "text/javascript" if file.endswith(".js") else "text/css"
+    return Response(data, media_type=kind, headers=HEADERS | {"Cache-Control": "max-age=300"})

@@ -6,10 +6,9 @@ was given (a word made from its token).
 """
 
 import hmac
+import re
 import time
 from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
@@ -29,24 +28,17 @@ _POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-HEADERS = {
-    "Content-Security-Policy": _POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
-HEADERS["Referrer-Policy"] = "same-origin"  # with no-referrer a browser would hide where a form comes from
-
-
-def _ago(gone_s: float) -> str:
-    units = ("d", 86400), ("h", 3600), ("min", 60), ("s", 1)
-    unit, each_s = next(((u, s) for u, s in units if abs(gone_s) >= s), units[-1])
-    return f"{gone_s / each_s:.0f} {unit} ago" if gone_s >= 0 else f"in {-gone_s / each_s:.0f} {unit}"
-
+HEADERS = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"}
+# With no-referrer a browser would hide where a form comes from.
+HEADERS |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin"}
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*|[^\[\]])|[^\n\t -\x7e\xa0-\U0010ffff]")
+"""What only a terminal makes something of."""
 
 _pages = Environment(loader=PackageLoader("compute.api.ui"), autoescape=True, trim_blocks=True)
-_pages.filters["iso"] = lambda at_s: datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
-_pages.filters["ago"] = lambda at_s: _ago(time.time() - at_s)
+_pages.filters["date"] = lambda at_s: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at_s))
 _pages.filters["bytes"] = lambda count: size_text(count or 0)
+_pages.filters["text"] = lambda said: _ESCAPES.sub("", said.decode(errors="replace").replace("\r\n", "\n"))
+_pages.filters["zip"] = zip
 
 
 class Refused(ComputeError):
@@ -65,42 +57,35 @@ class Visit:
         self.word = hmac.digest(token.encode(), b"form", "sha256").hex()
         bearer = (b"authorization", f"Bearer {token}".encode())
         kept = [(name, value) for name, value in request.headers.raw if name != bearer[0]]
-        self.ctx = Context(Request({**request.scope, "headers": [*kept, bearer]}, request.receive))
+        scope = {**request.scope, "method": "GET", "headers": [*kept, bearer]}
+        self.ctx, self._told = Context(Request(scope, request.receive)), [bearer]
         client = (request.client.host, request.client.port) if request.client else ("", 0)
-        itself = httpx.ASGITransport(request.app, raise_app_exceptions=False, client=client)
-        url = f"{request.url.scheme}://{request.url.netloc}"
-        self._api = partial(
-            httpx.AsyncClient, transport=itself, base_url=url, headers=[bearer], trust_env=False
-        )
+        self._itself = httpx.ASGITransport(request.app, raise_app_exceptions=False, client=client)
 
     async def api(self, verb: str, *path: str, **body: Any) -> Any:
         """What the API answers this caller. Raises Refused."""
         given = {name: value for name, value in body.items() if value is not None}
-        async with self._api() as api:
-            answer = await api.request(
-                verb, "/".join(quote(p, safe="") for p in ("", *path)), json=given or None
-            )
+        url = f"{self.request.base_url}{'/'.join(quote(part, safe='') for part in path)}"
+        asked = httpx.Request(verb, url, headers=self._told, json=given or None)
+        answer = await self._itself.handle_async_request(asked)
+        await answer.aread()
         plain = answer.json() if answer.headers.get("content-type") == "application/json" else answer.content
         if answer.status_code >= 400:
             raise Refused(answer.status_code, plain if isinstance(plain, dict) else {})
         return plain
 
-    async def form(self) -> dict[str, str]:
-        """What was filled in. Raises Denied for a form of another page."""
-        found = await fields(self.request)
-        if not hmac.compare_digest(found.pop("word", "").encode(), self.word.encode()):
-            raise Denied("this form is of another session", hint="load the page again")
-        return found
 
-
-async def fields(request: Request) -> dict[str, str]:
-    """A form's fields; those left empty are not there. Raises Denied where it is no page of ours, Invalid."""
+async def form(request: Request, word: str = "") -> dict[str, str]:
+    """What was filled in; what was left empty is not there. Raises Denied for a form of another page or session."""
     if request.headers.get("origin", "").partition("://")[2] != request.headers.get("host"):
         raise Denied("a page of another server may not send forms")
     try:
-        return dict(parse_qsl((await request.body()).decode(), max_num_fields=64))
+        found = dict(parse_qsl((await request.body()).decode(), max_num_fields=64))
     except ValueError as err:
         raise Invalid(f"not a form: {err}") from err
+    if not hmac.compare_digest(found.pop("word", "").encode(), word.encode()):
+        raise Denied("this form is of another session", hint="load the page again")
+    return found
 
 
 def shown(visit: Visit | None, template: str, status: int = 200, **values: Any) -> Response:
