@@ -40,6 +40,9 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
             if facts and port.node == desired.node and tap_name(desired, port) not in facts.links:
                 text = f"{port.hostname or port.uuid} has no tap here: its guest is off, or not started yet"
                 findings.append(Finding(network.name, text))
+    if observed.idle6 and any(n.netblock6 and has_uplink(desired, n) for n in desired.networks):
+        text = "this node has IPv6, but does not forward it: guests of its routers do not get out"
+        findings.append(Finding("", text, "sysctl -w net.ipv6.conf.all.forwarding=1 (and accept_ra=2)"))
     told = published(desired, observed)[1]
     findings += [Finding("", text, "stop that server, or publish another port") for text in told]
     for network in desired.networks:

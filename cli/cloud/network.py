@@ -53,9 +53,7 @@ def _interface(interface: Row) -> str:
     sf network create home --bridge br0 192.168.1.0/24 --range 192.168.1.200-192.168.1.220"""
 )
 @click.argument("netblock", required=False)
-@click.option(
-    "--ipv6", metavar="auto|PREFIX/64", help="IPv6 beside it: addresses of the network's own, or a site's."
-)
+@click.option("--ipv6", metavar="auto|PREFIX/64", help="IPv6 beside it: a block of its own, or a site's.")
 @click.option("--isolated", is_flag=True, help="Nobody may speak to its guests but who their rules allow.")
 @click.option(
     "--bridge", metavar="DEVICE", help="The nodes' own: guests are on its LAN, at addresses of its DHCP."

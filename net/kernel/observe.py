@@ -83,12 +83,14 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     addresses = {IPv4Interface(e.key).ip: e.dev for e in own4}
     carrier = every.get(addresses.get(underlay, ""))
     defaults = [e.dev for e in entries if e.kind is Kind.ROUTE and e.key == "0.0.0.0/0"]
+    default6 = any(e.kind is Kind.ROUTE and e.key == "::/0" for e in entries)
     forwards6 = Entry(Kind.SYSCTL, "", FORWARD6, "1") in entries
     return Observed(
         namespaces=found,
         host_addresses=frozenset(addresses),
         uplink=defaults[0] if defaults else "",
-        uplink6=forwards6 and any(e.kind is Kind.ROUTE and e.key == "::/0" for e in entries),
+        uplink6=default6 and forwards6,
+        idle6=default6 and not forwards6,
         mtu_bytes=carrier.mtu_bytes if carrier else 0,
         resolvers=dnsmasq.upstream(),
         foreign=tuple(foreign),
@@ -106,7 +108,7 @@ def _foreign(installation: str, host: Netns) -> tuple[list[ForeignChain], list[A
     admissions: list[Admission] = []
     listed = json.loads(host.nft("list chains", json=True) or '{"nftables": []}')["nftables"]
     for chain in (entry["chain"] for entry in listed if "chain" in entry):
-        if chain.get("hook") not in ("forward", "input") or chain["family"] not in ("ip", "inet"):
+        if chain.get("hook") not in ("forward", "input") or chain["family"] not in ("ip", "ip6", "inet"):
             continue
         if chain["table"].startswith("sf-"):
             continue  # ours, or another installation's, which knows its own uplinks only

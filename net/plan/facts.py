@@ -177,6 +177,8 @@ class Observed:
     """The device of the host's default route."""
     uplink6: bool = False
     """Whether it has an IPv6 default route, and its administrator lets it forward (`FORWARD6`): we never do."""
+    idle6: bool = False
+    """Whether it has the route, but does not forward."""
     mtu_bytes: int = 0
     """Of the device that carries the underlay address; 0 where there is none."""
     resolvers: tuple[IPv4Address, ...] = ()

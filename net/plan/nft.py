@@ -7,7 +7,7 @@ Everything here is pure; net/plan/ruleset.py makes text of it. Three tables, all
     inet    in the host's namespace: what uplinks may reach, NAT to the world, who may send us VXLAN
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 from net.ipam import LOCAL6, UNKNOWN
@@ -309,21 +309,21 @@ def host_table(
 
 
 def admissions(
-    installation: str, foreign: Iterable[ForeignChain], nodes: Sequence[IPv4Address], *, uplinks: bool
+    installation: str, foreign: Iterable[ForeignChain], nodes: Sequence[IPv4Address], uplinks: Collection[str]
 ) -> frozenset[Admission]:
     """Rules of ours for host firewalls whose last word is to drop.
 
     An accept in our own table cannot overrule another table's drop, so what Docker and libvirt do is done here:
     a rule in that chain, with our id as its comment. It goes to the end: it overrules the policy alone, and
-    whatever the operator wrote stays in force.
+    whatever the operator wrote stays in force. `uplinks`: families of chains that forward ours.
     """
     ours = f'"{names.host_uplink_prefix(installation)}*"'
     wanted = []
     for chain in foreign:
         rules = []
-        if chain.policy == "drop" and chain.hook == "forward" and uplinks:
+        if chain.policy == "drop" and chain.hook == "forward" and chain.family in uplinks:
             rules = [f"iifname {ours} accept", f"oifname {ours} accept"]
-        elif chain.policy == "drop" and chain.hook == "input" and nodes:
+        elif chain.policy == "drop" and chain.hook == "input" and nodes and chain.family != "ip6":
             rules = [f"udp dport {VXLAN_PORT} ip saddr {braces(nodes)} accept"]
         for text in rules:
             rule = Rule(f"{names.table(installation)}:{Rule.of(text).mark}", text)

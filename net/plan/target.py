@@ -267,7 +267,8 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
         published={key: outside[vni] + 1 for key, vni in published(desired, observed)[0].items()},
         blocks6=sorted(blocks6),
     )
-    admissions = nft.admissions(desired.installation, observed.foreign, peers, uplinks=bool(outside))
+    families = [*(("ip", "inet") if outside else ()), *(("ip6",) if blocks6 else ())]
+    admissions = nft.admissions(desired.installation, observed.foreign, peers, families)
     return Facts(links, frozenset(entries), tables, admissions)
 
 

@@ -67,25 +67,22 @@ def dhcp6(guest: Guest, timeout_s: float = 20) -> dict[int, bytes]:
     return guest.space.call(ask)
 
 
-def awake(guest: Guest) -> None:
-    """IPv6 switched on, and its link-local address proved to be nobody else's."""
-    guest.space.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=0")
-    _settled(guest)
+def configured(*guests: Guest) -> list[IPv6Address]:
+    """IPv6 switched on, its link-local address proved to be nobody else's, and one by DHCPv6."""
+    at, found = "net.ipv6.conf.all", []
+    for guest in guests:
+        guest.space.sh(f"sysctl -qw {at}.router_solicitation_interval=1 {at}.router_solicitations=20")
+        guest.space.sh(f"sysctl -qw {at}.disable_ipv6=0")
+    for guest in guests:
+        settled = lambda guest=guest: "fe80" in (s := _addresses(guest)) and "tentative" not in s  # noqa: E731
+        assert within(settled)
+        found.append(IPv6Address(dhcp6(guest)[0]))
+        guest.space.sh(f"ip addr add {found[-1]}/64 dev eth0 nodad")
+    return found
 
 
-def _settled(guest: Guest) -> None:
-    for _ in range(100):
-        if "fe80" in (said := guest.space.sh("ip -6 addr show dev eth0")) and "tentative" not in said:
-            return
-        time.sleep(0.1)
-    raise AssertionError(said)
-
-
-def configured(guest: Guest) -> IPv6Address:
-    awake(guest)
-    address = IPv6Address(dhcp6(guest)[0])
-    guest.space.sh(f"ip addr add {address}/64 dev eth0 nodad")
-    return address
+def _addresses(guest: Guest) -> str:
+    return guest.space.sh("ip -6 addr show dev eth0")
 
 
 def routes(guest: Guest) -> str:
@@ -125,15 +122,15 @@ def _with_uplink(cluster: Cluster) -> None:
 
 
 def test_each_guest_gets_its_address_and_reaches_the_others_and_the_router(tmp_path: Path) -> None:
-    with two(tmp_path) as (cluster, network, (one, far, near)):
-        got = [configured(guest) for guest in (one, far, near)]
+    with two(tmp_path, nodes=3) as (cluster, network, (one, far, near)):
+        got = configured(one, far, near)
         assert got == [LOCAL[2], LOCAL[3], LOCAL[4]]
         for guest in (one, far):
             for address in (LOCAL[1], *(set(got) - {network.address6(guest.port.address)})):
                 assert guest.pings(address), (guest.name, address)
             assert guest.pings(f"{ROUTER}%eth0")
         assert far.pings(f"{link_local(one.port.mac)}%eth0")
-        for node in cluster.nodes:
+        for node in (cluster.nodes[0], cluster.nodes[2]):
             assert node.apply(cluster.desired(network)) == []
         # Nothing leads out here: the router says so, and nobody's AAAA is handed on.
         assert within(lambda: str(LOCAL) in one.space.sh("ip -6 route show proto kernel"))
@@ -147,6 +144,17 @@ def test_each_guest_gets_its_address_and_reaches_the_others_and_the_router(tmp_p
         for node in cluster.nodes:
             node.apply(replace(cluster.desired(network), resolvers=(OUTSIDE,)))
         assert _answers(one, "www.example.net", 28) == [WORLD.packed]
+        # The router moves to a node without guests: same addresses, same MAC.
+        moved = cluster.apply(replace(network, router_node="n2"))
+        for guest in (one, far):
+            assert within(lambda guest=guest: guest.pings(WORLD, tries=1) and guest.pings(LOCAL[1], tries=1))
+        for node in cluster.nodes[1:]:
+            assert node.apply(moved) == []
+        assert str(LOCAL[1]) not in cluster.nodes[0].inside(network, "ip -6 addr")
+        cluster.nodes[1].space.call(cluster.nodes[1].plane.drop_routers)
+        assert "inet6" not in cluster.nodes[1].inside(network, "ip -6 addr show scope global")
+        assert one.reaches_not(LOCAL[1])
+        assert one.pings(LOCAL[3])
 
 
 def _answers(guest: Guest, name: str, kind: int) -> list[bytes]:
@@ -177,9 +185,10 @@ def _answers(guest: Guest, name: str, kind: int) -> list[bytes]:
 @pytest.mark.parametrize("block", [LOCAL, BLOCK], ids=["a local block is translated", "another is routed"])
 def test_guests_reach_the_world_once_the_node_has_ipv6(tmp_path: Path, block: IPv6Network) -> None:
     with two(tmp_path, netblock6=block, provide_nat=block is LOCAL) as (cluster, network, (one, far, _)):
-        configured(one)
-        configured(far)
+        configured(one, far)
         assert "default" not in routes(far)
+        for node in cluster.nodes:
+            node.space.sh("ip6tables -P FORWARD DROP")
         _with_uplink(cluster)
         desired = cluster.apply(network)
         for node in cluster.nodes:
@@ -202,6 +211,9 @@ def test_guests_reach_the_world_once_the_node_has_ipv6(tmp_path: Path, block: IP
         cluster.apply(network)
         assert within(lambda: "default" not in routes(one))
         assert one.reaches_not(WORLD)
+        (node, *_) = cluster.nodes
+        (found,) = node.space.call(node.plane.doctor, replace(desired, node="n1", underlay=node.address))
+        assert "does not forward" in found.text and "forwarding=1" in found.fix
         for node in cluster.nodes:
             assert node.apply(desired) == []
 
@@ -216,8 +228,7 @@ def test_rules_hold_for_ipv6_and_answers_to_what_a_guest_begins_come(tmp_path: P
     with two(tmp_path, ports=ports) as (cluster, _, (one, shut, friend)):
         _with_uplink(cluster)
         cluster.apply(one.network)
-        for guest in (one, shut, friend):
-            configured(guest)
+        configured(one, shut, friend)
         for protocol, port in (("tcp6", 80), ("tcp6", 22), ("tcp6", 81), ("udp6", 53)):
             serve(one.space, protocol, port, f"{protocol}{port}")
         for protocol in ("tcp6", "udp6"):
@@ -228,9 +239,8 @@ def test_rules_hold_for_ipv6_and_answers_to_what_a_guest_begins_come(tmp_path: P
         assert friend.pings(LOCAL[2])
         assert shut.reaches_not(LOCAL[2])
         assert ask(shut.space, LOCAL[2], 22, "tcp6") == ""
-        for space in (shut.space, friend.space):
-            assert [ask(space, LOCAL[2], 81, "tcp6"), ask(space, LOCAL[2], 53, "udp6")] == ["", ""]
-            assert [ask(one.space, LOCAL[3], 99, kind) for kind in ("tcp6", "udp6")] == ["", ""]
+        assert [ask(shut.space, LOCAL[2], 81, "tcp6"), ask(friend.space, LOCAL[2], 53, "udp6")] == ["", ""]
+        assert [ask(one.space, LOCAL[3], 99, kind) for kind in ("tcp6", "udp6")] == ["", ""]
         for guest in (one, shut):
             name = f"friend {guest.network.address6(guest.port.address)}"
             assert [ask(guest.space, LOCAL[4], 99, kind) for kind in ("tcp6", "udp6")] == [name, name]

@@ -26,7 +26,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Itera
     with ExitStack() as stack:
         made = Cluster(stack, tmp_path_factory.mktemp("cluster"), tiny_image)
         made.server.sf("network", "create", "lan", "10.42.0.0/24")
-        made.server.sf("network", "create", "other", "10.42.0.0/24")
+        made.server.sf("network", "create", "other", "10.42.0.0/24", "--ipv6", "auto")
         made.create("a", "n2", "lan,address=10.42.0.5,float")
         made.create("b", "n3", "lan,address=10.42.0.7")
         made.create("c", "n2", "other,address=10.42.0.7")
@@ -42,6 +42,17 @@ def test_guests_reach_each_other_across_nodes_by_name_and_with_full_packets(clus
     done = cluster.inside("a", f"{FULL_MTU_PING} b && cat /sys/class/net/eth0/mtu")
     assert done.returncode == 0, says(done)
     assert "1450" in done.stdout.splitlines()[-1]
+
+
+def test_a_guest_has_the_ipv6_address_that_its_network_gave_it(cluster: Cluster) -> None:
+    (link,) = cluster.server.instance("c")["interfaces"]
+    assert link["ipv6"].endswith("::7")
+    ping = ("network", "ping", "other", link["ipv6"])
+    within(30, lambda: "bytes from" in cluster.server.sf(*ping, check=False).stdout, "it answers")
+    gateway = link["ipv6"].removesuffix("7") + "1"
+    said = cluster.inside("c", f"ip -6 address show dev eth0; ping -c 2 -W 5 {gateway}", "other").stdout
+    assert f"{link['ipv6']}/64 scope global" in said and "tentative" not in said, said
+    assert f"bytes from {gateway}" in said, said
 
 
 def test_a_guest_reaches_the_world_and_the_world_its_floating_address_and_so_does_its_neighbour(

@@ -187,14 +187,18 @@ def test_only_a_firewall_that_drops_by_policy_gets_a_rule_of_ours() -> None:
         ForeignChain("inet", "filter", "forward", "forward", "accept"),
         ForeignChain("inet", "filter", "input", "input", "drop"),
     ]
-    made = nft.admissions(INSTALLATION, chains, [IPv4Address("172.16.0.2")], uplinks=True)
+    made = nft.admissions(INSTALLATION, chains, [IPv4Address("172.16.0.2")], ("ip", "inet"))
     assert sorted((a.table, a.chain) for a in made) == [
         ("filter", "FORWARD"),
         ("filter", "FORWARD"),
         ("filter", "input"),
     ]
     assert all(a.rule.mark.startswith("sf-1a2b3c4d:") for a in made)
-    assert nft.admissions(INSTALLATION, chains, [], uplinks=False) == frozenset()
+    assert nft.admissions(INSTALLATION, chains, [], ()) == frozenset()
+    six = [ForeignChain("ip6", "filter", hook, hook, "drop") for hook in ("forward", "input")]
+    assert nft.admissions(INSTALLATION, six, [IPv4Address("172.16.0.2")], ("ip", "inet")) == frozenset()
+    texts = [made.rule.text for made in nft.admissions(INSTALLATION, six, [], ("ip", "inet", "ip6"))]
+    assert sorted(text.split()[0] for text in texts) == ["iifname", "oifname"]
 
 
 def test_an_uplink_that_is_down_on_the_host_is_raised_though_it_has_no_carrier() -> None:
