@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class PlayedAgent:
         self.broken: set[str] = set()
         self.stalled: set[str] = set()
         self.console_data = b"SF-GUEST-READY\n"
+        self.agent_state = ""
         self.echoes: list[asyncio.Task[None]] = []
         self.fetched: list[str] = []
         self.asked = 0
@@ -79,6 +80,7 @@ class PlayedAgent:
                 elif spec.name in self.broken or spec.failed:
                     state, power, error = InstanceState.CREATING_ERROR, "off", "qemu would not start"
                 status = InstanceStatus(spec.uuid, state, power, error, accel="tcg (no kvm)")
+                status = replace(status, agent_state=self.agent_state)
                 if self.seen.get(spec.uuid) != status:
                     self.seen[spec.uuid] = status
                     await self.controller.report(self.node, [status], [])

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from compute.api import history, instances, namespaces, networks, nodes, problems, screens, streams
+from compute.api import history, inside, instances, namespaces, networks, nodes, problems, screens, streams
 from compute.api.context import Ctx, Services
 from compute.api.edge import Edge, Metrics
 from compute.api.images import artifacts, snapshots
@@ -25,6 +25,7 @@ from compute.cluster.records.transaction import Transaction
 from compute.wire.operations import COUNTED, HELD
 
 CAPABILITIES = (
+    "agentoperations-crud",
     "artifact-metadata",
     "artifact-upload-types",
     "blob-data-limit",
@@ -35,6 +36,9 @@ CAPABILITIES = (
     "get-instance-namespace",
     "get-network-namespace",
     "hot-plug-interface",
+    "instance-agentoperations",
+    "instance-agentoperations-all",
+    "instance-execute",
     "interface-metadata",
     "list-addresses",
     "node-get",
@@ -115,7 +119,7 @@ def build(services: Services) -> FastAPI:
     metrics.registry.register(_Objects(services))
     app.add_middleware(Edge, metrics=metrics)
     problems.install(app)
-    guests = instances, screens, streams, snapshots, artifacts
+    guests = instances, inside, screens, streams, snapshots, artifacts
     for module in (*guests, namespaces, networks, nodes, history, pages):
         app.include_router(module.router)
     app.mount("/stores", OwnStores(services))

@@ -1,6 +1,5 @@
 """/instances: what users run."""
 
-import base64
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from compute.cluster.scheduler import Limits, unreadable
 from compute.cluster.scheduler import create_instance as create
 from compute.cluster.scheduler import set_instance as change
 from compute.errors import Conflict, Invalid
+from compute.wire.codec import Base64
 from compute.wire.spec import AGENT_CHANNEL
 from net import ipam, own_macs
 
@@ -81,8 +81,7 @@ class CreateBody(Body):
     disk: list[DiskBody]
     network: list[NetworkBody] | None = None
     ssh_key: str | None = Field(default=None, max_length=USER_DATA_BYTES)
-    user_data: str | None = None
-    """Base64."""
+    user_data: Base64 | None = Field(default=None, max_length=USER_DATA_BYTES)
     placed_on: str | None = None
     namespace: str | None = None
     video: VideoBody | None = None
@@ -164,7 +163,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     if body.configdrive == "none" and (body.ssh_key or body.user_data):
         raise Invalid("without a config drive nothing hands the guest its ssh_key or user_data")
     channels = [AGENT_CHANNEL] if body.side_channels is None else body.side_channels
-    if unknown := set(channels) - {AGENT_CHANNEL}:
+    if unknown := set(channels) - {AGENT_CHANNEL, "sf-agent", "sf-agent2"}:
         hint = f"leave side_channels out, or name {AGENT_CHANNEL}: qemu-guest-agent answers there"
         raise Invalid(f"no side channel {min(unknown)[:80]!r} is offered", hint=hint)
     made = ctx.made_before(ctx.read(), Instance, body)
@@ -181,11 +180,11 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             disks=resolve_disks(ctx.images(namespace), wanted, config.architecture, config.sources, sync),
             disk_spec=wanted,
             ssh_key=body.ssh_key or "",
-            user_data=_user_data(body.user_data or ""),
+            user_data=body.user_data or b"",
             video=body.video.given() if body.video else NO_VIDEO,
             configdrive=body.configdrive or "openstack-disk",
             uefi=bool(body.uefi),
-            side_channels=tuple(channels),
+            side_channels=(AGENT_CHANNEL,) if channels else (),
             metadata=body.metadata or {},
             until_s=_after(body.ttl),
             held_s=_after(body.lease),
@@ -211,16 +210,6 @@ def _after(seconds: float | None) -> float:
     return time.time() + seconds if seconds else 0
 
 
-def _user_data(text: str) -> bytes:
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError as err:
-        raise Invalid(f"user_data is not base64: {err}") from err
-    if len(data) > USER_DATA_BYTES:
-        raise Invalid(f"user_data has {len(data)} bytes, more than {USER_DATA_BYTES}")
-    return data
-
-
 def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
     network = ctx.find(Network, body.network_uuid, namespace)
     if network.bridge and (body.address or body.macaddress):  # it might be anybody's on the LAN
@@ -228,18 +217,11 @@ def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
     nodes = [node.name for node in ctx.read().list(Node)]
     own = own_macs(ctx.services.controller.installation, network.vni, nodes)
     if body.macaddress and ipam.check_mac(body.macaddress) in own:
-        raise Conflict(
-            f"{body.macaddress} is a MAC address of the network itself", hint="give none to have one chosen"
-        )
+        hint = "give none to have one chosen"
+        raise Conflict(f"{body.macaddress} is a MAC address of the network itself", hint=hint)
+    asked = body.address or "", body.macaddress or "", body.model or "virtio", bool(body.float)
     rules = (ctx.find(Rules, body.rules, namespace).uuid,) if body.rules else ()
-    return Want(
-        network.uuid,
-        body.address or "",
-        body.macaddress or "",
-        body.model or "virtio",
-        bool(body.float),
-        rules,
-    )
+    return Want(network.uuid, *asked, rules)
 
 
 @router.delete("/instances")

@@ -18,7 +18,7 @@ from compute.cluster.records.rules import Rules
 from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event
-from compute.wire.spec import InstanceState
+from compute.wire.spec import AGENT_CHANNEL, InstanceState
 from net import ipam
 
 Json = dict[str, Any]
@@ -140,7 +140,7 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
         secure_boot=item.secure_boot,
         nvram_template=item.nvram_template or None,
         configdrive=item.configdrive,
-        side_channels=list(item.side_channels),
+        side_channels=[*item.side_channels, *(["sf-agent2"] if AGENT_CHANNEL in item.side_channels else [])],
         agent_state=item.agent_state,
         agent_system_boot_time=item.extra.get("agent_system_boot_time"),
         error_message=item.error_message or None,

@@ -28,10 +28,12 @@ from tests.system.boot_sector import typewriter
 from tests.system.cluster import Cluster
 from tests.system.laptop import URL, Laptop
 from tests.system.machine import ROOT, Machine, within
+from tests.system.test_api_client import client_bin as client_bin
 
 pytestmark = pytest.mark.system
 
 
+OWN = "3\n"  # files in /tmp that a command has while it runs: output, errors, process
 PAGE = (ROOT / "docs/howto/laptop.md").read_text()
 
 
@@ -111,7 +113,7 @@ def test_a_command_has_its_output_its_errors_and_its_code(site: Site) -> None:
     long = "for i in 1 2 3; do echo $i; sleep 1; done; head -c 600000 /dev/zero; echo end >&2; exit 3"
     done = site.laptop.run("sf", "instance", "exec", "web", "--", "sh", "-c", long, code=3)
     assert done.stdout == b"1\n2\n3\n" + bytes(600000) and done.stderr == b"end\n"
-    assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == "1\n"
+    assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == OWN
 
 
 def test_files_and_directories_go_in_and_come_out_whole(site: Site) -> None:
@@ -134,7 +136,7 @@ def test_files_and_directories_go_in_and_come_out_whole(site: Site) -> None:
     sf("instance", "cp", "web:/tmp/evil", str(home / "back"))
     assert sorted(path.name for path in (home / "back").iterdir()) == ["data", "evil", "renamed"]
     assert not list((home / "back/evil").iterdir())
-    assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == "1\n"
+    assert sf("instance", "exec", "web", "--", "sh", "-c", "ls -a /tmp | grep -c sf-") == OWN
 
 
 class Typist:
@@ -252,6 +254,27 @@ def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest
         within(60, lambda: subprocess.run(site.laptop.argv(*answers)).returncode == 0, f"after the {victim}")  # noqa: B023
         if victim in ("client", "server"):
             within(30, lambda: left() == before, f"the command of the {victim} is gone")  # noqa: B023
+
+
+def test_shaken_fists_client_asks_the_agent_unchanged(site: Site, client_bin: Path) -> None:
+    server = site.cluster.server
+    told = {"SHAKENFIST_API_URL": "https://127.0.0.1:13000", "SHAKENFIST_NAMESPACE": "system"}
+    told |= {"SHAKENFIST_KEY": (server.state / "auth/local-key").read_text(), "HOME": str(site.home)}
+    told["REQUESTS_CA_BUNDLE"] = str(next(server.state.rglob("ca.crt")))
+
+    def client(*words: str, program: str = "sf-client") -> str:
+        variables = [f"{name}={value}" for name, value in told.items()]
+        argv = server.argv("env", *variables, str(client_bin / program), *words)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = json.loads(client("--json", "instance", "execute", "web", "echo out; echo bad >&2; exit 3"))
+    assert said["results"]["0"] == {"return-code": 3, "stdout": "out\n", "stderr": "bad\n"}
+    assert "Linux" in client("instance", "execute", "web", "uname -a")
+    assert "execute" in client("instance", "show", "web", "-a")
+    script = "from shakenfist_client.apiclient import Client as C; print(C().await_agent_command('web', 'hostname'))"
+    assert client("-c", script, program="python") == "(0, 'web\\n')\n"
 
 
 def test_a_guest_that_hears_its_power_button_ends_by_itself_and_starts_again_if_it_is_wanted_on(

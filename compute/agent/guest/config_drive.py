@@ -100,25 +100,14 @@ def files(spec: InstanceSpec, networks: dict[str, Network]) -> Files:
 
 
 def iso(content: Files) -> bytes:
-    """An ISO 9660 image with Joliet and Rock Ridge names."""
+    """An ISO 9660 image of what is in openstack/latest, with Joliet and Rock Ridge names."""
     volume = pycdlib.PyCdlib()
     volume.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident="config-2", sys_ident="LINUX")
-    made: dict[str, str] = {"": ""}
+    for name, path in (("/OPENSTAC", "/openstack"), ("/OPENSTAC/LATEST", "/openstack/latest")):
+        volume.add_directory(name, rr_name=path.rpartition("/")[2], joliet_path=path)
     for number, (path, data) in enumerate(sorted(content.items())):
-        parent = ""
-        for part in path.split("/")[:-1]:
-            inner = f"{parent}/{part}".lstrip("/")
-            if inner not in made:
-                made[inner] = f"{made[parent]}/{part.upper()[:8]}"
-                volume.add_directory(made[inner], rr_name=part, joliet_path=f"/{inner}")
-            parent = inner
-        volume.add_fp(
-            io.BytesIO(data),
-            len(data),
-            f"{made[parent]}/F{number:03}.;1",
-            rr_name=path.rsplit("/", 1)[-1],
-            joliet_path=f"/{path}",
-        )
+        name, called = f"/OPENSTAC/LATEST/F{number:03}.;1", path.rpartition("/")[2]
+        volume.add_fp(io.BytesIO(data), len(data), name, rr_name=called, joliet_path=f"/{path}")
     out = io.BytesIO()
     volume.write_fp(out)
     volume.close()
