@@ -50,7 +50,6 @@ def guest(command: Callable[..., Any], options: Sequence[Callable[..., Any]] = _
 
 
 machine = partial(guest, options=_MACHINE)
-"""The same for a guest that nobody gets into."""
 
 
 def gigabytes(size_bytes: int) -> int:

@@ -55,8 +55,7 @@ def _end(store: StateStore, server: str) -> float:
     for one in there:
         if why_over(one, now):
             transact(store, lambda txn, uuid=one.uuid: end(txn, uuid), server)  # type: ignore[misc]
-    times = [at for one in there for at in (one.until_s, one.held_s) if at > now]
-    return min([*(at - now for at in times), _SWEEP_S])
+    return min([at - now for one in there for at in (one.until_s, one.held_s) if at > now] + [_SWEEP_S])
 
 
 def _move_routers(txn: Transaction, nodes: Liveness) -> None:

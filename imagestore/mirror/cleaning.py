@@ -19,16 +19,19 @@ from imagestore.formats.chunking import BLOCK
 from imagestore.outside import read_json
 
 _FILES = re.compile(
-    r"/etc/(?:machine-id|hostname|ssh/ssh_host_[^/]*)|/var/lib/(?:dbus/machine-id|systemd/random-seed)"
+    r"/etc/(?:machine-id|hostname|ssh/ssh_host_[^/]*|systemd/network/10-cloud-init-[^/]*|netplan/50-cloud-init\.yaml)"
+    r"|/var/(?:lib/(?:dbus/machine-id|systemd/random-seed)|cache/apt/[a-z]*\.bin)"
     r"|/(?:root|home/[^/]*)/(?:\.[a-z_]*history|\.ssh/.*)"
     r"|/(?:tmp|var/(?:tmp|log|crash|lib/(?:cloud|dhcp|dhcpcd|NetworkManager)))/.*"
 )
 """What goes, by its path."""
 _WAYS = re.compile(
-    r"|/etc(?:/ssh)?|/var|/var/lib(?:/dbus|/systemd)?|/root(?:/\.ssh.*)?|/home(?:/[^/]*(?:/\.ssh.*)?)?"
+    r"|/etc(?:/ssh|/systemd(?:/network)?|/netplan)?|/var|/var/cache(?:/apt)?|/var/lib(?:/dbus|/systemd)?|/root(?:/\.ssh.*)?|/home(?:/[^/]*(?:/\.ssh.*)?)?"
     r"|/(?:tmp|var/(?:tmp|log|crash|lib/(?:cloud|dhcp|dhcpcd|NetworkManager)))(?:/.*)?"
 )
 """Directories on the way to those."""
+_OF_ONE = re.compile(r"/var/(?:log/journal/[0-9a-f]{32}|lib/cloud/instances/.*)")
+"""Such of them as go too: they are called after a machine."""
 _NAME = re.compile(r"[A-Za-z0-9_.,:@%+=~-]+")
 _MOST = 20_000
 _RESULT, _RESULT_BYTES = "/var/lib/cloud/data/result.json", 1 << 20
@@ -95,7 +98,7 @@ def _clean(disk: Disk, path: Path, region: Region) -> list[str]:
         raise Invalid(
             f"{region.name} keeps small files in inodes (inline_data), which stay there when deleted"
         )
-    wanted, gone, looked = [""], list[str](), 0
+    wanted, gone, empty, looked = [""], list[str](), list[str](), 0
     while wanted:
         directory = wanted.pop()
         for line in run("debugfs", "-R", f"ls -p {directory or '/'}").splitlines():
@@ -110,9 +113,10 @@ def _clean(disk: Disk, path: Path, region: Region) -> list[str]:
                 )
             if mode.startswith("04") and way:
                 wanted.append(here)
+                empty += [here] if _OF_ONE.fullmatch(here) else []
             elif file and not mode.startswith("04"):
                 gone.append(here)
-    steps = [f"rm {name}" for name in gone]
+    steps = [*(f"rm {name}" for name in gone), *(f"rmdir {name}" for name in reversed(empty))]
     if "/etc/machine-id" in gone:  # empty, not absent: systemd makes a new one at the next boot
         steps += ["cd /etc", "write /dev/null machine-id", "sif /etc/machine-id mode 0100444"]
     script = path.with_suffix(".clean")

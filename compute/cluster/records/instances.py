@@ -183,8 +183,7 @@ def why_over(found: Instance, now_s: float) -> str:
 def end(txn: Transaction, uuid: str, why: str = "") -> None:
     """Delete what is over, or what is over for this reason; nothing of a state that may be older than the guests."""
     found = txn.find(Instance, uuid)
-    why = why or (why_over(found, time.time()) if found else "")
-    if found and why and not epochs.epoch(txn).waiting:
+    if found and (why := why or why_over(found, time.time())) and not epochs.epoch(txn).waiting:
         delete_instance(txn, uuid)
         txn.event(Instance.KIND, uuid, f"deleted by itself: {why}", type="audit")
 
@@ -199,8 +198,7 @@ def living(txn: Transaction, uuid: str) -> Instance:
 
 def hold(txn: Transaction, uuid: str, seconds: float) -> Instance:
     """Whoever made it is there, and speaks again before that; 0: it needs nobody from now on. Raises Conflict."""
-    found = living(txn, uuid)
-    found = replace(found, held_s=time.time() + seconds if seconds else 0)
+    found = replace(living(txn, uuid), held_s=time.time() + seconds if seconds else 0)
     txn.update(found)
     return found
 
