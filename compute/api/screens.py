@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, Response
 
 from compute.api.context import Ctx
 from compute.api.edge import Route
+from compute.api.ui.session import HEADERS
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
 from compute.errors import Conflict, Denied, NotFound, Unavailable
@@ -20,11 +21,7 @@ router = APIRouter(tags=["instances"], route_class=Route)
 
 _PAGE = Path(__file__).with_name("screen.html")
 _SCRIPT = re.compile(r"(?:core|vendor)(?:/[A-Za-z0-9_-]{1,64}){1,8}\.js")
-_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-_HEADERS["Content-Security-Policy"] = (
-    "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data:; form-action 'none'; "
-    "frame-ancestors 'none'; base-uri 'none'"
-)
+_HEADERS = HEADERS | {"Cache-Control": "max-age=300"}
 
 
 @router.get("/screen", include_in_schema=False)

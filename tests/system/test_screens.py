@@ -19,6 +19,7 @@ from compute.cluster.records.transaction import transact
 from compute.config import Config
 from tests.api_server import Running, running
 from tests.system.machine import within
+from tests.system.test_ui import Visitor
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,10 @@ def test_the_page_is_everybodys_knows_nothing_and_runs_nothing_but_its_own_scrip
         answer = server.call("GET", f"/screen{path}", namespace="")
         assert answer.status == 200, path
         policy = answer.headers["content-security-policy"]
-        assert policy.startswith("default-src 'none'; script-src 'self'; connect-src 'self'")
+        assert (
+            policy.startswith("default-src 'none'; ")
+            and "script-src 'self'; connect-src 'self'; img-src data:;" in policy
+        )
         assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert not path or "javascript" in answer.headers["content-type"]
@@ -167,13 +171,6 @@ def test_the_page_is_everybodys_knows_nothing_and_runs_nothing_but_its_own_scrip
 )
 def test_no_other_file_is_served(server: Running, path: str) -> None:
     assert server.call("GET", f"/screen{path}", namespace="").status == 404
-
-
-def test_a_server_without_novnc_says_what_to_do(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    object.__setattr__(server.services, "config", replace(server.services.config, novnc=Path("/none")))
-    answer = server.call("GET", "/screen", namespace="")
-    assert answer.status == 503 and "apt install novnc" in answer.body["hint"]
-    assert "--listen 5901" in answer.body["hint"]
 
 
 def test_a_viewers_file_is_for_what_has_a_port_and_not_for_who_only_reads(server: Running) -> None:
@@ -211,3 +208,26 @@ def test_screens_count_as_streams(server: Running, monkeypatch: pytest.MonkeyPat
             many.enter_context(_open(server, _ticket(server), uuid)).recv(10)
         with _open(server, _ticket(server), uuid) as socket:
             assert _refusal(socket) == "Unavailable"
+
+
+def test_the_console_in_the_browser_leads_to_the_screen_and_who_only_reads_to_none(server: Running) -> None:
+    uuid, shop = _uuid(server, "web"), Visitor(server.url).login("shop", "shop-key")
+    status, where, page = shop.send(f"/ui/instances/{uuid}/screen")
+    assert status == 200 and where.startswith(f"/screen#{uuid}.") and "screen/screen.js" in page
+    with _open(server, where.rpartition(".")[2], uuid) as socket:
+        assert json.loads(socket.recv(10)) == ["vnc", uuid, {}]
+    body = {"key_name": "looks", "key": "looks-key", "read_only": True}
+    server.call("POST", "/auth/namespaces/shop/keys", body, namespace="shop")
+    looks = Visitor(server.url).login("shop", "looks-key")
+    assert looks.ask(f"/ui/instances/{uuid}")[0] == 200
+    for act in ("screen", "poweroff", "delete"):
+        status, _, page = looks.send(f"/ui/instances/{uuid}/{act}")
+        assert status == 403 and "key looks of namespace shop may only read" in page
+    assert looks.send("/ui/logout")[:2] == (200, "/ui/login") and not list(looks.jar)
+
+
+def test_a_server_without_novnc_says_what_to_do(tmp_path: Path) -> None:
+    with running(tmp_path, config=Config(state_dir=tmp_path, node_name="node1", novnc=tmp_path)) as server:
+        answer = server.call("GET", "/screen", namespace="")
+    assert answer.status == 503 and "apt install novnc" in answer.body["hint"]
+    assert "--listen 5901" in answer.body["hint"]

@@ -6,7 +6,7 @@ from importlib.resources import files
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
 
 from compute.api.context import address_of
 from compute.api.history import all_events
@@ -36,6 +36,7 @@ _ACTS = {verb: ("POST", verb) for verb in _POSTS} | {
     "schedule": ("PUT", "backup"),
     "unschedule": ("DELETE", "backup"),
     "delete": ("DELETE",),
+    "screen": ("POST", "streams", "vnc"),
 }
 """A button of an instance: its request, whose body are the form's fields."""
 
@@ -112,7 +113,9 @@ async def act(visit: Asked, ref: str, act: str) -> Response:
     if act not in _ACTS:
         raise NotFound(f"nothing here is called {act[:40]}")
     verb, *path = _ACTS[act]
-    await visit.api(verb, "instances", ref, *path, **given)
+    done = await visit.api(verb, "instances", ref, *path, **given)
+    if act == "screen":
+        return RedirectResponse(f"/screen#{ref}.{done['ticket']}", 303, HEADERS)
     return gone_to("instances" if act == "delete" else f"instances/{ref}")
 
 
