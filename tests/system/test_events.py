@@ -13,6 +13,7 @@ from typing import IO, Any
 import pytest
 
 from tests.api_server import Running, running
+from tests.system.machine import within
 
 SF = Path(sys.executable).with_name("sf")
 
@@ -76,6 +77,28 @@ def test_a_stream_of_all_events_tells_of_ones_own_alone_resumes_and_ends_with_it
         assert [e for _, e in told(shop) if e["object"] != "node"] == []  # and it ends
     with stream(server, "system", server.key, **{"Last-Event-ID": mark}) as again:
         assert "asked for; placed on node1" not in {next(told(again))[1]["message"]}
+
+
+def test_what_is_used_is_in_views_and_the_newest_of_its_events_and_a_node_speaks_of_its_own_guests(
+    server: Running,
+) -> None:
+    uuid = server.instance("web", network="lan").body["uuid"]
+    server.wait_for(f"/instances/{uuid}", "created")
+    server.count()
+    server.count()
+    used = server.get("/instances/web")["usage"]
+    assert used["memory_bytes"] == 1 << 28 and used["per_s"]["cpu_s"] > 0 and used["cpu_share"] > 0
+    (event,) = server.get("/instances/web/events", {"event_type": "usage"})
+    assert (event["type"], event["extra"]["memory_bytes"]) == ("usage", 1 << 28)
+    (event,) = server.get("/nodes/node1/events", {"event_type": "resources", "limit": 1})
+    assert event["extra"]["disk_total_bytes"] == 100 << 30
+    assert "usage" not in {e["type"] for e in server.get("/instances/web/events")}
+    server.call("POST", "/instances/web/poweroff")
+    within(20, lambda: server.get("/instances/web")["power_state"] == "off", "it is off")
+    server.count()
+    assert server.get("/instances/web")["usage"] is None
+    metrics = server.call("GET", "/metrics").body.decode()
+    assert 'sf_node_disk_total_bytes{node="node1"} 1.073741824e+11' in metrics
 
 
 def test_sf_events_lists_and_follows_in_lines_of_json(server: Running, tmp_path: Path) -> None:

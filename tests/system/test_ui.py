@@ -261,11 +261,13 @@ def test_by_keyboard_alone_an_instance_is_made_and_deleted_and_the_page_follows(
 
 
 def test_no_page_has_serious_findings_of_axe_and_none_is_wider_than_a_phone(
-    tab: Browser, server: Running, tmp_path: Path
+    tab: Browser, server: Running
 ) -> None:
     axe = Path(os.environ["SF_AXE"]) if "SF_AXE" in os.environ else files("axe_core_python") / "axe.min.js"
-    pictures = Path(os.environ.get("SF_PICTURES", tmp_path))
+    pictures = os.environ.get("SF_PICTURES", "")
     enter(tab, server)
+    server.count()
+    server.count()
     uuid = server.get("/instances/web")["uuid"]
     pages = "instances instances/new images networks nodes quotas login instances/nowhere".split()
     pages += [f"instances/{uuid}", f"instances/{uuid}/console", f"instances/{uuid}/confirm?act=delete"]
@@ -275,7 +277,9 @@ def test_no_page_has_serious_findings_of_axe_and_none_is_wider_than_a_phone(
             tab("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             tab.go(f"{server.url}/ui/{page}")
             assert tab.js("document.documentElement.scrollWidth") <= width, page
-            tab.picture(pictures / f"{re.sub('[/?=]', '-', page).replace(uuid, 'web')}-{width}.png")
+            if pictures:
+                name = re.sub("[/?=]", "-", page).replace(uuid, "web")
+                tab.picture(Path(pictures) / f"{name}-{width}.png")
             tab("Page.setBypassCSP", enabled=True)
             tab.js(f"(() => {{ {axe.read_text()} }})()")
             found = json.loads(tab.js("axe.run().then((r) => JSON.stringify(r.violations))"))

@@ -20,6 +20,11 @@ from compute.wire.operations import client
             ("cached", ("",), said)
             for said in (None, {}, [1], [{"digest": "b3:"}], [{"used_s": "yesterday"}])
         ),
+        *(
+            ("usage", (), said)
+            for said in (None, [], {"": []}, {"": {"cpu_s": "much"}}, {"": {"cpu_s": None}})
+        ),
+        *(("usage", (), {"i": {"cpu_s": said}}) for said in (-1, 2**63, 1e300, "nan", "inf")),
         ("clear_console", ("i",), "done"),
     ],
 )
