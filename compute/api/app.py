@@ -44,6 +44,7 @@ CAPABILITIES = (
     "node-get",
     "node-metadata",
     "provide-dns",
+    "route-addresses",
     "vdi-console-helper",
 )
 """What clients search for in the page at `/`. A word stands here when its routes are there, never before."""

@@ -17,7 +17,7 @@ from compute.cluster.records import interfaces, published, rules
 from compute.cluster.records import networks as acts
 from compute.cluster.records.addresses import parse_within
 from compute.cluster.records.instances import remove_interface
-from compute.cluster.records.interfaces import Interface
+from compute.cluster.records.interfaces import Interface, interfaces_on
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, router_candidates
 from compute.cluster.records.rules import Rules
@@ -57,13 +57,12 @@ class RouteBody(Body):
     next_hop: str
 
 
-class DnsBody(Body):
-    name: str
-    value: str
-
-
 class DnsNameBody(Body):
     name: str
+
+
+class DnsBody(DnsNameBody):
+    value: str
 
 
 class PublishBody(Body):
@@ -164,8 +163,7 @@ def delete_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Res
 
 @router.get("/networks/{ref}/interfaces")
 def network_interfaces(ctx: Ctx, ref: str) -> Response:
-    known = ctx.find(Network, ref)
-    return JSONResponse([views.interface(i) for i in interfaces.interfaces_on(ctx.read(), known.uuid)])
+    return JSONResponse([views.interface(i) for i in interfaces_on(ctx.read(), _find(ctx, ref).uuid)])
 
 
 @router.get("/networks/{ref}/addresses")
@@ -194,8 +192,13 @@ async def doctor(ctx: Ctx, ref: str) -> Response:
 
 
 @router.post("/networks/{ref}/route")
-def route(ctx: Ctx, ref: str, body: RouteBody) -> Response:
-    return JSONResponse(ctx.change(_find(ctx, ref), lambda txn, uuid: acts.route(txn, uuid, body.next_hop)))
+def route(ctx: Ctx, ref: str, body: RouteBody | None = None) -> Response:
+    """An address that is routed to `next_hop`, or to the network's only guest."""
+    found = _find(ctx, ref)
+    hops = [body.next_hop] if body else [i.address for i in interfaces_on(ctx.read(), found.uuid)]
+    if len(hops) != 1:
+        raise Invalid(f"{len(hops)} guests are on network {found.name}", hint="next_hop: the address of one")
+    return JSONResponse(ctx.change(found, lambda txn, uuid: acts.route(txn, uuid, hops[0])))
 
 
 @router.delete("/networks/{ref}/route/{address}")

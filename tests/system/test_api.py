@@ -107,7 +107,8 @@ def test_errors_have_the_interfaces_shape_and_a_request_id(server: Running) -> N
         ({"disk": []}, 400, "disks"),
         ({"disk": [{"base": "plan9:4"}]}, 404, "no image"),
         ({"disk": [{"base": "debian:12", "size": 1}]}, 400, "smaller than its image"),
-        ({"disk": [{"base": "sf://blob/x"}]}, 400, "cannot boot"),
+        ({"disk": [{"base": "ftp://blob/x"}]}, 400, "cannot boot"),
+        ({"disk": [{"base": "sf://blob/x"}]}, 404, "not found"),
         ({"disk": [{}]}, 400, "neither"),
         ({"disk": [{"base": "debian:12", "bus": "floppy"}]}, 400, "bus"),
         ({"network": [{"network_uuid": "lan", "address": "10.9.9.9"}]}, 400, "not in"),
@@ -339,7 +340,7 @@ def test_a_body_that_is_no_json_is_400(server: Running) -> None:
 def test_the_page_at_the_root_lists_capabilities_without_a_token(server: Running) -> None:
     page = server.call("GET", "/", namespace="").body.decode()
     assert "hot-plug-interface" in page
-    for absent in ("instance-execute", "blob-search-by-hash", "network-delete-async", "vdi-console-proxy"):
+    for absent in ("blob-metadata", "cluster-cacert", "network-delete-async", "vdi-console-proxy"):
         assert absent not in page
 
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, cast
 
@@ -249,3 +250,17 @@ def test_a_store_that_is_away_for_a_while_costs_nobody_what_was_sent(
     monkeypatch.setattr(bringing, "push", sometimes)
     with serving(tmp_path) as server:
         assert kept(server, "x", ODD)["state"] == "created" and not errors
+
+
+def test_an_address_is_routed_to_the_only_guest_or_to_the_one_that_is_named(tmp_path: Path) -> None:
+    with serving(tmp_path, floating_pool=IPv4Network("192.0.2.0/28")) as server:
+        server.network()
+        assert "0 guests" in ask(server, "POST", "/networks/lan/route", status=400)["error"]
+        for number in (9, 10):
+            link = [{"network_uuid": "lan", "address": f"10.42.0.{number}"}]
+            assert server.instance(f"web{number}", link, disk=[{"size": 1}]).status == 200
+            if number == 9:
+                alone = ask(server, "POST", "/networks/lan/route")
+        assert "2 guests" in ask(server, "POST", "/networks/lan/route", status=400)["error"]
+        other = ask(server, "POST", "/networks/lan/route", {"next_hop": "10.42.0.10"})
+        assert server.get("/networks/lan")["routed"] == {alone: "10.42.0.9", other: "10.42.0.10"}

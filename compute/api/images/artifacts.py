@@ -28,7 +28,7 @@ from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.stored import check_name, new_uuid
 from compute.cluster.records.transaction import Transaction, pieces
 from compute.errors import Invalid, NoCapacity, NotFound
-from imagestore import Digest
+from imagestore import Digest, decimal
 from imagestore import NotFound as NoName
 from imagestore.mirror import Content, GroupCache
 
@@ -130,16 +130,16 @@ def begin(ctx: Ctx) -> Response:
 async def append(ctx: Ctx, uuid: str) -> Response:
     """Raw bytes after those that are there. Answers with the size then; after an error, truncate to what is known."""
     services, namespace = ctx.services, (await ask_stores(_place, ctx, uuid)).parent.name
+    store = await ask_stores(services.namespaces.of, namespace)
+    await reserve(services, namespace, store, decimal(ctx.request.headers.get("content-length", "")) or 0)
     async with received(ctx.request, services) as piece:
-        store = await ask_stores(services.namespaces.of, namespace)
-        await reserve(services, namespace, store, piece.seek(0, os.SEEK_END))
         return JSONResponse(await ask_stores(_append, ctx, uuid, piece))
 
 
 def _append(ctx: Context, uuid: str, piece: IO[bytes]) -> int:
     with _place(ctx, uuid).open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        _place(ctx, uuid), piece.seek(0)  # it is nobody's yet, and others wait
+        _place(ctx, uuid)  # it is nobody's yet, and others wait
         shutil.copyfileobj(piece, file, 1 << 20)
         os.fsync(file.fileno())
         return file.tell()
@@ -279,8 +279,7 @@ def get_data(ctx: Ctx, ref: str, offset: Place = 0, limit: Place = 0) -> Respons
             yield bytes(piece)
             await ask_stores(ctx.look_again)
 
-    told = {"content-length": str(size), "content-type": "application/octet-stream"}
-    return StreamingResponse(body(), headers=told)
+    return StreamingResponse(body(), 200, {"content-length": str(size)}, "application/octet-stream")
 
 
 @router.get("/blob_checksums/{algorithm}/{checksum}")

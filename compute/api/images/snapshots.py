@@ -43,17 +43,14 @@ def restore(ctx: Ctx, ref: str, body: ImageBody) -> Response:
     whole = whole or {first: (str(found.digest), found.namespace)}
 
     def change(txn: Transaction, uuid: str) -> Snapshot:
-        disks = [
-            (disk, *whole.get(disk.device, (disk.image, disk.store)))
-            for disk in txn.get(Instance, uuid).disks
-        ]
-        if disks[0][0].size_bytes < found.size_bytes:
-            raise Invalid(
-                f"{body.image} has {found.size_bytes} bytes, the disk less", hint="sf instance set --disk"
-            )
+        disks = txn.get(Instance, uuid).disks
+        if disks[0].size_bytes < found.size_bytes:
+            why = f"{body.image} has {found.size_bytes} bytes, the disk less"
+            raise Invalid(why, hint="sf instance set --disk")
+        now = ((disk, *whole.get(disk.device, (disk.image, disk.store))) for disk in disks)
         then = tuple(
             replace(d, image=i, store=s, image_name=body.image if d.image != i else d.image_name)
-            for d, i, s in disks
+            for d, i, s in now
         )
         return take(txn, uuid, then)
 
