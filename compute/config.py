@@ -19,6 +19,8 @@ class Config:
     """etcd://… that keeps the records; "" for a file in `state_dir`."""
     state_access: tuple[str, ...] = field(default=(), repr=False)
     """For etcd: files of TLS (authority, certificate, key), then NAME:PASSWORD."""
+    guests: bool = True
+    """Whether the server runs guests itself: one of several on an etcd does not, `sf agent` does it."""
     instance_dir: Path | None = None
     """Guests' disks; None: instances/ under `state_dir`."""
     stores: tuple[tuple[str, str], ...] = ()
@@ -73,6 +75,7 @@ def load(settings: Settings) -> Config:
     return Config(
         state_dir=settings.state_dir,
         state=settings.get("state"),
+        guests=read("guests", lambda text: bool(("no", "yes").index(text)), "yes"),
         state_access=tuple(settings.get(f"state_{name}") for name in ("ca", "cert", "key", "user")),
         instance_dir=settings.instance_dir,
         stores=tuple(settings.stores.items()),

@@ -37,6 +37,7 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, find_machine
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.opening import open_state
+from compute.cluster.upkeep import alone
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
 from compute.wire.streams import SOCKETS
@@ -76,7 +77,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         controller = Controller(
             store,
             installation,
-            config.node_name,
+            config.node_name if config.guests else "",
             uplink=config.uplink,
             resolvers=config.resolvers,
             stores=lambda: stores.urls,
@@ -87,7 +88,11 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         stack.enter_context(memory.alone(installation))
         await controller.start(memory.now)
         plane = Plane(installation, state_dir)
-        agent = partial(process.agent, config, controller.server, controller, plane, plane, stores, memory)
+        agent: Any = asyncio.Event().wait  # nobody
+        if config.guests:
+            agent = partial(
+                process.agent, config, controller.server, controller, plane, plane, stores, memory
+            )
         own = NamespaceStores(store, lambda: stores.urls.get("local", ""), state_dir)
         stack.callback(own.close)
         services = Services(config, store, controller, Authority(store), stores.images, own)
@@ -109,21 +114,19 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
                 server.should_exit = True
             await asyncio.wait(answering, timeout=2 * _GRACE_S)
 
-        holds = Holds(store, installation)
+        holds, feed = Holds(store, installation), controller.feed
+        taking = Snapshots(store, own, lambda: stores.images.stores, feed)
 
-        async def instances_images() -> None:
-            await holds.keep(
-                lambda: {**stores.images.stores, **{f"{MINE}/{name}": s for name, s in own.made().items()}}
-            )
+        async def holding() -> None:
+            made = own.made
+            await holds.keep(lambda: stores.images.stores | {f"{MINE}/{n}": s for n, s in made().items()})
 
-        async def state_backups() -> None:
-            await state_backup.keep(store, config, controller.server)
-
-        bringing = partial(Bringing(store, own, stores.images, config).keep, controller.feed)
-        taking = Snapshots(store, own, lambda: stores.images.stores, controller.feed)
-        upkeep = own.keep, taking.keep, controller.usage.keep
-        parts = *upkeep, controller.keep_up, stores.keep, instances_images, state_backups, bringing
-        await process.run(agent, *parts, answering=answering, close=close)
+        bring = partial(Bringing(store, own, stores.images, config).keep, feed)
+        backups = partial(state_backup.keep, store, config, controller.server)
+        once: Any = [own.keep, taking.keep, controller.keep_up, holding, bring, backups]
+        if config.state:
+            once = [partial(alone, store, *(partial(process.lasting, "upkeep", part) for part in once))]
+        await process.run(agent, controller.usage.keep, stores.keep, *once, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
 
@@ -147,9 +150,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         made = socket.create_server((host, port), family=family)
-        made.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-        )  # asyncio does so only where it made the socket
+        # asyncio does so only where it made the socket
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return made
     except OSError as err:
         hint = "another sf serve? SF_LISTEN=host:port chooses another address"
@@ -158,18 +160,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def installation_id(state_dir: Path) -> str:
     """The random id in everything that is ours; made once. Raises Unavailable for a broken file."""
-    path = state_dir / "installation.json"
+    path, hint = state_dir / "installation.json", "restore it: without it nothing of ours is known"
     try:
         return str(json.loads(path.read_text())["id"])
     except FileNotFoundError as err:
         if (state_dir / "sf.db").exists():
-            hint = (
-                "restore it: without it nothing of ours is known (if there never was a guest: remove sf.db)"
-            )
+            hint += " (if there never was a guest: remove sf.db)"
             raise Unavailable(f"{path} is lost", hint=hint) from err
         durable.write(path, json.dumps({"id": secrets.token_hex(4)}).encode(), 0o644)
         return installation_id(state_dir)
     except (ValueError, KeyError, TypeError) as err:
-        raise Unavailable(
-            f"cannot read {path}: {err}", hint="restore it: without it nothing of ours is known"
-        ) from err
+        raise Unavailable(f"cannot read {path}: {err}", hint=hint) from err

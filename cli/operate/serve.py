@@ -31,7 +31,7 @@ def serve() -> None:
 
 
 @click.command(cls=Command, examples="sf agent --join https://10.0.0.1:13001 --token TOKEN\nsf agent")
-@click.option("--join", "url", metavar="URL", help="The server to belong to, once; sf node token prints it.")
+@click.option("--join", "url", metavar="URL", help="The server to belong to, once; several as U1,U2.")
 @click.option("--token", metavar="T", help="Single-use join token of that server.")
 @kept("--name", "node_name", metavar="NAME", help="This node's name; default: the host's.")
 def agent(url: str | None, token: str | None) -> None:

@@ -17,6 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -43,6 +44,7 @@ _RENEW_S = 2.0
 _ANSWER_S = 5.0
 _LONG_POLL_S = 20.0
 _AWAY_S = 3.0
+_asker: ContextVar[str] = ContextVar("asker")  # which server asked for what a task does
 _LIMITS: dict[str, Any] = {"open_timeout": 5, "ping_timeout": 60, "max_size": MESSAGE_BYTES}
 
 
@@ -51,6 +53,7 @@ class Identity:
     """Who this node is and whom it belongs to: `agent.json`, mode 0600."""
 
     url: str
+    """Of a server; of several of them with commas between."""
     node: str
     secret: str
     installation: str
@@ -59,7 +62,7 @@ class Identity:
 
     def local_address(self) -> IPv4Address:
         """Our address towards the server (no packet is sent). Raises Unavailable."""
-        server = urlsplit(self.url)
+        server = urlsplit(self.url.partition(",")[0])
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 probe.connect((server.hostname or "", server.port or 443))
@@ -78,11 +81,10 @@ def load(state_dir: Path) -> Identity | None:
 
 async def join(state_dir: Path, url: str, token_text: str, node: str) -> Identity:
     """Use up a token and keep the identity. Raises Denied (token, certificate), Conflict's text, Unavailable."""
-    token, parts = JoinToken.parse(token_text), urlsplit(url)
+    token, parts = JoinToken.parse(token_text), urlsplit(url.partition(",")[0])
     if parts.scheme != "https" or not parts.hostname:
-        raise Invalid(
-            f"not the URL of a server: {url[:80]!r}", hint="https://HOST:PORT, as sf node token printed it"
-        )
+        hint = "https://HOST:PORT, as sf node token printed it"
+        raise Invalid(f"not the URL of a server: {url[:80]!r}", hint=hint)
     address = (parts.hostname, parts.port or 443)
     try:
         pem = await asyncio.to_thread(ssl.get_server_certificate, address, timeout=_ANSWER_S)
@@ -109,7 +111,7 @@ def _context(identity: Identity) -> ssl.SSLContext:
 
 def _client(identity: Identity) -> httpx.AsyncClient:
     return httpx.AsyncClient(
-        base_url=f"{identity.url.rstrip('/')}/agent/v1/",
+        base_url=f"{identity.url.partition(',')[0].rstrip('/')}/agent/v1/",
         headers={"Authorization": f"Node {identity.node}:{identity.secret}"},
         verify=_context(identity),
         trust_env=False,
@@ -190,7 +192,7 @@ class RemoteController:
 
     def __init__(self, identity: Identity, state_dir: Path, plane: Droppable, uplink: str = "") -> None:
         self._identity, self._kept = identity, state_dir / "desired.json"
-        self._client = _client(identity)
+        self._client, self._urls = _client(identity), [u.rstrip("/") for u in identity.url.split(",")]
         self._lease = Lease()
         self._drop = plane.drop_routers
         self.plane = Fenced(plane, self._lease, identity.node, uplink)
@@ -235,7 +237,7 @@ class RemoteController:
 
     def _led(self, desired: NodeDesired) -> NodeDesired:
         """With the whole URLs of stores that the server gives over our own connection."""
-        server, node = urlsplit(self._identity.url), self._identity.node
+        server, node = urlsplit(self._urls[0]), self._identity.node
         pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(self._identity.certificate)).hexdigest()
         base = f"https://{node}:{desired.store_token}@{server.netloc}/agent/v1/stores"
         whole = {
@@ -264,12 +266,13 @@ class RemoteController:
     async def run(self) -> None:
         """Until cancelled."""
         if self._client.is_closed:  # an error ended it before
-            self._client = _client(self._identity)
+            self._client = _client(replace(self._identity, url=self._urls[0]))
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._renewing())
                 group.create_task(self._fencing())
-                group.create_task(self._answering())
+                for url in self._urls:  # any of the servers may ask
+                    group.create_task(self._answering(url))
         finally:
             await self._client.aclose()
 
@@ -286,6 +289,8 @@ class RemoteController:
             except ComputeError as err:
                 log.warning("%s%s", err, f" ({err.hint})" if err.hint else "")
                 known = False
+                self._urls.append(self._urls.pop(0))
+                self._client.base_url = f"{self._urls[0]}/agent/v1/"
             await asyncio.sleep(max(0.0, asked + _RENEW_S - time.monotonic()))
 
     async def _fencing(self) -> None:
@@ -306,7 +311,7 @@ class RemoteController:
     async def dial(self, node: str, ticket: str) -> Stream:
         """Bring a stream over a connection of our own: only a node can connect. Raises Unavailable."""
         mine = self._identity
-        where = f"wss{mine.url.removeprefix('https').rstrip('/')}/agent/v1/streams/{ticket}"
+        where = f"wss{_asker.get().removeprefix('https')}/agent/v1/streams/{ticket}"
         told = {"Authorization": f"Node {mine.node}:{mine.secret}"}
         try:
             options = {"additional_headers": told, "compression": None, "proxy": None, **_LIMITS}
@@ -315,22 +320,25 @@ class RemoteController:
             raise Unavailable(f"the server did not take a stream: {err!r}") from err
         return Stream(socket.send, socket.recv, socket.close, ConnectionClosed)
 
-    async def _answering(self) -> None:
-        """What the server asks of this node: console data, pings, streams. One that takes long holds up no other."""
+    async def _answering(self, url: str) -> None:
+        """What a server asks of this node: console data, pings, streams. One that takes long holds up no other."""
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
                     wait = {"wait": _LONG_POLL_S}
-                    orders = await _ask(self._client, "GET", "operations", _LONG_POLL_S, params=wait)
+                    orders = await _ask(
+                        self._client, "GET", f"{url}/agent/v1/operations", _LONG_POLL_S, params=wait
+                    )
                     for order in orders:
-                        group.create_task(self._answer(order))
+                        group.create_task(self._answer(url, order))
                     if not orders:
                         await asyncio.sleep(0.1)
                 except ComputeError:
                     await asyncio.sleep(1)
 
-    async def _answer(self, order: dict[str, Any]) -> None:
+    async def _answer(self, url: str, order: dict[str, Any]) -> None:
         body: dict[str, Any]
+        _asker.set(url)
         try:
             if self._operations is None:
                 raise Unavailable("this node's agent is not ready")
@@ -338,4 +346,4 @@ class RemoteController:
         except (ComputeError, OSError, ValueError, TypeError) as err:
             body = {"error": str(err) or repr(err), "hint": getattr(err, "hint", "")}
         with contextlib.suppress(ComputeError):
-            await _ask(self._client, "POST", f"operations/{order['id']}", json=body)
+            await _ask(self._client, "POST", f"{url}/agent/v1/operations/{order['id']}", json=body)

@@ -19,7 +19,7 @@ from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.instances import booted
 from compute.cluster.records.nodes import Node, check_facts, find_machine, rename
-from compute.cluster.records.secrets import site_secret
+from compute.cluster.records.secrets import secret, site_secret
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
@@ -70,6 +70,13 @@ class Controller:
         seen = seen or Remembered("", "", 0)
 
         def action(txn: Transaction) -> str:
+            if not self.server:  # it runs no guests
+                site_secret(txn)
+                if secret(txn, "installation", first=self.installation) != self.installation:
+                    raise Conflict(
+                        "installation.json and auth/ are to be those of the first server of this etcd"
+                    )
+                return ""
             nodes = txn.list(Node)
             known = find_machine(nodes, seen.machine, self.server)
             if known is None and txn.find(Node, self.server) is None:

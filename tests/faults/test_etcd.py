@@ -267,6 +267,7 @@ def test_one_of_three_members_is_killed_or_hangs_and_every_answer_was_true() -> 
                 store.close()
 
 
+@pytest.mark.skipif(not everything(), reason="scripts/test --all")
 def test_without_a_majority_nothing_is_answered_and_then_all_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compute.cluster.state.gateway.PATIENCE_S", 0.5)
     monkeypatch.setattr("compute.cluster.state.gateway.ANSWER_S", 1.0)

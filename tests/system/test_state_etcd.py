@@ -172,7 +172,7 @@ def start(directory: Path, state: str) -> tuple["subprocess.Popen[str]", Running
     return child, Running(url, key, None, None, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.drill
+@pytest.mark.skipif(not everything(), reason="scripts/test --all; test_servers.py has a sample of it")
 @pytest.mark.timeout(1800)
 def test_a_server_and_a_member_are_killed_under_load_and_every_answer_took_effect(tmp_path: Path) -> None:
     """Of three members; the creates that were answered are there, what was deleted is gone, nothing is leaked."""
@@ -180,7 +180,7 @@ def test_a_server_and_a_member_are_killed_under_load_and_every_answer_took_effec
     acknowledged: dict[str, str] = {}
     doubtful = set[str]()
     with members(3) as three:
-        for number in range(20 if everything() else 1):
+        for number in range(20):
             child, server = start(tmp_path, three.url)
             victim = rng.randrange(3)
             timers = [

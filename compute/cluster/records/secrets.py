@@ -18,11 +18,11 @@ class Secret(Stored):
     """256 random bits, in hex."""
 
 
-def secret(txn: Transaction, name: str, *, renew: bool = False) -> str:
-    """A secret, made when it is first asked for, and anew on `renew`. Version 0.1 kept it as the owner of a Taken."""
+def secret(txn: Transaction, name: str, *, renew: bool = False, first: str = "") -> str:
+    """A secret, made (or `first`) when first asked for, anew on `renew`. Version 0.1 had it as a Taken's owner."""
     found, former = txn.find(Secret, name), txn.find(Taken, name)
     if found is None or renew:
-        kept = former.owner if former and not renew else secrets.token_hex(32)
+        kept = former.owner if former and not renew else first or secrets.token_hex(32)
         found = Secret(name=name, value=kept)
         txn.update(found)
     if former:

@@ -65,7 +65,7 @@ class Transaction:
         # Read once: a second look would expect a newer revision than the one that was decided on.
         if key not in self.reads:
             record = self.reads[key] = self.store.get(key)
-            self.expect[key] = record.revision if record else ABSENT
+            self.expect.setdefault(key, record.revision if record else ABSENT)
         record = self.reads[key]
         return cls.decode(record.value, record.revision) if record else None
 

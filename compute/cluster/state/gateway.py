@@ -7,7 +7,7 @@ import base64
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import requests
@@ -104,16 +104,14 @@ class Gateway:
         if self._at == at:
             self._at = (at + 1) % len(self.members)
 
-    def follow(
-        self, keys: dict[str, str], after_revision: int, silence_s: float
-    ) -> Iterator[Sequence[dict[str, Any]]]:
+    def follow(self, keys: dict[str, str], after: int, silence_s: float) -> Iterator[list[dict[str, Any]]]:
         """Events newer than that, as they come, until nothing came for so long (or ANSWER_S), or the member is gone.
 
         Raises Compacted.
         """
         at = self._at
         member = self.members[at]
-        asked = {"create_request": keys | {"start_revision": str(after_revision + 1)}}
+        asked = {"create_request": keys | {"start_revision": str(after + 1)}}
         try:
             url, timeout_s = member.get_url("watch"), (CONNECT_S, min(silence_s, ANSWER_S))
             with member.session.post(url, json=asked, stream=True, timeout=timeout_s) as answer:

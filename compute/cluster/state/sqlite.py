@@ -2,9 +2,10 @@
 
 Commits that wait together share one fsync. Readers use a second connection and never wait for the writer. The file
 belongs to one process at a time (`serve` holds a lock on the state directory), so leases are counted by that process's
-monotonic clock and a restart gives every lease its full time again: refreshing one costs no write.
+monotonic clock and a restart gives every lease its full time again: refreshing one costs no write. The history that
+watches read is in memory: a restart forgets it.
 
-    kv(key, value, revision, lease)   log(revision, key, value): the history for watches   lease(id, ttl_s)
+    kv(key, value, revision, lease)   lease(id, ttl_s)   log: where earlier versions had the history, empty
 """
 
 import contextlib
@@ -13,9 +14,11 @@ import queue
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +40,8 @@ create table if not exists meta(revision integer not null, compacted integer not
 insert into meta select 1, 1, 1 where not exists (select 1 from meta);
 """
 
-HISTORY = 4096
-"""Log entries that a watch can look back on."""
+HISTORY = 1024
+"""Changes that a watch can look back on."""
 
 _SWEEP_S = 0.25
 """How late an expired lease may be noticed."""
@@ -78,11 +81,8 @@ class SqliteStore:
                 hint = "check the file's owner and free space"
                 raise Unavailable(f"cannot open {path}: {err}", hint=hint) from err
         self._reserve.keep()
-        self._revision: int
-        self._compacted: int
-        self._revision, self._compacted = self._write.execute(
-            "select revision, compacted from meta"
-        ).fetchone()
+        self._revision: int = self._write.execute("select revision from meta").fetchone()[0]
+        self._history, self._forgotten = deque[Change](), self._revision
         for lease, ttl_s in self._write.execute("select id, ttl_s from lease"):
             self._leases[lease] = (ttl_s, time.monotonic() + ttl_s)
         self._closed = False
@@ -101,6 +101,7 @@ class SqliteStore:
             if faults != ["ok"]:
                 raise self._damaged("; ".join(faults))
             (format_,) = self._write.execute("select format from meta").fetchone()
+            self._write.execute("delete from log")
             self._read = self._connect(self._path)
         except sqlite3.DatabaseError as err:
             if err.sqlite_errorname in ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"):
@@ -153,26 +154,17 @@ class SqliteStore:
 
     def watch(self, prefix: str, after_revision: int, timeout_s: float) -> Sequence[Change]:
         deadline = time.monotonic() + timeout_s
-        while True:
-            with self._moved:
-                while self._revision <= after_revision and not self._closed:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not self._moved.wait(left):
-                        return []
-                newest = self._revision
-            if after_revision < self._compacted:
-                raise Compacted(f"history before revision {self._compacted} is gone")
-            if self._closed:
-                return []
-            rows = self._select(
-                "select key, value, revision from log where revision > ? and key >= ? and key < ? order by rowid",
-                after_revision,
-                prefix,
-                prefix + "\U0010ffff",
-            )
-            if rows:
-                return [Change(*row) for row in rows]
-            after_revision = newest
+        with self._moved:
+            while not self._closed:
+                if after_revision < self._forgotten:
+                    raise Compacted(f"history before revision {self._forgotten} is gone")
+                newer = takewhile(lambda change: change.revision > after_revision, reversed(self._history))
+                if found := [change for change in newer if change.key.startswith(prefix)]:
+                    return found[::-1]
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._moved.wait(left_s):
+                    break
+        return []
 
     # Writing: callers wait for the writer thread
 
@@ -242,7 +234,7 @@ class SqliteStore:
     def _apply(self, batch: Sequence[_Job]) -> None:
         """One SQLite transaction, one fsync, for all of them; each job succeeds or fails by itself."""
         outcome: list[tuple[_Job, int | Exception]] = []
-        revision = self._revision
+        revision, changes = self._revision, list[Change]()
         leases = dict(self._leases)
         try:
             self._write.execute("begin immediate")
@@ -261,9 +253,9 @@ class SqliteStore:
                 if writes:
                     revision += 1
                     self._put(writes, revision, job)
+                    changes += (Change(key, value, revision) for key, value in writes.items())
                 outcome.append((job, revision))
-            compacted = self._trim(revision)
-            self._write.execute("update meta set revision=?, compacted=?", (revision, compacted))
+            self._write.execute("update meta set revision=?", (revision,))
             self._write.execute("commit")
         except sqlite3.Error as err:
             if self._write.in_transaction:
@@ -273,15 +265,17 @@ class SqliteStore:
             if full and self._reserve.spend():
                 self._apply(batch)
                 return
-            failure = (NoSpace if full else Unavailable)(
-                f"cannot write {self._path}: {err}", hint="check free space on its filesystem"
-            )
+            hint = "check free space on its filesystem"
+            failure = (NoSpace if full else Unavailable)(f"cannot write {self._path}: {err}", hint=hint)
             for job in batch:
                 job.done.set_exception(failure)
             return
         self._reserve.keep()
         with self._moved:
-            self._revision, self._compacted = revision, compacted
+            self._revision = revision
+            self._history += changes
+            while len(self._history) > HISTORY:
+                self._forgotten = self._history.popleft().revision
             self._moved.notify_all()
         for job, result in outcome:
             if isinstance(result, Exception):
@@ -314,17 +308,4 @@ class SqliteStore:
             if value is not None
         ]
         self._write.executemany("delete from kv where key=?", gone)
-        self._write.executemany(
-            "insert or replace into kv(key, value, revision, lease) values (?,?,?,?)", kept
-        )
-        self._write.executemany(
-            "insert into log values (?,?,?)", [(revision, k, v) for k, v in writes.items()]
-        )
-
-    def _trim(self, revision: int) -> int:
-        """Forget history in large steps; returns the revision below which it is gone."""
-        (oldest,) = self._write.execute("select min(revision) from log").fetchone()
-        if oldest is None or revision - oldest < 2 * HISTORY:
-            return self._compacted
-        self._write.execute("delete from log where revision <= ?", (revision - HISTORY,))
-        return revision - HISTORY
+        self._write.executemany("insert or replace into kv values (?,?,?,?)", kept)

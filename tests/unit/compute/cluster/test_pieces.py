@@ -18,7 +18,7 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import new_uuid
-from compute.cluster.records.taken import Claims
+from compute.cluster.records.taken import Claims, claim
 from compute.cluster.records.transaction import Event, Transaction, pieces, transact
 from compute.cluster.scheduler import rooms, take
 from compute.cluster.state.protocol import MOST_KEYS
@@ -139,8 +139,10 @@ def test_a_placement_rests_on_the_claims_of_its_node_alone(store: SqliteStore) -
             if len(tries) < 1:
                 transact(store, lambda t, other=other: t.update(replace(t.get(Claims, other), cpus=1)))
         tries.append(1)
-        take(txn, there, "n1")
+        claim(txn, take(txn, there, "n1"), 1, 64)
         assert [key for key in txn.expect if key.startswith("claims/")] == ["claims/n1"]
 
     transact(store, place)
     assert len(tries) == 2
+    claims = Transaction(store).get(Claims, "n1")
+    assert (claims.cpus, claims.memory_mib) == (2, 64)
