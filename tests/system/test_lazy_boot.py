@@ -34,7 +34,7 @@ from imagestore.formats.digest import Digest
 from imagestore.push import push
 from imagestore.store.open import open_store
 from scripts.private_libvirtd import PrivateHost
-from tests.drills import rounds
+from tests.drills import everything, rounds, seed
 from tests.system.boot_sector import boot_sector
 from tests.system.test_agent import Bench, NoNetworks, remove, says
 from tests.web import nginx
@@ -390,7 +390,8 @@ done
 """
 
 
-@pytest.mark.parametrize("mib", [200, 300])
+@pytest.mark.drill
+@pytest.mark.parametrize("mib", [200, 300] if everything() else [random.Random(seed()).choice([200, 300])])
 def test_what_a_guest_wrote_goes_with_it_up_to_256_mib_and_keeps_it_where_it_is_beyond(
     bench: LazyBench, tiny_image: Path, mib: int
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from guest_images.packages import fetch, place, unpack
+from tests import drills
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +201,8 @@ def test_it_takes_a_static_address_with_routes_and_resolvers_and_gives_a_shell_o
         assert "nameserver 192.0.2.53" in text
 
 
+@pytest.mark.drill
+@pytest.mark.skipif(not drills.everything(), reason="builds it again: scripts/test --all")
 def test_it_is_small_and_the_same_bytes_each_time(tmp_path: Path, tiny_image: Path) -> None:
     assert tiny_image.stat().st_size <= 64 << 20
     again = subprocess.run(
