@@ -17,7 +17,7 @@ class Config:
     state_dir: Path = Path("/var/lib/sf")
     state: str = ""
     """etcd://… that keeps the records; "" for a file in `state_dir`."""
-    state_access: tuple[str, ...] = field(default=(), repr=False)
+    state_access: tuple[str, ...] = field(default=("",) * 4, repr=False)
     """For etcd: files of TLS (authority, certificate, key), then NAME:PASSWORD."""
     guests: bool = True
     """Whether the server runs guests itself: one of several on an etcd does not, `sf agent` does it."""
