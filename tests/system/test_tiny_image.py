@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from guest_images.packages import fetch, place, unpack
+
 from tests import drills
 
 pytestmark = pytest.mark.system
