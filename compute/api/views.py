@@ -49,15 +49,9 @@ def snapshot(item: Snapshot) -> Json:
         "error_message": order.error,
         "created": order.moment_s,
     }
-    more = {
-        "instance_uuid": item.instance_uuid,
-        "backup": item.backup,
-        "namespace": item.namespace,
-        **order.costs,
-        **said,
-    }
+    more = {"instance_uuid": item.instance_uuid, "backup": item.backup, "namespace": item.namespace}
     name = f"my/{item.instance.lower()}:{item.tag}"
-    return _common(item, name=name, images=names, digests=order.digests, **more)
+    return _common(item, name=name, images=names, digests=order.digests, **more, **order.costs, **said)
 
 
 def interface(item: Interface) -> Json:
@@ -224,19 +218,8 @@ def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance], node
     """`instances`: those that the caller sees."""
     blobs = {number: _blob(blob, number, instances, nodes) for number, blob in item.blobs.items()}
     newest = max(map(int, blobs), default=0)
-    return _common(
-        item,
-        metadata=metadata,
-        name=item.name,
-        artifact_type=item.artifact_type,
-        source_url=item.source_url,
-        store=item.store_url or None,
-        namespace=item.namespace,
-        shared=item.shared,
-        max_versions=item.max_versions,
-        index=newest,
-        blob_uuid=blobs[str(newest)]["uuid"] if blobs else None,
-        blobs=blobs,
-        progress=item.progress or None,
-        error_message=item.error_message or None,
-    )
+    said: Json = {"name": item.name, "artifact_type": item.artifact_type, "source_url": item.source_url}
+    said |= {"store": item.store_url or None, "namespace": item.namespace, "shared": item.shared}
+    said |= {"max_versions": item.max_versions, "index": newest, "blobs": blobs, "metadata": metadata}
+    said |= {"blob_uuid": blobs[str(newest)]["uuid"] if blobs else None, "progress": item.progress or None}
+    return _common(item, **said, error_message=item.error_message or None)

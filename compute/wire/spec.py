@@ -55,6 +55,8 @@ class DiskSpec:
     bus: str = "virtio"
     store: str = ""
     """The namespace whose own store has the image; "" for the server's stores."""
+    cdrom: bool = False
+    """A CD-ROM: the guest reads it, and snapshots leave it out."""
 
     @property
     def pending(self) -> bool:

@@ -18,6 +18,7 @@ import pytest
 from compute.cluster.holding import Holds
 from compute.cluster.images import bringing
 from compute.config import Config
+from compute.errors import NoSpace
 from imagestore import ImageCache
 from imagestore.backends.directory import Directory
 from imagestore.store.store import Store
@@ -310,3 +311,48 @@ def test_a_name_that_only_a_source_list_knows_is_fetched_where_the_administrator
         while server.get("/instances/web", namespace="shop")["state"] != "created":
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_an_end_that_cannot_be_written_down_is_told_later_and_nothing_is_fetched_again(
+    tmp_path: Path, upstream: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, url = upstream
+    (root / "x").write_bytes(DATA)
+    pieces, full = bringing.pieces, [NoSpace("the disk is full")] * 3
+
+    def later(*args: Any) -> None:
+        if full:
+            raise full.pop()
+        pieces(*args)
+
+    monkeypatch.setattr(bringing, "pieces", later)
+    monkeypatch.setattr(bringing, "_LOOK_S", 0.2)
+    with serving(tmp_path) as server:
+        guest(server, f"{url}/x")
+        server.wait_for("/instances/web", "created")
+    assert not full and len([line for line in asked(tmp_path) if line.startswith("GET /x 200")]) == 1
+
+
+def test_a_guest_that_begins_to_wait_at_the_very_end_is_not_forgotten(
+    tmp_path: Path, upstream: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, url = upstream
+    (root / "x").write_bytes(DATA)
+    end, waiting, late = bringing._end, bringing._waiting, ["late"]
+    with serving(tmp_path) as server:
+
+        def listed(*args: Any) -> Any:
+            found = waiting(*args)
+            if late:
+                guest(server, f"{url}/x", late.pop())
+            return found
+
+        def ending(*args: Any) -> Any:
+            with monkeypatch.context() as inside:
+                inside.setattr(bringing, "_waiting", listed)
+                return end(*args)
+
+        monkeypatch.setattr(bringing, "_end", ending)
+        guest(server, f"{url}/x")
+        for name in ("web", "late"):
+            server.wait_for(f"/instances/{name}", "created")

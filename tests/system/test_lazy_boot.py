@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import filecmp
 import hashlib
+import io
 import json
 import os
 import random
@@ -15,7 +16,9 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
+import pycdlib
 import pytest
 
 from compute.agent.agent import Agent
@@ -25,7 +28,7 @@ from compute.agent.hypervisor import domain
 from compute.agent.hypervisor import libvirt as libvirt_adapter
 from compute.agent.image_service import ServedImages, Settings
 from compute.errors import NotFound, Unavailable
-from compute.wire.spec import DiskSpec, InstanceSpec, Power
+from compute.wire.spec import Capture, DiskSpec, InstanceSpec, Power
 from imagestore.cache.control import ControlClient
 from imagestore.cache.imaged import control_socket
 from imagestore.cache.images import ImageCache
@@ -151,6 +154,43 @@ def test_a_linux_guest_reads_on_while_it_is_moved_to_the_complete_file(
                     await asyncio.sleep(0.2)
             status = await bench.desk.seen(lambda s: "image_bytes" in s.extra, spec.uuid)
             assert status.extra["image_bytes"]["vda"]["received"]["store"] > 1 << 20
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
+def test_a_guest_with_a_blank_disk_boots_from_a_cd_rom_that_is_still_arriving(bench: LazyBench) -> None:
+    """Read only, never moved, in no snapshot; the next start reads the whole file."""
+    bench.fill, iso, sector = "never", pycdlib.PyCdlib(), boot_sector("HELLO\r\n")[:2048]
+    iso.new()
+    iso.add_fp(io.BytesIO(sector), len(sector), "/BOOT.;1")
+    iso.add_fp(io.BytesIO(random.Random(3).randbytes(8 << 20)), 8 << 20, "/MORE.;1")
+    iso.add_eltorito("/BOOT.;1", boot_load_size=4)
+    path = bench.directory / "install.raw"
+    iso.write(str(path))
+
+    async def story() -> None:
+        blank = DiskSpec("vda", size_bytes=1 << 20)
+        cdrom = DiskSpec("vdb", str(bench.push(path)), bus="sata", cdrom=True)
+        spec = _with(bench.spec(), disks=(blank, cdrom))
+        bench.desk.now = replace(bench.desk.now, stores={"my/system": bench.url})
+        async with bench.agent() as agent:
+            await bench.boot(agent, spec)
+            shown = ET.fromstring(
+                bench.host.virsh("dumpxml", domain.name(bench.installation, spec.uuid)).stdout
+            )
+            (found,) = shown.iterfind("devices/disk[@device='cdrom']")
+            assert (
+                found.find("readonly") is not None
+                and found.find("backingStore/source").get("protocol") == "nbd"
+            )
+            bench.desk.want(_with(spec, snapshots=(Capture("0" * 32),)))
+            ended = await bench.desk.seen(lambda s: bool(s.snapshots), spec.uuid)
+            assert ended.snapshots[0].digests.keys() == {"vda"}, ended
+            bench.desk.want(_with(spec, power=Power.OFF))
+            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            await bench.boot(agent, spec)
             await remove(bench, spec)
         await bench.service_is_gone()
 

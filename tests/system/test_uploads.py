@@ -7,6 +7,8 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, cast
@@ -198,11 +200,24 @@ def test_another_tenant_finds_nothing_of_an_upload_a_blob_or_a_label(tmp_path: P
 def test_uploads_are_bounded_in_number_bytes_and_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path) as server:
         tenant(server, "shop")
-        begun = [ask(server, "POST", "/upload", namespace="shop")["uuid"] for _ in range(16)]
+        with ThreadPoolExecutor(8) as pool:
+            statuses = Counter(
+                pool.map(lambda _: server.call("POST", "/upload", namespace="shop").status, range(50))
+            )
+        assert statuses == {200: 16, 507: 34}
+        begun = [path.name for path in (server.services.config.state_dir / "uploads/shop").iterdir()]
         assert "16 uploads" in ask(server, "POST", "/upload", status=507, namespace="shop")["error"]
         ask(server, "POST", "/upload")
         empty = {"upload_uuid": begun[0]}
         ask(server, "POST", "/artifacts/upload/x", empty, status=400, namespace="shop")
+        # Nobody calls an artifact what somebody else's label or upload is called.
+        ask(
+            server,
+            "POST",
+            "/artifacts/upload/x",
+            {"blob_uuid": "x", "source_url": "sf://label/a/b"},
+            status=400,
+        )
         for odd in ({}, empty | {"blob_uuid": "x"}, {"upload_uuid": "x", "more": 1}, {"blob_uuid": 1}):
             ask(server, "POST", "/artifacts/upload/x", odd, status=400, namespace="shop")
         ask(server, "POST", "/artifacts/upload/a%20b", {"upload_uuid": sent(server, b"x")}, status=400)
@@ -264,3 +279,22 @@ def test_an_address_is_routed_to_the_only_guest_or_to_the_one_that_is_named(tmp_
         assert "2 guests" in ask(server, "POST", "/networks/lan/route", status=400)["error"]
         other = ask(server, "POST", "/networks/lan/route", {"next_hop": "10.42.0.10"})
         assert server.get("/networks/lan")["routed"] == {alone: "10.42.0.9", other: "10.42.0.10"}
+
+
+def test_a_cd_rom_is_said_so_to_the_node_and_is_on_no_bus_that_has_none(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        kept(server, "install", DATA)
+        cdrom = {"base": "sf://upload/system/install", "type": "cdrom"}
+        for wrong in (cdrom | {"bus": "virtio"}, cdrom | {"type": "floppy"}, {"type": "cdrom"}):
+            assert server.instance("web", disk=[{"size": 1}, wrong]).status == 400
+        guest(server, "", "none", size=1)
+        assert server.instance("web", disk=[{"size": 1}, cdrom]).status == 200
+        disks = server.wait_for("/instances/web", "created")["disks"]
+        assert [(disk["device"], disk["bus"]) for disk in disks] == [("vda", "virtio"), ("vdb", "sata")]
+        assert server.agent.desired
+        (spec,) = (one for one in server.agent.desired.instances if one.name == "web")
+        assert [disk.cdrom for disk in spec.disks] == [False, True]
+        assert server.call("POST", "/instances/web/snapshot").status == 200
+        assert server.instance("only", disk=[cdrom]).status == 200
+        server.wait_for("/instances/only", "created")
+        assert "no disk that changes" in ask(server, "POST", "/instances/only/snapshot", status=409)["error"]

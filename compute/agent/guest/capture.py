@@ -94,6 +94,7 @@ class Captures:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _begin(self, spec: InstanceSpec, one: Capture, power: str) -> None:
+        spec = replace(spec, disks=tuple(disk for disk in spec.disks if not disk.cdrom))
         await self._held.save(began=one.uuid)
         try:
             disks, socket = self._prepare(spec), self._directory / "s"

@@ -84,7 +84,9 @@ class Disks:
         for disk in spec.disks:
             under = images.get(disk.device)
             backing, socket = (under.path, under.socket) if under else (None, None)
-            disks.append(domain.Disk(disk.device, self.overlay(disk.device), backing, socket, disk.bus))
+            disks.append(
+                domain.Disk(disk.device, self.overlay(disk.device), backing, socket, disk.bus, disk.cdrom)
+            )
         served = tuple(disk.device for disk in disks if disk.socket)
         await self._held.save(served=served, deferred=(), arrived={})
         return tuple(disks)
@@ -129,7 +131,9 @@ class Disks:
         """Move running disks to second overlays over raw files, once those are complete and if it costs little."""
         await self.grow(spec)
         for device in self._held.now.served:
-            await self._move(device, next((d.image for d in spec.disks if d.device == device), ""))
+            # libvirt copies no CD-ROM: it goes on by the image service, and from its next start on from the file.
+            moved = (d.image for d in spec.disks if d.device == device and not d.cdrom)
+            await self._move(device, next(moved, ""))
 
     async def _move(self, device: str, image: str) -> None:
         held, figures = self._held, await self._host.images.figures(self._reader(device))

@@ -92,7 +92,7 @@ def keep_reconnecting(hypervisor: Hypervisor, uuid: str, disk: domain.Disk, reco
         },
     )  # fmt: skip
     overlay = {"driver": "qcow2", "node-name": file.replace("storage", "format"), "file": file}
-    overlay |= {"backing": node, "read-only": False, "discard": "unmap"}
+    overlay |= {"backing": node, "read-only": disk.cdrom, "discard": "unmap"}
     overlay["cache"] = {"direct": True, "no-flush": False}
     hypervisor.qmp(uuid, "blockdev-reopen", options=[overlay])
 

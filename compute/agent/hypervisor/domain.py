@@ -30,6 +30,7 @@ class Disk:
     socket: Path | None = None
     """An NBD export that stands in for `backing` until that is complete."""
     bus: str = "virtio"
+    cdrom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def _backing(element: ET.Element, disk: Disk) -> None:
 
 
 def _overlay(disk: Disk) -> ET.Element:
-    element = ET.Element("disk", {"type": "file", "device": "disk"})
+    element = ET.Element("disk", {"type": "file", "device": "cdrom" if disk.cdrom else "disk"})
     _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
     _add(element, "source", file=str(disk.path))
     _backing(element, disk)
@@ -171,6 +172,8 @@ def domain_xml(domain: Domain) -> str:
         _add(firmware, "feature", enabled="no", name="secure-boot")
         _add(os, "nvram", str(domain.directory / "nvram.fd"))
     _add(os, "boot", dev="hd")
+    if any(disk.cdrom for disk in domain.disks):
+        _add(os, "boot", dev="cdrom")
     features = _add(root, "features")
     _add(features, "acpi")
     _add(features, "apic")
@@ -197,6 +200,8 @@ def domain_xml(domain: Domain) -> str:
         element = _overlay(disk)
         _add(element, "target", dev=disk.device, bus=_BUS.get(disk.bus, disk.bus))
         devices.append(element)
+        if disk.cdrom:
+            _add(element, "readonly")
     if spec.config_drive:
         _config_drive(devices, domain.directory / "config.iso")
     for nic in domain.nics:

@@ -4,6 +4,7 @@ that point to one; /upload: files that come in pieces, to be kept."""
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,8 @@ from imagestore.mirror import Content, GroupCache
 
 router = APIRouter(tags=["artifacts"], route_class=StoreRoute)
 
-_MOST = 16
-_READERS, _GROUPS = ThreadPoolExecutor(4, "sf-blobs"), GroupCache(32 << 20)
+_MOST, _COUNTING, _READERS = 16, threading.Lock(), ThreadPoolExecutor(4, "sf-blobs")
+_GROUPS = GroupCache(32 << 20)
 Place = Annotated[int, Query(ge=0, le=1 << 60)]
 
 
@@ -55,7 +56,7 @@ class BlobBody(Body):
 class KeepBody(NamespaceBody):
     upload_uuid: str | None = None
     blob_uuid: str | None = None
-    source_url: str | None = Field(default=None, min_length=1, max_length=2000)
+    source_url: str | None = Field(default=None, pattern="^https?://", max_length=2000)
     shared: bool = False
     artifact_type: Literal["image", "other"] = "image"
 
@@ -85,10 +86,9 @@ def show(ctx: Context, *found: Artifact) -> list[dict[str, Any]]:
 @router.get("/artifacts")
 def list_artifacts(ctx: Ctx, body: ListBody | None = None) -> Response:
     """Of one node: those that its cache holds. The stores' names are the namespace system's."""
-    query, held = body or ListBody(), set[str]()
-    if query.node:
-        facts = facts_of(ctx.read().get(Node, query.node))
-        held = set(facts.images if facts else ())
+    query = body or ListBody()
+    facts = facts_of(ctx.read().get(Node, query.node)) if query.node else None
+    held = set(facts.images if facts else ())
     found = [a for a in ctx.artifacts() if query.namespace in (None, a.namespace)]
     return JSONResponse(show(ctx, *(a for a in found if not query.node or held & set(a.digests))))
 
@@ -120,9 +120,10 @@ def begin(ctx: Ctx) -> Response:
     """Then send pieces to /upload/UUID, and make an artifact of them."""
     path = ctx.services.config.state_dir / "uploads" / ctx.caller.namespace / (uuid := new_uuid())
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if len(list(path.parent.iterdir())) >= _MOST:
-        raise NoCapacity(f"{_MOST} uploads are under way", hint="each ends a day after its last piece")
-    path.touch(0o600)
+    with _COUNTING:
+        if len(list(path.parent.iterdir())) >= _MOST:
+            raise NoCapacity(f"{_MOST} uploads are under way", hint="each ends a day after its last piece")
+        path.touch(0o600)
     return JSONResponse({"uuid": uuid, "node": ctx.services.config.node_name, "created_at": time.time()})
 
 
@@ -168,9 +169,8 @@ def keep(ctx: Ctx, name: str, body: KeepBody) -> Response:
     else:
         blob = blob_of(ctx.artifacts(), f"{BLOB}{body.blob_uuid}")[1]
     url = body.source_url or f"sf://upload/{namespace}/{check_name(name, 'name')}"
-    shared: dict[str, Any] = {"shared": True} if body.shared else {}
-    kind = body.artifact_type
-    made = ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, artifact_type=kind, **shared))
+    more: dict[str, Any] = {"artifact_type": body.artifact_type, **({"shared": True} if body.shared else {})}
+    made = ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, **more))
     return get_artifact(ctx, made.uuid)
 
 

@@ -66,14 +66,14 @@ def resolve_disks(
 
     def resolve(disk: Mapping[str, Any], device: str) -> DiskSpec:
         size_bytes, base = int(disk.get("size") or 0) * GIB, str(disk.get("base") or "")
-        bus = disk.get("bus") or "virtio"
+        if (kind := disk.get("type") or "disk") not in ("disk", "cdrom"):
+            raise Invalid(f"disk {device}: type {str(kind)[:40]!r} is not offered", hint="disk or cdrom")
+        bus = disk.get("bus") or ("virtio" if kind == "disk" else "sata")
         bus = "sata" if bus == "ide" else bus  # q35 has no IDE
-        if (kind := disk.get("type")) not in (None, "disk"):
-            raise Invalid(f"disk {device}: type {str(kind)[:40]!r} is not offered", hint="type is disk")
         if not base and not size_bytes:
             hint = "a blank disk needs a size in GB"
             raise Invalid(f"disk {device} has neither a base nor a size", hint=hint)
-        spec = DiskSpec(device, "", base, size_bytes, bus)
+        spec = DiskSpec(device, "", base, size_bytes, bus, cdrom=kind == "cdrom")
         if base.startswith(WEB):
             check_url(sight, base)
         elif base.startswith(("sf://", "label:")):

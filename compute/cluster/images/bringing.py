@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 
+from compute import errors
 from compute.cluster.auth import SYSTEM
 from compute.cluster.feed import Feed
 from compute.cluster.images.artifacts import BLOB, WEB, Artifact, Blob, Resolver, add_version, fitted, listed
@@ -54,21 +55,28 @@ class Bringing:
         work = self._config.state_dir / "downloads" / one.uuid
         try:
             blob = self._bring(one, work)
-            pieces(self._records, lambda txn: _end(txn, one, blob, ""))
+            self._record(one, blob, "")
         except Exception as err:  # noqa: BLE001 - whatever one artifact meets ends no other, and is said
             known, hint = isinstance(err, StoreError | ComputeError), getattr(err, "hint", "")
             said = f"{err} ({hint})".removesuffix(" ()") if known else brief(err)
             if not (isinstance(err, Unavailable) and one.wanted.startswith(BLOB)):  # else it is tried again
-                pieces(self._records, lambda txn: _end(txn, one, None, said[:1000]))
+                self._record(one, None, said[:1000])
         finally:
             shutil.rmtree(work, ignore_errors=True)
             self._running.discard(one.uuid)
 
+    def _record(self, one: Artifact, blob: Blob | None, said: str) -> None:
+        """How it ended. That this cannot be written now, on a full disk, is no reason to bring it once more."""
+        while True:
+            try:
+                return pieces(self._records, lambda txn: _end(txn, one, blob, said))
+            except errors.Unavailable:
+                time.sleep(_LOOK_S)
+
     def sweep(self) -> None:
         """Remove uploads without a piece for a day, files that no record leads to, artifacts of nobody."""
-        home, late_s = self._config.state_dir, time.time() - _UPLOAD_S
-        old = [path for path in home.glob("uploads/*/*") if path.stat().st_mtime < late_s]
-        there = [*old, *home.glob("downloads/*")]
+        home, old = self._config.state_dir, time.time() - _UPLOAD_S
+        there = [*home.glob("downloads/*"), *(p for p in home.glob("uploads/*/*") if p.stat().st_mtime < old)]
         known = Transaction(self._records).list(Artifact)
         sent = [blob for one in known for blob in one.blobs.values() if blob.upload]
         needed = {one.uuid for one in known if one.wanted} | self._running
@@ -146,6 +154,7 @@ def _say(txn: Transaction, one: Artifact, text: str) -> None:
 
 def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> bool:
     """It is here, or will not come: instances go on, the artifact is had, or both say why not. True: there is more."""
+    txn.find(Artifact, one.uuid)  # before these: who begins to wait after that makes all of this stale
     for instance in _waiting(txn, one):
         if txn.room < 10:
             return True

@@ -68,7 +68,7 @@ class Snapshots:
             if one.state == "initial":
                 # A store is complete in itself.
                 for disk in instance.disks:
-                    if disk.image and disk.store != one.namespace:
+                    if disk.image and disk.store != one.namespace and not disk.cdrom:
                         others = self._own.made() if disk.store else self._stores()
                         digest = Digest.parse(disk.image)
                         sources = [store for store in others.values() if store.has_manifest(digest)]

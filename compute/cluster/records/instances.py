@@ -100,8 +100,8 @@ def check(instance: Instance, wants: Sequence[Want]) -> None:
     if not 1 <= len(instance.disks) <= _MAX_DISKS or len(wants) > _MAX_INTERFACES:
         raise Invalid(f"an instance has 1 to {_MAX_DISKS} disks and at most {_MAX_INTERFACES} interfaces")
     for disk in instance.disks:
-        if disk.bus not in _BUSES:
-            raise Invalid(f"no disk bus is called {disk.bus[:80]!r}", hint=", ".join(sorted(_BUSES)))
+        if disk.bus not in _BUSES - ({"virtio"} if disk.cdrom else set()):
+            raise Invalid(f"{disk.device}: not on bus {disk.bus[:80]!r}", hint=", ".join(sorted(_BUSES)))
     for want in wants:
         check_model(want.model)
 

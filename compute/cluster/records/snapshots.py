@@ -103,8 +103,8 @@ def snapshots_of(txn: Transaction, instance: str) -> list[Snapshot]:
 def take(txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup: bool = False) -> Snapshot:
     """A snapshot of an instance is wanted now. Raises NotFound, Conflict."""
     found, others = txn.get(Instance, uuid), snapshots_of(txn, uuid)
-    if found.state != InstanceState.CREATED:
-        raise Conflict(f"instance {found.name} is {found.state}")
+    if found.state != InstanceState.CREATED or all(disk.cdrom for disk in found.disks):
+        raise Conflict(f"instance {found.name} is {found.state}, or has no disk that changes")
     if any(one.live for one in others):
         raise Conflict(f"a snapshot of {found.name} is under way", hint="try again when it is over")
     txn.update(replace(found, updated_s=time.time()))  # so that two at once repeat this
@@ -125,7 +125,7 @@ def settle_snapshot(txn: Transaction, instance: Instance, said: Capture) -> None
     """What a node says of one that it was to take."""
     one = txn.find(Snapshot, said.uuid)
     if one is not None and one.instance_uuid == instance.uuid and one.state == "ordered":
-        whole = said.error or said.digests.keys() == {disk.device for disk in instance.disks}
+        whole = said.error or said.digests.keys() == {d.device for d in instance.disks if not d.cdrom}
         error = said.error[:_TEXT] if whole else "the node did not store all disks"
         order = replace(said, error=error, note=said.note[:_TEXT], labels=one.order.labels)
         txn.update(replace(one, state="stored", order=order))
