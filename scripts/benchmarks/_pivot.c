@@ -1,7 +1,7 @@
 /* What a guest sees while its disk is moved, for benchmarks._pivot.
 
-   probe ticks DEVICE MIB: writes so much, then ticks every 10 ms, by the timer alone and (another process) with a write
-   of 4 KiB to the disk; every 250 ms each says its longest gap: TIMER MICROSECONDS, DISK MICROSECONDS.
+   probe ticks DEVICE MIB [AT]: writes so much (from AT MiB on, else 400), then ticks every 10 ms, by the timer alone and
+   (another process) with a write of 4 KiB to the disk; every 250 ms each says its longest gap: TIMER MICROSECONDS, DISK MICROSECONDS.
    probe reads DEVICE: reads 128 MiB in a row and then 2000 times 4 KiB here and there, for ever: READS µs µs. */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -11,7 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
-static const long MIB = 1 << 20, DATA = 41, OWN = 400; /* MiB: where the image's data is, where the guest writes */
+static const long MIB = 1 << 20, DATA = 41; /* MiB: where the image's data is */
+static long OWN = 400;                      /* MiB: where the guest writes */
 static char *buffer;
 
 static long now(void) {
@@ -50,6 +51,8 @@ int main(int argc, char **argv) {
     int fd = argc > 2 ? open(argv[2], O_RDWR | O_DIRECT) : -1;
     check(fd >= 0 && posix_memalign((void **)&buffer, 4096, MIB) == 0);
     memset(buffer, 's', MIB);
+    if (argc > 4)
+        OWN = atol(argv[4]);
     if (!strcmp(argv[1], "ticks")) {
         for (long at = 0; at < atol(argv[3]); at++)
             check(pwrite(fd, buffer, MIB, (OWN + at) * MIB) == MIB);

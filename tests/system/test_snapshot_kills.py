@@ -1,15 +1,17 @@
 """kill -9 of what takes part in a snapshot, at random moments of it: the guest runs on, thawed, and nothing is left."""
 
+import filecmp
 import random
 import re
 import subprocess
 import time
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from imagestore import open_store, verify_store
+from imagestore import collect, open_store, verify_store
 from scripts.private_libvirtd import PrivateHost
 from tests import drills
 from tests.system.cluster import Cluster
@@ -23,7 +25,7 @@ pytestmark = [
 ]
 
 WRITE = """#!/bin/sh
-mkfs.vfat /dev/vdb >/dev/null && mkdir -p /data && mount /dev/vdb /data
+mkdir -p /data && mount -t ext4 /dev/vda2 /data || exit 1
 i=0
 while true; do
     i=$((i + 1))
@@ -31,6 +33,19 @@ while true; do
     echo "SF-COUNT $i" >/dev/ttyS0
 done
 """
+
+
+def with_ext4(tiny_image: Path, target: Path) -> Path:
+    """The tiny image and, on a second partition, a file system that a snapshot really freezes."""
+    subprocess.run(["qemu-img", "convert", "-O", "raw", tiny_image, target], check=True)
+    start = target.stat().st_size
+    with target.open("ab") as file:
+        file.truncate(start + (64 << 20))
+    subprocess.run(
+        ["sfdisk", "-q", "--append", target], input=f"start={start >> 9},type=83".encode(), check=True
+    )
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-E", f"offset={start}", target, "64M"], check=True)
+    return target
 
 
 def count(machine: Machine) -> int:
@@ -44,7 +59,7 @@ def test_a_guest_that_writes_outlives_whoever_dies_in_its_snapshot(tmp_path: Pat
     script.write_text(WRITE)
     with PrivateHost() as host:
         machine = Machine(host, tmp_path, SF_ACCEL="tcg", SF_NODE_NAME="here")
-        machine.sf("image", "push", str(tiny_image), "tiny:1")
+        machine.sf("image", "push", str(with_ext4(tiny_image, tmp_path / "ext4.raw")), "tiny:1")
         machine.start()
         try:
             create = ["instance", "create", "web", "--image", "tiny:1", "--memory", "192", "--disk", "1G"]
@@ -58,14 +73,7 @@ def test_a_guest_that_writes_outlives_whoever_dies_in_its_snapshot(tmp_path: Pat
                     stderr=subprocess.PIPE,
                 )
                 time.sleep(rng.uniform(0.3, 2.0))
-                if what == "serve":
-                    machine.signal()
-                    machine.start()
-                elif what == "libvirtd":
-                    host.kill_libvirtd(9)
-                    host.start_libvirtd()
-                else:
-                    host.run(["pkill", "-9", "-f", r"imagestore\.cache\.imaged"], check=False)
+                kill(host, machine, what)
                 taking.communicate(timeout=120)
 
                 def ended() -> bool:
@@ -78,7 +86,12 @@ def test_a_guest_that_writes_outlives_whoever_dies_in_its_snapshot(tmp_path: Pat
                 )  # type: ignore[misc]
                 assert machine.instance("web")["power_state"] == "on"
             last = machine.listed("instance", "snapshot", "web")
-            assert last["state"] == "created"
+            assert last["state"] == "created" and last["frozen"]
+            machine.sf(
+                "image", "pull", last["images"]["vda"], "-o", str(tmp_path / "last.raw"), "--as", "raw"
+            )
+            fsck = ["e2fsck", "-fn", f"{tmp_path / 'last.raw'}?offset={40 << 20}"]
+            assert subprocess.run(fsck, stdout=subprocess.DEVNULL, check=False).returncode == 0
             name = host.virsh("list", "--name").stdout.split()[0]
             asked = '{"execute":"query-named-block-nodes","arguments":{"flat":true}}'
             assert '"sf-cbw' not in host.virsh("qemu-monitor-command", name, asked).stdout
@@ -118,3 +131,113 @@ def test_a_guest_on_a_joined_node_is_kept_over_the_nodes_own_connection_and_boot
             "boot",
         )
         server.sf("instance", "delete", "web", "again", "--force", "--wait")
+
+
+def test_a_restore_that_is_killed_ends_in_a_guest_of_the_old_disks_or_the_new(
+    tmp_path: Path, tiny_image: Path
+) -> None:
+    rng = random.Random(drills.seed())
+    script = tmp_path / "write.sh"
+    script.write_text(WRITE)
+    with PrivateHost() as host:
+        machine = Machine(host, tmp_path, SF_ACCEL="tcg", SF_NODE_NAME="here")
+        machine.sf("image", "push", str(with_ext4(tiny_image, tmp_path / "ext4.raw")), "tiny:1")
+        machine.start()
+        try:
+            create = ["instance", "create", "web", "--image", "tiny:1", "--memory", "192", "--disk", "1G"]
+            machine.sf(*create, "--disk", "1G", "--user-data", str(script), "--wait", "boot")
+            within(120, lambda: count(machine) > 3, "it writes")
+            names = [machine.listed("instance", "snapshot", "web")["name"] for _ in range(2)]
+            became = ["tiny:1"]
+            for number in range(drills.rounds(12)):
+                target, what = names[number % 2], rng.choice(["serve", "serve", "imaged", "libvirtd"])
+                restoring = subprocess.Popen(
+                    machine.argv("sf", "instance", "restore", "web", target, "--force"),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                time.sleep(rng.uniform(0.2, 4.0))
+                kill(host, machine, what)
+                restoring.communicate(timeout=120)
+
+                def settled() -> bool:
+                    states = [s["state"] for s in machine.listed("instance", "snapshots", "web")]
+                    known = machine.instance("web")
+                    return (known["state"], known["power_state"]) == ("created", "on") and all(
+                        state in ("created", "error") for state in states
+                    )
+
+                within(120, settled, f"round {number}: after {what} it has ended")
+                # The console may be the former one's still.
+                began = count(machine)
+                within(
+                    150, lambda began=began: count(machine) not in range(began + 3), f"{number}: it writes on"
+                )  # type: ignore[misc]
+                assert machine.instance("web")["disks"][0]["base"] in (became[-1], target)
+                became.append(machine.instance("web")["disks"][0]["base"])
+            moved = sum(before != after for before, after in pairwise(became))
+            print(f"{moved} of {len(became) - 1} restores happened all the same")
+            target = next(name for name in names if name != became[-1])
+            machine.sf("instance", "restore", "web", target, "--force")
+            within(120, lambda: machine.instance("web")["disks"][0]["base"] == target, "restored")
+            assert not list((machine.state / "run").glob("snapshot*"))
+            (own,) = (machine.state / "store-namespaces").iterdir()
+            store = open_store(str(own))
+            assert not verify_store(store, full=True).problems
+            store.backend.close()
+            machine.sf("instance", "delete", "web", "--force", "--wait")
+        finally:
+            machine.signal(2)
+
+
+def kill(host: PrivateHost, machine: Machine, what: str) -> None:
+    """kill -9, and what a supervisor would start again."""
+    if what == "serve":
+        machine.signal()
+        machine.start()
+    elif what == "libvirtd":
+        host.kill_libvirtd(9)
+        host.start_libvirtd()
+    else:
+        host.run(["pkill", "-9", "-f", r"imagestore\.cache\.imaged"], check=False)
+
+
+def test_a_push_over_the_wire_that_is_killed_or_whose_server_is_leaves_nothing_but_what_the_rerun_uses(
+    tmp_path: Path,
+) -> None:
+    rng, disk = random.Random(drills.seed()), tmp_path / "disk.raw"
+    with PrivateHost(libvirtd=False) as host:
+        machine = Machine(host, tmp_path, SF_ACCEL="tcg", SF_NODE_NAME="here")
+        machine.start()
+        try:
+            push = ["image", "push", str(disk), "my/big:1", "--input-format", "raw", "-q"]
+            disk.write_bytes(rng.randbytes(4 << 20))
+            machine.sf(*push)
+            (own,) = (machine.state / "store-namespaces").iterdir()
+            store, killed = open_store(str(own)), 0
+            for number in range(drills.rounds(40)):
+                disk.write_bytes(rng.randbytes(96 << 20))
+                began = subprocess.Popen(
+                    machine.argv("sf", *push), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                )
+                time.sleep(rng.uniform(0.2, 1.2))
+                if rng.random() < 0.5:
+                    host.run(["pkill", "-9", "-f", "image push"], check=False)
+                else:
+                    machine.signal()
+                    machine.start()
+                began.communicate(timeout=120)
+                killed += began.returncode != 0
+                assert not verify_store(store, full=True).problems, f"round {number}"
+                machine.sf(*push)
+                assert not verify_store(store, full=True).problems, f"round {number}, after the rerun"
+                shown = machine.listed("image", "show", "my/big:1")
+                assert shown["size_bytes"] == 96 << 20
+                if number % 5 == 4:
+                    collect(store, grace_s=0)
+            print(f"{killed} of {drills.rounds(40)} pushes were cut off")
+            machine.sf("image", "pull", "my/big:1", "-o", str(tmp_path / "out.raw"), "--as", "raw", "-q")
+            assert filecmp.cmp(disk, tmp_path / "out.raw", shallow=False)
+            store.backend.close()
+        finally:
+            machine.signal(2)
