@@ -58,8 +58,8 @@ def change_hooks(
     store: Store, change: Callable[[Hooks], Hooks], seen: tuple[Hooks, str | None] | None = None
 ) -> bool:
     """Replace the hooks by what `change` makes of them, if that is other ones. False when others were always faster."""
-    for again in range(_ATTEMPTS):
-        hooks, etag = seen if seen and not again else read_hooks(store)
+    for again in range(_ATTEMPTS):  # what was seen is believed where a condition says when it is no longer so
+        hooks, etag = seen if seen and not again and store.backend.conditional else read_hooks(store)
         new = change(hooks)
         if new is hooks:
             return True
