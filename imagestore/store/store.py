@@ -81,6 +81,7 @@ class Store:
         self.backend = backend
         self.info = info
         self.single_writer = single_writer
+        self._sizes: dict[str, Any] = {}  # of disks, by digest: they never change
         self.names = names or Names(backend)
         """The mutable part; of a store with a pinned signer, what that one signed."""
 
@@ -191,7 +192,7 @@ class Store:
     def sizes(self, digests: Iterable[Digest]) -> dict[Digest, int]:
         """Bytes of the disks, for lists of many images, as their manifests' first bytes say, of those there."""
         wanted, local = set(digests), self.names.local
-        known = local.recall("sizes") if local else {}
+        known = local.recall("sizes") if local else self._sizes
         fresh = [digest for digest in wanted if not isinstance(known.get(digest.hex()), int)]
         with ThreadPoolExecutor(8, "sizes") as pool:
             read = {d.hex(): size for d, size in zip(fresh, pool.map(self._size, fresh), strict=True) if size}
