@@ -51,7 +51,7 @@ CAPABILITIES = (
 
 _PAGE = (
     "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>sf</title><h1>sf</h1>"
-    '<p>A REST API: <a href="/openapi.json">openapi.json</a></p><ul>{}</ul></html>'
+    '<p>A REST API: <a href="/openapi.json">openapi.json</a>, and <a href="/ui">pages</a></p><ul>{}</ul></html>'
 )
 
 

@@ -190,8 +190,9 @@ def _follow(ctx: Context) -> AsyncIterator[str]:
         nonlocal after
         seen, changes = feed.revision, list[Change]()
         with suppress(Compacted):
-            changes = list(ctx.store.watch(f"{Event.KIND}/", after, 0))
-        after = max(seen, *(change.revision for change in changes), 0)
+            while more := ctx.store.watch(f"{Event.KIND}/", changes[-1].revision if changes else after, 0):
+                changes += more  # there may be more than came at once
+        after = max(seen, changes[-1].revision if changes else 0)
         return list(_seen(ctx, changes))
 
     return _sent(ctx, read)

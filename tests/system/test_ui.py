@@ -1,5 +1,6 @@
 """The pages at /ui as people have them: in Chromium, by keyboard, on a phone, without scripts, and attacked."""
 
+import asyncio
 import http.cookiejar
 import json
 import os
@@ -13,8 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from compute.api.app import build
 from tests.api_server import Running, running
 from tests.browser import Browser, browser
 from tests.system.machine import within
@@ -108,6 +111,25 @@ def test_the_session_is_in_a_cookie_that_no_script_and_no_other_site_gets(
     )
     assert admin.send("/ui/logout")[1] == "/ui/login"
     assert admin.ask("/ui/instances")[1] == "/ui/login"
+
+
+def test_no_key_is_asked_for_over_plain_http_from_elsewhere_and_the_cookie_is_secure_over_tls(
+    server: Running,
+) -> None:
+    application = build(server.services)
+
+    async def ask(url: str, **form: str) -> httpx.Response:
+        way = httpx.ASGITransport(application, client=("192.0.2.1", 1))
+        async with httpx.AsyncClient(transport=way, base_url=url, headers={"Origin": url}) as client:
+            return await client.request("POST" if form else "GET", "/ui/login", data=form)
+
+    for form in ({}, {"namespace": "system", "key": server.key}):
+        refused = asyncio.run(ask("http://sf.example", **form))
+        assert refused.status_code == 403 and "plain HTTP" in refused.text and "<form" not in refused.text
+        assert "set-cookie" not in refused.headers
+    welcome = asyncio.run(ask("https://sf.example", namespace="system", key=server.key))
+    assert welcome.status_code == 303
+    assert {"Secure", "HttpOnly", "SameSite=strict"} <= set(welcome.headers["set-cookie"].split("; "))
 
 
 def test_no_form_of_another_page_is_taken(server: Running, admin: Visitor) -> None:
