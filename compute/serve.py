@@ -121,11 +121,12 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             made = own.made
             await holds.keep(lambda: stores.images.stores | {f"{MINE}/{n}": s for n, s in made().items()})
 
-        bring = partial(Bringing(store, own, stores.images, config).keep, feed)
+        brings = Bringing(store, own, stores.images, config)
         backups = partial(state_backup.keep, store, config, controller.server)
-        once: Any = [own.keep, taking.keep, controller.keep_up, holding, bring, backups]
+        once: Any = [own.keep, taking.keep, controller.keep_up, holding, partial(brings.keep, feed), backups]
         if config.state:
             once = [partial(alone, store, *(partial(process.lasting, "upkeep", part) for part in once))]
+        once.append(partial(brings.keep, feed, sent=True))
         await process.run(agent, controller.usage.keep, stores.keep, *once, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")

@@ -242,7 +242,8 @@ def running(
             )
         )
         task = asyncio.create_task(agent.run())
-        bringing = asyncio.create_task(Bringing(store, own, known, settings).keep(controller.feed))
+        brings = Bringing(store, own, known, settings)
+        bringing = [asyncio.create_task(brings.keep(controller.feed, sent=sent)) for sent in (False, True)]
         counting = asyncio.create_task(controller.usage.keep())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http{'s' * settings.tls}://127.0.0.1:{listener.getsockname()[1]}"
@@ -254,7 +255,7 @@ def running(
         await stop.wait()
         server.should_exit = True
         await serving
-        for one in (task, bringing, counting):
+        for one in (task, *bringing, counting):
             one.cancel()
             with suppress(asyncio.CancelledError):
                 await one

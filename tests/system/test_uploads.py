@@ -1,5 +1,6 @@
 """Uploads, blobs, labels, and guests made of them."""
 
+import asyncio
 import hashlib
 import lzma
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, cast
@@ -298,3 +300,18 @@ def test_a_cd_rom_is_said_so_to_the_node_and_is_on_no_bus_that_has_none(tmp_path
         assert server.instance("only", disk=[cdrom]).status == 200
         server.wait_for("/instances/only", "created")
         assert "no disk that changes" in ask(server, "POST", "/instances/only/snapshot", status=409)["error"]
+
+
+def test_what_was_sent_to_one_server_is_stored_by_that_one_alone(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        services, feed = server.services, server.services.controller.feed
+        elsewhere = replace(services.config, state_dir=tmp_path / "other")
+        other = Bringing(services.store, services.namespaces, services.resolver, elsewhere)
+        keeping = [
+            asyncio.run_coroutine_threadsafe(other.keep(feed, sent=sent), server.loop)
+            for sent in (False, True)
+        ]
+        for number in range(5):
+            assert kept(server, f"x{number}", ODD[number:])["state"] == "created"
+        for one in keeping:
+            one.cancel()

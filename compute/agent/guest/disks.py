@@ -81,12 +81,10 @@ class Disks:
     async def begin(self, spec: InstanceSpec, images: Mapping[str, Backing]) -> tuple[domain.Disk, ...]:
         """The disks as the domain that is about to be started has them."""
         disks = []
-        for disk in spec.disks:
-            under = images.get(disk.device)
+        for d in spec.disks:
+            under = images.get(d.device)
             backing, socket = (under.path, under.socket) if under else (None, None)
-            disks.append(
-                domain.Disk(disk.device, self.overlay(disk.device), backing, socket, disk.bus, disk.cdrom)
-            )
+            disks.append(domain.Disk(d.device, self.overlay(d.device), backing, socket, d.bus, d.cdrom))
         served = tuple(disk.device for disk in disks if disk.socket)
         await self._held.save(served=served, deferred=(), arrived={})
         return tuple(disks)
@@ -132,8 +130,8 @@ class Disks:
         await self.grow(spec)
         for device in self._held.now.served:
             # libvirt copies no CD-ROM: it goes on by the image service, and from its next start on from the file.
-            moved = (d.image for d in spec.disks if d.device == device and not d.cdrom)
-            await self._move(device, next(moved, ""))
+            image = next((d.image for d in spec.disks if d.device == device and not d.cdrom), "")
+            await self._move(device, image)
 
     async def _move(self, device: str, image: str) -> None:
         held, figures = self._held, await self._host.images.figures(self._reader(device))

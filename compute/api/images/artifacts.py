@@ -103,8 +103,7 @@ def fetch_artifact(ctx: Ctx, body: UrlBody) -> Response:
     if body.shared:  # everybody sees it in their lists
         ctx.admin()
     more: dict[str, Any] = {"shared": True} if body.shared else {}
-    made = ctx.act(lambda txn: want(txn, namespace, body.url, **more))
-    return JSONResponse(show(ctx, made)[0])
+    return JSONResponse(show(ctx, ctx.act(lambda txn: want(txn, namespace, body.url, **more)))[0])
 
 
 def _place(ctx: Context, uuid: str) -> Path:
@@ -170,8 +169,7 @@ def keep(ctx: Ctx, name: str, body: KeepBody) -> Response:
         blob = blob_of(ctx.artifacts(), f"{BLOB}{body.blob_uuid}")[1]
     url = body.source_url or f"sf://upload/{namespace}/{check_name(name, 'name')}"
     more: dict[str, Any] = {"artifact_type": body.artifact_type, **({"shared": True} if body.shared else {})}
-    made = ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, **more))
-    return get_artifact(ctx, made.uuid)
+    return JSONResponse(show(ctx, ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, **more)))[0])
 
 
 @router.delete("/artifacts")

@@ -71,8 +71,7 @@ def resolve_disks(
         bus = disk.get("bus") or ("virtio" if kind == "disk" else "sata")
         bus = "sata" if bus == "ide" else bus  # q35 has no IDE
         if not base and not size_bytes:
-            hint = "a blank disk needs a size in GB"
-            raise Invalid(f"disk {device} has neither a base nor a size", hint=hint)
+            raise Invalid(f"disk {device} has neither a base nor a size", hint="a blank one needs GB of size")
         spec = DiskSpec(device, "", base, size_bytes, bus, cdrom=kind == "cdrom")
         if base.startswith(WEB):
             check_url(sight, base)

@@ -7,7 +7,6 @@ import asyncio
 import fcntl
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,16 +39,22 @@ class Bringing:
         self._running = set[str]()
         self._listed = Lock()  # two downloads of one source would write to one file
 
-    async def keep(self, feed: Feed) -> None:
-        """For ever."""
+    async def keep(self, feed: Feed, *, sent: bool = False) -> None:
+        """For ever. sent: what was uploaded to this server; else what any server may bring."""
         while True:
             seen = feed.revision
             await asyncio.to_thread(self.sweep)
             for one in Transaction(self._records).list(Artifact):
-                if one.wanted and one.uuid not in self._running and len(self._running) < _MOST:
+                uploads = [self._file(blob) for blob in one.blobs.values() if blob.upload]
+                mine = any(path.exists() for path in uploads) if sent else not uploads
+                if one.wanted and mine and one.uuid not in self._running and len(self._running) < _MOST:
                     self._running.add(one.uuid)
                     Thread(target=self._run, args=(one,), daemon=True).start()  # it ends with the process
             await feed.moved((Artifact.KIND,), seen, _LOOK_S)
+
+    def _file(self, blob: Blob) -> Path:  # of an upload: taken over, or not yet
+        taken = self._config.state_dir / "downloads" / blob.uuid
+        return taken if taken.exists() else self._config.state_dir / "uploads" / blob.upload
 
     def _run(self, one: Artifact) -> None:
         work = self._config.state_dir / "downloads" / one.uuid
@@ -94,8 +99,7 @@ class Bringing:
         keep = partial(push, store, name=None, progress=self._teller(one, store))
         work.mkdir(parents=True, exist_ok=True)
         if blob.upload:
-            with suppress(FileNotFoundError):  # done, before a kill
-                (self._config.state_dir / "uploads" / blob.upload).rename(path)
+            self._file(blob).rename(path)
             with path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # after a piece that was on its way
                 file.truncate(blob.size_bytes)
