@@ -292,9 +292,8 @@ def get_interfaces(ctx: Ctx, ref: str) -> Response:
 def plug_interface(ctx: Ctx, ref: str, body: PlugBody) -> Response:
     known = ctx.find(Instance, ref)
     want = _want(ctx, body.network, known.namespace)
-    made = ctx.act(
-        lambda txn: ctx.once(txn, Interface, body, lambda t: acts.add_interface(t, known.uuid, want))
-    )
+    add = partial(acts.add_interface, uuid=known.uuid, want=want)
+    made = ctx.act(lambda txn: ctx.once(txn, Interface, body, add))
     return JSONResponse(views.interface(made))
 
 
@@ -314,8 +313,8 @@ def take_snapshot(ctx: Ctx, ref: str) -> Response:
 async def get_console(ctx: Ctx, ref: str, body: ConsoleBody | None = None) -> Response:
     """What the guest wrote on its serial console: raw bytes."""
     known = ctx.find(Instance, ref)
-    length = (body or ConsoleBody()).length
-    data = await ctx.services.controller.nodes.operations(known.node).console(known.uuid, length)
+    node, length = ctx.services.controller.nodes.operations(known.node), (body or ConsoleBody()).length
+    data = await node.console(known.uuid, length)
     return Response(data, media_type="text/plain; charset=utf-8")
 
 

@@ -57,3 +57,8 @@ def test_mirror_sync_of_an_installed_wheel_has_its_source_lists(installed: Path,
 def test_a_wheel_carries_the_pages(installed: Path, pages: str) -> None:
     here = sorted(p.name for p in (ROOT / pages).iterdir())
     assert sorted(p.name for p in (installed / pages).iterdir()) == here
+
+
+def test_a_wheel_carries_the_code_that_probes_kvm(installed: Path) -> None:
+    name = "compute/agent/hypervisor/longmode.hex"
+    assert (installed / name).read_bytes() == (ROOT / name).read_bytes()

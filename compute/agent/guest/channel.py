@@ -118,9 +118,8 @@ class Channel:
             if said["exited"] is not True:
                 return None
             code = whole(said.get("exitcode", 128 + whole(said.get("signal", 0), 0, 127)), 0, 2**32)
-            data, errors = (
-                base64.b64decode(said.get(k, ""), validate=True) for k in ("out-data", "err-data")
-            )
+            texts = (said.get(name, "") for name in ("out-data", "err-data"))
+            data, errors = (base64.b64decode(text, validate=True) for text in texts)
             return code, data, errors
 
         done: Ended | None = await self._ask("guest-exec-status", {"pid": pid}, read)

@@ -20,28 +20,17 @@ Files = dict[str, bytes]
 def meta_data(spec: InstanceSpec) -> dict[str, Any]:
     """meta_data.json."""
     keys = {f"key{number}": text.strip() for number, text in enumerate(spec.ssh_keys)}
-    return {
-        "uuid": spec.uuid,
-        "name": spec.name,
-        "hostname": spec.name,
-        "local-hostname": spec.name,
-        "launch_index": 0,
-        "project_id": spec.namespace,
-        "public_keys": keys,
-        "keys": [{"name": name, "type": "ssh", "data": data} for name, data in keys.items()],
-        "meta": dict(spec.metadata),
-    }
+    listed = [{"name": name, "type": "ssh", "data": data} for name, data in keys.items()]
+    names = dict.fromkeys(("name", "hostname", "local-hostname"), spec.name)
+    about = {"uuid": spec.uuid, "launch_index": 0, "project_id": spec.namespace, "meta": dict(spec.metadata)}
+    return {**about, **names, "public_keys": keys, "keys": listed}
 
 
 def _static(interface: InterfaceSpec, network: Network, *, default_route: bool) -> dict[str, Any]:
     anywhere = str(IPv4Address(0))
     route = {"network": anywhere, "netmask": anywhere, "gateway": str(network.gateway)}
-    return {
-        "type": "ipv4",
-        "ip_address": interface.address,
-        "netmask": str(network.netblock.netmask),
-        "routes": [route] if default_route else [],
-    }
+    own = {"ip_address": interface.address, "netmask": str(network.netblock.netmask)}
+    return {"type": "ipv4", **own, "routes": [route] if default_route else []}
 
 
 def _static6(interface: InterfaceSpec, network: Network, *, default_route: bool) -> dict[str, Any]:
@@ -63,15 +52,8 @@ def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, 
     first = next((i for i in spec.interfaces if _leads_out(i, networks[i.network_uuid])), None)
     for number, interface in enumerate(spec.interfaces):
         network = networks[interface.network_uuid]
-        links.append(
-            {
-                "id": f"link{number}",
-                "vif_id": interface.uuid,
-                "type": "phy",
-                "ethernet_mac_address": interface.mac,
-                "mtu": network.mtu_bytes,
-            }
-        )
+        card = {"ethernet_mac_address": interface.mac, "mtu": network.mtu_bytes}
+        links.append({"id": f"link{number}", "vif_id": interface.uuid, "type": "phy", **card})
         plan: dict[str, Any] = {"id": f"network{number}", "link": f"link{number}", "network_id": network.uuid}
         if network.provide_dhcp:
             plan["type"] = "ipv4_dhcp"  # of the LAN's own server where the network is on a bridge
@@ -89,13 +71,9 @@ def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, 
 
 def files(spec: InstanceSpec, networks: dict[str, Network]) -> Files:
     """Path on the drive to content."""
-    found = {
-        "meta_data.json": json.dumps(meta_data(spec), indent=1).encode(),
-        "network_data.json": json.dumps(network_data(spec, networks), indent=1).encode(),
-        "vendor_data.json": b"{}",
-    }
-    if spec.user_data:
-        found["user_data"] = spec.user_data
+    told = {"meta_data": meta_data(spec), "network_data": network_data(spec, networks), "vendor_data": {}}
+    found = {f"{name}.json": json.dumps(value, indent=1).encode() for name, value in told.items()}
+    found |= {"user_data": spec.user_data} if spec.user_data else {}
     return {f"openstack/latest/{name}": content for name, content in found.items()}
 
 

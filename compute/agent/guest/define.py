@@ -26,16 +26,7 @@ def define(
         half.touch(mode=0o600)
         half.write_bytes(config_drive.iso(config_drive.files(spec, dict(networks))))
         half.replace(drive)
-    made = domain.Domain(
-        installation=host.installation,
-        machine=host.machine,
-        spec=spec,
-        directory=directory,
-        accel=host.verdict.accel,
-        cpu=host.verdict.cpu,
-        disks=disks,
-        nics=nics,
-        listen=str(host.address),
-        password=vdi_password,
-    )
+    how, listen = (host.verdict.accel, host.verdict.cpu), str(host.address)
+    whose = host.installation, host.machine
+    made = domain.Domain(*whose, spec, directory, *how, disks, nics, listen, vdi_password)
     host.hypervisor.define(domain.domain_xml(made))

@@ -65,11 +65,8 @@ class Disks:
             leave.cancel()
 
     async def _fetch(self, spec: InstanceSpec) -> dict[str, Backing]:
-        return {
-            disk.device: await self._host.images.backing(self._reader(disk.device), disk.image)
-            for disk in spec.disks
-            if disk.image
-        }
+        images, made = self._host.images, [disk for disk in spec.disks if disk.image]
+        return {disk.device: await images.backing(self._reader(disk.device), disk.image) for disk in made}
 
     async def make(self, spec: InstanceSpec, images: Mapping[str, Backing]) -> None:
         """Empty overlays, on the images or on nothing."""
@@ -93,9 +90,8 @@ class Disks:
         """The domain is started and its CPUs do not run yet: a restart of an export must not end its reads."""
         for disk in disks:
             if disk.socket:
-                await self._host.do(
-                    overlay.keep_reconnecting, self._host.hypervisor, self._uuid, disk, _RECONNECT_S
-                )
+                domain_of = self._host.hypervisor, self._uuid
+                await self._host.do(overlay.keep_reconnecting, *domain_of, disk, _RECONNECT_S)
 
     async def booted(self) -> None:
         """The guest is up: what it read until now was its boot."""
@@ -144,9 +140,8 @@ class Disks:
         old, new = self.overlay(device, second=False), self.overlay(device, second=True)
         if why := await self._host.do(_costly, old):
             await held.save(deferred=(*held.now.deferred, device))
-            self._event(
-                f"{device}: the image is complete; it is read directly from the next start on, since {why}"
-            )
+            later = f"it is read directly from the next start on, since {why}"
+            self._event(f"{device}: the image is complete; {later}")
             return
         await held.save(moving=device)
         began = time.monotonic()

@@ -12,9 +12,7 @@ from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState
 from compute.wire.spec import InstanceSpec, Power
 
-_AGAIN_S = 10.0
-_HEEDED_S = 600.0
-"""One that ends so long after it was asked to, and is wanted on by then, ends because it was asked."""
+_AGAIN_S, _HEEDED_S = 10.0, 600.0  # one that ends so long after it was asked to, ends because it was asked
 
 
 class Ending:

@@ -165,10 +165,8 @@ class Guest:
         unpaused = self.record.spec.power is Power.PAUSED and spec.power is Power.ON
         if spec != self.record.spec:
             again = spec.power is Power.OFF and self.record.spec.power is not Power.OFF
-            asked_s, phase = (
-                0 if again else self.record.asked_s,
-                await self._captures.restore(self.record, spec),
-            )
+            asked_s = 0 if again else self.record.asked_s
+            phase = await self._captures.restore(self.record, spec)
             await self._course.save(spec=spec, phase=phase, asked_s=asked_s)
         if spec.reboot_hard > self.record.reboot_hard:
             await self._course.save(
@@ -198,9 +196,8 @@ class Guest:
         if parts is not None:
             await self._journal.rebuild(*parts)
             self._recorded = True
-            self._voice.event(
-                f"its record is rebuilt from its domain and disks: {self._damage or 'it was lost'}"
-            )
+            why = self._damage or "it was lost"
+            self._voice.event(f"its record is rebuilt from its domain and disks: {why}")
 
     async def _watch(self) -> None:
         """Nobody knows it: it is left as it is, and shown."""

@@ -35,14 +35,9 @@ def qcow2(size_bytes: int, backing: str = "", backing_format: str = "raw") -> by
         extensions = named + extensions
     if len(name) > 1023 or clusters > _CLUSTER // 2:
         raise Invalid("the backing file's name or the disk is too large for qcow2")
-    return b"".join(
-        (
-            qcow2_header(size_bytes, l1_entries, 3, 1, extensions, name).ljust(_CLUSTER, b"\0"),
-            struct.pack(">Q", 2 * _CLUSTER).ljust(_CLUSTER, b"\0"),
-            (b"\0\1" * clusters).ljust(_CLUSTER, b"\0"),
-            bytes(l1_clusters * _CLUSTER),
-        )
-    )
+    header = qcow2_header(size_bytes, l1_entries, 3, 1, extensions, name)
+    tables = header, struct.pack(">Q", 2 * _CLUSTER), b"\0\1" * clusters, bytes(l1_clusters * _CLUSTER)
+    return b"".join(table.ljust(_CLUSTER, b"\0") for table in tables)
 
 
 def virtual_size(path: Path) -> int:
@@ -68,10 +63,8 @@ def create(path: Path, size_bytes: int, image: Path | None, image_bytes: int = 0
     needed = -(-image_bytes // 512) * 512
     size = -(-size_bytes // 512) * 512 or needed
     if size < needed:
-        raise Invalid(
-            f"the disk {path.stem} has {size} bytes, its image {needed}",
-            hint=f"ask for at least {-(-needed // 2**30)}G",
-        )
+        hint = f"ask for at least {-(-needed // 2**30)}G"
+        raise Invalid(f"the disk {path.stem} has {size} bytes, its image {needed}", hint=hint)
     # libvirt gives it to qemu's user.
     durable.write(path, qcow2(size, str(image) if image is not None else ""))
 

@@ -29,17 +29,10 @@ class Taps:
         """Make the tap, written down first. The network must be among the desired ones."""
         network = networks.get(interface.network_uuid)
         if network is None:
-            raise NotFound(
-                f"network {interface.network_uuid} of interface {interface.uuid} is not on this node"
-            )
-        port = Port(
-            uuid=interface.uuid,
-            mac=interface.mac,
-            address=IPv4Address(interface.address),
-            hostname=spec.name,
-            node=self._host.node,
-            tap=interface.tap,
-        )
+            where = f"network {interface.network_uuid} of interface {interface.uuid}"
+            raise NotFound(f"{where} is not on this node")
+        address = IPv4Address(interface.address)
+        port = Port(interface.uuid, interface.mac, address, spec.name, self._host.node, interface.tap)
         await self._held.save(taps=(*self._held.now.taps, Tap(port, network.uuid)))
         name = await self._host.wire(self._host.plane.create_tap, port)
         return domain.Nic(interface.uuid, interface.mac, name, network.mtu_bytes, interface.model)

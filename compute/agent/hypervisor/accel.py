@@ -7,6 +7,7 @@ mode, page tables, long mode, and prints from there. Under TCG it takes 40 ms, u
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,29 +21,8 @@ _TIME_LIMIT_S = 5
 _SAYS = b"K"
 _EXIT = 33  # isa-debug-exit: (0x10 << 1) | 1
 
-# Assembled by hand; loaded at F000:0000, and entered from the reset vector F000:FFF0.
 _CODE = bytes.fromhex(
-    "fa"  # cli
-    "31c0 8ed8 8ec0 8ed0"  # xor ax, ax; mov ds, es, ss, ax
-    "bc0070 fc"  # mov sp, 0x7000; cld
-    "bf0010 b90018 f3ab"  # zero three pages at 0x1000: PML4, PDPT, PD
-    "c70600100320"  # PML4[0] = 0x2000 | present, writable
-    "c70600200330"  # PDPT[0] = 0x3000 | present, writable
-    "c70600308300"  # PD[0] = 0 | present, writable, 2 MiB page: identity-mapped
-    "2e660f01168800"  # lgdt cs:[0x88]
-    "66b820000000 0f22e0"  # cr4 = PAE
-    "66b800100000 0f22d8"  # cr3 = 0x1000
-    "66b9800000c0 0f32 660d00010000 0f30"  # EFER |= LME
-    "0f20c0 660d01000080 0f22c0"  # cr0 |= PG | PE: long mode is active
-    "66ea64000f000800"  # jmp 0x08:0xf0064: into 64-bit code
-    # 0x64, 64 bits:
-    "b04b 66bae900 ee"  # out 0xe9, 'K'
-    "b010 66baf400 ee"  # out 0xf4, 0x10: qemu exits with 33
-    "f4 ebfd"  # hlt, for ever
-    "0f1f00"  # (padding)
-    "0000000000000000"  # 0x78, GDT: null
-    "00000000009a2000"  # code, 64 bits, ring 0, present
-    "0f00 78000f00"  # 0x88: GDT limit and linear address
+    "".join(re.findall(r"(?m)^[^#\n]*", Path(__file__).with_name("longmode.hex").read_text()))
 )
 _ROM_SIZE = 1 << 16
 _RESET_VECTOR = bytes.fromhex("ea000000f0")  # jmp F000:0000
@@ -77,13 +57,9 @@ def reaches_long_mode(qemu: str, accel: str, time_limit_s: float = _TIME_LIMIT_S
     with tempfile.NamedTemporaryFile(suffix=".rom") as firmware:
         firmware.write(rom())
         firmware.flush()
+        argv, nothing = [*argv, "-bios", firmware.name], subprocess.DEVNULL
         try:
-            done = subprocess.run(
-                [*argv, "-bios", firmware.name],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=time_limit_s,
-            )
+            done = subprocess.run(argv, stdin=nothing, capture_output=True, timeout=time_limit_s)
         except subprocess.TimeoutExpired:
             return f"a guest does not reach 64-bit mode within {time_limit_s:g} s"
         except OSError as err:
