@@ -31,10 +31,12 @@ class Streams:
 
     async def open(self, guest: Guest, kind: str, options: dict[str, Any], ticket: str) -> None:
         """Serve one in the background. Raises Invalid for an unknown kind."""
-        serve = {"console": self._console, "exec": self._exec, "vnc": self._vnc}.get(kind)
-        if serve is None:
+        do = {"console": self._console, "exec": self._exec, "vnc": self._vnc, "screen": self._screen}.get(
+            kind
+        )
+        if do is None:
             raise Invalid(f"this node's agent knows no stream {kind[:80]}")
-        await self.begin(ticket, lambda stream: serve(guest, options, stream))
+        await self.begin(ticket, lambda stream: do(guest, options, stream))
 
     async def begin(self, ticket: str, serve: Callable[[Stream], Awaitable[None]]) -> None:
         stream = await self._dial(ticket)
@@ -67,6 +69,13 @@ class Streams:
             hint = "create --vdi vnc and start it; one that runs since an older sf: sf instance reboot --hard"
             raise Conflict(f"{guest.spec.name} shows no screen now", hint=hint)
         await _carry(*await asyncio.open_unix_connection(path), stream)
+
+    async def _screen(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
+        """A PNG, as `_exec` hands out output."""
+        data = await guest.host.do(guest.host.hypervisor.screenshot, guest.spec.uuid)
+        for at in range(0, len(data), PIECE_BYTES):
+            await stream.send(b"\1" + data[at : at + PIECE_BYTES])
+        await stream.send('{"exit": 0}')
 
     async def _exec(self, guest: Guest, options: dict[str, Any], stream: Stream) -> None:
         """`{"argv": [...], "input": true}`: then input up to `eof`. Output comes behind a byte, 1 or 2, then `exit`."""

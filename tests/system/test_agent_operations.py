@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -19,7 +20,8 @@ Play = Callable[[str, dict[str, Any], Stream], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(tmp_path_factory.mktemp("operations")) as found:
+    with pytest.MonkeyPatch.context() as patch, running(tmp_path_factory.mktemp("operations")) as found:
+        patch.setenv("SF_CACHE_DIR", str(tmp_path_factory.mktemp("hints")))
         found.agent.agent_state = "ready"
         made = found.instance("web", found.network()["uuid"]).body
         found.wait_for(f"/instances/{made['uuid']}", "created")
@@ -53,6 +55,10 @@ def ended(server: Running, made: Any) -> Any:
     assert made.status == 200, made.body
     found = server.wait_for(f"/agentoperations/{made.body['uuid']}", "complete")
     return found["results"]["0"]
+
+
+def busy() -> list[Any]:
+    return [task for _, task in inside._operations.values() if not task.done()]
 
 
 def execute(server: Running, line: str = "true") -> Any:
@@ -110,6 +116,84 @@ def test_endless_output_is_cut_and_the_cut_is_said(server: Running, plays: Calla
     assert len(result["stdout"]) == 1 << 14 and "cut" in result["stderr"]
 
 
+def test_a_file_of_the_guest_becomes_a_blob_of_its_namespace_and_a_blob_a_file(
+    server: Running, plays: Callable[[Play], None]
+) -> None:
+    file, seen = os.urandom(200_001), []
+
+    async def hand_out(kind: str, options: dict[str, Any], end: Stream) -> None:
+        assert options["argv"] == ["cat", "--", "/etc/-it"]
+        for at in range(0, len(file), 60_000):
+            await end.send(b"\1" + file[at : at + 60_000])
+        await end.send('{"exit": 0}')
+
+    async def take_in(kind: str, options: dict[str, Any], end: Stream) -> None:
+        given = b""
+        while isinstance(piece := await end.receive(), bytes):
+            assert len(piece) <= 1 << 16
+            given += piece
+        seen.append((options["input"], options["argv"][4:], given))
+        await end.send('{"exit": 0}')
+
+    plays(hand_out)
+    blobs = []
+    for _ in range(2):
+        made = server.call("POST", "/instances/web/agent/get", {"path": "/etc/-it"})
+        blobs.append(ended(server, made)["content_blob"])
+    assert blobs[0] == blobs[1], "the same bytes are the same version"
+    assert server.call("GET", f"/blobs/{blobs[0]}/data").body == file
+    assert server.call("GET", f"/blobs/{blobs[0]}/data", namespace="rival").status == 404
+    plays(take_in)
+    body = {"blob_uuid": blobs[0], "path": "/tmp/a b", "mode": 0o100755}
+    assert ended(server, server.call("POST", "/instances/web/agent/put", body))["return-code"] == 0
+    assert seen == [(True, ["/tmp/a b", "755"], file)]
+    assert server.call("POST", "/instances/web/agent/put", {**body, "blob_uuid": "none"}).status == 404
+    assert not list(server.services.config.state_dir.glob("tmp*")), "nothing is left on the server"
+
+
+def test_what_hands_out_nothing_too_much_or_fails_is_no_blob(
+    server: Running, plays: Callable[[Play], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inside, "_FILE_BYTES", 1 << 20)
+    before = server.get("/artifacts")
+
+    def say(*messages: Any) -> Play:
+        async def play(kind: str, options: dict[str, Any], end: Stream) -> None:
+            for message in messages:
+                await end.send(message)
+
+        return play
+
+    endless = [b"\1" + bytes(1 << 16)] * 100
+    cases: list[tuple[Any, ...]] = [
+        ('{"exit": 0}',),
+        (b"\1x", '{"exit": 1}'),
+        (b"\1x",),
+        (*endless, '{"exit": 0}'),
+    ]
+    for case in cases:
+        plays(say(*case))
+        result = ended(server, server.call("POST", "/instances/web/agent/get", {"path": "../../etc/x"}))
+        assert result["error"] and "content_blob" not in result
+        assert server.call("GET", "/instances/web/screenshot").status in (409, 503)
+    assert server.get("/artifacts") == before
+    assert not list(server.services.config.state_dir.glob("tmp*"))
+
+
+def test_a_screenshot_is_a_blob_that_its_namespace_sees(
+    server: Running, plays: Callable[[Play], None]
+) -> None:
+    async def play(kind: str, options: dict[str, Any], end: Stream) -> None:
+        assert (kind, options) == ("screen", {})
+        await end.send(b"\1\x89PNG")
+        await end.send('{"exit": 0}')
+
+    plays(play)
+    uuid = server.get("/instances/web/screenshot")
+    assert server.call("GET", f"/blobs/{uuid}/data").body == b"\x89PNG"
+    assert server.call("GET", "/instances/system%2Fweb/screenshot", namespace="rival").status == 404
+
+
 def test_one_that_does_not_end_is_given_up_when_it_is_deleted_and_bounded_in_number(
     server: Running, plays: Callable[[Play], None]
 ) -> None:
@@ -118,7 +202,7 @@ def test_one_that_does_not_end_is_given_up_when_it_is_deleted_and_bounded_in_num
             pass
 
     plays(play)
-    within(10, lambda: not inside._tasks, "nothing of other tests is left")
+    within(10, lambda: not busy(), "nothing of other tests is left")
     made = [execute(server).body["uuid"] for _ in range(16)]
     refused = execute(server)
     assert refused.status == 406 and "too many" in refused.body["error"]
@@ -128,7 +212,7 @@ def test_one_that_does_not_end_is_given_up_when_it_is_deleted_and_bounded_in_num
         assert server.call("DELETE", f"/agentoperations/{uuid}", namespace="rival").status == 404
         assert server.call("DELETE", f"/agentoperations/{uuid}").status == 200
         assert server.call("GET", f"/agentoperations/{uuid}").status == 404
-    within(10, lambda: not inside._tasks, "all are given up")
+    assert not busy()
 
 
 def test_without_an_agent_nothing_is_begun_and_side_channels_say_so(server: Running) -> None:

@@ -30,14 +30,11 @@ FAIL = {
     "blob delete-metadata": "the same",
     "instance await": "the client has no such method",
     "instance snapshot": "snapshots are images of ours (my/NAME:TIME), not artifacts yet",
-    "instance upload": "agent operations are not answered yet",
-    "instance download": "the same",
-    "instance screenshot": "there are none yet",
     "node resources": "nodes have no events of that kind",
     "node cpuhogs": "the same",
 }
 """Of the client's 85 commands those that do not work, and why; `network ping` works with --json alone."""
-IN_A_GUEST = {"instance execute"}
+IN_A_GUEST = {f"instance {word}" for word in ("execute", "upload", "download", "screenshot")}
 """They work, and are run where there is a real guest: tests/system/test_into_guests.py."""
 
 MANY = """

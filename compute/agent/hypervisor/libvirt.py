@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from compute.errors import ComputeError, Conflict, NotFound, Unavailable
 
 Notify = Callable[[str, str], None]
 
-_MOVE_S = 60.0
+_MOVE_S, _PICTURE_BYTES = 60.0, (64 << 20) + 1
 _EVENT_THREAD_LOCK = threading.Lock()
 _event_thread: threading.Thread | None = None  # libvirt has one event loop per process, whoever connects
 
@@ -94,17 +95,16 @@ class Hypervisor:
             try:
                 connection = libvirt.open(self._uri)
                 connection.setKeepAlive(5, 3)
-                connection.registerCloseCallback(self._closed, None)
+                connection.registerCloseCallback(lambda *_: self._notify("", "disconnected"), None)
                 for event, callback in (
-                    (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle),
-                    (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, self._device_removed),
+                    (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, partial(self._heard_of, "lifecycle")),
+                    (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, partial(self._heard_of, "removed")),
                     (libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, self._agent_changed),
                 ):
                     heard.append(connection.domainEventRegisterAny(None, event, callback, None))
             except libvirt.libvirtError as err:
-                raise Unavailable(
-                    f"libvirt at {self._uri} does not answer: {err}", hint="is libvirtd running?"
-                ) from err
+                why = f"libvirt at {self._uri} does not answer: {err}"
+                raise Unavailable(why, hint="is libvirtd running?") from err
             self._connection, self._heard = connection, heard
         self._notify("", "connected")
 
@@ -120,26 +120,18 @@ class Hypervisor:
                 connection.close()
 
     def _alive(self) -> bool:
-        try:
+        with contextlib.suppress(libvirt.libvirtError):
             return bool(self._connection.isAlive())
-        except libvirt.libvirtError:
-            return False
-
-    def _closed(self, _connection: Any, _reason: int, _opaque: Any) -> None:
-        self._notify("", "disconnected")
+        return False
 
     def _ours(self, found: Any) -> str:
         prefix = domain.name(self._installation, "")
         name: str = found.name()
         return name.removeprefix(prefix) if name.startswith(prefix) else ""
 
-    def _lifecycle(self, _connection: Any, found: Any, event: int, _detail: int, _opaque: Any) -> None:
+    def _heard_of(self, kind: str, _connection: Any, found: Any, what: int | str, *_: Any) -> None:
         if uuid := self._ours(found):
-            self._notify(uuid, f"lifecycle {event}")
-
-    def _device_removed(self, _connection: Any, found: Any, alias: str, _opaque: Any) -> None:
-        if uuid := self._ours(found):
-            self._notify(uuid, f"removed {alias}")
+            self._notify(uuid, f"{kind} {what}")
 
     def _agent_changed(self, _connection: Any, found: Any, state: int, _reason: int, _opaque: Any) -> None:
         if uuid := self._ours(found):
@@ -302,6 +294,16 @@ class Hypervisor:
         with self._domain(uuid) as found:
             return str(libvirt_qemu.qemuAgentCommand(found, asked, timeout_s, 0)).encode()
 
+    def screenshot(self, uuid: str) -> bytes:
+        """What its screen shows, cut off after 64 MiB: a PNG from qemu 7.1 on."""
+        picture = bytearray()
+        with self._domain(uuid) as found:
+            stream = found.connect().newStream()
+            found.screenshot(stream, 0)
+            stream.recvAll(lambda _, data, kept: kept.extend(data[: _PICTURE_BYTES - len(kept)]), picture)
+            stream.finish()
+        return bytes(picture)
+
     def qmp(self, uuid: str, command: str, **arguments: Any) -> Any:
         """One command to qemu's own monitor, for what libvirt cannot say. Raises Refused."""
         asked = json.dumps({"execute": command, "arguments": arguments})
@@ -317,11 +319,10 @@ class Hypervisor:
         Raises Refused; then the guest is where it was.
         """
         flags = libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
         deadline = time.monotonic() + _MOVE_S
         with self._domain(uuid) as found:
-            found.blockCopy(
-                disk.device, domain.overlay_xml(disk), {}, flags | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
-            )
+            found.blockCopy(disk.device, domain.overlay_xml(disk), {}, flags)
             while True:
                 job = found.blockJobInfo(disk.device)
                 try:

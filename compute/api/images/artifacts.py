@@ -29,7 +29,7 @@ from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.stored import check_name, new_uuid
 from compute.cluster.records.transaction import Transaction, pieces
 from compute.errors import Invalid, NoCapacity, NotFound
-from imagestore import Digest, decimal
+from imagestore import Digest, decimal, push
 from imagestore import NotFound as NoName
 from imagestore.mirror import Content, GroupCache
 
@@ -172,6 +172,19 @@ def keep(ctx: Ctx, name: str, body: KeepBody) -> Response:
     return JSONResponse(show(ctx, ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, **more)))[0])
 
 
+async def keep_file(ctx: Context, of: Instance, file: IO[bytes]) -> str:
+    """A file's bytes as a blob, of which the newest 16 of an instance are kept: its uuid."""
+    home, name, size = of.namespace, f"from-{of.name}", file.tell()
+    store = await ask_stores(ctx.services.namespaces.of, home)
+    await reserve(ctx.services, home, store, size)
+    file.flush()
+    done = await ask_stores(push, store, Path(file.name), None, format_="raw")
+    blob = Blob(home, data=str(done.digest), size_bytes=size, made_s=time.time())
+    more: dict[str, Any] = {"name": name, "artifact_type": "other", "max_versions": 16, "blob": blob}
+    made = await ask_stores(ctx.act, lambda txn: want(txn, home, f"sf://upload/{home}/{name}", **more))
+    return str(made.blobs[str(made.last)].uuid)
+
+
 @router.delete("/artifacts")
 def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
     """Every artifact that a namespace keeps; names of stores stay (`sf image rm`)."""
@@ -261,7 +274,7 @@ def get_blob(ctx: Ctx, ref: str) -> Response:
 
 
 @router.get("/blobs/{ref}/data")
-def get_data(ctx: Ctx, ref: str, offset: Place = 0, limit: Place = 0) -> Response:
+def get_data(ctx: Ctx, ref: str, offset: Place = 0, limit: Place = 0) -> StreamingResponse:
     """The bytes from `offset` on, at most `limit`."""
     blob, services = blob_of(ctx.artifacts(), BLOB + ref)[1], ctx.services
     digest = Digest.parse(blob.data or blob.disk)
