@@ -142,9 +142,12 @@ def secured(config: Config) -> dict[str, Any]:
 
 
 def _settings(app: FastAPI, **more: Any) -> uvicorn.Config:
-    return uvicorn.Config(
-        app, log_config=None, timeout_graceful_shutdown=_GRACE_S, **listening.settings(), **SOCKETS, **more
-    )
+    more |= {"log_config": None, "timeout_graceful_shutdown": _GRACE_S, **listening.settings(), **SOCKETS}
+    made = uvicorn.Config(app, **more)
+    made.load()
+    if made.ssl:  # a client that writes in one thread while it reads a ticket in another loses what it wrote
+        made.ssl.num_tickets = 0
+    return made
 
 
 def _listen(host: str, port: int) -> socket.socket:

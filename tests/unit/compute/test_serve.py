@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from compute.cluster import certificates, joining
 from compute.cluster.auth import Authority, ensure_local_key
@@ -13,10 +14,10 @@ from compute.cluster.desired import build
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.state.sqlite import SqliteStore
-from compute.config import load
+from compute.config import Config, load
 from compute.errors import Conflict, Denied, Unauthenticated, Unavailable
 from compute.process import only_one
-from compute.serve import _listen, installation_id
+from compute.serve import _listen, _settings, installation_id, secured
 from imagestore import Invalid, Settings
 
 
@@ -125,6 +126,13 @@ def test_a_node_hears_only_of_networks_that_it_has_to_do_with() -> None:
     assert found.networks[0].mtu_bytes == 1450
     assert [(p.node, str(p.address)) for p in found.peers] == [("there", "192.0.2.2")]
     assert str(found.underlay) == "192.0.2.1"
+
+
+def test_no_client_is_sent_a_ticket_that_it_would_read_while_it_writes(tmp_path: Path) -> None:
+    """Of a few hundred streams of the command line one lost its request, and was let go after 10 s."""
+    made = _settings(FastAPI(), **secured(Config(state_dir=tmp_path, tls=True)))
+    assert made.ssl and made.ssl.num_tickets == 0
+    assert _settings(FastAPI()).ssl is None
 
 
 def test_small_answers_do_not_wait_for_each_other() -> None:
