@@ -130,6 +130,7 @@ def test_a_node_hears_only_of_networks_that_it_has_to_do_with() -> None:
 
 def test_no_client_is_sent_a_ticket_that_it_would_read_while_it_writes(tmp_path: Path) -> None:
     """Of a few hundred streams of the command line one lost its request, and was let go after 10 s."""
+    (tmp_path / "auth").mkdir()
     made = _settings(FastAPI(), **secured(Config(state_dir=tmp_path, tls=True)))
     assert made.ssl and made.ssl.num_tickets == 0
     assert _settings(FastAPI()).ssl is None
