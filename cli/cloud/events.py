@@ -29,7 +29,7 @@ def events(limit: int, form: str, follow: bool) -> None:
         return
     for event in api.follow("events"):
         at = time.strftime("%H:%M:%S", time.localtime(event["timestamp"]))
-        line = f"{at}  {event['fqdn']}  {event['object']} {event['name']}: {event['message']}"
+        line = f"{at}  {event['by'] or event['fqdn']}  {event['object']} {event['name']}: {event['message']}"
         print(json.dumps(event) if form == "json" else clean(line), flush=True)
 
 
