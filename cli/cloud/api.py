@@ -42,16 +42,22 @@ class Api:
         )
 
     def follow(self, path: str) -> Iterator[Object]:
-        """Server-sent events until the server ends them. Raises Problem."""
-        told = {"Authorization": f"Bearer {self.token()}"}
-        self._connection.request("GET", f"{self._path}/{path}?follow=true", headers=told)
-        response = self._connection.getresponse()
-        if response.status != 200:
-            _answer(response.status, dict(response.headers), response.read())
-        for line in response:
-            if line.startswith(b"data: "):
-                yield json.loads(line[6:])
-        raise Problem(f"{self.url} has ended", hint="try again", code=UNREACHABLE)
+        """Server-sent events for ever: a server that goes away is asked again, from where it was. Raises Problem."""
+        last, _ = "", self.token()
+        for _gone_s in poll(float("inf"), 2.0):
+            try:
+                told = {"Authorization": f"Bearer {self.token()}", "Last-Event-ID": last}
+                self._connection.request("GET", f"{self._path}/{path}?follow=true", headers=told)
+                if (response := self._connection.getresponse()).status != 200:
+                    _answer(response.status, dict(response.headers), response.read())
+                for what, _, text in (line.decode().rstrip().partition(": ") for line in response):
+                    last = text if what == "id" else last
+                    if what == "data":
+                        yield json.loads(text)
+            except (OSError, http.client.HTTPException, Problem) as error:
+                if isinstance(error, Problem) and error.code not in (UNREACHABLE, TIMEOUT):
+                    raise
+            self._connection.close()
 
     def __call__(self, method: str, *path: str, **body: Any) -> Any:
         """The answer's JSON, or its bytes if it is none. Raises Problem with the exit code of its status."""

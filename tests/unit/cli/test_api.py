@@ -126,3 +126,34 @@ def test_what_is_no_http_url_is_a_usage_error(bad: str) -> None:
     with click.Context(sf, obj={"api_url": bad}), pytest.raises(Problem) as caught:
         Api()
     assert caught.value.code == 2
+
+
+def test_events_are_followed_over_the_end_of_a_server_from_where_they_were(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    plain = Handler.answer
+
+    def answer(handler: Handler) -> None:
+        if not handler.path.startswith("/events"):
+            plain(handler)
+            return
+        asked.append(handler.headers.get("Last-Event-ID"))
+        handler.close_connection = True
+        if len(asked) == 2:  # it answers nothing at all
+            return
+        if len(asked) == 4:
+            handler.send_error(403)
+            return
+        handler.send_response(200)
+        handler.end_headers()
+        number = len(asked)
+        handler.wfile.write(f': still here\n\nid: {number}\ndata: {{"n": {number}}}\n\n'.encode())
+
+    monkeypatch.setattr(Handler, "do_GET", answer)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    seen = []
+    with pytest.raises(Problem) as caught:
+        for event in api.follow("events"):
+            seen.append(event["n"])
+    assert (seen, asked, caught.value.code) == ([1, 3], ["", "1", "1", "3"], 4)
