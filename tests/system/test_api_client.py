@@ -83,6 +83,18 @@ def client_environment(server: Running, home: Path) -> dict[str, str]:
     return environment | {"SHAKENFIST_NAMESPACE": "system", "SHAKENFIST_KEY": server.key}
 
 
+def many(client_bin: Path, server: Running, place: Path, *lines: str) -> tuple[list[str], list[str]]:
+    """Every command of the client, and what these, which all work, said."""
+    asked, argv = [line.split() for line in lines], [str(client_bin / "python"), "-c", MANY]
+    options: dict[str, Any] = {"cwd": place, "env": client_environment(server, place), "timeout": 200}
+    done = subprocess.run(argv, input=json.dumps(asked), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    known, answers = json.loads(done.stdout)
+    for words, (code, said, error) in zip(asked, answers, strict=True):
+        assert code == 0, (words, said, error)
+    return known, [said for _, said, _ in answers]
+
+
 @pytest.fixture
 def sf_client(client_bin: Path, server: Running, tmp_path: Path) -> Callable[..., str]:
     def run(*words: str, code: int = 0) -> str:
@@ -226,35 +238,29 @@ def test_the_client_uploads_artifacts_finds_their_blobs_and_labels_them(
 ) -> None:
     """Views compared with what the client shows of them."""
     monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "hints"))
-    data, file = DATA + b"odd", tmp_path / "golden.img"
-    file.write_bytes(data)
+    data = DATA + b"odd"
+    (tmp_path / "disk").write_bytes(data)
+    sha512 = hashlib.sha512(data).hexdigest()
     with serving(tmp_path) as server:
-
-        def sf_client(*words: str) -> str:
-            argv = [str(client_bin / "sf-client"), *words]
-            environment = client_environment(server, tmp_path)
-            done = subprocess.run(
-                argv, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            return done.stdout
-
-        said = sf_client("artifact", "upload", "golden", str(file))
-        assert "Uploading new blob" in said
-        uuid = said.split()[-1]
-        made = server.wait_for(f"/artifacts/{uuid}", "created")
+        said = many(client_bin, server, tmp_path, "artifact upload golden disk")[1][0]
+        assert "Uploading new blob" in said and "Created artifact" in said
+        made = server.wait_for("/artifacts/golden", "created")
         assert (made["source_url"], made["index"], made["name"]) == ("sf://upload/system/golden", 1, "golden")
-        assert "Recycling existing blob" in sf_client("artifact", "upload", "second", str(file))
-        assert "Uploading new blob" in sf_client("artifact", "upload", "--no-checksum", "third", str(file))
-        server.wait_for(
-            f"/artifacts/{sf_client('artifact', 'upload', 'second', str(file)).split()[-1]}", "created"
-        )
-        sf_client("artifact", "download", uuid, str(tmp_path / "back"))
-        assert (tmp_path / "back").read_bytes() == data
-        shown = json.loads(sf_client("--json", "artifact", "show", "golden"))
-        blob = shown["blob_uuid"]
-        sha512 = hashlib.sha512(data).hexdigest()
-        found = json.loads(sf_client("--json", "blob", "sha512", sha512))
+        blob = made["blob_uuid"]
+        again, *shown = many(
+            *(client_bin, server, tmp_path, "artifact upload second disk", f"--json blob sha512 {sha512}"),
+            *(f"--json blob sha512 {'0' * 128}", f"blob sha512 {'0' * 128}", "--json blob list", "blob list"),
+            *(
+                f"blob show {blob}",
+                f"blob events {blob}",
+                f"label update newest {blob}",
+                "--json artifact show golden",
+            ),
+            *("instance create web 1 256 -d 8@label:newest", f"--json blob show {blob}"),
+            *(f"artifact download {made['uuid']} back", "backup create all.json"),
+        )[1]
+        assert "Recycling existing blob" in again and "Uploading" not in again
+        found = json.loads(shown[0])
         wanted = {
             "uuid": str,
             "state": str,
@@ -267,19 +273,12 @@ def test_the_client_uploads_artifacts_finds_their_blobs_and_labels_them(
         wanted |= {"modified": float, "fetched_at": float, "transcodes": dict, "sha512": str}
         assert {name: type(found[name]) for name in wanted} == wanted
         assert (found["uuid"], found["size"], found["sha512"]) == (blob, len(data), sha512)
-        assert json.loads(sf_client("--json", "blob", "sha512", "0" * 128)) is None
-        assert "No blob found" in sf_client("blob", "sha512", "0" * 128)
-        listed = json.loads(sf_client("--json", "blob", "list"))
-        assert blob in [one["uuid"] for one in listed] and blob in sf_client("blob", "list")
-        assert f"sha512          : {sha512}" in sf_client("blob", "show", blob)
-        assert "version 1 is blob" in sf_client("blob", "events", blob)
-        sf_client("label", "update", "newest", blob)
-        assert server.get("/label/newest")["blob_uuid"] == blob
-        sf_client("instance", "create", "web", "1", "256", "-d", "8@label:newest")
-        server.wait_for("/instances/web", "created")
-        assert json.loads(sf_client("--json", "blob", "show", blob))["virtual size"] > len(DATA)
-        assert "Created summary" in sf_client("backup", "create", "summary.json")
-        assert (tmp_path / "blobs" / blob).read_bytes() == data
+        assert json.loads(shown[1]) is None and "No blob found" in shown[2]
+        assert blob in [one["uuid"] for one in json.loads(shown[3])] and blob in shown[4]
+        assert f"sha512          : {sha512}" in shown[5] and "version 1 is blob" in shown[6]
+        assert server.get("/label/newest")["blob_uuid"] == blob == json.loads(shown[8])["blob_uuid"]
+        assert json.loads(shown[10])["virtual size"] > len(DATA)
+        assert (tmp_path / "back").read_bytes() == data == (tmp_path / "blobs" / blob).read_bytes()
 
 
 def test_each_of_the_clients_85_commands_works_or_is_named(
@@ -291,20 +290,12 @@ def test_each_of_the_clients_85_commands_works_or_is_named(
     with serving(tmp_path, floating_pool=IPv4Network("192.0.2.0/28")) as server:
 
         def run(*lines: str) -> list[str]:
-            asked = [line.split() for line in lines]
-            argv = [str(client_bin / "python"), "-c", MANY]
-            options: dict[str, Any] = {"cwd": tmp_path, "env": client_environment(server, tmp_path)}
-            done = subprocess.run(
-                argv, input=json.dumps(asked), capture_output=True, text=True, timeout=200, **options
-            )
-            assert done.returncode == 0, done.stderr
-            names, answers = json.loads(done.stdout)
+            names, said = many(client_bin, server, tmp_path, *lines)
             known.update(names)
-            for words, (code, said, error) in zip(asked, answers, strict=True):
-                assert code == 0, (words, said, error)
-                plain = [word for word in words if word != "--json"]
+            for line in lines:
+                plain = [word for word in line.split() if word != "--json"]
                 worked.add(" ".join(plain[: 3 if plain[0] == "admin" else 1 if plain[0] == "version" else 2]))
-            return [said for _, said, _ in answers]
+            return said
 
         server.count()
         run(
