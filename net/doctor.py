@@ -84,11 +84,7 @@ def _difference(action: Action) -> str:
     want, had = action.item, action.had
     if not isinstance(want, Link) or not isinstance(had, Link):
         return ""
-    about = [
-        f
-        for f in ("mtu_bytes", "up", "mac", "master", "alias", "suppress", "learning")
-        if f != "mac" or want.mac
-    ]
+    about = ("mtu_bytes", "up", *(["mac"] if want.mac else ()), "master", "alias", "suppress", "learning")
     told = [f"{f} is {getattr(had, f)!r}" for f in about if getattr(want, f) != getattr(had, f)]
     return f": {', '.join(told)}" if told else ""
 

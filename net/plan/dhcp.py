@@ -21,9 +21,7 @@ _OUT = "out"
 _NAME = re.compile(r"[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63}){0,126}\.?")
 
 
-def settings(
-    network: Network, upstream: Sequence[IPv4Address], *, uplink: bool, six: bool = False
-) -> Dnsmasq:
+def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool, six: bool) -> Dnsmasq:
     """The three files as text. `uplink`: whether the router leads anywhere else, `six`: by IPv6."""
     bridge, domain = names.bridge(network.vni), network.domain
     lines = [

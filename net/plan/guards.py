@@ -50,6 +50,7 @@ def pinned(drop: Callable[[str, str], str], mac: str, own: IPv6Address, local: I
     mine, fixed = mac.replace(":", ""), f"{{ {own}, {local} }}"
     raw = f"{{ 0x{int(own):032x}, 0x{int(local):032x} }}"
     advert, solicit = "icmpv6 type nd-neighbor-advert", "icmpv6 type nd-neighbor-solicit"
+    yield f"ip6 saddr {fixed} ip6 nexthdr tcp accept"
     yield drop(f"frag nexthdr {CHAINED}", "ipv6")
     yield drop("icmpv6 type { nd-router-advert, nd-redirect }", "ra")
     yield drop("exthdr frag exists icmpv6 type { 133, 135, 136 }", "ipv6")

@@ -17,11 +17,9 @@ class Published:
     count: int = 1
 
     def __str__(self) -> str:
-        ends = (
-            ("", "") if self.count == 1 else (f"-{at + self.count - 1}" for at in (self.port, self.to_port))
-        )
-        first, last = ends
-        return f"{self.port}{first}:{self.to_port}{last}/{self.protocol}"
+        more = "-{}" if self.count > 1 else ""
+        outer, inner = (f"{at}{more.format(at + self.count - 1)}" for at in (self.port, self.to_port))
+        return f"{outer}:{inner}/{self.protocol}"
 
 
 @dataclass(frozen=True, slots=True)

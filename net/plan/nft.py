@@ -54,13 +54,11 @@ def link_local(mac: str) -> IPv6Address:
     return IPv6Address(bytes.fromhex("fe80000000000000") + octets[:3] + b"\xff\xfe" + octets[3:])
 
 
-def _pinned(
-    tap: str, port: Port, addresses: Sequence[IPv4Address], own6: IPv6Address | None
-) -> Iterator[str]:
+def _pinned(tap: str, network: Network, port: Port) -> Iterator[str]:
     def drop(match: str, reason: str) -> str:
         return f'{match} counter name "{tap}-{reason}" drop'
 
-    mac = port.mac
+    mac, addresses, own6 = port.mac, _allowed(network, port), network.address6(port.address)
     own, local = braces(addresses) if addresses else f"@{LEARNED}", link_local(mac)
     # nft 1.0.6 has no name for what is read out of a DHCP answer, so what is compared with that has none either.
     ip, sender = (
@@ -138,10 +136,7 @@ def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) ->
     dispatch += [rule for vni in sorted(macs) for rule in guards.meshed(names.vxlan(vni))]
     chains = [_chain("ports", Hook("filter", "prerouting", -300), dispatch)]
     chains.append(_chain("to", Hook("filter", "postrouting", 0), [f"oifname vmap @{TO}"]))
-    chains += [
-        _chain(f"p-{tap}", None, _pinned(tap, port, _allowed(network, port), network.address6(port.address)))
-        for tap, (network, port) in local.items()
-    ]
+    chains += [_chain(f"p-{tap}", None, _pinned(tap, *at)) for tap, at in local.items()]
     chains += [
         _chain(f"t-{tap}", None, _sent(tap, port, macs.get(n.vni, ""))) for tap, (n, port) in local.items()
     ]

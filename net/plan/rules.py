@@ -7,6 +7,7 @@ packets with IP options, and fragments, which have no ports, do not pass.
 """
 
 from collections.abc import Iterator
+from ipaddress import IPv4Network, IPv6Network
 
 from net.ipam import ANY
 from net.plan.facts import Elements
@@ -19,6 +20,7 @@ _KEY6 = "@nh,48,8 . @nh,64,128 . @nh,320,16 . @nh,336,16"
 """By IPv6, without extension headers: those do not pass."""
 _NEEDED6 = "{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem, nd-router-advert }"
 _MOST = 65536
+Ranges = tuple[tuple[int, int], ...]
 
 
 def flows(at: str, tap: str, *, six: bool) -> dict[str, Elements]:
@@ -30,63 +32,71 @@ def flows(at: str, tap: str, *, six: bool) -> dict[str, Elements]:
 
 def tracked(tap: str, port: Port, *, six: bool) -> Iterator[str]:
     """Of what a guest sends. Answers of its own servers, at ports that are open anyway, are not worth remembering."""
-    opens = f"update @f-{tap} {{ @nh,72,8 . @nh,128,32 . @nh,176,16 . @nh,160,16"
-    if six:
-        opens6 = f"update @g-{tap} {{ @nh,48,8 . @nh,192,128"
-        begun = f"{opens6} . @nh,336,16 . @nh,320,16"
-        for allow in port.allowed or ():
-            if allow.ports:
-                yield f"ether type ip6 {allow.protocol} sport {_ports(allow.ports)} return"
-        yield f"ip6 nexthdr tcp tcp flags & (fin | rst) != 0 {begun} timeout 1m }} return"
-        yield f"ip6 nexthdr tcp tcp flags & (syn | psh) != 0 {begun} timeout 1d }} return"
-        yield f"ip6 nexthdr udp {begun} }}"
-        yield f"ip6 nexthdr ipv6-icmp icmpv6 type echo-request {opens6} . @nh,352,16 . @nh,352,16 }}"
-    yield "ether type != ip return"
     for allow in port.allowed or ():
         if allow.ports:
             yield f"{allow.protocol} sport {_ports(allow.ports)} return"
-    yield f"tcp flags & (fin | rst) != 0 {opens} timeout 1m }} return"
-    yield f"tcp flags & (syn | psh) != 0 {opens} timeout 1d }} return"
-    yield f"meta l4proto udp {opens} }}"
-    yield f"icmp type echo-request update @f-{tap} {{ @nh,72,8 . @nh,128,32 . @nh,192,16 . @nh,192,16 }}"
+    four = ("ip protocol", "icmp", f"update @f-{tap} {{ @nh,72,8 . @nh,128,32", 160)
+    more = ("ip6 nexthdr", "icmpv6", f"update @g-{tap} {{ @nh,48,8 . @nh,192,128", 320)
+    for protocol, icmp, opens, at in (four, more) if six else (four,):
+        begun = f"{opens} . @nh,{at + 16},16 . @nh,{at},16"
+        yield f"{protocol} tcp tcp flags & (fin | rst) != 0 {begun} timeout 1m }} return"
+        yield f"{protocol} tcp tcp flags & (syn | psh) != 0 {begun} timeout 1d }} return"
+        yield f"{protocol} udp {begun} }}"
+        yield f"{icmp} type echo-request {opens} . @nh,{at + 32},16 . @nh,{at + 32},16 }}"
 
 
 def admitted(tap: str, port: Port, *, six: bool) -> Iterator[str]:
-    """Of what comes to a guest."""
+    """Of what comes to a guest: first what most of it is."""
     drop = f'counter name "{tap}-rules" drop'
-    yield "ether type arp accept"
-    yield "udp sport 67 udp dport 68 accept"
-    yield "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
-    if six:
-        yield "ip6 saddr fe80::/10 udp sport 547 udp dport 546 accept"
-        # What IPv6 does not work without (RFC 4890); advertisements of routers were judged before.
-        yield f"ip6 nexthdr ipv6-icmp icmpv6 type {_NEEDED6} accept"
-        yield f"ip6 nexthdr {CHAINED} {drop}"
-        yield f"ip6 nexthdr {{ tcp, udp }} {_KEY6} @g-{tap} accept"
-        yield f"icmpv6 type echo-reply @nh,48,8 . @nh,64,128 . @nh,352,16 . @nh,352,16 @g-{tap} accept"
     yield f"ether type ip ip hdrlength != 5 {drop}"
     yield f"ether type ip ip frag-off & 0x3fff != 0 {drop}"
     yield f"ether type ip6 exthdr frag exists {drop}"
+    if six:
+        yield f"ip6 nexthdr {CHAINED} {drop}"
+    yield from _opened(port, six=six)
     yield f"ether type ip meta l4proto {{ tcp, udp }} {_KEY} @f-{tap} accept"
+    if six:
+        yield f"ip6 nexthdr {{ tcp, udp }} {_KEY6} @g-{tap} accept"
+        yield f"icmpv6 type echo-reply @nh,48,8 . @nh,64,128 . @nh,352,16 . @nh,352,16 @g-{tap} accept"
+        yield "ip6 saddr fe80::/10 udp sport 547 udp dport 546 accept"
+        # What IPv6 does not work without (RFC 4890); advertisements of routers were judged before.
+        yield f"ip6 nexthdr ipv6-icmp icmpv6 type {_NEEDED6} accept"
+    yield "ether type arp accept"
+    yield "udp sport 67 udp dport 68 accept"
+    yield "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
     yield f"icmp type echo-reply @nh,72,8 . @nh,96,32 . @nh,192,16 . @nh,192,16 @f-{tap} accept"
     # An error holds the packet that it is about, with a header of its own.
     about = "@nh,228,4 5 @nh,296,8 . @nh,352,32 . @nh,400,16 . @nh,384,16"
     echo = "@nh,228,4 5 @nh,296,8 1 @nh,296,8 . @nh,352,32 . @nh,416,16 . @nh,416,16"
     yield f"icmp type {{ destination-unreachable, time-exceeded }} {about} @f-{tap} accept"
     yield f"icmp type {{ destination-unreachable, time-exceeded }} {echo} @f-{tap} accept"
-    for allow in port.allowed or ():
-        family = "ip6" if allow.source.version == 6 else "ip"
-        source = f"{family} saddr {allow.source} " if allow.source != ANY else ""
-        if allow.protocol == "icmp":
-            if family == "ip6" or (six and not source):
-                yield f"{source}icmpv6 type echo-request accept"
-            yield f"{source}icmp type echo-request accept"
-        elif allow.ports:
-            yield f"{source}{allow.protocol} dport {_ports(allow.ports)} accept"
-        else:
-            yield f"{source}{'' if allow.protocol == 'any' else f'meta l4proto {allow.protocol} '}accept"
     yield drop
 
 
-def _ports(ranges: tuple[tuple[int, int], ...]) -> str:
-    return "{ " + ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in ranges) + " }"
+def _opened(port: Port, *, six: bool) -> Iterator[str]:
+    """One rule for each protocol and source."""
+    opened: dict[tuple[str, IPv4Network | IPv6Network], Ranges] = {}
+    for allow in port.allowed or ():
+        at = allow.protocol, allow.source
+        known = opened.get(at, allow.ports)
+        opened[at] = (*known, *allow.ports) if known and allow.ports else ()
+    for (protocol, block), ports in opened.items():
+        source = f"ip{'6' if block.version == 6 else ''} saddr {block} " if block != ANY else ""
+        if protocol == "icmp":
+            if block.version == 6 or (six and not source):
+                yield f"{source}icmpv6 type echo-request accept"
+            if block.version == 4:
+                yield f"{source}icmp type echo-request accept"
+        elif ports:
+            yield f"{source}{protocol} dport {_ports(ports)} accept"
+        else:
+            yield f"{source}{'' if protocol == 'any' else f'meta l4proto {protocol} '}accept"
+
+
+def _ports(ranges: Ranges) -> str:
+    apart: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if apart and first <= apart[-1][1] + 1:
+            first, last = apart[-1][0], max(last, apart.pop()[1])
+        apart.append((first, last))
+    return "{ " + ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in apart) + " }"

@@ -104,7 +104,8 @@ def two(tmp_path: Path, nodes: int = 2, **more) -> Iterator[tuple[Cluster, Netwo
     network = make_network(*ports, **{"netblock6": LOCAL, **more})
     with Cluster(tmp_path, nodes) as cluster, ExitStack() as stack:
         _connected(cluster)
-        cluster.apply(network)
+        cluster.apply(replace(network, ports=ports[:2]))
+        cluster.apply(network)  # the third is made known to a server that goes on
         yield cluster, network, [stack.enter_context(cluster.guest(network, port)) for port in ports]
 
 

@@ -20,7 +20,9 @@ def _network(**more: object) -> Network:
 
 
 def _settings(*, uplink: bool = True, **more: object) -> Dnsmasq:
-    return dhcp.settings(_network(**more), [IPv4Address("192.0.2.53")] if uplink else [], uplink=uplink)
+    return dhcp.settings(
+        _network(**more), [IPv4Address("192.0.2.53")] if uplink else [], uplink=uplink, six=False
+    )
 
 
 def test_every_guest_has_its_fixed_address_and_its_name() -> None:
@@ -46,7 +48,7 @@ def test_a_network_without_a_way_out_gives_no_default_route_but_its_routed_addre
 @pytest.mark.parametrize("name", ["ignore", "infinite", "5m", "1w", "10", "tag", "0x5"])
 def test_no_guests_name_is_a_word_of_the_servers_language(name: str) -> None:
     """G3."""
-    made = dhcp.settings(_network(ports=(replace(PORT, hostname=name),)), [], uplink=True)
+    made = dhcp.settings(_network(ports=(replace(PORT, hostname=name),)), [], uplink=True, six=False)
     assert made.hosts == f"02:00:00:00:00:01,10.42.0.2,{name}.sf.internal\n"
     assert made.names == f"10.42.0.2 {name}\n"
 
@@ -55,7 +57,7 @@ def test_no_guests_name_is_a_word_of_the_servers_language(name: str) -> None:
 def test_what_is_no_name_reaches_no_file(name: str) -> None:
     """G3."""
     network = _network(ports=(replace(PORT, hostname=name),), dns_entries=((name, BLOCK[9]),))
-    made = dhcp.settings(network, [], uplink=True)
+    made = dhcp.settings(network, [], uplink=True, six=False)
     assert made.hosts == "02:00:00:00:00:01,10.42.0.2\n"
     assert made.names == ""
 
@@ -68,7 +70,7 @@ def test_only_a_guest_whose_packets_go_out_is_told_of_a_router() -> None:
         replace(PORT, uuid="r", mac="02:00:00:00:00:03", address=BLOCK[4]),
     )
     network = _network(provide_nat=False, ports=ports, routed=((IPv4Address("203.0.113.7"), BLOCK[4]),))
-    lines = dhcp.settings(network, [], uplink=True).config.splitlines()
+    lines = dhcp.settings(network, [], uplink=True, six=False).config.splitlines()
     assert [line for line in lines if "dhcp-mac" in line] == [
         "dhcp-mac=set:out,02:00:00:00:00:02", "dhcp-mac=set:out,02:00:00:00:00:03",
     ]  # fmt: skip
