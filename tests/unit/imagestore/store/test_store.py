@@ -1,9 +1,12 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from imagestore.backends.protocol import ObjectStat
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
-from imagestore.formats.keys import INFO
+from imagestore.formats.digest import Digest
+from imagestore.formats.keys import INFO, PACKS
 from imagestore.formats.sealed import seal, unseal
 from imagestore.store.open import open_store
 from imagestore.store.store import Store
@@ -81,3 +84,42 @@ def test_open_store_makes_a_directory_only_when_asked(tmp_path: Path) -> None:
 def test_a_url_of_no_known_form_is_invalid(url: str) -> None:
     with pytest.raises(Invalid):
         open_store(url)
+
+
+class Listed(Memory):
+    """Counts what a list hands out, and questions about single objects."""
+
+    listed = asked = 0
+
+    def list(self, prefix: str) -> Iterator[ObjectStat]:
+        for stat in super().list(prefix):
+            self.listed += 1
+            yield stat
+
+    def stat(self, key: str) -> ObjectStat:
+        self.asked += 1
+        return super().stat(key)
+
+
+def some_packs(count: int) -> dict[Digest, int]:
+    return {Digest.of(b"%d" % number): 3 for number in range(count)}
+
+
+@pytest.mark.parametrize(("others", "wanted"), [(0, 4), (20, 8), (5000, 8), (5000, 200), (900, 900)])
+def test_packs_are_asked_for_in_lists_while_these_find_some_and_one_by_one_otherwise(
+    others: int, wanted: int
+) -> None:
+    memory = Listed()
+    store, sizes = Store.init(memory), some_packs(wanted)
+    for number in range(others):
+        memory.put(PACKS.key(Digest.of(b"other %d" % number)), b"xxx")
+    gone, short, *there = sizes
+    for pack in (short, *there):
+        memory.put(PACKS.key(pack), b"xx" if pack == short else b"xxxx")
+    assert store.has_packs(sizes) == set(there) and gone not in there
+    requests = -(-memory.listed // 1000) + memory.asked
+    assert requests <= wanted + 1
+    if (
+        wanted > 4 and wanted * 250 > others
+    ):  # a list of them all is worth it: but for two it tells everything
+        assert memory.asked == 2
