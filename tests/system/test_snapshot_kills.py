@@ -91,7 +91,7 @@ def test_a_guest_that_writes_outlives_whoever_dies_in_its_snapshot(tmp_path: Pat
                 "image", "pull", last["images"]["vda"], "-o", str(tmp_path / "last.raw"), "--as", "raw"
             )
             fsck = ["e2fsck", "-fn", f"{tmp_path / 'last.raw'}?offset={40 << 20}"]
-            assert subprocess.run(fsck, stdout=subprocess.DEVNULL, check=False).returncode == 0
+            assert subprocess.run(fsck, capture_output=True, check=False).returncode == 0
             name = host.virsh("list", "--name").stdout.split()[0]
             asked = '{"execute":"query-named-block-nodes","arguments":{"flat":true}}'
             assert '"sf-cbw' not in host.virsh("qemu-monitor-command", name, asked).stdout
