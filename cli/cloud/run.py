@@ -115,17 +115,17 @@ def _user_data(*parts: bytes) -> str:
 def run(command: tuple[str, ...], **given: Any) -> int:
     """Run a command in a guest that is made for it and gone afterwards; output and exit code are the command's.
 
-    The image needs qemu-guest-agent; with a --network, cloud-init installs it where it is missing.
+    The image needs qemu-guest-agent; with --network and no --user-data, cloud-init installs it where it is missing.
     """
-    files = [(Path(source), place) for source, _, place in (text.rpartition(":") for text in given["files"])]
-    if lost := [source for source, place in files if not place or not source.exists()]:
+    files = [text.rpartition(":")[::2] for text in given["files"]]
+    if lost := [":".join(pair) for pair in files if not (all(pair) and Path(pair[0]).exists())]:
         raise Problem(f"nothing to copy: {lost[0]}", hint="-v SOURCE:PLACE", code=USAGE)
     api, name = Api(), f"run-{secrets.token_hex(4)}"
     more = {"user_data": _user_data(_AGENT)} if given["networks"] and not given["user_data"] else {}
     with held(api, name, given, **more) as uuid:
         wait(api, uuid, answers, given["timeout"])
         for source, place in files:
-            inside.put(api, uuid, source, place)
+            inside.put(api, uuid, Path(source), place)
         argv = "/bin/sh", "-c", _COMMAND, "sh", given["workdir"], *command
         if code := inside.run(api, uuid, *argv, stdin=sys.stdin.buffer if given["take"] else None):
             keep_console(api, name, uuid)
