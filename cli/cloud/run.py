@@ -125,7 +125,7 @@ def run(command: tuple[str, ...], **given: Any) -> int:
     with held(api, name, given, **more) as uuid:
         wait(api, uuid, answers, given["timeout"])
         for source, place in files:
-            inside.put(api, uuid, Path(source), place)
+            inside.put(api, name, Path(source), place)
         argv = "/bin/sh", "-c", _COMMAND, "sh", given["workdir"], *command
         if code := inside.run(api, uuid, *argv, stdin=sys.stdin.buffer if given["take"] else None):
             keep_console(api, name, uuid)

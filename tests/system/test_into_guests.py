@@ -97,7 +97,7 @@ def test_the_page_for_laptops_is_true(site: Site) -> None:
     assert "Linux web" in said[0] and said[1] == "hello from web\n" and "app" in said[3]
     assert (site.laptop.home / "copy").read_text().endswith("it runs\n")
     assert "SF-GUEST-READY" in seen["sf instance console web"]
-    assert seen["sf run --image debian:12 -v ./app:/opt/app -- /opt/app/run"] == "it runs\n"
+    assert seen["sf run --image debian:12 -v ./app:/opt/ -- /opt/app/run"] == "it runs\n"
     assert seen["sf instance ssh web -l root hostname"] == "web\n" and "load average" in said[-1]
     site.laptop.run("timeout", "2", "bash", "-c", "exec 3<>/dev/tcp/10.78.0.1/22", code=124)
 
