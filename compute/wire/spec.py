@@ -55,8 +55,7 @@ class DiskSpec:
     bus: str = "virtio"
     store: str = ""
     """The namespace whose own store has the image; "" for the server's stores."""
-    cdrom: bool = False
-    """A CD-ROM: the guest reads it, and snapshots leave it out."""
+    cdrom: bool = False  # the guest only reads it, and snapshots leave it out
 
     @property
     def pending(self) -> bool:

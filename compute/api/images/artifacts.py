@@ -167,7 +167,8 @@ def keep(ctx: Ctx, name: str, body: KeepBody) -> Response:
         blob = Blob(namespace, size_bytes=size, upload=sent, made_s=time.time())
     else:
         blob = blob_of(ctx.artifacts(), f"{BLOB}{body.blob_uuid}")[1]
-    url = body.source_url or f"sf://upload/{namespace}/{check_name(name, 'name')}"
+    check_name(name, "name")
+    url = body.source_url or f"sf://upload/{namespace}/{name}"
     more: dict[str, Any] = {"artifact_type": body.artifact_type, **({"shared": True} if body.shared else {})}
     return JSONResponse(show(ctx, ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, **more)))[0])
 
@@ -255,8 +256,7 @@ def get_versions(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(list(show(ctx, _find(ctx, ref))[0]["blobs"].values()))
 
 
-def _views(ctx: Context, *among: Artifact) -> dict[str, dict[str, Any]]:
-    """Of their blobs, by uuid."""
+def _views(ctx: Context, *among: Artifact) -> dict[str, dict[str, Any]]:  # of their blobs, by uuid
     return {view["uuid"]: view for one in show(ctx, *among) for view in one["blobs"].values()}
 
 

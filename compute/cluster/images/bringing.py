@@ -7,6 +7,7 @@ import asyncio
 import fcntl
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,8 @@ class Bringing:
         """For ever. sent: what was uploaded to this server; else what any server may bring."""
         while True:
             seen = feed.revision
-            await asyncio.to_thread(self.sweep)
+            with suppress(OSError):  # what it looks at is taken over meanwhile
+                await asyncio.to_thread(self.sweep)
             for one in Transaction(self._records).list(Artifact):
                 uploads = [self._file(blob) for blob in one.blobs.values() if blob.upload]
                 mine = any(path.exists() for path in uploads) if sent else not uploads
@@ -83,9 +85,8 @@ class Bringing:
         home, old = self._config.state_dir, time.time() - _UPLOAD_S
         there = [*home.glob("downloads/*"), *(p for p in home.glob("uploads/*/*") if p.stat().st_mtime < old)]
         known = Transaction(self._records).list(Artifact)
-        sent = [blob for one in known for blob in one.blobs.values() if blob.upload]
         needed = {one.uuid for one in known if one.wanted} | self._running
-        needed |= {blob.uuid for blob in sent} | {blob.upload.partition("/")[2] for blob in sent}
+        needed.update(*((b.uuid, b.upload[-36:]) for one in known for b in one.blobs.values() if b.upload))
         spaces = {"", *(one.name for one in Transaction(self._records).list(Namespace))}
         for gone in (one for one in known if one.namespace not in spaces):
             pieces(self._records, partial(Transaction.purge, value=gone))
