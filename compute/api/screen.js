@@ -1,7 +1,7 @@
 // A guest's screen. Its address's end says which, and has a ticket that opens it once; both are forgotten at once.
 import RFB from './core/rfb.js';
 
-const [uuid, ticket] = location.hash.slice(1).split('.');
+const [uuid, ticket] = location.hash.slice(1).split(/\.(.*)/);
 history.replaceState(null, '', location.pathname);
 const [keys, said, screen] = ['keys', 'said', 'screen'].map(id => document.getElementById(id));
 

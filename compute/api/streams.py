@@ -19,6 +19,8 @@ from starlette.websockets import WebSocketDisconnect
 from compute.api.context import Context, Ctx
 from compute.cluster.records.instances import Instance, interfaces_of
 from compute.cluster.records.networks import Network
+from compute.cluster.records.taken import Taken, take
+from compute.cluster.records.transaction import Transaction
 from compute.errors import ComputeError, Conflict, Denied, Invalid, Unauthenticated, Unavailable
 from compute.wire.spec import InstanceState
 from compute.wire.streams import Message, Stream, carry, failure, first
@@ -30,8 +32,7 @@ _ASKED_BYTES, _ASK_S = 1 << 18, 20.0
 _AGAIN_S = 5.0
 _MOST, _MOST_OF_ONE = 512, 128
 _open: Counter[str] = Counter()  # by namespace; all servers of one process count together
-_TICKET_S = 60.0
-_tickets: dict[str, tuple[Context, tuple[str, str]]] = {}  # whose; the instance's uuid and the kind
+_TICKET_S = 60
 
 
 def of_socket(socket: WebSocket, closed: asyncio.Event | None = None) -> Stream:
@@ -53,13 +54,10 @@ def of_socket(socket: WebSocket, closed: asyncio.Event | None = None) -> Stream:
 
 
 @router.post("/instances/{ref}/streams/{kind}", tags=["instances"])
-async def ticket(ctx: Ctx, ref: str, kind: str) -> Response:
+def ticket(ctx: Ctx, ref: str, kind: str) -> Response:
     """For a browser: opens this stream once, within a minute, as the WebSocket's subprotocol `ticket.T` beside `sf`."""
-    known, made = _find(ctx, ref), secrets.token_urlsafe(32)
-    if sum(whose.caller.namespace == ctx.caller.namespace for whose, _ in _tickets.values()) >= _MOST_OF_ONE:
-        raise Unavailable("too many tickets at this moment", hint="use them, or wait a minute")
-    _tickets[made] = ctx, (known.uuid, kind)
-    asyncio.get_running_loop().call_later(_TICKET_S, _tickets.pop, made, None)
+    meant = f"{_find(ctx, ref).uuid}/{kind}/{secrets.token_hex(16)}"
+    made = ctx.services.authority.token(_TICKET_S, **ctx.caller.claims | {"meant": meant})
     return JSONResponse({"ticket": made, "expires_in": _TICKET_S})
 
 
@@ -68,7 +66,7 @@ async def stream(socket: WebSocket, ref: str, kind: str) -> None:
     await socket.accept("sf" if "sf" in socket.scope["subprotocols"] else None)
     ours, far, namespace = of_socket(socket), None, ""
     try:
-        ctx = _context(socket, ref, kind)
+        ctx = await asyncio.to_thread(_context, socket, ref, kind)
         if _open[ctx.caller.namespace] >= _MOST_OF_ONE or _open.total() >= _MOST:
             raise Unavailable("too many streams at this moment", hint="close some")
         namespace = ctx.caller.namespace
@@ -79,8 +77,8 @@ async def stream(socket: WebSocket, ref: str, kind: str) -> None:
         node, target, options = _target(ctx, known, kind, options)
         far = await ctx.services.controller.stream(node, kind, target, options)
         if kind in ("console", "vnc"):  # not what scripts open by the hundred
-            said = f"{kind} opened from {socket.client.host[:64] if socket.client else 'nowhere'}"
-            await asyncio.to_thread(ctx.act, lambda t: t.event(Instance.KIND, known.uuid, said, type="audit"))
+            event = Instance.KIND, known.uuid, f"{kind} opened"
+            await asyncio.to_thread(ctx.act, lambda txn: txn.event(*event, type="audit"))
 
         async def watch() -> None:
             while True:
@@ -105,13 +103,19 @@ def _context(socket: WebSocket, ref: str, kind: str) -> Context:
     origin = socket.headers.get("origin")
     if origin and origin.partition("://")[2] != socket.headers.get("host"):
         raise Denied("a page of another server may not open streams")
-    shown = [word[7:] for word in socket.scope["subprotocols"] if word.startswith("ticket.")]
-    if not shown or "authorization" in socket.headers:
-        return Context(cast(Request, socket))
-    ctx, meant = _tickets.pop(shown[0], (None, ("", "")))
-    if ctx is None or meant != (_find(ctx, ref).uuid, kind):
-        raise Unauthenticated("a ticket opens one stream, once, within a minute", hint="ask for another")
-    ctx.look_again()
+    heads, words = socket.scope["headers"], socket.scope["subprotocols"]
+    if "authorization" not in socket.headers:
+        shown = (word[7:].encode("latin-1", "replace") for word in words if word.startswith("ticket."))
+        heads = [*heads, *((b"authorization", b"Ticket " + one) for one in shown)]
+    ctx = Context(cast(Request, WebSocket({**socket.scope, "headers": heads}, socket.receive, socket.send)))
+
+    def use(txn: Transaction) -> None:
+        if not meant.startswith(f"{_find(ctx, ref).uuid}/{kind}/") or txn.find(Taken, f"request/{meant}"):
+            raise Unauthenticated("a ticket opens one stream, once, within a minute", hint="ask for another")
+        take(txn, f"request/{meant}", meant)
+
+    if meant := ctx.caller.claims.get("meant", ""):
+        ctx.act(use)
     return ctx
 
 

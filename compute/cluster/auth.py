@@ -55,6 +55,8 @@ class Caller:
     namespace: str
     key_name: str
     sees: frozenset[str]
+    claims: dict[str, str]
+    """Of its token; `meant` says what alone that is good for, once."""
     read_only: bool = False
 
     @property
@@ -116,25 +118,20 @@ class Authority:
         found = Transaction(self._store).find(Namespace, namespace)
         mark = hmac.digest(self._pepper, f"{namespace}\0{key}".encode(), "sha256")
         keys = found.keys if found else {}
-        seen, now = self._known.get(mark), int(time.time())
+        seen = self._known.get(mark)
         name = next((name for name, known in keys.items() if known.nonce == seen), "")
         if not name:
             name = self._find(namespace, key, keys, address)
             self._known[mark] = keys[name].nonce
         if keys[name].expired:
-            raise Unauthenticated(
-                f"key {name} of namespace {namespace} has expired", hint="sf key add makes one"
-            )
-        claims = {
-            "iss": _ISSUER,
-            "sub": namespace,
-            "key": name,
-            "nonce": keys[name].nonce,
-            "iat": now,
-            "exp": now + lasts_s,
-        }
-        token = jwt.encode(claims, self._jwt_secret, algorithm="HS256")
+            raise Unauthenticated(f"key {name} of namespace {namespace} has expired", hint="sf key add")
+        token = self.token(lasts_s, sub=namespace, key=name, nonce=keys[name].nonce)
         return {"access_token": token, "token_type": "Bearer", "expires_in": lasts_s}
+
+    def token(self, lasts_s: int, **claims: str) -> str:
+        now = int(time.time())
+        whole = claims | {"iss": _ISSUER, "iat": now, "exp": now + lasts_s}
+        return jwt.encode(whole, self._jwt_secret, algorithm="HS256")
 
     def _find(self, namespace: str, key: str, keys: Mapping[str, KeyHash], address: str) -> str:
         """Which of a namespace's keys it is."""
@@ -181,26 +178,26 @@ class Authority:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() == "basic":  # what a scraper of metrics can be told: it keeps a key, not a token
             token, scheme = self.login(*basic(authorization), address)["access_token"], "bearer"
-        if scheme.lower() != "bearer" or not token:
+        if scheme.lower() not in ("bearer", "ticket") or not token:
             raise Unauthenticated("no token", hint="POST /auth first; sf does, with auth/local-key")
         try:
             options: Any = {"verify_exp": not begun}
             claims = jwt.decode(token, self._jwt_secret, ["HS256"], issuer=_ISSUER, options=options)
         except jwt.InvalidTokenError as err:
             raise Unauthenticated(f"the token does not hold: {err}", hint="authenticate again") from err
-        txn = Transaction(self._store)
-        namespace = txn.find(Namespace, claims["sub"])
-        known = namespace.keys.get(claims["key"]) if namespace else None
+        txn, sub, name = Transaction(self._store), claims["sub"], claims["key"]
+        if ("meant" in claims) != (scheme.lower() == "ticket" and not method):
+            raise Unauthenticated("a ticket opens its stream and nothing else", hint="POST /auth")
+        namespace = txn.find(Namespace, sub)
+        known = namespace.keys.get(name) if namespace else None
         if known is None or known.nonce != claims["nonce"]:
             raise Unauthenticated("the token's key is gone", hint="authenticate again")
         if known.expired:
             raise Unauthenticated("the token's key has expired", hint="authenticate with another")
         if known.read_only and method not in _READS:
-            raise Denied(
-                f"key {claims['key']} of namespace {claims['sub']} may only read", hint="use another"
-            )
-        sees = {n.name for n in txn.list(Namespace) if claims["sub"] in n.trust} | {claims["sub"]}
-        return Caller(claims["sub"], claims["key"], frozenset(sees), known.read_only)
+            raise Denied(f"key {name} of namespace {sub} may only read", hint="use another")
+        sees = {n.name for n in txn.list(Namespace) if sub in n.trust} | {sub}
+        return Caller(sub, name, frozenset(sees), claims, known.read_only)
 
 
 def create_namespace(txn: Transaction, name: str, keys: Mapping[str, KeyHash]) -> Namespace:

@@ -388,11 +388,17 @@ def test_a_screen_opens_in_a_browser_takes_what_is_typed_and_a_screenshot_shows_
         assert (tmp_path / "client.png").read_bytes()[:4] == b"\x89PNG", "the client's is one, too"
         within(30, lambda: shot()[1] < 50, "the browser shows the same, but for the cursor that blinks")
         assert not tab.violations
-        for used in (first, f"{first[:-4]}AAAA"):
-            tab.go(used, lands=f"{URL}/screen")
-            tab.sees("document.getElementById('said').textContent.startsWith('a ticket opens one stream')")
+        for wrong, why in (
+            (first, "a ticket opens one stream"),
+            (f"{first[:-4]}AAAA", "the token does not hold"),
+        ):
+            tab.go(wrong, lands=f"{URL}/screen")
+            tab.sees(f"document.getElementById('said').textContent.startsWith('{why}')")
         tab.go("http://127.0.0.1:8099/")
-        dial = json.dumps(f"wss{URL[5:]}/instances/{uuid}/streams/vnc"), json.dumps(address()[-43:])
+        dial = (
+            json.dumps(f"wss{URL[5:]}/instances/{uuid}/streams/vnc"),
+            json.dumps(address().partition("#")[2].partition(".")[2]),
+        )
         assert '"Denied"' in tab.js(_DIAL % dial), "a page of somebody else"
 
     with _running(laptop.argv("sf", "instance", "vnc", "seen", "--listen", "5901")):
