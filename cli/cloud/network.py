@@ -11,13 +11,14 @@ from cli.output import Row, ago, confirm, say, show_list, show_one
 
 COLUMNS = (
     ("name", "name"),
-    ("netblock", lambda n: " ".join(filter(None, map(n.get, ("bridge", "netblock", "netblock6"))))),
+    ("netblock", lambda n: " ".join(filter(None, map(n.get, ("bridge", "netblock"))))),
     ("vni", "vxlan_id"),
     ("state", "state"),
     ("services", lambda n: " ".join(s for s in ("dhcp", "dns", "nat") if n.get(f"provide_{s}"))),
 )
+MADE = (*COLUMNS, ("ipv6", "netblock6"))
 FIELDS = (
-    *COLUMNS,
+    *MADE,
     ("uuid", "uuid"),
     ("router", "router_node"),
     ("floating gateway", "floating_gateway"),
@@ -85,7 +86,7 @@ def create(name: str, netblock: str | None, form: str, chosen: str | None, **giv
     }
     if given["bridge"]:
         wanted |= {"bridge": given["bridge"], "gateway": given["gateway"], "range": chosen}
-    show_one(api("POST", "networks", name=name, netblock=netblock or "", **wanted), COLUMNS, form)
+    show_one(api("POST", "networks", name=name, netblock=netblock or "", **wanted), MADE, form)
     if given["bridge"]:  # the nodes look while we wait
         for row in next((rows for _ in poll(3, 0.5) if (rows := api("GET", "networks", name, "doctor"))), ()):
             say(f"{row['node']}: {row['problem']}{row['fix'] and '; ' + row['fix']}")
