@@ -161,7 +161,9 @@ def all_events(ctx: Ctx, body: EventQuery | None = None, follow: bool = False) -
     if follow:
         return _streamed(_follow(ctx))
     query, keys = body or EventQuery(), lambda record: record.key.rpartition("/")[2]
-    every = _seen(ctx, sorted(ctx.store.list(f"{Event.KIND}/"), key=keys, reverse=True))
+    own = [one for kind in _KINDS.values() for one in ctx.read().list(kind) if kind is Node or ctx.sees(one)]
+    records = [record for one in own for record in ctx.store.list(f"{Event.KIND}/{one.key}/")]
+    every = _seen(ctx, sorted(records, key=keys, reverse=True))
     wanted = (view for _, view in every if query.event_type in (None, "", view["type"]))
     return JSONResponse(list(islice(wanted, query.limit)))
 

@@ -12,7 +12,7 @@ from compute.wire.operations import Figures
 _KINDS = libvirt.VIR_DOMAIN_STATS_CPU_TOTAL | libvirt.VIR_DOMAIN_STATS_VCPU
 _KINDS |= libvirt.VIR_DOMAIN_STATS_BALLOON | libvirt.VIR_DOMAIN_STATS_BLOCK
 # One whose monitor is busy at this moment says less: nobody waits for a guest.
-_HOW = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_RUNNING | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
+_HOW = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
 _DISKS = {"disk_bytes": "physical", "read_bytes": "rd.bytes", "written_bytes": "wr.bytes"}
 
 
