@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -184,16 +183,19 @@ def _seen(ctx: Context, records: Iterable[Record | Change]) -> Iterator[tuple[st
 
 
 def _follow(ctx: Context) -> AsyncIterator[str]:
-    """Revisions are where a reader was; what the store has forgotten since is passed over."""
+    """Revisions are where a reader was."""
     feed = ctx.services.controller.feed
     after = decimal(ctx.request.headers.get("last-event-id", "")) or feed.revision
 
     def read() -> list[tuple[str, Json]]:
         nonlocal after
-        seen, changes = feed.revision, list[Change]()
-        with suppress(Compacted):
+        seen, changes = feed.revision, list[Record | Change]()
+        try:
             while more := ctx.store.watch(f"{Event.KIND}/", changes[-1].revision if changes else after, 0):
                 changes += more  # there may be more than came at once
+        except Compacted:  # also by a restart; the events themselves are there
+            there = (r for r in ctx.store.list(f"{Event.KIND}/") if r.revision > after)
+            changes = sorted(there, key=lambda r: r.revision)
         after = max(seen, changes[-1].revision if changes else 0)
         return list(_seen(ctx, changes))
 

@@ -46,8 +46,7 @@ class Feed:
                     loop.call_soon_threadsafe(self._note, kinds, revision)
 
     def _note(self, kinds: Iterable[str], revision: int) -> None:
-        for kind in kinds:
-            self._newest[kind] = revision
+        self._newest |= dict.fromkeys(kinds, revision)
         self.revision = revision
         self._moved.set()
         self._moved = asyncio.Event()

@@ -71,9 +71,8 @@ def place(
             fitting.append((room.node not in holders, -free_mib, room.node))
     if not fitting:
         said = "; ".join(reasons) or "there is no node"
-        raise NoCapacity(
-            f"no room for {cpus} vCPUs and {memory_mib} MiB: {said}", hint="delete an instance, or add a node"
-        )
+        hint = "delete an instance, or add a node"
+        raise NoCapacity(f"no room for {cpus} vCPUs and {memory_mib} MiB: {said}", hint=hint)
     return min(fitting)[2]
 
 

@@ -79,6 +79,23 @@ def test_a_stream_of_all_events_tells_of_ones_own_alone_resumes_and_ends_with_it
         assert "asked for; placed on node1" not in {next(told(again))[1]["message"]}
 
 
+def test_a_reader_that_comes_back_after_a_restart_is_told_what_happened_meanwhile(tmp_path: Path) -> None:
+    with running(tmp_path / "state") as server:
+        server.network()
+        with stream(server, "system", server.key) as first:
+            server.instance("web", network="lan")
+            mark = next(mark for mark, _ in told(first))
+        server.wait_for("/instances/web", "created")
+    with (
+        running(tmp_path / "state") as again,
+        stream(again, "system", again.key, **{"Last-Event-ID": mark}) as resumed,
+    ):
+        for _, event in told(resumed):
+            if (event["name"], event["message"]) == ("web", "state is created"):
+                return
+    raise AssertionError("it is forgotten")
+
+
 def test_what_is_used_is_in_views_and_the_newest_of_its_events_and_a_node_speaks_of_its_own_guests(
     server: Running,
 ) -> None:

@@ -22,9 +22,8 @@ def bounded(writes: Mapping[str, bytes | None], expect: Mapping[str, int]) -> No
     """Raises ComputeError for a commit that no engine takes: longer work is done in pieces that may be repeated."""
     size_bytes = sum(len(key) + len(value or b"") for key, value in writes.items())
     if max(len(writes), len(expect)) > MOST_KEYS or size_bytes > MOST_BYTES:
-        raise ComputeError(
-            f"a change of {len(writes)} records ({size_bytes >> 10} KiB) that rests on {len(expect)} is too large"
-        )
+        what = f"{len(writes)} records ({size_bytes >> 10} KiB) that rests on {len(expect)}"
+        raise ComputeError(f"a change of {what} is too large")
 
 
 @dataclass(frozen=True, slots=True)
