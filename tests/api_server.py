@@ -53,6 +53,8 @@ class KnownImages:
 class PlayedAgent:
     """Does in memory what an agent does, through the same Controller. `broken` names instances that fail to start."""
 
+    FACTS = NodeFacts(cpus=4, memory_mib=8192, accel="tcg")
+
     def __init__(self, controller: Controller, node: str) -> None:
         self.controller, self.node = controller, node
         self.seen: dict[str, InstanceStatus] = {}
@@ -66,7 +68,7 @@ class PlayedAgent:
         self.asked = 0
 
     async def run(self) -> None:
-        await self.controller.register(self.node, NodeFacts(cpus=4, memory_mib=8192, accel="tcg"), self)
+        await self.controller.register(self.node, self.FACTS, self)
         revision = 0
         while True:
             self.desired = await self.controller.desired(self.node, revision, 20)

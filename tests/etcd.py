@@ -18,7 +18,9 @@ from tests.servers import free_ports
 class Members:
     """As many members as asked for, of one cluster."""
 
-    def __init__(self, directory: Path, count: int, *options: str, tls: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, count: int, *options: str, tls: Path | None = None, safe: bool = False
+    ) -> None:
         ports = free_ports(2 * count, first=24000)
         self.trust = (
             {"verify": f"{tls}/mine.crt", "cert": (f"{tls}/mine.crt", f"{tls}/mine.key")} if tls else {}
@@ -31,7 +33,7 @@ class Members:
                 *("etcd", f"--name=m{n}", f"--data-dir={directory}/m{n}", "--logger=zap"),
                 *(f"--listen-client-urls={self.clients[n]}", f"--advertise-client-urls={self.clients[n]}"),
                 *(f"--listen-peer-urls={peers[n]}", f"--initial-advertise-peer-urls={peers[n]}"),
-                *(f"--initial-cluster={cluster}", "--unsafe-no-fsync", *options),
+                *(f"--initial-cluster={cluster}", *([] if safe else ["--unsafe-no-fsync"]), *options),
             ]
             for n in range(count)
         ]
@@ -77,12 +79,12 @@ class Members:
 
 
 @contextlib.contextmanager
-def members(count: int = 1, *options: str, tls: Path | None = None) -> Iterator[Members]:
-    """Running, and ready. tls: where mine.crt and mine.key are, which the members and we show."""
+def members(count: int = 1, *options: str, tls: Path | None = None, safe: bool = False) -> Iterator[Members]:
+    """Running, and ready. tls: where mine.crt and mine.key are, which the members and we show. safe: with fsync."""
     if shutil.which("etcd") is None:
         pytest.skip("there is no etcd (Debian: etcd-server)")
     with tempfile.TemporaryDirectory(prefix="sf-etcd-") as directory:
-        made = Members(Path(directory), count, *options, tls=tls)
+        made = Members(Path(directory), count, *options, tls=tls, safe=safe)
         try:
             for n in range(count):
                 made.start(n)
