@@ -226,6 +226,9 @@ def test_all_of_it_works_without_scripts(server: Running, admin: Visitor) -> Non
     for act, power in (("poweroff", "off"), ("poweron", "on"), ("pause", "paused"), ("unpause", "on")):
         assert admin.send(f"{where}/{act}")[:2] == (200, where)
         within(20, lambda power=power: server.get(f"/instances/{uuid}")["power_state"] == power, act)
+    assert 'name="timeout_s" value="60"' in admin.ask(where)[2]
+    assert admin.send(f"{where}/poweroff", timeout_s="60")[:2] == (200, where)
+    assert admin.send(f"{where}/poweroff", timeout_s="long")[0] == 400
     assert admin.send(f"{where}/schedule", every="86400", daily="7")[0] == 200
     assert "every 24.0 hours" in admin.ask(where)[2]
     assert admin.send(f"{where}/unschedule")[0] == 200 and server.get("/backups") == []
@@ -267,11 +270,13 @@ def test_by_keyboard_alone_an_instance_is_made_and_deleted_and_the_page_follows(
     tab.press("Enter")
     tab.sees("document.querySelector('h1').innerText == 'typed'")
     tab.sees("document.querySelector('#about .state').innerText == 'on'")  # nobody loaded it again
-    tab.tab_to("[action$=poweroff] button")
+    tab.tab_to("[action$=poweroff]:not(:has([name=timeout_s])) button")
     tab.press("Enter")
     tab.sees("document.querySelector('#about .state').innerText == 'off'")
+    tab.tab_to("[action$=snapshot] button")
     server.call("POST", "/instances/typed/poweron")
     tab.sees("document.querySelector('#about .state').innerText == 'on'")
+    assert tab.js("document.activeElement.innerText") == "Snapshot"  # where it was, though all around is new
     tab.tab_to("a[href$='act=delete']")
     tab.press("Enter")
     tab.sees("document.querySelector('h1').innerText == 'Delete typed?'")

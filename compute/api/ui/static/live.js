@@ -1,6 +1,6 @@
 // What is marked data-live is fetched again when the server says that something happened, and now and then.
 let busy = false;
-const leads = (one) => one.getAttribute("href") || one.form?.getAttribute("action");
+const leads = (one) => one.tagName + (one.getAttribute("href") ?? one.form?.getAttribute("action")) + (one.tagName === "PRE" || one.textContent);
 async function refresh() {
   if (document.hidden) return;
   if (busy) { later(); return; }
