@@ -91,6 +91,7 @@ def test_a_command_has_its_files_its_input_its_output_and_its_code(machine: Mach
     gone(machine)
 
 
+@pytest.mark.timeout(4 * 3600)
 def test_rounds_of_true_and_other_ends_leave_nothing_and_have_their_codes(machine: Machine) -> None:
     assert machine.sf("run", "--image", "none:1", "true", check=False).returncode == 3
     for wrong in ("/no/such:/x", "/tmp", "/tmp:", ":/x"):
@@ -139,6 +140,7 @@ def test_a_recipe_becomes_an_image_and_a_second_time_adds_nothing(
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(3600)
 def test_a_command_or_a_server_that_is_killed_at_any_moment_leaves_nothing(
     machine: Machine, built: Future[list[Any]]
 ) -> None:
