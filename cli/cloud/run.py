@@ -38,8 +38,6 @@ systemctl start qemu-guest-agent
 _COMMAND = """command -v cloud-init >/dev/null && cloud-init status --wait >/dev/null 2>&1
 cd "$1" && shift && exec "$@"
 """
-
-
 _END = b"""#cloud-config
 merge_how: dict(replace)+list()+str()
 power_state: {mode: poweroff, timeout: 300, condition: true}
@@ -50,7 +48,8 @@ power_state: {mode: poweroff, timeout: 300, condition: true}
 def held(api: Api, name: str, given: Object, **more: Any) -> Iterator[str]:
     """The uuid of a guest of these options that is there until the block ends, or this command in whatever way."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     keep, over, again = given.get("keep"), threading.Event(), Api()
     uuid = asked(api, name, given, lease=None if keep else _LEASE_S, **more)["uuid"]
 
@@ -78,7 +77,7 @@ def held(api: Api, name: str, given: Object, **more: Any) -> Iterator[str]:
 
 def keep_console(api: Api, name: str, uuid: str, tail: int = 0) -> None:
     """Keep what a guest wrote in a file, and show the last lines of that, for it will not be there to be asked."""
-    with suppress(Problem):
+    with suppress(Problem, OSError):
         said, place = read(api, uuid, -1), settings().cache_dir / "consoles" / f"{name}.log"
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         place.write_bytes(said)
