@@ -6,6 +6,7 @@ read each other's values during a rolling upgrade.
 
 import base64
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -17,9 +18,9 @@ T = TypeVar("T")
 
 
 def _bytes(value: Any) -> bytes:
-    if not isinstance(value, str | bytes):
-        raise ValueError("not base64")
-    return value if isinstance(value, bytes) else base64.b64decode(value, validate=True)
+    with suppress(ValueError, TypeError):
+        return value if isinstance(value, bytes) else base64.b64decode(value, validate=True)
+    raise ValueError("not base64")
 
 
 def _text(value: bytes) -> str:

@@ -173,9 +173,8 @@ def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> bool:
         now = replace(instance, disks=disks, state=state, error_message=why, progress="")
         txn.update(replace(now, updated_s=time.time()))
         txn.event(Instance.KIND, now.uuid, f"state is error: {why}" if why else f"{one.wanted[:200]} is here")
-    here = blob if one.wanted.startswith(BLOB) else None
-    for had in txn.list(Artifact) if here else ():
-        new = {n: here if here and here.uuid == b.uuid else b for n, b in had.blobs.items()}
+    for had in txn.list(Artifact) if one.wanted.startswith(BLOB) else ():
+        new = {n: blob if blob and blob.uuid == b.uuid else b for n, b in had.blobs.items()}
         if new != had.blobs:
             txn.update(replace(had, blobs=new))
         if txn.room < 10:
