@@ -121,8 +121,8 @@ def test_a_network_without_dns_takes_no_names(server: Running) -> None:
         ({"video": {"model": "none", "vdi": "vnc"}}, "none"),
         ({"video": {"vdi": "teletype"}}, "vdi"),
         ({"video": {"heads": 2}}, "unknown key"),
-        ({"side_channels": ["sf-agent"]}, "side channel"),
-        ({"side_channels": ["sf-agent2", "org.qemu.guest_agent.0"]}, "side channel"),
+        ({"side_channels": ["sf-agent3"]}, "side channel"),
+        ({"side_channels": ["sf-agent2", "org.spice.0"]}, "side channel"),
         ({"disk": [{"base": "debian:12", "bus": "nvme"}]}, "bus"),
     ],
 )
