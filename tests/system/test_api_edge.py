@@ -157,7 +157,8 @@ def test_what_is_shown_of_a_guest_is_what_its_node_gives_it(server: Running) -> 
     ):
         uuid = server.instance(name, **asked).body["uuid"]
         shown = server.wait_for(f"/instances/{uuid}", "created")
-        assert (shown["video"], shown["side_channels"]) == (video, channels), name
+        shown_channels = [*channels, "sf-agent2"] if channels else []  # as Shaken Fist's clients call it
+        assert (shown["video"], shown["side_channels"]) == (video, shown_channels), name
         assert shown["configdrive"] == (drive or "openstack-disk")
         assert server.agent.desired
         (spec,) = [spec for spec in server.agent.desired.instances if spec.name == name]
