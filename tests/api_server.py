@@ -84,8 +84,8 @@ class PlayedAgent:
                 status = InstanceStatus(spec.uuid, state, power, error, accel="tcg (no kvm)")
                 status = replace(status, agent_state=self.agent_state)
                 if self.seen.get(spec.uuid) != status:
-                    self.seen[spec.uuid] = status
                     await self.controller.report(self.node, [status], [])
+                    self.seen[spec.uuid] = status  # once it is kept: a server may die in between
 
     async def console(self, instance_uuid: str, length: int) -> bytes:
         return self.console_data if length < 0 else self.console_data[-length:]
