@@ -59,14 +59,15 @@ def restore(where: str, name: str, force: bool) -> None:
 
     Nothing is started or made then before every node has said what runs there.
     """
-    from compute import only_one, restore_state
+    from compute import load, only_one, open_state, restore_state
 
     place = settings().state_dir
     if (place / "sf.db").exists():
         confirm(f"put an earlier state in the place of the one in {place}?", force)
     with only_one(place), status() as tell:
         tell(f"{where} to {place}")
-        made = restore_state(place, where, name)
+        into = open_state(load(settings())) if settings().get("state") else None
+        made = restore_state(place, where, name, into)
     say(f"{made.name}, with {made.instances} guests, is back in {place}: start sf serve, then ask sf doctor")
 
 

@@ -149,6 +149,15 @@ def test_the_state_in_etcd_is_backed_up_by_the_server_and_by_hand(one: Members, 
     restore_state(fresh, config.state_backup)
     with closing(open_state(config_of(fresh))) as restored:
         assert records(restored) == before
+    other = tmp_path / "other"
+    told = {"SF_STATE": f"{url}/again", "SF_STATE_DIR": str(other), "PATH": "/usr/bin:/bin"}
+    sf = [Path(sys.executable).with_name("sf"), "state"]
+    subprocess.run([*sf, "restore", config.state_backup], env=told, check=True)
+    with closing(open_state(config_of(other, f"{url}/again"))) as restored:
+        assert records(restored) == before
+    assert not (other / "sf.db").exists() and (other / "installation.json").exists()
+    subprocess.run([*sf, "backup", tmp_path / "by-hand"], env=told, check=True)
+    assert subprocess.run([*sf, "check", tmp_path / "by-hand"], env=told).returncode == 0
 
 
 def test_the_doctor_sees_each_member(tmp_path: Path) -> None:
