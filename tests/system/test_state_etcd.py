@@ -244,6 +244,7 @@ def test_a_server_and_a_member_are_killed_under_load_and_every_answer_took_effec
             assert {i.state for i in Transaction(store).list(Instance)} <= {"deleted"}
 
 
+@pytest.mark.skipif(not everything(), reason="scripts/test --all; test_servers.py has a sample of it")
 def test_a_member_that_dies_under_a_server_costs_its_callers_no_more_than_a_pause(tmp_path: Path) -> None:
     with members(3) as three:
         config = config_of(tmp_path, three.url)
