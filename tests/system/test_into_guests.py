@@ -249,10 +249,12 @@ VICTIMS = ("client", "server", "agent", "libvirtd")
 
 
 @pytest.mark.drill
-def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest(site: Site) -> None:
+def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest(
+    site: Site, client: Client
+) -> None:
     def left() -> tuple[str, int]:
         """Processes and directories of commands; of the latter one is this look's own."""
-        look = "ps | grep '[s]leep 1234'; ls -d /tmp/.sf-* | wc -l"
+        look = "ps | grep '[s]leep [14][0-9]'; ls -d /tmp/.sf-* | wc -l"
         *processes, count = site.laptop.run(
             "sf", "instance", "exec", "web", "--", "sh", "-c", look
         ).stdout.split(b"\n")[:-1]
@@ -260,6 +262,7 @@ def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest
 
     for victim in random.Random(drills.seed()).sample(VICTIMS, drills.rounds(len(VICTIMS))):
         before = left()  # who cannot end a command any more, since the agent is killed, leaves it
+        asked = client.script("print(c.instance_execute('web', 'exec sleep 4321')['uuid'])")
         running = subprocess.Popen(
             site.laptop.argv("sf", "instance", "exec", "web", "--", "sh", "-c", "echo begun; exec sleep 1234"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -282,6 +285,14 @@ def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest
         assert victim == "client" or (code == 8 and said.count("\n") == 1), f"{victim}: {code} {said}"
         answers = ["sf", "instance", "exec", "web", "--", "true"]
         within(60, lambda: subprocess.run(site.laptop.argv(*answers)).returncode == 0, f"after the {victim}")  # noqa: B023
+        how = f"\ntry: print(c.get_agent_operation('{asked}')['results'] and 'ended')\n"
+        how += "except a.APIException: print('gone')"
+        ends = {"client": "{}", "server": "gone"}
+        assert client.script(how) == ends.get(victim, "ended"), (
+            f"an operation in the middle of which {victim} was killed"
+        )
+        if victim == "client":
+            client.script(f"c.delete_agent_operation('{asked}')")
         if victim in ("client", "server"):
             within(30, lambda: left() == before, f"the command of the {victim} is gone")  # noqa: B023
 
@@ -359,7 +370,7 @@ _DIAL = """new Promise(done => {
 
 
 def test_a_screen_opens_in_a_browser_takes_what_is_typed_and_a_screenshot_shows_it(
-    site: Site, tmp_path: Path
+    site: Site, tmp_path: Path, client: Client
 ) -> None:
     """On a node that nobody reaches, through the API's port."""
     server, there, laptop = site.cluster.server, site.cluster.nodes["n2"].host, site.laptop
@@ -398,6 +409,8 @@ def test_a_screen_opens_in_a_browser_takes_what_is_typed_and_a_screenshot_shows_
         _types(tab, "typewriter")
         within(30, lambda: said() == "atypewriter", "the guest has all keys, in order")
         within(30, lambda: shot()[0] > before + 100, "a screenshot shows them")
+        client("instance", "screenshot", "seen", str(tmp_path / "client.png"))
+        assert (tmp_path / "client.png").read_bytes()[:4] == b"\x89PNG", "the client's is one, too"
         within(30, lambda: shot()[1] < 50, "the browser shows the same, but for the cursor that blinks")
         assert not tab.violations
         for wrong, why in (
