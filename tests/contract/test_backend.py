@@ -44,7 +44,7 @@ def backend(
         made = RateLimited(Verified(Retried(Counted(Directory(tmp_path / "store")))), 1e9)
     elif request.param == "wire":
         monkeypatch.setattr(stores, "admit", lambda *_, **__: None)
-        monkeypatch.setattr(stores.OwnStores, "_reserve", reserve_nothing)
+        monkeypatch.setattr(stores, "reserve", reserve_nothing)
         monkeypatch.setattr(stores, "shown", lambda key: True)
         store = Store(Directory(tmp_path / "store"), StoreInfo("0" * 32, ChunkerParams()))
         served = stores.OwnStores(SimpleNamespace(config=Config(state_dir=tmp_path)))  # type: ignore[arg-type]
