@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,13 +25,15 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event, Transaction
 from compute.cluster.state.protocol import Change, Record
-from compute.errors import Compacted, Invalid, NotFound, Unauthenticated
+from compute.errors import Compacted, Invalid, NotFound, Unauthenticated, Unavailable
 from imagestore import decimal
 
 router = APIRouter(tags=["events"], route_class=Route)
 
 METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
+_MOST_OF_ONE, _MOST = 512, 2048
+_followed: Counter[str] = Counter()  # streams of events, by namespace; each change has every one of them look
 
 Lookup = Callable[[Context, str], Stored]
 Json = views.Json
@@ -100,12 +103,15 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
         query = body or EventQuery()
         if follow:  # an artifact is everybody's: its store need not be asked again
             again = (lambda: item) if isinstance(item, Artifact) else partial(find, ctx, item.id)
-            return _streamed(_stream(ctx, again, query))
+            return _streamed(ctx, _stream(ctx, again, query))
         found = _read(ctx, item, query)
         return JSONResponse([views.event(e) for e in found])
 
 
-def _streamed(events: AsyncIterator[str]) -> Response:
+def _streamed(ctx: Context, events: AsyncIterator[str]) -> Response:
+    """Raises Unavailable for the one too many."""
+    if _followed[ctx.caller.namespace] >= _MOST_OF_ONE or _followed.total() >= _MOST:
+        raise Unavailable("too many follow events at this moment", hint="end some")
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
@@ -136,18 +142,20 @@ async def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -
 
 async def _sent(ctx: Context, read: Callable[[], list[tuple[str, Json]]]) -> AsyncIterator[str]:
     """What `read` finds anew, each after its mark (Last-Event-ID), until its key or trust ends."""
-    feed = ctx.services.controller.feed
-    while not await ctx.request.is_disconnected():
-        seen = feed.revision
-        try:
+    feed, whose = ctx.services.controller.feed, ctx.caller.namespace
+    _followed[whose] += 1
+    try:
+        while not await ctx.request.is_disconnected():
+            seen = feed.revision
             await run_in_threadpool(ctx.look_again)  # not the loop's own threads: leases are renewed there
-            found = await run_in_threadpool(read)
-        except (Unauthenticated, NotFound):
-            return
-        for mark, view in found:
-            yield f"id: {mark}\ndata: {json.dumps(view)}\n\n"
-        if not await feed.moved((Event.KIND, Namespace.KIND), seen, _KEEPALIVE_S):
-            yield ": still here\n\n"
+            for mark, view in await run_in_threadpool(read):
+                yield f"id: {mark}\ndata: {json.dumps(view)}\n\n"
+            if not await feed.moved((Event.KIND, Namespace.KIND), seen, _KEEPALIVE_S):
+                yield ": still here\n\n"
+    except (Unauthenticated, NotFound):
+        return
+    finally:
+        _followed[whose] -= 1
 
 
 _KINDS: dict[str, type[Stored]] = {kind.KIND: kind for kind in (Artifact, Instance, Network, Node)}
@@ -158,7 +166,7 @@ _KINDS: dict[str, type[Stored]] = {kind.KIND: kind for kind in (Artifact, Instan
 def all_events(ctx: Ctx, body: EventQuery | None = None, follow: bool = False) -> Response:
     """Of all that the caller sees, newest first; `?follow=true`: server-sent events, those to come."""
     if follow:
-        return _streamed(_follow(ctx))
+        return _streamed(ctx, _follow(ctx))
     query, keys = body or EventQuery(), lambda record: record.key.rpartition("/")[2]
     own = [one for kind in _KINDS.values() for one in ctx.read().list(kind) if kind is Node or ctx.sees(one)]
     records = [record for one in own for record in ctx.store.list(f"{Event.KIND}/{one.key}/")]

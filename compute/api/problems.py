@@ -1,5 +1,6 @@
 """Errors as answers: one table from exceptions to statuses, one shape, and the request id that finds it in the log."""
 
+import errno
 import logging
 import traceback
 from typing import Any
@@ -83,6 +84,13 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     return answer(request, error.status_code, message)
 
 
+async def _system(request: Request, error: Exception) -> JSONResponse:
+    """A disk that is full when something arrives is no fault of the server's."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return answer(request, 507, "the server's disk is full", "sf doctor says which")
+    return await _unknown(request, error)
+
+
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
     log.error("request %s failed: %s", getattr(request.state, "request_id", ""), compute.brief(error))
     log.debug("%s", "".join(traceback.format_exception(error, limit=-10))[-_TRACE:])
@@ -94,4 +102,5 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(cls, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(OSError, _system)
     app.add_exception_handler(Exception, _unknown)

@@ -10,6 +10,7 @@ import pytest
 from compute.agent.guest.console import ConsoleLog
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import NoSpace, Unavailable
+from tests.api_server import running
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 
@@ -88,6 +89,25 @@ def console(directory: Path) -> None:
     assert {p.name for p in directory.iterdir()} == {"console.log"}
 
 
+def test_what_is_sent_to_a_server_whose_disk_is_full_is_refused_for_that_and_the_server_goes_on(
+    tmp_path: Path,
+) -> None:
+    on_a_small_disk("sent", tmp_path)
+
+
+def sent(directory: Path) -> None:
+    with running(directory / "state") as server:
+        uuid = server.call("POST", "/upload").body["uuid"]
+        ballast = fill(directory)
+        for path in (f"/upload/{uuid}", "/stores/system/packs/00"):
+            verb = "POST" if path.startswith("/upload/") else "PUT"
+            answer = server.call(verb, path, bytes(3 << 20))
+            assert (answer.status, answer.body["error"]) == (507, "the server's disk is full"), answer
+        ballast.unlink()
+        server.call("POST", f"/upload/{uuid}/truncate/0")
+        assert server.call("POST", f"/upload/{uuid}", b"x" * 1000).body == 1000
+
+
 def test_a_damaged_page_is_an_error_of_the_store_and_never_an_absence(tmp_path: Path) -> None:
     """E4"""
     store = SqliteStore(tmp_path / "sf.db")
@@ -99,4 +119,4 @@ def test_a_damaged_page_is_an_error_of_the_store_and_never_an_absence(tmp_path: 
 
 
 if __name__ == "__main__":
-    {"state": state, "console": console}[sys.argv[1]](Path(sys.argv[2]))
+    {"state": state, "console": console, "sent": sent}[sys.argv[1]](Path(sys.argv[2]))

@@ -7,11 +7,14 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+from urllib.error import HTTPError
 
 import pytest
 
+from compute.api import history
 from tests.api_server import Running, running
 from tests.system.machine import within
 
@@ -116,6 +119,27 @@ def test_what_is_used_is_in_views_and_the_newest_of_its_events_and_a_node_speaks
     assert server.get("/instances/web")["usage"] is None
     metrics = server.call("GET", "/metrics").body.decode()
     assert 'sf_node_disk_total_bytes{node="node1"} 1.073741824e+11' in metrics
+
+
+def test_who_follows_events_too_often_is_refused_until_one_has_ended(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "_MOST_OF_ONE", 2)
+    first, second = (stream(server, "shop", "shop-key", **{"Last-Event-ID": "1"}) for _ in range(2))
+    assert [next(told(one)) for one in (first, second)]  # both are under way
+    with pytest.raises(HTTPError) as refused:
+        stream(server, "shop", "shop-key")
+    assert refused.value.code == 503
+    assert stream(server, "system", server.key).status == 200
+    first.close()
+    second.close()
+
+    def again() -> bool:
+        with suppress(HTTPError), stream(server, "shop", "shop-key") as answer:
+            return bool(answer.status == 200)
+        return False
+
+    within(30, again, "there is room once they are gone")
 
 
 def test_sf_events_lists_and_follows_in_lines_of_json(server: Running, tmp_path: Path) -> None:
