@@ -262,15 +262,15 @@ def test_who_is_killed_in_the_middle_leaves_a_clear_end_and_nothing_in_the_guest
 
     for victim in random.Random(drills.seed()).sample(VICTIMS, drills.rounds(len(VICTIMS))):
         before = left()  # who cannot end a command any more, since the agent is killed, leaves it
-        asked = client.script("print(c.instance_execute('web', 'exec sleep 4321')['uuid'])")
+        asked = client.script("print(c.instance_execute('web', 'sleep 4321; true')['uuid'])")
         running = subprocess.Popen(
-            site.laptop.argv("sf", "instance", "exec", "web", "--", "sh", "-c", "echo begun; exec sleep 1234"),
+            site.laptop.argv("sf", "instance", "exec", "web", "--", "sh", "-c", "echo begun; sleep 1234; true"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert running.stdout and running.stderr and running.stdout.readline() == b"begun\n"
         n1, n2 = site.cluster.server, site.cluster.nodes["n2"]
         if victim == "client":
-            site.laptop.host.run(["pkill", "-KILL", "-f", "exec sleep 1234"], check=False)
+            site.laptop.host.run(["pkill", "-KILL", "-f", "begun; sleep 1234"], check=False)
         elif victim == "server":
             n1.signal()
             n1.start()

@@ -26,6 +26,7 @@ _LIVE_S = 0.3  # a command that ends before hands out its output at once
 
 # Whoever makes the file .l has the output: this script at its end, or a reader meanwhile. Forks are what costs.
 _RUN = """d=$1; shift; (umask 77; set -C; : >"$d.o" >"$d.e") || exit 126
+command -v setsid >/dev/null && set -- setsid "$@"
 [ -e "$d.i" ] && exec 3<"$d.i" || exec 3</dev/null; exec 4>"$d.o" 5>"$d.e"
 "$@" <&3 >&4 2>&5 3<&- 4>&- 5>&- & echo $! >"$d.p"; exec 3<&-; wait $!; r=$?; set -C
 { read x o </proc/$$/fdinfo/4 && read x e </proc/$$/fdinfo/5 && [ $((o+e)) -le 262144 ] && true >"$d.l"; } 2>&- && {
@@ -33,7 +34,9 @@ printf "x$r "; [ $o = 0 ] || cat "$d.o"; [ $e = 0 ] || cat "$d.e" >&2; exec rm -
 exit $r"""
 _READ = """[ -e "$1.e" ] || exit 3; [ -z "$4" ] || (set -C; : >"$1.l") 2>&- || exit 3
 tail -c +$2 "$1.o" | head -c 262144; tail -c +$3 "$1.e" | head -c 262144 >&2"""
-_KILL = 'kill $(cat "$1.p") 2>&-; '
+_KILL = (
+    'p=$(cat "$1.p"); kill -TERM -$p 2>&- || kill $p 2>&-; '  # with all that it began, where it leads a group
+)
 _END = 'rm -f "$1.o" "$1.e" "$1.p" "$1.i" "$1.l"'
 
 Output = Callable[[bytes, bytes], Awaitable[None]]  # takes pieces of what a command wrote: output, errors
