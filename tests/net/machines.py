@@ -217,6 +217,13 @@ class Cluster:
         with Guest(node, network, port) as guest:
             yield guest
 
+    @contextmanager
+    def guests(self, network: Network, *ports: Port) -> Iterator[tuple["Guest", ...]]:
+        """One at each of these ports of a network that is applied now."""
+        self.apply(network)
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(self.guest(network, port)) for port in ports)
+
 
 def concerns(network: Network, node: str) -> bool:
     return network.router_node == node or any(port.node == node for port in network.ports)

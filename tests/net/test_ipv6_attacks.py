@@ -95,19 +95,16 @@ ATTEMPTS: dict[str, tuple[str, bytes]] = {
 @pytest.fixture(scope="module")
 def guests(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     network = make_network(ONE, TWO, NEAR, netblock6=BLOCK)
-    with Cluster(tmp_path_factory.mktemp("six"), 2) as cluster:
-        cluster.apply(network)
-        with (
-            cluster.guest(network, ONE) as one,
-            cluster.guest(network, TWO) as two,
-            cluster.guest(network, NEAR) as near,
-        ):
-            for guest in (one, two, near):
-                guest.static()
-            dad = icmpv6(NOBODY, ALL_NODES, solicit(OPAQUE, b""))
-            two.send(ethernet(TWO.mac, "33:33:00:00:00:01", 0x86DD, dad))
-            assert two.pings(ONE.address)
-            yield one, two, near
+    with (
+        Cluster(tmp_path_factory.mktemp("six"), 2) as cluster,
+        cluster.guests(network, ONE, TWO, NEAR) as (one, two, near),
+    ):
+        for guest in (one, two, near):
+            guest.static()
+        dad = icmpv6(NOBODY, ALL_NODES, solicit(OPAQUE, b""))
+        two.send(ethernet(TWO.mac, "33:33:00:00:00:01", 0x86DD, dad))
+        assert two.pings(ONE.address)
+        yield one, two, near
 
 
 def arrived(frame: bytes, *guests: Guest) -> list[bool]:

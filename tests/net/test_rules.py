@@ -32,12 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def guests(cluster: Cluster) -> Iterator[tuple[Guest, Guest, Guest]]:
     """One with rules, a stranger on another node, a friend on the same."""
     network = make_network(ONE, TWO, FOUR)
-    cluster.apply(network)
-    with (
-        cluster.guest(network, ONE) as one,
-        cluster.guest(network, TWO) as two,
-        cluster.guest(network, FOUR) as four,
-    ):
+    with cluster.guests(network, ONE, TWO, FOUR) as (one, two, four):
         for guest in (one, two, four):
             guest.dhcp()
         for protocol, port in (("tcp", 80), ("tcp", 22), ("tcp", 81), ("udp", 53)):

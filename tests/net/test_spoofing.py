@@ -88,16 +88,13 @@ ATTEMPTS: dict[str, tuple[str, bytes]] = {
 @pytest.fixture(scope="module")
 def guests(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     network = make_network(ONE, TWO, NEAR)
-    with Cluster(tmp_path_factory.mktemp("spoofing"), 2) as cluster:
-        cluster.apply(network)
-        with (
-            cluster.guest(network, ONE) as one,
-            cluster.guest(network, TWO) as two,
-            cluster.guest(network, NEAR) as near,
-        ):
-            for guest in (one, two, near):
-                guest.static()
-            yield one, two, near
+    with (
+        Cluster(tmp_path_factory.mktemp("spoofing"), 2) as cluster,
+        cluster.guests(network, ONE, TWO, NEAR) as three,
+    ):
+        for guest in three:
+            guest.static()
+        yield three
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
