@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,28 +69,27 @@ def test_two_machines_push_at_once_while_a_collector_runs_all_the_time(
     processes = [
         pusher(url, tmp_path / f"cache{at}", {name: disks[name] for name in names[at::2]}) for at in range(2)
     ]
-    runs, over = 0, threading.Event()
+    over = threading.Event()
 
-    def collect_all_the_time() -> None:
-        nonlocal runs
-        own = open_store(url)
-        while not over.is_set():
+    def collect_all_the_time() -> int:
+        own, runs = open_store(url), 0
+        while not (over.is_set() and runs):
             with contextlib.suppress(Conflict):
                 collect(own, grace_s=2, repack_threshold=0)
             runs += 1
+        return runs
 
-    collector = threading.Thread(target=collect_all_the_time)
-    collector.start()
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=280)
-            assert process.returncode == 0, errors
-    finally:
-        over.set()
-        collector.join()
-        for process in processes:
-            process.kill()
-    assert runs > 0
+    with ThreadPoolExecutor(1) as pool:
+        collector = pool.submit(collect_all_the_time)
+        try:
+            for process in processes:
+                _, errors = process.communicate(timeout=280)
+                assert process.returncode == 0, errors
+        finally:
+            over.set()
+            for process in processes:
+                process.kill()
+        assert collector.result() > 0
     assert verify_store(store, full=True).problems == []
     assert len(list(store.names.list())) == len(disks)
     for name, path in disks.items():

@@ -57,7 +57,7 @@ def test_snapshots_outlive_the_removal_and_repack_of_their_base_and_the_shared_s
         push(shared, other, "other", "1", format_="raw")
         shared.names.remove("base", "1")
         for _ in range(3):
-            collect(shared, grace_s=0, repack_threshold=0.0)
+            collect(shared, grace_s=-60, repack_threshold=0.0)
         assert not any(r.name == "base" for r in shared.names.list(removed=True))
         assert verify_store(shared, full=True).problems == []
         report = verify_store(own, full=True)
@@ -69,7 +69,7 @@ def test_snapshots_outlive_the_removal_and_repack_of_their_base_and_the_shared_s
         for number in range(SNAPSHOTS // 2):
             own.names.remove("web", f"s{number}")
         for _ in range(3):
-            collect(own, grace_s=0, repack_threshold=0.0)
+            collect(own, grace_s=-60, repack_threshold=0.0)
         report = verify_store(own, full=True)
         assert (report.problems, report.images) == ([], SNAPSHOTS - SNAPSHOTS // 2 + 1)
         assert verify_store(shared, full=True).problems == []
