@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGES = ("imagestore", "compute", "net", "cli")
 FACES = ("imagestore", "imagestore.mirror", "compute", "net")
-MODULES, FILE_LINES, PRODUCT_LINES = 14, 350, 38_000
+MODULES, FILE_LINES, PRODUCT_LINES = 14, 350, 37_000
 
 
 def modules(root: Path) -> list[Path]:

@@ -11,7 +11,10 @@ import os
 import secrets
 
 _SAMPLED_SHARE = 10  # CI runs one round of so many, but never fewer than two
-_SEED = int(os.environ.get("SF_TEST_SEED") or secrets.randbelow(1_000_000_000))
+# Drawn by scripts/test where it may run twice; SF_TEST_SEED also lets hypothesis draw by it (conftest.py).
+_SEED = int(
+    os.environ.get("SF_TEST_SEED") or os.environ.get("SF_TEST_DRAWN") or secrets.randbelow(1_000_000_000)
+)
 
 
 def everything() -> bool:
