@@ -113,6 +113,10 @@ class Network:
         """Of a port's, or the gateway's."""
         return ipam.beside(self.netblock, self.netblock6, address)
 
+    def led(self) -> list[tuple[Port, Published, int]]:
+        """Every published port by itself: whose, which, and how far into its range."""
+        return [(port, e, n) for port in self.ports for e in port.published for n in range(e.count)]
+
     def leads_out(self, port: Port) -> bool:
         """Whether the router takes what this port sends anywhere else."""
         routed = any(via == port.address for _, via in self.routed)

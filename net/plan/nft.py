@@ -9,6 +9,7 @@ Everything here is pure; net/plan/ruleset.py makes text of it. Three tables, all
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
+from types import MappingProxyType
 
 from net.ipam import LOCAL6, UNKNOWN
 from net.plan import guards, names, rules
@@ -193,6 +194,10 @@ def router_table(
             through.append(f'iifname "{br}" oifname "{up}" ip6 saddr {network.netblock6} accept')
             if network.routed6:
                 through.append(f'iifname "{up}" oifname "{br}" ip6 daddr {network.netblock6} accept')
+            elif led := network.led():  # the host has led them here already
+                ends6 = (f"{network.address6(p.address)} . {e.protocol} . {e.to_port + n}" for p, e, n in led)
+                admitted = f"ip6 daddr . meta l4proto . th dport {braces(ends6)}"
+                through.append(f'iifname "{up}" oifname "{br}" {admitted} accept')
     if routes and inside is not None:
         if network.provide_dns:
             host = f'iifname "{up}" ip saddr {inside - 1} ip daddr {inside}'
@@ -212,10 +217,8 @@ def router_table(
             # Hair-pin: the answer must come back through the router, so the asker needs another address.
             after.append(f'oifname "{br}" ct status dnat ip saddr {block} snat ip to ip saddr map {outward}')
             after.append(f'oifname "{br}" ct status dnat ip saddr {block} snat ip to {network.gateway}')
-        if led := [
-            (port.address, e, n) for port in network.ports for e in port.published for n in range(e.count)
-        ]:
-            ends = ((key_of(e.protocol, e.port + n), f"{a} . {e.to_port + n}") for a, e, n in led)
+        if led := network.led():
+            ends = ((key_of(e.protocol, e.port + n), f"{p.address} . {e.to_port + n}") for p, e, n in led)
             led_to = f"dnat ip to meta l4proto . th dport map {_map(ends)}"
             before.append(f'iifname "{up}" fib daddr type local {led_to}')
         if network.provide_nat:
@@ -239,6 +242,7 @@ def host_table(
     floating: Sequence[IPv4Address],
     published: Mapping[tuple[str, int], IPv4Address],
     blocks6: Sequence[IPv6Network] = (),
+    published6: Mapping[tuple[str, int], str] = MappingProxyType({}),
 ) -> Table:
     """The inet table of the host: uplinks reach the world, DNS, floating IPs and what this node publishes; not the
     host, nor a node, nor each other. VXLAN with one of our VNIs comes from nodes only; other VXLAN is none of our
@@ -265,6 +269,12 @@ def host_table(
         through.append(f"oifname {ours} ip daddr {braces(insides)} ct status dnat accept")
         # Hair-pin: a packet that comes back to where it started must not carry that namespace's own address.
         after.append(f"oifname {ours} ip saddr {braces(insides)} ct status dnat masquerade")
+    if published6:  # at once to the guest's own address; what a node has of link-local ones is the node's
+        ends = _map((key_of(*key), end) for key, end in published6.items())
+        asked = "fib daddr type local ip6 daddr != { ::1, fe80::/10 }"
+        before.append(f"{asked} dnat ip6 to meta l4proto . th dport map {ends}")
+        through.append(f"oifname {ours} ip6 daddr {braces(blocks6)} ct status dnat accept")
+        after.append(f"oifname {ours} ip6 saddr {braces(blocks6)} ct status dnat masquerade")
     if vnis:
         # The VNI lies 12 bytes behind the start of the UDP header (RFC 7348, section 5).
         mesh = f"udp dport {VXLAN_PORT} @th,96,24 {braces(vnis)}"

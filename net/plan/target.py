@@ -79,21 +79,24 @@ def led_here(observed: Observed) -> set[tuple[str, int]]:
     return {(key.split()[0], int(key.split()[2])) for key, _ in held.items} if held else set()
 
 
-def published(desired: NodeNetworks, observed: Observed) -> tuple[dict[tuple[str, int], int], list[str]]:
-    """(protocol, port) of this node that lead to guests, with the VNI; and those, in words, where a server listens.
+def published(
+    desired: NodeNetworks, observed: Observed
+) -> tuple[dict[tuple[str, int], tuple[int, str]], list[str]]:
+    """(protocol, port) of this node that lead to guests, with the VNI and the guest's end by IPv6; and those, in words,
+    where a server listens.
 
     What led to a guest before goes on: whoever listens there later gets nothing of it.
     """
-    had, chosen, refused = led_here(observed), dict[tuple[str, int], int](), []
-    for network in desired.networks:
-        every = (e for port in network.ports for e in port.published if routes_here(desired, network))
-        for key in ((e.protocol, e.port + step) for e in every for step in range(e.count)):
+    had, chosen, refused = led_here(observed), dict[tuple[str, int], tuple[int, str]](), []
+    for network in (network for network in desired.networks if routes_here(desired, network)):
+        for port, e, step in network.led():
+            key = e.protocol, e.port + step
             if key in observed.listening and key not in had:
                 refused.append(
                     f"port {key[1]}/{key[0]} is not published: a server of this node listens there"
                 )
             else:
-                chosen[key] = network.vni
+                chosen[key] = network.vni, f"{network.address6(port.address)} . {e.to_port + step}"
     return chosen, refused
 
 
@@ -238,7 +241,7 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
     if all(network.bridge for network in desired.networks):
         return Facts(links, tables=tables)
     uplink = desired.uplink or observed.uplink
-    entries, floating, blocks6 = set[Entry](), set[IPv4Address](), set[IPv6Network]()
+    entries, floating, blocks6 = set[Entry](), set[IPv4Address](), dict[int, IPv6Network]()
     for network in (network for network in desired.networks if network.vni in outside):
         name, end = names.host_uplink(desired.installation, network.vni), outside[network.vni]
         alias = f"{names.owned(desired.installation)}network {network.uuid}"
@@ -247,7 +250,7 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
         if block := network.netblock6:
             six = has_uplink6(desired, network, observed)
             entries |= _end6(name, guards.ROUTER, block, guards.INSIDE, on=six)
-            blocks6 |= {block} if six else set()
+            blocks6 |= {network.vni: block} if six else {}
         for address in outer_addresses(network):
             floating.add(address)
             entries.add(Entry(Kind.ROUTE, name, f"{address}/32", str(end + 1)))
@@ -257,6 +260,7 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
         entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1"))
     nodes = {desired.underlay, *(peer.address for peer in desired.peers)}
     peers = sorted({peer.address for peer in desired.peers if peer.node != desired.node})
+    led = published(desired, observed)[0]
     tables["inet"] = nft.host_table(
         desired.installation,
         vnis=sorted(network.vni for network in desired.networks if not network.bridge),
@@ -264,8 +268,9 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
         resolvers=sorted(set(desired.resolvers or observed.resolvers)),
         insides=sorted(address + 1 for address in outside.values()),
         floating=sorted(floating),
-        published={key: outside[vni] + 1 for key, vni in published(desired, observed)[0].items()},
-        blocks6=sorted(blocks6),
+        published={key: outside[vni] + 1 for key, (vni, _) in led.items()},
+        blocks6=sorted(blocks6.values()),
+        published6={key: end for key, (vni, end) in led.items() if vni in blocks6},
     )
     families = [*(("ip", "inet") if outside else ()), *(("ip6",) if blocks6 else ())]
     admissions = nft.admissions(desired.installation, observed.foreign, peers, families)
