@@ -8,6 +8,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
 import subprocess
 import termios
@@ -100,6 +101,19 @@ def test_the_page_for_laptops_is_true(site: Site) -> None:
     assert seen["sf run --image debian:12 -v ./app:/opt/ -- /opt/app/run"] == "it runs\n"
     assert seen["sf instance ssh web -l root hostname"] == "web\n" and "load average" in said[-1]
     site.laptop.run("timeout", "2", "bash", "-c", "exec 3<>/dev/tcp/10.78.0.1/22", code=124)
+
+
+@pytest.mark.skipif(shutil.which("ansible") is None, reason="needs ansible-core")
+def test_ansible_gets_into_a_guest_on_another_node_by_its_inventory_alone(site: Site) -> None:
+    """Its plugin knows the server, its certificate and the key from `sf login`, and ssh goes through the API."""
+    (site.laptop.home / "lab.sf.yml").write_text("plugin: sf.cloud.instances\n")
+    # A connection that is kept for the next command would outlive the test.
+    settings = (
+        f"ANSIBLE_COLLECTIONS_PATH={site.laptop.home}/c ANSIBLE_HOST_KEY_CHECKING=0 ANSIBLE_SSH_ARGS=-C"
+    )
+    site.types(f"ansible-galaxy collection install -p c {ROOT}/contrib/ansible")
+    said = site.types(f"{settings} ansible web -i lab.sf.yml -u root --private-key key -m raw -a hostname")
+    assert re.search(r"^web \| CHANGED \| rc=0 >>\nweb\s", said, re.M), said
 
 
 def test_a_command_has_its_output_its_errors_and_its_code(site: Site) -> None:
