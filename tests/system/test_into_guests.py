@@ -58,6 +58,7 @@ class Site:
             ("https://cloud.lan:13000", URL),
             ("b3:9f86…", self.fingerprint),
             ("--image debian:12", "--image tiny:1 --memory 160 --on n2"),
+            ("--base debian:12", "--base tiny:1 --memory 160 --on n2"),
             ("~/.ssh/id_ed25519.pub", f"{key}.pub"),
             ("-l root", f"-l root -i {key}"),
             ("root@web", f"-i {key} -o UserKnownHostsFile=/dev/null root@web"),
@@ -84,6 +85,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterator
         (laptop.home / "app").mkdir()
         (laptop.home / "app/run").write_text("#!/bin/sh\necho it runs\n")
         (laptop.home / "app/run").chmod(0o755)
+        (laptop.home / "app.yaml").write_text("#!/bin/sh\necho built by $(hostname)\n")
         (laptop.home / "key.secret").write_bytes((cluster.server.state / "auth/local-key").read_bytes())
         found = Site(cluster, laptop, home, laptop.fingerprint(cluster.server))
         for line in lines(PAGE.split("## Commands and files")[0]):
@@ -99,6 +101,7 @@ def test_the_page_for_laptops_is_true(site: Site) -> None:
     assert (site.laptop.home / "copy").read_text().endswith("it runs\n")
     assert "SF-GUEST-READY" in seen["sf instance console web"]
     assert seen["sf run --image debian:12 -v ./app:/opt/ -- /opt/app/run"] == "it runs\n"
+    assert "tiny:1" in seen["sf image show my/app:1"]
     assert seen["sf instance ssh web -l root hostname"] == "web\n" and "load average" in said[-1]
     site.laptop.run("timeout", "2", "bash", "-c", "exec 3<>/dev/tcp/10.78.0.1/22", code=124)
 

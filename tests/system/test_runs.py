@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from imagestore import open_store, verify_store
 from scripts.private_libvirtd import PrivateHost
 from tests import drills
 from tests.system.machine import Machine, within
+from tests.system.test_snapshot_kills import kill
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 SF = "import cli.cloud.run as run, cli.main as sf; run._LEASE_S = 6; sf.main()"
@@ -178,3 +180,39 @@ def test_a_command_or_a_server_that_is_killed_at_any_moment_leaves_nothing(
         assert other.returncode == 8, (other.returncode, said)
         machine.start()
         gone(machine)
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not drills.everything(), reason="minutes, in scripts/test --all")
+def test_a_build_that_is_killed_at_any_moment_makes_a_whole_image_or_none(
+    machine: Machine, built: Future[list[Any]]
+) -> None:
+    built.result(400)
+    made = 0
+    for number in range(drills.rounds(20)):
+        rng = random.Random(drills.seed() + number)
+        what, name = rng.choice(("command", "serve", "imaged", "libvirtd")), f"killed:{number}"
+        words = ("image", "build", f"my/{name}", "--base", "tiny:1", "--memory", "128")
+        process = subprocess.Popen(
+            machine.argv(sys.executable, "-c", SF, *words, "--user-data", str(machine.home / "recipe")),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        time.sleep(rng.uniform(0.5, 25))
+        if what == "command":
+            machine.host.run(["pkill", "-9", "-f", "image build"], check=False)
+        else:
+            kill(machine.host, machine, what)
+        _, errors = process.communicate(timeout=300)
+        gone(machine, "build-")
+        within(
+            90, lambda: all(":" in one and "build-" not in one for one in kept(machine)), "no snapshot stays"
+        )
+        assert process.returncode != 0 or name in kept(machine), (what, errors)
+        made += name in kept(machine)
+        (own,) = (machine.state / "store-namespaces").iterdir()
+        store = open_store(str(own))
+        assert not verify_store(store, full=True).problems, (number, what)
+        store.backend.close()
+    print(f"{made} of {drills.rounds(20)} builds ended with an image")
