@@ -114,8 +114,9 @@ def load(directory: Path) -> list[Source]:
                 raise Invalid(f"{source.name}:{key[1]} for {key[2]} has two sources")
             seen[key] = source.url
     latest = {key[0] for key in seen if key[1] == "latest"}
-    newest = {s.name: s for s in sorted(sources, key=lambda s: numbers(s.tags[0])) if s.name not in latest}
-    return [replace(s, tags=(*s.tags, "latest")) if newest.get(s.name) is s else s for s in sources]
+    ordered = sorted(sources, key=lambda s: numbers(s.tags[0]))
+    newest = {s.name: s.tags[0] for s in ordered if s.name not in latest}  # of every architecture
+    return [replace(s, tags=(*s.tags, "latest")) if newest.get(s.name) == s.tags[0] else s for s in sources]
 
 
 def numbers(text: str) -> list[int]:
@@ -251,9 +252,10 @@ def find_checksum(text: str, file: str, listed_in: str = "") -> tuple[str, str]:
     """(algorithm, hex digest) of a file out of a list as sha256sum, `sha256sum --tag` or a single digest write it.
 
     The strongest wins where a list has several. What is meant by a digest says its tag, the heading above it or the
-    list's name (`listed_in`), else its length. Raises NotFound; Corrupt where two different digests may be meant.
+    list's name (`listed_in`), else its length. x.sha256 is of x, by whichever one name it calls it (x has a build's).
+    Raises NotFound; Corrupt where two different digests may be meant.
     """
-    found: dict[str, set[str]] = {}
+    named: dict[str, dict[str, set[str]]] = {}
     heading = next(filter(None, map(_hash_word, re.split("[._-]", listed_in.replace(file, "")))), "")
     lines = [text.strip() + f"  {file}"] if len(text.split()) == 1 else text.splitlines()
     for line in map(str.strip, lines):
@@ -269,9 +271,10 @@ def find_checksum(text: str, file: str, listed_in: str = "") -> tuple[str, str]:
         if not algorithm or (not tagged and _DIGITS.get(algorithm, len(digest)) != len(digest)):
             algorithm = ALGORITHMS.get(len(digest), "")
         known = _DIGITS.get(algorithm) == len(digest) and _HEX.fullmatch(digest)
-        if known and name.removeprefix("*").removeprefix("./") == file:
-            found.setdefault(algorithm, set()).add(digest.lower())
-    if not found:
+        if known and (plain := name.removeprefix("*").removeprefix("./")):
+            named.setdefault(plain, {}).setdefault(algorithm, set()).add(digest.lower())
+    alone = len(named) == 1 and listed_in.startswith(f"{file}.")
+    if not (found := next(iter(named.values())) if alone else named.get(file)):
         raise NotFound(f"the checksum file does not name {file}")
     algorithm, digests = max(found.items(), key=lambda entry: (_DIGITS[entry[0]], entry[0]))
     if len(digests) > 1:

@@ -158,7 +158,7 @@ class _Image:
     def _beside(self, there: Provenance) -> Provenance:
         """With a checksum out of a file that lies beside the image, if there is one of a usual name."""
         where, _, file = urlsplit(there.url).path.rpartition("/")
-        for beside in (f"{file}.sha512", f"{file}.sha256", "SHA512SUMS", "SHA256SUMS"):
+        for beside in (f"{file}.sha512", f"{file}.sha256", f"{file}.SHA256", "SHA512SUMS", "SHA256SUMS"):
             with suppress(NotFound, Denied, Corrupt):
                 text = self._web.small(urlsplit(there.url)._replace(path=f"{where}/{beside}").geturl())
                 algorithm, checksum = sources.find_checksum(text.decode(errors="replace"), file, beside)

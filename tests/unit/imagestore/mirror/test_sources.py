@@ -15,6 +15,7 @@ def test_every_list_that_comes_with_the_project_loads() -> None:
     loaded = sources.load(sources.SHIPPED)
     names = {source.name for source in loaded}
     assert {"debian", "ubuntu", "rocky", "fedora", "centos-stream", "cirros", "alpine"} <= names
+    assert {"almalinux", "arch", "flatcar", "freebsd", "opensuse"} <= names
     for source in loaded:
         assert source.checksums, f"{source.title} is not checked against anything"
         location = sources.locate(source, next(iter(source.architectures)), "20260101-1")
