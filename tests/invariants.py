@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from compute.cluster.records import transaction
 from compute.cluster.records.addresses import FLOATING, Ipam
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface, published_names
@@ -13,7 +14,10 @@ from compute.wire.spec import InstanceState
 
 
 def check(store: StateStore) -> None:
-    """Raises AssertionError for a leak, a double allocation or a dangling reference."""
+    """Raises AssertionError for a leak, a double allocation, a dangling reference, or a value changed in place."""
+    known = tuple(transaction._known.items())
+    changed = [k for k, (value, found) in known if type(found).decode(value, 0) != found]
+    assert not changed
     read = Transaction(store)
     instances = {i.uuid: i for i in read.list(Instance) if i.state != InstanceState.DELETED}
     networks = {n.uuid: n for n in read.list(Network) if n.state != "deleted"}

@@ -38,7 +38,7 @@ from compute.cluster.images.stores import MINE
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
-from compute.wire.codec import from_plain, to_plain
+from compute.wire.codec import from_plain, to_json
 from compute.wire.operations import client
 from compute.wire.spec import InstanceState, InstanceStatus, Inventory, NodeEvent, NodeFacts
 from imagestore import Store
@@ -158,7 +158,8 @@ def build(services: Services) -> FastAPI:
 
     @app.get("/agent/v1/desired")
     async def desired(node: Caller, after: int = 0, wait: Wait = 0) -> Response:
-        return JSONResponse(to_plain(await controller.desired(node, after, min(_LONGEST_WAIT_S, wait))))
+        now = await controller.desired(node, after, min(_LONGEST_WAIT_S, wait))
+        return Response(to_json(now), media_type="application/json")
 
     @app.post("/agent/v1/report")
     async def report(node: Caller, body: ReportBody) -> Response:

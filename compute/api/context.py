@@ -123,7 +123,7 @@ class Context:
     def read(self) -> Transaction:
         return Transaction(self.store)
 
-    def act(self, action: Callable[[Transaction], T]) -> T:
+    def act(self, action: Callable[[Transaction], T], *, queued: bool = False) -> T:
         def act(txn: Transaction) -> T:
             done = action(txn)
             enforce(txn)
@@ -133,7 +133,7 @@ class Context:
         # Of what a proxy said (uvicorn believes this machine's) there is no port.
         where = f"{host[:64]}{'' if port else ', as a proxy says'}"
         by = f"{self.caller.namespace}/{self.caller.key_name}", where
-        return transact(self.store, act, self.services.config.node_name, by)
+        return transact(self.store, act, self.services.config.node_name, by, queued=queued)
 
     def change(self, known: Stored, action: Callable[[Transaction, str], T]) -> T:
         """`action` on an object that was found, by its id. Raises Precondition, and what `action` raises."""

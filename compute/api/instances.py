@@ -201,7 +201,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
                 want(txn, namespace, name)
             return create(txn, instance, wants, limits=limits, usable=controller.nodes.usable() | closed)
 
-        made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make))
+        made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make), queued=True)
     made = ctx.find(Instance, made.uuid)
     return ctx.show(made, _view(ctx, made))
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from compute.cluster.records.rules import Rules, allowed
 from compute.cluster.records.secrets import site_secret, store_token
 from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.transaction import Transaction
-from compute.wire.codec import to_plain
+from compute.wire.codec import to_json
 from compute.wire.spec import (
     AGENT_CHANNEL,
     Capture,
@@ -102,7 +101,7 @@ def read(
     }
     if handed := {**(stores or {}), **own}:
         now = replace(now, stores=handed, store_token=store_token(txn, node) if node != server else "")
-    digest = hashlib.blake2b(json.dumps(to_plain(now)).encode(), digest_size=6).digest()
+    digest = hashlib.blake2b(to_json(now), digest_size=6).digest()
     return replace(now, revision=int.from_bytes(digest), reached=txn.store.revision())
 
 

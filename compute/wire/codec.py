@@ -39,6 +39,10 @@ def to_plain(value: Any, hint: Any = None) -> Any:
     return _adapter(hint or type(value)).dump_python(value, mode="json")
 
 
+def to_json(value: Any) -> bytes:
+    return _adapter(type(value)).dump_json(value)
+
+
 def from_plain(hint: type[T], value: Any) -> T:
     """The value of type `hint` behind plain JSON. Raises Invalid."""
     try:

@@ -253,11 +253,14 @@ def test_after_closing_every_writer_is_told(reopen: Reopen) -> None:
         put(store, "b")
 
 
+KEYS = ("k/a", "k/b", "k/c", "l/a")
+
+
 @given(
     steps=st.lists(
         st.tuples(
-            st.dictionaries(st.sampled_from("abc"), st.one_of(st.none(), st.binary(max_size=3)), max_size=3),
-            st.dictionaries(st.sampled_from("abc"), st.integers(0, 6), max_size=2),
+            st.dictionaries(st.sampled_from(KEYS), st.one_of(st.none(), st.binary(max_size=3)), max_size=3),
+            st.dictionaries(st.sampled_from(KEYS), st.integers(0, 6), max_size=2),
         ),
         max_size=12,
     )
@@ -285,6 +288,9 @@ def test_any_sequence_of_commits_ends_where_a_dictionary_would(
                     model.pop(key, None)
                     if value is not None:
                         model[key] = (value, revision)
+                # An engine may only ask for what changed since it listed them last.
+                kind = {key: found for key, found in sorted(model.items()) if key.startswith("k/")}
+                assert [(r.key, (r.value, r.revision)) for r in store.list("k/")] == list(kind.items())
             assert {r.key: (r.value, r.revision) for r in store.list("")} == model
         finally:
             store.close()
@@ -306,9 +312,30 @@ def test_a_commit_has_its_bounds_and_all_that_is_within_them_is_taken(store: Sta
 
 def test_a_long_list_is_whole_and_of_one_revision(store: StateStore) -> None:
     keys = [f"k/{n:04d}" for n in range(2100)]
+    assert store.list("k/") == []
     for at in range(0, len(keys), MOST_KEYS):
         store.commit(dict.fromkeys(keys[at : at + MOST_KEYS], b"x"), expect={})
     assert [record.key for record in store.list("k/")] == keys
+    store.commit({keys[7]: None, "k/": b"y", keys[9]: b"y"}, expect={})
+    there = {r.key: r.value for r in store.list("k/")}
+    assert list(there) == ["k/", *keys[:7], *keys[8:]] and there[keys[9]] == b"y"
+
+
+def test_what_another_server_writes_is_in_the_next_list(
+    engine: str, make: Callable[[str], Make], tmp_path: Path
+) -> None:
+    if engine == "sqlite":
+        pytest.skip("its file belongs to one process")
+    ours, theirs = make(engine)(tmp_path), make(engine)(tmp_path)
+    try:
+        for n in range(20):
+            theirs.commit({f"k/{n}": b"1", f"k/{n - 3}": None}, expect={})
+            assert ours.list("k/") == theirs.list("k/") and len(ours.list("k/")) == min(n + 1, 3)
+            ours.commit({f"k/{n}": b"2"}, expect={})
+            assert {r.value for r in theirs.list("k/")} == {b"2"}
+    finally:
+        ours.close()
+        theirs.close()
 
 
 def test_sqlite_runs_with_a_journal_that_survives_power_loss(tmp_path: Path) -> None:

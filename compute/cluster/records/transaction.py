@@ -1,9 +1,11 @@
 """The typed transaction over the state store, and the histories that it writes along."""
 
 import random
+import threading
 import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -15,6 +17,7 @@ T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
 
 _ATTEMPTS = 50
+_turn = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,22 @@ class Event(Stored):
     extra: dict[str, Any] = field(default_factory=dict)
     by: tuple[str, str] = ("", "")
     """Whose key (NAMESPACE/KEY) asked for it through the API, and from where."""
+
+
+_known: dict[str, tuple[bytes, Stored]] = {}
+_MOST_KNOWN = 1 << 14
+
+
+def _decoded(cls: type[O], record: Record) -> O:
+    """Each version once: nobody changes what was read in place, so all may have the same. Histories are read rarely."""
+    value, found = _known.get(record.key, (b"", None))
+    if not isinstance(found, cls) or found.revision != record.revision or value != record.value:
+        found = cls.decode(record.value, record.revision)
+        if cls is not Event:
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[record.key] = record.value, found
+    return found
 
 
 class Transaction:
@@ -67,7 +86,7 @@ class Transaction:
             record = self.reads[key] = self.store.get(key)
             self.expect.setdefault(key, record.revision if record else ABSENT)
         record = self.reads[key]
-        return cls.decode(record.value, record.revision) if record else None
+        return _decoded(cls, record) if record else None
 
     def get(self, cls: type[O], identity: str) -> O:
         """Raises NotFound."""
@@ -77,7 +96,7 @@ class Transaction:
         return found
 
     def list(self, cls: type[O], under: str = "") -> list[O]:
-        return [cls.decode(r.value, r.revision) for r in self.store.list(f"{cls.KIND}/{under}")]
+        return [_decoded(cls, record) for record in self.store.list(f"{cls.KIND}/{under}")]
 
     def create(self, value: Stored) -> None:
         """Raises Conflict when it is there already."""
@@ -141,18 +160,25 @@ class Transaction:
 
 
 def transact(
-    store: StateStore, action: Callable[[Transaction], T], node: str = "", by: tuple[str, str] = ("", "")
+    store: StateStore,
+    action: Callable[[Transaction], T],
+    node: str = "",
+    by: tuple[str, str] = ("", ""),
+    *,
+    queued: bool = False,
 ) -> T:
     """Run `action` on a fresh Transaction and commit it, again and again while others were faster. Raises Conflict.
 
-    `action` may run several times, so it does nothing but read, decide and write through the transaction.
+    `action` may run several times, so it does nothing but read, decide and write through the transaction. Those of
+    this process that met another repeat it one after the other; queued: from the first time on, for what meets others.
     """
     for attempt in range(_ATTEMPTS):
         try:
-            transaction = Transaction(store, node, by)
-            result = action(transaction)
-            transaction.commit()
-            return result
+            with _turn if queued or attempt else nullcontext():
+                transaction = Transaction(store, node, by)
+                result = action(transaction)
+                transaction.commit()
+                return result
         except Stale:
             time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
     raise Conflict("too many others change the same objects", hint="repeat the command in a moment")

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from compute.cluster.state.gateway import Gateway, Lost, decode, encode, prefix
-from compute.cluster.state.protocol import ABSENT, Change, Record, bounded
+from compute.cluster.state.protocol import ABSENT, Change, Record, bounded, kept
 from compute.errors import Compacted, LeaseLost, NoSpace, Stale, Unavailable
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ class EtcdStore:
 
     def __init__(self, url: str, *access: str, history: int = HISTORY) -> None:
         self.gateway, self._history = Gateway(url, *access), history
+        self._listed: dict[str, tuple[int, dict[str, Record]]] = {}
+        """Prefix → what it had at a revision."""
         self._ask = self.gateway.ask
         self._full, self._mine, self._trimmed = threading.Lock(), threading.local(), self.revision()
         for kv in self._ask("kv/range", prefix(self._name("nonce/"))).get("kvs", []):
@@ -60,8 +62,18 @@ class EtcdStore:
         return self._record(found[0]) if found else None
 
     def list(self, prefix_: str) -> Sequence[Record]:
-        found = self._ask("kv/range", prefix(self._name(f"state/{prefix_}")))
-        return [self._record(kv) for kv in found.get("kvs", [])]
+        after, known = self._listed.get(prefix_, (ABSENT, {}))
+        asked = prefix(self._name(f"state/{prefix_}"))
+        found = self._ask("kv/range", asked | {"min_mod_revision": str(after + 1)})
+        there = known | {r.key: r for r in map(self._record, found.get("kvs", []))}
+        # It counts all of them. What is there is known or newer, so that as many are the same.
+        if len(there) != int(found.get("count", 0)) or (revision := _revision(found)) < after:
+            found = self._ask("kv/range", asked)
+            there = {r.key: r for r in map(self._record, found.get("kvs", []))}
+            revision = _revision(found)
+        if kept(prefix_, there):
+            self._listed[prefix_] = revision, there
+        return sorted(there.values(), key=lambda record: record.key)
 
     def revision(self) -> int:
         found = self._ask("kv/range", {"key": encode(self._name("")), "count_only": True})

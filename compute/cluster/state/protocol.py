@@ -14,6 +14,7 @@ from compute.errors import ComputeError
 ABSENT = 0
 """The revision of a key that does not exist."""
 
+_MOST_LISTED = 1 << 14
 MOST_KEYS, MOST_BYTES = 100, 1 << 20
 """What one commit may write, and compare. etcd takes 128 operations and 1.5 MiB, of which an engine needs some."""
 
@@ -24,6 +25,11 @@ def bounded(writes: Mapping[str, bytes | None], expect: Mapping[str, int]) -> No
     if max(len(writes), len(expect)) > MOST_KEYS or size_bytes > MOST_BYTES:
         what = f"{len(writes)} records ({size_bytes >> 10} KiB) that rests on {len(expect)}"
         raise ComputeError(f"a change of {what} is too large")
+
+
+def kept(prefix: str, found: Collection[object]) -> bool:
+    """Whether an engine keeps a listing, to ask the next time for what changed: of a whole kind that is no ocean."""
+    return prefix.find("/") == len(prefix) - 1 and len(found) < _MOST_LISTED
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from compute.cluster.state.protocol import ABSENT, Change, Record, bounded
+from compute.cluster.state.protocol import ABSENT, Change, Record, bounded, kept
 from compute.cluster.state.reserve import Reserve
 from compute.errors import Compacted, ComputeError, Conflict, LeaseLost, NoSpace, Stale, Unavailable
 from imagestore import durable
@@ -83,6 +83,8 @@ class SqliteStore:
         self._reserve.keep()
         self._revision: int = self._write.execute("select revision from meta").fetchone()[0]
         self._history, self._forgotten = deque[Change](), self._revision
+        self._listed: dict[str, tuple[int, dict[str, Record]]] = {}
+        """Prefix → what it had at a revision; the history leads from there to now."""
         for lease, ttl_s in self._write.execute("select id, ttl_s from lease"):
             self._leases[lease] = (ttl_s, time.monotonic() + ttl_s)
         self._closed = False
@@ -139,8 +141,23 @@ class SqliteStore:
         return Record(*rows[0]) if rows else None
 
     def list(self, prefix: str) -> Sequence[Record]:
+        with self._moved:
+            after, known = self._listed.get(prefix, (ABSENT, {}))
+            if after and after >= self._forgotten and not self._closed:
+                for key, value, revision in (
+                    (c.key, c.value, c.revision) for c in self._since(after, prefix)
+                ):
+                    known.pop(key, None)
+                    if value is not None:
+                        known[key] = Record(key, value, revision)
+                self._listed[prefix] = self._revision, known
+                return sorted(known.values(), key=lambda record: record.key)
+            after = self._revision
         order = "select key, value, revision from kv where key >= ? and key < ? order by key"
-        return [Record(*row) for row in self._select(order, prefix, prefix + "\U0010ffff")]
+        found = [Record(*row) for row in self._select(order, prefix, prefix + "\U0010ffff")]
+        if kept(prefix, found):
+            self._listed[prefix] = after, {record.key: record for record in found}
+        return found
 
     def _select(self, order: str, *values: object) -> Sequence[tuple[Any, ...]]:
         try:
@@ -158,13 +175,16 @@ class SqliteStore:
             while not self._closed:
                 if after_revision < self._forgotten:
                     raise Compacted(f"history before revision {self._forgotten} is gone")
-                newer = takewhile(lambda change: change.revision > after_revision, reversed(self._history))
-                if found := [change for change in newer if change.key.startswith(prefix)]:
-                    return found[::-1]
+                if found := self._since(after_revision, prefix):
+                    return found
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or not self._moved.wait(left_s):
                     break
         return []
+
+    def _since(self, revision: int, prefix: str) -> Sequence[Change]:
+        newer = takewhile(lambda change: change.revision > revision, reversed(self._history))
+        return [change for change in newer if change.key.startswith(prefix)][::-1]
 
     # Writing: callers wait for the writer thread
 

@@ -1,5 +1,6 @@
 """Records, transactions."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from compute.cluster.records.addresses import Ipam
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
+from compute.cluster.records.taken import Claims, claim
 from compute.cluster.records.transaction import Event, Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, Invalid, NotFound
@@ -127,3 +129,38 @@ def test_an_objects_events_stay_in_order_and_bounded(store: SqliteStore) -> None
     assert kept == sorted(kept)
     assert kept[-1] == count - 1
     assert len(kept) < count
+
+
+def test_each_version_of_a_record_is_decoded_once_and_never_taken_for_another(tmp_path: Path) -> None:
+    """Not for the same revision of another store, nor for the same value written again."""
+    stores = [SqliteStore(tmp_path / f"{n}.db") for n in range(2)]
+    for store, name in zip(stores, ("web", "db"), strict=True):
+        transact(store, lambda txn, name=name: txn.create(instance(name=name)))  # type: ignore[misc]
+    for _ in range(2):
+        assert [Transaction(store).list(Instance)[0].name for store in stores] == ["web", "db"]
+    (first,), (second,) = (Transaction(stores[1]).list(Instance) for _ in range(2))
+    assert first is second is Transaction(stores[1]).get(Instance, "u1")
+    transact(stores[1], lambda txn: txn.update(replace(txn.get(Instance, "u1"))))
+    (third,) = Transaction(stores[1]).list(Instance)
+    assert third == first and third.revision > first.revision
+    for store in stores:
+        store.close()
+
+
+def test_those_that_queue_do_each_thing_once_and_those_that_meet_them_end_too(store: Any) -> None:
+    transact(store, lambda txn: txn.create(Claims(name="n")))
+    tries: list[int] = []
+
+    def one(number: int) -> None:
+        def action(txn: Transaction) -> None:
+            tries.append(number)
+            claim(txn, "n", 1, 16)
+
+        transact(store, action, queued=number < 200)
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(one, range(200)))
+        assert sorted(tries) == list(range(200))
+        list(pool.map(one, range(200, 400)))
+    found = Transaction(store).get(Claims, "n")
+    assert (found.cpus, found.memory_mib) == (400, 6400)
