@@ -11,13 +11,12 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from compute.agent.agent import Agent, Controller
-from compute.agent.guest.host import Plane
 from compute.agent.image_service import ServedImages, Settings
 from compute.agent.memory import Memory
 from compute.config import Config
 from compute.errors import Conflict, brief
 from imagestore import ImageCache, Store, StoreError, durable, open_store
-from net import Plane as NetPlane
+from net import Plane
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,6 @@ async def agent(
     node: str,
     controller: Controller,
     plane: Plane,
-    net: NetPlane,
     stores: NodeStores,
     memory: Memory,
     address: IPv4Address | None = None,
@@ -101,7 +99,7 @@ async def agent(
     """This machine's agent and its image service. `address`: where other nodes reach this one, if not as configured."""
     address = address or config.mesh_address
     # Loopback would carry more than any uplink does.
-    mtu_bytes = 0 if address.is_loopback else await asyncio.to_thread(net.largest_mtu, address)
+    mtu_bytes = 0 if address.is_loopback else await asyncio.to_thread(plane.largest_mtu, address)
     told = config.images
     numbers = {"fill-rate": told.fill_bytes_s, "cache-size": told.cache_bytes, "read-ahead": told.read_ahead}
     limits = tuple(word for name, number in numbers.items() for word in (f"--{name}", f"{number:.0f}"))

@@ -90,9 +90,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         plane = Plane(installation, state_dir)
         agent: Any = asyncio.Event().wait  # nobody
         if config.guests:
-            agent = partial(
-                process.agent, config, controller.server, controller, plane, plane, stores, memory
-            )
+            agent = partial(process.agent, config, controller.server, controller, plane, stores, memory)
         own = NamespaceStores(store, lambda: stores.urls.get("local", ""), state_dir)
         stack.callback(own.close)
         services = Services(config, store, controller, Authority(store), stores.images, own)

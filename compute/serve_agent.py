@@ -11,7 +11,6 @@ from compute.agent.memory import Memory
 from compute.config import Config
 from compute.errors import Conflict, Invalid
 from imagestore import listening
-from net import Plane
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +41,9 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
         address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
         stores = process.NodeStores(config, default=False)
         stack.callback(stores.close)
-        plane = Plane(identity.installation, state_dir)
-        controller = remote.RemoteController(identity, state_dir, plane, config.uplink)
-        agent = partial(
-            process.agent, config, identity.node, controller, controller.plane, plane, stores, memory, address
-        )
+        plane = remote.Fenced(identity.installation, state_dir, identity.node, config.uplink)
+        controller = remote.RemoteController(identity, state_dir, plane)
+        agent = partial(process.agent, config, identity.node, controller, plane, stores, memory, address)
         say(f"sf agent {process.release()}: node {identity.node} of {identity.url}, mesh address {address}")
         await process.run(agent, controller.run, stores.keep)
         say("stopped; guests and their networks go on running")

@@ -18,7 +18,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from compute.agent import quarantine
 from compute.agent.guest.guest import Guest
-from compute.agent.guest.host import Host, Plane
+from compute.agent.guest.host import Host
 from compute.agent.hypervisor import accel
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_service import ServedImages
@@ -37,7 +37,7 @@ from compute.wire.spec import (
     NodeFacts,
 )
 from compute.wire.streams import Stream
-from net import NetError, NodeNetworks
+from net import NetError, NodeNetworks, Plane
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compute.agent.guest.host import Backing
 from compute.errors import Unavailable
 from compute.wire.spec import ImageSite
 from imagestore import (
@@ -39,6 +38,15 @@ _PAUSE_S = 0.1
 
 Heard = Callable[[str, str], None]
 """Told (reader, message) for each event of an image that the reader uses; ("", ""): look at everything again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What an overlay stands on: a raw file, complete now, or (with an NBD socket) one day."""
+
+    path: Path
+    size_bytes: int
+    socket: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from compute.agent.guest.host import Plane
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
@@ -36,7 +35,7 @@ from compute.wire.operations import NodeOperations, answer
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
 from compute.wire.streams import MESSAGE_BYTES, Stream
 from imagestore import durable
-from net import Action, Finding, NodeNetworks
+from net import Action, Finding, NodeNetworks, Plane
 
 log = logging.getLogger(__name__)
 
@@ -157,45 +156,36 @@ class Lease:
         return self.held() and self._confirmed
 
 
-class Droppable(Plane, Protocol):
-    """A Plane that can stop routing by itself; `net.plane.Plane` in the product."""
-
-    def drop_routers(self) -> object: ...
-
-
-class Fenced:
+class Fenced(Plane):
     """A Plane that makes no router on this node while its lease is not held."""
 
-    def __init__(self, plane: Droppable, lease: Lease, node: str, uplink: str = "") -> None:
-        self._plane, self._lease, self._node, self._uplink = plane, lease, node, uplink
-        self.create_tap, self.adopt_tap, self.remove_tap = plane.create_tap, plane.adopt_tap, plane.remove_tap
-        self.namespace = plane.namespace
+    def __init__(self, installation: str, state_dir: Path, node: str, uplink: str = "") -> None:
+        super().__init__(installation, state_dir)
+        self.lease, self._node, self._uplink = Lease(), node, uplink
 
-    def apply(self, desired: NodeNetworks) -> Sequence[Action]:
+    def apply(self, desired: NodeNetworks) -> list[Action]:
         """As Plane's; `uplink` of this machine's own configuration goes before the server's."""
         networks = desired.networks
-        if not self._lease.may_route():
+        if not self.lease.may_route():
             networks = tuple(
                 replace(n, router_node="") if n.router_node == self._node else n for n in networks
             )
-        done = self._plane.apply(replace(desired, networks=networks, uplink=self._uplink or desired.uplink))
-        if not self._lease.held():  # it ran out meanwhile
-            self._plane.drop_routers()
+        done = super().apply(replace(desired, networks=networks, uplink=self._uplink or desired.uplink))
+        if not self.lease.held():  # it ran out meanwhile
+            self.drop_routers()
         return done
 
-    def doctor(self, desired: NodeNetworks) -> Sequence[Finding]:
-        return self._plane.doctor(replace(desired, uplink=self._uplink or desired.uplink))
+    def doctor(self, desired: NodeNetworks) -> list[Finding]:
+        return super().doctor(replace(desired, uplink=self._uplink or desired.uplink))
 
 
 class RemoteController:
     """`agent.Controller` over HTTPS. `run` keeps the lease and answers the server's questions."""
 
-    def __init__(self, identity: Identity, state_dir: Path, plane: Droppable, uplink: str = "") -> None:
+    def __init__(self, identity: Identity, state_dir: Path, plane: Fenced) -> None:
         self._identity, self._kept = identity, state_dir / "desired.json"
         self._client, self._urls = _client(identity), [u.rstrip("/") for u in identity.url.split(",")]
-        self._lease = Lease()
-        self._drop = plane.drop_routers
-        self.plane = Fenced(plane, self._lease, identity.node, uplink)
+        self._lease, self._drop = plane.lease, plane.drop_routers
         self._facts: NodeFacts | None = None
         self._operations: NodeOperations | None = None
         self._last: NodeDesired | None = None

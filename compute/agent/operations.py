@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from compute.agent.guest.guest import Guest
-from compute.agent.guest.host import Plane
 from compute.agent.hypervisor import figures
 from compute.agent.image_service import ServedImages
 from compute.agent.streams import Streams, connect
@@ -18,7 +17,7 @@ from compute.wire.codec import from_plain
 from compute.wire.operations import Figures, NodeOperations
 from compute.wire.spec import CachedImage
 from compute.wire.streams import Stream
-from net import NetError, Network, NodeNetworks, listening, traffic
+from net import NetError, Network, NodeNetworks, Plane, listening, traffic
 
 _PINGS = 8
 """At once: each is a process, and tenants ask for them."""

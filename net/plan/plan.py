@@ -56,16 +56,15 @@ def plan(desired: NodeNetworks, observed: Observed) -> list[Action]:
     return diff(target(desired, observed), observed)
 
 
-def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = False) -> list[Action]:
+def diff(wanted: Mapping[str, Facts], observed: Observed) -> list[Action]:
     """The actions that lead from observed to wanted. A namespace that is not wanted is removed, unless a guest holds
-    its tap there (or `guests_too`): who made the tap takes it away, and what runs is not cut off because nobody
-    knows it."""
+    its tap there: who made the tap takes it away, and what runs is not cut off because nobody knows it."""
     actions: list[Action] = []
     host = observed.namespaces[HOST]
     namespaces = {**observed.namespaces, HOST: _without(host, _renewed(wanted, observed))}
     for name in sorted({*wanted, *namespaces}):
         want, have = wanted.get(name), namespaces.get(name)
-        if want is None and have is not None and not have.broken and _held(have) and not guests_too:
+        if want is None and have is not None and not have.broken and _held(have):
             continue
         if have is not None and (want is None or have.broken):
             actions += [
@@ -79,12 +78,8 @@ def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = 
             actions += _changes(name, want, have or Facts(), host)
     # A tap waits in the host between its making and its adoption. It is dead when no namespace wants it.
     expected = {n for facts in wanted.values() for n in facts.links}
-    dead = [
-        link
-        for n, link in host.links.items()
-        if link.kind == "tun" and n not in expected and (guests_too or not link.carrier)
-    ]
-    actions += [Action(Verb.DELETE, HOST, link) for link in dead]
+    taps = [link for link in host.links.values() if link.kind == "tun" and not link.carrier]
+    actions += [Action(Verb.DELETE, HOST, link) for link in taps if link.name not in expected]
     return sorted(actions, key=_order)
 
 

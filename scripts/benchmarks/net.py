@@ -215,4 +215,4 @@ def _reconciling(bench: Bench) -> None:
         cpu_s = [node.space.call(reconcile) for _ in range(5)]
         bench.number("reconcile_200_unchanged_cpu_s", statistics.median(cpu_s), "s", at_most=1)
         bench.say("removing them")
-        node.space.call(node.plane.remove_all)
+        node.remove_all()

@@ -42,7 +42,7 @@ def test_one_is_wiped_and_the_others_guests_keep_talking(tmp_path: Path) -> None
                 b.space.popen_quietly(f"ping -n -i 0.2 -w 60 -c 40 {t}") for t in (one.address, OUTSIDE)
             ]
             assert d.pings(one.address)
-            node.space.call(plane.remove_all)
+            neighbour.remove_all()
             assert not [name for name in node.space.sh("ls /run/netns").split() if installation in name]
             assert installation not in node.space.sh("ip -d link; nft list ruleset; ip netns")
             assert node.apply(desired) == []
@@ -65,7 +65,7 @@ def test_a_vni_that_another_installation_uses_on_this_host_is_refused_in_words(t
         assert f"VNI {mine.vni}" in refused.value.hint
         assert plane.namespace(fine) in node.space.sh("ls /run/netns")
         assert node.apply(desired) == []
-        node.space.call(plane.remove_all)
+        neighbour.remove_all()
         assert node.apply(desired) == []
 
 
@@ -76,7 +76,7 @@ def test_links_and_namespaces_of_others_with_such_names_are_left_alone(tmp_path:
         node.space.sh("nft add table inet sf-mine; nft add table ip sf-12345678")
         network = make_network(make_port(2, "n1"))
         cluster.apply(network)
-        node.space.call(node.plane.remove_all)
+        node.remove_all()
         assert set(node.space.sh("ip netns list").split()) == {"sf-other", "lab"}
         assert "sft-mine" in node.space.sh("ip link")
         assert {"sf-mine", "sf-12345678"} <= set(node.space.sh("nft list tables").split())

@@ -189,7 +189,7 @@ def test_the_bridge_stays_as_it_was_and_its_loss_unplugs_guests_until_it_is_back
         assert lan.node.apply(desired) == []
         lan.node.apply(replace(desired, networks=()))
         assert guest.reaches_not("192.168.77.3"), "a guest that nobody wants any more has no cable"
-    node.call(lan.node.plane.remove_all)
+    lan.node.remove_all()
     assert "sf" not in node.sh("nft list tables; ip -o link | grep sft || true")
 
 

@@ -67,7 +67,7 @@ def test_applying_twice_does_nothing_and_removing_leaves_nothing(cluster: Cluste
         assert node.apply(desired) == []
         assert node.apply(replace(desired, networks=())) != []
         assert node.apply(replace(desired, networks=())) == []
-    node.space.call(node.plane.remove_all)
+    node.remove_all()
     assert node.space.sh("ip -o link; ip -o -4 addr; ip route; nft list ruleset") == before
     assert node.space.sh("ls /run/netns") == ""
     assert node.space.processes() == []
@@ -148,7 +148,7 @@ def test_a_host_firewall_that_forwards_nothing_does_not_stop_the_networks(cluste
         assert guest.pings(OUTSIDE)
         assert cluster.world.works("ping -n -c 3 -W 2 10.9.9.100")
         assert cluster.nodes[0].apply(desired) == []
-    node.call(cluster.nodes[0].plane.remove_all)
+    cluster.nodes[0].remove_all()
     assert "sf-" not in node.sh("iptables-save")
 
 

@@ -167,7 +167,7 @@ def test_the_server_runs_as_its_own_user_where_that_one_can_read_its_files(tmp_p
         assert Path(f"/proc/{_server(node, network)}").stat().st_uid == int(user.split(":")[2])
         with cluster.guest(network, two) as guest:  # it was added by a reload, after privileges were dropped
             assert IPv4Address(guest.dhcp()[0]) == two.address
-        node.space.call(node.plane.remove_all)
+        node.remove_all()
 
 
 def test_a_process_with_a_thousand_open_files_still_sets_its_filters(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from compute.agent.agent import Agent
-from compute.agent.guest.host import Backing
 from compute.agent.hypervisor.domain import screen
+from compute.agent.image_service import Backing
 from compute.errors import NotFound
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import (

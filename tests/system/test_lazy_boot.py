@@ -22,11 +22,10 @@ import pycdlib
 import pytest
 
 from compute.agent.agent import Agent
-from compute.agent.guest.host import Backing
 from compute.agent.guest.overlay import snapshots
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor import libvirt as libvirt_adapter
-from compute.agent.image_service import ServedImages, Settings
+from compute.agent.image_service import Backing, ServedImages, Settings
 from compute.errors import NotFound, Unavailable
 from compute.wire.spec import Capture, DiskSpec, InstanceSpec, Power
 from imagestore.cache.control import ControlClient

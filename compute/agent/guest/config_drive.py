@@ -6,7 +6,9 @@ each power-on; `uuid` (cloud-init's instance-id) stays the same for the instance
 
 import io
 import json
+from collections.abc import Mapping
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import pycdlib
@@ -46,7 +48,7 @@ def _leads_out(interface: InterfaceSpec, network: Network) -> bool:
     return network.provide_nat or any(map(network.leads_out, own))
 
 
-def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, Any]:
+def network_data(spec: InstanceSpec, networks: Mapping[str, Network]) -> dict[str, Any]:
     """network_data.json: MAC and MTU always, `ipv4_dhcp` where the network serves it, else the address itself."""
     links, plans, resolvers = [], [], []
     first = next((i for i in spec.interfaces if _leads_out(i, networks[i.network_uuid])), None)
@@ -69,12 +71,20 @@ def network_data(spec: InstanceSpec, networks: dict[str, Network]) -> dict[str, 
     return {"links": links, "networks": plans, "services": resolvers}
 
 
-def files(spec: InstanceSpec, networks: dict[str, Network]) -> Files:
+def files(spec: InstanceSpec, networks: Mapping[str, Network]) -> Files:
     """Path on the drive to content."""
     told = {"meta_data": meta_data(spec), "network_data": network_data(spec, networks), "vendor_data": {}}
     found = {f"{name}.json": json.dumps(value, indent=1).encode() for name, value in told.items()}
     found |= {"user_data": spec.user_data} if spec.user_data else {}
     return {f"openstack/latest/{name}": content for name, content in found.items()}
+
+
+def write(path: Path, spec: InstanceSpec, networks: Mapping[str, Network]) -> None:
+    """The drive in a file, readable to nobody else, in place of what was there."""
+    half = path.with_suffix(".new")
+    half.touch(mode=0o600)
+    half.write_bytes(iso(files(spec, networks)))
+    half.replace(path)
 
 
 def iso(content: Files) -> bytes:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from compute.agent.guest import overlay
-from compute.agent.guest.host import Backing, Host
+from compute.agent.guest.host import Host
 from compute.agent.guest.record import DisksHeld, Part
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import FULL
+from compute.agent.image_service import Backing
 from compute.errors import ComputeError
 from compute.wire.spec import InstanceSpec
 
@@ -31,16 +32,11 @@ class Disks:
     """Works for the guest's task. A disk that was moved to its complete image is on its second overlay."""
 
     def __init__(self, host: Host, uuid: str, held: Part[DisksHeld], event: Callable[..., None]) -> None:
-        self._host, self._uuid, self._held, self._event = host, uuid, held, event
-
-    @property
-    def held(self) -> DisksHeld:
-        """On what the disks are."""
-        return self._held.now
+        self._host, self._uuid, self.held, self._event = host, uuid, held, event
 
     def overlay(self, device: str, *, second: bool | None = None) -> Path:
         """The file that a disk is on now, or its first or second one."""
-        moved = device in self._held.now.moved if second is None else second
+        moved = device in self.held.now.moved if second is None else second
         return self._host.directory / self._uuid / f"{device}{'.2' if moved else ''}.qcow2"
 
     def may_go_on(self, reason: str) -> bool:
@@ -83,7 +79,7 @@ class Disks:
             backing, socket = (under.path, under.socket) if under else (None, None)
             disks.append(domain.Disk(d.device, self.overlay(d.device), backing, socket, d.bus, d.cdrom))
         served = tuple(disk.device for disk in disks if disk.socket)
-        await self._held.save(served=served, deferred=(), arrived={})
+        await self.held.save(served=served, deferred=(), arrived={})
         return tuple(disks)
 
     async def hold(self, disks: tuple[domain.Disk, ...]) -> None:
@@ -95,7 +91,7 @@ class Disks:
 
     async def booted(self) -> None:
         """The guest is up: what it read until now was its boot."""
-        for device in self._held.now.served:
+        for device in self.held.now.served:
             await self._host.images.booted(self._reader(device))
 
     async def give_up(self, spec: InstanceSpec) -> None:
@@ -110,8 +106,8 @@ class Disks:
             await self._host.images.gone(self._reader(device))
             for second in (False, True):
                 self.overlay(device, second=second).unlink(missing_ok=True)
-        moved = tuple(device for device in self._held.now.moved if device not in devices)
-        await self._held.save(moved=moved, served=(), arrived={})
+        moved = tuple(device for device in self.held.now.moved if device not in devices)
+        await self.held.save(moved=moved, served=(), arrived={})
 
     async def grow(self, spec: InstanceSpec) -> None:
         """As large as they are to be by now. Never while something else is done to them."""
@@ -124,13 +120,13 @@ class Disks:
     async def move(self, spec: InstanceSpec) -> None:
         """Move running disks to second overlays over raw files, once those are complete and if it costs little."""
         await self.grow(spec)
-        for device in self._held.now.served:
+        for device in self.held.now.served:
             # libvirt copies no CD-ROM: it goes on by the image service, and from its next start on from the file.
             image = next((d.image for d in spec.disks if d.device == device and not d.cdrom), "")
             await self._move(device, image)
 
     async def _move(self, device: str, image: str) -> None:
-        held, figures = self._held, await self._host.images.figures(self._reader(device))
+        held, figures = self.held, await self._host.images.figures(self._reader(device))
         if figures and figures != held.now.arrived.get(device):
             await held.save(arrived={**held.now.arrived, device: figures})
         whole = figures.get("present_bytes") == figures.get("data_bytes")
@@ -158,7 +154,7 @@ class Disks:
 
     async def end_move(self) -> bool:
         """Finish or undo a move; what libvirt says the disk is on decides, whatever was meant. True if it was moved."""
-        held, do, hypervisor, device = self._held, self._host.do, self._host.hypervisor, self._held.now.moving
+        held, do, hypervisor, device = self.held, self._host.do, self._host.hypervisor, self.held.now.moving
         if not device:
             return False
         await do(hypervisor.stop_moving, self._uuid, device)

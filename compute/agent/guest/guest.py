@@ -21,7 +21,6 @@ from typing import Any
 
 from compute.agent.guest.capture import Captures
 from compute.agent.guest.console import ConsoleLog
-from compute.agent.guest.define import define
 from compute.agent.guest.disks import Disks, Leaving
 from compute.agent.guest.ending import Ending
 from compute.agent.guest.host import Host, Voice
@@ -77,7 +76,7 @@ class Guest:
     @property
     def taps(self) -> tuple[Tap, ...]:
         """Its taps, as its record has them."""
-        return self._taps.held
+        return self._taps.held.now.taps
 
     def update(self, spec: InstanceSpec | None, networks: Mapping[str, Network]) -> None:
         """New desired state; None: nobody knows it now, so it is only watched."""
@@ -99,7 +98,7 @@ class Guest:
     def look(self) -> bool:
         """Keep the console's log within its limit; True if it shows that the guest has come up. From any thread."""
         self.console.cut()
-        return not self._up and bool(self._disks.held.served) and self.console.up()
+        return not self._up and bool(self._disks.held.now.served) and self.console.up()
 
     def notice(self, trouble: str) -> None:
         """What is wrong with it, seen from elsewhere."""
@@ -246,7 +245,7 @@ class Guest:
                 break
             except Refused as err:
                 # An image service that is killed between its answer and qemu's connection is there again soon.
-                if not again or not self._disks.held.served:
+                if not again or not self._disks.held.now.served:
                     raise
                 log.warning("instance %s is started once more: %s", self.spec.uuid, err)
         await self._course.save(phase=Phase.UP, created=True, message="", crashed=False)
@@ -264,8 +263,8 @@ class Guest:
             nics = [await self._taps.make(spec, interface, self.networks) for interface in spec.interfaces]
             images = await self._disks.images(spec, self._leaving)
             disks = await self._disks.begin(spec, images)
-            networks, password = dict(self.networks), self.record.vdi_password
-            await host.do(define, host, self.directory, spec, networks, disks, tuple(nics), password)
+            password = self.record.vdi_password
+            await host.do(host.define, spec, dict(self.networks), disks, tuple(nics), password)
             await host.do(self.console.begin)
             self._up = False
             await host.do(hypervisor.start_paused, uuid)
@@ -330,7 +329,7 @@ class Guest:
                 extra |= {"vdi_password": self.record.vdi_password} if port else {}
         else:
             self._voice.agent_ready = None
-        extra |= {"image_bytes": arrived} if (arrived := self._disks.held.arrived) else {}
+        extra |= {"image_bytes": arrived} if (arrived := self._disks.held.now.arrived) else {}
         power = "crashed" if self.record.crashed else state.power
         power = "transition-to-off" if state.power != "off" and self.spec.power is Power.OFF else power
         message = self.record.message or state.reason

@@ -1,79 +1,25 @@
-"""What all guests of one agent share, what they need of its data plane and images, and how they speak through it."""
+"""What all guests of one agent share, and how they speak through it."""
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from compute.agent.guest import config_drive
 from compute.agent.guest.turns import Turns
+from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
-from compute.wire.spec import Capture, InstanceState, InstanceStatus, NodeEvent
-from net import Action, Finding, Network, NodeNetworks, Port
+from compute.agent.image_service import ServedImages
+from compute.wire.spec import Capture, InstanceSpec, InstanceState, InstanceStatus, NodeEvent
+from net import Network, Plane
 
 T = TypeVar("T")
-
-
-class Plane(Protocol):
-    """What guests need of this node's data plane; `net.plane.Plane` in the product."""
-
-    def apply(self, desired: NodeNetworks) -> Sequence[Action]: ...
-
-    def create_tap(self, port: Port) -> str: ...
-
-    def adopt_tap(self, network: Network, port: Port) -> object: ...
-
-    def remove_tap(self, port: Port) -> object: ...
-
-    def namespace(self, network: Network) -> str: ...
-
-    def doctor(self, desired: NodeNetworks) -> Sequence[Finding]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Backing:
-    """What an overlay stands on: a raw file, complete now, or (with an NBD socket) one day."""
-
-    path: Path
-    size_bytes: int
-    socket: Path | None = None
-
-
-class Images(Protocol):
-    """What guests need of this node's images. `reader` names the disk that reads one."""
-
-    async def backing(self, reader: str, digest: str) -> Backing:
-        """What a guest that is about to start reads its image from. Raises imagestore's errors, Unavailable."""
-        ...
-
-    def complete(self, digest: str) -> Path | None:
-        """The complete raw file of an image, if it is here."""
-        ...
-
-    def own_store(self, namespace: str) -> str:
-        """The URL of a namespace's own store. Raises Unavailable before it is known here."""
-        ...
-
-    async def settled(self, reader: str) -> None:
-        """The guest reads the raw file itself now."""
-        ...
-
-    async def gone(self, reader: str) -> None:
-        """The guest's disk is deleted."""
-        ...
-
-    async def booted(self, reader: str) -> None:
-        """The guest is up: its boot trace is complete."""
-        ...
-
-    async def figures(self, reader: str) -> dict[str, Any]:
-        """From where the bytes of its image came; {} where nobody knows."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +37,7 @@ class Host:
     hypervisor: Hypervisor
     plane: Plane
     plane_lock: asyncio.Lock
-    images: Images
+    images: ServedImages
     verdict: Verdict
     pool: ThreadPoolExecutor
     publish: Callable[[InstanceStatus], None]
@@ -108,6 +54,22 @@ class Host:
         """A change of the data plane: one at a time."""
         async with self.plane_lock:
             return await self.do(call, *args)
+
+    def define(
+        self,
+        spec: InstanceSpec,
+        networks: Mapping[str, Network],
+        disks: tuple[domain.Disk, ...],
+        nics: tuple[domain.Nic, ...],
+        password: str,
+    ) -> None:
+        """Write a guest's config drive and define its domain, both in place of those of its last start."""
+        directory, (accel, cpu) = self.directory / spec.uuid, (self.verdict.accel, self.verdict.cpu)
+        if spec.config_drive:
+            config_drive.write(directory / "config.iso", spec, networks)
+        whose, listen = (self.installation, self.machine), str(self.address)
+        made = domain.Domain(*whose, spec, directory, accel, cpu, disks, nics, listen, password)
+        self.hypervisor.define(domain.domain_xml(made))
 
 
 _WAITS_S = 30.0

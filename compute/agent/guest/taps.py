@@ -18,12 +18,7 @@ class Taps:
     """Works for the guest's task. Every tap is in the record before it is in the kernel."""
 
     def __init__(self, host: Host, held: Part[TapsHeld]) -> None:
-        self._host, self._held = host, held
-
-    @property
-    def held(self) -> tuple[Tap, ...]:
-        """Those that were asked for."""
-        return self._held.now.taps
+        self._host, self.held = host, held
 
     async def make(self, spec: InstanceSpec, interface: InterfaceSpec, networks: Networks) -> domain.Nic:
         """Make the tap, written down first. The network must be among the desired ones."""
@@ -33,13 +28,13 @@ class Taps:
             raise NotFound(f"{where} is not on this node")
         address = IPv4Address(interface.address)
         port = Port(interface.uuid, interface.mac, address, spec.name, self._host.node, interface.tap)
-        await self._held.save(taps=(*self._held.now.taps, Tap(port, network.uuid)))
+        await self.held.save(taps=(*self.held.now.taps, Tap(port, network.uuid)))
         name = await self._host.wire(self._host.plane.create_tap, port)
         return domain.Nic(interface.uuid, interface.mac, name, network.mtu_bytes, interface.model)
 
     async def adopt(self, networks: Networks) -> None:
         """Move taps that qemu holds open into their networks."""
-        for tap in self._held.now.taps:
+        for tap in self.held.now.taps:
             network = networks.get(tap.network_uuid)
             if (tap.adopted and tap.network) or network is None:
                 continue
@@ -48,22 +43,22 @@ class Taps:
             await self._host.wire(self._host.plane.adopt_tap, network, port)
             kept = replace(network, ports=(), routed=(), dns_entries=(), router_floating=None)
             done = replace(tap, port=port, adopted=True, network=kept)
-            await self._held.save(taps=tuple(done if t is tap else t for t in self._held.now.taps))
+            await self.held.save(taps=tuple(done if t is tap else t for t in self.held.now.taps))
 
     async def remove(self, keep: frozenset[str] = frozenset()) -> None:
         """Remove the taps of all interfaces but `keep`."""
-        kept = tuple(tap for tap in self._held.now.taps if tap.port.uuid in keep)
-        for tap in self._held.now.taps:
+        kept = tuple(tap for tap in self.held.now.taps if tap.port.uuid in keep)
+        for tap in self.held.now.taps:
             if tap not in kept:
                 await self._host.wire(self._host.plane.remove_tap, tap.port)
-        if kept != self._held.now.taps:
-            await self._held.save(taps=kept)
+        if kept != self.held.now.taps:
+            await self.held.save(taps=kept)
 
     async def plug(self, spec: InstanceSpec, networks: Networks) -> None:
         """Bring the running guest's interfaces to what is wanted; a removal ends when the guest has let go."""
-        known = {tap.port.uuid for tap in self._held.now.taps}
+        known = {tap.port.uuid for tap in self.held.now.taps}
         wanted = {interface.uuid for interface in spec.interfaces}
-        if known == wanted and all(tap.adopted and tap.network for tap in self._held.now.taps):
+        if known == wanted and all(tap.adopted and tap.network for tap in self.held.now.taps):
             return
         do, hypervisor = self._host.do, self._host.hypervisor
         live = domain.live_interfaces(await do(hypervisor.xml, spec.uuid))

@@ -4,8 +4,10 @@ import time
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+import pytest
+
 from compute.agent import link as remote
-from net.plan.model import Network, NodeNetworks, Port
+from net import Network, NodeNetworks, Plane
 
 MINE = Network("u", 7, "lan", IPv4Network("10.0.0.0/24"), IPv4Address("10.0.0.1"), router_node="n2")
 DESIRED = NodeNetworks("0badcafe", "n2", (MINE,))
@@ -17,6 +19,7 @@ class Wires:
     def __init__(self) -> None:
         self.applied: list[NodeNetworks] = []
         self.dropped = 0
+        self.lease = remote.Lease()
 
     def apply(self, desired: NodeNetworks) -> list[str]:
         self.applied.append(desired)
@@ -25,32 +28,30 @@ class Wires:
     def drop_routers(self) -> None:
         self.dropped += 1
 
-    def create_tap(self, port: Port) -> str:
-        return f"tap of {port.uuid}"
 
-    def adopt_tap(self, network: Network, port: Port) -> None: ...
-
-    def remove_tap(self, port: Port) -> None: ...
-
-    def namespace(self, network: Network) -> str:
-        return network.name
+@pytest.fixture
+def plane(monkeypatch: pytest.MonkeyPatch) -> Wires:
+    """What the data plane below a fence is told."""
+    wires = Wires()
+    monkeypatch.setattr(Plane, "apply", lambda _, desired: wires.apply(desired))
+    monkeypatch.setattr(Plane, "drop_routers", lambda _: wires.drop_routers())
+    return wires
 
 
 def routers(plane: Wires) -> list[str]:
     return [network.router_node for network in plane.applied[-1].networks]
 
 
-def test_without_a_lease_a_node_has_its_networks_and_no_router() -> None:
-    plane, lease = Wires(), remote.Lease()
-    fenced = remote.Fenced(plane, lease, "n2")
-    fenced.apply(DESIRED)
+def test_without_a_lease_a_node_has_its_networks_and_no_router(plane: Wires, tmp_path: Path) -> None:
+    remote.Fenced("0badcafe", tmp_path, "n2").apply(DESIRED)
     assert routers(plane) == [""] and plane.dropped == 1
 
 
-def test_routers_come_with_the_first_desired_state_that_was_asked_for_under_the_lease() -> None:
-    plane, lease = Wires(), remote.Lease()
-    fenced = remote.Fenced(plane, lease, "n2", uplink="eth1")
-    before = time.monotonic()
+def test_routers_come_with_the_first_desired_state_that_was_asked_for_under_the_lease(
+    plane: Wires, tmp_path: Path
+) -> None:
+    fenced = remote.Fenced("0badcafe", tmp_path, "n2", uplink="eth1")
+    lease, before = fenced.lease, time.monotonic()
     lease.confirm(before)  # without a lease it counts for nothing
     lease.renewed(time.monotonic(), 60)
     fenced.apply(DESIRED)
@@ -81,10 +82,9 @@ def test_a_renewal_counts_from_when_it_was_asked_for() -> None:
     assert not lease.held()
 
 
-def test_other_nodes_routers_are_none_of_its_business() -> None:
-    plane = Wires()
+def test_other_nodes_routers_are_none_of_its_business(plane: Wires, tmp_path: Path) -> None:
     elsewhere = Network("v", 8, "far", IPv4Network("10.1.0.0/24"), IPv4Address("10.1.0.1"), router_node="n3")
-    remote.Fenced(plane, remote.Lease(), "n2").apply(NodeNetworks("0badcafe", "n2", (elsewhere,)))
+    remote.Fenced("0badcafe", tmp_path, "n2").apply(NodeNetworks("0badcafe", "n2", (elsewhere,)))
     assert routers(plane) == ["n3"]
 
 
