@@ -108,25 +108,18 @@ def list_keys(ctx: Ctx, ref: str) -> Response:
 
 
 @router.post("/auth/namespaces/{ref}/keys")
-def add_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
-    return _set_key(ctx, ref, body.key_name, body, must_exist=False)
-
-
 @router.put("/auth/namespaces/{ref}/keys")
-def change_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
-    return _set_key(ctx, ref, body.key_name, body, must_exist=True)
+def set_key(ctx: Ctx, ref: str, body: KeyBody) -> Response:
+    return change_key(ctx, ref, body.key_name, body)
 
 
 @router.put("/auth/namespaces/{ref}/keys/{key_name}")
-def change_named_key(ctx: Ctx, ref: str, key_name: str, body: KeyValueBody) -> Response:
-    return _set_key(ctx, ref, key_name, body, must_exist=True)
-
-
-def _set_key(ctx: Context, ref: str, key_name: str, body: KeyValueBody, *, must_exist: bool) -> Response:
+def change_key(ctx: Ctx, ref: str, key_name: str, body: KeyValueBody) -> Response:
     _own(ctx, ref)
     hashed, may = auth.hash_key(body.key), body.model_dump(include={"read_only"}, exclude_none=True)
     may |= {"expires_s": int(time.time()) + body.ttl_s} if body.ttl_s else {}
-    ctx.act(lambda txn: auth.set_key(txn, ref, key_name, hashed, must_exist=must_exist, **may))
+    there = ctx.request.method == "PUT"
+    ctx.act(lambda txn: auth.set_key(txn, ref, key_name, hashed, must_exist=there, **may))
     return JSONResponse(key_name)
 
 

@@ -133,23 +133,14 @@ def remove_node(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(_view(ctx, gone))
 
 
-def _drain(ctx: Context, ref: str, drained: bool) -> Response:
+@router.post("/nodes/{ref}/drain")
+@router.post("/nodes/{ref}/undrain")
+def drain(ctx: Ctx, ref: str) -> Response:
+    """Place nothing new there and route elsewhere; what runs goes on. Undrained, it is used again."""
     ctx.admin()
-    known = _find(ctx, ref)
-    others = _living(ctx)
+    known, others, drained = _find(ctx, ref), _living(ctx), ctx.request.url.path.endswith("/drain")
     changed = ctx.act(lambda txn: acts.drain(txn, known.name, drained=drained, router_nodes=others))
     return JSONResponse(_view(ctx, changed))
-
-
-@router.post("/nodes/{ref}/drain")
-def drain(ctx: Ctx, ref: str) -> Response:
-    """Place nothing new there and route elsewhere; what runs goes on."""
-    return _drain(ctx, ref, True)
-
-
-@router.post("/nodes/{ref}/undrain")
-def undrain(ctx: Ctx, ref: str) -> Response:
-    return _drain(ctx, ref, False)
 
 
 @router.get("/admin/cacert")

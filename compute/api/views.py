@@ -24,76 +24,56 @@ from net import ipam
 Json = dict[str, Any]
 
 
-def _common(item: Stored, **fields: Any) -> Json:
-    return {
-        "uuid": item.id,
-        "state": str(getattr(item, "state", "created")),
-        "metadata": getattr(item, "metadata", {}),
-        "version": item.SCHEMA,
-        **fields,
-    }
+def _common(item: Stored, same: str = "", known: str = "", /, **fields: Any) -> Json:
+    """`same`: fields that are called as the record's and are as there; `known`: those that are null where empty."""
+    about: Json = {"uuid": item.id, "version": item.SCHEMA, "metadata": getattr(item, "metadata", {})}
+    about["state"] = str(getattr(item, "state", "created"))
+    about |= {name: getattr(item, name) for name in same.split()}
+    return about | {name: getattr(item, name) or None for name in known.split()} | fields
 
 
 def namespace(item: Namespace) -> Json:
     about = {n: {"expires": k.expires_s or None, "read_only": k.read_only} for n, k in item.keys.items()}
     keys = {"keys": sorted(item.keys), "about_keys": about}
-    return _common(item, name=item.name, **keys, trust={"full": sorted(item.trust)})
+    return _common(item, "name", **keys, trust={"full": sorted(item.trust)})
 
 
 def snapshot(item: Snapshot) -> Json:
     order = item.order
     names = {device: f"my/{item.image(device)}:{item.tag}" for device in sorted(order.digests)}
-    said = {
-        "frozen": order.frozen,
-        "note": order.note,
-        "error_message": order.error,
-        "created": order.moment_s,
-    }
-    more = {"instance_uuid": item.instance_uuid, "backup": item.backup, "namespace": item.namespace}
-    name = f"my/{item.instance.lower()}:{item.tag}"
-    return _common(item, name=name, images=names, digests=order.digests, **more, **order.costs, **said)
+    said = {"frozen": order.frozen, "note": order.note, "error_message": order.error}
+    said |= {"name": f"my/{item.instance.lower()}:{item.tag}", "created": order.moment_s, "images": names}
+    return _common(item, "instance_uuid backup namespace", digests=order.digests, **order.costs, **said)
 
 
 def interface(item: Interface) -> Json:
     return _common(
         item,
-        network_uuid=item.network_uuid,
-        instance_uuid=item.instance_uuid,
-        namespace=item.namespace,
+        "network_uuid instance_uuid namespace order model",
+        "floating",
         macaddr=item.mac,
         ipv4=None if IPv4Address(item.address) in ipam.UNKNOWN else item.address,
         ipv6=item.address6 or None,
-        order=item.order,
-        floating=item.floating or None,
         published=[str(each) for each in item.published],
         rules=list(item.rules),
         limits=asdict(item.limits),
-        model=item.model,
     )
 
 
 def rules(item: Rules) -> Json:
-    return _common(item, name=item.name, namespace=item.namespace, allow=[str(each) for each in item.allow])
+    return _common(item, "name namespace", allow=[str(each) for each in item.allow])
 
 
 def network(item: Network) -> Json:
     netblock = IPv4Network(item.netblock)
     return _common(
         item,
-        name=item.name,
-        namespace=item.namespace,
+        "name namespace isolated provide_dhcp provide_nat provide_dns router_node routed",
+        "netblock6 bridge",
         netblock=item.netblock if netblock != ipam.ANY else None,
         gateway=None if netblock == ipam.ANY else item.gateway or str(netblock[1]),
-        netblock6=item.netblock6 or None,
-        bridge=item.bridge or None,
-        isolated=item.isolated,
-        provide_dhcp=item.provide_dhcp,
-        provide_nat=item.provide_nat,
-        provide_dns=item.provide_dns,
         floating_gateway=item.router_floating or None,
         vxlan_id=item.vni,
-        router_node=item.router_node,
-        routed=item.routed,
         dns=item.dns_entries,
         created=item.created_s,
     )
@@ -103,9 +83,9 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
     """read_only: for somebody who may not type on its screen."""
     return _common(
         item,
-        name=item.name,
-        namespace=item.namespace,
-        cpus=item.cpus,
+        "name namespace cpus video node power_state uefi secure_boot configdrive agent_state accel autostart order"
+        " delay_s ephemeral",
+        "console_port vdi_port ssh_key nvram_template error_message progress",
         memory=item.memory_mib,
         disk_spec=list(item.disk_spec),
         disks=[
@@ -120,30 +100,12 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
             }
             for disk in item.disks
         ],
-        video=item.video,
-        node=item.node,
-        power_state=item.power_state,
         power=item.power.value,
-        console_port=item.console_port or None,
-        vdi_port=item.vdi_port or None,
         vdi_tls_port=None,
         vdi_password=None if read_only else item.extra.get("vdi_password"),
-        ssh_key=item.ssh_key or None,
         user_data=base64.b64encode(item.user_data).decode() or None,
-        uefi=item.uefi,
-        secure_boot=item.secure_boot,
-        nvram_template=item.nvram_template or None,
-        configdrive=item.configdrive,
         side_channels=[*item.side_channels, *(["sf-agent2"] if AGENT_CHANNEL in item.side_channels else [])],
-        agent_state=item.agent_state,
         agent_system_boot_time=item.extra.get("agent_system_boot_time"),
-        error_message=item.error_message or None,
-        progress=item.progress or None,
-        accel=item.accel,
-        autostart=item.autostart,
-        order=item.order,
-        delay_s=item.delay_s,
-        ephemeral=item.ephemeral,
         until=item.until_s or None,
         held_until=item.held_s or None,
         image_bytes=item.extra.get("image_bytes"),
@@ -156,17 +118,13 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
 def node(item: Node, *, alive: bool, server: bool, awaited: str) -> Json:
     """`awaited`: why nothing begins before this node has said what runs there; "" if it has."""
     state = item.state if item.state == "deleted" else "created" if alive else "missing"
-    return _common(item) | {
-        "uuid": item.uuid,
-        "name": item.name,
+    facts = {"release": "", "cpus": 0, "architecture": "", "accel": ""} | item.facts
+    return _common(item, "uuid name") | {
         "state": "drained" if item.drained and alive else state,
         "ip": item.facts.get("address", ""),
         "lastseen": time.time() if alive else item.lastseen_s,
-        "release": item.facts.get("release", ""),
-        "cpus": item.facts.get("cpus", 0),
         "memory": item.facts.get("memory_mib", 0),
-        "architecture": item.facts.get("architecture", ""),
-        "accel": item.facts.get("accel", ""),
+        **{name: facts[name] for name in ("release", "cpus", "architecture", "accel")},
         "awaited": awaited or None,
         "is_hypervisor": True,
         "is_network_node": True,
@@ -218,8 +176,7 @@ def artifact(item: Artifact, metadata: Json, instances: Iterable[Instance], node
     """`instances`: those that the caller sees."""
     blobs = {number: _blob(blob, number, instances, nodes) for number, blob in item.blobs.items()}
     newest = max(map(int, blobs), default=0)
-    said: Json = {"name": item.name, "artifact_type": item.artifact_type, "source_url": item.source_url}
-    said |= {"store": item.store_url or None, "namespace": item.namespace, "shared": item.shared}
-    said |= {"max_versions": item.max_versions, "index": newest, "blobs": blobs, "metadata": metadata}
-    said |= {"blob_uuid": blobs[str(newest)]["uuid"] if blobs else None, "progress": item.progress or None}
-    return _common(item, **said, error_message=item.error_message or None)
+    said: Json = {"store": item.store_url or None, "index": newest, "blobs": blobs, "metadata": metadata}
+    said |= {"blob_uuid": blobs[str(newest)]["uuid"] if blobs else None}
+    same = "name artifact_type source_url namespace shared max_versions"
+    return _common(item, same, "progress error_message", **said)
