@@ -223,9 +223,8 @@ def plan(seen: Seen, threshold: float) -> Plan:
         and old(stat)
         and (name not in seen.objects[keys.MANIFESTS] or keys.MANIFESTS.key(name) in gone)
     ]
-    beside += [
-        stat for name, stat in seen.objects[keys.DELTAS].items() if name not in seen.updates and old(stat)
-    ]
+    deltas = seen.objects[keys.DELTAS].items()
+    beside += [stat for name, stat in deltas if name not in seen.updates and old(stat)]
     delete = [*(stat for stat in (*manifests, *layouts) if stat.key in seen.trash), *beside]
     mark = [stat for stat in (*manifests, *layouts) if stat.key not in seen.trash and stat.size_bytes]
     report = GcReport(

@@ -84,7 +84,6 @@ def store_stats(store: Store) -> StoreStats:
 def _unique_bytes(tables: list[Table]) -> int:
     """Plain bytes of different live chunks: a chunk may lie in more than one pack."""
     ids = np.concatenate([np.zeros((0, 32), np.uint8), *(table.footer.ids[table.live] for table in tables)])
-    lengths = np.concatenate(
-        [np.zeros(0, np.uint32), *(table.footer.lengths[table.live] for table in tables)]
-    )
+    live = (table.footer.lengths[table.live] for table in tables)
+    lengths = np.concatenate([np.zeros(0, np.uint32), *live])
     return int(lengths[first_of_each(ids)].sum(dtype=np.int64))

@@ -36,7 +36,7 @@ from compute.wire.spec import (
     NodeEvent,
     NodeFacts,
 )
-from compute.wire.streams import Stream
+from compute.wire.streams import Stream, first
 from net import NetError, NodeNetworks, Plane
 
 P = ParamSpec("P")
@@ -189,18 +189,12 @@ class Agent:
 
     async def _next(self, revision: int, wait_s: float) -> NodeDesired:
         """Another desired state than `revision`; the same after `wait_s`, or when there is something to say."""
-        asking = asyncio.ensure_future(
-            self._patiently(self._controller.desired, self._node, revision, wait_s)
-        )
-        shown = asyncio.ensure_future(self._shown.wait())
-        try:
-            await asyncio.wait({asking, shown}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                return await asking
-        finally:
-            asking.cancel()
-            shown.cancel()
-        return await self._patiently(self._controller.desired, self._node, 0, 0)
+
+        async def shown() -> NodeDesired:
+            await self._shown.wait()
+            return await self._patiently(self._controller.desired, self._node, 0, 0)
+
+        return await first(self._patiently(self._controller.desired, self._node, revision, wait_s), shown())
 
     async def _apply_networks(self, networks: NodeNetworks) -> bool:
         """Bring the data plane to `networks`; True if it was so already. A failure is reported and tried again."""

@@ -30,11 +30,9 @@ class Reports:
 
     def publish(self, status: InstanceStatus) -> None:
         """Queue a status; one that only refines the last of the same state replaces it."""
-        for index in range(len(self._statuses) - 1, -1, -1):
-            if self._statuses[index].uuid == status.uuid:
-                if self._statuses[index].state == status.state:
-                    del self._statuses[index]
-                break
+        last = next((s for s in reversed(self._statuses) if s.uuid == status.uuid), None)
+        if last is not None and last.state == status.state:
+            self._statuses = [s for s in self._statuses if s is not last]
         self._statuses.append(status)
         self._waiting.set()
 

@@ -16,15 +16,8 @@ from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity
 
-DEFAULTS = {
-    "instances": 200,
-    "cpus": 1000,
-    "memory_mib": 1 << 20,
-    "disk_gb": 1 << 15,
-    "networks": 16,
-    "floating": 8,
-}
-DEFAULTS |= {"keys": 64, "stored_gb": 1024}
+DEFAULTS = {"instances": 200, "cpus": 1000, "memory_mib": 1 << 20, "disk_gb": 1 << 15, "stored_gb": 1024}
+DEFAULTS |= {"networks": 16, "floating": 8, "keys": 64}
 """More than a home has, and less than all addresses, or a host full of dnsmasq. The administrator's has no limits."""
 _COUNTED: dict[str, type[Stored]] = {kind.KIND: kind for kind in (Instance, Network, Interface, Namespace)}
 

@@ -9,12 +9,13 @@ import json
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
 from compute.errors import NotFound, Unavailable
 
+T = TypeVar("T")
 Message = bytes | str
 MESSAGE_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16
@@ -73,13 +74,12 @@ def pair() -> tuple[Stream, Stream]:
     return end(there, returned), end(back, arrived)
 
 
-async def first(*doing: Coroutine[Any, Any, None]) -> None:
-    """Until one of them has ended; the others are cancelled. Raises what it raises."""
+async def first(*doing: Coroutine[Any, Any, T]) -> T:
+    """What one of them has to say as soon as it has ended; the others are cancelled. Raises what it raises."""
     tasks = [asyncio.ensure_future(one) for one in doing]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        return [task.result() for task in tasks if task in done][0]  # noqa: RUF015 - errors of all
     finally:
         for task in tasks:
             task.cancel()

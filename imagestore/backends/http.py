@@ -10,7 +10,16 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from imagestore.backends.protocol import MAX_BYTES, Data, Object, ObjectStat, ReadOnly, check_key, pieces
+from imagestore.backends.protocol import (
+    MAX_BYTES,
+    Data,
+    Etag,
+    Object,
+    ObjectStat,
+    ReadOnly,
+    check_key,
+    pieces,
+)
 from imagestore.backends.web import PATIENCE_S, Response, Web, body, receive, whole_of
 from imagestore.errors import Corrupt, Invalid, Unsupported
 from imagestore.formats.keys import kind_of
@@ -100,15 +109,13 @@ class Wire(Http):
     read_only, conditional, keeps_hooks = False, True, True
     _ahead_s: float | None = None
 
-    def put(
-        self, key: str, data: Data, *, if_match: str | None = None, if_none_match: bool = False
-    ) -> ObjectStat:
+    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         parts = [memoryview(piece).cast("B") for piece in pieces(data)]
         more = {"If-None-Match": "*"} if if_none_match else {}
         more["Content-Length"] = str(sum(part.nbytes for part in parts))
         return self._ask("PUT", check_key(key), if_match, more, parts)[0]
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: Etag = None) -> None:
         self._ask("DELETE", check_key(key), if_match)
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
@@ -129,10 +136,8 @@ class Wire(Http):
             said = read_json(receive(body(response, where), None, where, **self._pace))
             self._ahead_s = real(said["now"]) - time.monotonic()
             rows = [said["objects"][0]] if parts is not None else said["objects"]
-            found = (
-                (check_key(o["key"]), whole(o["size_bytes"]), o["etag"], real(o["modified_s"])) for o in rows
-            )
-            return [ObjectStat(key, size, str(etag), at) for key, size, etag, at in found]
+            told = ((check_key(o["key"]), o["size_bytes"], str(o["etag"]), o["modified_s"]) for o in rows)
+            return [ObjectStat(key, whole(size), etag, real(at)) for key, size, etag, at in told]
         except (ValueError, LookupError, TypeError, Invalid) as err:
             raise Corrupt(f"{where}: the server's answer is none: {err!r:.80}") from err
         finally:

@@ -144,10 +144,11 @@ class S3:
             # botocore's own read() waits for all of it, however slowly it comes.
             stream: Any = answer["Body"]._raw_stream  # type: ignore[attr-defined]
             try:
-                parts = iter(lambda: stream.read1(_READ_BYTES), b"")
-                data = receive(
-                    parts, size if length is None else length, f"{self.url}/{key}", patience_s=PATIENCE_S
+                parts, wanted = (
+                    iter(lambda: stream.read1(_READ_BYTES), b""),
+                    size if length is None else length,
                 )
+                data = receive(parts, wanted, f"{self.url}/{key}", patience_s=PATIENCE_S)
             finally:
                 answer["Body"].close()
             return Object(data, ObjectStat(key, total, _etag(answer), answer["LastModified"].timestamp()))
@@ -184,9 +185,8 @@ class S3:
     def delete(self, key: str, *, if_match: Etag = None) -> None:
         if if_match is not None and self.conditions == "put":
             raise Unsupported(f"{self.url} has no conditional deletes")
-        condition: dict[str, Any] = {}
-        if if_match and self.conditions == "delete":
-            condition = {"IfMatch": f'"{if_match}"'}
+        held = if_match and self.conditions == "delete"
+        condition: dict[str, Any] = {"IfMatch": f'"{if_match}"'} if held else {}
         try:
             with contextlib.suppress(NotFound), self._errors(key):
                 self._client.delete_object(**self._at(key), **condition)

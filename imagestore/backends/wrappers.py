@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 from imagestore.backends.protocol import Backend, Data, Etag, Object, ObjectStat, pieces
@@ -44,9 +45,8 @@ class Wrapper:
         return self.inner.list(prefix)
 
     def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
-        return self._do(
-            "put", key, lambda: self.inner.put(key, data, if_match=if_match, if_none_match=if_none_match)
-        )
+        put = partial(self.inner.put, key, data, if_match=if_match, if_none_match=if_none_match)
+        return self._do("put", key, put)
 
     def delete(self, key: str, *, if_match: Etag = None) -> None:
         self._do("delete", key, lambda: self.inner.delete(key, if_match=if_match))
@@ -151,9 +151,7 @@ class Verified(Wrapper):
 class RateLimited(Wrapper):
     """At most `bytes_s` bytes a second through get and put, over all threads together."""
 
-    def __init__(
-        self, inner: Backend, bytes_s: float, *, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, inner: Backend, bytes_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         super().__init__(inner)
         self._bytes_s, self._sleep = bytes_s, sleep
         self._free_at = 0.0

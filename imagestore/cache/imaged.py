@@ -148,14 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="imagestore.cache.imaged", description=__doc__)
     parser.add_argument("state", type=Path)
     parser.add_argument("store", nargs="*")
-    parser.add_argument("--user", default="")
-    parser.add_argument("--group", default="")
     for name in ("--fill-rate", "--cache-size", "--read-ahead"):
         parser.add_argument(name, default="")
     parser.add_argument("--while-needed", action="store_true")
     told = vars(parser.parse_args())
-    more = {name: told[name] for name in ("user", "group", "while_needed")}
-    run_service(told["state"], told["store"], options_of(Settings(told)), **more)
+    options = options_of(Settings(told))
+    run_service(told["state"], told["store"], options, while_needed=told["while_needed"])
 
 
 if __name__ == "__main__":

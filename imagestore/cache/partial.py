@@ -191,11 +191,8 @@ class PartialImage:
         at = 0
         while at < len(chunks):
             end = at + 1
-            while (
-                end < len(chunks)
-                and end - at < 256
-                and self.starts[chunks[end]] == self.ends[chunks[end - 1]]
-            ):
+            last = min(len(chunks), at + 256)
+            while end < last and self.starts[chunks[end]] == self.ends[chunks[end - 1]]:
                 end += 1
             wanted = self.ends[chunks[end - 1]] - self.starts[chunks[at]]
             if self._files.pwritev(self._fd, pieces[at:end], self.starts[chunks[at]]) != wanted:
@@ -207,11 +204,9 @@ class PartialImage:
 
         The caller has checked the source's bytes and what stands here afterwards.
         """
-        length, at = self.ends[chunk] - self.starts[chunk], 0
+        start, length, at = self.starts[chunk], self.ends[chunk] - self.starts[chunk], 0
         while at < length:
-            done = os.copy_file_range(
-                source_fd, self._fd, length - at, source_offset + at, self.starts[chunk] + at
-            )
+            done = os.copy_file_range(source_fd, self._fd, length - at, source_offset + at, start + at)
             if not done:
                 raise OSError(errno.EIO, "the source was cut short")
             at += done

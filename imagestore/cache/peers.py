@@ -184,9 +184,8 @@ class PeerServer:
         async with asyncio.timeout(_HEAD_S):
             head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             verb, path, _ = head[0].split(" ")
-            headers = {
-                name.lower(): text.strip() for name, _, text in (one.partition(":") for one in head[1:])
-            }
+            parts = (one.partition(":") for one in head[1:])
+            headers = {name.lower(): text.strip() for name, _, text in parts}
             length = int(headers.get("content-length", "0"))
             if verb != "POST" or not 0 < length <= _MAX_CHUNKS * _ID or length % _ID:
                 return False

@@ -60,9 +60,8 @@ def cut(
     """
     shift = np.uint64(64 - (params.average_bytes // BLOCK).bit_length() + 1)
     met = ((sums * _MIX) >> shift == 0) if params.average_bytes > BLOCK else np.ones(len(sums), np.bool_)
-    ends: list[int] = np.union1d(
-        np.flatnonzero(met & ~zero) + 1, _inside(hints, first_block, len(sums))
-    ).tolist()
+    hinted = _inside(hints, first_block, len(sums))
+    ends: list[int] = np.union1d(np.flatnonzero(met & ~zero) + 1, hinted).tolist()
     smallest, largest = params.min_bytes // BLOCK, params.max_bytes // BLOCK
     forced: list[int] = _inside(cuts, first_block, len(sums)).tolist()
     chunks: list[tuple[int, int]] = []

@@ -90,9 +90,8 @@ class Reader(Columns):
         text = data[start : start + size]
         try:
             self.header = read_json(text)
-            again = json.dumps(
-                self.header, sort_keys=True, separators=(",", ":"), ensure_ascii=False
-            ).encode()
+            canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            again = canonical.encode(self.header).encode()
         except ValueError as error:
             raise Corrupt(f"{what}: the header is no JSON: {error}") from error
         if not isinstance(self.header, dict) or again != text:

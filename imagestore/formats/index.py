@@ -34,10 +34,8 @@ class IndexPart:
     def encode(self) -> bytes:
         """The object's bytes; their BLAKE3 is its name."""
         encoded = [footer.encode() for _, footer in self.footers]
-        sizes = np.array([len(data) for data in encoded], "<u4")
-        return columns.encode(
-            PART_MAGIC, {"packs": len(encoded)}, sizes, np.frombuffer(b"".join(encoded), np.uint8)
-        )
+        sizes, whole = np.array([len(data) for data in encoded], "<u4"), b"".join(encoded)
+        return columns.encode(PART_MAGIC, {"packs": len(encoded)}, sizes, np.frombuffer(whole, np.uint8))
 
     @classmethod
     def decode(cls, data: bytes) -> Self:

@@ -146,10 +146,8 @@ class Layout:
             frames.append(rows)
             starts.append(part.chunk_frames.astype(np.int64) + first)
             first += len(rows)
-        offsets = np.concatenate([part.chunk_offsets for part in parts])
-        return self.of(
-            self.manifest, packs, np.concatenate(frames), np.concatenate(starts), offsets, self.pages
-        )
+        rows, places = np.concatenate(frames), np.concatenate([part.chunk_offsets for part in parts])
+        return self.of(self.manifest, packs, rows, np.concatenate(starts), places, self.pages)
 
     def stored(self, manifest: Manifest) -> Pages:
         """What this places: the chunks of its manifest, then the pages."""

@@ -174,11 +174,8 @@ class Manifest:
             page_bytes = read.count("page_bytes", _MAX_PAGE_BYTES)
             pages = read.count("pages", int(counts[0, 0]))
             total, counts = counts, np.stack([read.column("<u4", pages) for _ in counts]).astype(np.int64)
-            if (
-                (counts.sum(axis=1, keepdims=True) != total).any()
-                or not pages
-                or page_bytes < _MIN_PAGE_BYTES
-            ):
+            fits = (counts.sum(axis=1, keepdims=True) == total).all()
+            if not fits or not pages or page_bytes < _MIN_PAGE_BYTES:
                 raise Corrupt("manifest: its pages do not have its rows")
             told = Pages(read.ids(pages), counts[0] * 12 + counts[1] * 36)
             bodies = fetch(told) if fetch else [read.column("u1", n).tobytes() for n in told.lengths.tolist()]
@@ -239,12 +236,8 @@ class Manifest:
             if (lasts != starts // self.page_bytes).any():
                 raise Corrupt("manifest: a run goes past the end of its page")
             meet &= lasts[:-1] == lasts[1:]
-        if (
-            (starts % BLOCK).any()
-            or (starts[1:] < ends[:-1]).any()
-            or meet.any()
-            or ends[-1] > self.size_bytes
-        ):
+        apart = not (starts % BLOCK).any() and (starts[1:] >= ends[:-1]).all()
+        if not apart or meet.any() or ends[-1] > self.size_bytes:
             raise Corrupt("manifest: runs overlap, touch or lie outside the disk")
         odd = np.flatnonzero(lengths % BLOCK)
         if len(odd) > 1 or (len(odd) and (odd[0] != len(lengths) - 1 or ends[-1] != self.size_bytes)):

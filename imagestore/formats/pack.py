@@ -128,9 +128,8 @@ class Footer:
         starts = np.cumsum(lengths) - lengths
         if not len(lengths):
             return starts
-        inner: npt.NDArray[np.int64] = starts - np.repeat(
-            starts[np.cumsum(self.counts) - self.counts], self.counts
-        )
+        firsts = starts[np.cumsum(self.counts) - self.counts]
+        inner: npt.NDArray[np.int64] = starts - np.repeat(firsts, self.counts)
         return inner
 
     def frames(self, pack: int = 0) -> Rows:

@@ -118,11 +118,8 @@ class Frames:
         firsts = firsts - firsts[0]
         before = np.append(0, np.cumsum(self.lengths[rows]))
         moved = self.inner[rows] != before[:-1] - np.repeat(before[firsts[:-1]], np.diff(firsts))
-        before_moved = np.append(0, np.cumsum(moved))
-        whole = (np.diff(before[firsts]) == self.table["plain"][request]) & (
-            np.diff(before_moved[firsts]) == 0
-        )
-        return [bool(one) for one in whole]
+        unmoved = np.diff(np.append(0, np.cumsum(moved))[firsts]) == 0
+        return [bool(one) for one in unmoved & (np.diff(before[firsts]) == self.table["plain"][request])]
 
     def rows(self, frames: int | slice) -> slice:
         """Where the chunks of a frame, or of a request's, stand in the columns."""

@@ -80,9 +80,8 @@ class Lookup:
         self._stack.push(self._lease)
         usable = self._store.has_packs({pack: sizes[pack] for pack in granted})
         if len(usable) < len(sizes):  # before the lease began a repack has moved what was read, perhaps
-            self._lineage = [
-                (one, (self._image(one) or (None, None))[1], rows) for one, _, rows in self._lineage
-            ]
+            again = ((one, self._image(one), rows) for one, _, rows in self._lineage)
+            self._lineage = [(one, found[1] if found else None, rows) for one, found, rows in again]
             moved = [layout.pack_sizes() for _, layout, _ in self._lineage if layout]
             usable |= self._there({p: size for of in moved for p, size in of.items() if p not in usable})
         for _, layout, rows in self._lineage:

@@ -74,9 +74,8 @@ def parse_reference(text: str) -> Reference:
     name, colon, tag = rest.partition(":")
     if slash:
         check_name(remote, "remote")
-    return Reference(
-        check_name(name), check_name(tag, "tag") if colon else LATEST, remote if slash else None, prefix
-    )
+    tag = check_name(tag, "tag") if colon else LATEST
+    return Reference(check_name(name), tag, remote if slash else None, prefix)
 
 
 def check_name(text: str, what: str = "name") -> str:

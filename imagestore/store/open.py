@@ -43,9 +43,8 @@ def open_store(
         if not create:
             raise
         with suppress(Conflict):  # somebody else is making it now: theirs is as good
-            return Store.init(
-                backend, probed=find_conditions(backend), single_writer=single_writer, private=private
-            )
+            probed = find_conditions(backend)
+            return Store.init(backend, probed=probed, single_writer=single_writer, private=private)
         store = Store.open(backend, single_writer=single_writer)
     s3 = _s3(backend)
     if s3 is not None:
@@ -77,16 +76,12 @@ def open_backend(url: str, ca: str = "") -> Backend:
     if not parts.hostname:
         raise wrong
     if parts.scheme == "s3":
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        if (
-            set(options) - {"endpoint_url", "region", "profile"}
-            or len(parts.netloc) < 3
-            or "@" in parts.netloc
-        ):
+        options, bucket = dict(parse_qsl(parts.query, keep_blank_values=True)), parts.netloc
+        if options.keys() - {"endpoint_url", "region", "profile"} or len(bucket) < 3 or "@" in bucket:
             raise wrong
         from imagestore.backends.s3 import S3
 
-        return Retried(S3(parts.netloc, parts.path, **options))
+        return Retried(S3(bucket, parts.path, **options))
     if _PIN.fullmatch(f"{parts.scheme}?{parts.query}"):
         from imagestore.backends.http import Http, Wire
 

@@ -96,9 +96,8 @@ class Store:
         private: bool = False,
     ) -> "Store":
         """Make a new store. Raises Conflict when there is one already."""
-        info = StoreInfo(
-            secrets.token_hex(16), params or ChunkerParams(), conditional=probed or {}, private=private
-        )
+        params = params or ChunkerParams()
+        info = StoreInfo(secrets.token_hex(16), params, conditional=probed or {}, private=private)
         exists = Conflict(f"there is a store in {backend.url} already")
         if not backend.conditional:
             with suppress(NotFound):
@@ -261,9 +260,8 @@ class Store:
         for again in (False, True):
             head = Layout.decode(data or self._content(LAYOUTS.key(manifest)), manifest)
             try:
-                return head, read_pages(self, head, choose(len(head.pages.ids))) if len(
-                    head.pages.ids
-                ) else ()
+                count = len(head.pages.ids)
+                return head, read_pages(self, head, choose(count)) if count else ()
             except NotFound:  # moved by a repack, perhaps
                 if again or data:
                     raise

@@ -14,6 +14,7 @@ from compute.agent.hypervisor.libvirt import FULL
 from compute.agent.image_service import Backing
 from compute.errors import ComputeError
 from compute.wire.spec import InstanceSpec
+from compute.wire.streams import first
 
 _MOVE_BYTES = 256 << 20
 """A disk is moved while its guest runs only if its overlay holds less: the move copies it."""
@@ -49,20 +50,16 @@ class Disks:
 
     async def images(self, spec: InstanceSpec, leaving: asyncio.Event) -> dict[str, Backing]:
         """Device → what its image is read from, as soon as that is there. Raises Leaving, imagestore's errors."""
-        fetch = asyncio.ensure_future(self._fetch(spec))
-        leave = asyncio.ensure_future(leaving.wait())
-        try:
-            await asyncio.wait({fetch, leave}, return_when=asyncio.FIRST_COMPLETED)
-            if leaving.is_set():
-                raise Leaving
-            return await fetch
-        finally:
-            fetch.cancel()
-            leave.cancel()
-
-    async def _fetch(self, spec: InstanceSpec) -> dict[str, Backing]:
         images, made = self._host.images, [disk for disk in spec.disks if disk.image]
-        return {disk.device: await images.backing(self._reader(disk.device), disk.image) for disk in made}
+
+        async def fetch() -> dict[str, Backing]:
+            return {disk.device: await images.backing(self._reader(disk.device), disk.image) for disk in made}
+
+        async def leave() -> dict[str, Backing]:
+            await leaving.wait()
+            raise Leaving
+
+        return await first(fetch(), leave())
 
     async def make(self, spec: InstanceSpec, images: Mapping[str, Backing]) -> None:
         """Empty overlays, on the images or on nothing."""

@@ -129,8 +129,5 @@ def plan(manifest: Manifest) -> Qcow2:
     at = np.searchsorted(tables, clusters // _PER_L2) * _PER_L2 + clusters % _PER_L2
     l2[at] = ((data_at + np.arange(len(clusters))) * CLUSTER).astype(np.uint64) | np.uint64(_COPIED)
     # A zero after the header's last field ends the (empty) list of header extensions.
-    parts = [
-        first.ljust(CLUSTER, b"\0"),
-        *(column.tobytes() for column in (refcount_table, refcounts, l1, l2)),
-    ]
-    return Qcow2(b"".join(parts), clusters, manifest.size_bytes)
+    tables_bytes = (table.tobytes() for table in (refcount_table, refcounts, l1, l2))
+    return Qcow2(b"".join((first.ljust(CLUSTER, b"\0"), *tables_bytes)), clusters, manifest.size_bytes)
