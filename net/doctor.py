@@ -104,10 +104,8 @@ def _firewall(desired: NodeNetworks, observed: Observed, ruleset: str) -> Iterat
             packets = [(what, {key: prefix}, f'{key} "{prefix}*"') for what, key in forwarded if uplinks]
             for bridge in sorted({n.bridge for n in desired.networks if n.bridge in observed.bridges}):
                 if observed.bridged_meets_firewall:
-                    both, match = (
-                        dict.fromkeys(("iifname", "oifname"), bridge),
-                        f'iifname "{bridge}" oifname "{bridge}"',
-                    )
+                    both = {"iifname": bridge, "oifname": bridge}
+                    match = f'iifname "{bridge}" oifname "{bridge}"'
                     packets.append((f"packets between ports of {bridge}", both, match))
         elif chain.get("hook") == "input" and is_meshed(desired):
             packets = [("the mesh's packets", {"dport": "4789"}, "udp dport 4789")]

@@ -104,9 +104,8 @@ class ServedImages:
         if self._identities is None:
             return None
         own = {url for name, url in self._handed.items() if "/" in name}
-        return tuple(
-            sorted({self._identities[u] for u in self._urls() if u in self._identities and u not in own})
-        )
+        known = {url: self._identities.get(url) for url in self._urls() if url not in own}
+        return tuple(sorted(set(filter(None, known.values()))))
 
     async def backing(self, reader: str, digest: str) -> Backing:
         """What a guest that is about to start reads its image from.

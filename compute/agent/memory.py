@@ -77,9 +77,8 @@ class Memory:
                 lock.seek(0)
                 other = lock.read() or "one in another container"
                 hint = f"one is a copy of the other; to be a node of its own, the copy must lose its {self._path.name}"
-                raise Conflict(
-                    f"{self._directory} is the same node as {other}, which runs", hint=hint
-                ) from err
+                same = f"{self._directory} is the same node as {other}, which runs"
+                raise Conflict(same, hint=hint) from err
             held.callback(path.unlink, missing_ok=True)
             lock.truncate(0)
             lock.write(str(self._directory))

@@ -17,12 +17,13 @@ _KEPT_EVENTS = 10_000
 _RETRY_S = 1.0
 
 
+Send = Callable[[Sequence[InstanceStatus], Sequence[NodeEvent]], Awaitable[None]]
+
+
 class Reports:
     """`send` carries statuses and events to the server; it raises ComputeError while they were not taken."""
 
-    def __init__(
-        self, send: Callable[[Sequence[InstanceStatus], Sequence[NodeEvent]], Awaitable[None]]
-    ) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
         self._statuses: list[InstanceStatus] = []
         self._events: deque[NodeEvent] = deque(maxlen=_KEPT_EVENTS)

@@ -31,10 +31,8 @@ class Streams:
 
     async def open(self, guest: Guest, kind: str, options: dict[str, Any], ticket: str) -> None:
         """Serve one in the background. Raises Invalid for an unknown kind."""
-        do = {"console": self._console, "exec": self._exec, "vnc": self._vnc, "screen": self._screen}.get(
-            kind
-        )
-        if do is None:
+        known = {"console": self._console, "exec": self._exec, "vnc": self._vnc, "screen": self._screen}
+        if (do := known.get(kind)) is None:
             raise Invalid(f"this node's agent knows no stream {kind[:80]}")
         await self.begin(ticket, lambda stream: do(guest, options, stream))
 

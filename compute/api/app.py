@@ -89,14 +89,14 @@ class _Objects(Collector):
         ends = [((), ends_s(cert))] if cert else []
         yield _family("sf_certificate_ends_seconds", "When the API's certificate ends", [], ends)
         labels = ["instance", "name", "namespace", "node"]
-        yield from _used(
-            "instance", labels, {(i.uuid, i.name, i.namespace, i.node): usage.of(i) for i in instances}
-        )
+        used: _Used = {(i.uuid, i.name, i.namespace, i.node): usage.of(i) for i in instances}
+        yield from _used("instance", labels, used)
         yield from _used("node", ["node"], {(node.name,): usage.of(node) for node in nodes})
         yield _family("sf_state_revision", "Commits of the state store", [], [((), read.store.revision())])
 
 
 _Row = tuple[tuple[str, ...], float]
+_Used = Mapping[tuple[str, ...], Mapping[str, Any] | None]
 
 
 def _family(name: str, about: str, labels: list[str], rows: Iterable[_Row], *, grows: bool = False) -> Metric:
@@ -106,9 +106,7 @@ def _family(name: str, about: str, labels: list[str], rows: Iterable[_Row], *, g
     return found
 
 
-def _used(
-    kind: str, labels: list[str], used: Mapping[tuple[str, ...], Mapping[str, Any] | None]
-) -> Iterable[Metric]:
+def _used(kind: str, labels: list[str], used: _Used) -> Iterable[Metric]:
     for name in (*COUNTED, *HELD):
         rows = [(values, one[name]) for values, one in used.items() if one]
         called = f"sf_{kind}_{name.replace('cpu_s', 'cpu_seconds')}"

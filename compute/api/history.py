@@ -181,11 +181,9 @@ def _seen(ctx: Context, records: Iterable[Record | Change]) -> Iterator[tuple[st
     for record in records:
         _, kind, identity, _ = record.key.split("/")
         about: Any = read.find(_KINDS[kind], identity) if kind in _KINDS else None
-        if (
-            about
-            and record.value
-            and (kind == Node.KIND or getattr(about, "shared", False) or ctx.sees(about))
-        ):
+        if not about or not record.value:
+            continue
+        if kind == Node.KIND or getattr(about, "shared", False) or ctx.sees(about):
             what = {"object": kind, "uuid": about.uuid, "name": about.name}
             yield str(record.revision), views.event(Event.decode(record.value, 0)) | what
 

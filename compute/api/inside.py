@@ -172,9 +172,8 @@ async def list_operations(ctx: Ctx, ref: str, body: ListBody | None = None) -> R
 async def show_operation(ctx: Ctx, uuid: str) -> Response:
     """How it went. Deleted, it is given up."""
     if uuid not in _operations:
-        raise NotFound(
-            f"agent operation {uuid[:80]} not found", hint="they end with the server that took them"
-        )
+        hint = "they end with the server that took them"
+        raise NotFound(f"agent operation {uuid[:80]} not found", hint=hint)
     found, task = _operations[uuid]
     ctx.find(Instance, found["instance_uuid"])
     if ctx.request.method == "DELETE":

@@ -42,9 +42,7 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> bool:
         had, message, spec = before.pop(orphan.uuid, None), "", orphan.spec
         if had is None:
             name = f"{spec.namespace[:64]}/{spec.name[:64]}" if spec else "nobody knows its name"
-            message = (
-                f"guest {orphan.uuid} ({name}) is in no record: it is left as it is; see sf node orphans"
-            )
+            message = f"guest {orphan.uuid} ({name}) is in no record: left as it is; see sf node orphans"
             log.warning("node %s: %s", node, message)
         elif orphan.trouble not in ("", had.orphan.trouble):
             message = f"guest {orphan.uuid}, which is in no record: {orphan.trouble[:500]}"
@@ -132,9 +130,7 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
     if found.delete or (before is not None and before.state != InstanceState.DELETED):
         raise Conflict(f"guest {uuid} is to be deleted, or has a record", hint=f"sf instance show {uuid}")
     namespace = spec.namespace if txn.find(Namespace, spec.namespace) else "system"
-    networks = {
-        network.uuid: _network(txn, network, namespace, found.node) for network in found.orphan.networks
-    }
+    networks = {n.uuid: _network(txn, n, namespace, found.node) for n in found.orphan.networks}
     name = _name(txn, Instance.KIND, namespace, spec.name, uuid)
     for order, interface in enumerate(spec.interfaces):
         network = networks.get(interface.network_uuid) or txn.get(Network, interface.network_uuid)

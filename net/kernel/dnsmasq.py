@@ -112,11 +112,8 @@ class Daemon:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._directory.chmod(0o755)
         self._loaded.unlink(missing_ok=True)
-        for path, text in (
-            (self._config, wanted.config),
-            (self._hosts, wanted.hosts),
-            (self._names, wanted.names),
-        ):
+        texts = (self._config, wanted.config), (self._hosts, wanted.hosts), (self._names, wanted.names)
+        for path, text in texts:
             beside = path.with_suffix(".new")
             beside.write_text(text)
             beside.chmod(0o644)

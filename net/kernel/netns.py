@@ -39,6 +39,7 @@ _NOARP, _PERMANENT, _NODAD = 0x40, 0x80, 2
 _SELF, _MASTER, _PROXY = 2, 4, 8
 _PROTO_KERNEL, _PROTO_STATIC, _SCOPE_LINK = 2, 4, 253
 
+_HERE = b"/proc/thread-self/ns/net"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,6 +47,18 @@ def _check(result: int, what: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise Failed(f"{what}: {os.strerror(number)}")
+
+
+@contextmanager
+def _coming_home() -> Iterator[None]:
+    """The calling thread stands in this namespace again afterwards, wherever it went."""
+    home = os.open(_HERE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        back = _libc.setns(home, _CLONE_NEWNET)
+        os.close(home)
+        _check(back, "the way home from a namespace is shut")
 
 
 def list_namespaces(prefix: str) -> list[str]:
@@ -68,16 +81,9 @@ def create_namespace(name: str) -> None:
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     path = DIRECTORY / name
     path.touch(mode=0o444)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with _coming_home():
         _check(_libc.unshare(_CLONE_NEWNET), "a network namespace cannot be made")
-        mounted = _libc.mount(b"/proc/thread-self/ns/net", bytes(path), b"none", _MS_BIND, None)
-        number = ctypes.get_errno()
-        _check(_libc.setns(home, _CLONE_NEWNET), "the way home from a new namespace is shut")
-        if mounted != 0:
-            raise Failed(f"{path} cannot be mounted: {os.strerror(number)}")
-    finally:
-        os.close(home)
+        _check(_libc.mount(_HERE, bytes(path), b"none", _MS_BIND, None), f"{path} cannot be mounted")
 
 
 def remove_namespace(name: str) -> None:
@@ -121,9 +127,8 @@ class Netns:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        path = DIRECTORY / name if name else Path("/proc/thread-self/ns/net")
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(DIRECTORY / name if name else _HERE, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise Failed(f"namespace {name} cannot be opened: {error.strerror}") from error
         try:
@@ -148,15 +153,9 @@ class Netns:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """The calling thread, and every process that it starts, stands in this namespace meanwhile."""
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with _coming_home():
             _check(_libc.setns(self.fd, _CLONE_NEWNET), f"namespace {self.name} cannot be entered")
-            try:
-                yield
-            finally:
-                _check(_libc.setns(home, _CLONE_NEWNET), "the way home from a namespace is shut")
-        finally:
-            os.close(home)
+            yield
 
     # What is there
 
@@ -208,15 +207,9 @@ class Netns:
     # What is changed
 
     def create_bridge(self, link: Link) -> None:
-        self._ip.link(
-            "add",
-            ifname=link.name,
-            kind="bridge",
-            mtu=link.mtu_bytes,
-            br_forward_delay=0,
-            br_mcast_snooping=0,
-            **({"address": link.mac} if link.mac else {}),
-        )
+        device = {"ifname": link.name, "kind": "bridge", "mtu": link.mtu_bytes}
+        device |= {"address": link.mac} if link.mac else {}
+        self._ip.link("add", br_forward_delay=0, br_mcast_snooping=0, **device)
 
     def create_vxlan(self, link: Link, target: "Netns") -> None:
         """Made from here, put into the target: its UDP socket stays in this namespace."""
@@ -254,9 +247,8 @@ class Netns:
         if link.master:
             # A port's flags hang on its bridge, and must be there before it is up.
             self._ip.link("set", index=index, **changes)
-            self._ip.brport(
-                "set", index=index, neigh_suppress=int(link.suppress), learning=int(link.learning)
-            )
+            flags = {"neigh_suppress": int(link.suppress), "learning": int(link.learning)}
+            self._ip.brport("set", index=index, **flags)
             changes = {}
         self._ip.link("set", index=index, state="up" if link.up else "down", **changes)
 

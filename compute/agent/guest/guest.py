@@ -168,9 +168,8 @@ class Guest:
             phase = await self._captures.restore(self.record, spec)
             await self._course.save(spec=spec, phase=phase, asked_s=asked_s)
         if spec.reboot_hard > self.record.reboot_hard:
-            await self._course.save(
-                phase=Phase.STARTING, reboot_hard=spec.reboot_hard, reboot_soft=spec.reboot_soft
-            )
+            counted = {"reboot_hard": spec.reboot_hard, "reboot_soft": spec.reboot_soft}
+            await self._course.save(phase=Phase.STARTING, **counted)
         await self._disks.end_move()
         state = await self._ending.observe(spec.power)
         await self._captures.look(spec, state.power)
