@@ -20,6 +20,7 @@ from click import Argument, Option
 if TYPE_CHECKING:
     from imagestore import Settings
 
+_Function = Callable[..., Any]
 API = ("namespace", "api_url")
 STORE = ("store",)
 
@@ -82,7 +83,7 @@ DURATION = _Unit("duration", "s")
 """Seconds."""
 
 
-def kept(*flags: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def kept(*flags: str, **attributes: Any) -> Callable[[_Function], _Function]:
     """An option that is a setting: it comes before the variable and the files of its name."""
     return click.option(*flags, **_KEPT, **attributes)
 
@@ -120,9 +121,7 @@ class Group(click.Group):
         self.lazy = dict(lazy or {})
         """name -> ("module:attribute", short help)"""
 
-    def add(
-        self, name: str | None = None, **attributes: Any
-    ) -> Callable[[Callable[..., Any]], click.Command]:
+    def add(self, name: str | None = None, **attributes: Any) -> Callable[[_Function], click.Command]:
         """Decorates the function of a new command."""
         return super().command(name, cls=Command, needs=self.needs, **attributes)
 

@@ -72,9 +72,8 @@ def _screen(found: Row) -> str:
 def _arrived(device: str, figures: Mapping[str, Any]) -> str:
     """What part of a disk's image is here, from where it came, and how long the guest waited for it."""
     here, whole = figures.get("present_bytes", 0), figures.get("data_bytes", 0)
-    came = ", ".join(
-        f"{size(count)} from {origin}" for origin, count in sorted(figures.get("received", {}).items())
-    )
+    received = sorted(figures.get("received", {}).items())
+    came = ", ".join(f"{size(count)} from {origin}" for origin, count in received)
     share = f"{100 * here // whole}%" if whole else ""
     return f"{device} {share} here ({came or 'nothing fetched'}; reads waited {figures.get('waited_s', 0):.1f} s)"
 
@@ -154,23 +153,14 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
 )
 @click.option("--cpus", type=click.IntRange(min=1))
 @click.option("--memory", type=MEBIBYTES, help="512M, 8G; a number: MiB.")
-@click.option(
-    "--disk", "disks", multiple=True, metavar="[DEVICE=]40G", help="Larger than it is; default: vda."
-)
+@click.option("--disk", "disks", multiple=True, metavar="[DEVICE=]40G", help="Grow it; default: vda.")
 @click.option("--ttl", type=DURATION, help="From now on; then it is deleted. 0: it stays.")
-@click.option(
-    "--autostart", type=click.Choice(["yes", "no", "last"]), help="With its machine; last: if it ran."
-)
-@click.option(
-    "--order", type=click.IntRange(0, 9), help="Lower ones of a namespace start first, and end last."
-)
-@click.option(
-    "--delay", "delay_s", type=DURATION, metavar="DURATION", help="Before those of the next order start."
-)
-def set_(
-    names: tuple[str, ...], cpus: int | None, memory: int | None, disks: tuple[str, ...], **start: Any
-) -> None:
+@click.option("--autostart", type=click.Choice(["yes", "no", "last"]), help="With its machine; last: if on.")
+@click.option("--order", type=click.IntRange(0, 9), help="A namespace's lower ones start first, end last.")
+@click.option("--delay", "delay_s", type=DURATION, metavar="DURATION", help="Before the next order starts.")
+def set_(names: tuple[str, ...], cpus: int | None, memory: int | None, **given: Any) -> None:
     """Change guests: disks of one that runs grow at once, the rest counts from its next start on."""
+    disks, start = given.pop("disks"), given
     if not (cpus or memory or disks) and all(value is None for value in start.values()):
         raise click.UsageError("nothing to set")
     pairs, api = [text.rpartition("=") for text in disks], Api()
@@ -207,9 +197,7 @@ _power("unpause", "unpause", "Let paused guests go on.")
 
 
 @instance.add(examples="sf instance stop web db --wait\nsf instance stop web --force")
-@click.option(
-    "--timeout", type=DURATION, default="60s", show_default=True, help="Then the power is taken anyway."
-)
+@click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Then its power is taken.")
 @click.option("--force", is_flag=True, help="Take the power at once, as by holding down the power button.")
 @click.option("--wait", is_flag=True, help="Until they are off.")
 def stop(names: tuple[str, ...], timeout: float, force: bool, wait: bool) -> None:
@@ -248,9 +236,7 @@ SNAPSHOT_FIELDS = (
 
 
 @instance.add(examples="sf instance snapshot web")
-@click.option(
-    "--timeout", type=DURATION, default="1h", show_default=True, help="How long to wait for its end."
-)
+@click.option("--timeout", type=DURATION, default="1h", show_default=True, help="How long it may take.")
 def snapshot(name: str, form: str, timeout: float) -> None:
     """Keep all disks of a running guest as they are now, as images under my/."""
     api = Api()
@@ -262,16 +248,14 @@ def follow_snapshot(api: Api, name: str, made: Object, timeout: float) -> Object
     """One that was begun, as it ended."""
     with status() as tell:
         for gone_s in poll(timeout):
-            found: Object = next(
-                s for s in api("GET", "instances", name, "snapshot") if s["uuid"] == made["uuid"]
-            )
+            every = api("GET", "instances", name, "snapshot")
+            found: Object = next(one for one in every if one["uuid"] == made["uuid"])
             if found["state"] in ("created", "error"):
                 break
             tell(f"{found['name']}: {found['state']}", f"{gone_s:.0f} s")
         else:
-            raise Problem(
-                f"{made['name']} is not stored yet", hint=f"sf instance snapshots {name}", code=TIMEOUT
-            )
+            hint = f"sf instance snapshots {name}"
+            raise Problem(f"{made['name']} is not stored yet", hint=hint, code=TIMEOUT)
     if found["state"] == "error":
         raise Problem(f"{found['name']}: {found['error_message']}", hint=f"sf instance events {name}")
     return found

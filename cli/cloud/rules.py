@@ -57,9 +57,7 @@ def _attach(verb: str, method: str, text: str) -> None:
 
 
 _attach("attach", "POST", "Let those alone speak to a guest whom its rules allow.")
-_attach(
-    "detach", "DELETE", "Take rules from a guest; without any it is open, unless its network is isolated."
-)
+_attach("detach", "DELETE", "Take rules from a guest; without any it is open, unless on an isolated network.")
 
 
 @rules.add(examples="sf rules delete web")

@@ -149,10 +149,8 @@ def pull(name: str, architecture: str, form: str, output: Path | None, force: bo
 def _bring(name: str, architecture: str, form: str) -> None:
     from imagestore import copy_name
 
-    with (
-        found(name, architecture) as (source, full, digest),
-        opened(name="any", create=True, write=True) as store,
-    ):
+    here = opened(name="any", create=True, write=True)
+    with found(name, architecture) as (source, full, digest), here as store:
         if not full:
             raise Problem(f"{name} has no name to keep it here", hint="NAME[:TAG][@b3:DIGEST]", code=USAGE)
         count = 0
@@ -319,9 +317,8 @@ def gc(form: str, single_writer: bool, **given: Any) -> None:
     from imagestore import collect
 
     if home():
-        raise Problem(
-            "what a namespace keeps, the server collects", hint="--store URL for another", code=USAGE
-        )
+        why = "what a namespace keeps, the server collects"
+        raise Problem(why, hint="--store URL for another", code=USAGE)
     with opened(alone=single_writer) as store:
         report = collect(store, **given)
     show_one({**asdict(report), "mend_times": given["mend_times"], "name": store.url}, COLLECTED, form)

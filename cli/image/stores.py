@@ -73,7 +73,6 @@ def judge(report: "VerifyReport", what: str, good: str) -> None:
         image = f" (image {trouble.image})" if trouble.image else ""
         print(clean(f"{trouble.key}: {trouble.reason}{image}"))
     if report.problems:
-        raise Problem(
-            f"{what}: {len(report.problems)} problems", hint="sf store verify --repair-from URL|FILE"
-        )
+        hint = "sf store verify --repair-from URL|FILE"
+        raise Problem(f"{what}: {len(report.problems)} problems", hint=hint)
     print(f"{what}: {good}")
