@@ -25,6 +25,8 @@ from imagestore.updates.using import read_steps
 
 _WINDOW_BYTES = 512 << 10
 _DICTIONARY_BYTES = 6 << 20
+_MATCHER = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 18, "min_match": 6}
+"""A table that has room for a dictionary: the level's is for the frame, and forgets what it begins with."""
 _WORKERS = 2
 _SAVES = 0.9  # of the frames' bytes: an update that costs more is not kept
 
@@ -54,18 +56,21 @@ class _Spool(NamedTuple):
 
 
 def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
-    """Make the update between two images of a store; None if it saves hardly anything. Raises NotFound, Corrupt."""
+    """Make the update between two images of a store; None if it saves hardly anything. Raises NotFound, Corrupt.
+
+    What became of a chunk is looked for where `to` lacks it: what both have was not changed.
+    """
     old, new = store.manifest(base), store.manifest(to)
-    missing = np.flatnonzero(find(new.ids, old.ids) < 0)
-    if not len(missing) or not len(old.ids):
+    missing, gone = (np.flatnonzero(find(*ids) < 0) for ids in ((new.ids, old.ids), (old.ids, new.ids)))
+    if not len(missing) or not len(gone):
         return None
     with tempfile.TemporaryDirectory(prefix="sf-update-") as place, ThreadPoolExecutor(_WORKERS) as pool:
-        olds = _spooled(store, base, old, np.arange(len(old.ids)), Path(place) / "old")
+        olds = _spooled(store, base, old, gone, Path(place) / "old")
         news = _spooled(store, to, new, missing, Path(place) / "new")
         alike = most_alike(news.samples(pool), olds.samples(pool), len(missing))
         made = in_order(pool, lambda part: _frame(news, olds, alike, part), _frames(news), 2 * _WORKERS)
         counts, bases, frames = zip(*made, strict=True)
-    columns = (map(len, frames), counts, map(len, bases), missing, np.concatenate(bases))
+    columns = (map(len, frames), counts, map(len, bases), missing, gone[np.concatenate(bases)])
     a, b, c, d, e = (np.fromiter(column, np.uint32) for column in columns)
     hashes = np.frombuffer(b"".join(map(Digest.of, frames)), np.uint8).reshape(-1, 32)
     head = Update(base, to, a, b, c, d, e, hashes).encode()
@@ -78,17 +83,16 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
 
 
 def _spooled(store: Store, digest: Digest, manifest: Manifest, rows: Numbers, path: Path) -> _Spool:
-    """Read chunks of an image into a file."""
+    """Read chunks of an image into a file: written, as a new file's mapped pages cost more than the copy."""
     ends = np.cumsum(manifest.lengths[rows], dtype=np.int64)
-    data = np.memmap(path, np.uint8, "w+", shape=(int(ends[-1]),))
-    starts = np.zeros(len(manifest.lengths), np.int64)
-    starts[rows] = ends - manifest.lengths[rows]
-    with ThreadPoolExecutor(READERS, "sf-read") as pool:
+    starts = dict(zip(rows.tolist(), (ends - manifest.lengths[rows]).tolist(), strict=True))
+    with ThreadPoolExecutor(READERS, "sf-read") as pool, path.open("wb") as file:
         for frames, request, _, pieces in ImageReader(lambda: store, digest, manifest).load(rows, pool):
             chunks = frames.chunks[frames.rows(request)].tolist()
             for chunk, piece in zip(chunks, (one for of_frame in pieces for one in of_frame), strict=True):
-                data[starts[chunk] : starts[chunk] + len(piece)] = np.frombuffer(piece, np.uint8)
-    return _Spool(data, ends)
+                file.seek(starts[chunk])
+                file.write(piece)
+    return _Spool(np.memmap(path, np.uint8, "r"), ends)
 
 
 def _frames(news: _Spool) -> Iterator[tuple[int, int]]:
@@ -102,7 +106,7 @@ def _frames(news: _Spool) -> Iterator[tuple[int, int]]:
 
 
 def _frame(news: _Spool, olds: _Spool, alike: Numbers, part: tuple[int, int]) -> tuple[int, Numbers, bytes]:
-    """How many chunks a frame has; the rows of its dictionary: what they resemble, and its neighbours; its bytes."""
+    """How many chunks a frame has; which old ones are its dictionary: what they resemble, and neighbours; its bytes."""
     like = alike[slice(*part)]
     like = like[like >= 0]
     near = np.unique(np.concatenate([like - 1, like, like + 1]))
@@ -110,7 +114,7 @@ def _frame(news: _Spool, olds: _Spool, alike: Numbers, part: tuple[int, int]) ->
     near = near[np.cumsum(np.diff(olds.ends, prepend=0)[near]) <= _DICTIONARY_BYTES]
     plain, dictionary = news.of(np.arange(*part)), olds.of(near)
     sizes = {"source_size": len(plain), "dict_size": len(dictionary), "window_log": 24}
-    params = zstandard.ZstdCompressionParameters.from_level(LEVEL, **sizes)
+    params = zstandard.ZstdCompressionParameters.from_level(LEVEL, **sizes, **_MATCHER)
     raw = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     frame = zstandard.ZstdCompressor(dict_data=raw, compression_params=params).compress(plain)
     return part[1] - part[0], near, frame

@@ -1,7 +1,7 @@
 """Which old chunk a new one resembles most, blind to file systems: both have samples in common.
 
-Wherever two bytes meet a mask, the 16 that begin there are hashed; the smallest value of each of 8 buckets stands for a
-chunk, and votes for old chunks that have it too (Broder, On the resemblance of documents).
+Wherever two bytes meet a mask, the 16 that begin there are hashed; the smallest hashes are a chunk's samples, and
+each votes for old chunks that have it too (Broder, On the resemblance of documents; sampled by value, not by place).
 """
 
 import numpy as np
@@ -10,28 +10,23 @@ import numpy.typing as npt
 from imagestore.formats.columns import Numbers
 
 _PAIR, _MIX = np.uint16(0x9E37), np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
-_SAMPLED, _BUCKETS, _VOTES = np.uint16(1 << 10), 8, 4
-"""One place in 64 is sampled; a value votes for at most so many chunks."""
+_HASHED, _SAMPLED, _VOTES = np.uint16(1 << 10), np.uint64(1 << 60), 4
+"""One place in 64 is hashed, one hash in 16 is a sample; it votes for at most so many chunks."""
 Samples = tuple[npt.NDArray[np.uint32], Numbers]
 """Values, and the chunk that each is of."""
 
 
 def samples(data: npt.NDArray[np.uint8], ends: Numbers) -> Samples:
     """Of chunks that lie one after the other in `data` and end there."""
-    pairs = (data[odd : odd + max(0, len(data) - 16) // 2 * 2].copy().view("<u2") for odd in (0, 1))
-    found_at = [2 * np.flatnonzero(two * _PAIR + _PAIR < _SAMPLED) + odd for odd, two in enumerate(pairs)]
-    places = np.sort(np.concatenate(found_at))
+    pairs = (np.ndarray(max(0, len(data) - 16) // 2, "<u2", data, odd) for odd in (0, 1))
+    found_at = [2 * np.flatnonzero(two * _PAIR + _PAIR < _HASHED) + odd for odd, two in enumerate(pairs)]
+    places = np.concatenate(found_at)
     windows = np.ndarray(max(0, len(data) - 7), "<u8", data, strides=(1,))
     hashes = (windows[places] * _MIX[0] + windows[places + 8]) * _MIX[1]
-    values, chunks = (hashes >> np.uint64(32)).astype(np.uint32), np.searchsorted(ends, places, "right")
-    found = [(values[:0], chunks[:0])]
-    for bucket in range(_BUCKETS):
-        rows = np.flatnonzero(values % _BUCKETS == bucket)
-        if len(rows):
-            first = np.flatnonzero(np.diff(chunks[rows], prepend=-1))
-            found.append((np.minimum.reduceat(values[rows], first), chunks[rows][first]))
-    smallest, owners = map(np.concatenate, zip(*found, strict=True))
-    return smallest, owners
+    few = np.flatnonzero(hashes < _SAMPLED)
+    chunks = np.searchsorted(ends, places[few], "right")
+    found = np.unique((chunks << 32) | (hashes[few] >> np.uint64(28)).astype(np.int64))
+    return found.astype(np.uint32), found >> 32
 
 
 def most_alike(new: Samples, old: Samples, count: int) -> Numbers:

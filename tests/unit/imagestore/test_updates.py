@@ -205,3 +205,14 @@ def test_a_store_that_is_away_for_the_update_alone_costs_frames(versions: Versio
     out = versions.directory / "out.raw"
     pull(store, versions.digest, out, format_="raw", seeds=[versions.seed], durable=False)
     assert out.read_bytes() == versions.world.images[versions.digest]
+
+
+def test_what_moved_far_and_changed_a_little_is_found(tmp_path: Path) -> None:
+    """The dictionary of a frame is then from all over the former version, and several times as large as the frame."""
+    world, random = World(tmp_path), np.random.default_rng(3)
+    pieces = random.integers(0, 256, (64, 128 << 10), np.uint8)
+    base = world.push("it", pieces.tobytes())
+    pieces[:, 100::8192] ^= 1
+    step = make_update(world.store, base, world.push("it", random.permutation(pieces).tobytes()))
+    assert step is not None
+    assert step.size_bytes < pieces.nbytes / 15
