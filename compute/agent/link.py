@@ -335,5 +335,6 @@ class RemoteController:
             body = {"result": await answer(self._operations, order["verb"], order["arguments"])}
         except (ComputeError, OSError, ValueError, TypeError) as err:
             body = {"error": str(err) or repr(err), "hint": getattr(err, "hint", "")}
+            body |= {"retry": True} if isinstance(err, Unavailable) else {}
         with contextlib.suppress(ComputeError):
             await _ask(self._client, "POST", f"{url}/agent/v1/operations/{order['id']}", json=body)

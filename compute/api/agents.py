@@ -9,7 +9,7 @@
     GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
     GET  /agent/v1/stores/NAME/KEY                           → an object of a store; `my%2FNAMESPACE`: see images/stores
     WebSocket /agent/v1/streams/TICKET                       a stream that the operation `stream` asked for
-    POST /agent/v1/operations/ID {result} or {error, hint}   → null; `result` of `console` is base64
+    POST /agent/v1/operations/ID {result} or {error, hint, retry} → null; `result` of `console` is base64
 
 All but `join` carry `Authorization: Node NAME:IDENTITY`, those of stores the token of `NodeDesired` (Basic). Errors are
 those of the API; 401 means: join again.
@@ -76,6 +76,7 @@ class AnswerBody(Body):
     result: Any = None
     error: str = ""
     hint: str = ""
+    retry: bool = False
 
 
 class Mailbox:
@@ -117,7 +118,8 @@ class Mailbox:
         if waiting is None or waiting.done():
             return
         if body.error:
-            waiting.set_exception(NotFound(body.error, hint=body.hint))
+            kind = Unavailable if body.retry else NotFound
+            waiting.set_exception(kind(body.error, hint=body.hint))
         else:
             waiting.set_result(body.result)
 

@@ -117,6 +117,22 @@ def test_a_node_registers_reports_answers_and_may_route(
     asyncio.run(story())
 
 
+def test_what_a_node_cannot_do_yet_may_be_asked_again(
+    server: Running, address: tuple[str, int], tmp_path: Path
+) -> None:
+    """A publication in the moment of an agent's start was a 404."""
+
+    async def story() -> None:
+        identity = await remote.join(tmp_path, f"https://{address[0]}:{address[1]}", token(server), "node2")
+        async with node(identity, tmp_path, Wires()) as far:  # nothing is registered
+            await far.desired("node2")  # the server knows now where it may ask
+            asked = server.services.controller.nodes.operations("node2").listening()
+            with pytest.raises(Unavailable, match="not ready"):
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asked, server.loop))
+
+    asyncio.run(story())
+
+
 def test_while_the_server_is_away_the_last_desired_state_holds_without_routers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
