@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Any
 
 from benchmarks._harness import ROOT, Bench
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from net.plan import names
 from net.plan.facts import HOST, Facts, Observed
+from net.plan.guards import ROUTER
 from net.plan.model import Allow, Network, NodeNetworks, Peer, Port, Published
 from net.plan.plan import plan
 from net.plan.target import target
@@ -32,6 +33,7 @@ _MANY = 200
 def run(bench: Bench) -> None:
     _throughput(bench)
     _on_one_node(bench)
+    _from_the_lan(bench)
     _making(bench)
     _planning(bench)
     _reconciling(bench)
@@ -87,14 +89,14 @@ def _by_hand(cluster: Cluster) -> Iterator[tuple[Space, Space]]:
         yield left, right
 
 
-def _iperf(client: Space, server: Space, address: str) -> float:
+def _iperf(client: Space, server: Space, address: str, port: int = 5201) -> float:
     """Gbit/s of one TCP stream."""
     listening = server.popen_quietly("iperf3 -s -1")
     for _ in range(100):
         if ":5201" in server.sh("ss -Hltn"):
             break
         time.sleep(0.05)
-    printed = client.sh(f"iperf3 -c {address} -t {_SECONDS} -J | grep bits_per_second | tail -1")
+    printed = client.sh(f"iperf3 -c {address} -p {port} -t {_SECONDS} -J | grep bits_per_second | tail -1")
     listening.communicate(timeout=60)
     return float(printed.split(":")[1].strip().rstrip(",")) / 1e9
 
@@ -126,6 +128,63 @@ def _on_one_node(bench: Bench) -> None:
         bench.number(f"{what}_gbits", rate, "Gbit/s")
     bench.ratio("rules_vs_bridge", medians["rules"], medians["plain"], at_least=0.95)
     bench.ratio("published_vs_bridge", medians["published"], medians["plain"], at_least=0.95)
+
+
+def _from_the_lan(bench: Bench) -> None:
+    """A host beside three nodes speaks to a guest on the first by a port of the third, which routes, over the mesh.
+
+    Beside it the same way without us: the third node forwards into a VXLAN made by hand, nothing is translated.
+    """
+    many = tuple(Allow("tcp", ((n, n),), IPv4Network("192.0.2.0/24")) for n in range(10_000, 10_049))
+    one = make_port(2, "n1", published=(Published("tcp", 5201, 5201),))
+    rules = (*many, Allow("tcp", ((5201, 5201),)))
+    two = make_port(3, "n1", published=(Published("tcp", 5202, 5201),), allowed=rules)
+    network = make_network(one, two, router_node="n3", netblock6=IPv6Network("fd42:1:2:3::/64"))
+    with Cluster(bench.dir("lan"), 3) as cluster, Space() as plain:
+        world, near, router = cluster.world, cluster.nodes[0], cluster.nodes[2]
+        world.sh("ip addr add 2001:db8:9::fe/64 dev switch nodad")
+        for number, node in enumerate(cluster.nodes, 1):
+            node.space.sh(
+                f"ip addr add 2001:db8:9::{number}/64 dev eth0 nodad; ip -6 route add default via 2001:db8:9::fe\n"
+                "sysctl -qw net.ipv6.conf.all.forwarding=1 net.ipv4.ip_forward=1"
+            )
+        for node, far in ((near, router), (router, near)):
+            node.space.sh(
+                "ip link add hand type bridge && ip link set hand mtu 1450 up\n"
+                f"ip link add handvx mtu 1450 type vxlan id 77 local {node.address} remote {far.address} dstport 4790\n"
+                "ip link set handvx master hand up"
+            )
+        plain.sh(
+            f"ip link add eth0 mtu 1450 type veth peer name hand0 netns {near.space.tid}; ip link set eth0 up"
+        )
+        near.space.sh("ip link set hand0 mtu 1450 master hand up")
+        for space, dev, last in ((plain, "eth0", 1), (router.space, "hand", 254)):
+            space.sh(f"ip addr add 10.99.0.{last}/24 dev {dev}; ip addr add fd99::{last}/64 dev {dev} nodad")
+        plain.sh("ip route add default via 10.99.0.254; ip -6 route add default via fd99::254")
+        world.sh("ip route add 10.99.0.0/24 via 10.9.9.3; ip -6 route add fd99::/64 via 2001:db8:9::3")
+        cluster.apply(network)
+        with _veth_guest(near, network, one) as free, _veth_guest(near, network, two) as ruled:
+            for guest, port in ((free, one), (ruled, two)):
+                guest.sh(
+                    f"ip addr add {network.address6(port.address)}/64 dev eth0 nodad\n"
+                    f"ip route add default via {network.gateway}; ip -6 route replace default via {ROUTER} dev eth0"
+                )
+            rates: dict[str, list[float]] = {}
+            for _ in range(5):
+                for kind, own, hand in (
+                    ("ipv4", "10.9.9.3", "10.99.0.1"),
+                    ("ipv6", "2001:db8:9::3", "fd99::1"),
+                ):
+                    rates.setdefault(f"lan_{kind}_by_hand", []).append(_iperf(world, plain, hand))
+                    for what, guest, at in (("published", free, 5201), ("published_ruled", ruled, 5202)):
+                        rates.setdefault(f"lan_{kind}_{what}", []).append(_iperf(world, guest, own, at))
+    medians = {what: statistics.median(each) for what, each in rates.items()}
+    for what, rate in medians.items():
+        bench.number(f"{what}_gbits", rate, "Gbit/s")
+    for kind in ("ipv4", "ipv6"):
+        for what in ("published", "published_ruled"):
+            own, hand = medians[f"lan_{kind}_{what}"], medians[f"lan_{kind}_by_hand"]
+            bench.ratio(f"lan_{kind}_{what}_vs_by_hand", own, hand, at_least=0.95)
 
 
 def _timed(node: Node, function: Callable[..., Any], *arguments: Any) -> float:
