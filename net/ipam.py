@@ -24,7 +24,8 @@ TRANSIT = IPv4Network("169.254.64.0/18")
 """Where the uplinks between a namespace and its host take their /31s from; no network may overlap it."""
 
 UNKNOWN = IPv4Network("0.0.0.0/8")
-"""What stands, in a block of all addresses, for one that the LAN's own DHCP server will give."""
+"""What stands, in a block of all addresses, for one that the LAN's own DHCP server will give; and the whole block of a
+network without IPv4, where it counts who is who."""
 ANY = IPv4Network("0.0.0.0/0")
 """The block of a network on a LAN of which we know nothing."""
 
@@ -124,19 +125,19 @@ class Pool:
         return cls(netblock, netblock[1], frozenset(reserved))
 
 
-def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str) -> None:
+def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str, said: object) -> None:
     if wanted not in pool.netblock:
         raise Invalid(f"{wanted} is not in {pool.netblock}")
     if wanted in (pool.netblock[0], pool.netblock[-1]):
-        raise Invalid(f"{wanted} is {pool.netblock}'s network or broadcast address")
+        raise Invalid(f"{said} is the network's own or its broadcast address")
     if pool.netblock == ANY and any(wanted in block for block in _RESERVED):
         raise Invalid(f"{wanted} is no guest's address")
     if wanted == pool.gateway:
-        raise Invalid(f"{wanted} is the router of {pool.netblock}")
+        raise Invalid(f"{said} is the network's router")
     if wanted in pool.reserved:
         raise Invalid(f"{wanted} is reserved in {pool.netblock}")
     if pool.held.get(wanted, holder) != holder:
-        raise Conflict(f"{wanted} is in use", hint="choose another address, or none to have one chosen")
+        raise Conflict(f"{said} is in use", hint="choose another address, or none to have one chosen")
 
 
 def _lowest_free(pool: Pool, now_s: float) -> IPv4Address:
@@ -158,16 +159,17 @@ def _lowest_free(pool: Pool, now_s: float) -> IPv4Address:
 
 
 def allocate(
-    pool: Pool, holder: str, now_s: float, wanted: IPv4Address | None = None
+    pool: Pool, holder: str, now_s: float, wanted: IPv4Address | None = None, said: object = None
 ) -> tuple[Pool, IPv4Address]:
     """Gives `holder` an address: the wanted one, else the lowest that is free.
 
-    Asking again for what the holder has already is no change. Raises Invalid, Conflict or Exhausted.
+    Asking again for what the holder has already is no change. `said`: what errors call the wanted one.
+    Raises Invalid, Conflict or Exhausted.
     """
     if wanted is None:
         address = _lowest_free(pool, now_s)
     else:
-        _check_fixed(pool, wanted, holder)
+        _check_fixed(pool, wanted, holder, said or wanted)
         address = wanted
     quarantined = {a: until for a, until in pool.quarantined.items() if until > now_s and a != address}
     return replace(pool, held={**pool.held, address: holder}, quarantined=quarantined), address

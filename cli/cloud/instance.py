@@ -17,7 +17,7 @@ from cli.output import Row, confirm, left, say, show_list, show_one, size, statu
 COLUMNS = (
     ("name", "name"),
     ("state", lambda i: i["power_state"] if i["state"] == "created" else i["state"]),
-    ("addresses", lambda i: " ".join(link["ipv4"] for link in links_of(i))),
+    ("addresses", lambda i: " ".join(link["ipv4"] or link["ipv6"] for link in links_of(i))),
     ("cpus", "cpus"),
     ("memory", lambda i: size((i.get("memory") or 0) * 2**20)),
     ("node", "node"),
@@ -82,7 +82,11 @@ instance = Group("instance", needs=API, help="Create, watch and control guests."
 
 
 def links_of(row: Row) -> list[Object]:
-    return [link for link in row.get("interfaces") or [] if isinstance(link, dict) and link.get("ipv4")]
+    return [
+        link
+        for link in row.get("interfaces") or []
+        if isinstance(link, dict) and (link.get("ipv4") or link.get("ipv6"))
+    ]
 
 
 @instance.add(

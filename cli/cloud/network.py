@@ -11,7 +11,7 @@ from cli.output import Row, ago, confirm, say, show_list, show_one
 
 COLUMNS = (
     ("name", "name"),
-    ("netblock", lambda n: " ".join(filter(None, map(n.get, ("bridge", "netblock"))))),
+    ("netblock", lambda n: " ".join(filter(None, (n["bridge"], n["netblock"] or n["netblock6"])))),
     ("vni", "vxlan_id"),
     ("state", "state"),
     ("services", lambda n: " ".join(s for s in ("dhcp", "dns", "nat") if n.get(f"provide_{s}"))),
@@ -48,13 +48,18 @@ def _interface(interface: Row) -> str:
 
 @network.add(
     examples="""sf network create lan 10.42.0.0/24
-    sf network create six 10.44.0.0/24 --ipv6 auto
+    sf network create both 10.44.0.0/24 --ipv6 auto
+    sf network create six --ipv6 auto
     sf network create quiet 10.43.0.0/24 --no-nat --no-dhcp
     sf network create home --bridge br0
     sf network create home --bridge br0 192.168.1.0/24 --range 192.168.1.200-192.168.1.220"""
 )
 @click.argument("netblock", required=False)
-@click.option("--ipv6", metavar="auto|PREFIX/64", help="IPv6 beside it: a block of its own, or a site's.")
+@click.option(
+    "--ipv6",
+    metavar="auto|PREFIX/64",
+    help="IPv6, beside NETBLOCK or alone: a block of its own, or a site's.",
+)
 @click.option("--isolated", is_flag=True, help="Nobody may speak to its guests but who their rules allow.")
 @click.option(
     "--bridge", metavar="DEVICE", help="The nodes' own: guests are on its LAN, at addresses of its DHCP."
@@ -71,12 +76,13 @@ def _interface(interface: Row) -> str:
 def create(name: str, netblock: str | None, form: str, chosen: str | None, **given: Any) -> None:
     """Make a network with the IPv4 addresses of NETBLOCK, a /29 or larger; or one on the nodes' own LAN.
 
-    Guests get the IPv6 address that goes with their IPv4 one. An administrator's PREFIX is routed as it is: the site's
-    routers must lead it to the node that routes the network. What `auto` chooses is translated on its way out.
+    Guests get the IPv6 address that goes with their IPv4 one; without NETBLOCK, IPv6 alone. An administrator's PREFIX
+    is routed as it is: the site's routers must lead it to the node that routes the network. What `auto` chooses is
+    translated on its way out.
 
     The bridge must be there on each node that is to run its guests. Nothing of it is ever changed.
     """
-    if not netblock and not given["bridge"]:
+    if not (netblock or given["bridge"] or given["ipv6"]):
         raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
     api, keys = Api(), ("dhcp", "nat", "dns")
     wanted = {

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -108,7 +109,7 @@ class Streams:
 
 async def connect(namespace: str, address: str, port: int, stream: Stream) -> None:
     """A TCP connection from inside a network's namespace."""
-    socket = await asyncio.to_thread(tcp_socket, namespace)
+    socket = await asyncio.to_thread(partial(tcp_socket, namespace, six=":" in address))
     socket.setblocking(False)
     try:
         async with asyncio.timeout(10):

@@ -40,7 +40,7 @@ class CreateBody(Body):
     gateway: str | None = None
     """Of a LAN."""
     ipv6: str | None = None
-    """`auto`, or a /64 of the site's that is led to its router: the administrator's alone."""
+    """`auto`, or a /64 of the site's that is led to its router: the administrator's alone. The netblock may be ""."""
     isolated: bool | None = None
     """Nobody may begin to speak to its guests but who their rules allow."""
     provide_dhcp: bool | None = None
@@ -176,8 +176,8 @@ def network_addresses(ctx: Ctx, ref: str) -> Response:
 async def ping(ctx: Ctx, ref: str, address: str) -> Response:
     """Ping from inside the network, on the node that routes it."""
     known = ctx.find(Network, ref)
-    block = known.block6 if ":" in address and known.block6 else IPv4Network(known.netblock)
-    target = parse_within(address, block)
+    six = known.block6 if ":" in address or known.six_alone else None
+    target = parse_within(address, six or IPv4Network(known.netblock))
     node = ctx.services.controller.nodes.operations(_router(ctx, known.uuid))
     stdout, stderr = await node.ping(known.uuid, target)
     return JSONResponse({"stdout": stdout, "stderr": stderr})
@@ -294,9 +294,9 @@ class AttachBody(Body):
 
 def _allow(ctx: Context, body: AllowBody) -> tuple[Allow, ...]:
     """A network stands for the netblocks that it has now."""
-    seen = ctx.listed(Network, None)
-    blocks = {network.name: network.netblock for network in seen if network.netblock != str(ipam.ANY)}
-    six = {network.name: network.netblock6 for network in seen if network.netblock6}
+    seen = [network for network in ctx.listed(Network, None) if network.netblock != str(ipam.ANY)]
+    blocks = {n.name: n.netblock6 if n.six_alone else n.netblock for n in seen}
+    six = {n.name: n.netblock6 for n in seen if n.netblock6 and not n.six_alone}
     also = (text for text in body.allow if text.partition("@")[2] in six)
     return tuple(rules.parse(text, blocks) for text in body.allow) + tuple(rules.parse(t, six) for t in also)
 

@@ -139,7 +139,7 @@ def _target(
     """Which node is asked for a stream of what. A port is reached from the network's router, at the guest's address."""
     if kind != "connect":
         return known.node, known.uuid, options
-    port, links = options.get("port"), [i for i in interfaces_of(ctx.read(), known.uuid) if i.address]
+    port, links = options.get("port"), [i for i in interfaces_of(ctx.read(), known.uuid) if i.known]
     if not isinstance(port, int) or not 0 < port < 2**16:
         raise Invalid("a port is a number from 1 to 65535")
     if not links:
@@ -147,4 +147,4 @@ def _target(
     network = ctx.read().get(Network, links[0].network_uuid)
     if not network.router_node:
         raise Unavailable(f"network {network.name} has no router at this moment")
-    return network.router_node, network.uuid, {"address": links[0].address, "port": port}
+    return network.router_node, network.uuid, {"address": links[0].known, "port": port}

@@ -66,12 +66,13 @@ def rules(item: Rules) -> Json:
 
 def network(item: Network) -> Json:
     netblock = IPv4Network(item.netblock)
+    four = netblock not in (ipam.ANY, ipam.UNKNOWN)
     return _common(
         item,
         "name namespace isolated provide_dhcp provide_nat provide_dns router_node routed",
         "netblock6 bridge",
-        netblock=item.netblock if netblock != ipam.ANY else None,
-        gateway=None if netblock == ipam.ANY else item.gateway or str(netblock[1]),
+        netblock=item.netblock if four else None,
+        gateway=(item.gateway or str(netblock[1])) if four else None,
         floating_gateway=item.router_floating or None,
         vxlan_id=item.vni,
         dns=item.dns_entries,

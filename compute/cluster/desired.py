@@ -5,7 +5,7 @@ import hmac
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_address
 
 from compute.cluster import liveness
 from compute.cluster.images.stores import MINE
@@ -225,7 +225,7 @@ def _network(
             for port in sorted(ports, key=lambda p: p.uuid)
         ),
         routed=tuple((IPv4Address(a), IPv4Address(hop)) for a, hop in sorted(network.routed.items())),
-        dns_entries=tuple((name, IPv4Address(a)) for name, a in sorted(network.dns_entries.items())),
+        dns_entries=tuple((name, ip_address(a)) for name, a in sorted(network.dns_entries.items())),
     )
 
 

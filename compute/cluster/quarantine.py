@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from typing import ClassVar
 
 from compute.cluster.records.addresses import Ipam, parse_address
@@ -134,7 +134,9 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
     name = _name(txn, Instance.KIND, namespace, spec.name, uuid)
     for order, interface in enumerate(spec.interfaces):
         network = networks.get(interface.network_uuid) or txn.get(Network, interface.network_uuid)
-        known = interface.address if IPv4Address(interface.address) not in ipam.UNKNOWN else ""
+        known, number = interface.address, IPv4Address(interface.address)
+        if number in ipam.UNKNOWN:
+            known = str(ipam.beside(IPv4Network(network.netblock), network.block6, number) or "")
         want = Want(network.uuid, known, interface.mac, interface.model, uuid=interface.uuid)
         attach(txn, network, uuid, namespace, order, want)
     claim(txn, found.node, spec.cpus, spec.memory_mib)

@@ -323,8 +323,9 @@ class Netns:
         return self._changing
 
 
-def tcp_socket(namespace: str) -> socket.socket:
-    """A socket that connects from inside a namespace, whoever uses it. Raises NetError."""
+def tcp_socket(namespace: str, *, six: bool = False) -> socket.socket:
+    """A socket that connects from inside a namespace, whoever uses it, by IPv6 or IPv4. Raises NetError."""
     with Netns(namespace) as inside, inside.entered():
         # Named for asyncio, which sets TCP_NODELAY where it sees the protocol.
-        return socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        family = socket.AF_INET6 if six else socket.AF_INET
+        return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -43,8 +43,9 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool,
         lines.append("port=0")
     hosts = []
     if network.provide_dhcp:
+        block = network.netblock
         lines += [
-            f"dhcp-range={network.netblock.network_address},static,{network.netblock.netmask},{_LEASE}",
+            *([f"dhcp-range={block[0]},static,{block.netmask},{_LEASE}"] if network.four else ()),
             "dhcp-authoritative",
             "leasefile-ro",
             "dhcp-ignore=tag:!known",
@@ -60,7 +61,7 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool,
             if network.provide_nat or not uplink
             else [(f"tag:{_OUT},", True), (f"tag:!{_OUT},", False)]
         )
-        for tag, leads_out in told:
+        for tag, leads_out in told if network.four else ():
             lines.append(f"dhcp-option={tag}option:router" + (f",{network.gateway}" if leads_out else ""))
             if routed:
                 ways = [f"0.0.0.0/0,{network.gateway}", *routed] if leads_out else routed
@@ -69,7 +70,7 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool,
             # Not in the file of hosts: dnsmasq 2.90 dies when it reads a tag there for a second time.
             out = filter(network.leads_out, network.ports)
             lines += sorted(f"dhcp-mac=set:{_OUT},{port.mac}" for port in out)
-        if network.provide_dns:
+        if network.provide_dns and network.four:
             lines.append(f"dhcp-option=option:dns-server,{network.gateway}")
         if network.netblock6:
             # Addresses by DHCPv6 alone; without an uplink its router is no way out (lifetime 0).
@@ -82,11 +83,12 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool,
                 lines.append(f"dhcp-option=option6:dns-server,[{network.address6(network.gateway)}]")
         for port in network.ports:
             called = [f"{port.hostname}.{domain}"] if _NAME.fullmatch(port.hostname) else []
-            own6 = network.address6(port.address)
-            hosts.append(",".join([port.mac, str(port.address), *([f"[{own6}]"] if own6 else []), *called]))
+            own, own6 = ([str(port.address)] if network.four else []), network.address6(port.address)
+            hosts.append(",".join([port.mac, *own, *([f"[{own6}]"] if own6 else []), *called]))
     if network.netblock6 and network.provide_dns and not six:
         lines.append("filter-AAAA")  # of other servers' answers: nobody waits for what cannot be reached
-    entries: list[tuple[str, object]] = [(port.hostname, port.address) for port in network.ports]
+    four = network.ports if network.four else ()
+    entries: list[tuple[str, object]] = [(port.hostname, port.address) for port in four]
     entries += [(p.hostname, own6) for p in network.ports if (own6 := network.address6(p.address))]
     entries += network.dns_entries
     entries = [(name, address) for name, address in entries if _NAME.fullmatch(name)]

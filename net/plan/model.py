@@ -81,6 +81,7 @@ class Network:
     """VXLAN network identifier, 1 to 2**24-1; device names are made from it."""
     name: str
     netblock: IPv4Network
+    """ipam.UNKNOWN where there is no IPv4."""
     gateway: IPv4Address
     """The router's inside address: the first host of the netblock."""
     mtu_bytes: int = 1450
@@ -96,13 +97,17 @@ class Network:
     ports: tuple[Port, ...] = ()
     routed: tuple[tuple[IPv4Address, IPv4Address], ...] = ()
     """Routed IPs: (address, next hop inside the network)."""
-    dns_entries: tuple[tuple[str, IPv4Address], ...] = ()
+    dns_entries: tuple[tuple[str, IPv4Address | IPv6Address], ...] = ()
     """Extra names that the network's DNS answers."""
 
     bridge: str = ""
     """The node's own bridge that its guests are on; then there is no router of ours, no tunnel and no server."""
     netblock6: IPv6Network | None = None
     """A /64, out of which everybody has the address that goes with the IPv4 one; None without IPv6."""
+
+    @property
+    def four(self) -> bool:
+        return self.netblock != ipam.UNKNOWN
 
     @property
     def routed6(self) -> bool:

@@ -67,6 +67,10 @@ def _pinned(tap: str, network: Network, port: Port) -> Iterator[str]:
     )
     yield drop(f"ether saddr != {mac}", "mac")
     yield from _limited(tap, port.limits.bytes_out, port.limits.packets_out)
+    if not network.four:
+        yield drop("ether type != ip6", "other")
+        yield from guards.pinned(drop, mac, own6, local) if own6 else ("drop",)
+        return
     # The way of nearly every packet; DHCP and VXLAN are UDP. A tagged frame has another type.
     yield f"ether type ip {ip} {own} ip protocol != udp accept"
     yield drop("ether type { 8021q, 8021ad }", "other")
@@ -119,7 +123,7 @@ def _sent(tap: str, port: Port, router_mac: str) -> Iterator[str]:
     """What is done with frames that go to a guest. An answer's type is its first option (RFC 2132) in all servers.
     Router advertisements of `router_mac` pass."""
     yield from _limited(tap, port.limits.bytes_in, port.limits.packets_in)
-    if port.address in UNKNOWN:
+    if port.address in UNKNOWN and not router_mac:
         # The address that is given, and the MAC it is given to, lie 24 and 36 bytes behind the start of the UDP header.
         mac = f"@th,64,8 2 @th,288,48 0x{port.mac.replace(':', '')} @th,1984,24 0x350105"
         yield f"udp sport 67 udp dport 68 {mac} update @{LEARNED} {{ {port.mac} . @th,192,32 }}"
@@ -152,7 +156,7 @@ def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) ->
         )
         for name, p, taps in ((TAPS, "p", local), (FROM, "f", held), (TO, "t", local))
     }
-    if any(port.address in UNKNOWN for _, port in local.values()):
+    if any(n.four and port.address in UNKNOWN for n, port in local.values()):
         kept = "flags dynamic,timeout ; size 65535 ; timeout 30d ;"
         elements[LEARNED] = Elements(f"set {at} {LEARNED} {{ typeof ether saddr . {_IP} ; {kept} }}")
     for tap in held:
@@ -217,11 +221,11 @@ def router_table(
             # Hair-pin: the answer must come back through the router, so the asker needs another address.
             after.append(f'oifname "{br}" ct status dnat ip saddr {block} snat ip to ip saddr map {outward}')
             after.append(f'oifname "{br}" ct status dnat ip saddr {block} snat ip to {network.gateway}')
-        if led := network.led():
+        if network.four and (led := network.led()):
             ends = ((key_of(e.protocol, e.port + n), f"{p.address} . {e.to_port + n}") for p, e, n in led)
             led_to = f"dnat ip to meta l4proto . th dport map {_map(ends)}"
             before.append(f'iifname "{up}" fib daddr type local {led_to}')
-        if network.provide_nat:
+        if network.four and network.provide_nat:
             outside = network.router_floating or inside
             after.append(f'oifname "{up}" ip saddr {block} snat ip to {outside}')
     chains = [

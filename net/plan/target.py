@@ -163,7 +163,7 @@ def _namespace(
     ]
     entries = {Entry(Kind.SYSCTL, "", key, value) for key, value in _QUIET.items()}
     entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1" if routes else "0"))
-    if routes:
+    if routes and network.four:
         entries.add(Entry(Kind.ADDRESS, br, f"{network.gateway}/{network.netblock.prefixlen}"))
         entries |= {Entry(Kind.ROUTE, br, f"{address}/32", str(via)) for address, via in network.routed}
     if network.netblock6:
@@ -185,11 +185,12 @@ def _namespace(
     # The bridge's own: the kernel made it with the bridge, and forgets it when it was a port's meanwhile.
     entries.add(Entry(Kind.FDB, br, mac))
     entries |= {Entry(Kind.FDB, name, port.mac) for name, port in local.items()}
-    entries |= {Entry(Kind.NEIGHBOUR, br, str(port.address), port.mac) for port in network.ports}
+    four = network.ports if network.four else ()
+    entries |= {Entry(Kind.NEIGHBOUR, br, str(port.address), port.mac) for port in four}
     elsewhere = [(port.mac, port.node) for port in network.ports if port.node != desired.node]
     if not routes:
         elsewhere.append((router_mac, network.router_node))
-        if network.router_node in remotes:
+        if network.router_node in remotes and network.four:
             entries.add(Entry(Kind.NEIGHBOUR, br, str(network.gateway), router_mac))
     for remote_mac, remote in ((m, remotes[node]) for m, node in elsewhere if node in remotes):
         entries |= {Entry(Kind.FDB, vx, remote_mac), Entry(Kind.FDB, vx, remote_mac, remote)}

@@ -564,6 +564,57 @@ def test_a_network_with_ipv6_gives_an_address_of_each_kind_and_chosen_prefixes_a
         assert server.call("POST", "/networks", {**routed, "ipv6": chosen}, **ours).status == status, chosen
 
 
+def test_a_network_of_ipv6_alone_gives_addresses_of_that_kind_and_nothing_that_needs_the_other(
+    server: Running,
+) -> None:
+    six = server.network("six", "", ipv6="auto")
+    block = IPv6Network(six["netblock6"])
+    assert (six["netblock"], six["gateway"], six["floating_gateway"]) == (None, None, None)
+    link = created(server, network="six")["interfaces"][0]
+    assert (link["ipv4"], link["ipv6"]) == (None, str(block[2]))
+    chosen = [{"network_uuid": "six", "address": str(block[0x10009])}]
+    assert server.instance("b", network=chosen).body["interfaces"][0]["ipv6"] == str(block[0x10009])
+    for address, status, said in (
+        (str(block[0x10009]), 409, f"{block[0x10009]} is in use"),
+        (str(block[1]), 400, f"{block[1]} is the network's router"),
+        (str(block[0]), 400, "broadcast"),
+        (str(block[1 << 24]), 400, f"the last one is {block[(1 << 24) - 2]}"),
+        ("2001:db8::1", 400, f"no address of {block}"),
+        (f"{block[9]}%eth0", 400, "no address of"),
+        ("10.0.0.1", 400, "no address of"),
+        ("0.0.0.9", 400, "no address of"),
+    ):
+        wanted = [{"network_uuid": "six", "address": address}]
+        refused = server.instance("c", network=wanted)
+        assert refused.status == status and said in str(refused.body), (address, refused.body)
+    rows = server.get("/networks/six/addresses")
+    assert {row["address6"] for row in rows} == {str(block[n]) for n in (1, 2, 0x10009)}
+    assert not any("0.0.0." in str(event) for event in server.get("/networks/six/events"))
+    uuid = link["uuid"]
+    assert server.call("GET", f"/networks/six/ping/{block[2]}").status == 200
+    for path in ("/networks/six/ping/0.0.0.2", "/networks/six/ping/127.0.0.1"):
+        assert server.call("GET", path).status == 400
+    assert server.call("POST", f"/interfaces/{uuid}/float").status == 409
+    assert server.call("POST", "/networks/six/route", {"next_hop": "0.0.0.2"}).status == 409
+    assert server.call("POST", f"/interfaces/{uuid}/publish", {"ports": "8080:80"}).status == 200
+    rules = server.call("POST", "/rules", {"name": "r", "allow": ["tcp:22@six"]}).body
+    assert rules["allow"] == [f"tcp:22@{block}"]
+    named = {"name": "db", "value": str(block[9]).upper()}
+    assert server.call("POST", "/networks/six/dns", named).status == 200
+    for wrong in ("fe80::1%eth0", "x", ""):
+        assert server.call("POST", "/networks/six/dns", {"name": "x", "value": wrong}).status == 400
+    assert server.get("/networks/six")["dns"] == {"db": str(block[9])}
+    (network,) = server.agent.desired.networks.networks  # type: ignore[union-attr]
+    assert not network.four and network.dns_entries == (("db", block[9]),)
+    assert {network.address6(port.address) for port in network.ports} == {block[2], block[0x10009]}
+    for known in server.get("/instances"):
+        server.call("DELETE", f"/instances/{known['uuid']}")
+        server.wait_for(f"/instances/{known['uuid']}", "deleted")
+    assert server.call("DELETE", "/networks/six").status == 200
+    for wrong in ({"netblock": "0.0.0.0/8", "ipv6": "auto"}, {"netblock": ""}):
+        assert server.call("POST", "/networks", {"name": "x", **wrong}).status == 400, wrong
+
+
 def test_rules_are_made_attached_changed_and_kept_while_they_are_used(server: Running) -> None:
     server.network()
     server.network("quiet", "10.43.0.0/24", isolated=True)

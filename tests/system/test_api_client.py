@@ -147,9 +147,20 @@ def test_the_client_makes_a_network_and_an_instance_and_takes_them_away(
     assert made["uuid"] in sf_client("--simple", "network", "instances", "lan")
     interface = made["network_interfaces"][0]["uuid"]
     assert "10.42.0.9" in sf_client("interface", "show", interface)
+    block = server.network("six", "", ipv6="auto")["netblock6"].removesuffix(":/64")
+    sf_client("instance", "create", "alone", "1", "256", "-d", "8@debian:12", "-n", "six")
+    assert "six" in sf_client("network", "list") and "None" in sf_client("--simple", "network", "show", "six")
+    assert "0.0.0.2" in sf_client("network", "addresses", "six")
+    assert f"{block}:2" in sf_client("--json", "network", "addresses", "six")
+    assert (
+        json.loads(sf_client("--json", "instance", "show", "alone"))["network_interfaces"][0]["ipv4"] is None
+    )
+    sf_client("instance", "show", "alone")
+    sf_client("instance", "delete", "alone")
     gone = sf_client("--json", "instance", "delete", "web")
     assert made["uuid"] in gone
-    sf_client("network", "delete", "lan")
+    for name in ("lan", "six"):
+        sf_client("network", "delete", name)
     assert json.loads(sf_client("--json", "network", "list")) == []
 
 

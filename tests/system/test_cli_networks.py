@@ -25,6 +25,15 @@ def test_what_is_typed_about_networks_does_what_it_says(tmp_path: Path) -> None:
         sf("network create lan 10.42.0.0/24")
         assert "node1: ufw drops; allow it" in sf("network create home --bridge br0"), "what a node found"
         assert "no NETBLOCK" in sf("network create x", 2)
+        sf("network create six --ipv6 auto")
+        block = sf("network ls --format json").split('"netblock6": "')[1].split('::/64"')[0]
+        said = sf("instance create s --image debian:12 --network six")
+        assert f"{block}::2" in said and f"{block}::2" in sf("instance ls") and "0.0.0." not in said
+        assert f"{block}::/64" in sf("network ls") and f"{block}::2" in sf("network show six")
+        assert f"{block}::9" in sf(f"instance add-interface s six,address={block}::9")
+        sf(f"network dns six db {block}::7")
+        assert f"db {block}::7" in sf("network show six")
+        sf(f"network ping six {block}::2", 1)
         sf("rules create web --allow tcp:80,443 --allow tcp:22@192.0.2.0/24")
         sf(
             "instance create w --image debian:12 --network lan,rules=web --publish 8080:80 --publish 53:53/udp"

@@ -57,14 +57,17 @@ def network_data(spec: InstanceSpec, networks: Mapping[str, Network]) -> dict[st
         card = {"ethernet_mac_address": interface.mac, "mtu": network.mtu_bytes}
         links.append({"id": f"link{number}", "vif_id": interface.uuid, "type": "phy", **card})
         plan: dict[str, Any] = {"id": f"network{number}", "link": f"link{number}", "network_id": network.uuid}
-        if network.provide_dhcp:
+        if not network.four:
+            if network.provide_dns:
+                resolvers.append({"type": "dns", "address": str(network.address6(network.gateway))})
+        elif network.provide_dhcp:
             plan["type"] = "ipv4_dhcp"  # of the LAN's own server where the network is on a bridge
         else:
             plan.update(_static(interface, network, default_route=interface is first))
             if network.provide_dns:
                 resolvers.append({"type": "dns", "address": str(network.gateway)})
                 plan["dns_search"] = [network.domain]
-        plans.append(plan)
+        plans += [plan] if network.four else []
         if network.netblock6:
             same = {"id": f"network{number}-6", "link": f"link{number}", "network_id": network.uuid}
             plans.append(same | _static6(interface, network, default_route=interface is first))

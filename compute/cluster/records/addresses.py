@@ -7,7 +7,7 @@ same picture; that makes it safe to look at the list of a network's interfaces i
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Network
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import ClassVar
 
 from compute.cluster.records.epochs import check
@@ -44,6 +44,25 @@ def parse_within(text: str, block: IPv4Network | IPv6Network) -> str:
         if found in block and "%" not in text:
             return str(found)
     raise Invalid(f"{text[:80]} is no address of {block}")
+
+
+def parse_any(text: str) -> str:
+    """Of either kind, without a zone. Raises Invalid."""
+    with suppress(ValueError):
+        if "%" not in text:
+            return str(ip_address(text))
+    raise Invalid(f"not an address: {text[:80]!r}")
+
+
+def counted(text: str, netblock: IPv4Network, block6: IPv6Network | None) -> IPv4Address:
+    """What stands for an address of either kind in a network's pool. Raises Invalid."""
+    if block6 is None or (":" not in text and netblock != ipam.UNKNOWN):
+        return parse_address(text)
+    far = int(IPv6Address(parse_within(text, block6))) - int(block6[0])
+    if far < netblock.num_addresses:
+        return netblock[far]
+    hint = f"the last one is {block6[netblock.num_addresses - 2]}"
+    raise Invalid(f"{text[:80]} is further in {block6} than guests' addresses go", hint=hint)
 
 
 def ensure_floating(txn: Transaction, pool: IPv4Network | None) -> None:

@@ -285,7 +285,7 @@ def add_interface(txn: Transaction, uuid: str, want: Want) -> Interface:
     # The record is written too, so that a deletion at the same moment repeats this and sees it.
     txn.update(replace(found, updated_s=time.time()))
     made = _attach(txn, found, order, want)
-    txn.event(Instance.KIND, uuid, f"interface {made.uuid} with {made.address} asked for", type="audit")
+    txn.event(Instance.KIND, uuid, f"interface {made.uuid} with {made.known} asked for", type="audit")
     return made
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
-from compute.cluster.records.addresses import Ipam, give_back_floating, parse_address, take_floating
+from compute.cluster.records.addresses import Ipam, counted, give_back_floating, take_floating
 from compute.cluster.records.epochs import check
-from compute.cluster.records.networks import Network, find_routed
+from compute.cluster.records.networks import Network, find_four
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction
@@ -36,6 +36,11 @@ class Interface(Stored):
     state: str = "created"
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def known(self) -> str:
+        """Its address, by IPv4 if it has one; "" until a LAN's DHCP server has given one."""
+        return self.address6 if IPv4Address(self.address) in ipam.UNKNOWN else self.address
+
 
 @dataclass(frozen=True, slots=True)
 class Want:
@@ -58,11 +63,11 @@ def attach(
     """An interface with an address and a MAC of its own. Raises net's Invalid, Conflict and Exhausted."""
     check(txn)
     if want.float:
-        find_routed(txn, network.uuid)
+        find_four(txn, network.uuid)
     uuid = want.uuid or new_uuid()
     known = txn.get(Ipam, network.uuid)
-    wanted = parse_address(want.address) if want.address else None
-    pool, address = ipam.allocate(known.pool, uuid, time.time(), wanted)
+    wanted = counted(want.address, known.pool.netblock, network.block6) if want.address else None
+    pool, address = ipam.allocate(known.pool, uuid, time.time(), wanted, want.address)
     txn.update(replace(known, pool=pool))
     taken = {i.mac for i in interfaces_on(txn, network.uuid)}
     mac = ipam.check_mac(want.mac) if want.mac else port_mac(uuid)
@@ -84,7 +89,7 @@ def attach(
         rules=want.rules,
     )
     txn.create(made)
-    txn.event(Network.KIND, network.uuid, f"{address} given to interface {uuid}", type="mutate")
+    txn.event(Network.KIND, network.uuid, f"{made.known} given to interface {uuid}", type="mutate")
     return made
 
 
@@ -97,7 +102,7 @@ def detach(txn: Transaction, interface: Interface) -> None:
         txn.event(
             Network.KIND,
             interface.network_uuid,
-            f"{address} released by interface {interface.uuid}",
+            f"{interface.known} released by interface {interface.uuid}",
             type="mutate",
         )
     give_back_floating(txn, interface.floating)
@@ -120,7 +125,7 @@ def float_interface(txn: Transaction, uuid: str) -> Interface:
     found = txn.get(Interface, uuid)
     if found.floating:
         raise Conflict(f"interface {uuid} has the floating address {found.floating} already")
-    find_routed(txn, found.network_uuid)
+    find_four(txn, found.network_uuid)
     found = replace(found, floating=take_floating(txn, uuid))
     txn.update(found)
     return found

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, ClassVar
 
-from compute.cluster.records.addresses import FLOATING, Ipam, give_back_floating, parse_address, take_floating
+from compute.cluster.records.addresses import (
+    FLOATING,
+    Ipam,
+    give_back_floating,
+    parse_address,
+    parse_any,
+    take_floating,
+)
 from compute.cluster.records.epochs import check
 from compute.cluster.records.stored import Stored, check_name, new_uuid
 from compute.cluster.records.taken import Taken, take, take_name
@@ -29,6 +36,7 @@ class Network(Stored):
     name: str
     namespace: str
     netblock: str
+    """That of ipam.UNKNOWN where it has IPv6 alone."""
     vni: int
     provide_dhcp: bool = True
     provide_nat: bool = True
@@ -49,6 +57,10 @@ class Network(Stored):
     created_s: float = 0
     deleted_s: float = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def six_alone(self) -> bool:
+        return self.netblock == str(ipam.UNKNOWN)
 
     @property
     def block6(self) -> IPv6Network | None:
@@ -73,6 +85,14 @@ def find_routed(txn: Transaction, uuid: str) -> Network:
         raise Conflict(
             f"network {found.name} is the LAN of {found.bridge}, which sf does not route", hint=hint
         )
+    return found
+
+
+def find_four(txn: Transaction, uuid: str) -> Network:
+    """One that has IPv4 as well. Raises Conflict."""
+    found = find_routed(txn, uuid)
+    if found.six_alone:
+        raise Conflict(f"network {found.name} has IPv6 alone, the floating pool IPv4", hint="publish ports")
     return found
 
 
@@ -115,6 +135,8 @@ def create_network(
     check_name(network.name, "network name")
     if network.bridge:
         network, pool = _lan(network, chosen)
+    elif network.netblock6 and not network.netblock:
+        pool = ipam.Pool.of(ipam.UNKNOWN)
     else:
         pool = ipam.Pool.of(ipam.check_netblock(network.netblock, excluded))
     take_name(txn, Network.KIND, network.namespace, network.name, network.uuid)
@@ -137,11 +159,12 @@ def create_network(
     )
     take(txn, f"vni/{vni}", network.uuid)
     txn.create(Ipam(name=network.uuid, pool=pool))
-    if network.provide_nat and txn.find(Ipam, FLOATING) is not None:
+    if network.provide_nat and not network.six_alone and txn.find(Ipam, FLOATING) is not None:
         network = replace(network, router_floating=take_floating(txn, f"router/{network.uuid}"))
     txn.create(network)
     where = f"on {network.bridge}" if network.bridge else f"with VNI {vni}"
-    txn.event(Network.KIND, network.uuid, f"created as {pool.netblock} {where}", type="audit")
+    block = network.netblock6 if network.six_alone else network.netblock
+    txn.event(Network.KIND, network.uuid, f"created as {block} {where}", type="audit")
     return network
 
 
@@ -172,7 +195,7 @@ def delete_network(txn: Transaction, uuid: str) -> Network:
 
 def route(txn: Transaction, uuid: str, next_hop: str) -> str:
     """Take a floating address that is routed, not translated, to `next_hop` inside the network."""
-    found = find_routed(txn, uuid)
+    found = find_four(txn, uuid)
     hop = parse_address(next_hop)
     if hop not in IPv4Network(found.netblock):
         raise Invalid(f"{hop} is not in {found.netblock}")
@@ -204,7 +227,7 @@ def set_dns(txn: Transaction, uuid: str, name: str, value: str | None) -> None:
         raise NotReady(f"network {found.name} has no DNS", hint="make one without provide_dns: false")
     entries = {k: v for k, v in found.dns_entries.items() if k != name}
     if value is not None:
-        entries[name] = str(parse_address(value))
+        entries[name] = parse_any(value)
     elif name not in found.dns_entries:
         raise NotFound(f"network {found.name} has no DNS entry {name}")
     if len(entries) > _MAX_DNS_ENTRIES:
@@ -213,7 +236,7 @@ def set_dns(txn: Transaction, uuid: str, name: str, value: str | None) -> None:
 
 
 def addresses(txn: Transaction, network: Network) -> list[dict[str, str]]:
-    """Who has what: `address, type, user, comment`."""
+    """Who has what: `address, address6, type, user, comment`. Without IPv4 the first one counts only."""
     pool = txn.get(Ipam, network.uuid).pool
     rows = [(pool.gateway, "gateway", "", "the network's router")]
     rows += [(address, "interface", holder, "") for address, holder in pool.held.items()]
@@ -223,7 +246,8 @@ def addresses(txn: Transaction, network: Network) -> list[dict[str, str]]:
         if until > time.time()
     ]
     rows += [(address, "reserved", "", "") for address in pool.reserved]
+    six = {row[0]: str(ipam.beside(pool.netblock, network.block6, row[0]) or "") for row in rows}
     return [
-        {"address": str(address), "type": kind, "user": user, "comment": comment}
+        {"address": str(address), "address6": six[address], "type": kind, "user": user, "comment": comment}
         for address, kind, user, comment in sorted(rows)
     ]

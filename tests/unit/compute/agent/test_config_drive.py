@@ -13,6 +13,7 @@ import pytest
 
 from compute.agent.guest import config_drive
 from compute.wire.spec import DiskSpec, InstanceSpec, InterfaceSpec
+from net import ipam
 from net.plan.model import Network, Port
 
 LAN = Network("lan-uuid", 7, "lan", IPv4Network("10.42.0.0/24"), IPv4Address("10.42.0.1"), mtu_bytes=1450)
@@ -103,6 +104,18 @@ def test_where_there_is_ipv6_the_address_is_told_and_its_router_only_where_nothi
     assert told[1]["ip_address"] == "2001:db8::9" and told[1]["netmask"] == "ffff:ffff:ffff:ffff::"
     assert told[1]["routes"] == [{"network": "::", "netmask": "::", "gateway": "2001:db8::1"}]
     assert told[3]["ip_address"] == "fd42::9" and told[3]["routes"] == []
+
+
+@pytest.mark.parametrize("dhcp", [True, False])
+def test_on_a_network_of_ipv6_alone_nothing_of_ipv4_is_told_and_its_server_of_names_is(dhcp: bool) -> None:
+    spec = replace(SPEC, interfaces=(InterfaceSpec("if-9", "six", "02:00:00:00:00:09", "0.0.0.9"),))
+    network = replace(LAN, uuid="six", netblock=ipam.UNKNOWN, gateway=ipam.UNKNOWN[1], provide_dhcp=dhcp)
+    network = replace(network, netblock6=IPv6Network("fd42::/64"))
+    data = config_drive.network_data(spec, {"six": network})
+    (told,) = data["networks"]
+    assert (told["type"], told["ip_address"], bool(told["routes"])) == ("ipv6", "fd42::9", not dhcp)
+    assert data["services"] == [{"type": "dns", "address": "fd42::1"}]
+    assert "0.0.0" not in str(data)
 
 
 def test_a_network_that_is_not_there_is_an_error() -> None:
