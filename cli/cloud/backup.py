@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from cli.cloud.api import Api
-from cli.cloud.instance import SNAPSHOT, SNAPSHOT_FIELDS, follow_snapshot
+from cli.cloud.instance import SNAPSHOT, SNAPSHOT_FIELDS, take
 from cli.command import API, DURATION, Group
 from cli.output import confirm, say, show_list, show_one, when
 
@@ -40,8 +40,7 @@ def unset(name: str) -> None:
 @backup.add(examples="sf backup run web")
 def run(name: str, form: str) -> None:
     """Make one now."""
-    made = Api()("POST", "instances", name, "backup")
-    show_one(follow_snapshot(Api(), name, made, 3600), SNAPSHOT_FIELDS, form)
+    show_one(take(Api(), name, "backup", 3600), SNAPSHOT_FIELDS, form)
 
 
 @backup.add(examples="sf backup ls")

@@ -87,7 +87,8 @@ def _get(api: Api, name: str, path: str, target: Path) -> None:
     target = target / (Path(path).name or "root") if target.is_dir() else target
     with tempfile.TemporaryFile() as packed, tempfile.TemporaryDirectory(dir=target.parent) as beside:
         if code := run(api, name, *_SH, _PACK, "sh", path, out=packed):
-            raise Problem(f"{path} does not come out of {name}: code {code}", code=code)
+            why = f"there is no {path} in {name}" if code == MISSING else f"tar in {name} ended with {code}"
+            raise Problem(why, code=code)
         packed.seek(0)
         try:
             with tarfile.open(fileobj=packed) as archive:

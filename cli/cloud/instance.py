@@ -1,17 +1,18 @@
 """`sf instance`: guests."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import click
 
 from cli.cloud.api import Api, Object, poll
-from cli.cloud.console import up
+from cli.cloud.console import answers, up
 from cli.cloud.create import asked, gigabytes, guest, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
-from cli.errors import TIMEOUT, Problem
+from cli.errors import MISSING, TIMEOUT, Problem
 from cli.output import Row, confirm, left, say, show_list, show_one, size, status, when
 
 COLUMNS = (
@@ -78,6 +79,7 @@ def _arrived(device: str, figures: Mapping[str, Any]) -> str:
     return f"{device} {share} here ({came or 'nothing fetched'}; reads waited {figures.get('waited_s', 0):.1f} s)"
 
 
+_SIGNS: dict[str, Any] = {"created": None, "boot": up, "agent": answers}
 instance = Group("instance", needs=API, help="Create, watch and control guests.")
 
 
@@ -99,7 +101,7 @@ def links_of(row: Row) -> list[Object]:
 @guest
 @click.option("--ttl", type=DURATION, help="How long it lives; then it is deleted.")
 @click.option("--ephemeral", is_flag=True, help="Delete it once it is off.")
-@click.option("--wait", type=click.Choice(["no", "created", "boot"]), default="no", show_default=True)
+@click.option("--wait", type=click.Choice(["no", *_SIGNS]), default="no", show_default=True)
 @click.option("--timeout", type=DURATION, default="15m", show_default=True, help="How long --wait waits.")
 def create(name: str, form: str, **given: Any) -> None:
     """Create a guest and start it."""
@@ -110,7 +112,7 @@ def create(name: str, form: str, **given: Any) -> None:
     elif not given["ssh_keys"] and not given["user_data"]:
         say(f"{name} has no key: nobody will log in unless its image has a password (--ssh-key FILE.pub)")
     if given["wait"] != "no":
-        made = wait(api, made["uuid"], up if given["wait"] == "boot" else None, given["timeout"])
+        made = wait(api, made["uuid"], _SIGNS[given["wait"]], given["timeout"])
     show_one(made, COLUMNS, form)
 
 
@@ -195,9 +197,40 @@ def _power(word: str, path: str, text: str) -> None:
             api("POST", "instances", name, path)
 
 
-_power("start", "poweron", "Switch guests on.")
 _power("pause", "pause", "Stop guests' processors.")
 _power("unpause", "unpause", "Let paused guests go on.")
+
+
+_until_up = click.option("--wait", is_flag=True, help="Until the guest agent answers after that.")
+
+
+@instance.add(examples="sf instance start web db --wait")
+@_until_up
+@click.option("--timeout", type=DURATION, default="15m", show_default=True, help="How long --wait waits.")
+def start(names: tuple[str, ...], wait: bool, timeout: float) -> None:
+    """Switch guests on."""
+    api = Api()
+    for name in names:
+        switch = partial(api, "POST", "instances", name, "poweron")
+        follow_start(api, name, switch, timeout, power(api, name) != "on") if wait else switch()
+
+
+def power(api: Api, name: str) -> str:
+    return str(api("GET", "instances", name)["power_state"])
+
+
+def follow_start(api: Api, name: str, act: Callable[[], object], timeout: float, anew: bool = True) -> None:
+    """Until a guest is up, by its agent's word, which `act` has start (`anew`: it does not run yet). Raises Problem."""
+
+    def starts() -> list[float]:
+        events = api("GET", "instances", name, "events", limit=100)
+        return [event["timestamp"] for event in events if event["message"] == "started"][:1]
+
+    before = starts()
+    act()
+    if anew and not any(starts() != before for _ in poll(timeout)):
+        raise Problem(f"{name} has not started", hint=f"sf instance events {name}", code=TIMEOUT)
+    wait(api, name, answers, timeout)
 
 
 @instance.add(examples="sf instance stop web db --wait\nsf instance stop web --force")
@@ -243,37 +276,50 @@ SNAPSHOT_FIELDS = (
 @click.option("--timeout", type=DURATION, default="1h", show_default=True, help="How long it may take.")
 def snapshot(name: str, form: str, timeout: float) -> None:
     """Keep all disks of a running guest as they are now, as images under my/."""
-    api = Api()
-    found = follow_snapshot(api, name, api("POST", "instances", name, "snapshot"), timeout)
-    show_one(found, SNAPSHOT_FIELDS, form)
+    show_one(take(Api(), name, "snapshot", timeout), SNAPSHOT_FIELDS, form)
 
 
-def follow_snapshot(api: Api, name: str, made: Object, timeout: float) -> Object:
-    """One that was begun, as it ended."""
+def take(api: Api, name: str, verb: str, timeout: float, **asked: str) -> Object:
+    """The snapshot that a request begins once no other is under way, as it ended. Raises Problem."""
+    made: Object = {}
     with status() as tell:
         for gone_s in poll(timeout):
+            try:
+                made = made or api("POST", "instances", name, verb, **asked)
+            except Problem as error:
+                if "is under way" not in str(error):
+                    raise
+                tell(f"{name}: another snapshot is under way", f"{gone_s:.0f} s")
+                continue
             every = api("GET", "instances", name, "snapshot")
             found: Object = next(one for one in every if one["uuid"] == made["uuid"])
             if found["state"] in ("created", "error"):
                 break
             tell(f"{found['name']}: {found['state']}", f"{gone_s:.0f} s")
         else:
-            hint = f"sf instance snapshots {name}"
-            raise Problem(f"{made['name']} is not stored yet", hint=hint, code=TIMEOUT)
+            raise Problem(f"{name}: not stored yet", hint=f"sf instance snapshots {name}", code=TIMEOUT)
     if found["state"] == "error":
         raise Problem(f"{found['name']}: {found['error_message']}", hint=f"sf instance events {name}")
     return found
 
 
-@instance.add(examples="sf instance restore web my/web:20261224-180000")
+@instance.add(examples="sf instance restore web\nsf instance restore web my/web:20261224-180000 --wait")
+@_until_up
 @click.option("--timeout", type=DURATION, default="1h", show_default=True)
-@click.argument("image")
-def restore(name: str, image: str, force: bool, timeout: float) -> None:
-    """Give a guest the disks of one of its snapshots again; what it has now is kept as a snapshot first."""
-    confirm(f"restart {name} with the disks of {image}?", force)
+@click.argument("image", required=False)
+def restore(name: str, image: str | None, force: bool, timeout: float, wait: bool) -> None:
+    """Give a guest the disks of a snapshot again (its newest); what it has now is kept as a snapshot first."""
     api = Api()
-    kept = follow_snapshot(api, name, api("POST", "instances", name, "restore", image=image), timeout)
-    say(f"{name} starts with {image}; what it had is {kept['name']}")
+    whole = [one["name"] for one in api("GET", "instances", name, "snapshot") if one["state"] == "created"]
+    if not (image := image or next(iter(whole), "")):
+        raise Problem(f"{name} has no snapshot", hint=f"sf instance snapshot {name}", code=MISSING)
+    confirm(f"restart {name} with the disks of {image}?", force)
+
+    def begin() -> None:
+        kept = take(api, name, "restore", timeout, image=str(image))
+        say(f"{name} starts with {image}; what it had is {kept['name']}")
+
+    follow_start(api, name, begin, timeout) if wait and power(api, name) != "off" else begin()
 
 
 @instance.add(examples="sf instance snapshots web")

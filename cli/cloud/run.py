@@ -21,7 +21,7 @@ from cli.cloud import inside
 from cli.cloud.api import Api, Object
 from cli.cloud.console import answers, emit, read
 from cli.cloud.create import asked, file, guest, machine, wait
-from cli.cloud.instance import follow_snapshot
+from cli.cloud.instance import take
 from cli.command import API, DURATION, STORE, Command, settings
 from cli.errors import USAGE, Problem
 from cli.image.image import PUSHED
@@ -159,7 +159,7 @@ def build(name: str, architecture: str, form: str, **given: Any) -> None:
         ) as uuid,
     ):
         made = wait(api, uuid, lambda _, seen: "built" if seen["power_state"] == "off" else "", limit_s)
-        taken = follow_snapshot(api, uuid, api("POST", "instances", uuid, "snapshot"), limit_s)
+        taken = take(api, uuid, "snapshot", limit_s)
         labels = {"base": given["image"], "recipe": str(Digest.of(b"".join(parts)))}
         parent = Digest.parse(made["disks"][0]["digest"])
         with found(taken["name"], architecture) as (source, _, digest):

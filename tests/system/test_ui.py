@@ -33,6 +33,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         found.instance("web", network=[{"network_uuid": "lan"}, {"network_uuid": "back"}])
         found.wait_for("/instances/web", "created")
         found.call("POST", "/auth/namespaces", {"namespace": "shop", "key_name": "k", "key": "shop-key"})
+        link = found.get("/instances/web")["interfaces"][0]["uuid"]
+        assert found.call("POST", "/rules", {"name": "http", "allow": ["tcp:80,443"]}).status == 200
+        assert found.call("POST", f"/interfaces/{link}/rules", {"rules": "http"}).status == 200
+        assert found.call("POST", f"/interfaces/{link}/publish", {"ports": "8080:80"}).status == 200
         yield found
 
 
@@ -215,6 +219,23 @@ def test_what_guests_and_tenants_write_is_text(server: Running, admin: Visitor) 
     server.agent.console_data = b"SF-GUEST-READY\n"
 
 
+def test_networks_are_drawn_with_what_leads_in_and_who_is_let_in_and_show_what_is_wrong(
+    server: Running, admin: Visitor
+) -> None:
+    page = admin.ask("/ui/networks")[2]
+    picture, _, below = page.partition("</svg>")
+    assert "web: rules http" in picture and "← 8080:80" in picture
+    assert picture.count('class="gate"') == 1, "the other interface is open"
+    assert "<code>tcp:80,443</code>" in below
+    where = re.search(r'href="(/ui/networks/[0-9a-f-]{36})">lan<', below)
+    assert where
+    status, _, page = admin.ask(where[1])
+    assert status == 200 and "the bridge is missing" in page and "<code>allow it</code>" in page
+    assert ">x<" not in page, "another network's"
+    shop = Visitor(server.url).login("shop", "shop-key")
+    assert shop.ask(where[1])[0] in (403, 404)
+
+
 def test_all_of_it_works_without_scripts(server: Running, admin: Visitor) -> None:
     lan = server.get("/networks/lan")["uuid"]
     form = {"name": "plain", "image": "debian:12", "cpus": "1", "memory": "256", "disk": "", "network": lan}
@@ -297,6 +318,7 @@ def test_no_page_has_serious_findings_of_axe_and_none_is_wider_than_a_phone(
     server.count()
     uuid = server.get("/instances/web")["uuid"]
     pages = "instances instances/new images networks nodes quotas login instances/nowhere".split()
+    pages += [f"networks/{server.get('/networks/lan')['uuid']}"]
     pages += [f"instances/{uuid}", f"instances/{uuid}/console", f"instances/{uuid}/confirm?act=delete"]
     for page in pages:
         for width, scheme in ((390, "light"), (1200, "dark")):

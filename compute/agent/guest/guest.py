@@ -235,7 +235,7 @@ class Guest:
         await self._course.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
 
     async def _power_on(self) -> None:
-        began = time.monotonic()
+        began, self._voice.agent_ready = time.monotonic(), None
         self._voice.publish(self._stage_now(), "transition-to-on")
         await self._course.save(phase=Phase.STARTING)
         for again in (True, True, False):

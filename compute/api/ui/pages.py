@@ -25,7 +25,8 @@ _PAGES: dict[str, tuple[str, dict[str, str]]] = {
     "/instances/{ref}/console": ("console", _ONE | {"said": "instances/{ref}/consoledata"}),
     "/instances/{ref}/confirm": ("confirm", _ONE),
     "/images": ("images", {"images": "artifacts"}),
-    "/networks": ("networks", {"networks": "networks", "instances": "instances"}),
+    "/networks": ("networks", {"networks": "networks", "instances": "instances", "rules": "rules"}),
+    "/networks/{ref}": ("network", {"network": "networks/{ref}", "findings": "networks/{ref}/doctor"}),
     "/nodes": ("nodes", {"nodes": "nodes", "orphans": "nodes/orphans"}),
     "/quotas": ("quotas", {"spaces": "auth/namespaces", "rows": "auth/namespaces/{namespace}/quota"}),
 }

@@ -116,7 +116,12 @@ class Sight:
         wanted = parse_reference(text)
         remote = self.namespace if wanted.remote == MINE else wanted.remote or ""
         if wanted.remote == MINE or (remote and remote not in self.stores and self.may(remote)):
-            if (store := self.namespaces.find(remote)) is None:
+            try:
+                store = self.namespaces.find(remote)
+            except NotFound as err:
+                hint = "see: sf remote ls; a server sees what is added within 3 s"
+                raise NotFound(f"no remote or namespace is called {remote}", hint=hint) from err
+            if store is None:
                 raise NotFound(f"no image {text}: {remote} has kept none", hint="see: sf image ls my")
             digest = digest_of(store, wanted, architecture)
             return Resolved(digest, store.manifest(digest).size_bytes, remote)
