@@ -1,6 +1,8 @@
 """`sf state`: the server's own records, kept elsewhere and put back."""
 
 from dataclasses import asdict
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
@@ -13,9 +15,18 @@ COLUMNS = (
     ("made", lambda row: when(row["made_s"])),
     ("size", lambda row: size(row["size_bytes"])),
     ("guests", "instances"),
+    ("of earlier versions", "upgrade"),
     ("what is wrong", "trouble"),
 )
 where = click.argument("where", metavar="FILE|STORE")
+
+
+def _back_up(where: str) -> Any:
+    from compute import back_up_state, load, open_state
+
+    config = load(settings())
+    return back_up_state(config.state_dir, where, records=open_state(config) if config.state else None)
+
 
 state = Group("state", help="The server's own records, kept elsewhere and put back.")
 
@@ -27,25 +38,24 @@ def backup(where: str, form: str) -> None:
 
     It holds every key of this installation: who can read it is root here.
     """
-    from compute import back_up_state, load, open_state
-
-    config = load(settings())
     with status() as tell:
-        tell(f"{config.state or config.state_dir} to {where}")
-        records = open_state(config) if config.state else None
-        made = back_up_state(config.state_dir, where, records=records)
+        tell(f"{settings().get('state') or settings().state_dir} to {where}")
+        made = _back_up(where)
     show_one(asdict(made), COLUMNS, form)
 
 
-@state.add(examples="sf state check /mnt/usb/sf.state\nsf state check 's3://home/sf?region=eu-central-1'")
-@where
+@state.add(examples="sf state check\nsf state check 's3://home/sf?region=eu-central-1'")
+@click.argument("where", metavar="[FILE|STORE]", default="")
 def check(where: str, form: str) -> None:
-    """Read every backup of a state that is there, the newest first, and say what is in it."""
+    """Read every backup of a state that is there, the newest first, and say what is in it; alone: the server's state.
+
+    Records of earlier versions are read as they are, and written anew when they next change.
+    """
     from compute import state_backups
 
-    with status() as tell:
-        tell(f"reading {where}")
-        rows = [asdict(made) for made, _ in state_backups(where)]
+    with status() as tell, TemporaryDirectory(prefix="sf-state-") as place:
+        tell(f"reading {where or 'the state'}")
+        rows = [asdict(made) for made, _ in state_backups(where or _back_up(f"{place}/now").name)]
     show_list(rows, COLUMNS, form)
     if wrong := sum(bool(row["trouble"]) for row in rows):
         raise Problem(f"{wrong} of {len(rows)} are no backups")

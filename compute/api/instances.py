@@ -28,7 +28,7 @@ from compute.cluster.scheduler import Limits, unreadable
 from compute.cluster.scheduler import create_instance as create
 from compute.cluster.scheduler import set_instance as change
 from compute.errors import Conflict, Invalid
-from compute.wire.codec import Base64
+from compute.wire.codec import Base64, to_json
 from compute.wire.spec import AGENT_CHANNEL
 from net import ipam, own_macs
 
@@ -148,7 +148,7 @@ def list_instances(ctx: Ctx, body: ListBody | None = None) -> Response:
     for interface in ctx.read().list(Interface):
         interfaces[interface.instance_uuid].append(interface)
     found = [_view(ctx, item, interfaces[item.uuid]) for item in ctx.listed(Instance, body)]
-    return JSONResponse(sorted(found, key=lambda view: view["created"]))
+    return Response(to_json(sorted(found, key=lambda view: view["created"])), media_type="application/json")
 
 
 @router.post("/instances")

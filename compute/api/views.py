@@ -3,7 +3,6 @@
 import base64
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -18,6 +17,7 @@ from compute.cluster.records.rules import Rules
 from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event
+from compute.wire.codec import to_plain
 from compute.wire.spec import AGENT_CHANNEL, InstanceState
 from net import ipam
 
@@ -56,7 +56,7 @@ def interface(item: Interface) -> Json:
         ipv6=item.address6 or None,
         published=[str(each) for each in item.published],
         rules=list(item.rules),
-        limits=asdict(item.limits),
+        limits=to_plain(item.limits),
     )
 
 

@@ -33,20 +33,8 @@ from compute.wire.spec import (
 from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
 
-KINDS = frozenset(
-    {
-        Instance.KIND,
-        Interface.KIND,
-        Network.KIND,
-        Rules.KIND,
-        Node.KIND,
-        Epoch.KIND,
-        Quarantined.KIND,
-        Snapshot.KIND,
-        liveness.KIND,
-    }
-    | {Namespace.KIND}
-)
+_KINDS = Instance, Interface, Network, Rules, Node, Epoch, Quarantined, Snapshot, Namespace
+KINDS = frozenset((*(kind.KIND for kind in _KINDS), liveness.KIND))
 """Of what `read` is made."""
 
 LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR, InstanceState.DELETED)

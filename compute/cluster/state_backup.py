@@ -24,7 +24,9 @@ import zstandard
 
 from compute.cluster.liveness import KIND as ALIVE
 from compute.cluster.records.epochs import Epoch, begin
+from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.opening import open_state
 from compute.cluster.state.protocol import MOST_BYTES, MOST_KEYS, StateStore
@@ -51,6 +53,8 @@ class Backup:
     trouble: str = ""
     installation: str = ""
     instances: int = 0
+    upgrade: str = ""
+    """Records of earlier versions, which are read as they are and written anew when they next change."""
 
 
 def _pack(state_dir: Path, records: StateStore | None = None, source: Path | None = None) -> bytes:
@@ -75,8 +79,22 @@ def _pack(state_dir: Path, records: StateStore | None = None, source: Path | Non
     return _MAGIC + Digest.of(body).hex().encode() + b"\n" + body
 
 
-def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], int]:
-    """The database, the files, how many instances it knows. Raises Corrupt."""
+def _upgrade(state: sqlite3.Connection) -> str:
+    """Backup's, and whether 0.1 still reads it all. Raises Corrupt for what a newer version wrote."""
+    ask = """select substr(key, 1, instr(key, '/') - 1) kind, cast(cast(substr(value, 11, 2) as text) as integer) form,
+        count(*) from kv where cast(value as text) like '{"schema":%' group by kind, form"""
+    found, now = state.execute(ask).fetchall(), {kind.KIND: kind.SCHEMA for kind in (Claims, Instance)}
+    if later := [f"{kind} of form {form}" for kind, form, _ in found if form > now.get(kind, 1)]:
+        raise Corrupt(f"a newer version of sf wrote it: {', '.join(later)}")
+    old = [
+        f"{count} {kind} ({form} to {now[kind]})" for kind, form, count in found if form < now.get(kind, 1)
+    ]
+    reads = "reads" if all(form == 1 for _, form, _ in found) else "does not read"
+    return f"{', '.join(old) or 'none'}; 0.1 {reads} it"
+
+
+def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], int, str]:
+    """The database, the files, how many instances it knows, what becomes of older records. Raises Corrupt."""
     line, _, body = data.partition(b"\n")
     if line != _MAGIC + Digest.of(body).hex().encode():
         raise Corrupt("it is no backup of a server's state, or damaged")
@@ -93,7 +111,7 @@ def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], int]:
             told = [found.execute(ask).fetchone() for ask in asks]
             if told != [("ok",), (1,)] or _IDENTITY not in files:
                 raise Corrupt("the state in it is damaged, or a newer version of sf wrote it")
-            return found.serialize(), files, count
+            return found.serialize(), files, count, _upgrade(found)
         except (zstandard.ZstdError, sqlite3.Error, TypeError, ValueError) as err:
             raise Corrupt(f"the state in it cannot be read: {err}") from err
 
@@ -101,8 +119,8 @@ def _unpack(data: bytes) -> tuple[bytes, dict[str, bytes], int]:
 def _look(name: str, made_s: float, data: bytes) -> tuple[Backup, bytes]:
     """Read all of it, and say what is in it."""
     try:
-        _, files, count = _unpack(data)
-        return Backup(name, made_s, len(data), "", _identity(files[_IDENTITY]), count), data
+        _, files, count, upgrade = _unpack(data)
+        return Backup(name, made_s, len(data), "", _identity(files[_IDENTITY]), count, upgrade), data
     except Corrupt as err:
         return Backup(name, made_s, len(data), str(err)), data
 
@@ -182,7 +200,7 @@ def restore_state(state_dir: Path, where: str, name: str = "", into: StateStore 
         raise NotFound(f"{where} keeps no state {name}".strip(), hint=f"sf state check {where}")
     if len({made.installation for made, _ in found if made.installation}) > 1:
         raise Conflict(f"{where} keeps states of several installations", hint="--from NAME")
-    made, (database, files, _) = _sound(found[0][0]), _unpack(found[0][1])
+    made, (database, files, *_) = _sound(found[0][0]), _unpack(found[0][1])
     if (own := state_dir / _IDENTITY).exists() and own.read_bytes() != files[_IDENTITY]:
         raise Conflict(f"{state_dir} is of another installation than {made.name}", hint="use an empty one")
     place = state_dir / ".restore"

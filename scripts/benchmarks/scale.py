@@ -5,7 +5,9 @@ members that sync to disk. Nodes join over TLS; what is played is the hypervisor
 on two cores: each polls for its desired state, decodes all of it and reports what it is told as done. At the end the
 state is looked at (tests/invariants: claims, addresses and names are summed and compared).
 
-SF_BENCH_SCALE names what is measured (sqlite, etcd1, etcd3; all of them unless told), SF_BENCH_INSTANCES,
+Last, a private machine with 20 tiny guests that do nothing: what server, agent and image service use.
+
+SF_BENCH_SCALE names what is measured (sqlite, etcd1, etcd3, idle; all of them unless told), SF_BENCH_INSTANCES,
 SF_BENCH_NETWORKS and SF_BENCH_NODES how many there are, SF_BENCH_PROFILE=FILE writes the server's profile.
 """
 
@@ -22,6 +24,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from private_libvirtd import PrivateHost
+
 from benchmarks._harness import ROOT, Bench, Failed
 from compute.agent import link
 from compute.cluster.state.opening import open_state
@@ -32,15 +36,16 @@ from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeFa
 from tests import invariants
 from tests.etcd import members
 from tests.servers import free_ports
+from tests.system.machine import Machine
 
 INSTANCES = int(os.environ.get("SF_BENCH_INSTANCES", "1000"))
 NETWORKS = int(os.environ.get("SF_BENCH_NETWORKS", "200"))
 NODES = int(os.environ.get("SF_BENCH_NODES", "4"))
-ENGINES = os.environ.get("SF_BENCH_SCALE", "sqlite etcd1 etcd3").split()
+ENGINES = os.environ.get("SF_BENCH_SCALE", "sqlite etcd1 etcd3 idle").split()
 PROFILE = os.environ.get("SF_BENCH_PROFILE", "")
 BURST = {"sqlite": 100, "etcd1": 30, "etcd3": 30}
 """Creates within one second."""
-ROUNDS, CLIENTS = 31, 32
+ROUNDS, CLIENTS, IDLE = 31, 32, 20
 
 
 class Client:
@@ -126,6 +131,9 @@ class Played:
 
 def run(bench: Bench) -> None:
     for engine in ENGINES:
+        if engine == "idle":
+            _idle(bench)
+            continue
         with ExitStack() as stack:
             url = ""
             if engine != "sqlite":
@@ -228,14 +236,20 @@ def _api(bench: Bench, engine: str, client: Client, nodes: list[Played], pid: in
 
     bench.say(f"{engine}: {INSTANCES} instances made in {took_s:.0f} s")
 
-    def figure(name: str, times: list[float], most: float | None) -> None:
+    def figure(name: str, call: Any, most: float | None) -> None:
+        used_s = _cpu_s(pid)
+        times = _timed(call)
+        bench.number(f"{engine}_{name}_cpu", 1000 * (_cpu_s(pid) - used_s) / ROUNDS, "ms of the server's CPU")
+        say(name, times, most)
+
+    def say(name: str, times: list[float], most: float | None) -> None:
         bench.say(f"{engine}: {name} {statistics.median(times):.1f} ms")
         bench.number(f"{engine}_{name}_p50", statistics.median(times), "ms", at_most=most)
         bench.number(f"{engine}_{name}_p95", statistics.quantiles(times, n=20)[-1], "ms")
 
-    figure("list", _timed(lambda n: client("GET", "/instances")), 50)
-    figure("list_networks", _timed(lambda n: client("GET", "/networks")), None)
-    figure("show", _timed(lambda n: client("GET", f"/instances/{made[n * 7 % len(made)]}")), 10)
+    figure("list", lambda n: client("GET", "/instances"), 50)
+    figure("list_networks", lambda n: client("GET", "/networks"), None)
+    figure("show", lambda n: client("GET", f"/instances/{made[n * 7 % len(made)]}"), 10)
     more: list[str] = []
 
     def create(n: int) -> None:
@@ -245,7 +259,7 @@ def _api(bench: Bench, engine: str, client: Client, nodes: list[Played], pid: in
     for n in range(ROUNDS):
         times += _timed(lambda _, n=n: create(n), 1)  # type: ignore[misc]
         time.sleep(0.3)  # what follows a create is measured below
-    figure("create", times, 100)
+    say("create", times, 100)
     _settled(client, INSTANCES + ROUNDS, 120)
     waits = []
     for n in range(ROUNDS):
@@ -259,7 +273,7 @@ def _api(bench: Bench, engine: str, client: Client, nodes: list[Played], pid: in
             time.sleep(0.001)
         waits.append(1000 * (found[0] - began))
         time.sleep(0.3)
-    figure("desired", waits, 100)
+    say("desired", waits, 100)
     bench.number(f"{engine}_desired_size", max(one.bytes for one in nodes) / 1024, "KiB a node")
     _burst(bench, engine, client, nets)
     time.sleep(5)
@@ -299,4 +313,42 @@ def _burst(bench: Bench, engine: str, client: Client, nets: list[str]) -> None:
 
 def _cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _idle(bench: Bench) -> None:
+    """Real guests, libvirt and networks; nobody asks for anything."""
+    tiny = bench.run([ROOT / "scripts/build-image", "tiny", "--cached"]).strip()
+    with PrivateHost() as host:
+        machine = Machine(host, bench.dir("home"), SF_CPU_RATIO="1000", SF_LISTEN="127.0.0.1:13000")
+        machine.sf("image", "push", tiny, "tiny:1", "-q")
+        machine.start()
+        try:
+            for n in range(4):
+                machine.sf("network", "create", f"net{n}", f"10.9{n}.0.0/24")
+            for n in range(IDLE):
+                flags = ["--memory", "96", "--image", "tiny:1", "--network", f"net{n % 4}"]
+                machine.sf("instance", "create", f"g{n}", *flags)
+            deadline = time.monotonic() + 600
+            while not all(machine.ready_line(f"g{n}") for n in range(IDLE)):
+                if time.monotonic() > deadline:
+                    raise Failed(f"{IDLE} guests are not up: {machine.said()}")
+            time.sleep(30)
+            ours = host.run(["pgrep", "-f", "bin/sf serve|imaged"]).stdout.split()
+            before, began = {pid: _inside(host, pid) for pid in ours}, time.perf_counter()
+            time.sleep(60)
+            took_s = time.perf_counter() - began
+            shares = {pid: 100 * (_inside(host, pid) - before[pid]) / took_s for pid in ours}
+            bench.note(
+                f"of {', '.join(host.run(['ps', '-o', 'pid=,args=', *ours]).stdout.splitlines())}: {shares}"
+            )
+            bench.number("idle_20_guests", sum(shares.values()), "% of a core", at_most=0.5)
+            machine.sf("instance", "delete", *(f"g{n}" for n in range(IDLE)), "--force")
+            time.sleep(10)
+        finally:
+            machine.signal(15)
+
+
+def _inside(host: PrivateHost, pid: str) -> float:
+    fields = host.run(["cat", f"/proc/{pid}/stat"]).stdout.rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -17,8 +17,10 @@ import requests
 
 pytest.importorskip("etcd3gw")
 
+from compute import state_members
 from compute.cluster.state.etcd import EtcdStore
 from compute.cluster.state.protocol import ABSENT
+from compute.config import Config
 from compute.errors import ComputeError, Denied, LeaseLost, NoSpace, Stale, Unavailable
 from tests.drills import everything, seed
 from tests.etcd import Members, members
@@ -69,6 +71,7 @@ class _Carried(BaseHTTPRequestHandler):
         with suppress(OSError):
             self.send_response(answer.status_code)
             self.send_header("Content-Length", str(len(answer.content)))
+            self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(answer.content)
 
@@ -294,3 +297,18 @@ def test_without_a_majority_nothing_is_answered_and_then_all_goes_on(monkeypatch
         found = store.get("b")
         assert found is not None and found.value == b"3"
         store.close()
+
+
+def test_the_doctor_says_of_a_member_that_it_is_slow_or_full(tmp_path: Path) -> None:
+    with members(1, "--quota-backend-bytes=1048576") as small, between(small.clients[0]) as link:
+        config = Config(state_dir=tmp_path, state=link.url)
+        link.delay_s = 0.2
+        ((seen, mend),) = state_members(config)
+        assert ": answers in " in seen and mend.startswith("a faster disk")
+        link.delay_s = 0
+        put = {"key": "eA==", "value": "A" * (1 << 17)}
+        for _ in range(100):
+            if not requests.post(f"{small.clients[0]}/v3/kv/put", json=put, timeout=20).ok:
+                break
+        ((seen, mend),) = state_members(config)
+        assert "NOSPACE" in seen and mend.startswith("etcdctl defrag")
