@@ -117,9 +117,8 @@ class Plane:
         ):
             bridge = space.link(network.bridge or names.bridge(network.vni))
             if bridge is None and network.bridge:
-                raise Failed(
-                    f"this node has no bridge {network.bridge}", hint="make it, or run the guest elsewhere"
-                )
+                hint = "make it, or run the guest elsewhere"
+                raise Failed(f"this node has no bridge {network.bridge}", hint=hint)
             if bridge is None:
                 raise Failed(f"network {network.name} is not on this node yet", hint="apply it first")
             network = replace(network, mtu_bytes=bridge.mtu_bytes) if network.bridge else network

@@ -24,31 +24,14 @@ from compute.cluster.records.snapshots import Backup
 from compute.cluster.records.transaction import Transaction
 from compute.wire.operations import COUNTED, HELD
 
-CAPABILITIES = (
-    "agentoperations-crud",
-    "artifact-metadata",
-    "artifact-upload-types",
-    "blob-data-limit",
-    "blob-events",
-    "blob-search-by-hash",
-    "events-by-type",
-    "extra-dns-entries",
-    "get-instance-namespace",
-    "get-network-namespace",
-    "hot-plug-interface",
-    "instance-agentoperations",
-    "instance-agentoperations-all",
-    "instance-execute",
-    "instance-get",
-    "instance-put-blob",
-    "instance-screenshot",
-    "interface-metadata",
-    "list-addresses",
-    "node-get",
-    "node-metadata",
-    "provide-dns",
-    "route-addresses",
-    "vdi-console-helper",
+CAPABILITIES = tuple(
+    """
+    agentoperations-crud artifact-metadata artifact-upload-types blob-data-limit blob-events
+    blob-search-by-hash events-by-type extra-dns-entries get-instance-namespace
+    get-network-namespace hot-plug-interface instance-agentoperations instance-agentoperations-all
+    instance-execute instance-get instance-put-blob instance-screenshot interface-metadata
+    list-addresses node-get node-metadata provide-dns route-addresses vdi-console-helper
+    """.split()
 )
 """What clients search for in the page at `/`. A word stands here when its routes are there, never before."""
 

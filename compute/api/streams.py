@@ -26,6 +26,7 @@ from compute.wire.spec import InstanceState
 from compute.wire.streams import Message, Stream, carry, failure, first
 from imagestore import read_json
 
+Options = dict[str, Any]
 router = APIRouter()
 
 _ASKED_BYTES, _ASK_S = 1 << 18, 20.0
@@ -119,7 +120,7 @@ def _context(socket: WebSocket, ref: str, kind: str) -> Context:
     return ctx
 
 
-def _asked(message: Message | None) -> dict[str, Any]:
+def _asked(message: Message | None) -> Options:
     try:
         return {**read_json(str(message).encode(), most_bytes=_ASKED_BYTES)}
     except (ValueError, TypeError) as err:
@@ -133,9 +134,7 @@ def _find(ctx: Context, ref: str) -> Instance:
     return known
 
 
-def _target(
-    ctx: Context, known: Instance, kind: str, options: dict[str, Any]
-) -> tuple[str, str, dict[str, Any]]:
+def _target(ctx: Context, known: Instance, kind: str, options: Options) -> tuple[str, str, Options]:
     """Which node is asked for a stream of what. A port is reached from the network's router, at the guest's address."""
     if kind != "connect":
         return known.node, known.uuid, options

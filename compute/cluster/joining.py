@@ -63,7 +63,6 @@ def check_identity(txn: Transaction, name: str, identity: str) -> Node:
     """Raises Unauthenticated, also for a node that was removed."""
     node = txn.find(Node, name)
     if node is None or not node.identity or not hmac.compare_digest(node.identity, _hash(identity)):
-        raise Unauthenticated(
-            f"node {name[:80]} is not known by this secret", hint="join anew: sf node token"
-        )
+        hint = "join anew: sf node token"
+        raise Unauthenticated(f"node {name[:80]} is not known by this secret", hint=hint)
     return node

@@ -52,11 +52,9 @@ def read_range(disk: Disk, offset: int, length: int) -> bytes:
 class RawDisk:
     """A raw file or block device; its holes are found by SEEK_DATA."""
 
-    def __init__(
-        self, descriptor: int, what: str, format_: str = "raw", size_bytes: int | None = None
-    ) -> None:
+    def __init__(self, descriptor: int, what: str, kind: str = "raw", size_bytes: int | None = None) -> None:
         """size_bytes: where what follows the disk in the file is none of it."""
-        self._descriptor, self._what, self.format = descriptor, what, format_
+        self._descriptor, self._what, self.format = descriptor, what, kind
         self.size_bytes = os.lseek(descriptor, 0, os.SEEK_END) if size_bytes is None else size_bytes
 
     def next_data(self, offset: int) -> tuple[int, int] | None:

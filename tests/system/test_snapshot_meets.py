@@ -3,7 +3,6 @@
 import asyncio
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import pytest
 from compute.agent.agent import Agent
 from compute.wire.spec import Capture, DiskSpec, InstanceSpec
 from imagestore import Digest, open_store, verify_image, verify_store
-from scripts.private_libvirtd import PrivateHost
 from tests import drills
 from tests.system.test_agent import remove, says
 from tests.system.test_lazy_boot import LazyBench
+from tests.system.test_snapshots import bench as bench
+from tests.system.test_snapshots import host as host
 from tests.web import nginx
 
 pytestmark = [
@@ -35,22 +35,6 @@ while true; do
     echo "SF-COUNT $i" >/dev/ttyS0
 done
 """
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[PrivateHost]:
-    with PrivateHost() as made:
-        yield made
-
-
-@pytest.fixture
-def bench(host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyBench]:
-    monkeypatch.setenv("SF_ACCEL", "tcg")
-    monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "index"))
-    bench = LazyBench(host, tmp_path)
-    bench.desk.now = replace(bench.desk.now, stores={"my/system": bench.url})
-    yield bench
-    assert bench.domains() == []
 
 
 async def count(agent: Agent, spec: InstanceSpec) -> int:
