@@ -43,7 +43,3 @@ class NoSpace(StoreError):
 
 class Unsupported(StoreError):
     """The backend cannot do this (a write on a read-only store, a conditional write where there is none)."""
-
-
-class Cancelled(StoreError):
-    """The caller asked for the operation to end."""

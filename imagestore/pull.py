@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 from blake3 import blake3
@@ -19,7 +18,7 @@ from blake3 import blake3
 from imagestore.disks.output import Output, target
 from imagestore.disks.qcow2.writer import plan
 from imagestore.disks.windows import in_order
-from imagestore.errors import Cancelled, Conflict, Corrupt, Invalid, NoSpace, StoreError
+from imagestore.errors import Conflict, Corrupt, Invalid, NoSpace, StoreError
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Image
@@ -49,15 +48,13 @@ def pull(
     *,
     format_: str = "qcow2",
     seeds: Sequence[Seed] = (),
-    fallbacks: Sequence[Store] = (),
     progress: Report = silent,
-    cancel: Event | None = None,
     durable: bool = True,
 ) -> PullResult:
     """Write the image `digest` to `output` as raw or qcow2: to a file, replaced when whole, or onto a block device.
 
-    fallbacks: stores to ask for a range that the first cannot give whole. durable: fsync before the rename.
-    Raises NotFound, Corrupt, Unavailable, NoSpace, Cancelled; Invalid for a path that cannot be written.
+    progress: what it raises, of imagestore's errors, ends the pull. durable: fsync before the rename.
+    Raises NotFound, Corrupt, Unavailable, NoSpace; Invalid for a path that cannot be written.
     """
     if format_ not in ("raw", "qcow2"):
         raise Invalid(f"cannot write format {format_!r}", hint="raw or qcow2")
@@ -73,9 +70,9 @@ def pull(
             qcow2 = plan(manifest) if format_ == "qcow2" else None
             file = Output(place, manifest.size_bytes, qcow2, durable=durable)
             stack.callback(file.close)
-            filling = _Filling(file, image, digest, progress, cancel)
+            filling = _Filling(file, image, digest, progress)
             try:
-                result = filling.fill(store, seeds, fallbacks)
+                result = filling.fill(store, seeds)
             except StoreError:
                 if not filling.began:
                     place.discard()
@@ -93,17 +90,15 @@ def pull(
 class _Filling:
     """Brings the chunks of one manifest into one file."""
 
-    def __init__(
-        self, file: Output, image: Image, digest: Digest, progress: Report, cancel: Event | None
-    ) -> None:
-        self._file, self._digest, self._progress, self._cancel = file, digest, progress, cancel
+    def __init__(self, file: Output, image: Image, digest: Digest, progress: Report) -> None:
+        self._file, self._digest, self._progress = file, digest, progress
         self._manifest, self._layout = image
         self._offsets = self._manifest.offsets
         self._lengths, self._ids = self._manifest.lengths.astype(np.int64), self._manifest.ids
         self._have = np.zeros(len(self._lengths), np.bool_)
         self._resumed = self._seeded = self._fetched = self._requests = 0
 
-    def fill(self, store: Store, seeds: Sequence[Seed], fallbacks: Sequence[Store]) -> PullResult:
+    def fill(self, store: Store, seeds: Sequence[Seed]) -> PullResult:
         """Until the file is whole."""
         with ThreadPoolExecutor(READERS, "sf-pull") as pool:
             if self._file.resumed:
@@ -115,7 +110,7 @@ class _Filling:
             with closing(UpdateOrigin(lambda: store, self._digest, self._manifest, seeds)) as update:
                 self._fetch_update(pool, update)
             if not self._have.all():
-                self._fetch_all(pool, store, fallbacks)
+                self._fetch_all(pool, store)
         if not self._have.all():
             raise Corrupt(f"the image {self._digest} is not whole after all")
         data_bytes = int(self._lengths.sum())
@@ -127,8 +122,6 @@ class _Filling:
         return bool(self._have.any())
 
     def _report(self) -> None:
-        if self._cancel is not None and self._cancel.is_set():
-            raise Cancelled("the pull was cancelled")
         done, total = int(self._lengths[self._have].sum()), int(self._lengths.sum())
         known = self._resumed + self._seeded
         self._progress(Progress("pull", done, total, done - known, known, self._fetched))
@@ -187,16 +180,15 @@ class _Filling:
             self._requests += 1
             self._report()
 
-    def _fetch_all(self, pool: ThreadPoolExecutor, store: Store, fallbacks: Sequence[Store]) -> None:
+    def _fetch_all(self, pool: ThreadPoolExecutor, store: Store) -> None:
         missing = np.flatnonzero(~self._have)
         self._file.allocate(self._offsets[missing], self._lengths[missing])
         reader = ImageReader(lambda: store, self._digest, self._manifest, self._layout)
         reader.layout()
-        backends = [one.backend for one in (store, store, *fallbacks)]
 
         def fetch(frames: Frames, request: slice) -> tuple[Numbers, int]:
             """In the pool: read, verify and write; the chunks, and the bytes fetched."""
-            stored = frames.read(request, *backends)
+            stored = frames.read(request, store.backend, store.backend)
             for frame, data in zip(range(request.start, request.stop), stored, strict=True):
                 self._unpack(frames, frame, data)
             return frames.chunks[frames.rows(request)], sum(map(len, stored))

@@ -253,12 +253,12 @@ class Names:
     def warn(self, digest: Digest) -> None:
         """Log why names cannot be believed now, for whom a digest is enough; a store's own always can."""
 
-    def nearest(self, name: str, count: int = 3) -> list[str]:
+    def nearest(self, name: str) -> list[str]:
         """Existing `name:tag`s that resemble this one, for error messages; none where nothing can be listed."""
         known = self._known()
         same = [text for text in known if text.partition(":")[0] == name.partition(":")[0]]
-        close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
-        return list(dict.fromkeys([*close, *same]))[:count]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        return list(dict.fromkeys([*close, *same]))[:3]
 
     def _known(self) -> list[str]:
         with suppress(Unsupported):

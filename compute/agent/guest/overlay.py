@@ -18,7 +18,7 @@ _L2_REACH = _CLUSTER * (_CLUSTER // 8)  # bytes of guest address space under one
 _BACKING_FORMAT = 0xE2792ACA
 
 
-def qcow2(size_bytes: int, backing: str = "", backing_format: str = "raw") -> bytes:
+def qcow2(size_bytes: int, backing: str = "") -> bytes:
     """The bytes of an empty qcow2 file of `size_bytes` (a multiple of 512) over `backing`.
 
     `backing` is a path, or json:{…} for what is no file. It must fit in the first cluster.
@@ -30,9 +30,7 @@ def qcow2(size_bytes: int, backing: str = "", backing_format: str = "raw") -> by
     clusters = 3 + l1_clusters  # header, refcount table, refcount block, L1
     name, extensions = backing.encode(), struct.pack(">II", 0, 0)
     if name:
-        kind = backing_format.encode()
-        named = struct.pack(">II", _BACKING_FORMAT, len(kind)) + kind.ljust(-(-len(kind) // 8) * 8, b"\0")
-        extensions = named + extensions
+        extensions = struct.pack(">II8s", _BACKING_FORMAT, 3, b"raw") + extensions
     if len(name) > 1023 or clusters > _CLUSTER // 2:
         raise Invalid("the backing file's name or the disk is too large for qcow2")
     header = qcow2_header(size_bytes, l1_entries, 3, 1, extensions, name)

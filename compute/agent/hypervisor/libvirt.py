@@ -243,11 +243,10 @@ class Hypervisor:
         with contextlib.suppress(NotFound, Conflict), self._domain(uuid) as found:
             found.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_DEFAULT)
 
-    def undefine(self, uuid: str, *, keep: bool = False) -> None:
-        """Forget the domain with (or without) its UEFI variables. Nothing if it is unknown."""
-        flag = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM if keep else libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+    def undefine(self, uuid: str) -> None:
+        """Forget the domain with its UEFI variables. Nothing if it is unknown."""
         with contextlib.suppress(NotFound), self._domain(uuid) as found:
-            found.undefineFlags(flag)
+            found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
 
     def state(self, uuid: str) -> DomainState:
         """How it is now; an undefined domain is off, ended unknown."""
