@@ -188,7 +188,10 @@ class _Filling:
 
         def fetch(frames: Frames, request: slice) -> tuple[Numbers, int]:
             """In the pool: read, verify and write; the chunks, and the bytes fetched."""
-            stored = frames.read(request, store.backend, store.backend)
+            try:
+                stored = frames.read(request, store.backend)
+            except Corrupt:  # on its way, perhaps
+                stored = frames.read(request, store.backend)
             for frame, data in zip(range(request.start, request.stop), stored, strict=True):
                 self._unpack(frames, frame, data)
             return frames.chunks[frames.rows(request)], sum(map(len, stored))

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from imagestore.backends.protocol import Backend
 from imagestore.disks.windows import in_order
-from imagestore.errors import Corrupt, NotFound, StoreError, Unavailable
+from imagestore.errors import Corrupt, NotFound
 from imagestore.formats import columns
 from imagestore.formats.columns import Ids, Numbers, Rows
 from imagestore.formats.digest import Buffer, Digest
@@ -131,27 +131,18 @@ class Frames:
         starts = places(self.table)
         return plan_requests(starts, starts + self.table["size"], limit_bytes, bulk=bulk)
 
-    def read(self, request: slice, *stores: Backend) -> list[memoryview]:
-        """The stored bytes of a request's frames, right ones, of the first of these stores that has them.
-
-        Raises Corrupt, NotFound, Unavailable: what the first one said.
-        """
+    def read(self, request: slice, store: Backend) -> list[memoryview]:
+        """The stored bytes of a request's frames, right ones. Raises Corrupt, NotFound, Unavailable."""
         frames = self.table[request]
         start, begins = int(frames["offset"][0]), frames["offset"] - frames["offset"][0]
-        ends = (begins + frames["size"]).tolist()
-        key, failures = PACKS.key(self.packs[frames["pack"][0]]), list[StoreError]()
-        for store in stores:
-            try:
-                data = memoryview(store.get(key, start, ends[-1]).data)
-                stored = [data[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)]
-                digests = b"".join(blake3(piece).digest() for piece in stored)
-                if digests == frames["hash"].tobytes() and len(data) == ends[-1]:
-                    return stored
-                reason = f"{store.url}/{key}: bytes {start} to {start + ends[-1]} do not match their hash"
-                failures.append(Corrupt(reason, hint="`sf store verify --repair-from URL`"))
-            except (Corrupt, NotFound, Unavailable) as error:
-                failures.append(error)
-        raise failures[0]
+        ends, key = (begins + frames["size"]).tolist(), PACKS.key(self.packs[frames["pack"][0]])
+        data = memoryview(store.get(key, start, ends[-1]).data)
+        stored = [data[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)]
+        digests = b"".join(blake3(piece).digest() for piece in stored)
+        if digests != frames["hash"].tobytes() or len(data) != ends[-1]:
+            reason = f"{store.url}/{key}: bytes {start} to {start + ends[-1]} do not match their hash"
+            raise Corrupt(reason, hint="`sf store verify --repair-from URL`")
+        return stored
 
     def expand(self, frame: int, stored: Buffer) -> memoryview:
         """The plain bytes of a frame. Raises Corrupt."""
