@@ -14,12 +14,12 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from compute.cluster.state.gateway import Gateway, Lost, decode, encode, prefix
-from compute.cluster.state.protocol import ABSENT, Change, Record, bounded, kept
+from compute.cluster.state.protocol import ABSENT, Change, Keys, Record, Seen, Writes, bounded, kept
 from compute.errors import Compacted, LeaseLost, NoSpace, Stale, Unavailable
 
 log = logging.getLogger(__name__)
@@ -81,14 +81,7 @@ class EtcdStore:
 
     # Writing
 
-    def commit(
-        self,
-        writes: Mapping[str, bytes | None],
-        *,
-        expect: Mapping[str, int],
-        lease: int | None = None,
-        ephemeral: Collection[str] = (),
-    ) -> int:
+    def commit(self, writes: Writes, *, expect: Seen, lease: int | None = None, ephemeral: Keys = ()) -> int:
         bounded(writes, expect)
         compare = [_is(self._name(f"state/{key}"), revision) for key, revision in expect.items()]
         doing, looking = list[dict[str, Any]](), list[dict[str, Any]]()

@@ -15,11 +15,17 @@ ABSENT = 0
 """The revision of a key that does not exist."""
 
 _MOST_LISTED = 1 << 14
+Keys = Collection[str]
+Writes = Mapping[str, bytes | None]
+"""By key what is written, None: it is deleted."""
+Seen = Mapping[str, int]
+"""By key the revision that it must have still."""
+
 MOST_KEYS, MOST_BYTES = 100, 1 << 20
 """What one commit may write, and compare. etcd takes 128 operations and 1.5 MiB, of which an engine needs some."""
 
 
-def bounded(writes: Mapping[str, bytes | None], expect: Mapping[str, int]) -> None:
+def bounded(writes: Writes, expect: Seen) -> None:
     """Raises ComputeError for a commit that no engine takes: longer work is done in pieces that may be repeated."""
     size_bytes = sum(len(key) + len(value or b"") for key, value in writes.items())
     if max(len(writes), len(expect)) > MOST_KEYS or size_bytes > MOST_BYTES:
@@ -69,14 +75,7 @@ class StateStore(Protocol):
         """Every record whose key starts with `prefix`, in key order, at one revision."""
         ...
 
-    def commit(
-        self,
-        writes: Mapping[str, bytes | None],
-        *,
-        expect: Mapping[str, int],
-        lease: int | None = None,
-        ephemeral: Collection[str] = (),
-    ) -> int:
+    def commit(self, writes: Writes, *, expect: Seen, lease: int | None = None, ephemeral: Keys = ()) -> int:
         """Write (None deletes) if every key in `expect` still has that revision; returns the new revision.
 
         lease: nothing is written unless this lease is alive (LeaseLost). ephemeral: those of the written keys that

@@ -15,14 +15,14 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from compute.cluster.state.protocol import ABSENT, Change, Record, bounded, kept
+from compute.cluster.state.protocol import ABSENT, Change, Keys, Record, Seen, Writes, bounded, kept
 from compute.cluster.state.reserve import Reserve
 from compute.errors import Compacted, ComputeError, Conflict, LeaseLost, NoSpace, Stale, Unavailable
 from imagestore import durable
@@ -51,10 +51,10 @@ _SWEEP_S = 0.25
 class _Job:
     """What the writer thread is asked to do: one commit, or one statement about a lease."""
 
-    writes: Mapping[str, bytes | None] = field(default_factory=dict)
-    expect: Mapping[str, int] = field(default_factory=dict)
+    writes: Writes = field(default_factory=dict)
+    expect: Seen = field(default_factory=dict)
     lease: int | None = None
-    ephemeral: Collection[str] = ()
+    ephemeral: Keys = ()
     done: Future[int] = field(default_factory=Future)
     grant_ttl_s: float | None = None
     revoke: int | None = None
@@ -188,14 +188,7 @@ class SqliteStore:
 
     # Writing: callers wait for the writer thread
 
-    def commit(
-        self,
-        writes: Mapping[str, bytes | None],
-        *,
-        expect: Mapping[str, int],
-        lease: int | None = None,
-        ephemeral: Collection[str] = (),
-    ) -> int:
+    def commit(self, writes: Writes, *, expect: Seen, lease: int | None = None, ephemeral: Keys = ()) -> int:
         bounded(writes, expect)
         return self._submit(_Job(writes, expect, lease, ephemeral))
 
@@ -303,7 +296,7 @@ class SqliteStore:
             else:
                 job.done.set_result(result)
 
-    def _checked(self, job: _Job) -> Mapping[str, bytes | None]:
+    def _checked(self, job: _Job) -> Writes:
         """What the job writes. Raises Stale or LeaseLost."""
         if job.revoke is not None:
             self._leases.pop(job.revoke, None)
@@ -320,7 +313,7 @@ class SqliteStore:
                 raise Stale(f"{key} changed meanwhile")
         return job.writes
 
-    def _put(self, writes: Mapping[str, bytes | None], revision: int, job: _Job) -> None:
+    def _put(self, writes: Writes, revision: int, job: _Job) -> None:
         gone = [(key,) for key, value in writes.items() if value is None]
         kept = [
             (key, value, revision, job.lease if key in job.ephemeral else None)
