@@ -61,15 +61,11 @@ def _interface(interface: Row) -> str:
     help="IPv6, beside NETBLOCK or alone: a block of its own, or a site's.",
 )
 @click.option("--isolated", is_flag=True, help="Nobody may speak to its guests but who their rules allow.")
+@click.option("--bridge", metavar="DEVICE", help="The nodes' own: guests get addresses of its LAN's DHCP.")
 @click.option(
-    "--bridge", metavar="DEVICE", help="The nodes' own: guests are on its LAN, at addresses of its DHCP."
+    "--range", "chosen", metavar="A-B", help="What of the LAN's NETBLOCK is for guests, without DHCP."
 )
-@click.option(
-    "--range", "chosen", metavar="A-B", help="What may be handed out of the LAN's NETBLOCK, without DHCP."
-)
-@click.option(
-    "--gateway", metavar="ADDRESS", help="The LAN's router, if it is not the first address of NETBLOCK."
-)
+@click.option("--gateway", metavar="ADDRESS", help="The LAN's router, if not the first address of NETBLOCK.")
 @click.option("--dhcp/--no-dhcp", default=True, show_default=True, help="Hand out addresses.")
 @click.option("--nat/--no-nat", default=True, show_default=True, help="Let guests reach the world.")
 @click.option("--dns/--no-dns", default=True, show_default=True, help="Answer for guests' names.")
@@ -84,12 +80,8 @@ def create(name: str, netblock: str | None, form: str, chosen: str | None, **giv
     """
     if not (netblock or given["bridge"] or given["ipv6"]):
         raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
-    api, keys = Api(), ("dhcp", "nat", "dns")
-    wanted = {
-        "isolated": given["isolated"],
-        "ipv6": given["ipv6"],
-        **{f"provide_{key}": given[key] for key in keys},
-    }
+    api, wanted = Api(), {key: given[key] for key in ("isolated", "ipv6")}
+    wanted |= {f"provide_{key}": given[key] for key in ("dhcp", "nat", "dns")}
     if given["bridge"]:
         wanted |= {"bridge": given["bridge"], "gateway": given["gateway"], "range": chosen}
     show_one(api("POST", "networks", name=name, netblock=netblock or "", **wanted), MADE, form)

@@ -167,17 +167,15 @@ class Authority:
         with suppress(ComputeError):  # it is right all the same, and will be asked for again
             transact(self._store, action)
 
-    def caller(
-        self, authorization: str, address: str = "", *, method: str = "", begun: bool = False
-    ) -> Caller:
+    def caller(self, told: str, address: str = "", *, method: str = "", begun: bool = False) -> Caller:
         """Whom an Authorization header stands for. Raises Unauthenticated, and Denied where its key may not do that.
 
         method: what is asked, in HTTP's words; what is none of `_READS` is a change.
         begun: the request was let in before, so that only the end of its key ends it, and not its token's time.
         """
-        scheme, _, token = authorization.partition(" ")
+        scheme, _, token = told.partition(" ")
         if scheme.lower() == "basic":  # what a scraper of metrics can be told: it keeps a key, not a token
-            token, scheme = self.login(*basic(authorization), address)["access_token"], "bearer"
+            token, scheme = self.login(*basic(told), address)["access_token"], "bearer"
         if scheme.lower() not in ("bearer", "ticket") or not token:
             raise Unauthenticated("no token", hint="POST /auth first; sf does, with auth/local-key")
         try:

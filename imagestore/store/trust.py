@@ -216,29 +216,30 @@ class SignedNames(Names):
 
     def read(self, name: str, tag: str) -> NameRecord:
         """The signed images of a name; each architecture that was verified."""
-        reason = self._refresh()
-        known = self._trust.names()
-        images = {arch: digest for (n, t, arch), digest in known.items() if (n, t) == (name, tag)}
-        if not images and reason is not None:
+        known = self._believed(f"taking {name}:{tag} as it", name, tag)
+        images = {arch: digest for (_, _, arch), digest in known.items()}
+        return NameRecord(name, tag, revision=int(bool(images)), images=images)
+
+    def _believed(self, doing: str, *only: str) -> dict[Target, Digest]:
+        """The names, or those of one, as they are signed now, or were when the store could last be believed."""
+        reason, known = self._refresh(), self._trust.names()
+        known = {target: digest for target, digest in known.items() if not only or target[:2] == only}
+        if reason is not None and not known:
             raise reason
         if reason is not None:
-            log.warning("%s; taking %s:%s as it was verified before", reason, name, tag)
-        return NameRecord(name, tag, revision=int(bool(images)), images=images)
+            log.warning("%s; %s was verified before", reason, doing)
+        return known
 
     def _known(self) -> list[str]:
         return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
 
     def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
         """What is signed now, or was when the store could last be believed."""
-        reason = self._refresh()
-        known = self._trust.names()
-        if reason is not None:
-            if not known:
-                raise reason
-            log.warning("%s; showing what was verified before", reason)
-        for name, tag in sorted({(n, t) for n, t, _ in known}):
-            images = {arch: digest for (n, t, arch), digest in known.items() if (n, t) == (name, tag)}
-            yield NameRecord(name, tag, revision=1, images=images)
+        every: dict[tuple[str, str], dict[str, Digest]] = {}
+        for (name, tag, architecture), digest in self._believed("showing what").items():
+            every.setdefault((name, tag), {})[architecture] = digest
+        for name_tag, images in sorted(every.items()):
+            yield NameRecord(*name_tag, revision=1, images=images)
 
     def warn(self, digest: Digest) -> None:
         reason = self._refresh()
