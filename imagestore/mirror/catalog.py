@@ -104,9 +104,8 @@ class Catalog:
                 continue
             facts = (manifest.size_bytes, manifest.data_bytes, manifest.os, manifest.labels)
             signer = signed.get((name, tag, architecture), {}).get(digest)
-            found.append(
-                Image(name, tag, architecture, digest, *facts, read_sums(self.store, digest), signer)
-            )
+            sums = read_sums(self.store, digest)
+            found.append(Image(name, tag, architecture, digest, *facts, sums, signer))
         return found
 
     def _signers(self) -> list[Digest]:
@@ -182,9 +181,8 @@ def streams_images(images: list[Image], manifest: Callable[[Digest], Manifest]) 
                 "size": len(archive),
                 "combined_disk-kvm-img_sha256": sums.combined,
             }
-        aliases = [f"{one.name}/{one.tag}" for one in same] + [
-            one.name for one in same if one.tag == "latest"
-        ]
+        aliases = [f"{one.name}/{one.tag}" for one in same]
+        aliases += [one.name for one in same if one.tag == "latest"]
         products[product] = {
             "aliases": ",".join(aliases),
             "arch": image.arch,
@@ -194,12 +192,8 @@ def streams_images(images: list[Image], manifest: Callable[[Digest], Manifest]) 
             "variant": "default",
             "versions": {version_date(sums.created_s): {"items": items}},
         }
-    return {
-        "content_id": "images",
-        "datatype": "image-downloads",
-        "format": "products:1.0",
-        "products": products,
-    }
+    what = {"content_id": "images", "datatype": "image-downloads", "format": "products:1.0"}
+    return {**what, "products": products}
 
 
 def _products(images: list[Image]) -> dict[str, list[Image]]:

@@ -95,9 +95,8 @@ def _clean(disk: Disk, path: Path, region: Region) -> list[str]:
 
     run("e2fsck", "-fy", good=(0, 1))
     if "inline_data" in run("debugfs", "-R", "features"):
-        raise Invalid(
-            f"{region.name} keeps small files in inodes (inline_data), which stay there when deleted"
-        )
+        why = "keeps small files in inodes (inline_data), which stay there when deleted"
+        raise Invalid(f"{region.name} {why}")
     wanted, gone, empty, looked = [""], list[str](), list[str](), 0
     while wanted:
         directory = wanted.pop()
@@ -108,9 +107,8 @@ def _clean(disk: Disk, path: Path, region: Region) -> list[str]:
             here, looked = f"{directory}/{name}", looked + 1
             way, file = _WAYS.fullmatch(here), _FILES.fullmatch(here)
             if (way or file) and (not _NAME.fullmatch(name) or looked > _MOST):
-                raise Invalid(
-                    f"{region.name} cannot be cleaned: {directory} holds names that are none, or too many"
-                )
+                why = f"{directory} holds names that are none, or too many"
+                raise Invalid(f"{region.name} cannot be cleaned: {why}")
             if mode.startswith("04") and way:
                 wanted.append(here)
                 empty += [here] if _OF_ONE.fullmatch(here) else []

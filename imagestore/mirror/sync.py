@@ -247,11 +247,8 @@ class _Image:
                     raise
                 time.sleep(2**attempt)
                 continue
-            if (
-                fetched.path is None
-                or not there.checksum
-                or hash_file(path, there.algorithm) == there.checksum
-            ):
+            wanted = there.checksum
+            if fetched.path is None or not wanted or hash_file(path, there.algorithm) == wanted:
                 return fetched
             path.unlink()
         message = f"{there.url}: its {there.algorithm} is not the published one, {ATTEMPTS} times over"

@@ -175,9 +175,8 @@ class Tree:
         stat = await self._stat(key, immutable)
         etag, cache = (key[-64:], _FOREVER) if immutable else (stat.etag.strip('"'), "no-cache")
         most = _PIECE_BYTES if self._root else _FAR_PIECE_BYTES
-        return Ranged(
-            stat.size_bytes, etag, stat.modified_s, cache, partial(self._read, key), lambda done: most
-        )
+        about = stat.size_bytes, etag, stat.modified_s, cache
+        return Ranged(*about, partial(self._read, key), lambda done: most)
 
     async def _stat(self, key: str, immutable: bool) -> ObjectStat:
         if not immutable:

@@ -54,13 +54,8 @@ def compare(txn: Transaction, nodes: list[str], seen: str, reached: int, *, join
     if joined and now.begun_by == joined and time.time() - now.begun_s < AGAIN_S:
         return False
     what = f"at revision {revision}, where a node has seen {reached}" if seen == now.number else "another one"
-    begin(
-        txn,
-        nodes,
-        f"the state is {what} than before: it was put back, replaced or lost",
-        seen=seen,
-        by=joined,
-    )
+    why = f"the state is {what} than before: it was put back, replaced or lost"
+    begin(txn, nodes, why, seen=seen, by=joined)
     return True
 
 

@@ -268,9 +268,8 @@ def booted(txn: Transaction, node: str, after: str = "") -> str:
             ended = one.autostart == "yes" and one.power == Power.ON and one.power_state in ("off", "crashed")
             wanted = Power.ON if one.autostart == "yes" else Power.OFF
             txn.update(replace(one, power=wanted, reboot_hard=one.reboot_hard + ended, updated_s=time.time()))
-            txn.event(
-                Instance.KIND, one.uuid, f"{node} has started; autostart is {one.autostart}", type="audit"
-            )
+            said = f"{node} has started; autostart is {one.autostart}"
+            txn.event(Instance.KIND, one.uuid, said, type="audit")
     return ""
 
 

@@ -89,10 +89,8 @@ def note(txn: Transaction, uuid: str, error: str = "") -> None:
     if (rule := txn.find(Backup, uuid)) is not None:
         again_s = time.time() + _RETRY_S * 2 ** min(rule.failures, 6)
         now = replace(rule, failures=0, error="", last_s=time.time())
-        failed = replace(
-            rule, failures=rule.failures + 1, error=error[:_TEXT], due_s=min(rule.due_s, again_s)
-        )
-        txn.update(failed if error else now)
+        failed = replace(rule, failures=rule.failures + 1, error=error[:_TEXT])
+        txn.update(replace(failed, due_s=min(rule.due_s, again_s)) if error else now)
 
 
 def snapshots_of(txn: Transaction, instance: str) -> list[Snapshot]:
@@ -144,6 +142,5 @@ def finish(txn: Transaction, uuid: str, error: str = "") -> None:
             note(txn, one.instance_uuid, error)
         if one.then and not error and (instance := txn.find(Instance, one.instance_uuid)) is not None:
             txn.update(replace(instance, disks=one.then, updated_s=time.time()))
-            txn.event(
-                Instance.KIND, instance.uuid, f"its disks become {one.then[0].image_name}", type="audit"
-            )
+            said = f"its disks become {one.then[0].image_name}"
+            txn.event(Instance.KIND, instance.uuid, said, type="audit")

@@ -32,9 +32,8 @@ def take(txn: Transaction, name: str, owner: str, note: str = "") -> None:
 def take_name(txn: Transaction, kind: str, namespace: str, name: str, owner: str) -> None:
     """An object's name, of which its namespace has one. Raises Conflict."""
     if txn.find(Taken, f"{kind}/{namespace}/{name}") is not None:
-        problem = (
-            f"there is {'an' if kind[0] in 'aeiou' else 'a'} {kind} {name} in namespace {namespace} already"
-        )
+        a = "an" if kind[0] in "aeiou" else "a"
+        problem = f"there is {a} {kind} {name} in namespace {namespace} already"
         raise Conflict(problem, hint=f"sf {kind} show {name}")
     take(txn, f"{kind}/{namespace}/{name}", owner)
 
