@@ -60,6 +60,7 @@ def _interface(interface: Row) -> str:
     metavar="auto|PREFIX/64",
     help="IPv6, beside NETBLOCK or alone: a block of its own, or a site's.",
 )
+@click.option("--slaac", is_flag=True, help="Guests may choose IPv6 addresses for themselves, too.")
 @click.option("--isolated", is_flag=True, help="Nobody may speak to its guests but who their rules allow.")
 @click.option("--bridge", metavar="DEVICE", help="The nodes' own: guests get addresses of its LAN's DHCP.")
 @click.option(
@@ -80,7 +81,7 @@ def create(name: str, netblock: str | None, form: str, chosen: str | None, **giv
     """
     if not (netblock or given["bridge"] or given["ipv6"]):
         raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
-    api, wanted = Api(), {key: given[key] for key in ("isolated", "ipv6")}
+    api, wanted = Api(), {key: given[key] for key in ("isolated", "ipv6", "slaac")}
     wanted |= {f"provide_{key}": given[key] for key in ("dhcp", "nat", "dns")}
     if given["bridge"]:
         wanted |= {"bridge": given["bridge"], "gateway": given["gateway"], "range": chosen}

@@ -41,6 +41,7 @@ class CreateBody(Body):
     """Of a LAN."""
     ipv6: str | None = None
     """`auto`, or a /64 of the site's that is led to its router: the administrator's alone. The netblock may be ""."""
+    slaac: bool | None = None
     isolated: bool | None = None
     """Nobody may begin to speak to its guests but who their rules allow."""
     provide_dhcp: bool | None = None
@@ -119,10 +120,9 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
         bridge=body.bridge or "",
         gateway=body.gateway or "",
         isolated=bool(body.isolated),
+        slaac=bool(body.slaac),
     )
-    excluded = [*config.excluded, IPv4Network(config.mesh_address)]
-    if config.floating_pool:
-        excluded.append(config.floating_pool)
+    excluded = [*config.excluded, IPv4Network(config.mesh_address), *filter(None, [config.floating_pool])]
 
     def make(txn: Transaction) -> Network:
         routers = router_candidates(txn, ctx.services.controller.nodes.among(txn.list(Node)))

@@ -69,7 +69,7 @@ def network(item: Network) -> Json:
     four = netblock not in (ipam.ANY, ipam.UNKNOWN)
     return _common(
         item,
-        "name namespace isolated provide_dhcp provide_nat provide_dns router_node routed",
+        "name namespace isolated slaac provide_dhcp provide_nat provide_dns router_node routed",
         "netblock6 bridge",
         netblock=item.netblock if four else None,
         gateway=(item.gateway or str(netblock[1])) if four else None,

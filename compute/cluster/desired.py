@@ -192,6 +192,7 @@ def _network(
         mtu_bytes=1500 if network.bridge else mtu_bytes,
         bridge=network.bridge,
         netblock6=network.block6,
+        slaac=network.slaac,
         provide_dhcp=network.provide_dhcp,
         provide_nat=network.provide_nat,
         provide_dns=network.provide_dns,

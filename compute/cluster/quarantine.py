@@ -170,7 +170,8 @@ def _network(txn: Transaction, network: NetNetwork, namespace: str, node: str) -
         namespace=namespace, netblock=str(network.netblock), vni=network.vni,
         router_node="" if network.bridge else node, bridge=network.bridge, gateway=str(network.gateway),
         provide_dhcp=network.provide_dhcp, provide_nat=network.provide_nat, provide_dns=network.provide_dns,
-        netblock6=str(network.netblock6 or ""), created_s=time.time(), revision=known.revision if known else 0,
+        netblock6=str(network.netblock6 or ""), slaac=network.slaac,
+        created_s=time.time(), revision=known.revision if known else 0,
     )  # fmt: skip
     if made.netblock6 and txn.find(Taken, f"netblock6/{made.netblock6}") is None:
         take(txn, f"netblock6/{made.netblock6}", network.uuid)

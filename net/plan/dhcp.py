@@ -74,7 +74,8 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool,
             lines.append(f"dhcp-option=option:dns-server,{network.gateway}")
         if network.netblock6:
             # Addresses by DHCPv6 alone; without an uplink its router is no way out (lifetime 0).
-            lines += ["enable-ra", f"dhcp-range={network.netblock6[0]},static,64,{_LEASE}"]
+            mode = "static,slaac" if network.slaac else "static"
+            lines += ["enable-ra", f"dhcp-range={network.netblock6[0]},{mode},64,{_LEASE}"]
             lines += [
                 f"dhcp-option=option6:domain-search,{domain}",
                 *([] if six else [f"ra-param={bridge},0,0"]),

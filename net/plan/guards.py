@@ -3,13 +3,14 @@
 Its addresses are the one that goes with its IPv4 address, the link-local one that follows from its MAC (RFC 4291,
 appendix A), and other link-local ones (RFC 7217) that nobody had before: the kernel itself puts them into OWNERS when
 they are first seen, here or from another node. None of those can look as if it followed from a MAC, or be the router's.
+The same holds in the block of a network with SLAAC, where none can be one that IPAM may give: those begin with zeros.
 
 Neighbour discovery is believed only in whole packets (RFC 6980), and what it says of link addresses is the sender's.
 Fields are read at fixed places behind the IPv6 header (@nh) or the last of its extension headers (@th).
 """
 
 from collections.abc import Callable, Iterator
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, IPv6Network
 
 from net.plan.facts import Elements
 from net.plan.names import VXLAN_PORT
@@ -28,27 +29,40 @@ def sets(at: str) -> dict[str, Elements]:
     return {n: Elements(f"set {at} {n} {{ typeof {kind} ; {kept} }}") for n, kind in kinds.items()}
 
 
-def _claims(match: str, at: str, limit: str = "") -> Iterator[str]:
+def _chosen(at: str, block: IPv6Network | None) -> list[str]:
+    """Addresses at `at` bit 64 that a guest may choose: of link-local ones, and of its network's block with SLAAC."""
+    inside = f"{at},64,64 0x{int(block[0]) >> 64:016x} {at},128,40 != 0" if block else ""
+    return [f"{each} {at},152,16 != 0xfffe" for each in (f"{at},64,64 0xfe80000000000000", inside) if each]
+
+
+def _claims(match: str, at: str, block: IPv6Network | None, limit: str = "") -> Iterator[str]:
     """Passes an address (`at` bit 64) that is the sender's already, or from now on."""
     whole = f"{at},64,128"
     kept = f"update @{OWNERS} {{ {whole} . ether saddr }} update @{CLAIMED} {{ {whole} }} accept"
     yield f"{match} {whole} . ether saddr @{OWNERS} {kept}"
-    free = f"{at},64,64 0xfe80000000000000 {at},152,16 != 0xfffe {whole} != 0x{int(ROUTER):032x}"
-    yield f"{match} {free} {whole} != @{CLAIMED} {limit}{kept}"
+    for free in _chosen(at, block):
+        yield f"{match} {free} {whole} != 0x{int(ROUTER):032x} {whole} != @{CLAIMED} {limit}{kept}"
 
 
-def meshed(vxlan: str) -> Iterator[str]:
+def meshed(vxlan: str, block: IPv6Network | None) -> Iterator[str]:
     """Of what other nodes' guests send: their nodes judged it, but an address that a guest here has is not theirs."""
-    local = f'iifname "{vxlan}" ether type ip6 @nh,64,64 0xfe80000000000000 @nh,152,16 != 0xfffe'
-    yield from _claims(f'iifname "{vxlan}" ip6 saddr :: icmpv6 type nd-neighbor-solicit', "@th")
-    yield from _claims(f'iifname "{vxlan}" ether type ip6', "@nh")
-    yield f"{local} ip6 saddr != {ROUTER} drop"
+    yield from _claims(f'iifname "{vxlan}" ip6 saddr :: icmpv6 type nd-neighbor-solicit', "@th", block)
+    yield from _claims(f'iifname "{vxlan}" ether type ip6', "@nh", block)
+    for local in _chosen("@nh", block):
+        yield f'iifname "{vxlan}" ether type ip6 {local} ip6 saddr != {ROUTER} drop'
 
 
-def pinned(drop: Callable[[str, str], str], mac: str, own: IPv6Address, local: IPv6Address) -> Iterator[str]:
-    """`own`: from its network; `local`: from its MAC. Nothing but IPv6 comes here."""
-    mine, fixed = mac.replace(":", ""), f"{{ {own}, {local} }}"
-    raw = f"{{ 0x{int(own):032x}, 0x{int(local):032x} }}"
+def pinned(
+    drop: Callable[[str, str], str],
+    mac: str,
+    own: IPv6Address,
+    local: IPv6Address,
+    block: IPv6Network | None,
+) -> Iterator[str]:
+    """`own`: from its network; `local`: from its MAC; `block`: with SLAAC. Nothing but IPv6 comes here."""
+    every = [own, local, *([block[int(local) % 2**64]] if block else ())]
+    mine, fixed = mac.replace(":", ""), f"{{ {', '.join(map(str, every))} }}"
+    raw = f"{{ {', '.join(f'0x{int(each):032x}' for each in every)} }}"
     advert, solicit = "icmpv6 type nd-neighbor-advert", "icmpv6 type nd-neighbor-solicit"
     yield f"ip6 saddr {fixed} ip6 nexthdr tcp accept"
     yield drop(f"frag nexthdr {CHAINED}", "ipv6")
@@ -67,7 +81,7 @@ def pinned(drop: Callable[[str, str], str], mac: str, own: IPv6Address, local: I
     # The sender address :: looks for another owner (RFC 4862), for a router, or for who listens to which group.
     yield f"ip6 saddr :: {solicit} @th,64,128 {raw} accept"
     few = "limit rate 4/minute burst 16 packets "
-    yield from _claims(f"ip6 saddr :: {solicit}", "@th", few)
+    yield from _claims(f"ip6 saddr :: {solicit}", "@th", block, few)
     yield "ip6 saddr :: icmpv6 type { nd-router-solicit, mld-listener-report, mld2-listener-report } accept"
-    yield from _claims("ether type ip6", "@nh", few)
+    yield from _claims("ether type ip6", "@nh", block, few)
     yield drop("ether type ip6", "ipv6")

@@ -104,6 +104,8 @@ class Network:
     """The node's own bridge that its guests are on; then there is no router of ours, no tunnel and no server."""
     netblock6: IPv6Network | None = None
     """A /64, out of which everybody has the address that goes with the IPv4 one; None without IPv6."""
+    slaac: bool = False
+    """Guests make themselves addresses out of it, too (RFC 4862)."""
 
     @property
     def four(self) -> bool:

@@ -61,6 +61,7 @@ def _pinned(tap: str, network: Network, port: Port) -> Iterator[str]:
 
     mac, addresses, own6 = port.mac, _allowed(network, port), network.address6(port.address)
     own, local = braces(addresses) if addresses else f"@{LEARNED}", link_local(mac)
+    block = network.netblock6 if network.slaac else None
     # nft 1.0.6 has no name for what is read out of a DHCP answer, so what is compared with that has none either.
     ip, sender = (
         ("ip saddr", "arp saddr ip") if addresses else (f"ether saddr . {_IP}", f"ether saddr . {_ARP}")
@@ -69,7 +70,7 @@ def _pinned(tap: str, network: Network, port: Port) -> Iterator[str]:
     yield from _limited(tap, port.limits.bytes_out, port.limits.packets_out)
     if not network.four:
         yield drop("ether type != ip6", "other")
-        yield from guards.pinned(drop, mac, own6, local) if own6 else ("drop",)
+        yield from guards.pinned(drop, mac, own6, local, block) if own6 else ("drop",)
         return
     # The way of nearly every packet; DHCP and VXLAN are UDP. A tagged frame has another type.
     yield f"ether type ip {ip} {own} ip protocol != udp accept"
@@ -91,7 +92,7 @@ def _pinned(tap: str, network: Network, port: Port) -> Iterator[str]:
     yield "ether type ip accept"
     if own6:
         yield drop("ether type != ip6", "other")
-        yield from guards.pinned(drop, mac, own6, local)
+        yield from guards.pinned(drop, mac, own6, local, block)
         return
     yield drop(f"ether type ip6 ip6 saddr != {braces(['::', local])}", "ipv6")
     yield drop("ether type ip6 icmpv6 type { nd-router-advert, nd-redirect }", "ra")
@@ -136,9 +137,10 @@ def _sent(tap: str, port: Port, router_mac: str) -> Iterator[str]:
 def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) -> Table:
     """The bridge family's table: `local` has a port by its tap's name. A tap without a chain passes nothing."""
     macs = {n.vni: names.router_mac(installation, n.vni) for n, _ in local.values() if n.netblock6}
+    blocks = {n.vni: n.netblock6 if n.slaac else None for n, _ in local.values()}
     six = bool(macs)
     dispatch = ["iifname vmap @taps", f'iifname "{names.TAP_PREFIX}*" drop']
-    dispatch += [rule for vni in sorted(macs) for rule in guards.meshed(names.vxlan(vni))]
+    dispatch += [rule for vni in sorted(macs) for rule in guards.meshed(names.vxlan(vni), blocks[vni])]
     chains = [_chain("ports", Hook("filter", "prerouting", -300), dispatch)]
     chains.append(_chain("to", Hook("filter", "postrouting", 0), [f"oifname vmap @{TO}"]))
     chains += [_chain(f"p-{tap}", None, _pinned(tap, *at)) for tap, at in local.items()]

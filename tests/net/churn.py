@@ -144,13 +144,17 @@ class Agent:
         )
         if number % 3:  # with IPv6, translated or routed
             six = IPv6Network(f"{'fd42' if number % 2 else '2001'}:db8:{slot}:{number % 200}::/64")
-            network = replace(network, netblock6=six)
+            network = replace(network, netblock6=six, slaac=number % 5 == 0)
+        alone = bool(network.netblock6) and number % 4 == 1
+        if alone:
+            port, far = (replace(p, address=UNKNOWN[n]) for n, p in enumerate((port, far), 2))
+            network = replace(network, ports=(port, far), netblock=UNKNOWN, gateway=UNKNOWN[1])
         self.set(slot, network)
         name = self.insist(self.plane.create_tap, port)
         with Path("/dev/net/tun").open("r+b", buffering=0) as held:
             fcntl.ioctl(held, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x5002))
             self.insist(self.plane.adopt_tap, network, port)
-            floating = replace(port, floating=IPv4Address(f"10.9.9.{100 + slot}"))
+            floating = replace(port, floating=None if alone else IPv4Address(f"10.9.9.{100 + slot}"))
             if number % 2:
                 web = (Published("tcp", 8000 + slot, 80), Published("udp", 9000 + 8 * slot, 53, 4))
                 rules = (Allow("tcp", ((80, 80), (443, 443))), Allow("icmp", (), IPv4Network("10.0.0.0/8")))

@@ -539,7 +539,14 @@ def test_a_network_with_ipv6_gives_an_address_of_each_kind_and_chosen_prefixes_a
     for wrong in ("2001:db8::1", "fe80::1", f"{block[17]}%25eth0", "x"):
         assert server.call("GET", f"/networks/lan/ping/{wrong}").status == 400, wrong
     plain = server.network("plain", "10.43.0.0/24")
-    assert plain["netblock6"] is None
+    assert (plain["netblock6"], plain["slaac"], auto["slaac"]) == (None, False, False)
+    assert server.network("chosen", "10.47.0.0/24", ipv6="auto", slaac=True)["slaac"]
+    created(server, "chooser", network="chosen")
+    slaac = {n.name: n.slaac for n in server.agent.desired.networks.networks}  # type: ignore[union-attr]
+    assert slaac["chosen"] and not slaac["lan"]
+    for wrong in ({}, {"ipv6": "auto", "provide_dhcp": False}):
+        body = {"name": "x", "netblock": "10.48.0.0/24", "slaac": True, **wrong}
+        assert server.call("POST", "/networks", body).status == 400, wrong
     assert server.call("GET", f"/networks/plain/ping/{block[17]}").status == 400
     routed = {"name": "routed", "netblock": "10.44.0.0/24", "ipv6": "2001:db8:1:2::/64"}
     assert server.network(**routed)["netblock6"] == routed["ipv6"]

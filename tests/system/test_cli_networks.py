@@ -26,6 +26,7 @@ def test_what_is_typed_about_networks_does_what_it_says(tmp_path: Path) -> None:
         assert "node1: ufw drops; allow it" in sf("network create home --bridge br0"), "what a node found"
         assert "no NETBLOCK" in sf("network create x", 2)
         sf("network create six --ipv6 auto")
+        assert "SLAAC needs IPv6" in sf("network create y 10.46.0.0/24 --slaac", 2)
         block = sf("network ls --format json").split('"netblock6": "')[1].split('::/64"')[0]
         said = sf("instance create s --image debian:12 --network six")
         assert f"{block}::2" in said and f"{block}::2" in sf("instance ls") and "0.0.0." not in said

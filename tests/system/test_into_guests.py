@@ -204,6 +204,24 @@ def test_two_type_into_one_console_and_leave_their_terminals_as_they_were(site: 
     assert "sum-52" in site.laptop.sf("instance", "console", "web")
 
 
+@pytest.mark.skipif(not drills.everything(), reason="a guest more to boot: scripts/test --all")
+def test_a_guest_of_ipv6_alone_is_pinged_logged_in_to_and_finds_its_name(site: Site) -> None:
+    sf, key = site.laptop.sf, str(site.laptop.home / "key")
+    sf("network", "create", "six", "--ipv6", "auto")
+    guest = ("--image", "tiny:1", "--memory", "160", "--on", "n2", "--network", "six")
+    sf("instance", "create", "alone", *guest, "--ssh-key", f"{key}.pub", "--wait", "boot")
+    (link,) = site.cluster.server.instance("alone")["interfaces"]
+    assert link["ipv4"] is None and "bytes from" in sf("network", "ping", "six", link["ipv6"])
+    ask = "ip -4 -o address show scope global; cat /etc/resolv.conf; nslookup -type=aaaa alone.sf.internal"
+    seen = sf("instance", "ssh", "alone", "-l", "root", "-i", key, ask)
+    block = site.cluster.server.listed("network", "show", "six")["netblock6"].removesuffix(":/64")
+    assert re.fullmatch(rf"nameserver {block}:1\n.*{link['ipv6']}\s*", seen, re.S), seen
+    sf("instance", "delete", "alone", "--force")
+    shown = lambda: site.cluster.server.listed("network", "show", "six")["interfaces"]  # noqa: E731
+    within(60, lambda: not shown(), "it is gone")
+    sf("network", "delete", "six", "--force")
+
+
 def test_ssh_scp_and_ports_go_through_the_api(site: Site) -> None:
     key = str(site.laptop.home / "key")
     who = site.laptop.sf("instance", "ssh", "web", "-l", "root", "-i", key, "hostname; exit 4", code=4)

@@ -56,21 +56,23 @@ def network_data(spec: InstanceSpec, networks: Mapping[str, Network]) -> dict[st
         network = networks[interface.network_uuid]
         card = {"ethernet_mac_address": interface.mac, "mtu": network.mtu_bytes}
         links.append({"id": f"link{number}", "vif_id": interface.uuid, "type": "phy", **card})
-        plan: dict[str, Any] = {"id": f"network{number}", "link": f"link{number}", "network_id": network.uuid}
-        if not network.four:
-            if network.provide_dns:
-                resolvers.append({"type": "dns", "address": str(network.address6(network.gateway))})
-        elif network.provide_dhcp:
-            plan["type"] = "ipv4_dhcp"  # of the LAN's own server where the network is on a bridge
-        else:
+        same = {"link": f"link{number}", "network_id": network.uuid}
+        plan: dict[str, Any] = {"id": f"network{number}", **same}
+        plan6: dict[str, Any] = {"id": f"network{number}-6", **same}
+        served = (
+            network.four and network.provide_dhcp
+        )  # by the LAN's own server where the network is on a bridge
+        if served:
+            plan["type"] = "ipv4_dhcp"
+        elif network.four:
             plan.update(_static(interface, network, default_route=interface is first))
-            if network.provide_dns:
-                resolvers.append({"type": "dns", "address": str(network.gateway)})
-                plan["dns_search"] = [network.domain]
+        if network.provide_dns and not served:
+            at = network.gateway if network.four else network.address6(network.gateway)
+            resolvers.append({"type": "dns", "address": str(at)})
+            (plan if network.four else plan6)["dns_search"] = [network.domain]
         plans += [plan] if network.four else []
         if network.netblock6:
-            same = {"id": f"network{number}-6", "link": f"link{number}", "network_id": network.uuid}
-            plans.append(same | _static6(interface, network, default_route=interface is first))
+            plans.append(plan6 | _static6(interface, network, default_route=interface is first))
     return {"links": links, "networks": plans, "services": resolvers}
 
 

@@ -53,6 +53,8 @@ class Network(Stored):
     isolated: bool = False
     netblock6: str = ""
     """Its /64, which no other network has; "" without IPv6."""
+    slaac: bool = False
+    """Guests choose addresses out of it, too; who has one first keeps it."""
     state: str = "created"
     created_s: float = 0
     deleted_s: float = 0
@@ -133,6 +135,8 @@ def create_network(
     """
     check(txn)
     check_name(network.name, "network name")
+    if network.slaac and not (network.netblock6 and network.provide_dhcp):
+        raise Invalid("SLAAC needs IPv6 and a router that advertises it", hint="with ipv6, and with DHCP")
     if network.bridge:
         network, pool = _lan(network, chosen)
     elif network.netblock6 and not network.netblock:

@@ -114,6 +114,7 @@ def test_on_a_network_of_ipv6_alone_nothing_of_ipv4_is_told_and_its_server_of_na
     data = config_drive.network_data(spec, {"six": network})
     (told,) = data["networks"]
     assert (told["type"], told["ip_address"], bool(told["routes"])) == ("ipv6", "fd42::9", not dhcp)
+    assert told["dns_search"] == ["sf.internal"]
     assert data["services"] == [{"type": "dns", "address": "fd42::1"}]
     assert "0.0.0" not in str(data)
 
