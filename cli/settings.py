@@ -15,9 +15,11 @@ configuration of Shaken Fist's clients counts: SHAKENFIST_*, ~/.shakenfist, /etc
 import json
 import os
 import re
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import tomlkit
 import tomlkit.items
@@ -67,7 +69,7 @@ def is_local(settings: Settings, url: str) -> bool:
 def authority(settings: Settings, url: str) -> str:
     """The certificate (PEM) of the authority that alone vouches for an API; "" for the system's authorities."""
     for one in contexts(settings).values():
-        if one["url"] == url and one.get("ca"):
+        if url in one["url"].split(",") and one.get("ca"):
             return one["ca"]
     own = settings.state_dir / "auth" / "ca.crt"
     signed = is_local(settings, url) and not settings.get("tls_cert") and os.access(own, os.R_OK)
@@ -109,10 +111,20 @@ def own_store(settings: Settings, namespace: str) -> tuple[str, str]:
     if not key and namespace != "my":
         hint = "sf remote ls; a namespace's images are seen with a key: sf login URL"
         raise Problem(f"no store or remote is called {namespace!r}", hint=hint, code=MISSING)
+    url = living(url.split(","))
     check_key(url, me, key)
     scheme, _, rest = url.partition("://")
     me, key, of = (quote(part, safe="") for part in (me, key, me if namespace == "my" else namespace))
     return f"sf+{scheme}://{me}:{key}@{rest}/stores/{of}", authority(settings, url)
+
+
+def living(urls: list[str]) -> str:
+    """The first of several servers that answers; the first of all where none does."""
+    for url in urls if urls[1:] else ():
+        parts = urlsplit(url)
+        with suppress(OSError), socket.create_connection((parts.hostname, parts.port or 443), 3):
+            return url
+    return urls[0]
 
 
 def is_loopback(url: str) -> bool:

@@ -20,7 +20,7 @@ class Config:
     state_access: tuple[str, ...] = field(default=("",) * 4, repr=False)
     """For etcd: files of TLS (authority, certificate, key), then NAME:PASSWORD."""
     guests: bool = True
-    """Whether the server runs guests itself: one of several on an etcd does not, `sf agent` does it."""
+    """Whether the server's machine is a node, too."""
     instance_dir: Path | None = None
     """Guests' disks; None: instances/ under `state_dir`."""
     stores: tuple[tuple[str, str], ...] = ()
@@ -38,7 +38,7 @@ class Config:
     mesh_address: IPv4Address = IPv4Address("127.0.0.1")
     """This node's VXLAN endpoint."""
     agent_listen: str = ""
-    """host:port of the TLS endpoint for agents on other machines; "" for none."""
+    """host:port of the TLS endpoint for agents; "" for none. With an etcd, the server's own uses it, too."""
     floating_pool: IPv4Network | None = None
     uplink: str = ""
     """The host's interface towards the floating pool."""
@@ -88,7 +88,7 @@ def load(settings: Settings) -> Config:
         node_name=settings.get("node_name") or socket.gethostname().split(".")[0] or "localhost",
         libvirt_uri=settings.get("libvirt_uri", "qemu:///system"),
         mesh_address=read("mesh_address", IPv4Address, "127.0.0.1"),
-        agent_listen=settings.get("agent_listen"),
+        agent_listen=settings.get("agent_listen") or (f"{host}:{port + 1}" if settings.get("state") else ""),
         floating_pool=read("floating_pool", lambda text: IPv4Network(text) if text else None),
         uplink=settings.get("uplink"),
         resolvers=read("resolvers", lambda text: tuple(map(IPv4Address, text.split()))),

@@ -6,12 +6,15 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 from compute.agent.agent import Agent, Controller
 from compute.agent.image_service import ServedImages, Settings
+from compute.agent.link import Fenced, Identity, RemoteController
 from compute.agent.memory import Memory
 from compute.config import Config
 from compute.errors import Conflict, brief
@@ -24,6 +27,7 @@ Say = Callable[[str], None]
 
 _LOOK_S = 3.0
 _AGAIN_S = 5.0
+_UNSET = Config().mesh_address
 _MTU_BYTES = 1450
 """Inside a VXLAN over Ethernet."""
 
@@ -118,6 +122,17 @@ async def agent(
         memory=memory,
         instances=config.instance_dir,
     )
+
+
+def joined(
+    config: Config, identity: Identity, stores: NodeStores, memory: Memory
+) -> tuple[Any, Any, IPv4Address]:
+    """The agent of a node with its servers elsewhere, and its link to them, to be run; where others reach it."""
+    address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
+    plane = Fenced(identity.installation, config.state_dir, identity.node, config.uplink)
+    link = RemoteController(identity, config.state_dir, plane)
+    acting = partial(agent, config, identity.node, link, plane, stores, memory, address)
+    return acting, link.run, address
 
 
 async def _nothing() -> None: ...

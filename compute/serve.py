@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from compute import process
+from compute.agent.link import Identity
 from compute.agent.memory import Memory
 from compute.api import agents
 from compute.api import app as api
@@ -32,11 +33,15 @@ from compute.cluster.holding import Holds
 from compute.cluster.images.bringing import Bringing
 from compute.cluster.images.snapshots import Snapshots
 from compute.cluster.images.stores import MINE, NamespaceStores
+from compute.cluster.liveness import Server, known
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, find_machine
+from compute.cluster.records.secrets import secret
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.opening import open_state
+from compute.cluster.state.protocol import StateStore
+from compute.cluster.state_backup import SHARED
 from compute.cluster.upkeep import alone
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
@@ -67,9 +72,11 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         stack.enter_context(process.only_one(state_dir))
         listening.raise_limits()
         listener = stack.enter_context(_listen(config.host, config.port))
-        installation = installation_id(state_dir)
         store = open_state(config)
         stack.callback(store.close)
+        if config.state:
+            share(store, state_dir)
+        installation = installation_id(state_dir)
         ensure_local_key(store, state_dir / "auth" / "local-key")
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
         stores = process.NodeStores(config, default=True)
@@ -86,11 +93,20 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         here = find_machine(Transaction(store).list(Node), "", config.node_name)
         memory = Memory(state_dir, proof=here.uuid if here else "")
         stack.enter_context(memory.alone(installation))
-        await controller.start(memory.now)
-        plane = Plane(installation, state_dir)
+        mine = secrets.token_urlsafe(32) if config.guests and config.state else ""
+        node, parts = await controller.start(memory.now, mine), list[Any]()
         agent: Any = asyncio.Event().wait  # nobody
-        if config.guests:
-            agent = partial(process.agent, config, controller.server, controller, plane, stores, memory)
+        if mine:
+            trusted, own_url = (
+                certificate(state_dir / "auth")[0].read_text(),
+                f"https://{config.agent_listen}",
+            )
+            identity = Identity(own_url, node, mine, installation, trusted)
+            agent, link, _ = process.joined(config, identity, stores, memory)
+            parts.append(link)
+        elif config.guests:
+            plane = Plane(installation, state_dir)
+            agent = partial(process.agent, config, node, controller, plane, stores, memory)
         own = NamespaceStores(store, lambda: stores.urls.get("local", ""), state_dir)
         stack.callback(own.close)
         services = Services(config, store, controller, Authority(store), stores.images, own)
@@ -124,10 +140,30 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         once: Any = [own.keep, taking.keep, controller.keep_up, holding, partial(brings.keep, feed), backups]
         if config.state:
             once = [partial(alone, store, *(partial(process.lasting, "upkeep", part) for part in once))]
-        once.append(partial(brings.keep, feed, sent=True))
-        await process.run(agent, controller.usage.keep, stores.keep, *once, answering=answering, close=close)
+            me = Server(
+                name=config.agent_listen, url=url if not config.host.startswith(("127.", "0.")) else ""
+            )
+            parts.append(partial(known, store, me))
+        parts += [controller.usage.keep, stores.keep, *once, partial(brings.keep, feed, sent=True)]
+        await process.run(agent, *parts, answering=answering, close=close)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
+
+
+def share(store: StateStore, state_dir: Path) -> None:
+    """What makes the installation: the first server's, by way of the state. Raises Conflict where one is another's."""
+    key = state_dir / "auth" / "local-key"
+    key.parent.mkdir(mode=0o700, exist_ok=True)
+    if not key.exists():
+        durable.write(key, secrets.token_urlsafe(32).encode())
+    installation_id(state_dir), certificate(key.parent), authority(key.parent)
+    mine = json.dumps({name: (state_dir / name).read_text() for name in SHARED})
+    first = json.loads(transact(store, lambda txn: secret(txn, "installation-files", first=mine)))
+    for path, text in ((state_dir / name, first[name]) for name in SHARED):
+        if path.read_text() != text and (state_dir / "node.json").exists():  # it served already
+            hint = "another etcd, or another SF_STATE_DIR"
+            raise Conflict(f"{path} is not that of the first server of this etcd", hint=hint)
+        durable.write(path, text.encode(), 0o644 if path.parent == state_dir else 0o600)
 
 
 def secured(config: Config) -> dict[str, Any]:

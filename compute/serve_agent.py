@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from contextlib import ExitStack
-from functools import partial
 
 from compute import process
 from compute.agent import link as remote
@@ -13,8 +12,6 @@ from compute.errors import Conflict, Invalid
 from imagestore import listening
 
 log = logging.getLogger(__name__)
-
-_UNSET = Config().mesh_address
 
 
 async def serve_agent(config: Config, url: str = "", token: str = "", say: process.Say = log.info) -> None:
@@ -38,12 +35,9 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
             raise Conflict(f"this machine belongs to {identity.url} already", hint=hint)
         memory = Memory(state_dir, proof=hashlib.sha256(identity.secret.encode()).hexdigest()[:32])
         stack.enter_context(memory.alone(identity.installation))
-        address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
         stores = process.NodeStores(config, default=False)
         stack.callback(stores.close)
-        plane = remote.Fenced(identity.installation, state_dir, identity.node, config.uplink)
-        controller = remote.RemoteController(identity, state_dir, plane)
-        agent = partial(process.agent, config, identity.node, controller, plane, stores, memory, address)
+        agent, link, address = process.joined(config, identity, stores, memory)
         say(f"sf agent {process.release()}: node {identity.node} of {identity.url}, mesh address {address}")
-        await process.run(agent, controller.run, stores.keep)
+        await process.run(agent, link, stores.keep)
         say("stopped; guests and their networks go on running")

@@ -6,6 +6,7 @@ http.client and not httpx: importing it takes a tenth of the time, and one conne
 import base64
 import http.client
 import json
+import secrets
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,11 @@ from urllib.parse import quote, urlsplit
 
 from cli.command import settings
 from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
-from cli.settings import access, authority, check_key, is_local
+from cli.settings import access, authority, check_key, is_local, living
 
 ANSWER_S = 40.0
 """No request of the API may take 30 s."""
+_ONCE = ("auth",), ("instances",), ("networks",), ("rules",)  # for an Idempotency-Key
 
 Object = dict[str, Any]
 
@@ -26,15 +28,21 @@ class Api:
     """`api("GET", "instances", "web", all=True)`. Authenticates at its first call, and again when the token ends."""
 
     def __init__(self, told: tuple[str, str, str] | None = None, tls: ssl.SSLContext | None = None) -> None:
-        self.url, self.namespace, self._key = told or access(settings())
+        url, self.namespace, self._key = told or access(settings())
+        self._urls, self._tls, self._token = url.split(","), tls, ""
+        self.servers: list[str] = []  # as one of them said at the login
+        self._open()
+
+    def _open(self) -> None:
+        self.url = living(self._urls)
         parts = urlsplit(self.url)
         self.local = is_local(settings(), self.url)
         """Whether the server is this machine's."""
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Problem(f"not the URL of an API: {self.url!r}", hint="http://HOST:PORT", code=USAGE)
-        self._path, self._token = parts.path.rstrip("/"), ""
+        self._path = parts.path.rstrip("/")
         safe = parts.scheme == "https"
-        self.tls = tls or trusting(authority(settings(), self.url)) if safe else None
+        self.tls = self._tls or trusting(authority(settings(), self.url)) if safe else None
         self._connection = (
             http.client.HTTPSConnection(parts.hostname, parts.port, timeout=ANSWER_S, context=self.tls)
             if self.tls
@@ -58,6 +66,7 @@ class Api:
                 if isinstance(error, Problem) and error.code not in (UNREACHABLE, TIMEOUT):
                     raise
             self._connection.close()
+            self._open()
 
     def __call__(self, method: str, *path: str, **body: Any) -> Any:
         """The answer's JSON, or its bytes if it is none. Raises Problem with the exit code of its status."""
@@ -92,14 +101,16 @@ class Api:
         check_key(self.url, self.namespace, self._key)
         body = {"namespace": self.namespace, "key": self._key}
         self._token, self._until_s = "", time.monotonic() + 600  # of the 900 s that it holds
-        self._token = str(_answer(*self._send("POST", ("auth",), body))["access_token"])
+        said = _answer(*self._send("POST", ("auth",), body))
+        self._token, self.servers = str(said["access_token"]), said.get("servers", [])
 
     def _send(self, method: str, path: tuple[str, ...], body: Object) -> tuple[int, Mapping[str, str], bytes]:
         where = "/".join((self._path, *(quote(part, safe="") for part in path)))
-        sent = {"Content-Type": "application/json"}
+        sent = {"Content-Type": "application/json", "Idempotency-Key": secrets.token_hex(16)}
         if self._token:
             sent["Authorization"] = f"Bearer {self._token}"
         given = {name: value for name, value in body.items() if value is not None}
+        left, safe = len(self._urls) - 1, method != "POST" or path in _ONCE
         while True:
             kept = self._connection.sock is not None
             try:
@@ -115,8 +126,11 @@ class Api:
                 raise Problem(f"no answer from {self.url} in {ANSWER_S:.0f} s", code=TIMEOUT) from error
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
-                # That the server closed a kept connection meanwhile is no news; anything else is.
-                if not kept or method == "POST":
+                # That the server closed a kept connection meanwhile is no news; and another may answer.
+                if safe and not kept and left:
+                    left -= 1
+                    self._open()
+                elif not safe or not kept:
                     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                     hint = "is sf serve running there?"
                     raise Problem(

@@ -22,14 +22,15 @@ context = Group("context", help="Servers that you logged in to; one is in use.")
     examples="""sf login https://cloud.lan:13000 --fingerprint b3:9f86d081… --namespace shop
     sf login https://cloud.example < key""",
 )
-@click.argument("url")
+@click.argument("url", metavar="URL[,URL…]")
 @click.option("--fingerprint", metavar="b3:…", help="Of the server's authority, as `sf serve` prints it.")
 @click.option("--name", metavar="CONTEXT", help="What to call it here; default: the host's name.")
 def login(url: str, fingerprint: str | None, name: str | None) -> None:
-    """Keep a key for a server elsewhere, and use it. The key is asked for, or comes from SF_KEY or the input."""
-    parts, url = urlsplit(url), url.rstrip("/")
-    if not parts.hostname or (parts.scheme != "https" and not is_loopback(url)):
+    """Keep a key for a server elsewhere (of several: U1,U2), and use it. It is asked for, or SF_KEY, or the input."""
+    urls = [one.rstrip("/") for one in url.split(",")]
+    if not all(urlsplit(one).hostname and (one.startswith("https:") or is_loopback(one)) for one in urls):
         raise Problem(f"not the URL of a server: {url!r}", hint="https://HOST:PORT", code=USAGE)
+    url = ",".join(urls)
     ca = _authority(url, fingerprint) if fingerprint else ""
     namespace = settings().get("namespace", "system")
     key = os.environ.get("SF_KEY") or (
@@ -39,7 +40,9 @@ def login(url: str, fingerprint: str | None, name: str | None) -> None:
     )
     api = Api((url, namespace, key), trusting(ca))
     api("GET", "auth", "namespaces", namespace)
-    name = name or parts.hostname
+    # Without an authority of their own, each has a certificate for the name that people know it by.
+    url = ",".join(dict.fromkeys([*urls, *(api.servers if ca else ())]))
+    name = name or urlsplit(urls[0]).hostname or ""
     path = keep_context(name, {"url": url, "namespace": namespace, "key": key, "ca": ca})
     say(f"{name} is in {path} and in use: {url} as {namespace}, key {api.known_as[1]}")
 

@@ -32,8 +32,8 @@ class Stream(ExitStack):
 
     def __init__(self, api: Api, name: str, kind: str, /, **options: Any) -> None:
         super().__init__()
-        url = f"ws{api.url.removeprefix('http')}/instances/{quote(name, safe='')}/streams/{kind}"
         told = {"Authorization": f"Bearer {api.token()}"}
+        url = f"ws{api.url.removeprefix('http')}/instances/{quote(name, safe='')}/streams/{kind}"
         try:
             self._socket = self.enter_context(connect(url, ssl=api.tls, additional_headers=told, **_LIMITS))
         except (OSError, WebSocketException) as error:

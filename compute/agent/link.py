@@ -39,12 +39,10 @@ from net import Action, Finding, NodeNetworks, Plane
 
 log = logging.getLogger(__name__)
 
-_RENEW_S = 2.0
-_ANSWER_S = 5.0
-_LONG_POLL_S = 20.0
-_AWAY_S = 3.0
+_RENEW_S, _ANSWER_S, _CONNECT_S = 2.0, 5.0, 2.0
+_LONG_POLL_S, _AWAY_S = 20.0, 3.0
 _asker: ContextVar[str] = ContextVar("asker")  # which server asked for what a task does
-_LIMITS: dict[str, Any] = {"open_timeout": 5, "ping_timeout": 60, "max_size": MESSAGE_BYTES}
+_LIMITS: dict[str, Any] = {"open_timeout": 5, "ping_timeout": 60, "compression": None, "proxy": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +112,14 @@ def _client(identity: Identity) -> httpx.AsyncClient:
         headers={"Authorization": f"Node {identity.node}:{identity.secret}"},
         verify=_context(identity),
         trust_env=False,
-        timeout=_ANSWER_S,
     )
 
 
 async def _ask(client: httpx.AsyncClient, verb: str, path: str, wait_s: float = 0, **options: Any) -> Any:
     """One request. Raises Unavailable when it is worth asking again, ComputeError otherwise."""
     try:
-        answer = await client.request(verb, path, timeout=wait_s + _ANSWER_S, **options)
+        limits = httpx.Timeout(wait_s + _ANSWER_S, connect=_CONNECT_S)
+        answer = await client.request(verb, path, timeout=limits, **options)
         body = answer.json()
     except (httpx.HTTPError, ValueError) as err:
         raise Unavailable(f"the server {client.base_url.host} does not answer: {err!r}") from err
@@ -184,11 +182,19 @@ class RemoteController:
 
     def __init__(self, identity: Identity, state_dir: Path, plane: Fenced) -> None:
         self._identity, self._kept = identity, state_dir / "desired.json"
-        self._client, self._urls = _client(identity), [u.rstrip("/") for u in identity.url.split(",")]
+        self._client, self._urls = _client(identity), list[str]()
         self._lease, self._drop = plane.lease, plane.drop_routers
         self._facts: NodeFacts | None = None
         self._operations: NodeOperations | None = None
         self._last: NodeDesired | None = None
+        with contextlib.suppress(OSError, ValueError, ComputeError):
+            self._last = from_plain(NodeDesired, json.loads(self._kept.read_text()))
+        self._know(self._last.servers if self._last else ())
+
+    def _know(self, servers: Sequence[str]) -> None:
+        """Those that this node was told when it joined, and those that the servers say there are."""
+        known = dict.fromkeys(u.rstrip("/") for u in (*self._identity.url.split(","), *servers))
+        self._urls = list(dict.fromkeys([*(u for u in self._urls if u in known), *known]))
 
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
         """Kept, and said as soon as the server answers: an agent starts without it."""
@@ -207,12 +213,10 @@ class RemoteController:
         if not self._lease.may_route():  # a poll that began before the lease was gained cannot confirm it
             wait_s = min(wait_s, 1.0)
         asked = time.monotonic()
-        query = {"after": after_revision, "wait": wait_s}
         try:
-            plain = await _ask(self._client, "GET", "desired", wait_s, params=query)
+            plain = await _ask(self._client, "GET", f"desired?after={after_revision}&wait={wait_s}", wait_s)
             found = from_plain(NodeDesired, plain)
         except ComputeError as err:
-            self._last = self._last or await asyncio.to_thread(self._load)
             if self._last is None:
                 raise Unavailable(str(err), hint=err.hint) from err
             if after_revision:
@@ -222,6 +226,7 @@ class RemoteController:
         if self._last is None or found != self._last:
             await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())
         self._last = found
+        self._know(found.servers)
         self._lease.confirm(asked)
         return self._led(found)
 
@@ -235,12 +240,6 @@ class RemoteController:
             for n, url in desired.stores.items()
         }
         return replace(desired, stores=whole)
-
-    def _load(self) -> NodeDesired | None:
-        try:
-            return from_plain(NodeDesired, json.loads(self._kept.read_text()))
-        except FileNotFoundError:
-            return None
 
     async def report(
         self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]
@@ -258,11 +257,15 @@ class RemoteController:
         if self._client.is_closed:  # an error ended it before
             self._client = _client(replace(self._identity, url=self._urls[0]))
         try:
-            async with asyncio.TaskGroup() as group:
+            async with _client(self._identity) as self._asked, asyncio.TaskGroup() as group:
                 group.create_task(self._renewing())
                 group.create_task(self._fencing())
-                for url in self._urls:  # any of the servers may ask
-                    group.create_task(self._answering(url))
+                asked = set[str]()
+                while True:  # any of the servers may ask
+                    for url in set(self._urls) - asked:
+                        group.create_task(self._answering(url))
+                    asked |= set(self._urls)
+                    await asyncio.sleep(_RENEW_S)
         finally:
             await self._client.aclose()
 
@@ -280,7 +283,8 @@ class RemoteController:
                 log.warning("%s%s", err, f" ({err.hint})" if err.hint else "")
                 known = False
                 self._urls.append(self._urls.pop(0))
-                self._client.base_url = f"{self._urls[0]}/agent/v1/"
+                lost, self._client = self._client, _client(replace(self._identity, url=self._urls[0]))
+                await lost.aclose()  # whoever waits for an answer from there asks anew
             await asyncio.sleep(max(0.0, asked + _RENEW_S - time.monotonic()))
 
     async def _fencing(self) -> None:
@@ -304,7 +308,7 @@ class RemoteController:
         where = f"wss{_asker.get().removeprefix('https')}/agent/v1/streams/{ticket}"
         told = {"Authorization": f"Node {mine.node}:{mine.secret}"}
         try:
-            options = {"additional_headers": told, "compression": None, "proxy": None, **_LIMITS}
+            options = {"additional_headers": told, "max_size": MESSAGE_BYTES, **_LIMITS}
             socket = await connect(where, ssl=_context(mine), **options)
         except (OSError, TimeoutError, WebSocketException) as err:
             raise Unavailable(f"the server did not take a stream: {err!r}") from err
@@ -312,13 +316,11 @@ class RemoteController:
 
     async def _answering(self, url: str) -> None:
         """What a server asks of this node: console data, pings, streams. One that takes long holds up no other."""
+        path = f"{url}/agent/v1/operations?wait={_LONG_POLL_S}"
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
-                    wait = {"wait": _LONG_POLL_S}
-                    orders = await _ask(
-                        self._client, "GET", f"{url}/agent/v1/operations", _LONG_POLL_S, params=wait
-                    )
+                    orders = await _ask(self._asked, "GET", path, _LONG_POLL_S)
                     for order in orders:
                         group.create_task(self._answer(url, order))
                     if not orders:
@@ -337,4 +339,4 @@ class RemoteController:
             body = {"error": str(err) or repr(err), "hint": getattr(err, "hint", "")}
             body |= {"retry": True} if isinstance(err, Unavailable) else {}
         with contextlib.suppress(ComputeError):
-            await _ask(self._client, "POST", f"{url}/agent/v1/operations/{order['id']}", json=body)
+            await _ask(self._asked, "POST", f"{url}/agent/v1/operations/{order['id']}", json=body)

@@ -126,9 +126,9 @@ def build(services: Services) -> FastAPI:
     @app.get("/readyz", tags=["health"])
     def readyz(request: Request) -> Response:
         """200 once the state store answers and this machine's agent is at work."""
-        ready = services.controller.nodes.alive(services.controller.server)
+        server = services.controller.server
         services.store.get("ready")
-        if not ready:
+        if server and not services.controller.nodes.alive(server):
             return problems.answer(request, 503, "this machine's agent is not ready yet")
         return JSONResponse({"status": "ok"})
 

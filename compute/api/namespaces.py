@@ -13,6 +13,7 @@ from compute.api.context import Body, Context, Ctx, Services, address_of
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster import auth
+from compute.cluster.liveness import Server
 from compute.cluster.quotas import DEFAULTS, Quota, used
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.transaction import Transaction
@@ -71,7 +72,9 @@ def _own(ctx: Context, name: str) -> Namespace:
 @router.post("/auth")
 def login(request: Request, body: LoginBody) -> Response:
     services: Services = request.app.state.services
-    return JSONResponse(services.authority.login(body.namespace, body.key, address_of(request)))
+    told = services.authority.login(body.namespace, body.key, address_of(request))
+    servers = [one.url for one in Transaction(services.store).list(Server) if one.url]
+    return JSONResponse(told | ({"servers": servers} if servers else {}))
 
 
 @router.get("/auth/namespaces")

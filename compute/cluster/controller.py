@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from compute.cluster import desired, quarantine, upkeep
 from compute.cluster.feed import Feed
+from compute.cluster.joining import hashed
 from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.instances import booted
 from compute.cluster.records.nodes import Node, check_facts, find_machine, rename
-from compute.cluster.records.secrets import secret, site_secret
+from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
@@ -60,11 +61,12 @@ class Controller:
         self.usage = Usage(self.nodes)
         self.arrivals = Arrivals()
 
-    async def start(self, seen: Remembered | None = None) -> None:
+    async def start(self, seen: Remembered | None = None, identity: str = "") -> str:
         """Make the server's own node known, so that the API can place on it before its agent has probed the machine.
 
         `seen`: who this machine is and what it remembers. The name that this node has follows the configured one,
-        unless another has that: then it keeps its own, and `server` says so.
+        unless another has that: then it keeps its own. Returns it.
+        identity: what its agent shows us; then it is a node like all others, and not the server's own.
         """
         self.feed.start()
         seen = seen or Remembered("", "", 0)
@@ -72,10 +74,6 @@ class Controller:
         def action(txn: Transaction) -> str:
             if not self.server:  # it runs no guests
                 site_secret(txn)
-                if secret(txn, "installation", first=self.installation) != self.installation:
-                    raise Conflict(
-                        "installation.json and auth/ are to be those of the first server of this etcd"
-                    )
                 return ""
             nodes = txn.list(Node)
             known = find_machine(nodes, seen.machine, self.server)
@@ -89,6 +87,7 @@ class Controller:
                 n.name == self.server and n.state != "deleted" for n in nodes
             ):
                 known = rename(txn, known, self.server)
+            known = replace(known, identity=identity and hashed(identity), state="created")
             txn.update(replace(known, machine=seen.machine))
             if txn.find(Claims, known.name) is None:
                 txn.create(Claims(name=known.name))
@@ -97,7 +96,9 @@ class Controller:
             site_secret(txn)
             return known.name
 
-        self.server = self.nodes.server = await self._act(action, self.server)
+        name = await self._act(action, self.server)
+        self.server = self.nodes.server = "" if identity else name
+        return name
 
     def stop(self) -> None:
         self.feed.stop()

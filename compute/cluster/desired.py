@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv4Network, ip_address
 
 from compute.cluster import liveness
 from compute.cluster.images.stores import MINE
+from compute.cluster.liveness import Server
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records.epochs import Epoch, epoch
 from compute.cluster.records.instances import Instance
@@ -33,7 +34,7 @@ from compute.wire.spec import (
 from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
 
-_KINDS = Instance, Interface, Network, Rules, Node, Epoch, Quarantined, Snapshot, Namespace
+_KINDS = Instance, Interface, Network, Rules, Node, Epoch, Quarantined, Server, Snapshot, Namespace
 KINDS = frozenset((*(kind.KIND for kind in _KINDS), liveness.KIND))
 """Of what `read` is made."""
 
@@ -80,6 +81,7 @@ def read(
         image_site=image_site(node, nodes, alive, site_secret(txn)),
         epoch=present.number,
         former=present.former,
+        servers=tuple(f"https://{one.name}" for one in txn.list(Server)),
         hold=bool(present.waiting),
     )
     own = {

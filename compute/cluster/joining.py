@@ -20,14 +20,14 @@ from compute.wire.join_token import JoinToken
 TOKEN_S = 600.0
 
 
-def _hash(secret: str) -> str:
+def hashed(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def make_token(txn: Transaction, fingerprint: bytes) -> JoinToken:
     """Good once, for TOKEN_S."""
     token = JoinToken(fingerprint, secrets.token_urlsafe(32))
-    take(txn, f"join/{_hash(token.secret)}", "")
+    take(txn, f"join/{hashed(token.secret)}", "")
     return token
 
 
@@ -36,14 +36,14 @@ def join(txn: Transaction, secret: str, name: str) -> tuple[Node, str]:
 
     Raises Denied (unknown, used or old token), Conflict (a node of that name is there), Invalid (the name).
     """
-    token = txn.find(Taken, f"join/{_hash(secret)}")
+    token = txn.find(Taken, f"join/{hashed(secret)}")
     if token is None or token.created_s < time.time() - TOKEN_S:
         raise Denied("the join token is unknown, used or too old", hint="make a new one: sf node token")
     known = txn.find(Node, check_name(name, "node name"))
     if known is not None and known.state != "deleted":
         raise Conflict(f"there is a node {name} already", hint=f"sf node remove {name}, or use another name")
     identity = secrets.token_urlsafe(32)
-    node = Node(uuid=new_uuid(), name=name, identity=_hash(identity), lastseen_s=time.time())
+    node = Node(uuid=new_uuid(), name=name, identity=hashed(identity), lastseen_s=time.time())
     txn.delete(Taken, token.name)
     txn.update(replace(node, revision=known.revision if known else 0))
     txn.create(Claims(name=name))
@@ -62,7 +62,7 @@ def check_reader(txn: Transaction, name: str, token: str) -> None:
 def check_identity(txn: Transaction, name: str, identity: str) -> Node:
     """Raises Unauthenticated, also for a node that was removed."""
     node = txn.find(Node, name)
-    if node is None or not node.identity or not hmac.compare_digest(node.identity, _hash(identity)):
+    if node is None or not node.identity or not hmac.compare_digest(node.identity, hashed(identity)):
         hint = "join anew: sf node token"
         raise Unauthenticated(f"node {name[:80]} is not known by this secret", hint=hint)
     return node

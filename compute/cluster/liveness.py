@@ -8,12 +8,13 @@ and its guests use: in memory alone, each node is asked once in an interval, who
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, LeaseLost, Unavailable
 from compute.wire.operations import COUNTED, HELD, Figures, NodeOperations
@@ -26,6 +27,32 @@ FENCE_S = 8.0
 
 KIND = "alive"
 _COUNT_S = 15.0
+_SAY_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server(Stored):
+    """One of those on an etcd, by where agents reach it."""
+
+    KIND: ClassVar[str] = "server"
+    name: str
+    url: str = ""
+    """Of its API; "" on loopback."""
+    seen_s: float = 0
+
+
+async def known(store: StateStore, me: Server) -> None:
+    """Until cancelled: nodes and clients are told of this server, and no more of those that were gone for a week."""
+
+    def say(txn: Transaction) -> None:
+        for one in txn.list(Server):
+            if one.seen_s < time.time() - 168 * _SAY_S:
+                txn.delete(Server, one.name)
+        txn.update(replace(txn.find(Server, me.name) or me, url=me.url, seen_s=time.time()))
+
+    while True:
+        await asyncio.to_thread(transact, store, say)
+        await asyncio.sleep(_SAY_S)
 
 
 class Liveness:

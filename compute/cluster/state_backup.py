@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 import zstandard
 
 from compute.cluster.liveness import KIND as ALIVE
+from compute.cluster.liveness import Server
 from compute.cluster.records.epochs import Epoch, begin
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 
 _IDENTITY = "installation.json"
 _AUTH = ("agent.key", "agent.crt", "ca.key", "ca.crt", "local-key")  # no certificate before its key
-_FILES = (_IDENTITY, "node.json", *(f"auth/{name}" for name in _AUTH))
+SHARED = (_IDENTITY, *(f"auth/{name}" for name in _AUTH))
+_FILES = (*SHARED, "node.json")
 _MAGIC, _MOST_BYTES, _LOOK_S = b"sf-state 1 ", 1 << 30, 60.0
 
 
@@ -245,7 +247,7 @@ def _copy(source: StateStore, target: StateStore) -> None:
         if piece and (len(piece) == MOST_KEYS or size_bytes > MOST_BYTES or record.key == Epoch().key):
             target.commit(piece, expect={})
             piece, size_bytes = {}, len(record.key) + len(record.value)
-        if not record.key.startswith(f"{ALIVE}/"):
+        if not record.key.startswith((f"{ALIVE}/", f"{Server.KIND}/")):
             piece[record.key] = record.value
     target.commit(piece, expect={})
 

@@ -15,7 +15,7 @@ from compute.cluster.records.instances import Instance, end, why_over
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, move_routers, router_candidates
 from compute.cluster.records.taken import Taken
-from compute.cluster.records.transaction import Transaction, pieces, transact
+from compute.cluster.records.transaction import PROVEN, Transaction, pieces, transact
 from compute.cluster.state.protocol import ABSENT, StateStore
 from compute.errors import ComputeError, Stale
 from compute.wire.spec import InstanceState
@@ -24,13 +24,15 @@ log = logging.getLogger(__name__)
 
 _SWEEP_S = 60.0
 _LOOK_S, _RENEW_S = 0.5, 2.0
+_LEASE_S = 6.0  # over before that of a node which ended with the server that had it
 _KEEP_DELETED_S = 3600.0
 _KEEP_REQUEST_S = 86400.0
 
 
 async def alone(store: StateStore, *parts: Callable[[], Awaitable[None]]) -> None:
-    """All of them, for as long as no other server does: whoever holds the lease. Raises LeaseLost, Unavailable."""
-    lease, key = await asyncio.to_thread(store.grant, liveness.LEASE_S), "upkeep/leader"
+    """All of them, for as long as no other server does: each change proves the lease. Raises LeaseLost, Unavailable."""
+    lease, key = await asyncio.to_thread(store.grant, _LEASE_S), "upkeep/leader"
+    PROVEN.set(lease)
     take = partial(store.commit, {key: b""}, expect={key: ABSENT}, lease=lease, ephemeral=(key,))
     async with asyncio.TaskGroup() as group:
         while True:

@@ -167,6 +167,8 @@ class NodeDesired:
     former: tuple[str, ...] = ()
     """Histories that this one follows."""
     reached: int = 0
+    servers: tuple[str, ...] = ()
+    """Where agents reach each of the servers; () where there is one only."""
     hold: bool = False
     """The state is older than what some node saw: begin nothing, stop nothing, and say what is here."""
 

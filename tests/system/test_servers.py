@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,9 +16,12 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from websockets.sync.client import connect
 
+from cli.cloud.api import Api
+from cli.main import sf as cli
 from compute.agent import link
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction
@@ -51,14 +53,14 @@ def within(limit_s: float, true: Any, what: str) -> float:
 class Servers:
     """s0, s1, … on the members' etcd, with one image store, where tiny:1 is."""
 
-    def __init__(self, three: Members, directory: Path, count: int = 3) -> None:
+    def __init__(self, three: Members, directory: Path, count: int = 3, guests: str = "no") -> None:
         ports = free_ports(2 * count, first=26000)
         self.directory, self.three = directory, three
         self.processes: list[subprocess.Popen[bytes] | None] = [None] * count
         self.environments = []
         for n in range(count):
             told = {
-                "SF_STATE": three.url, "SF_STATE_DIR": str(directory / f"s{n}"), "SF_GUESTS": "no",
+                "SF_STATE": three.url, "SF_STATE_DIR": str(directory / f"s{n}"), "SF_GUESTS": guests,
                 "SF_STORE": (directory / "store").as_uri(), "SF_NODE_NAME": f"s{n}",
                 "SF_LISTEN": f"127.0.0.1:{ports + 2 * n}", "SF_AGENT_LISTEN": f"127.0.0.1:{ports + 2 * n + 1}",
             }  # fmt: skip
@@ -72,9 +74,6 @@ class Servers:
             check=True,
         )
         for n in range(count):
-            if n:  # what makes an installation is the first server's
-                shutil.copytree(directory / "s0/auth", directory / f"s{n}/auth")
-                shutil.copy(directory / "s0/installation.json", directory / f"s{n}")
             self.start(n)
         self.key = (directory / "s0/auth/local-key").read_text()
         self.api = [self.running(n) for n in range(count)]
@@ -87,8 +86,8 @@ class Servers:
         with (self.directory / f"s{n}.log").open("ab") as log:
             command = [SF, "serve"]
             self.processes[n] = subprocess.Popen(command, env=self.environments[n], stdout=log, stderr=log)
-        probe = (self.directory / "s0/auth/local-key").exists
-        within(60, probe, "the first server has made its key")
+        probe = (self.directory / f"s{n}/auth/local-key").exists
+        within(60, probe, "it has its key")
         within(60, lambda: self.running(n).get("/nodes") is not None, f"s{n} answers")
 
     def kill(self, n: int) -> None:
@@ -99,11 +98,11 @@ class Servers:
 
 
 @contextmanager
-def servers(directory: Path, count: int = 3) -> Iterator[Servers]:
-    with members(3) as three:
+def servers(directory: Path, count: int = 3, guests: str = "no", of_members: int = 3) -> Iterator[Servers]:
+    with members(of_members) as three:
         made = None
         try:
-            made = Servers(three, directory, count)
+            made = Servers(three, directory, count, guests)
             yield made
         finally:
             for n in range(count) if made else ():
@@ -189,11 +188,66 @@ def test_any_server_answers_sees_what_others_did_and_reaches_every_node(tmp_path
                 socket.send(b"there and back")
                 assert socket.recv(20) == b"there and back"
         stranger = made.directory / "stranger"
+        stranger.mkdir()
+        (stranger / "installation.json").write_text('{"id": "0123abcd"}')
+        (stranger / "node.json").write_text('{"machine": "m1", "epoch": "", "reached": 0}')
         told = made.environments[0] | {"SF_STATE_DIR": str(stranger), "SF_LISTEN": "127.0.0.1:0"}
         said = subprocess.run(
             [SF, "serve"], env=told | {"SF_AGENT_LISTEN": ""}, capture_output=True, text=True, timeout=60
         )
         assert said.returncode == 5 and "first server" in said.stderr
+
+
+@pytest.mark.timeout(600)
+def test_servers_that_run_guests_are_nodes_of_each_other_and_know_one_authority(tmp_path: Path) -> None:
+    """Whatever a person would have to copy between machines comes out of the state, and is in no log."""
+    with servers(tmp_path, 2, "yes", 1) as made:
+        one, two = made.api
+        both = lambda api: {n["name"]: n["state"] for n in api.get("/nodes")}  # noqa: E731
+        for api in (one, two):
+            within(60, lambda a=api: both(a) == {"s0": "created", "s1": "created"}, "both are nodes")
+        for api, node in ((one, "s1"), (two, "s0")):  # whoever is asked asks the other's agent
+            asked = lambda a=api, n=node: a.get(f"/nodes/{n}")["usage"]  # noqa: E731
+            within(60, asked, f"{node} answers")
+        for name in ("installation.json", "auth/ca.crt", "auth/ca.key", "auth/agent.key", "auth/local-key"):
+            first, second = ((tmp_path / place / name).read_bytes() for place in ("s0", "s1"))
+            assert first == second, name
+            logged = "".join((tmp_path / f"s{n}.log").read_text() for n in range(2))
+            assert not name.startswith("auth/") or first.decode().strip() not in logged
+        made.kill(1)
+        made.start(1)
+        within(60, lambda: both(one)["s1"] == "created", "a server that starts again is the same node")
+        assert len(one.get("/nodes")) == 2
+
+
+@pytest.mark.timeout(600)
+def test_commands_go_on_with_another_server_where_the_first_is_dead(tmp_path: Path) -> None:
+    with servers(tmp_path, 2, of_members=1) as made, click.Context(cli, obj={}):
+        urls = ",".join(api.url for api in made.api)
+        told = os.environ | {
+            "HOME": str(tmp_path),
+            "XDG_CONFIG_HOME": str(tmp_path / "c"),
+            "SF_KEY": made.key,
+        }
+        told |= {"SF_STATE_DIR": str(tmp_path / "none")}
+
+        def sf(*words: str) -> str:
+            done = subprocess.run([SF, *words], env=told, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        sf("login", urls, "--name", "both")
+        del told["SF_KEY"]  # it is in the context, for both
+        api = Api((urls, "system", made.key))
+        assert api("POST", "networks", name="one", netblock="10.1.0.0/24")["name"] == "one"
+        made.kill(0)
+        # The connection to it is broken in the middle of a command, which goes on; the next one begins with the other.
+        assert api("POST", "networks", name="two", netblock="10.2.0.0/24")["name"] == "two"
+        sf("network", "create", "three", "10.3.0.0/24")
+        assert {n["name"] for n in api("GET", "networks")} == {"one", "two", "three"}
+        assert {line.split()[0] for line in sf("network", "ls", "--format", "name").splitlines()} >= {"three"}
+        sf("image", "push", str(tmp_path / "disk"), "my/kept", "--input-format", "raw")
+        assert "kept" in sf("image", "ls", "my/")
 
 
 class Load:

@@ -6,6 +6,7 @@ import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +19,8 @@ O = TypeVar("O", bound=Stored)  # noqa: E741
 
 _ATTEMPTS = 50
 _turn = threading.RLock()
+PROVEN: ContextVar[int | None] = ContextVar("lease", default=None)
+"""The lease without which nothing is written here, in threads of this context too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +159,7 @@ class Transaction:
     def commit(self) -> None:
         """Raises Stale."""
         if self.writes:
-            self.store.commit(self.writes, expect=self.expect)
+            self.store.commit(self.writes, expect=self.expect, lease=PROVEN.get())
 
 
 def transact(
