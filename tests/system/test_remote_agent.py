@@ -126,6 +126,9 @@ def test_what_a_node_cannot_do_yet_may_be_asked_again(
         identity = await remote.join(tmp_path, f"https://{address[0]}:{address[1]}", token(server), "node2")
         async with node(identity, tmp_path, Wires()) as far:  # nothing is registered
             await far.desired("node2")  # the server knows now where it may ask
+            async with asyncio.timeout(30):  # and that it lives, once it has a lease
+                while not server.services.controller.nodes.alive("node2"):
+                    await asyncio.sleep(0.05)
             asked = server.services.controller.nodes.operations("node2").listening()
             with pytest.raises(Unavailable, match="not ready"):
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asked, server.loop))
