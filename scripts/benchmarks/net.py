@@ -18,6 +18,8 @@ from benchmarks._harness import ROOT, Bench
 
 sys.path.insert(0, str(ROOT))
 
+from net.kernel import taps
+from net.kernel.netns import Netns
 from net.plan import names
 from net.plan.facts import HOST, Facts, Observed
 from net.plan.guards import ROUTER
@@ -35,6 +37,7 @@ def run(bench: Bench) -> None:
     _on_one_node(bench)
     _from_the_lan(bench)
     _making(bench)
+    _moving(bench)
     _planning(bench)
     _reconciling(bench)
 
@@ -213,6 +216,32 @@ def _making(bench: Bench) -> None:
             node.apply(replace(desired, networks=()))
     bench.number("network_create_ms", statistics.median(network_ms), "ms", at_most=60)
     bench.number("tap_with_filters_ms", statistics.median(tap_ms), "ms", at_most=15)
+
+
+def _moving(bench: Bench) -> None:
+    """What of a tap's cost is the kernel's: made in the host's namespace and moved, or made where it is wanted."""
+    took: dict[str, list[float]] = {"made": [], "moved": [], "made_inside": []}
+    network = make_network(make_port(2, "n1"))
+    with Cluster(bench.dir("moving"), 1) as cluster:
+        node = cluster.nodes[0]
+        cluster.apply(network)
+
+        def inside() -> None:
+            with space.entered():
+                taps.create_tap("inside", "")
+
+        with (
+            node.space.call(Netns, HOST) as host,
+            node.space.call(Netns, node.plane.namespace(network)) as space,
+        ):
+            for _ in range(15):
+                took["made"].append(_timed(node, taps.create_tap, "outside", ""))
+                took["moved"].append(_timed(node, host.move_link, "outside", space))
+                took["made_inside"].append(_timed(node, inside))
+                for name in ("outside", "inside"):
+                    node.space.call(space.delete_link, name)
+    for what, times in took.items():
+        bench.number(f"tap_{what}_ms", statistics.median(times), "ms")
 
 
 def _many() -> NodeNetworks:

@@ -36,11 +36,12 @@ def _static(interface: InterfaceSpec, network: Network, *, default_route: bool) 
 
 
 def _static6(interface: InterfaceSpec, network: Network, *, default_route: bool) -> dict[str, Any]:
-    """Where the router advertises itself, that alone says whether it is a way out."""
+    """Where the router advertises itself, it alone says whether it is a way out; networkd takes no domain from it."""
     route = {"network": "::", "netmask": "::", "gateway": str(network.address6(network.gateway))}
     own = str(network.address6(IPv4Address(interface.address)))
     routes = [route] if default_route and not network.provide_dhcp else []
-    return {"type": "ipv6", "ip_address": own, "netmask": "ffff:ffff:ffff:ffff::", "routes": routes}
+    told = {"dns_search": [network.domain]} if network.provide_dns else {}
+    return {"type": "ipv6", "ip_address": own, "netmask": "ffff:ffff:ffff:ffff::", "routes": routes} | told
 
 
 def _leads_out(interface: InterfaceSpec, network: Network) -> bool:

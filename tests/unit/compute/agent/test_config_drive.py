@@ -104,6 +104,7 @@ def test_where_there_is_ipv6_the_address_is_told_and_its_router_only_where_nothi
     assert told[1]["ip_address"] == "2001:db8::9" and told[1]["netmask"] == "ffff:ffff:ffff:ffff::"
     assert told[1]["routes"] == [{"network": "::", "netmask": "::", "gateway": "2001:db8::1"}]
     assert told[3]["ip_address"] == "fd42::9" and told[3]["routes"] == []
+    assert [t.get("dns_search") for t in told] == [["sf.internal"], ["sf.internal"], None, ["sf.internal"]]
 
 
 @pytest.mark.parametrize("dhcp", [True, False])
