@@ -86,8 +86,9 @@ class Operations(NodeOperations):
 
     async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
         if kind == "connect":
-            space, address = self._plane.namespace(self._network(target)), str(options.get("address"))
-            await self.streams.begin(ticket, partial(connect, space, address, int(options["port"])))
+            space, also = self._plane.namespace(self._network(target)), str(options.get("also") or "")
+            to = str(options.get("address")), also, int(options["port"])
+            await self.streams.begin(ticket, partial(connect, space, *to))
         else:
             await self.streams.open(self._guest(target), kind, options, ticket)
 

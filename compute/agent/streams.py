@@ -107,8 +107,8 @@ class Streams:
         await first(execute(), gone())
 
 
-async def connect(namespace: str, address: str, port: int, stream: Stream) -> None:
-    """A TCP connection from inside a network's namespace."""
+async def connect(namespace: str, address: str, also: str, port: int, stream: Stream) -> None:
+    """A TCP connection from inside a network's namespace, to a guest's address or, if it is not there, `also`."""
     socket = await asyncio.to_thread(partial(tcp_socket, namespace, six=":" in address))
     socket.setblocking(False)
     try:
@@ -116,6 +116,9 @@ async def connect(namespace: str, address: str, port: int, stream: Stream) -> No
             await asyncio.get_running_loop().sock_connect(socket, (address, port))
     except (OSError, TimeoutError) as err:
         socket.close()
+        if also not in ("", address):
+            await connect(namespace, also, "", port, stream)
+            return
         raise Unavailable(f"{address} port {port}: {os.strerror(err.errno or errno.ETIMEDOUT)}") from err
     await _carry(*await asyncio.open_connection(sock=socket), stream)
 

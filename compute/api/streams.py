@@ -146,4 +146,5 @@ def _target(ctx: Context, known: Instance, kind: str, options: Options) -> tuple
     network = ctx.read().get(Network, links[0].network_uuid)
     if not network.router_node:
         raise Unavailable(f"network {network.name} has no router at this moment")
-    return network.router_node, network.uuid, {"address": links[0].known, "port": port}
+    ends = {"address": links[0].known, "also": links[0].address6}
+    return network.router_node, network.uuid, {**ends, "port": port}

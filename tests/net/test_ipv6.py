@@ -1,5 +1,6 @@
 """IPv6 of a network: addresses by DHCPv6, the way out, names, and what a guest may not do with it."""
 
+import asyncio
 import os
 import socket
 import struct
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from compute.agent.streams import connect
+from compute.wire.streams import pair
 from net.plan.guards import ROUTER
 from net.plan.model import Allow, Network
 from net.plan.nft import link_local
@@ -217,6 +220,29 @@ def test_guests_reach_the_world_once_the_node_has_ipv6(tmp_path: Path, block: IP
         assert "does not forward" in found.text and "forwarding=1" in found.fix
         for node in cluster.nodes:
             assert node.apply(desired) == []
+
+
+def test_a_connection_from_the_router_is_made_by_ipv6_where_nothing_answers_by_ipv4(tmp_path: Path) -> None:
+    with two(tmp_path) as (cluster, network, (one, *_)):
+        configured(one)
+        one.static()
+        one.space.sh("sysctl -qw net.ipv6.bindv6only=1")
+        serve(one.space, "tcp6", 22, "six")
+
+        async def ask(*to: str) -> str:
+            here, there = pair()
+            talk = asyncio.create_task(connect(cluster.nodes[0].plane.namespace(network), *to, 22, there))
+            said = asyncio.create_task(here.receive())
+            await asyncio.wait({talk, said}, return_when=asyncio.FIRST_COMPLETED)
+            talk.cancel()
+            return bytes(said.result() or b"").decode() if said.done() else str(talk.exception())
+
+        def told(*to: object) -> str:
+            return cluster.nodes[0].space.call(asyncio.run, ask(*map(str, to)))
+
+        assert within(lambda: told(LOCAL[2], "") == f"six {LOCAL[1]}")
+        assert told(one.port.address, LOCAL[2]) == f"six {LOCAL[1]}"
+        assert told(one.port.address, "") == f"{one.port.address} port 22: Connection refused"
 
 
 def test_rules_hold_for_ipv6_and_answers_to_what_a_guest_begins_come(tmp_path: Path) -> None:

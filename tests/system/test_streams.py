@@ -59,7 +59,8 @@ def test_a_port_is_the_guests_own_and_no_other_address(server: Running) -> None:
     found = server.get("/instances/web")
     address, network = found["interfaces"][0]["ipv4"], found["interfaces"][0]["network_uuid"]
     with _open(server, "/instances/web/streams/connect", {"port": 22}) as socket:
-        assert json.loads(socket.recv(10)) == ["connect", network, {"address": address, "port": 22}]
+        told = json.loads(socket.recv(10))
+        assert told == ["connect", network, {"address": address, "also": "", "port": 22}]
     with _open(server, "/instances/web/streams/connect", {"port": 22, "address": "127.0.0.1"}) as socket:
         assert json.loads(socket.recv(10))[2]["address"] == address
     for asked in ({"port": 0}, {"port": "22"}, {"port": 70000}, {}):
