@@ -72,11 +72,11 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         stack.enter_context(process.only_one(state_dir))
         listening.raise_limits()
         listener = stack.enter_context(_listen(config.host, config.port))
+        installation = "" if config.state else installation_id(state_dir)  # before there are records of it
         store = open_state(config)
         stack.callback(store.close)
         if config.state:
-            share(store, state_dir)
-        installation = installation_id(state_dir)
+            installation = share(store, state_dir)
         ensure_local_key(store, state_dir / "auth" / "local-key")
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
         stores = process.NodeStores(config, default=True)
@@ -150,8 +150,8 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
 
 
-def share(store: StateStore, state_dir: Path) -> None:
-    """What makes the installation: the first server's, by way of the state. Raises Conflict where one is another's."""
+def share(store: StateStore, state_dir: Path) -> str:
+    """What makes the installation, whose id it returns: the first server's, by way of the state. Raises Conflict."""
     key = state_dir / "auth" / "local-key"
     key.parent.mkdir(mode=0o700, exist_ok=True)
     if not key.exists():
@@ -164,6 +164,7 @@ def share(store: StateStore, state_dir: Path) -> None:
             hint = "another etcd, or another SF_STATE_DIR"
             raise Conflict(f"{path} is not that of the first server of this etcd", hint=hint)
         durable.write(path, text.encode(), 0o644 if path.parent == state_dir else 0o600)
+    return installation_id(state_dir)
 
 
 def secured(config: Config) -> dict[str, Any]:

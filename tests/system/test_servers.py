@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -48,6 +49,16 @@ def within(limit_s: float, true: Any, what: str) -> float:
                 return time.monotonic() - began
         assert time.monotonic() < began + limit_s, f"not within {limit_s} s: {what}"
         time.sleep(0.05)
+
+
+def end_image_service(state: Path) -> None:
+    """It outlives its server, as guests do."""
+    for commands in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = commands.read_bytes().split(b"\0")
+            if b"imagestore.cache.imaged" in words and str(state).encode() in words:
+                os.kill(int(commands.parent.name), signal.SIGKILL)
+                within(30, lambda there=commands: not there.exists() or not there.read_bytes(), "it ended")
 
 
 class Servers:
@@ -107,6 +118,7 @@ def servers(directory: Path, count: int = 3, guests: str = "no", of_members: int
         finally:
             for n in range(count) if made else ():
                 made.kill(n)  # type: ignore[union-attr]
+                end_image_service(directory / f"s{n}")
 
 
 class Node:
@@ -218,6 +230,24 @@ def test_servers_that_run_guests_are_nodes_of_each_other_and_know_one_authority(
         made.start(1)
         within(60, lambda: both(one)["s1"] == "created", "a server that starts again is the same node")
         assert len(one.get("/nodes")) == 2
+
+
+def test_a_server_with_its_records_in_a_file_starts_in_a_new_directory(tmp_path: Path) -> None:
+    port, log = free_ports(1, first=26000), tmp_path / "log"
+    told = os.environ | {
+        "SF_STATE_DIR": str(tmp_path / "sf"),
+        "SF_LISTEN": f"127.0.0.1:{port}",
+        "SF_GUESTS": "no",
+    }
+    with log.open("wb") as file:
+        process = subprocess.Popen([SF, "serve"], env=told, stdout=file, stderr=file)
+    try:
+        within(60, lambda: "serves" in log.read_text() or process.poll() is not None, "it starts")
+        assert process.poll() is None, log.read_text()
+        assert (tmp_path / "sf/installation.json").exists() and (tmp_path / "sf/sf.db").exists()
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @pytest.mark.timeout(600)
