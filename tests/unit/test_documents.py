@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,22 @@ def test_a_document_names_only_modules_that_are_there(document: Path) -> None:
         r"`((?:imagestore|compute|net|cli|scripts|tests)/[\w/.*-]+\.py)`", document.read_text()
     )
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_answers_name_only_commands_and_options_that_there_are() -> None:
+    from cli.main import sf
+
+    named = re.findall(r"`(sf [a-z][^`]*)`", (ROOT / "docs/faq.md").read_text())
+    assert len(named) > 20
+    with click.Context(sf) as top:
+        for line in named:
+            words, command = line.replace("\n", " ").split()[1:], sf.get_command(top, line.split()[1])
+            while isinstance(command, click.Group) and len(words) > 1 and not words[1].startswith("-"):
+                words = words[1:]
+                command = command.get_command(top, words[0])
+            assert command is not None, line
+            known = {option for one in command.params for option in one.opts}
+            assert {word for word in words if word.startswith("-")} <= known, line
 
 
 def test_the_table_of_who_can_do_what_names_tests_that_are_there() -> None:
