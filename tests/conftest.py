@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -141,9 +142,15 @@ def _nothing_is_left_behind() -> Iterator[None]:
     """
     before = _state()
     yield
-    left = _processes_of_this_session()
-    if os.environ.get("SF_TEST_STRICT") == "1":
-        left |= _state() - before
+    for _ in range(
+        200
+    ):  # what ends by its parent's end (multiprocessing's resource tracker) ends a moment after it
+        left = _processes_of_this_session()
+        if os.environ.get("SF_TEST_STRICT") == "1":
+            left |= _state() - before
+        if not left:
+            break
+        time.sleep(0.1)
     assert not left, "left behind by the tests:\n  " + "\n  ".join(sorted(left))
 
 
