@@ -9,7 +9,7 @@ Neighbour discovery is believed only in whole packets (RFC 6980), and what it sa
 Fields are read at fixed places behind the IPv6 header (@nh) or the last of its extension headers (@th).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv6Address, IPv6Network
 
 from net.plan.facts import Elements
@@ -19,14 +19,21 @@ ROUTER, INSIDE = IPv6Address("fe80::1"), IPv6Address("fe80::2")
 """The router's address on its network and the host's on an uplink; the router's own end of that."""
 OWNERS, CLAIMED = "owners6", "claimed6"
 """Sets of (link-local address, MAC), and of those addresses."""
+MOST = 256
+"""Chosen addresses of one interface at once."""
 CHAINED = "{ 0, 43, 44, 51, 60, 135, 139, 140 }"
 """Headers behind which another may come."""
 
 
-def sets(at: str) -> dict[str, Elements]:
-    kept = "flags dynamic,timeout ; size 65535 ; timeout 7d ;"
-    kinds = {OWNERS: "@nh,64,128 . ether saddr", CLAIMED: "@nh,64,128"}
-    return {n: Elements(f"set {at} {n} {{ typeof {kind} ; {kept} }}") for n, kind in kinds.items()}
+def sets(at: str, taps: Iterable[str]) -> dict[str, Elements]:
+    """Those two, and a set per tap that bounds what its guest has of them."""
+    kept, address = "flags dynamic,timeout ; timeout 7d ;", "@nh,64,128"
+    kinds = {OWNERS: (f"{address} . ether saddr", 65535), CLAIMED: (address, 65535)}
+    kinds |= {f"c-{tap}": (address, MOST) for tap in taps}
+    return {
+        n: Elements(f"set {at} {n} {{ typeof {kind} ; size {most} ; {kept} }}")
+        for n, (kind, most) in kinds.items()
+    }
 
 
 def _chosen(at: str, block: IPv6Network | None) -> list[str]:
@@ -35,10 +42,11 @@ def _chosen(at: str, block: IPv6Network | None) -> list[str]:
     return [f"{each} {at},152,16 != 0xfffe" for each in (f"{at},64,64 0xfe80000000000000", inside) if each]
 
 
-def _claims(match: str, at: str, block: IPv6Network | None, limit: str = "") -> Iterator[str]:
+def _claims(match: str, at: str, block: IPv6Network | None, own: str = "", limit: str = "") -> Iterator[str]:
     """Passes an address (`at` bit 64) that is the sender's already, or from now on."""
     whole = f"{at},64,128"
-    kept = f"update @{OWNERS} {{ {whole} . ether saddr }} update @{CLAIMED} {{ {whole} }} accept"
+    kept = f"update @{own} {{ {whole} }} " if own else ""  # where this is full, the rule ends
+    kept += f"update @{OWNERS} {{ {whole} . ether saddr }} update @{CLAIMED} {{ {whole} }} accept"
     yield f"{match} {whole} . ether saddr @{OWNERS} {kept}"
     for free in _chosen(at, block):
         yield f"{match} {free} {whole} != 0x{int(ROUTER):032x} {whole} != @{CLAIMED} {limit}{kept}"
@@ -54,6 +62,7 @@ def meshed(vxlan: str, block: IPv6Network | None) -> Iterator[str]:
 
 def pinned(
     drop: Callable[[str, str], str],
+    tap: str,
     mac: str,
     own: IPv6Address,
     local: IPv6Address,
@@ -81,7 +90,7 @@ def pinned(
     # The sender address :: looks for another owner (RFC 4862), for a router, or for who listens to which group.
     yield f"ip6 saddr :: {solicit} @th,64,128 {raw} accept"
     few = "limit rate 4/minute burst 16 packets "
-    yield from _claims(f"ip6 saddr :: {solicit}", "@th", block, few)
+    yield from _claims(f"ip6 saddr :: {solicit}", "@th", block, f"c-{tap}", few)
     yield "ip6 saddr :: icmpv6 type { nd-router-solicit, mld-listener-report, mld2-listener-report } accept"
-    yield from _claims("ether type ip6", "@nh", block, few)
+    yield from _claims("ether type ip6", "@nh", block, f"c-{tap}", few)
     yield drop("ether type ip6", "ipv6")

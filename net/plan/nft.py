@@ -70,7 +70,7 @@ def _pinned(tap: str, network: Network, port: Port) -> Iterator[str]:
     yield from _limited(tap, port.limits.bytes_out, port.limits.packets_out)
     if not network.four:
         yield drop("ether type != ip6", "other")
-        yield from guards.pinned(drop, mac, own6, local, block) if own6 else ("drop",)
+        yield from guards.pinned(drop, tap, mac, own6, local, block) if own6 else ("drop",)
         return
     # The way of nearly every packet; DHCP and VXLAN are UDP. A tagged frame has another type.
     yield f"ether type ip {ip} {own} ip protocol != udp accept"
@@ -92,7 +92,7 @@ def _pinned(tap: str, network: Network, port: Port) -> Iterator[str]:
     yield "ether type ip accept"
     if own6:
         yield drop("ether type != ip6", "other")
-        yield from guards.pinned(drop, mac, own6, local, block)
+        yield from guards.pinned(drop, tap, mac, own6, local, block)
         return
     yield drop(f"ether type ip6 ip6 saddr != {braces(['::', local])}", "ipv6")
     yield drop("ether type ip6 icmpv6 type { nd-router-advert, nd-redirect }", "ra")
@@ -163,7 +163,7 @@ def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) ->
         elements[LEARNED] = Elements(f"set {at} {LEARNED} {{ typeof ether saddr . {_IP} ; {kept} }}")
     for tap in held:
         elements |= rules.flows(at, tap, six=six)
-    elements |= guards.sets(at) if six else {}
+    elements |= guards.sets(at, local) if six else {}
     counters = frozenset(f"{tap}-{reason}" for tap in local for reason in REASONS)
     return Table("bridge", names.table(installation), dict(chains), elements, counters)
 

@@ -5,9 +5,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from ipaddress import IPv6Address
+from pathlib import Path
 
 import pytest
 
+from net.plan import guards
 from net.plan.model import Network
 from net.plan.nft import link_local
 from tests.net.machines import Cluster, Guest, ethernet, make_network, make_port
@@ -151,3 +153,28 @@ def test_nobody_takes_an_address_that_is_anothers_or_may_be_given(
     near.send(ethernet(NEAR.mac, ONE.mac, 0x86DD, ipv6(LOCAL[0x8888_0000_0000_0008], LOCAL[2], 59, MARK)))
     assert near.pings(ONE.address)
     assert any(LOCAL[0x8888_0000_0000_0008].packed in seen for seen in one.received)
+
+
+def test_one_interface_has_a_bounded_number_of_chosen_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "MOST", 6)
+    with Cluster(tmp_path, 1) as cluster:
+        ports = make_port(2, "n1"), make_port(3, "n1")
+        lan = make_network(*ports, netblock6=LOCAL, slaac=True)
+        with cluster.guests(lan, *ports) as (one, two):
+            for guest in (one, two):
+                guest.static()
+            claims = [plain(LOCAL[0x7777_0000_0000_0000 + n]) for n in range(12)]
+            for body in (*claims, *claims):
+                one.send(body)
+            assert one.pings(ports[1].address)
+            seen = [sum(body[14:] in frame for frame in two.received) for body in claims]
+            assert seen == [2] * 6 + [0] * 6
+            two.send(
+                ethernet(
+                    ports[1].mac, ONE.mac, 0x86DD, ipv6(LOCAL[0x7777_0000_0000_0009], LOCAL[2], 59, MARK)
+                )
+            )
+            assert two.pings(ports[0].address)
+            assert any(MARK in frame for frame in one.received)
