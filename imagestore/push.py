@@ -312,9 +312,8 @@ class _Writer:
                 data = read_range(self._disk, int(self._offsets[at]), int(self._lengths[at]))
                 id_ = placement.chunks.rows["id"][rows[at]].tobytes()
                 if Digest.of(data) != id_:
-                    raise Invalid(
-                        "the disk changed while it was pushed", hint="push a copy or a snapshot of it"
-                    )
+                    hint = "push a copy or a snapshot of it"
+                    raise Invalid("the disk changed while it was pushed", hint=hint)
                 placed.append(self._framer.add(data, id_))
                 self._new_bytes += len(data)
                 yield from self._framer.full()

@@ -153,9 +153,8 @@ def _lowest_free(pool: Pool, now_s: float) -> IPv4Address:
             return address
     if waiting := [address for address in pool.quarantined if address not in pool.held]:
         return min(waiting, key=lambda address: (pool.quarantined[address], address))
-    raise Exhausted(
-        f"no address is free in {pool.netblock}", hint="delete an interface, or use a larger network"
-    )
+    hint = "delete an interface, or use a larger network"
+    raise Exhausted(f"no address is free in {pool.netblock}", hint=hint)
 
 
 def allocate(

@@ -143,11 +143,9 @@ class S3:
                 raise Corrupt(f"{self.url}/{key}: {size} bytes are too many")
             # botocore's own read() waits for all of it, however slowly it comes.
             stream: Any = answer["Body"]._raw_stream  # type: ignore[attr-defined]
+            wanted = size if length is None else length
             try:
-                parts, wanted = (
-                    iter(lambda: stream.read1(_READ_BYTES), b""),
-                    size if length is None else length,
-                )
+                parts = iter(lambda: stream.read1(_READ_BYTES), b"")
                 data = receive(parts, wanted, f"{self.url}/{key}", patience_s=PATIENCE_S)
             finally:
                 answer["Body"].close()

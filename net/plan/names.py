@@ -104,9 +104,8 @@ def bridge_mac(installation: str, vni: int, node: str) -> str:
 
 def own_macs(installation: str, vni: int, nodes: Iterable[str]) -> frozenset[str]:
     """Those of a network itself, which no port may have: who has the gateway's gets what is meant for the router."""
-    return frozenset(
-        {router_mac(installation, vni), *(bridge_mac(installation, vni, node) for node in nodes)}
-    )
+    bridges = (bridge_mac(installation, vni, node) for node in nodes)
+    return frozenset((router_mac(installation, vni), *bridges))
 
 
 def port_mac(seed: str) -> str:

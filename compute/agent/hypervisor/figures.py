@@ -24,10 +24,8 @@ def of_guests(hypervisor: Hypervisor, installation: str) -> dict[str, Figures]:
             disks, cpus = range(stats.get("block.count", 0)), range(stats.get("vcpu.maximum", 0))
             used = {n: sum(stats.get(f"block.{d}.{what}", 0) for d in disks) for n, what in _DISKS.items()}
             cpu_ns = sum(stats.get(f"vcpu.{n}.time", 0) for n in cpus)  # all that there is without a cgroup
-            used |= {
-                "cpu_s": stats.get("cpu.time", cpu_ns) / 1e9,
-                "memory_bytes": stats.get("balloon.rss", 0) << 10,
-            }
+            used["cpu_s"] = stats.get("cpu.time", cpu_ns) / 1e9
+            used["memory_bytes"] = stats.get("balloon.rss", 0) << 10
             if one.name().startswith(prefix):
                 found[one.name().removeprefix(prefix)] = used
     return found

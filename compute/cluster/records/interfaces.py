@@ -72,9 +72,8 @@ def attach(
     taken = {i.mac for i in interfaces_on(txn, network.uuid)}
     mac = ipam.check_mac(want.mac) if want.mac else port_mac(uuid)
     if mac in taken:
-        raise Conflict(
-            f"MAC address {mac} is in use on network {network.name}", hint="give none: one is chosen"
-        )
+        hint = "give none: one is chosen"
+        raise Conflict(f"MAC address {mac} is in use on network {network.name}", hint=hint)
     made = Interface(
         uuid=uuid,
         network_uuid=network.uuid,

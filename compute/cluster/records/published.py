@@ -52,10 +52,8 @@ def publish(
         if txn.find(Taken, name) is not None:
             raise Conflict(f"port {port}/{wanted.protocol} is published already", hint="choose another port")
         if (wanted.protocol, port) in {*listening, ("udp", VXLAN_PORT)}:
-            hint = "choose another port, or stop that server"
-            raise Conflict(
-                f"a server of the router's node listens on port {port}/{wanted.protocol}", hint=hint
-            )
+            used = f"a server of the router's node listens on port {port}/{wanted.protocol}"
+            raise Conflict(used, hint="choose another port, or stop that server")
         take(txn, name, uuid)
     found = replace(found, published=(*found.published, wanted))
     txn.update(found)
