@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from imagestore.cache.intake import DOWN_S, Brought, bring
 from imagestore.cache.partial import PartialImage
-from imagestore.cache.peers import Peers
+from imagestore.cache.peers import PeerOrigin, Site
 from imagestore.cache.wanted import Fill, Job, Kind, Wanted
 from imagestore.errors import Unavailable
 from imagestore.formats.digest import Buffer
@@ -44,11 +44,11 @@ class Filling:
         origins: Sequence[Origin],
         layout: Layout | None,
         *,
-        peers: Peers | None = None,
+        site: Site | None = None,
         fill: Fill = Fill.NEVER,
         read_ahead: int = 2,
     ) -> None:
-        self.digest, self.partial, self.origins, self.peers = partial.digest, partial, list(origins), peers
+        self.digest, self.partial, self.origins, self.site = partial.digest, partial, list(origins), site
         self.wanted = Wanted(partial, layout, fill=fill, read_ahead=read_ahead, owner=self._owner)
         self.down: dict[Origin, float] = {}
         self.received: collections.Counter[str] = collections.Counter()
@@ -58,11 +58,11 @@ class Filling:
         self.said: dict[str, float] = {}
 
     def _owner(self, chunk: int) -> str:
-        if not self.peers:
+        if not self.site:
             return ""
         now = time.monotonic()
         helpless = all(self.down.get(o, 0.0) > now for o in self.origins if o.kind == "store")
-        return self.peers.owner(chunk, others=helpless)
+        return self.site.owner(self.digest, chunk, others=helpless)
 
 
 Happened = Callable[[Filling, str], None]
@@ -200,14 +200,15 @@ class Fetcher:
         loop, brought = asyncio.get_running_loop(), Brought()
         partial, down = image.partial, image.down
         try:
-            if image.peers and job.owner:
+            if image.site and job.owner:
                 # In other threads and beside the limits: whoever waits for a peer must not keep this node from
                 # fetching what others wait for, or all would wait for each other.
                 self._running[job.kind] -= 1
                 image.running -= 1
                 self._asking += 1
                 try:
-                    near = [*image.origins[:1], image.peers.at(job.owner)]
+                    peer = PeerOrigin(image.site, image.digest, image.partial.manifest, job.owner)
+                    near = [*image.origins[:1], peer]
                     await loop.run_in_executor(self._askers, bring, partial, job.chunks, near, down, brought)
                 finally:
                     self._asking -= 1

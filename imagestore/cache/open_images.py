@@ -22,7 +22,7 @@ from imagestore.cache.images import ImageCache
 from imagestore.cache.nbd.server import NbdServer
 from imagestore.cache.node_stores import Stores
 from imagestore.cache.partial import PartialImage
-from imagestore.cache.peers import PATIENCE_S, Peers, Site
+from imagestore.cache.peers import PATIENCE_S, Site
 from imagestore.cache.reader import Reader
 from imagestore.cache.traces import Traces
 from imagestore.cache.wanted import Fill
@@ -193,8 +193,8 @@ class OpenImages:
             origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
-        peers = Peers(self._site, digest, manifest)
-        image = Image(local, file, origins, layout, peers=peers, read_ahead=self._options.read_ahead)
+        ahead = self._options.read_ahead
+        image = Image(local, file, origins, layout, site=self._site, read_ahead=ahead)
         self._images[digest] = image
         if file.complete and not whole:
             self._later(self._seal(image))

@@ -61,16 +61,19 @@ class Site:
         self._away: dict[str, float] = {}
 
     def owner(self, digest: Digest, chunk: int, *, others: bool = False) -> str:
-        """The node that fetches this chunk for all; ours where there are no peers.
+        """The other node that fetches this chunk for all; "" where we do.
 
         others: the first of the others that answer ("" if none does), since our stores do not.
         """
+        if not self.addresses:
+            return ""
         stretch = digest + (chunk // OWNED_CHUNKS).to_bytes(8, "little")
         nodes = {*self.addresses, self.me}
         if others:
             now = time.monotonic()
             nodes = {node for node in nodes - {self.me} if self._away.get(node, 0) <= now}
-        return max(nodes, key=lambda node: blake3(stretch + node.encode()).digest(), default="")
+        found = max(nodes, key=lambda node: blake3(stretch + node.encode()).digest(), default="")
+        return "" if found == self.me else found
 
     def ask(self, node: str, path: str, body: bytes, wanted: int) -> bytes:
         """One request, over a kept connection: exactly `wanted` bytes. Raises Unavailable."""
@@ -95,40 +98,22 @@ class Site:
         raise Unavailable(f"node {node} answered {answer.status}")
 
 
-class Peers:
-    """The site, for one image."""
-
-    def __init__(self, site: Site, digest: Digest, manifest: Manifest) -> None:
-        self.site, self.digest, self.manifest = site, digest, manifest
-
-    def owner(self, chunk: int, *, others: bool = False) -> str:
-        """The other node that fetches this chunk for all; "" where we do. others: as in `Site.owner`."""
-        if not self.site.addresses:
-            return ""
-        found = self.site.owner(self.digest, chunk, others=others)
-        return "" if found == self.site.me else found
-
-    def at(self, node: str) -> "PeerOrigin":
-        """That node as an origin."""
-        return PeerOrigin(self, node)
-
-
 class PeerOrigin:
-    """One other node."""
+    """One other node, for one image."""
 
     kind = "peer"
 
-    def __init__(self, peers: Peers, node: str) -> None:
-        self.name = f"node {node}"
-        self._peers, self._node = peers, node
+    def __init__(self, site: Site, digest: Digest, manifest: Manifest, node: str) -> None:
+        self.name, self._node = f"node {node}", node
+        self._site, self._digest, self._manifest = site, digest, manifest
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
-        lengths, ids = self._peers.manifest.lengths, self._peers.manifest.ids
+        lengths, ids = self._manifest.lengths, self._manifest.ids
         # One that is away costs this request its time-out and is no error: the store is asked next.
         with contextlib.suppress(Unavailable):
-            path = f"/chunks/{self._peers.digest.hex()}"
+            path = f"/chunks/{self._digest.hex()}"
             asked, wanted = ids[list(chunks)].tobytes(), int(lengths[list(chunks)].sum())
-            data = memoryview(self._peers.site.ask(self._node, path, asked, wanted))
+            data = memoryview(self._site.ask(self._node, path, asked, wanted))
             pieces, at = [], 0
             for chunk in chunks:
                 pieces.append(data[at : at + int(lengths[chunk])])
