@@ -5,7 +5,6 @@ import threading
 import time
 import uuid as uuid_module
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -17,8 +16,7 @@ from compute.errors import Conflict, NotFound, Stale
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
 
-_ATTEMPTS = 50
-_turn = threading.RLock()
+_ATTEMPTS, _TURN_S, _turn = 50, 5.0, threading.RLock()
 PROVEN: ContextVar[int | None] = ContextVar("lease", default=None)
 """The lease without which nothing is written here, in threads of this context too."""
 
@@ -140,16 +138,9 @@ class Transaction:
         now = time.time() if timestamp_s is None else timestamp_s
         place = f"{kind}/{owner}/"
         tail = uuid_module.uuid4()
-        entry = Event(
-            name=f"{place}{int(now * 1e6):020d}-{tail.hex[:6]}",
-            timestamp_s=now,
-            type=type,
-            message=message,
-            node=self.node,
-            duration_s=duration_s,
-            extra=dict(extra or {}),
-            by=self.by,
-        )
+        name = f"{place}{int(now * 1e6):020d}-{tail.hex[:6]}"
+        about: Any = {"type": type, "message": message, "node": self.node, "by": self.by}
+        entry = Event(name=name, timestamp_s=now, duration_s=duration_s, extra=dict(extra or {}), **about)
         self.writes[entry.key] = entry.encode()
         if tail.int % Event.TRIM == 0:
             oldest = self.store.list(f"{Event.KIND}/{place}")[: -Event.LIMIT]
@@ -174,16 +165,21 @@ def transact(
 
     `action` may run several times, so it does nothing but read, decide and write through the transaction. Those of
     this process that met another repeat it one after the other; queued: from the first time on, for what meets others.
+    Revisions decide, the queue only saves work: whoever waited for long goes on without a turn.
     """
     for attempt in range(_ATTEMPTS):
+        turn = (queued or attempt > 0) and _turn.acquire(timeout=_TURN_S)
         try:
-            with _turn if queued or attempt else nullcontext():
-                transaction = Transaction(store, node, by)
-                result = action(transaction)
-                transaction.commit()
-                return result
+            transaction = Transaction(store, node, by)
+            result = action(transaction)
+            transaction.commit()
+            return result
         except Stale:
-            time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
+            pass
+        finally:
+            if turn:
+                _turn.release()
+        time.sleep(random.uniform(0, 0.001) * min(attempt, 20))  # noqa: S311 (jitter, not a secret)
     raise Conflict("too many others change the same objects", hint="repeat the command in a moment")
 
 

@@ -1,5 +1,6 @@
 """Records, transactions."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compute.cluster.records import transaction
 from compute.cluster.records.addresses import Ipam
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
@@ -164,3 +166,21 @@ def test_those_that_queue_do_each_thing_once_and_those_that_meet_them_end_too(st
         list(pool.map(one, range(200, 400)))
     found = Transaction(store).get(Claims, "n")
     assert (found.cpus, found.memory_mib) == (400, 6400)
+
+
+def test_who_waited_long_for_a_turn_goes_on_without_one(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that does not answer holds up whoever has the turn, and nobody else for as long."""
+    monkeypatch.setattr(transaction, "_TURN_S", 0.05)
+    began, over = threading.Event(), threading.Event()
+
+    def stuck(txn: Transaction) -> None:
+        began.set()
+        assert over.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(transact, store, stuck, queued=True)
+        assert began.wait(60)
+        transact(store, lambda txn: txn.create(Claims(name="n")), queued=True)
+        assert not waiting.done()
+        over.set()
+        waiting.result(60)
