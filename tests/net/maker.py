@@ -69,18 +69,20 @@ class Maker:
         self.made.insert(0, f"/networks/{made['uuid']}")
         return str(made["uuid"])
 
-    def networks(self) -> tuple[str, str, str, str]:
-        """Plain, with IPv6 (translated, or led to its router), isolated without a way out, on the nodes' own bridge."""
+    def networks(self) -> list[str]:
+        """Plain, with IPv6 (translated, or led to its router), IPv6 alone, isolated without a way out, on the nodes'
+        own bridge."""
         odd = self.number % 2
         six = f"2001:db8:{self.slot + 1}:{self.number}::/64" if odd else "auto"
         first = 16 + 48 * self.slot
         ours = {"netblock": "192.168.77.0/24", "range": f"192.168.77.{first}-192.168.77.{first + 40}"}
-        return (
+        return [
             self.network("lan", netblock=f"10.{10 + self.slot}.{self.number % 250}.0/24"),
             self.network("six", netblock=f"10.{20 + self.slot}.{self.number % 250}.0/24", ipv6=six),
+            self.network("only", ipv6="auto", slaac=bool(odd)),
             self.network("shut", netblock="10.42.0.0/24", isolated=True, provide_nat=bool(odd)),
             self.network("home", bridge="br-home", **(ours if odd else {})),
-        )
+        ]
 
     def rules(self) -> str:
         allow = ["tcp:80,443", f"icmp@lan-{self.number}", f"udp:53@six-{self.number}"]
@@ -89,13 +91,14 @@ class Maker:
         return str(made["uuid"])
 
     def make(self) -> None:
-        lan, six, shut, home = self.networks()
+        lan, six, only, shut, home = self.networks()
         rules = self.rules()
         guests = []
         for node in NODES:
             wanted = [
                 {"network_uuid": lan, "float": node == "n1"},
                 {"network_uuid": six},
+                {"network_uuid": only},
                 {"network_uuid": shut, "rules": rules},
             ]
             body = {
@@ -115,6 +118,7 @@ class Maker:
         for link, ports in (
             (one[lan], f"{port}:80"),
             (two[six], f"{port + 10}-{port + 14}:9000-9004/udp"),
+            (two[only], f"{port + 2}:80"),
             (three[shut], f"{port + 1}:22"),
         ):
             if link is not three[shut] or self.number % 2:  # that one has a way out

@@ -21,7 +21,7 @@ from tests.system.cluster import Cluster
 from tests.system.machine import Machine, within
 
 pytestmark = [pytest.mark.system, pytest.mark.drill]
-KINDS = 4
+KINDS = 5
 KERNEL = (
     "ip -o link | sed 's/^[0-9]*: //'; ip -o addr | sed 's/^[0-9]*: //'; ip route; ip rule; ip -6 route;"
     " ip neigh show proxy; ip neigh show nud permanent; bridge fdb | grep permanent; nft list ruleset;"

@@ -60,9 +60,8 @@ def network_data(spec: InstanceSpec, networks: Mapping[str, Network]) -> dict[st
         same = {"link": f"link{number}", "network_id": network.uuid}
         plan: dict[str, Any] = {"id": f"network{number}", **same}
         plan6: dict[str, Any] = {"id": f"network{number}-6", **same}
-        served = (
-            network.four and network.provide_dhcp
-        )  # by the LAN's own server where the network is on a bridge
+        # By the LAN's own server where the network is on a bridge.
+        served = network.four and network.provide_dhcp
         if served:
             plan["type"] = "ipv4_dhcp"
         elif network.four:
@@ -70,7 +69,7 @@ def network_data(spec: InstanceSpec, networks: Mapping[str, Network]) -> dict[st
         if network.provide_dns and not served:
             at = network.gateway if network.four else network.address6(network.gateway)
             resolvers.append({"type": "dns", "address": str(at)})
-            (plan if network.four else plan6)["dns_search"] = [network.domain]
+            plan["dns_search"] = [network.domain]
         plans += [plan] if network.four else []
         if network.netblock6:
             plans.append(plan6 | _static6(interface, network, default_route=interface is first))
