@@ -4,6 +4,11 @@ Adapters only say what *kind* of error it was; retrying lives in one wrapper and
 `Unavailable`. One table in `cli` maps these to exit codes, one in `compute` to HTTP statuses.
 """
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of an OSError that mean: no room."""
+
 
 class StoreError(Exception):
     """Base of all errors of this package. `hint` says what to do next."""

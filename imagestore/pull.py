@@ -18,7 +18,7 @@ from blake3 import blake3
 from imagestore.disks.output import Output, target
 from imagestore.disks.qcow2.writer import plan
 from imagestore.disks.windows import in_order
-from imagestore.errors import Conflict, Corrupt, Invalid, NoSpace, StoreError
+from imagestore.errors import DISK_FULL, Conflict, Corrupt, Invalid, NoSpace, StoreError
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Image
@@ -81,7 +81,7 @@ def pull(
             place.commit()
         except OSError as error:
             place.discard()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in DISK_FULL:
                 raise NoSpace(f"no space left for {output}") from error
             raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
     return result

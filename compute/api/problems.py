@@ -1,6 +1,5 @@
 """Errors as answers: one table from exceptions to statuses, one shape, and the request id that finds it in the log."""
 
-import errno
 import logging
 import traceback
 from typing import Any
@@ -86,7 +85,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 async def _system(request: Request, error: Exception) -> JSONResponse:
     """A disk that is full when something arrives is no fault of the server's."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in images.DISK_FULL:
         return answer(request, 507, "the server's disk is full", "sf doctor says which")
     return await _unknown(request, error)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from imagestore.backends.protocol import Data, Etag, Object, ObjectStat, check_key, end_of, pieces
 from imagestore.durable import locked, opened, sync
-from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
+from imagestore.errors import DISK_FULL, Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, Unavailable
 from imagestore.formats.keys import STATES, kind_of
 
 _TEMPORARY = ".tmp"
@@ -19,16 +19,10 @@ _LOCK = ".lock"
 _RESERVE = ".reserve"
 _RESERVE_BYTES = 4 << 20
 _STALE_S = 60.0
-_KINDS: dict[int, type[StoreError]] = {
-    errno.ENOENT: NotFound,
-    errno.ENOTDIR: NotFound,
-    errno.EISDIR: NotFound,
-    errno.ENOSPC: NoSpace,
-    errno.EDQUOT: NoSpace,
-    errno.EFBIG: NoSpace,
-    errno.EACCES: Denied,
-    errno.EPERM: Denied,
-    errno.EROFS: Denied,
+_KINDS = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), NotFound),
+    **dict.fromkeys(DISK_FULL, NoSpace),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), Denied),
     errno.ENAMETOOLONG: Invalid,
 }
 

@@ -29,7 +29,6 @@ from imagestore.errors import (
     Corrupt,
     Denied,
     Invalid,
-    NoSpace,
     NotFound,
     StoreError,
     Unavailable,
@@ -42,14 +41,9 @@ if TYPE_CHECKING:
 _READ_BYTES = 256 << 10
 log = logging.getLogger(__name__)
 _STATUS = STATUS | {412: Conflict, 501: Unsupported}
-_CODES: dict[str, type[StoreError]] = {
-    "QuotaExceeded": NoSpace,
-    "XMinioStorageFull": NoSpace,
-    "RequestTimeout": Unavailable,
-    "RequestTimeTooSkewed": Denied,
-    "ExpiredToken": Denied,
-    "NotImplemented": Unsupported,
-}
+_CODES = {"QuotaExceeded": 507, "XMinioStorageFull": 507, "RequestTimeout": 503, "NotImplemented": 501}
+_CODES |= {"RequestTimeTooSkewed": 403, "ExpiredToken": 403}
+"""Errors that come under another status than they mean."""
 
 
 class S3:
@@ -246,7 +240,7 @@ class S3:
         except failures.ClientError as err:
             status = int(err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             code = err.response["Error"].get("Code", "")
-            kind = _CODES.get(code) or _STATUS.get(status, Unavailable)
+            kind = _STATUS.get(_CODES.get(code, status), Unavailable)
             if code == "NoSuchBucket":
                 raise NotFound(f"{self.address}: there is no such bucket", hint="make it first") from err
             text = "no such object" if kind is NotFound else err.response["Error"].get("Message") or code

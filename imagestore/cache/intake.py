@@ -4,7 +4,6 @@ Runs in the threads of the process's one `Fetcher`; nobody sees a chunk before i
 """
 
 import contextlib
-import errno
 import threading
 import time
 from collections import Counter
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from imagestore.cache.partial import PartialImage
-from imagestore.errors import Corrupt, StoreError, Unavailable
+from imagestore.errors import DISK_FULL, Corrupt, StoreError, Unavailable
 from imagestore.formats.digest import Buffer
 from imagestore.store.frames import Batch, Origin
 
@@ -92,7 +91,7 @@ def _keep(partial: PartialImage, batch: Batch, brought: Brought, missing: dict[i
             partial.write(chunks, list(good.values()))
         brought.kept += chunks
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             brought.notes.append(f"{partial.path}: {error}")
         brought.loose.update(good)
     for chunk in chunks:

@@ -6,7 +6,6 @@ refused. Members are found by their headers alone, and their names lead nowhere.
 
 import bz2
 import contextlib
-import errno
 import lzma
 import os
 import tempfile
@@ -19,7 +18,7 @@ from isal import isal_zlib
 from isal.igzip_lib import IsalError
 
 from imagestore.disks.disk import Disk
-from imagestore.errors import Invalid, NoSpace
+from imagestore.errors import DISK_FULL, Invalid, NoSpace
 from imagestore.progress import Progress, Report, silent
 
 LEAST_DATA_BYTES, MOST_RATIO = 4 << 30, 64
@@ -65,7 +64,7 @@ def unpacked(descriptor: int, what: str, progress: Report = silent) -> Iterator[
             except (lzma.LZMAError, zstandard.ZstdError, zlib.error, IsalError) as error:  # type: ignore[misc]
                 raise Invalid(f"{what}: it cannot be unpacked: {error}") from error
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if error.errno in DISK_FULL:
                     raise NoSpace(f"no space in {tempfile.gettempdir()} to unpack {what}") from error
                 raise Invalid(f"{what}: it cannot be unpacked: {error}") from error
             descriptor = file.fileno()
