@@ -152,6 +152,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
 def share(store: StateStore, state_dir: Path) -> str:
     """What makes the installation, whose id it returns: the first server's, by way of the state. Raises Conflict."""
+    served = all((state_dir / name).exists() for name in (SHARED[0], "node.json"))
     key = state_dir / "auth" / "local-key"
     key.parent.mkdir(mode=0o700, exist_ok=True)
     if not key.exists():
@@ -160,7 +161,7 @@ def share(store: StateStore, state_dir: Path) -> str:
     mine = json.dumps({name: (state_dir / name).read_text() for name in SHARED})
     first = json.loads(transact(store, lambda txn: secret(txn, "installation-files", first=mine)))
     for path, text in ((state_dir / name, first[name]) for name in SHARED):
-        if path.read_text() != text and (state_dir / "node.json").exists():  # it served already
+        if served and path.parent == state_dir and path.read_text() != text:
             hint = "another etcd, or another SF_STATE_DIR"
             raise Conflict(f"{path} is not that of the first server of this etcd", hint=hint)
         durable.write(path, text.encode(), 0o644 if path.parent == state_dir else 0o600)

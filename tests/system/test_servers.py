@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -51,27 +50,17 @@ def within(limit_s: float, true: Any, what: str) -> float:
         time.sleep(0.05)
 
 
-def end_image_service(state: Path) -> None:
-    """It outlives its server, as guests do."""
-    for commands in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = commands.read_bytes().split(b"\0")
-            if b"imagestore.cache.imaged" in words and str(state).encode() in words:
-                os.kill(int(commands.parent.name), signal.SIGKILL)
-                within(30, lambda there=commands: not there.exists() or not there.read_bytes(), "it ended")
-
-
 class Servers:
     """s0, s1, … on the members' etcd, with one image store, where tiny:1 is."""
 
-    def __init__(self, three: Members, directory: Path, count: int = 3, guests: str = "no") -> None:
+    def __init__(self, three: Members, directory: Path, count: int = 3) -> None:
         ports = free_ports(2 * count, first=26000)
         self.directory, self.three = directory, three
         self.processes: list[subprocess.Popen[bytes] | None] = [None] * count
         self.environments = []
         for n in range(count):
             told = {
-                "SF_STATE": three.url, "SF_STATE_DIR": str(directory / f"s{n}"), "SF_GUESTS": guests,
+                "SF_STATE": three.url, "SF_STATE_DIR": str(directory / f"s{n}"), "SF_GUESTS": "no",
                 "SF_STORE": (directory / "store").as_uri(), "SF_NODE_NAME": f"s{n}",
                 "SF_LISTEN": f"127.0.0.1:{ports + 2 * n}", "SF_AGENT_LISTEN": f"127.0.0.1:{ports + 2 * n + 1}",
             }  # fmt: skip
@@ -109,16 +98,15 @@ class Servers:
 
 
 @contextmanager
-def servers(directory: Path, count: int = 3, guests: str = "no", of_members: int = 3) -> Iterator[Servers]:
+def servers(directory: Path, count: int = 3, of_members: int = 3) -> Iterator[Servers]:
     with members(of_members) as three:
         made = None
         try:
-            made = Servers(three, directory, count, guests)
+            made = Servers(three, directory, count)
             yield made
         finally:
             for n in range(count) if made else ():
                 made.kill(n)  # type: ignore[union-attr]
-                end_image_service(directory / f"s{n}")
 
 
 class Node:
@@ -208,28 +196,6 @@ def test_any_server_answers_sees_what_others_did_and_reaches_every_node(tmp_path
             [SF, "serve"], env=told | {"SF_AGENT_LISTEN": ""}, capture_output=True, text=True, timeout=60
         )
         assert said.returncode == 5 and "first server" in said.stderr
-
-
-@pytest.mark.timeout(600)
-def test_servers_that_run_guests_are_nodes_of_each_other_and_know_one_authority(tmp_path: Path) -> None:
-    """Whatever a person would have to copy between machines comes out of the state, and is in no log."""
-    with servers(tmp_path, 2, "yes", 1) as made:
-        one, two = made.api
-        both = lambda api: {n["name"]: n["state"] for n in api.get("/nodes")}  # noqa: E731
-        for api in (one, two):
-            within(60, lambda a=api: both(a) == {"s0": "created", "s1": "created"}, "both are nodes")
-        for api, node in ((one, "s1"), (two, "s0")):  # whoever is asked asks the other's agent
-            asked = lambda a=api, n=node: a.get(f"/nodes/{n}")["usage"]  # noqa: E731
-            within(60, asked, f"{node} answers")
-        for name in ("installation.json", "auth/ca.crt", "auth/ca.key", "auth/agent.key", "auth/local-key"):
-            first, second = ((tmp_path / place / name).read_bytes() for place in ("s0", "s1"))
-            assert first == second, name
-            logged = "".join((tmp_path / f"s{n}.log").read_text() for n in range(2))
-            assert not name.startswith("auth/") or first.decode().strip() not in logged
-        made.kill(1)
-        made.start(1)
-        within(60, lambda: both(one)["s1"] == "created", "a server that starts again is the same node")
-        assert len(one.get("/nodes")) == 2
 
 
 def test_a_server_with_its_records_in_a_file_starts_in_a_new_directory(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""docs/howto/operate.md, "Three machines", typed: servers that are nodes, in namespaces, and a laptop elsewhere."""
+
+import json
+import re
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.drills import everything
+from tests.system.laptop import Laptop
+from tests.system.machine import ROOT, within
+from tests.system.three import NAMES, Three
+
+pytest.importorskip("etcd3gw")
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+
+
+def test_three_machines_are_one_cloud_and_a_laptop_knows_all_of_them(tmp_path: Path) -> None:
+    text = (
+        (ROOT / "docs/howto/operate.md").read_text().partition("### Three machines")[2].partition("\n## ")[0]
+    )
+    config = "".join(re.findall(r"(?:^    .*\n)+", text, re.M)[:1]).replace("    ", "")
+    typed = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert "agent_listen" in config and typed[1] == "sf node ls" and typed[2].startswith("sf login https://")
+    with ExitStack() as stack:
+        three = Three(stack, tmp_path, config)
+        for machine in three.nodes.values():
+            assert {n["name"]: n["state"] for n in machine.listed("node", "ls")} == dict.fromkeys(
+                NAMES, "created"
+            )
+        laptop = Laptop(three.world, tmp_path / "laptop")
+        laptop.home.mkdir()
+        key = three.key.encode()
+        log = (three.nodes["n2"].home / "serve.log").read_text()
+        (fingerprint,) = set(re.findall(r"--fingerprint (b3:[0-9a-f]{64})", log))
+        laptop.run(*typed[2].replace("b3:…", fingerprint).split(), given=key + b"\n")
+        shown = laptop.run(*typed[3].split(), "--format", "json").stdout.decode()
+        assert all(f"https://10.77.0.{name[1]}:13000" in shown for name in NAMES), shown
+        laptop.sf("network", "create", "lan", "10.42.0.0/24")
+        usage = lambda: json.loads(laptop.sf("node", "show", "n3", "--format", "json"))["usage"]  # noqa: E731
+        within(90, usage, "the first server asks the third's agent")
+        logs = [(machine.home / "serve.log").read_text() for machine in three.nodes.values()]
+        for name in ("installation.json", "auth/ca.key", "auth/ca.crt", "auth/agent.key", "auth/local-key"):
+            (one,) = {(machine.state / name).read_text() for machine in three.nodes.values()}
+            assert name == "installation.json" or not any(one.strip() in log for log in logs), name
+        if not everything():
+            return
+        three.kill("link", "n1")  # the first that the laptop would ask
+        assert "lan" in laptop.sf("network", "ls")
+        laptop.sf("network", "create", "other", "10.43.0.0/24")
+        states = lambda: laptop.sf("node", "ls", "--format", "json")  # noqa: E731
+        within(90, lambda: '"missing"' in states(), "its node is missing")
+        three.mend("link", "n1")
+        within(90, lambda: states().count('"created"') == 3, "it is back")
+        three.kill("server", "n2")
+        subprocess.run(
+            three.nodes["n2"].host.inside(["rm", "-rf", str(three.nodes["n2"].state / "auth")]), check=True
+        )
+        three.mend("server", "n2")  # what makes the installation comes back out of the state
+        within(90, lambda: states().count('"created"') == 3, "the same node")
