@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import IPv6Address
 from pathlib import Path
 
@@ -178,3 +179,28 @@ def test_one_interface_has_a_bounded_number_of_chosen_addresses(
             )
             assert two.pings(ports[0].address)
             assert any(MARK in frame for frame in one.received)
+
+
+@pytest.mark.parametrize("address", [LOCAL[0xDEAD_BEEF_0009_0000], IPv6Address("fe80::9:9:9:9")], ids=str)
+def test_a_choice_that_another_node_never_saw_is_still_its_owners(
+    tmp_path: Path, address: IPv6Address
+) -> None:
+    with Cluster(tmp_path, 2) as cluster:
+        lan = make_network(ONE, NEAR, netblock6=LOCAL, slaac=True)
+        with cluster.guests(lan, ONE, NEAR) as (one, near):
+            for guest in (one, near):
+                guest.static()
+            one.send(plain(address))
+            assert one.pings(NEAR.address)
+            assert any(MARK in frame for frame in near.received)
+            both = replace(lan, ports=PORTS)
+            cluster.apply(both)  # the second node has a part in it from now on
+            with cluster.guest(both, TWO) as two:
+                two.static()
+                near.received.clear()
+                taken = ipv6(address, ALL_NODES, 59, MARK)
+                two.send(ethernet(TWO.mac, "33:33:00:00:00:01", 0x86DD, taken))
+                free = ipv6(LOCAL[0xDEAD_BEEF_000A_0000], ALL_NODES, 59, MARK)
+                two.send(sent := ethernet(TWO.mac, "33:33:00:00:00:01", 0x86DD, free))
+                assert within(lambda: sent in near.received)
+                assert not any(taken in frame for frame in near.received)
