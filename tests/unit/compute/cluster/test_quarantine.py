@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from compute.cluster.records import epochs
 from compute.cluster.records.addresses import Ipam
 from compute.cluster.records.epochs import epoch
 from compute.cluster.records.instances import Instance, finish_delete
-from compute.cluster.records.interfaces import Want, attach
+from compute.cluster.records.interfaces import Interface, Want, attach
 from compute.cluster.records.networks import Network, create_network, find_network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import new_uuid
@@ -26,6 +26,7 @@ from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, InterfaceSpec, Inventory, Orphan
 from net import Network as NetNetwork
+from net.ipam import UNKNOWN
 from tests import invariants
 
 BLOCK = IPv4Network("10.0.0.0/28")
@@ -260,3 +261,16 @@ def test_a_name_that_another_node_has_stays_that_nodes(store: SqliteStore) -> No
     started(store)
     transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x")))
     assert started(store, "n2").server == "n1"
+
+
+def test_a_guest_of_ipv6_alone_keeps_its_address_when_it_is_adopted(store: SqliteStore) -> None:
+    started(store)
+    six = replace(LAN, netblock=UNKNOWN, gateway=UNKNOWN[1], netblock6=IPv6Network("fd42::/64"), slaac=True)
+    guest = orphan("0.0.0.9", networks=(six,))
+    note(store, guest)
+    transact(store, lambda txn: quarantine.adopt(txn, guest.uuid))
+    (interface,) = Transaction(store).list(Interface)
+    assert (interface.address, interface.address6, interface.known) == ("0.0.0.9", "fd42::9", "fd42::9")
+    found = find_network(Transaction(store), LAN.uuid)
+    assert found.six_alone and found.slaac and found.netblock6 == "fd42::/64"
+    invariants.check(store)
