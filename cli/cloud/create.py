@@ -26,10 +26,13 @@ _MACHINE = (
     click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated."),
     click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True),
     click.option("--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; bare: MiB."),
-    click.option(
-        "--disk", "disks", type=GIBIBYTES, multiple=True, metavar="8G", help="Image's; more: blank."
-    ),
+    click.option("--disk", "disks", multiple=True, metavar="8G[,bus=sata]", help="Image's; more: blank."),
+    click.option("--cdrom", "cdroms", multiple=True, metavar="IMAGE[,bus=scsi]", help="An ISO, read only."),
+    click.option("--boot", type=click.Choice(["disk", "cdrom"]), default="disk", help="What is tried first."),
     click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS."),
+    click.option("--secure-boot", is_flag=True, help="UEFI that starts what Microsoft's keys signed."),
+    click.option("--tpm", is_flag=True, help="A TPM 2.0."),
+    click.option("--cpu", "cpu_model", default="", metavar="MODEL", help="One of virsh cpu-models x86_64."),
     click.option("--on", "node", metavar="NODE", help="The node to run on."),
 )
 _GUEST = (
@@ -57,6 +60,13 @@ def gigabytes(size_bytes: int) -> int:
     if rest or not whole:
         raise Problem(f"not a disk size: {size(size_bytes)}", hint="whole gigabytes, such as 8G", code=USAGE)
     return whole
+
+
+def drive(text: str, what: str) -> Object:
+    """`8G,bus=sata` or `debian-netinst:12,bus=scsi`; `what` is what stands first: size (GB) or base."""
+    first, _, bus = text.partition(",bus=")
+    value = gigabytes(GIBIBYTES.convert(first, None, None)) if what == "size" else first
+    return {what: value, "bus": bus or None}
 
 
 def attachment(api: Api, text: str) -> Object:
@@ -95,22 +105,23 @@ def image_of(api: Api, file: Path) -> str:
 def asked(api: Api, name: str, given: Object, **more: Any) -> Object:
     """A guest of these options is asked for; `more` goes into the call as it is."""
     given = _NOT_GIVEN | given
-    image, disks = given["image"] or "", [Object(size=gigabytes(each)) for each in given["disks"]] or [{}]
+    image, disks = given["image"] or "", [drive(each, "size") for each in given["disks"]] or [Object()]
     if Path(image).is_file() and ("/" in image or Path(image).suffix in _DISKS):
         image = image_of(api, Path(image))
     if not image and not given["disks"]:
         raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
     disks[0] |= {"base": image or None}
+    cdroms = [drive(each, "base") | {"type": "cdrom"} for each in given["cdroms"]]
     body: Object = {
         "name": name,
         "cpus": given["cpus"],
         "memory": given["memory"] // 2**20,
-        "disk": disks,
+        "disk": cdroms + disks if given["boot"] == "cdrom" else disks + cdroms,
         "network": [attachment(api, text) for text in given["networks"]],
         "ssh_key": "\n".join(map(ssh_key, given["ssh_keys"])) or None,
         "user_data": base64.b64encode(data.read_bytes()).decode() if (data := given["user_data"]) else None,
         "placed_on": given["node"],
-        "uefi": given["uefi"] or None,
+        **{key: given[key] or None for key in ("uefi", "secure_boot", "tpm", "cpu_model")},
         "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
         "metadata": dict(label.partition("=")[::2] for label in given["labels"]) or None,
         "ttl": given.get("ttl"),

@@ -88,6 +88,8 @@ class CreateBody(Body):
     uefi: bool | None = None
     secure_boot: bool | None = None
     nvram_template: str | None = None
+    tpm: bool = False
+    cpu_model: str = ""
     configdrive: Literal["openstack-disk", "none"] | None = None
     metadata: dict[str, Any] | None = None
     side_channels: list[str] | None = None
@@ -158,8 +160,8 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     namespace = ctx.namespace(body.namespace)
     config, controller = ctx.services.config, ctx.services.controller
     wanted = tuple(d.model_dump() for d in body.disk)
-    if body.secure_boot or body.nvram_template:
-        raise Invalid("secure boot and NVRAM templates are not offered", hint="leave both out; uefi works")
+    if body.nvram_template:
+        raise Invalid("NVRAM templates are not offered", hint="secure_boot has one with Microsoft's keys")
     if body.configdrive == "none" and (body.ssh_key or body.user_data):
         raise Invalid("without a config drive nothing hands the guest its ssh_key or user_data")
     channels = [AGENT_CHANNEL] if body.side_channels is None else body.side_channels
@@ -183,7 +185,10 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             user_data=body.user_data or b"",
             video=body.video.given() if body.video else NO_VIDEO,
             configdrive=body.configdrive or "openstack-disk",
-            uefi=bool(body.uefi),
+            uefi=bool(body.uefi or body.secure_boot),
+            secure_boot=bool(body.secure_boot),
+            tpm=body.tpm,
+            cpu_model=body.cpu_model,
             side_channels=(AGENT_CHANNEL,) if channels else (),
             metadata=body.metadata or {},
             until_s=_after(body.ttl),

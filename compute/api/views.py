@@ -84,9 +84,9 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
     """read_only: for somebody who may not type on its screen."""
     return _common(
         item,
-        "name namespace cpus video node power_state uefi secure_boot configdrive agent_state accel autostart order"
+        "name namespace cpus video node power_state uefi secure_boot tpm configdrive agent_state accel autostart order"
         " delay_s ephemeral",
-        "console_port vdi_port ssh_key nvram_template error_message progress",
+        "console_port vdi_port ssh_key nvram_template cpu_model error_message progress",
         memory=item.memory_mib,
         disk_spec=list(item.disk_spec),
         disks=[

@@ -144,6 +144,7 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
     made = Instance(
         uuid=uuid, name=name, namespace=namespace, node=found.node, cpus=spec.cpus, memory_mib=spec.memory_mib,
         disks=spec.disks, ssh_key="\n".join(spec.ssh_keys), user_data=spec.user_data, uefi=spec.uefi,
+        secure_boot=spec.secure_boot, tpm=spec.tpm, cpu_model=spec.cpu_model,
         video={"model": spec.video or "none", "memory": spec.video_kib, "vdi": spec.vdi or None},
         configdrive="openstack-disk" if spec.config_drive else "none",
         side_channels=(AGENT_CHANNEL,) if spec.agent else (), state=InstanceState.CREATED, power=spec.power,

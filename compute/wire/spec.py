@@ -107,6 +107,11 @@ class InstanceSpec:
     user_data: Base64 = b""
     metadata: tuple[tuple[str, str], ...] = ()
     uefi: bool = False
+    secure_boot: bool = False
+    """By UEFI firmware that knows Microsoft's keys, and starts nothing that these did not sign."""
+    tpm: bool = False
+    cpu_model: str = ""
+    """By libvirt's name; "" is what the node gives."""
     config_drive: bool = True
     agent: bool = True
     """Whether the guest has AGENT_CHANNEL."""

@@ -320,7 +320,9 @@ class Guest:
         port, extra = 0, dict[str, Any]()
         if state.power != "off":
             if self._voice.agent_ready is None:
-                self._voice.agent_ready = await self.host.do(hypervisor.agent_ready, uuid)
+                found = await self.host.do(hypervisor.agent_ready, uuid)
+                if self._voice.agent_ready is None:  # libvirt may have said so meanwhile
+                    self._voice.agent_ready = found
             if self._voice.agent_ready or self._up:
                 await self._disks.booted()
             if self.spec.vdi:

@@ -169,16 +169,18 @@ def domain_xml(domain: Domain) -> str:
     _add(os, "type", "hvm", arch="x86_64", machine="q35")
     if spec.uefi:
         firmware = _add(os, "firmware")
-        _add(firmware, "feature", enabled="no", name="secure-boot")
+        for feature in ("secure-boot", "enrolled-keys"):
+            _add(firmware, "feature", enabled="yes" if spec.secure_boot else "no", name=feature)
         _add(os, "nvram", str(domain.directory / "nvram.fd"))
-    _add(os, "boot", dev="hd")
-    if any(disk.cdrom for disk in domain.disks):
-        _add(os, "boot", dev="cdrom")
+    for kind in dict.fromkeys("cdrom" if disk.cdrom else "hd" for disk in domain.disks):
+        _add(os, "boot", dev=kind)
     features = _add(root, "features")
     _add(features, "acpi")
     _add(features, "apic")
-    if domain.cpu:
-        _add(_add(root, "cpu", mode="custom", match="exact", check="none"), "model", domain.cpu)
+    if spec.secure_boot:
+        _add(features, "smm", state="on")  # where the firmware keeps its keys from the system
+    if cpu := spec.cpu_model or domain.cpu:
+        _add(_add(root, "cpu", mode="custom", match="exact", check="none"), "model", cpu)
     else:
         _add(root, "cpu", mode="host-passthrough" if domain.accel == "kvm" else "maximum", check="none")
     clock = _add(root, "clock", offset="utc")
@@ -211,6 +213,8 @@ def domain_xml(domain: Domain) -> str:
     _add(serial, "target", port="0")
     if spec.agent:
         _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
+    if spec.tpm:
+        _add(_add(devices, "tpm", model="tpm-crb"), "backend", type="emulator", version="2.0")
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
     _add(devices, "memballoon", model="virtio")
     if spec.vdi == "vnc":  # libvirt makes its path, in a directory of qemu's and root's

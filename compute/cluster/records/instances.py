@@ -56,6 +56,8 @@ class Instance(Stored):
     uefi: bool = False
     secure_boot: bool = False
     nvram_template: str = ""
+    tpm: bool = False
+    cpu_model: str = ""
     configdrive: str = "openstack-disk"
     side_channels: tuple[str, ...] = ()
     state: InstanceState = InstanceState.INITIAL
@@ -102,6 +104,8 @@ def check(instance: Instance, wants: Sequence[Want]) -> None:
     for disk in instance.disks:
         if disk.bus not in _BUSES - ({"virtio"} if disk.cdrom else set()):
             raise Invalid(f"{disk.device}: not on bus {disk.bus[:80]!r}", hint=", ".join(sorted(_BUSES)))
+    if not re.fullmatch(r"[\w.-]{0,64}", instance.cpu_model, re.ASCII):
+        raise Invalid(f"no processor is called {instance.cpu_model[:80]!r}", hint="virsh cpu-models x86_64")
     for want in wants:
         check_model(want.model)
 

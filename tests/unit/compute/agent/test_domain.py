@@ -40,6 +40,7 @@ def tree(value: domain.Domain) -> ElementTree.Element:
     [
         BASE,
         replace(BASE, spec=replace(BASE.spec, uefi=True)),
+        replace(BASE, spec=replace(BASE.spec, uefi=True, secure_boot=True, tpm=True, cpu_model="EPYC")),
         replace(
             BASE, spec=replace(BASE.spec, video="cirrus", video_kib=16384, config_drive=False, agent=False)
         ),
@@ -52,6 +53,29 @@ def test_it_fits_libvirts_schema(tmp_path: Path, value: domain.Domain) -> None:
     path.write_text(domain.domain_xml(value))
     done = subprocess.run(["virt-xml-validate", path, "domain"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_order_of_disks_is_the_boot_order_and_a_processor_of_its_own_comes_before_the_nodes() -> None:
+    disk, cdrom = BASE.disks[0], domain.Disk("vdc", Path("/s/vdc.qcow2"), bus="sata", cdrom=True)
+    for disks, wanted in (
+        ((disk,), ["hd"]),
+        ((disk, cdrom), ["hd", "cdrom"]),
+        ((cdrom, disk), ["cdrom", "hd"]),
+    ):
+        found = tree(replace(BASE, disks=disks)).iterfind("os/boot")
+        assert [one.get("dev") for one in found] == wanted
+    given = replace(BASE, cpu="qemu64", spec=replace(BASE.spec, cpu_model="EPYC"))
+    assert tree(given).findtext("cpu/model") == "EPYC"
+
+
+def test_secure_boot_is_firmware_with_keys_that_only_its_own_mode_writes() -> None:
+    secure = tree(replace(BASE, spec=replace(BASE.spec, uefi=True, secure_boot=True, tpm=True)))
+    features = {f.get("name"): f.get("enabled") for f in secure.iterfind("os/firmware/feature")}
+    assert features == {"secure-boot": "yes", "enrolled-keys": "yes"}
+    assert secure.find("features/smm") is not None and secure.find("devices/tpm") is not None
+    plain = tree(replace(BASE, spec=replace(BASE.spec, uefi=True)))
+    assert {f.get("enabled") for f in plain.iterfind("os/firmware/feature")} == {"no"}
+    assert plain.find("features/smm") is None and plain.find("devices/tpm") is None
 
 
 def test_a_guest_has_the_card_the_channel_and_the_drive_that_it_was_promised() -> None:
