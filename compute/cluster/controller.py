@@ -141,11 +141,12 @@ class Controller:
         """All that the node must be, as soon as it is another than `after_revision`, or after `wait_s`."""
         deadline = time.monotonic() + wait_s
         while True:
-            seen = self.feed.revision
+            seen, began = self.feed.revision, time.monotonic()
             now = await asyncio.to_thread(self._build, node)
-            left_s = deadline - time.monotonic()
+            left_s = deadline - (ended := time.monotonic())
             if now.revision != after_revision or left_s <= 0:
                 return now
+            await asyncio.sleep(ended - began)  # half of the time at most, whatever changes elsewhere
             await self.feed.moved(desired.KINDS, seen, left_s)
 
     def _build(self, node: str) -> NodeDesired:
