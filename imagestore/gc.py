@@ -305,10 +305,8 @@ def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold:
     placement = Placement()
     with Lease(store, "gc") as lease, Packer(store, lease, placement) as packer:
         lease.reuse(sparse)
-        live = (
-            Frames.of_pack(pack, table.footer, table.live, split_above=threshold)
-            for pack, table in sorted(sparse.items())
-        )
+        rows = ((pack, table.footer, table.live) for pack, table in sorted(sparse.items()))
+        live = (Frames.of_pack(*row, split_above=threshold) for row in rows)
         carry(load(store, live), packer)
         packer.publish_index()
         replaced: list[tuple[str, bytes, str]] = []

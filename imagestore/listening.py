@@ -138,11 +138,8 @@ class Guarded(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
-        in_head = (
-            self.headers is not None
-            and self._reading
-            and (not self.cycle or self.cycle.scope is not self.scope)
-        )
+        begun = self.cycle and self.cycle.scope is self.scope
+        in_head = self.headers is not None and self._reading and not begun
         if in_head and self._received > HEAD_BYTES:
             self.send_400_response("The head of the request is too long.")
             return

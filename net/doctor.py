@@ -57,12 +57,9 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
 
 def describe(action: Action) -> str:
     """What is not as it should be where this action is needed."""
-    missing = {
-        Verb.ADD: "is missing",
-        Verb.CHANGE: "differs from what is desired",
-        Verb.DELETE: "should not be there",
-    }
-    state = missing.get(action.verb, "is not in its network yet")
+    states = {Verb.ADD: "is missing", Verb.CHANGE: "differs from what is desired"}
+    states |= {Verb.DELETE: "should not be there", Verb.ADOPT: "is not in its network yet"}
+    state = states[action.verb]
     match action.item:
         case Space(name=name):
             return f"the namespace {name} {state}"

@@ -33,12 +33,7 @@ LOCAL6 = IPv6Network("fc00::/7")
 """Unique local addresses (RFC 4193): not the world's, so they are translated on their way there."""
 _USABLE6 = (LOCAL6, IPv6Network("2000::/3"))
 
-_RESERVED = (
-    IPv4Network("0.0.0.0/8"),
-    IPv4Network("127.0.0.0/8"),
-    IPv4Network("169.254.0.0/16"),
-    IPv4Network("224.0.0.0/3"),
-)
+_RESERVED = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")))
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 

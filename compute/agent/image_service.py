@@ -134,12 +134,8 @@ class ServedImages:
                 del self._away[reader]
                 raise
         self._away.pop(reader, None)
-        path = Path(found["path"])
-        return Backing(
-            self._cache.path(Digest.parse(digest)),
-            found["size_bytes"],
-            path if found["kind"] == "nbd" else None,
-        )
+        socket = Path(found["path"]) if found["kind"] == "nbd" else None
+        return Backing(self._cache.path(Digest.parse(digest)), found["size_bytes"], socket)
 
     def here(self) -> tuple[str, ...]:
         """Digests of the images that are complete."""

@@ -165,10 +165,8 @@ class Context:
     def artifacts(self) -> Iterator[Artifact]:
         """What namespaces keep and the caller sees, and the stores' names."""
         kept = (a for a in self.read().list(Artifact) if a.namespace)
-        return chain(
-            (a for a in kept if a.shared or self.sees(a)),
-            named_images(self.services.resolver.stores.values()),
-        )
+        seen = (a for a in kept if a.shared or self.sees(a))
+        return chain(seen, named_images(self.services.resolver.stores.values()))
 
     def sees(self, item: Any) -> bool:
         return self.caller.may(item.namespace)

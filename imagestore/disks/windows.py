@@ -140,11 +140,8 @@ class Windows:
 
     def _hash(self, part: "_Cut") -> Window:
         starts, ends = part.chunks[:, 0], np.minimum(part.chunks[:, 1], self._disk.size_bytes - part.offset)
-        view = part.data.data
-        ids = b"".join(
-            blake3(view[start:end]).digest()
-            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-        )
+        view, places = part.data.data, zip(starts.tolist(), ends.tolist(), strict=True)
+        ids = b"".join(blake3(view[start:end]).digest() for start, end in places)
         rows = np.frombuffer(ids, np.uint8).reshape(-1, 32)
         return Window(part.offset, part.data, starts, ends - starts, rows, part.done)
 

@@ -23,16 +23,8 @@ Ids = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 Rows = npt.NDArray[Any]
 """Of a structured type, as `FRAME`."""
-FRAME = np.dtype(
-    [
-        ("pack", "<i8"),
-        ("offset", "<i8"),
-        ("size", "<i8"),
-        ("plain", "<i8"),
-        ("codec", "u1"),
-        ("hash", "u1", 32),
-    ]
-)
+_NUMBERS = [(name, "<i8") for name in ("pack", "offset", "size", "plain")]
+FRAME = np.dtype([*_NUMBERS, ("codec", "u1"), ("hash", "u1", 32)])
 """A frame: the number of its pack, its place in that, stored and plain bytes, codec, BLAKE3 of the stored bytes."""
 
 

@@ -66,14 +66,8 @@ class Layout:
         # A frame may be there twice: out of two pages.
         _, kept, place = np.unique(places(rows), return_index=True, return_inverse=True)
         names = tuple(packs[at] for at in numbers.tolist())
-        return cls(
-            manifest,
-            names,
-            rows[kept],
-            place[frame_of].astype(np.uint32),
-            chunk_offsets.astype(np.uint32),
-            pages,
-        )
+        lie = place[frame_of].astype(np.uint32), chunk_offsets.astype(np.uint32)
+        return cls(manifest, names, rows[kept], *lie, pages)
 
     def encode(self) -> bytes:
         """The object's bytes."""

@@ -149,17 +149,8 @@ class Footer:
         frames, chunks = read.count("frames", MAX_FRAMES), read.count("chunks", MAX_CHUNKS)
         codecs = read.column("u1", frames)
         sizes, plain_sizes, counts = (read.column("<u4", frames) for _ in range(3))
-        lengths = read.column("<u4", chunks)
-        footer = cls(
-            codecs,
-            sizes,
-            plain_sizes,
-            read.ids(frames),
-            counts,
-            lengths,
-            read.ids(chunks),
-            read.text("salt", 64),
-        )
+        lengths, hashes, ids = read.column("<u4", chunks), read.ids(frames), read.ids(chunks)
+        footer = cls(codecs, sizes, plain_sizes, hashes, counts, lengths, ids, read.text("salt", 64))
         read.end()
         footer._check()
         return footer

@@ -119,11 +119,8 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _room(self) -> bool:
-        return (
-            not self._paused
-            and len(self._in_flight) < MAX_IN_FLIGHT
-            and self._in_flight_bytes < MAX_IN_FLIGHT_BYTES
-        )
+        fits = len(self._in_flight) < MAX_IN_FLIGHT and self._in_flight_bytes < MAX_IN_FLIGHT_BYTES
+        return fits and not self._paused
 
     def _negotiate(self) -> bool:
         answer = self._handshake.step(self._buffer)
