@@ -97,6 +97,7 @@ def root(tmp_path: Path, tiny_image: Path) -> Iterator[Root]:
             "sf instance ssh web": f"sf instance ssh web -i {cluster.key} hostname",
             "systemd-run python3 -m http.server 80 --directory": "httpd -p 80 -h",
             BUCKET: bucket[0],
+            "/root/before.state": str(tmp_path / "before.state"),
             "cloud.lan": "10.77.0.1",
         }
         yield Root(cluster, home, said)
