@@ -298,3 +298,33 @@ def test_no_namespace_is_called_what_a_store_or_a_word_of_ours_is_called(server:
 
 def test_help_has_its_short_form_everywhere() -> None:
     assert ok("instance", "create", "-h") == ok("instance", "create", "--help")
+
+
+def test_what_is_not_there_yet_is_said_as_that(server: Running) -> None:
+    uuid = server.instance("web").body["uuid"]
+    server.wait_for(f"/instances/{uuid}", "created")
+    error = refused("instance", "restore", "web", code=3)
+    assert "web has no snapshot" in str(error) and "sf instance snapshot web" in getattr(error, "hint", "")
+    error = refused("instance", "create", "x", "--image", "nowhere/x:1", code=3)
+    assert "no remote or namespace is called nowhere" in str(error)
+
+
+def test_a_guest_for_another_system_has_the_parts_and_the_boot_order_that_were_asked_for(
+    server: Running,
+) -> None:
+    words = ("--disk", "20G,bus=sata", "--disk", "8G", "--cdrom", "debian:12,bus=scsi")
+    ok("instance", "create", "pc", *words, "--secure-boot", "--tpm", "--cpu", "EPYC")
+    made = server.get("/instances/pc")
+    assert [(d["bus"], d["base"]) for d in made["disks"]] == [
+        ("sata", None),
+        ("virtio", None),
+        ("scsi", "debian:12"),
+    ]
+    assert (made["uefi"], made["secure_boot"], made["tpm"], made["cpu_model"]) == (True, True, True, "EPYC")
+    ok("instance", "create", "rescue", *words, "--boot", "cdrom")
+    made = server.get("/instances/rescue")
+    assert [d["bus"] for d in made["disks"]] == ["scsi", "sata", "virtio"]
+    assert (made["uefi"], made["secure_boot"], made["tpm"], made["cpu_model"]) == (False, False, False, None)
+    assert "not on bus 'nvme'" in str(refused("instance", "create", "a", "--disk", "8G,bus=nvme", code=2))
+    assert "no processor" in str(refused("instance", "create", "a", "--disk", "8G", "--cpu", "a b", code=2))
+    refused("instance", "create", "a", "--disk", "8G,cache=none", code=2)
