@@ -18,7 +18,6 @@ WORLD = "10.77.0.254"
 class Cluster:
     """n1 (server), n2, … on one switch. `settings` are every machine's; `image` is pushed as tiny:1.
 
-    equal: all are servers, on what `prepare` started.
     prepare: is handed each machine before anything of sf runs on it.
     """
 
@@ -29,8 +28,6 @@ class Cluster:
         image: Path,
         names: Sequence[str] = ("n1", "n2", "n3"),
         prepare: Callable[["Cluster", Machine], object] = lambda cluster, machine: None,
-        *,
-        equal: bool = False,
         **settings: str,
     ) -> None:
         self.world = stack.enter_context(PrivateHost(libvirtd=False))
@@ -58,9 +55,7 @@ class Cluster:
         self.server = self.nodes["n1"]
         self.server.sf("image", "push", str(image), "tiny:1")
         self.server.start()
-        for name in names[1:] if equal else ():
-            self.nodes[name].start()
-        for name in () if equal else names[1:]:
+        for name in names[1:]:
             (token,) = [self.server.listed("node", "token")]
             self.nodes[name].start("agent", "--join", token["url"], "--token", token["token"])
         within(60, lambda: len(self.alive()) == len(names), "all nodes are there")

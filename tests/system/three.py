@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import random
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from cli.cloud.api import Api, trusting
 from scripts.private_libvirtd import PrivateHost
+from tests.system.boot_sector import boot_sector
 from tests.system.cluster import WORLD, Cluster
 from tests.system.machine import Machine, within
 
@@ -20,12 +20,15 @@ STATE = "etcd://" + ",".join(f"10.77.0.{name[1]}:2379" for name in NAMES)
 
 
 class Three(Cluster):
-    """n1, n2, n3; `world` is where clients are, and the switch. No libvirtd: the nodes' guests are played.
+    """n1, n2, n3; `world` is where clients are, and the switch. The nodes' guests are played, and say nothing.
 
     config: each machine's settings, as written for n1; then each server has an agent of its own, and none is played.
+    libvirtd: with real guests; tiny:1 says SF-GUEST-READY and halts.
     """
 
-    def __init__(self, stack: ExitStack, directory: Path, config: str = "") -> None:
+    def __init__(
+        self, stack: ExitStack, directory: Path, config: str = "", *, libvirtd: bool = False
+    ) -> None:
         self.world = stack.enter_context(PrivateHost(libvirtd=False))
         self.net(self.world, "ip link add br0 type bridge; ip link set br0 up")
         self.net(self.world, f"ip address add {WORLD}/24 dev br0")
@@ -35,7 +38,7 @@ class Three(Cluster):
         for name in NAMES:
             home, here = directory / name, f"10.77.0.{name[1]}"
             home.mkdir()
-            told = {"SF_NODE_NAME": name, "SF_STORE": (directory / "store").as_uri()}
+            told = {"SF_ACCEL": "tcg", "SF_NODE_NAME": name, "SF_STORE": (directory / "store").as_uri()}
             if config:
                 own = re.sub(r"(listen = .)10[.]77[.]0[.]1:", rf"\g<1>{here}:", config)
                 (home / "config.toml").write_text(own)
@@ -43,10 +46,10 @@ class Three(Cluster):
             else:
                 told |= {"SF_STATE": STATE, "SF_GUESTS": "no", "SF_LISTEN": f"{here}:13000"}
                 told["SF_FLOATING_POOL"] = "10.77.0.192/28"
-            self.nodes[name] = Machine(stack.enter_context(PrivateHost(libvirtd=False)), home, **told)
+            self.nodes[name] = Machine(stack.enter_context(PrivateHost(libvirtd=libvirtd)), home, **told)
             self.plug(name)
             self.member(name)
-        (directory / "disk").write_bytes(random.Random(1).randbytes(1 << 20))
+        (directory / "disk").write_bytes(boot_sector("SF-GUEST-READY and halts"))
         push = ("image", "push", str(directory / "disk"), "tiny:1", "--input-format", "raw")
         self.nodes["n1"].sf(*push)
         for name in NAMES:  # what makes the installation comes to the second and third through the state
@@ -74,10 +77,12 @@ class Three(Cluster):
             self.members[name] = machine.host.popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def agent(self, name: str, url: str = "", token: str = "") -> None:
-        machine = self.nodes[name]
+        machine, pid = self.nodes[name], self.nodes[name].home / "node/pid"
+        pid.unlink(missing_ok=True)
         argv = machine.module("tests.system.played", str(machine.home / "node"), name, url, token)
         with (machine.home / "agent.log").open("ab") as log:
             self.agents[name] = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        within(60, lambda: pid.exists() and pid.read_text(), f"the agent of {name} has started")
 
     def kill(self, what: str, name: str) -> None:
         """kill -9 of one process in the machine, or the machine's only link down."""
