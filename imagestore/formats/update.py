@@ -19,12 +19,11 @@ from imagestore.formats import columns
 from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import MAX_CHUNKS, Manifest
-from imagestore.formats.pack import MAX_FRAME_BYTES
 from imagestore.formats.sealed import decode, seal
 from imagestore.outside import whole
 
 MAGIC = b"sf-update 1\n"
-_MAX_HEAD_BYTES, _MAX_DICTIONARY_BYTES = 64 << 20, 16 << 20
+_MAX_HEAD_BYTES, _MAX_FRAME_BYTES = 64 << 20, 64 << 20
 
 
 class Step(NamedTuple):
@@ -93,13 +92,11 @@ class Update:
 
     def check(self, base: Manifest, to: Manifest) -> None:
         """Whether its rows are some, and its frames within bounds. Raises Corrupt."""
-        for counts, rows, manifest, most in (
-            (self.counts, self.chunks, to, MAX_FRAME_BYTES),
-            (self.base_counts, self.base_chunks, base, _MAX_DICTIONARY_BYTES),
-        ):
+        of_base = self.base_counts, self.base_chunks, base
+        for counts, rows, manifest in ((self.counts, self.chunks, to), of_base):
             if counts.sum(dtype=np.int64) != len(rows) or (rows >= len(manifest.lengths)).any():
                 raise Corrupt("update: a row of no manifest, or of no frame")
-            if (np.diff(firsts(manifest.lengths[rows])[firsts(counts)]) > most).any():
+            if (np.diff(firsts(manifest.lengths[rows])[firsts(counts)]) > _MAX_FRAME_BYTES).any():
                 raise Corrupt("update: a frame or a dictionary is too large")
         if (np.diff(self.chunks.astype(np.int64)) <= 0).any() or not self.counts.all():
             raise Corrupt("update: its chunks are not in order")

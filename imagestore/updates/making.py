@@ -1,7 +1,6 @@
 """An update made: for each new chunk the old ones most like it are found, and it is compressed with these before it."""
 
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -9,66 +8,79 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from imagestore.disks.windows import in_order
 from imagestore.formats.columns import Numbers, find
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import DELTAS, UPDATES
 from imagestore.formats.manifest import Manifest
-from imagestore.formats.pack import FRAME_BYTES, LEVEL
-from imagestore.formats.update import Step, Update, encode_steps
+from imagestore.formats.pack import FRAME_BYTES
+from imagestore.formats.update import Step, Update, encode_steps, firsts
 from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.store import Store
+from imagestore.updates.coding import File, files, pack, pack_file
 from imagestore.updates.similar import Samples, most_alike, samples
 from imagestore.updates.using import read_steps
 
-_WINDOW_BYTES = 512 << 10
+_WINDOW_CHUNKS = 32
 _DICTIONARY_BYTES = 6 << 20
-_MATCHER = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 18, "min_match": 6}
-"""A table that has room for a dictionary: the level's is for the frame, and forgets what it begins with."""
 _WORKERS = 2
 _SAVES = 0.9  # of the frames' bytes: an update that costs more is not kept
+Part = tuple[int, int]
+"""Chunks of a frame, by their numbers in the spool: the first, and the one after the last."""
 
 
 class _Spool(NamedTuple):
-    """Chunks of an image, one after the other in memory that a file backs, and where each ends."""
+    """Chunks of an image, one after the other in memory that a file backs, and where each begins and the last ends."""
 
     data: npt.NDArray[np.uint8]
-    ends: Numbers
+    firsts: Numbers
 
     def samples(self, pool: ThreadPoolExecutor) -> Samples:
         """Of all."""
-        cuts = np.flatnonzero(np.diff(self.ends // _WINDOW_BYTES, prepend=-1, append=-1)).tolist()
+        count = len(self.firsts) - 1
 
-        def work(part: tuple[int, int]) -> Samples:
-            start, ends = int(np.append(0, self.ends)[part[0]]), self.ends[slice(*part)]
-            values, chunks = samples(np.asarray(self.data[start : int(ends[-1])]), ends - start)
+        def work(part: Part) -> Samples:
+            bounds = self.firsts[part[0] : part[1] + 1]
+            values, chunks = samples(np.asarray(self.data[bounds[0] : bounds[-1]]), bounds[1:] - bounds[0])
             return values, chunks + part[0]
 
-        values, chunks = zip(*in_order(pool, work, pairwise(cuts), _WORKERS), strict=True)
+        cuts = pairwise([*range(0, count, _WINDOW_CHUNKS), count])
+        values, chunks = zip(*in_order(pool, work, cuts, _WORKERS), strict=True)
         return np.concatenate(values), np.concatenate(chunks)
 
     def of(self, at: Numbers) -> bytes:
         """The bytes of some of them, by their numbers here."""
-        starts = np.append(0, self.ends)[at].tolist()
-        return b"".join(self.data[a:b].tobytes() for a, b in zip(starts, self.ends[at].tolist(), strict=True))
+        bounds = zip(self.firsts[at].tolist(), self.firsts[at + 1].tolist(), strict=True)
+        return b"".join(self.data[a:b].tobytes() for a, b in bounds)
 
 
 def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
-    """Make the update between two images of a store; None if it saves hardly anything. Raises NotFound, Corrupt.
-
-    What became of a chunk is looked for where `to` lacks it: what both have was not changed.
-    """
+    """Make the update between two images of a store; None if it saves hardly anything. Raises NotFound, Corrupt."""
     old, new = store.manifest(base), store.manifest(to)
     missing, gone = (np.flatnonzero(find(*ids) < 0) for ids in ((new.ids, old.ids), (old.ids, new.ids)))
-    if not len(missing) or not len(gone):
+    if not len(missing) or not len(gone):  # what both have was not changed: nothing became of it
         return None
     with tempfile.TemporaryDirectory(prefix="sf-update-") as place, ThreadPoolExecutor(_WORKERS) as pool:
         olds = _spooled(store, base, old, gone, Path(place) / "old")
         news = _spooled(store, to, new, missing, Path(place) / "new")
         alike = most_alike(news.samples(pool), olds.samples(pool), len(missing))
-        made = in_order(pool, lambda part: _frame(news, olds, alike, part), _frames(news), 2 * _WORKERS)
+        theirs, apart = list(files(*olds)), dict[Part, tuple[File, File]]()
+        cuts = np.append(np.flatnonzero(np.diff(news.firsts[:-1] // FRAME_BYTES, prepend=-1)), len(missing))
+        for one in files(*news) if theirs else ():
+            apart[one[0]] = one, min(theirs, key=lambda other: abs(len(other[-1]) - len(one[-1])))
+            cuts = np.union1d(cuts[(cuts <= one[0][0]) | (cuts >= one[0][1])], one[0])
+
+        def work(part: Part) -> tuple[int, Numbers, bytes]:
+            like, (begin, end) = alike[slice(*part)], news.firsts[list(part)]
+            if part in apart:
+                return len(like), np.arange(*apart[part][1][0]), pack_file(*apart[part])
+            near = np.unique(np.concatenate([like - 1, like, like + 1])[np.tile(like >= 0, 3)])
+            near = near[(near >= 0) & (near < len(gone))]
+            near = near[np.cumsum(np.diff(olds.firsts)[near]) <= _DICTIONARY_BYTES]
+            return len(like), near, pack(bytes(news.data[begin:end]), olds.of(near))
+
+        made = in_order(pool, work, pairwise(cuts.tolist()), 2 * _WORKERS)
         counts, bases, frames = zip(*made, strict=True)
     columns = (map(len, frames), counts, map(len, bases), missing, gone[np.concatenate(bases)])
     a, b, c, d, e = (np.fromiter(column, np.uint32) for column in columns)
@@ -84,37 +96,11 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
 
 def _spooled(store: Store, digest: Digest, manifest: Manifest, rows: Numbers, path: Path) -> _Spool:
     """Read chunks of an image into a file: written, as a new file's mapped pages cost more than the copy."""
-    ends = np.cumsum(manifest.lengths[rows], dtype=np.int64)
-    starts = dict(zip(rows.tolist(), (ends - manifest.lengths[rows]).tolist(), strict=True))
+    bounds = firsts(manifest.lengths[rows])
     with ThreadPoolExecutor(READERS, "sf-read") as pool, path.open("wb") as file:
         for frames, request, _, pieces in ImageReader(lambda: store, digest, manifest).load(rows, pool):
             chunks = frames.chunks[frames.rows(request)].tolist()
             for chunk, piece in zip(chunks, (one for of_frame in pieces for one in of_frame), strict=True):
-                file.seek(starts[chunk])
+                file.seek(bounds[np.searchsorted(rows, chunk)])
                 file.write(piece)
-    return _Spool(np.memmap(path, np.uint8, "r"), ends)
-
-
-def _frames(news: _Spool) -> Iterator[tuple[int, int]]:
-    """The chunks of each frame, by their numbers in the spool."""
-    first, start = 0, 0
-    for at, end in enumerate(news.ends.tolist()):
-        if end - start > FRAME_BYTES and at > first:
-            yield first, at
-            first, start = at, int(news.ends[at - 1])
-    yield first, len(news.ends)
-
-
-def _frame(news: _Spool, olds: _Spool, alike: Numbers, part: tuple[int, int]) -> tuple[int, Numbers, bytes]:
-    """How many chunks a frame has; which old ones are its dictionary: what they resemble, and neighbours; its bytes."""
-    like = alike[slice(*part)]
-    like = like[like >= 0]
-    near = np.unique(np.concatenate([like - 1, like, like + 1]))
-    near = near[(near >= 0) & (near < len(olds.ends))]
-    near = near[np.cumsum(np.diff(olds.ends, prepend=0)[near]) <= _DICTIONARY_BYTES]
-    plain, dictionary = news.of(np.arange(*part)), olds.of(near)
-    sizes = {"source_size": len(plain), "dict_size": len(dictionary), "window_log": 24}
-    params = zstandard.ZstdCompressionParameters.from_level(LEVEL, **sizes, **_MATCHER)
-    raw = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    frame = zstandard.ZstdCompressor(dict_data=raw, compression_params=params).compress(plain)
-    return part[1] - part[0], near, frame
+    return _Spool(np.memmap(path, np.uint8, "r"), bounds)

@@ -1,7 +1,7 @@
 """Which old chunk a new one resembles most, blind to file systems: both have samples in common.
 
 Wherever two bytes meet a mask, the 16 that begin there are hashed; the smallest hashes are a chunk's samples, and
-each votes for old chunks that have it too (Broder, On the resemblance of documents; sampled by value, not by place).
+each votes for the first old one that has it (Broder, On the resemblance of documents; sampled by value, not place).
 """
 
 import numpy as np
@@ -10,8 +10,8 @@ import numpy.typing as npt
 from imagestore.formats.columns import Numbers
 
 _PAIR, _MIX = np.uint16(0x9E37), np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
-_HASHED, _SAMPLED, _VOTES = np.uint16(1 << 10), np.uint64(1 << 60), 4
-"""One place in 64 is hashed, one hash in 16 is a sample; it votes for at most so many chunks."""
+_HASHED, _SAMPLED = np.uint16(1 << 10), np.uint64(1 << 60)
+"""One place in 64 is hashed, one hash in 16 is a sample."""
 Samples = tuple[npt.NDArray[np.uint32], Numbers]
 """Values, and the chunk that each is of."""
 
@@ -31,17 +31,12 @@ def samples(data: npt.NDArray[np.uint8], ends: Numbers) -> Samples:
 
 def most_alike(new: Samples, old: Samples, count: int) -> Numbers:
     """For each of `count` new chunks the old one with most values in common, or -1."""
-    best = np.full(count, -1, np.int64)
-    if not len(old[0]):
-        return best
-    order = np.argsort(old[0], kind="stable")
-    values, owners = old[0][order], old[1][order]
-    first, pairs = np.searchsorted(values, new[0]), list[Numbers]()
-    for at in range(_VOTES):
-        place = np.minimum(first + at, len(values) - 1)
-        meets = (first + at < len(values)) & (values[place] == new[0])
-        pairs.append((new[1][meets] << 32) | owners[place[meets]])
-    met, votes = np.unique(np.concatenate(pairs), return_counts=True)
-    met = met[np.argsort(votes, kind="stable")]
-    best[met >> 32] = met & 0xFFFFFFFF
+    best, (values, first) = np.full(count, -1, np.int64), np.unique(old[0], return_index=True)
+    if len(values):
+        place = np.minimum(np.searchsorted(values, new[0]), len(values) - 1)
+        meets = values[place] == new[0]
+        pairs = (new[1][meets] << 32) | old[1][first[place[meets]]]
+        met, votes = np.unique(pairs, return_counts=True)
+        met = met[np.argsort(votes, kind="stable")]
+        best[met >> 32] = met & 0xFFFFFFFF
     return best

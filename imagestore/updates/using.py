@@ -2,6 +2,8 @@
 
 import logging
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,9 +18,11 @@ from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import DELTAS, UPDATES
 from imagestore.formats.manifest import Manifest
+from imagestore.formats.pack import MAX_FRAME_BYTES
 from imagestore.formats.update import Step, Update, decode_steps, firsts
 from imagestore.store.frames import REQUEST_BYTES, Batch, plan_requests
 from imagestore.store.store import Store
+from imagestore.updates.coding import unpack
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +59,17 @@ class UpdateOrigin:
         self._descriptor, self._failed = -1, False
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
-        for request in self.requests(np.asarray(chunks, np.int64)):
+        for request in self.requests(np.asarray(chunks, np.int64), MAX_FRAME_BYTES):
             yield from self.load(request)
 
-    def requests(self, chunks: Numbers) -> list[Numbers]:
-        """The frames with these chunks, those of a request together; none where there is no update."""
+    def requests(self, chunks: Numbers, most_bytes: int = 1 << 62) -> list[Numbers]:
+        """The frames with these chunks, up to a size (a guest waits), those of a request together; or none."""
         update = self._opened()
         if update is None:
             return []
-        wanted = np.isin(update.chunks, chunks)
-        frames = np.flatnonzero(np.logical_or.reduceat(wanted, firsts(update.counts)[:-1]))
+        wanted, begins = np.isin(update.chunks, chunks), firsts(update.counts)[:-1]
+        small = np.add.reduceat(self._manifest.lengths[update.chunks], begins, dtype=np.int64) <= most_bytes
+        frames = np.flatnonzero(np.logical_or.reduceat(wanted, begins) & small)
         starts, ends = self._ends[frames], self._ends[frames + 1]
         return [frames[part] for part in plan_requests(starts, ends, 2 * REQUEST_BYTES)]
 
@@ -77,7 +82,7 @@ class UpdateOrigin:
             data = memoryview(self._store().backend.get(self._key, ends[0], ends[-1] - ends[0]).data)
             for frame, (start, end) in zip(frames.tolist(), pairwise(ends), strict=True):
                 found.append(self._batch(update, frame, data[start - ends[0] : end - ends[0]]))
-        except (StoreError, OSError, zstandard.ZstdError) as error:
+        except (StoreError, OSError, zstandard.ZstdError, zlib.error, struct.error) as error:
             self._give_up(error)
         return found
 
@@ -119,15 +124,11 @@ class UpdateOrigin:
             for column, counts in ((update.chunks, update.counts), (update.base_chunks, update.base_counts))
         )
         ends = firsts(self._manifest.lengths[rows]).tolist()
-        right = Digest.of(stored) == update.hashes[frame].tobytes()
-        if not right or zstandard.frame_content_size(stored) != ends[-1]:
-            raise Corrupt(f"{self._key}: a frame does not match its hash, or its chunks")
+        if Digest.of(stored) != update.hashes[frame].tobytes():
+            raise Corrupt(f"{self._key}: a frame does not match its hash")
         places = zip(self._base.lengths[bases].tolist(), self._places[bases].tolist(), strict=True)
         near = b"".join(os.pread(self._descriptor, length, place) for length, place in places)
-        raw = zstandard.ZstdCompressionDict(near, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-        plain = memoryview(
-            zstandard.ZstdDecompressor(dict_data=raw).decompress(stored, allow_extra_data=False)
-        )
+        plain = memoryview(unpack(stored, near, ends[-1]))
         pieces = [plain[start:end] for start, end in pairwise(ends)]
         if b"".join(map(Digest.of, pieces)) != self._manifest.ids[rows].tobytes():
             raise Corrupt(f"{self._key}, or what it begins with: a chunk is not what its id says")

@@ -1,9 +1,10 @@
 """What an update costs who holds the former version: bytes, making, using; beside frames, casync, zstd and xdelta3.
 
-Pairs of the corpus (scripts/guest_images/debian_image.py): from A to A2, E and B, and from A to B on btrfs, whose trees
-are those of the ext4 disks. Bytes of ours are all that a pull with the former version as its seed is sent: list, head,
-frames, manifest, and the layout where one is read. Frames: the same without the update. casync: the growth of its
-store and the index. SF_BENCH_PAIRS names pairs ("A-B"), SF_BENCH_PEERS="" leaves the others out.
+Pairs of the corpus (scripts/guest_images/debian_image.py): from A to A2, E and B, and from A to B on btrfs and on xfs,
+whose trees are those of the ext4 disks; and from each of six builds of a small Debian 13 to the next. The method was
+made with the first four pairs alone. Bytes of ours are all that a pull with the former version as its seed is sent:
+list, head, frames, manifest, and the layout where one is read. Frames: the same without the update. casync: the growth
+of its store and the index. SF_BENCH_PAIRS names pairs ("A-B"), SF_BENCH_PEERS="" leaves the others out.
 """
 
 import os
@@ -34,6 +35,8 @@ from tests.web import nginx
 MIB = 1 << 20
 PAIRS = {  # at most so many MiB, and of frames and casync's bytes
     "A-A2": (5.0, 1.0, 1.0), "A-E": (1.6, None, None), "A-B": (None, 0.7, 0.6), "FA-FB": (None, 1.0, 1.0),
+    "XA-XB": (None, 1.0, 1.0), "T1-T2": (None, 1.0, 1.0), "T2-T3": (None, 1.0, 1.0), "T3-T4": (None, 1.0, 1.0),
+    "T4-T5": (None, 1.0, 1.0), "T5-T6": (None, 1.0, 1.0),
 }  # fmt: skip
 
 
@@ -50,26 +53,46 @@ class Counted(Wrapper):
         return found
 
 
-def _btrfs(disk: Path, out: Path) -> Path:
-    """The tree of a disk's ext4 in a btrfs of the same size."""
+def _other(disk: Path, out: Path, kind: str) -> Path:
+    """The tree of a disk's ext4 in a btrfs or an xfs of the same size."""
     if not out.exists():
         with out.with_suffix(".new").open("wb") as file:
             file.truncate(disk.stat().st_size)
         place = out.parent / f"{out.stem}.mnt"
-        place.mkdir(exist_ok=True)
-        script = 'mount -o ro,loop,offset=1048576 "$1" "$3"; mkfs.btrfs -q --rootdir "$3" "$2"; umount "$3"'
-        command = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script]
+        (place / "old").mkdir(parents=True, exist_ok=True)
+        (place / "new").mkdir(exist_ok=True)
+        script = (
+            'mount -o ro,loop,offset=1048576 "$1" "$3/old"; '
+            + {
+                "btrfs": 'mkfs.btrfs -q --rootdir "$3/old" "$2"',
+                "xfs": 'mkfs.xfs -q "$2"; mount -o loop "$2" "$3/new"; cp -a "$3/old/." "$3/new"; umount "$3/new"',
+            }[kind]
+        )
+        command = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-euc",
+            script + '; umount "$3/old"',
+        ]
         subprocess.run([*command, "sh", disk, out.with_suffix(".new"), place], check=True)
-        place.rmdir()
+        shutil.rmtree(place)
         out.with_suffix(".new").rename(out)
     return out
 
 
 def run(bench: Bench) -> None:
-    disks = dict(corpus())
     pairs = [pair for pair in PAIRS if pair in os.environ.get("SF_BENCH_PAIRS", " ".join(PAIRS)).split()]
-    if "FA-FB" in pairs:
-        disks |= {f"F{name}": _btrfs(disks[name], disks[name].with_name(f"F{name}.raw")) for name in "AB"}
+    names = {name for pair in pairs for name in pair.split("-")}
+    disks = corpus(variants=sorted({name.lstrip("FX") for name in names}))
+    for first, kind in (("F", "btrfs"), ("X", "xfs")):
+        disks |= {
+            name: _other(disks[name[1:]], disks[name[1:]].with_name(f"{name}.raw"), kind)
+            for name in names
+            if name[0] == first
+        }
     for pair in pairs:
         base, to = pair.split("-")
         _pair(bench, pair, disks[base], disks[to])

@@ -10,6 +10,10 @@ The variants are the corpus that pushes are measured with; each of them boots:
     A2  the same packages as A, installed again from scratch at another time
     B   as A, with today's updates and a few packages more
     C   A's own disk upgraded in place, with thirty packages more: deleted files' blocks are still in it
+
+Six builds of a small Debian 13, none of them reproducible, are a series that updates were not developed with. They
+have a kernel and an initrd, but nothing is set up in them: T1 as it came out, T2 the same again, T3 with a few packages
+more, T4 with today's updates, T5 with more packages again, T6 without those of T3.
 """
 
 import fcntl
@@ -35,6 +39,10 @@ _PACKAGES = (
     "man-db apt-utils gnupg python3 e2fsprogs fdisk unattended-upgrades rsyslog logrotate cron wget lsof psmisc"
 ).split()
 _MORE_IN_B = ("htop", "tmux", "rsync", "python3-venv")
+_SMALL = (
+    "systemd-sysv udev kmod linux-image-cloud-amd64 initramfs-tools iproute2 openssh-server e2fsprogs ca-certificates"
+).split()
+_TOOLS, _LANGUAGES = ("curl", "less", "nano", "tmux"), ("python3", "git", "rsync")
 _MORE_IN_C = (
     "apache2 bzip2 file gdisk git htop iperf3 iptables jq lftp lsscsi lvm2 mc mtr-tiny ncdu net-tools nmap parted "
     "pciutils pv python3-pip rsync screen socat sqlite3 strace tcpdump tmux traceroute tree zip"
@@ -66,6 +74,8 @@ class Recipe:
     more: tuple[str, ...] = ()
     reproducible: bool = True
     """Fixed file-system ids and times; else as a person's second build would have them."""
+    small: bool = False
+    """Of Debian 13, with few packages, and not set up."""
 
 
 RECIPES = {
@@ -73,6 +83,20 @@ RECIPES = {
     "A": Recipe(updates=False),
     "A2": Recipe(updates=False, reproducible=False),
     "B": Recipe(updates=True, more=_MORE_IN_B, reproducible=False),
+    **{
+        f"T{number}": Recipe(updates, more, reproducible=False, small=True)
+        for number, (updates, more) in enumerate(
+            [
+                (False, ()),
+                (False, ()),
+                (False, _TOOLS),
+                (True, _TOOLS),
+                (True, (*_TOOLS, *_LANGUAGES)),
+                (True, _LANGUAGES),
+            ],
+            1,
+        )
+    },
 }
 VARIANTS = ("A", "E", "A2", "B", "C")
 
@@ -124,12 +148,13 @@ def _in_mount_namespace(script: str, *arguments: str | Path) -> None:
 
 
 def _bootstrap(root: Path, recipe: Recipe) -> None:
-    packages = ",".join([*_PACKAGES, *recipe.more])
+    packages = ",".join([*(_SMALL if recipe.small else _PACKAGES), *recipe.more])
+    codename = "trixie" if recipe.small else CODENAME
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--quiet"]
     command += ["--components=main", f"--include={packages}", "--aptopt=Acquire::Languages none"]
     done = subprocess.run(
-        [*command, CODENAME, root, "-"],
-        input=sources(recipe.updates),
+        [*command, codename, root, "-"],
+        input=sources(recipe.updates, codename),
         env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"} if recipe.reproducible else None,
         capture_output=True,
         text=True,
@@ -238,7 +263,7 @@ def _from_scratch(recipe: Recipe, disk: Path, work: Path) -> None:
     filesystem = _FIXED_ID if recipe.reproducible else uuid.uuid4()
     root = work / "root"
     _bootstrap(root, recipe)
-    _configure(root, filesystem, recipe)
+    (root / "boot/extlinux").mkdir(parents=True) if recipe.small else _configure(root, filesystem, recipe)
     _write_disk(root, disk, filesystem)
 
 

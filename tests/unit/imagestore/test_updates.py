@@ -1,5 +1,8 @@
 """Updates: what a version costs who holds another; whatever is wrong with one, the bytes are right."""
 
+import base64
+import gzip
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,3 +219,68 @@ def test_what_moved_far_and_changed_a_little_is_found(tmp_path: Path) -> None:
     step = make_update(world.store, base, world.push("it", random.permutation(pieces).tobytes()))
     assert step is not None
     assert step.size_bytes < pieces.nbytes / 15
+
+
+class Recompressed(Versions):
+    """A file of gzip's among other things, and another build of it: a byte here and there, and its name."""
+
+    def __init__(self, world: World, directory: Path) -> None:
+        self.world, self.directory = world, directory
+        plain = bytearray(base64.b64encode(np.random.default_rng(5).bytes(8 << 20)))
+        self.file, listed = directory / "former.raw", directory / "initrd"
+        images = list[bytes]()
+        for options in ("-n", "-N"):
+            listed.write_bytes(plain)
+            packed = subprocess.run(["gzip", "-c", options, listed], capture_output=True, check=True).stdout
+            images.append(disk(1) + packed + bytes(-len(packed) % 4096) + disk(2))
+            plain[::1_000_000] = b"!" * len(plain[::1_000_000])
+        self.former, self.digest = (world.push("it", image) for image in images)
+        self.file.write_bytes(images[0])
+        self.seed = Seed(world.store.manifest(self.former), self.file)
+
+
+@pytest.fixture
+def recompressed(tmp_path: Path) -> Versions:
+    return Recompressed(World(tmp_path / "world"), tmp_path)
+
+
+def test_what_gzip_compressed_anew_costs_what_changed_in_it(
+    recompressed: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = recompressed.pull()
+    step = made(recompressed)
+    assert recompressed.pull().fetched_bytes < 50_000 < frames.fetched_bytes / 100
+    store, manifest = recompressed.world.store, recompressed.world.store.manifest(recompressed.digest)
+    guest = UpdateOrigin(lambda: store, recompressed.digest, manifest, [recompressed.seed])
+    few = [chunk for batch in guest.fetch(range(len(manifest.ids))) for chunk in batch.chunks]
+    assert manifest.lengths[few].sum() < 4 << 20  # a guest does not wait for gzip
+    guest.close()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert recompressed.pull().fetched_bytes > frames.fetched_bytes / 2
+    assert store.backend.stat(DELTAS.key(step.name)).size_bytes < 50_000
+
+
+def test_a_hostile_frame_of_a_file_is_refused_whatever_it_says(recompressed: Versions) -> None:
+    step, store = made(recompressed), recompressed.world.store
+    whole = store.backend.get(DELTAS.key(step.name)).data
+    good = Update.decode(whole[: step.head_bytes], step.name, recompressed.former, recompressed.digest)
+    at = whole.index(b"sf-gzip1", step.head_bytes)
+    frame = int(np.searchsorted(np.cumsum(good.sizes), at - step.head_bytes, "right"))
+    end = at + int(good.sizes[frame])
+    empty = gzip.compress(b"")
+    for bad in (
+        b"sf-gzip1",
+        *(whole[at : at + 8 + 4 * n] + b"\xff\xff\xff\xff" + whole[at + 12 + 4 * n : end] for n in range(3)),
+        *(whole[at : at + 8 + 4 * n] + b"\1\0\0\0" + whole[at + 12 + 4 * n : end] for n in range(3)),
+        whole[at : at + 20] + empty,
+        whole[at : at + 20],
+        whole[at : end - 100],
+    ):
+        sizes, hashes = good.sizes.copy(), good.hashes.copy()
+        sizes[frame], hashes[frame] = len(bad), np.frombuffer(Digest.of(bad), np.uint8)
+        columns = (sizes, good.counts, good.base_counts, good.chunks, good.base_chunks, hashes)
+        head = Update(good.base, good.to, *columns).encode()
+        sealed = Step(Digest.of(head), len(head), len(head) + int(sizes.sum()))
+        store.backend.put(DELTAS.key(sealed.name), head + whole[step.head_bytes : at] + bad + whole[end:])
+        store.backend.put(UPDATES.key(recompressed.digest), encode_steps({recompressed.former: sealed}))
+        assert recompressed.pull().fetched_bytes > 1 << 20
