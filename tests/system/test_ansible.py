@@ -181,7 +181,10 @@ def test_a_guest_is_settled_and_what_belongs_to_its_making_is_said(server: Runni
             assert result["changed"] == bool(expected)
     network = {"name": "lan", "netblock": "10.99.0.0/24"}
     same = {"name": "lan", "netblock": "10.42.0.0/24", "metadata": {"a": "b"}}
-    wrong, set_, again = play(types, *({"sf.cloud.network": one} for one in (network, same, same)))
+    six = {"name": "six", "ipv6": "auto", "slaac": True}
+    tasks = [{"sf.cloud.network": one} for one in (network, same, same, six, six)]
+    wrong, set_, again, alone, as_it_was = play(types, *tasks)
+    assert alone["changed"] and not as_it_was["changed"] and alone["network"]["slaac"]
     assert wrong["failed"] and "netblock is '10.42.0.0/24', not '10.99.0.0/24'" in wrong["msg"]
     assert set_["changed"] and not again["changed"] and set_["network"]["metadata"] == {"a": "b"}
 

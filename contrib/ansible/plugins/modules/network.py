@@ -30,11 +30,14 @@ options:
     choices: [present, absent]
     default: present
   netblock:
-    description: Its IPv4 addresses, as V(10.42.0.0/24). Only a LAN whose own DHCP server counts is made without.
+    description: IPv4 addresses, as V(10.42.0.0/24). Without, it has IPv6 alone, or is a LAN with a DHCP server.
     type: str
   ipv6:
     description: V(auto), or a /64 that is led to the network's router.
     type: str
+  slaac:
+    description: Whether guests may choose further IPv6 addresses by themselves.
+    type: bool
   provide_dhcp:
     description: Whether guests get addresses by DHCP. True, if it is not given when the network is made.
     type: bool
@@ -74,7 +77,7 @@ network:
   returned: always
 """
 
-FIXED = ("netblock", "provide_dhcp", "provide_nat", "provide_dns", "isolated", "bridge", "gateway")
+FIXED = ("netblock", "provide_dhcp", "provide_nat", "provide_dns", "isolated", "slaac", "bridge", "gateway")
 
 
 def differences(have: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -116,7 +119,7 @@ def main() -> None:
         "name": {"type": "str", "required": True},
         "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         **{n: {"type": "str"} for n in ("netblock", "ipv6", "bridge", "range", "gateway")},
-        **{n: {"type": "bool"} for n in ("provide_dhcp", "provide_nat", "provide_dns", "isolated")},
+        **{n: {"type": "bool"} for n in ("provide_dhcp", "provide_nat", "provide_dns", "isolated", "slaac")},
         "metadata": {"type": "dict"},
     }
     module = AnsibleModule(spec, supports_check_mode=True)
