@@ -155,6 +155,16 @@ def test_a_guest_of_secure_boot_has_a_tpm_and_starts_only_what_is_signed(
     shown = machine.instance("safe")
     assert (shown["uefi"], shown["secure_boot"], shown["tpm"]) == (True, True, True)
 
+    state = machine.host.directory / "var/lib/libvirt/swtpm" / shown["uuid"]
+    (file,) = state.rglob("*.permall")
+    born = file.parent.stat().st_ino
+    machine.sf("instance", "stop", "safe", "--force", "--wait")
+    machine.sf("instance", "start", "safe")
+    within(60, lambda: machine.instance("safe")["power_state"] == "on", "it is on again")
+    assert file.exists() and file.parent.stat().st_ino == born, "it has the same TPM"
+    machine.sf("instance", "delete", "safe", "--wait")
+    assert not state.exists()
+
     forged = tmp_path / "forged.raw"
     forged.write_bytes(signed.read_bytes())
     shim = tmp_path / "shim"
