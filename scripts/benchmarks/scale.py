@@ -7,8 +7,11 @@ state is looked at (tests/invariants: claims, addresses and names are summed and
 
 Last, a private machine with 20 tiny guests that do nothing: what server, agent and image service use.
 
-SF_BENCH_SCALE names what is measured (sqlite, etcd1, etcd3, idle; all of them unless told), SF_BENCH_INSTANCES,
-SF_BENCH_NETWORKS and SF_BENCH_NODES how many there are, SF_BENCH_PROFILE=FILE writes the server's profile.
+`records` is what of it the records cost: the CPU of this process alone, which other work on the machine hardly changes.
+
+SF_BENCH_SCALE names what is measured (records, sqlite, etcd1, etcd3, idle; all of them unless told),
+SF_BENCH_INSTANCES, SF_BENCH_NETWORKS and SF_BENCH_NODES how many there are, SF_BENCH_PROFILE=FILE writes the server's
+profile.
 """
 
 import asyncio
@@ -21,6 +24,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +32,21 @@ from private_libvirtd import PrivateHost
 
 from benchmarks._harness import ROOT, Bench, Failed
 from compute.agent import link
+from compute.cluster import desired
+from compute.cluster.records.instances import Instance
+from compute.cluster.records.interfaces import Want
+from compute.cluster.records.networks import Network, create_network
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.stored import new_uuid
+from compute.cluster.records.taken import Claims
+from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.scheduler import Limits, create_instance
 from compute.cluster.state.opening import open_state
+from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import ComputeError
-from compute.wire.codec import from_plain
-from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeFacts
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.spec import DiskSpec, InstanceState, InstanceStatus, NodeDesired, NodeFacts
 from tests import invariants
 from tests.etcd import members
 from tests.servers import free_ports
@@ -41,7 +55,7 @@ from tests.system.machine import Machine
 INSTANCES = int(os.environ.get("SF_BENCH_INSTANCES", "1000"))
 NETWORKS = int(os.environ.get("SF_BENCH_NETWORKS", "200"))
 NODES = int(os.environ.get("SF_BENCH_NODES", "4"))
-ENGINES = os.environ.get("SF_BENCH_SCALE", "sqlite etcd1 etcd3 idle").split()
+ENGINES = os.environ.get("SF_BENCH_SCALE", "records sqlite etcd1 etcd3 idle").split()
 PROFILE = os.environ.get("SF_BENCH_PROFILE", "")
 BURST = {"sqlite": 100, "etcd1": 30, "etcd3": 30}
 """Creates within one second."""
@@ -89,7 +103,7 @@ class Played:
     async def run(self) -> None:
         facts = NodeFacts(cpus=16, memory_mib=1 << 20, address=self.address, accel="tcg")
         async with link._client(self.identity) as client:
-            await link._ask(client, "POST", "register", json={"facts": link.to_plain(facts)})
+            await link._ask(client, "POST", "register", json={"facts": to_plain(facts)})
             await asyncio.gather(self._renew(client), self._follow(client))
 
     async def _renew(self, client: Any) -> None:
@@ -106,14 +120,14 @@ class Played:
             try:
                 answer = await client.get("desired", params={"after": revision, "wait": 20}, timeout=60)
                 answer.raise_for_status()
-                desired = from_plain(NodeDesired, answer.json())
+                told = from_plain(NodeDesired, answer.json())
             except Exception as err:  # noqa: BLE001 - the server is ended first
                 print(f"desired: {err!r}", flush=True)
                 await asyncio.sleep(1)
                 continue
-            now, revision, self.bytes = time.perf_counter(), desired.revision, len(answer.content)
+            now, revision, self.bytes = time.perf_counter(), told.revision, len(answer.content)
             said = []
-            for spec in desired.instances:
+            for spec in told.instances:
                 self.moments.setdefault((spec.uuid, str(spec.power), spec.delete), now)
                 state, power = (
                     (InstanceState.DELETED, "off")
@@ -125,14 +139,14 @@ class Played:
                     self.seen[spec.uuid] = status
                     said.append(status)
             for at in range(0, len(said), 25):
-                body = {"statuses": link.to_plain(tuple(said[at : at + 25])), "events": []}
+                body = {"statuses": to_plain(tuple(said[at : at + 25])), "events": []}
                 await link._ask(client, "POST", "report", 60, json=body)
 
 
 def run(bench: Bench) -> None:
     for engine in ENGINES:
-        if engine == "idle":
-            _idle(bench)
+        if engine in ("idle", "records"):
+            {"idle": _idle, "records": _records}[engine](bench)
             continue
         with ExitStack() as stack:
             url = ""
@@ -352,3 +366,54 @@ def _idle(bench: Bench) -> None:
 def _inside(host: PrivateHost, pid: str) -> float:
     fields = host.run(["cat", f"/proc/{pid}/stat"]).stdout.rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _records(bench: Bench) -> None:
+    for engine in ("sqlite", "etcd1"):
+        with ExitStack() as stack:
+            url = "" if engine == "sqlite" else stack.enter_context(members(1, safe=True)).url
+            config = Config(state_dir=bench.dir(f"records-{engine}"), state=url)
+            _records_of(bench, engine, stack.enter_context(closing(open_state(config))))
+
+
+def _records_of(bench: Bench, engine: str, store: StateStore) -> None:
+    """One create, one list, one node's desired state; and creates at once."""
+    usable = {f"node{n}": "" for n in range(NODES)}
+    nets = []
+    for n, name in enumerate(usable):
+        facts = NodeFacts(cpus=16, memory_mib=1 << 20, address=f"127.0.1.{n + 1}")
+        node = Node(uuid=new_uuid(), name=name, facts=to_plain(facts))
+        transact(store, partial(Transaction.create, value=node))
+        transact(store, partial(Transaction.create, value=Claims(name=name)))
+    for n in range(NETWORKS):
+        block = f"10.{n // 250}.{n % 250}.0/24"
+        net = Network(uuid=new_uuid(), name=f"net{n}", namespace="system", netblock=block, vni=0)
+        put = partial(create_network, network=net, excluded=(), router_nodes=[f"node{n % NODES}"])
+        nets.append(transact(store, put).uuid)
+
+    def create(n: int, **queued: bool) -> None:
+        size: Any = {"cpus": 1, "memory_mib": 16, "disks": (DiskSpec("vda", "", "", 1 << 30),)}
+        one = Instance(uuid=new_uuid(), name=f"g{n}", namespace="system", node="", **size)
+        put = partial(create_instance, instance=one, limits=Limits(1000.0), usable=usable)
+        transact(store, partial(put, wants=[Want(nets[n % len(nets)])]), **queued)
+
+    def node_of(n: int) -> None:
+        desired.read(Transaction(store), "node1", "0123abcd", list(usable))
+
+    for n in range(INSTANCES):
+        create(n)
+    lists = partial(Transaction(store).list, Instance)
+    for name, call in {"create": create, "list": lambda n: lists(), "desired": node_of}.items():
+        call(10_000)
+        began = time.process_time()
+        for n in range(ROUNDS):
+            call(10_001 + n)
+        cpu_ms = 1000 * (time.process_time() - began) / ROUNDS
+        bench.number(f"{engine}_records_{name}_cpu", cpu_ms, "ms of CPU")
+    began, count = time.perf_counter(), BURST[engine]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        done = [pool.submit(create, 20_000 + n, queued=True) for n in range(count)]
+    failed = sum(one.exception() is not None for one in done)
+    bench.number(f"{engine}_records_burst", time.perf_counter() - began, f"s for {count} at once")
+    bench.number(f"{engine}_records_burst_failed", failed, f"of {count}", at_most=0)
+    invariants.check(store)
