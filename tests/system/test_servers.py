@@ -130,7 +130,9 @@ class Node:
                         await agent.run()
                     await asyncio.sleep(0.2)
 
-            await asyncio.gather(self.link.run(), acting())
+            async with asyncio.TaskGroup() as group:  # waits for the end of both, which `gather` does not
+                group.create_task(self.link.run())
+                group.create_task(acting())
 
         def thread() -> None:
             asyncio.set_event_loop(self.loop)
