@@ -14,6 +14,10 @@ The variants are the corpus that pushes are measured with; each of them boots:
 Six builds of a small Debian 13, none of them reproducible, are a series that updates were not developed with. They
 have a kernel and an initrd, but nothing is set up in them: T1 as it came out, T2 the same again, T3 with a few packages
 more, T4 with today's updates, T5 with more packages again, T6 without those of T3.
+
+and one that is in no corpus:
+
+    N   as A, its interfaces by NetworkManager
 """
 
 import fcntl
@@ -54,7 +58,7 @@ apt:
   preserve_sources_list: true
 system_info:
   network:
-    renderers: [networkd]
+    renderers: [{renderer}]
 """
 _EXTLINUX_CONFIG = """SERIAL 0 115200
 DEFAULT debian
@@ -76,6 +80,8 @@ class Recipe:
     """Fixed file-system ids and times; else as a person's second build would have them."""
     small: bool = False
     """Of Debian 13, with few packages, and not set up."""
+    networks_by: tuple[str, str] = ("networkd", "systemd-networkd")
+    """cloud-init's name for what sees to its interfaces, and the service's."""
 
 
 RECIPES = {
@@ -97,6 +103,7 @@ RECIPES = {
             1,
         )
     },
+    "N": Recipe(updates=False, more=("network-manager",), networks_by=("network-manager", "NetworkManager")),
 }
 VARIANTS = ("A", "E", "A2", "B", "C")
 
@@ -166,7 +173,9 @@ def _bootstrap(root: Path, recipe: Recipe) -> None:
 
 def _configure(root: Path, filesystem: uuid.UUID, recipe: Recipe) -> None:
     """Leaves in the tree what a guest needs and takes out what only this build knows."""
-    (root / "etc/cloud/cloud.cfg.d/90_sf.cfg").write_text(_CLOUD_CONFIG)
+    (root / "etc/cloud/cloud.cfg.d/90_sf.cfg").write_text(
+        _CLOUD_CONFIG.format(renderer=recipe.networks_by[0])
+    )
     (root / "etc/fstab").write_text(f"UUID={filesystem} / ext4 errors=remount-ro,discard 0 1\n")
     (root / "etc/hostname").write_text("debian\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n")
@@ -183,7 +192,7 @@ def _configure(root: Path, filesystem: uuid.UUID, recipe: Recipe) -> None:
         root,
         "systemctl",
         "enable",
-        "systemd-networkd",
+        recipe.networks_by[1],
         "systemd-resolved",
         "ssh",
         "serial-getty@ttyS0",
