@@ -30,10 +30,10 @@ File = tuple[tuple[int, int], int, bytes, bytes, bytes]
 
 
 def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
-    """Large ones, at a block's start, that are gzip's own work as far as that tells, in chunks that begin there."""
+    """Large ones, at a sector's start, that are gzip's own work as far as that tells, in chunks that begin there."""
     view, end = memoryview(data.data), 0
-    blocks = data[: len(data) & -4096].reshape(-1, 4096)[:, :4] & (255, 255, 255, 247)
-    for start in (4096 * np.flatnonzero((blocks == (31, 139, 8, 0)).all(1))).tolist():
+    blocks = data[: len(data) & -512].reshape(-1, 512)[:, :4] & (255, 255, 255, 247)
+    for start in (512 * np.flatnonzero((blocks == (31, 139, 8, 0)).all(1))).tolist():
         one, plain, first, rest = zlib.decompressobj(31), b"", start + _FIRST, start + _STORED
         with suppress(zlib.error):
             plain = one.decompress(view[start:first], _PLAIN) if start >= end else b""

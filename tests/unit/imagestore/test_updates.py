@@ -232,7 +232,7 @@ class Recompressed(Versions):
         for options in ("-n", "-N"):
             listed.write_bytes(plain)
             packed = subprocess.run(["gzip", "-c", options, listed], capture_output=True, check=True).stdout
-            images.append(disk(1) + packed + bytes(-len(packed) % 4096) + disk(2))
+            images.append(disk(1) + bytes(512) + packed + bytes(-(512 + len(packed)) % 4096) + disk(2))
             plain[::1_000_000] = b"!" * len(plain[::1_000_000])
         self.former, self.digest = (world.push("it", image) for image in images)
         self.file.write_bytes(images[0])
