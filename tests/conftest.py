@@ -135,7 +135,8 @@ def _state() -> set[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
-    """Ends the session as interrupted, which no second run of what failed makes good, if a namespace, link, mount, domain or process of ours outlives it.
+    """Ends the session as interrupted if a namespace, link, mount, domain or process of ours outlives it: no second run
+    of what failed makes that good.
 
     Namespaces and links carry no mark of the test run that made them, so they are counted only where
     `scripts/test` says that it has the machine for itself (SF_TEST_STRICT=1).
