@@ -321,6 +321,24 @@ def test_a_long_list_is_whole_and_of_one_revision(store: StateStore) -> None:
     assert list(there) == ["k/", *keys[:7], *keys[8:]] and there[keys[9]] == b"y"
 
 
+def test_whom_get_shows_a_change_list_shows_it_too(store: StateStore) -> None:
+    put(store, "pool/a", b"0")
+
+    def write() -> None:
+        for number in range(1, 301):
+            record = store.get("pool/a")
+            assert record is not None
+            writes = {"pool/a": b"%d" % number, f"port/{number:03}": b"1"}
+            store.commit(writes, expect={"pool/a": record.revision, f"port/{number:03}": ABSENT})
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        while not writing.done():
+            pooled = store.get("pool/a")
+            assert pooled is not None and len(store.list("port/")) >= int(pooled.value)
+        writing.result()
+
+
 def test_what_another_server_writes_is_in_the_next_list(
     engine: str, make: Callable[[str], Make], tmp_path: Path
 ) -> None:

@@ -269,7 +269,13 @@ class SqliteStore:
                     changes += (Change(key, value, revision) for key, value in writes.items())
                 outcome.append((job, revision))
             self._write.execute("update meta set revision=?", (revision,))
-            self._write.execute("commit")
+            with self._moved:  # whom `get` shows a change, `list` shows it too
+                self._write.execute("commit")
+                self._revision = revision
+                self._history += changes
+                while len(self._history) > HISTORY:
+                    self._forgotten = self._history.popleft().revision
+                self._moved.notify_all()
         except sqlite3.Error as err:
             if self._write.in_transaction:
                 self._write.execute("rollback")
@@ -284,12 +290,6 @@ class SqliteStore:
                 job.done.set_exception(failure)
             return
         self._reserve.keep()
-        with self._moved:
-            self._revision = revision
-            self._history += changes
-            while len(self._history) > HISTORY:
-                self._forgotten = self._history.popleft().revision
-            self._moved.notify_all()
         for job, result in outcome:
             if isinstance(result, Exception):
                 job.done.set_exception(result)
