@@ -18,7 +18,7 @@ from net.kernel import dnsmasq, netns, taps
 from net.kernel.netns import NetlinkError, Netns
 from net.kernel.observe import observe
 from net.plan import names, nft, ruleset
-from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Kind, Link, Observed
+from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
 from net.plan.target import VXLAN_OVERHEAD_BYTES, cannot, port_link, tap_name, too_large, without_routers
@@ -67,6 +67,18 @@ class Plane:
             actions = diff(without_routers(observed), observed)
             self._carry_out(actions)
             return actions
+
+    def remove_all(self) -> None:
+        """Removes everything that carries this installation's id, and nothing else: the node's package goes."""
+        with self._lock:
+            observed = self.observe()
+            self._carry_out(diff({HOST: Facts()}, observed, guests_too=True))
+            for running in self._running():
+                dnsmasq.stop(running.pid)
+            if self._directory.is_dir():
+                for path in self._directory.iterdir():
+                    dnsmasq.Daemon(self._directory, path.name).forget()
+                self._directory.rmdir()
 
     def doctor(self, desired: NodeNetworks) -> list[Finding]:
         """What is not as desired, in words; nothing is changed."""

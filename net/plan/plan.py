@@ -56,15 +56,16 @@ def plan(desired: NodeNetworks, observed: Observed) -> list[Action]:
     return diff(target(desired, observed), observed)
 
 
-def diff(wanted: Mapping[str, Facts], observed: Observed) -> list[Action]:
+def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = False) -> list[Action]:
     """The actions that lead from observed to wanted. A namespace that is not wanted is removed, unless a guest holds
-    its tap there: who made the tap takes it away, and what runs is not cut off because nobody knows it."""
+    its tap there (or `guests_too`): who made the tap takes it away, and what runs is not cut off because nobody
+    knows it."""
     actions: list[Action] = []
     host = observed.namespaces[HOST]
     namespaces = {**observed.namespaces, HOST: _without(host, _renewed(wanted, observed))}
     for name in sorted({*wanted, *namespaces}):
         want, have = wanted.get(name), namespaces.get(name)
-        if want is None and have is not None and not have.broken and _held(have):
+        if want is None and have is not None and not have.broken and _held(have) and not guests_too:
             continue
         if have is not None and (want is None or have.broken):
             actions += [
@@ -78,8 +79,8 @@ def diff(wanted: Mapping[str, Facts], observed: Observed) -> list[Action]:
             actions += _changes(name, want, have or Facts(), host)
     # A tap waits in the host between its making and its adoption. It is dead when no namespace wants it.
     expected = {n for facts in wanted.values() for n in facts.links}
-    taps = [link for link in host.links.values() if link.kind == "tun" and not link.carrier]
-    actions += [Action(Verb.DELETE, HOST, link) for link in taps if link.name not in expected]
+    taps = [link for link in host.links.values() if link.kind == "tun" and link.name not in expected]
+    actions += [Action(Verb.DELETE, HOST, link) for link in taps if guests_too or not link.carrier]
     return sorted(actions, key=_order)
 
 

@@ -26,9 +26,7 @@ from typing import Any, Self, TypeVar
 
 from net import ipam
 from net.kernel.netns import Netns
-from net.plan.facts import HOST, Facts
 from net.plan.model import Network, NodeNetworks, Peer, Port
-from net.plan.plan import diff
 from net.plane import Plane
 
 T = TypeVar("T")
@@ -161,17 +159,7 @@ class Node:
 
     def remove_all(self) -> None:
         """Everything of its installation goes, guests' taps too."""
-        self.space.call(self._remove_all)
-
-    def _remove_all(self) -> None:
-        for name, facts in self.plane.observe().namespaces.items():
-            with Netns(name) as space:
-                for link in facts.links.values():
-                    if link.kind == "tun":
-                        space.delete_link(link.name)
-        self.plane._carry_out(diff({HOST: Facts()}, self.plane.observe()))
-        with suppress(FileNotFoundError):
-            self.plane._directory.rmdir()
+        self.space.call(self.plane.remove_all)
 
     def inside(self, network: Network, command: str, *, check: bool = True) -> str:
         return self.space.sh(f"ip netns exec {self.plane.namespace(network)} {command}", check=check)

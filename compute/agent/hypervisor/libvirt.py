@@ -243,10 +243,12 @@ class Hypervisor:
         with contextlib.suppress(NotFound, Conflict), self._domain(uuid) as found:
             found.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_DEFAULT)
 
-    def undefine(self, uuid: str) -> None:
-        """Forget the domain with its UEFI variables. Nothing if it is unknown."""
+    def undefine(self, uuid: str, *, keep: bool = False) -> None:
+        """Forget the domain with (or without) its UEFI variables and its TPM. Nothing if it is unknown."""
+        kept = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM
+        gone = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_TPM
         with contextlib.suppress(NotFound), self._domain(uuid) as found:
-            found.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+            found.undefineFlags(kept if keep else gone)
 
     def state(self, uuid: str) -> DomainState:
         """How it is now; an undefined domain is off, ended unknown."""

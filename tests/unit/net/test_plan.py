@@ -160,6 +160,7 @@ def test_a_guest_whose_network_or_port_nobody_wants_keeps_its_tap() -> None:
     without = plan(replace(desired, networks=(replace(network, ports=()),)), observed)
     (shut,) = [action for action in without if isinstance(action.item, Link) and action.item.kind == "tun"]
     assert (shut.verb, shut.namespace, shut.item.name, shut.item.up) == (Verb.CHANGE, space, tap, False)
+    assert any(action.item == Space(space) for action in diff({HOST: Facts()}, observed, guests_too=True))
 
 
 def test_a_dead_tap_goes_and_one_that_waits_for_its_guest_stays() -> None:
