@@ -193,11 +193,9 @@ class _Noting:
         pass
 
 
-def _boot(
-    bench: Bench, overlay_path: Path, backing: str, kind: str, size_bytes: int, settle_s: float = 0.0
-) -> float:
+def _boot(bench: Bench, overlay_path: Path, backing: str, size_bytes: int, settle_s: float = 0.0) -> float:
     """Seconds until the login prompt of a guest on a new overlay over `backing`; it goes on for `settle_s` more."""
-    overlay_path.write_bytes(overlay.qcow2(size_bytes, backing, kind))
+    overlay_path.write_bytes(overlay.qcow2(size_bytes, backing))
     console = overlay_path.with_suffix(".console")
     console.unlink(missing_ok=True)
     argv = (
@@ -434,12 +432,12 @@ def _guest(bench: Bench, link: Link, digest: Digest, disk: Path) -> None:
     raw_s, lazy_s = [], []
     row: dict[str, Any] = {}
     for _ in range(3):
-        raw_s.append(_boot(bench, work / "raw.qcow2", str(disk), "raw", size_bytes))
+        raw_s.append(_boot(bench, work / "raw.qcow2", str(disk), size_bytes))
         state = bench.fresh("state")
         with service(bench, state, link.url) as imaged:
             socket = imaged.ask("attach", image=str(digest), reader="vda", fill="never")["path"]
             nbd = f"nbd+unix:///?socket={socket}"
-            lazy_s.append(_boot(bench, work / "lazy.qcow2", nbd, "raw", size_bytes))
+            lazy_s.append(_boot(bench, work / "lazy.qcow2", nbd, size_bytes))
             row = imaged.row(digest)
     opened = open_store(bench.dir("store").as_uri())
     layout = opened.layout(digest)
