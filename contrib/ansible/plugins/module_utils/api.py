@@ -12,7 +12,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -121,6 +121,14 @@ class Api:
             raise Failed(f"cannot reach {self.url}: {error or type(error).__name__}") from error
         finally:
             connection.close()
+
+
+def finish(module: Any, run: Callable[[Any], dict[str, Any]]) -> None:
+    """End a module with what `run` returns of it, or with what failed."""
+    try:
+        module.exit_json(**run(module))
+    except Failed as error:
+        module.fail_json(msg=str(error))
 
 
 def settle_metadata(have: dict[str, Any], wanted: dict[str, Any] | None) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sf.cloud.plugins.module_utils.api import OPTIONS, Api, Failed
+from ansible_collections.sf.cloud.plugins.module_utils.api import OPTIONS, Api, Failed, finish
 
 DOCUMENTATION = r"""
 module: image
@@ -133,10 +133,7 @@ def main() -> None:
     module = AnsibleModule(spec, supports_check_mode=True, **rules)
     if module.params["state"] == "present" and not (module.params["url"] or module.params["path"]):
         module.fail_json(msg="an image is made of a url or of a path")
-    try:
-        module.exit_json(**run(module))
-    except Failed as error:
-        module.fail_json(msg=str(error))
+    finish(module, run)
 
 
 if __name__ == "__main__":

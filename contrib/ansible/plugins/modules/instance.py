@@ -10,6 +10,7 @@ from ansible_collections.sf.cloud.plugins.module_utils.api import (
     OPTIONS,
     Api,
     Failed,
+    finish,
     settle_metadata,
     without_secrets,
 )
@@ -396,10 +397,7 @@ def main() -> None:
         "timeout": {"type": "int", "default": 600},
     }
     module = AnsibleModule(spec, supports_check_mode=True)
-    try:
-        module.exit_json(**Guest(module).run())
-    except Failed as error:
-        module.fail_json(msg=str(error))
+    finish(module, lambda asked: Guest(asked).run())
 
 
 if __name__ == "__main__":

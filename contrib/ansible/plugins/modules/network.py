@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.sf.cloud.plugins.module_utils.api import OPTIONS, Api, Failed, settle_metadata
+from ansible_collections.sf.cloud.plugins.module_utils.api import (
+    OPTIONS,
+    Api,
+    Failed,
+    finish,
+    settle_metadata,
+)
 
 DOCUMENTATION = r"""
 module: network
@@ -123,10 +129,7 @@ def main() -> None:
         "metadata": {"type": "dict"},
     }
     module = AnsibleModule(spec, supports_check_mode=True)
-    try:
-        module.exit_json(**run(module))
-    except Failed as error:
-        module.fail_json(msg=str(error))
+    finish(module, run)
 
 
 if __name__ == "__main__":
