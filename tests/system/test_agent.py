@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import pwd
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -40,6 +41,29 @@ from tests.system.boot_sector import boot_sector
 from tests.system.machine import give_kvm_to_everybody, qemu_as_nobody
 
 pytestmark = pytest.mark.system
+
+LET_GO = """
+import contextlib, random, sys, threading, time
+from compute.agent.hypervisor.libvirt import Hypervisor
+from compute.errors import Unavailable
+
+def calls(hypervisor):
+    with contextlib.suppress(Unavailable):
+        while True:
+            hypervisor.state("nobody")
+
+for _ in range(200):
+    hypervisor = Hypervisor(sys.argv[1], "letgo", lambda *_: None)
+    hypervisor.connect()
+    threads = [threading.Thread(target=calls, args=[hypervisor]) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    time.sleep(random.random() / 100)
+    hypervisor.close()
+    for thread in threads:
+        thread.join()
+print(200)
+"""
 
 HELLO, FLOOD, BROKEN = (Digest.of(name) for name in (b"hello", b"flood", b"broken"))
 
@@ -470,6 +494,14 @@ def test_a_strangers_domain_is_never_touched(bench: Bench) -> None:
             await remove(other, theirs)
 
     asyncio.run(story())
+
+
+def test_a_connection_that_is_let_go_under_calls_takes_nobody_down(host: PrivateHost) -> None:
+    """In a process of its own: an agent's end does not wait for its threads, and libvirt forgives nothing."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LET_GO, host.uri], capture_output=True, text=True, timeout=300
+    )
+    assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "200\n")
 
 
 def test_killing_libvirtd_loses_no_guest(bench: Bench) -> None:

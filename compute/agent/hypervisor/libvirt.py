@@ -109,7 +109,7 @@ class Hypervisor:
         self._notify("", "connected")
 
     def close(self) -> None:
-        """Let the connection go; guests run on."""
+        """Let the connection go, closed by the last call that uses it (closed under one, that one crashes us)."""
         with self._lock, contextlib.suppress(libvirt.libvirtError):
             connection, self._connection = self._connection, None
             heard, self._heard = self._heard, []
@@ -117,7 +117,6 @@ class Hypervisor:
                 connection.unregisterCloseCallback()
                 for number in heard:  # each holds the connection, which would stay open
                     connection.domainEventDeregisterAny(number)
-                connection.close()
 
     def _alive(self) -> bool:
         with contextlib.suppress(libvirt.libvirtError):
