@@ -3,11 +3,25 @@
 import platform
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from typing import Any
 
 from imagestore import Fill, Options, Settings, duration_s, options_of
+
+
+def _told(parse: Callable[[str], Any], text: str = "", name: str = "") -> Any:
+    """A field that the setting of its name (or `name`) says, and where nothing does, `text`."""
+    return field(default=parse(text), metadata={"told": (parse, text), "name": name})
+
+
+def _yes(text: str) -> bool:
+    return bool(("no", "yes").index(text))
+
+
+def _store_url(text: str) -> str:
+    return text if "://" in text or not text else Path(text).absolute().as_uri()
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +29,11 @@ class Config:
     """Everything that one server is configured by."""
 
     state_dir: Path = Path("/var/lib/sf")
-    state: str = ""
+    state: str = _told(str)
     """etcd://… that keeps the records; "" for a file in `state_dir`."""
     state_access: tuple[str, ...] = field(default=("",) * 4, repr=False)
     """For etcd: files of TLS (authority, certificate, key), then NAME:PASSWORD."""
-    guests: bool = True
+    guests: bool = _told(_yes, "yes")
     """Whether the server's machine is a node, too."""
     instance_dir: Path | None = None
     """Guests' disks; None: instances/ under `state_dir`."""
@@ -31,51 +45,52 @@ class Config:
     port: int = 13000
     tls: bool = False
     """Whether the API speaks TLS, by the installation's authority unless `tls_cert` names own files."""
-    tls_cert: str = ""
-    tls_key: str = ""
+    tls_cert: str = _told(str)
+    tls_key: str = _told(str)
     node_name: str = "localhost"
-    libvirt_uri: str = "qemu:///system"
-    mesh_address: IPv4Address = IPv4Address("127.0.0.1")
+    libvirt_uri: str = _told(str, "qemu:///system")
+    mesh_address: IPv4Address = _told(IPv4Address, "127.0.0.1")
     """This node's VXLAN endpoint."""
     agent_listen: str = ""
     """host:port of the TLS endpoint for agents; "" for none. With an etcd, the server's own uses it, too."""
-    floating_pool: IPv4Network | None = None
-    uplink: str = ""
+    floating_pool: IPv4Network | None = _told(lambda text: IPv4Network(text) if text else None)
+    uplink: str = _told(str)
     """The host's interface towards the floating pool."""
-    resolvers: tuple[IPv4Address, ...] = ()
+    resolvers: tuple[IPv4Address, ...] = _told(lambda text: tuple(map(IPv4Address, text.split())))
     """Upstream DNS servers of virtual networks; () is the host's own, without loopback."""
-    excluded: tuple[IPv4Network, ...] = ()
+    excluded: tuple[IPv4Network, ...] = _told(
+        lambda text: tuple(map(IPv4Network, text.split())), name="excluded_networks"
+    )
     """Ranges that no virtual network may overlap."""
-    fill: str = "now"
+    fill: str = _told(lambda text: str(Fill(text)), "now")
     """When the rest of an image that a guest already runs from is fetched: now, idle or never."""
     images: Options = field(default_factory=Options)
     """How the node's image service fetches and keeps images."""
-    read_timeout_s: float = 120.0
+    read_timeout_s: float = _told(duration_s, "120", "read_timeout")
     """A guest's read that no store can serve for so long ends in an I/O error."""
-    peer_port: int = 13002
+    peer_port: int = _told(int, "13002")
     """Where, on the mesh address, the image service serves nodes with the same stores; 0 for not at all."""
-    cpu_ratio: float = 16.0
-    memory_reserve_mib: int = 512
+    cpu_ratio: float = _told(float, "16")
+    memory_reserve_mib: int = _told(int, "512")
     architecture: str = "x86_64"
-    state_backup: str = ""
+    state_backup: str = _told(_store_url)
     """URL of the store that the state is backed up into, every so often; so many stay."""
-    state_backup_every_s: float = 86400.0
-    state_backup_keep: int = 14
-    sync_names: bool = False
+    state_backup_every_s: float = _told(duration_s, "1d", "state_backup_every")
+    state_backup_keep: int = _told(lambda text: max(1, int(text)), "14")
+    sync_names: bool = _told(_yes, "no")
     """Whether anybody may have images fetched that a source list names; those in `sources`, "" for the usual ones."""
-    sources: str = ""
-    novnc: Path = Path("/usr/share/novnc")
+    sources: str = _told(str)
+    novnc: Path = _told(Path, "/usr/share/novnc")  # noqa: RUF009 - nobody changes it
     """Where Debian's package has noVNC; what npm packs as @novnc/novnc is as good."""
 
 
 def load(settings: Settings) -> Config:
     """What the settings say of a server or an agent. Raises Invalid, naming the setting."""
-    read = settings.parsed
-    host, port = read("listen", _host_port, "127.0.0.1:13000")
+    host, port = settings.parsed("listen", _host_port, "127.0.0.1:13000")
+    told = (one for one in fields(Config) if one.metadata)
     return Config(
+        **{f.name: settings.parsed(f.metadata["name"] or f.name, *f.metadata["told"]) for f in told},
         state_dir=settings.state_dir,
-        state=settings.get("state"),
-        guests=read("guests", lambda text: bool(("no", "yes").index(text)), "yes"),
         state_access=tuple(settings.get(f"state_{name}") for name in ("ca", "cert", "key", "user")),
         instance_dir=settings.instance_dir,
         stores=tuple(settings.stores.items()),
@@ -83,34 +98,11 @@ def load(settings: Settings) -> Config:
         host=host or "127.0.0.1",
         port=port,
         tls=settings.tls,
-        tls_cert=settings.get("tls_cert"),
-        tls_key=settings.get("tls_key"),
         node_name=settings.get("node_name") or socket.gethostname().split(".")[0] or "localhost",
-        libvirt_uri=settings.get("libvirt_uri", "qemu:///system"),
-        mesh_address=read("mesh_address", IPv4Address, "127.0.0.1"),
         agent_listen=settings.get("agent_listen") or (f"{host}:{port + 1}" if settings.get("state") else ""),
-        floating_pool=read("floating_pool", lambda text: IPv4Network(text) if text else None),
-        uplink=settings.get("uplink"),
-        resolvers=read("resolvers", lambda text: tuple(map(IPv4Address, text.split()))),
-        excluded=read("excluded_networks", lambda text: tuple(map(IPv4Network, text.split()))),
-        fill=str(read("fill", Fill, "now")),
         images=options_of(settings),
-        read_timeout_s=read("read_timeout", duration_s, "120"),
-        peer_port=read("peer_port", int, "13002"),
-        cpu_ratio=read("cpu_ratio", float, "16"),
-        memory_reserve_mib=read("memory_reserve_mib", int, "512"),
         architecture=settings.get("architecture") or platform.machine(),
-        state_backup=read("state_backup", _store_url),
-        state_backup_every_s=read("state_backup_every", duration_s, "1d"),
-        state_backup_keep=read("state_backup_keep", lambda text: max(1, int(text)), "14"),
-        sync_names=read("sync_names", lambda text: bool(("no", "yes").index(text)), "no"),
-        sources=settings.get("sources"),
-        novnc=Path(settings.get("novnc", "/usr/share/novnc")),
     )
-
-
-def _store_url(text: str) -> str:
-    return text if "://" in text or not text else Path(text).absolute().as_uri()
 
 
 def _host_port(text: str) -> tuple[str, int]:
