@@ -112,7 +112,7 @@ def build(
     instances = list(instances)
     known = {one.uuid: one for one in rules}
     alive = {i.uuid: i for i in instances if i.state != InstanceState.DELETED}
-    removed = (i for i in instances if i.unconfirmed and i.node == node)
+    removed = (i for i in instances if node in i.left or (i.unconfirmed and i.node == node))
     by_network: dict[str, list[Interface]] = defaultdict(list)
     by_instance: dict[str, list[Interface]] = defaultdict(list)
     for interface in interfaces:
@@ -154,7 +154,7 @@ def build(
             if alive[uuid].node == node
             and (alive[uuid].state in LEAVING or not any(disk.pending for disk in alive[uuid].disks))
         )
-        + tuple(spec(instance, (), installation) for instance in removed),
+        + tuple(replace(spec(instance, (), installation), delete=True) for instance in removed),
     )
 
 
@@ -250,7 +250,8 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         reboot_soft=instance.reboot_soft,
         reboot_hard=instance.reboot_hard,
         delete=instance.state in LEAVING,
-        made=instance.state == InstanceState.CREATED,
+        made=instance.state == InstanceState.CREATED and not instance.arriving,
+        arriving=instance.arriving,
         failed=instance.state == InstanceState.ERROR,
         order=instance.order,
         delay_s=instance.delay_s,

@@ -88,6 +88,9 @@ def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
     orphan = txn.find(Quarantined, status.uuid) if status.state == InstanceState.DELETED else None
     if orphan is not None and orphan.node == node and orphan.delete:
         forget(txn, orphan)
+    if found is not None and node in found.left and status.state == InstanceState.DELETED:
+        txn.update(replace(found, left=tuple(name for name in found.left if name != node)))
+        txn.event(Instance.KIND, found.uuid, f"{node} has removed what it left there", type="status")
     if found is None or found.node != node:
         return
     if status.state == InstanceState.DELETED:
@@ -104,6 +107,7 @@ def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
     now = replace(
         found,
         state=steps[-1] if steps else found.state,
+        arriving=found.arriving and status.state != InstanceState.CREATED,
         power_state=status.power_state,
         error_message=status.error_message or (found.error_message if not steps else ""),
         progress=status.progress,

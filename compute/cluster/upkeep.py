@@ -89,7 +89,7 @@ def _sweep(txn: Transaction) -> bool:
     """Records of the deleted stay an hour for those who poll, request keys a day, events as long as their object."""
     now, more = time.time(), False
     for instance in txn.list(Instance):
-        done = instance.state == InstanceState.DELETED and not instance.unconfirmed
+        done = instance.state == InstanceState.DELETED and not (instance.unconfirmed or instance.left)
         if done and instance.updated_s < now - _KEEP_DELETED_S:
             more = more or txn.purge(instance)
     for network in txn.list(Network):

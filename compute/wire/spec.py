@@ -130,6 +130,8 @@ class InstanceSpec:
     delete: bool = False
     made: bool = False
     """Its disks were made once: where they are not, they are never made anew."""
+    arriving: bool = False
+    """It was created elsewhere and given to this node: what fails is tried again, and is no error for good."""
     snapshots: tuple[Capture, ...] = ()
     """To be taken, the first first; the node says how they ended for as long as they stand here."""
     failed: bool = False

@@ -227,7 +227,7 @@ class Guest:
     async def _prepare(self) -> None:
         """Bring the images and make the disks."""
         self._voice.publish(InstanceState.PREFLIGHT)
-        await self._course.save()
+        await self._course.save(created=self.spec.arriving)
         self._recorded = True
         images = await self._disks.images(self.spec, self._leaving)
         self._voice.publish(InstanceState.CREATING)
@@ -300,6 +300,8 @@ class Guest:
 
     async def _failed(self, err: Exception) -> None:
         """Say why. Before the first start it is an error for good; later the instance stays, with its reason."""
+        if self.record.created and self.record.phase is Phase.NEW:  # it arrives: its disks are tried again
+            raise err
         message = f"{err} ({hint})" if (hint := getattr(err, "hint", "")) else str(err)
         self._voice.event(f"failed: {message}")
         if not self.record.created:

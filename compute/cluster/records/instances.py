@@ -89,6 +89,10 @@ class Instance(Stored):
     """It is deleted once it is off."""
     unconfirmed: bool = False
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
+    arriving: bool = False
+    """It was given to its node, which has not said yet that it has made the disks."""
+    left: tuple[str, ...] = ()
+    """Nodes that it was on: each is ordered to remove what it has, until it has said that nothing of it is left."""
 
 
 def check(instance: Instance, wants: Sequence[Want]) -> None:
@@ -219,6 +223,40 @@ def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = Fals
     gone = replace(found, state=InstanceState.DELETED, power_state="off", unconfirmed=unconfirmed)
     txn.update(replace(gone, updated_s=time.time()))
     txn.event(Instance.KIND, found.uuid, "state is deleted")
+
+
+def rehome(
+    txn: Transaction,
+    uuid: str,
+    node: str,
+    why: str,
+    disks: tuple[DiskSpec, ...] | None = None,
+    *,
+    gone: bool = False,
+) -> Instance:
+    """Give an instance to another node, which makes its disks anew: these, or those that it has, of their images.
+
+    Interfaces, addresses, what is floating or published and the rule of its backups hang on the instance, and go along.
+    The node that it was on is ordered to remove its copy; `gone`: it is not, since nobody knows what runs there: what
+    a lost node still has is found and left as it is (quarantine) when it comes back. Whoever calls has chosen a node
+    with room (`scheduler.place`, `take`). Raises NotReady, Conflict, Unavailable.
+    """
+    found = created(txn, uuid)
+    if node in (found.node, *found.left):
+        why_not = "is there" if node == found.node else "was there, and what it left is not removed yet"
+        raise Conflict(f"instance {found.name} {why_not}: {node}", hint=f"see: sf instance show {found.name}")
+    claim(txn, found.node, -found.cpus, -found.memory_mib)
+    claim(txn, node, found.cpus, found.memory_mib)
+    left = found.left if gone else (*found.left, found.node)
+    now = replace(
+        found, node=node, disks=disks or found.disks, left=left, arriving=True, updated_s=time.time()
+    )
+    now = replace(
+        now, power_state="off", error_message="", progress="", agent_state="", console_port=0, vdi_port=0
+    )
+    txn.update(now)
+    txn.event(Instance.KIND, uuid, f"moved from {found.node} to {node}: {why}", type="audit")
+    return now
 
 
 def created(txn: Transaction, uuid: str) -> Instance:

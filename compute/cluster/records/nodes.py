@@ -126,8 +126,9 @@ def rename(txn: Transaction, known: Node, name: str) -> Node:
     """Another label for the same node: whatever is recorded under its name follows."""
     taken = txn.find(Node, name)
     for instance in txn.list(Instance):
-        if instance.node == known.name:
-            txn.update(replace(instance, node=name))
+        if known.name in (instance.node, *instance.left):
+            at, *left = (name if n == known.name else n for n in (instance.node, *instance.left))
+            txn.update(replace(instance, node=at, left=tuple(left)))
     for network in txn.list(Network):
         if network.router_node == known.name:
             txn.update(replace(network, router_node=name))
