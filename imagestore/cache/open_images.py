@@ -315,7 +315,7 @@ class OpenImages:
             "requests": image.requests,
             "last_error": image.last_error,
             "exports": {
-                name: reader.figures() | {"read_bytes": reader.read_bytes, "clients": server.connections}
+                name: reader.figures() | {"read_bytes": reader.read_bytes, "clients": len(server.connections)}
                 for name, (server, reader) in image.exports.items()
             },
             "waited_s": round(sum(reader.waited_s for _, reader in image.exports.values()), 3),

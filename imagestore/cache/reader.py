@@ -8,7 +8,6 @@ from typing import Any
 
 from imagestore.cache.fetcher import Fetcher, Filling
 from imagestore.cache.nbd.handshake import MAX_REQUEST_BYTES
-from imagestore.cache.nbd.server import STATUS_MAX_EXTENTS
 from imagestore.formats.digest import Buffer
 from imagestore.formats.trace import Recorder
 
@@ -73,8 +72,8 @@ class Reader:
             whole[begin - offset : stop - offset] = memoryview(piece)[begin - start : stop - start]
         return whole
 
-    def extents(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
-        return self._partial.extents(offset, length, STATUS_MAX_EXTENTS)
+    def extents(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, bool]]:
+        return self._partial.extents(offset, length, limit)
 
     def prefetch(self, offset: int, length: int) -> None:
         self._fetcher.prefetch(self._filling, self._partial.chunks(offset, length))

@@ -186,7 +186,7 @@ class _Noting:
     async def read(self, offset: int, length: int) -> bytes:
         return self.read_now(offset, length)
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
         return [(length, False)]
 
     def prefetch(self, offset: int, length: int) -> None:

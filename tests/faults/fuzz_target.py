@@ -163,8 +163,8 @@ class Nothing:
             raise OSError
         return self.zeros[:length]
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        assert 0 < length <= self.size_bytes - offset
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
+        assert 0 < length <= self.size_bytes - offset and limit > 0
         return [(length, True)]
 
     def prefetch(self, offset: int, length: int) -> None:

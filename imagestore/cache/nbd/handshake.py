@@ -36,14 +36,14 @@ class Broken(Exception):
 
 
 class Handshake:
-    """One client's, after GREETING was sent to it."""
+    """One client's, after GREETING was sent to it. The export is the default one, without a name."""
 
-    def __init__(self, name: bytes, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int) -> None:
         self.agreed = self.aborted = False
         """How it ended: the next message is a request, or the client wants no more."""
         self.structured = self.context = False
         """What was agreed on: structured replies, `base:allocation` in them."""
-        self._name, self._size_bytes = name, size_bytes
+        self._size_bytes = size_bytes
         self._no_zeroes: bool | None = None
         """None before the client's flags."""
         self._options = 0
@@ -85,7 +85,7 @@ class Handshake:
 
     def _choose(self, option: int, payload: bytes) -> bytes:
         if option == _EXPORT_NAME:
-            if payload not in (b"", self._name):
+            if payload:
                 raise Broken("no such export")
             self.agreed = True
             tail = b"" if self._no_zeroes else bytes(124)
@@ -94,8 +94,7 @@ class Handshake:
             self.aborted = True
             return _answer(option, _ACK)
         if option == _LIST and not payload:
-            name = struct.pack(">I", len(self._name)) + self._name
-            return _answer(option, _SERVER, name) + _answer(option, _ACK)
+            return _answer(option, _SERVER, bytes(4)) + _answer(option, _ACK)  # one, whose name has no bytes
         if option == _STRUCTURED_REPLY and not payload:
             self.structured = True
             return _answer(option, _ACK)
@@ -109,7 +108,7 @@ class Handshake:
         name, rest = _counted(payload)
         if name is None or len(rest) < 2 or len(rest) != 2 + 2 * int.from_bytes(rest[:2], "big"):
             return _answer(option, _ERR_INVALID)
-        if name not in (b"", self._name):
+        if name:
             return _answer(option, _ERR_UNKNOWN)
         self.agreed = option == _GO
         export = struct.pack(">HQH", _INFO_EXPORT, self._size_bytes, _EXPORT_FLAGS)
@@ -122,7 +121,7 @@ class Handshake:
             self.context = False
         if name is None or len(rest) < 4 or not self.structured:
             return _answer(option, _ERR_INVALID)
-        if name not in (b"", self._name):
+        if name:
             return _answer(option, _ERR_UNKNOWN)
         count, rest = int.from_bytes(rest[:4], "big"), rest[4:]
         wanted = option == _LIST_META and not count

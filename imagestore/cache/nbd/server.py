@@ -50,8 +50,8 @@ class Source(Protocol):
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes, however long it takes. Raises OSError when they cannot be had."""
 
-    def extents(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
-        """(length, is a hole) pairs that cover the range in order; neighbours differ."""
+    def extents(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, bool]]:
+        """The first `limit` (length, is a hole) pairs that cover the range in order; neighbours differ."""
 
     def prefetch(self, offset: int, length: int) -> None:
         """The client will want this range."""
@@ -64,10 +64,9 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._source = server.source
         self._buffer = bytearray()
-        self._handshake = Handshake(server.name, server.source.size_bytes)
+        self._handshake = Handshake(server.source.size_bytes)
         self._phase = self._negotiate
         self._skip_bytes = 0
-        self._structured = self._context = False
         self._paused = False
         self._in_flight: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
@@ -77,9 +76,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_S, self._transport.abort)
-        if not self._server.admit(self):
-            self._transport.abort()
+        if len(self._server.connections) >= MAX_CONNECTIONS:
+            self.close()
             return
+        self._server.connections.add(self)
         self._transport.set_write_buffer_limits(high=4 << 20)
         self._transport.write(GREETING)
 
@@ -88,7 +88,7 @@ class Connection(asyncio.Protocol):
         for task in self._in_flight:
             task.cancel()
         self._buffer.clear()
-        self._server.forget(self)
+        self._server.connections.discard(self)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -110,7 +110,7 @@ class Connection(asyncio.Protocol):
             while not self._transport.is_closing() and self._room() and self._phase():
                 pass
         except Broken:
-            self._transport.abort()
+            self.close()
         if self._transport.is_closing():
             return
         if self._room():
@@ -131,7 +131,6 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         elif self._handshake.agreed:
             self._deadline.cancel()
-            self._structured, self._context = self._handshake.structured, self._handshake.context
             self._phase = self._requests
         return True
 
@@ -179,9 +178,9 @@ class Connection(asyncio.Protocol):
         if kind == _CACHE and inside:
             self._source.prefetch(offset, length)
             return self._ended(cookie)
-        if kind == _BLOCK_STATUS and inside and self._context:
-            extents = self._source.extents(offset, length)
-            extents = extents[: 1 if flags & _FLAG_REQ_ONE else STATUS_MAX_EXTENTS]
+        if kind == _BLOCK_STATUS and inside and self._handshake.context:
+            limit = 1 if flags & _FLAG_REQ_ONE else STATUS_MAX_EXTENTS
+            extents = self._source.extents(offset, length, limit)
             words = [word for run, hole in extents for word in (run, _HOLE_AND_ZERO if hole else 0)]
             body = struct.pack(f">I{len(words)}I", CONTEXT_ID, *words)
             return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _STATUS, cookie, len(body)) + body
@@ -220,13 +219,13 @@ class Connection(asyncio.Protocol):
             self._transport.writelines((self._data_head(cookie, offset, length), data))
 
     def _data_head(self, cookie: int, offset: int, length: int) -> bytes:
-        if self._structured:
+        if self._handshake.structured:
             return _DATA_CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
         return _SIMPLE.pack(_SIMPLE_MAGIC, 0, cookie)
 
     def _ended(self, cookie: int, number: int = 0) -> bytes:
         """Without data: well, or with this errno."""
-        if not self._structured:
+        if not self._handshake.structured:
             return _SIMPLE.pack(_SIMPLE_MAGIC, number, cookie)
         error = struct.pack(">IH", number, 0) if number else b""
         return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _ERROR if number else _NONE, cookie, len(error)) + error
@@ -238,18 +237,10 @@ class NbdServer:
     group: which; -1 is the directory's if that is setgid, else the process's own.
     """
 
-    def __init__(self, source: Source, path: Path, name: str = "", *, group: int = -1) -> None:
-        self.source = source
-        self.path = path
-        self.name = name.encode()
-        self._group = group
-        self._connections: set[Connection] = set()
-        self._server: asyncio.AbstractServer | None = None
-
-    @property
-    def connections(self) -> int:
+    def __init__(self, source: Source, path: Path, *, group: int = -1) -> None:
+        self.source, self.path, self._group = source, path, group
+        self.connections: set[Connection] = set()
         """Clients at this moment."""
-        return len(self._connections)
 
     async def start(self) -> None:
         """Listen. The socket appears under its name only when it accepts, in place of a stale one."""
@@ -264,18 +255,6 @@ class NbdServer:
     async def close(self) -> None:
         """Stop listening, drop the clients, remove the socket."""
         self.path.unlink(missing_ok=True)
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.close()
-        if self._server:
-            self._server.close()
-
-    def admit(self, connection: Connection) -> bool:
-        """Whether there is room for one more client."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            return False
-        self._connections.add(connection)
-        return True
-
-    def forget(self, connection: Connection) -> None:
-        """The connection is gone."""
-        self._connections.discard(connection)
+        self._server.close()

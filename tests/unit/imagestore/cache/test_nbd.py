@@ -45,7 +45,7 @@ class Bytes:
         await self.gate.wait()
         return self.data[offset : offset + length]
 
-    def extents(self, offset: int, length: int) -> Sequence[tuple[int, bool]]:
+    def extents(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, bool]]:
         found: list[tuple[int, bool]] = []
         for at in range(offset, offset + length):
             hole = self.data[at] == 0
@@ -53,7 +53,7 @@ class Bytes:
                 found[-1] = (found[-1][0] + 1, hole)
             else:
                 found.append((1, hole))
-        return found
+        return found[:limit]
 
     def prefetch(self, offset: int, length: int) -> None:
         self.prefetched.append((offset, length))
