@@ -15,7 +15,6 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -30,14 +29,6 @@ _MAPPED_FROM = 64 << 10
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Files(Protocol):
-    """The three calls on which durability depends; `os` is one, a test has another that forgets unsynced writes."""
-
-    def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int: ...
-    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int, /) -> int: ...
-    def fdatasync(self, fd: int, /) -> None: ...
-
-
 class PartialImage:
     """Opens or makes `<stem>.part` and `<stem>.have`, for one process at a time; `write` may come from any thread.
 
@@ -45,24 +36,14 @@ class PartialImage:
     in a thread. Raises OSError.
     """
 
-    def __init__(
-        self,
-        raw: Path,
-        digest: Digest,
-        manifest: Manifest,
-        *,
-        whole: bool = False,
-        boot_id: str = "",
-        files: Files = os,
-    ) -> None:
+    def __init__(self, raw: Path, digest: Digest, manifest: Manifest, *, whole: bool = False) -> None:
         self.path, self.digest, self.manifest = raw, digest, manifest
         self.size_bytes = manifest.size_bytes
         self.starts: list[int] = manifest.offsets.tolist()
         self.ends: list[int] = (manifest.offsets + manifest.lengths).tolist()
         self._ids = manifest.ids.tobytes()
-        self._files = files
         self._have_path = raw.with_suffix(".have")
-        self._header = _MAGIC + (boot_id or BOOT_ID.read_text().strip()).encode()[:36].ljust(36) + digest
+        self._header = _MAGIC + BOOT_ID.read_text().strip().encode()[:36].ljust(36) + digest
         self._lock = threading.Lock()
         self._durable = np.zeros(len(self.starts), np.bool_)
         self._unsynced: list[int] = []
@@ -195,7 +176,7 @@ class PartialImage:
             while end < last and self.starts[chunks[end]] == self.ends[chunks[end - 1]]:
                 end += 1
             wanted = self.ends[chunks[end - 1]] - self.starts[chunks[at]]
-            if self._files.pwritev(self._fd, pieces[at:end], self.starts[chunks[at]]) != wanted:
+            if os.pwritev(self._fd, pieces[at:end], self.starts[chunks[at]]) != wanted:
                 raise OSError(errno.ENOSPC, f"{self.path}: short write")
             at = end
 
@@ -227,7 +208,7 @@ class PartialImage:
         if not chunks:
             return
         try:
-            self._files.fdatasync(self._fd)
+            os.fdatasync(self._fd)
         except OSError:
             # What the kernel could not write it may drop: these chunks are not there any more.
             with self._lock:
@@ -238,8 +219,8 @@ class PartialImage:
         with self._lock:
             self._durable[chunks] = True
             bits = np.packbits(self._durable).tobytes()
-        self._files.pwrite(self._have_fd, bits, _HEADER_BYTES)
-        self._files.fdatasync(self._have_fd)
+        os.pwrite(self._have_fd, bits, _HEADER_BYTES)
+        os.fdatasync(self._have_fd)
 
     def seal(self, path: Path) -> None:
         """Give the complete image its final name, durably. Who has it open reads on. Raises OSError."""

@@ -394,11 +394,14 @@ def test_a_node_cache_lists_its_images_and_the_complete_one_verifies(cache: Path
 
 
 @pytest.mark.parametrize("rebooted", [False, True], ids=["same-boot", "after-a-reboot"])
-def test_a_partial_image_is_opened_with_the_chunks_that_it_had(cache: Path, rebooted: bool) -> None:
+def test_a_partial_image_is_opened_with_the_chunks_that_it_had(
+    cache: Path, rebooted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = Manifest.decode((cache / f"{LAZY.hex()}.manifest").read_bytes())
     have = cache / f"{LAZY.hex()}.have"
-    boot_id = "another" if rebooted else have.read_bytes()[10:46].decode()
-    partial = PartialImage(cache / f"{LAZY.hex()}.part", LAZY, manifest, boot_id=boot_id)
+    (cache / "boot_id").write_text("another" if rebooted else have.read_bytes()[10:46].decode())
+    monkeypatch.setattr("imagestore.cache.partial.BOOT_ID", cache / "boot_id")
+    partial = PartialImage(cache / f"{LAZY.hex()}.part", LAZY, manifest)
     try:
         assert bytes(partial.present) == b"\1" * 19 + b"\0" * 37
         assert (partial.present_bytes, partial.complete) == (659456, False)

@@ -1,12 +1,14 @@
 """The sparse file and its bitmap, across kills and power cuts."""
 
+import contextlib
 import itertools
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,11 +24,14 @@ from tests.tiny_store import CHUNK, disk, put_image
 
 
 class Forgetful:
-    """Files whose unsynced writes a power cut undoes, all or some, in any order."""
+    """`os`, but a power cut undoes unsynced writes, all or some, in any order."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._unsynced: list[tuple[int, int, bytes]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         old = os.pread(fd, len(data), offset)
@@ -44,6 +49,17 @@ class Forgetful:
             if self._rng.random() < 0.7:
                 os.pwrite(fd, old, offset)
         self._unsynced.clear()
+
+
+@contextlib.contextmanager
+def booted(directory: Path, boot: str, files: Forgetful | None = None) -> Iterator[None]:
+    """A boot of the machine with this id."""
+    (directory / "boot_id").write_text(boot * 36)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("imagestore.cache.partial.BOOT_ID", directory / "boot_id")
+        if files:
+            patched.setattr("imagestore.cache.partial.os", files)
+        yield
 
 
 def image(data: bytes) -> tuple[Digest, Manifest]:
@@ -84,20 +100,23 @@ def test_what_was_flushed_is_there_after_a_kill_and_reads_give_its_bytes(tmp_pat
 def test_after_a_power_cut_no_chunk_counts_as_present_whose_bytes_are_not(
     tmp_path_factory: pytest.TempPathFactory, same_boot: bool, data: st.DataObject
 ) -> None:
-    raw = tmp_path_factory.mktemp("cut") / "image.part"
+    directory = tmp_path_factory.mktemp("cut")
+    raw = directory / "image.part"
     files = Forgetful(random.Random(data.draw(st.integers(0, 1000))))
     order = data.draw(st.permutations(range(COUNT)))
-    partial = PartialImage(raw, DIGEST, MANIFEST, boot_id="a" * 36, files=files)
     flushed: set[int] = set()
     steps = data.draw(st.lists(st.booleans(), max_size=COUNT))
-    for chunk, flush in zip(order, steps, strict=False):
-        keep(partial, DATA, [chunk])
-        if flush:
-            partial.flush()
-            flushed.update(order[: order.index(chunk) + 1])
-    files.power_cut()
-    partial.close()
-    again = PartialImage(raw, DIGEST, MANIFEST, boot_id=("a" if same_boot else "b") * 36)
+    with booted(directory, "a", files):
+        partial = PartialImage(raw, DIGEST, MANIFEST)
+        for chunk, flush in zip(order, steps, strict=False):
+            keep(partial, DATA, [chunk])
+            if flush:
+                partial.flush()
+                flushed.update(order[: order.index(chunk) + 1])
+        files.power_cut()
+        partial.close()
+    with booted(directory, "a" if same_boot else "b"):
+        again = PartialImage(raw, DIGEST, MANIFEST)
     present = {c for c in range(COUNT) if again.present[c]}
     assert present >= flushed
     assert all(again.check(c, again.read_chunk(c)) for c in present)
@@ -106,17 +125,20 @@ def test_after_a_power_cut_no_chunk_counts_as_present_whose_bytes_are_not(
 
 def test_after_a_reboot_a_disk_that_lied_about_syncing_is_found_out(tmp_path: Path) -> None:
     raw = tmp_path / "image.part"
-    partial = PartialImage(raw, DIGEST, MANIFEST, boot_id="a" * 36)
+    with booted(tmp_path, "a"):
+        partial = PartialImage(raw, DIGEST, MANIFEST)
     keep(partial, DATA, list(range(COUNT)))
     partial.flush()
     partial.close()
     with raw.open("r+b") as file:
         file.seek(partial.starts[5] + 100)
         file.write(b"\0" * 512)
-    again = PartialImage(raw, DIGEST, MANIFEST, boot_id="b" * 36)
+    with booted(tmp_path, "b"):
+        again = PartialImage(raw, DIGEST, MANIFEST)
     assert [c for c in range(COUNT) if not again.present[c]] == [5]
     again.close()
-    once_more = PartialImage(raw, DIGEST, MANIFEST, boot_id="b" * 36)
+    with booted(tmp_path, "b"):
+        once_more = PartialImage(raw, DIGEST, MANIFEST)
     assert once_more.present.find(0) == 5
 
 
@@ -147,9 +169,9 @@ def test_a_failed_flush_makes_the_chunks_missing_again(tmp_path: Path) -> None:
         def fdatasync(self, fd: int) -> None:
             raise OSError(5, "Input/output error")
 
-    partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST, files=Broken(random.Random(1)))
+    partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST)
     keep(partial, DATA, [0, 1])
-    with pytest.raises(OSError, match="Input/output"):
+    with booted(tmp_path, "a", Broken(random.Random(1))), pytest.raises(OSError, match="Input/output"):
         partial.flush()
     assert not any(partial.present) and partial.present_bytes == 0
 
