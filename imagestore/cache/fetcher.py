@@ -11,13 +11,13 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from imagestore.cache.intake import DOWN_S, Brought, bring
 from imagestore.cache.partial import PartialImage
 from imagestore.cache.peers import PeerOrigin, Site
-from imagestore.cache.wanted import Fill, Job, Kind, Wanted
+from imagestore.cache.wanted import Job, Kind, Wanted
 from imagestore.errors import Unavailable
 from imagestore.formats.digest import Buffer
 from imagestore.formats.layout import Layout
@@ -25,6 +25,7 @@ from imagestore.store.frames import Origin
 
 log = logging.getLogger(__name__)
 FLUSH_S = 2.0
+_CONNECTIONS = 16
 _RESERVED = 2
 """Connections that only demand may use."""
 _FILLING = 4
@@ -43,13 +44,11 @@ class Filling:
         partial: PartialImage,
         origins: Sequence[Origin],
         layout: Layout | None,
-        *,
-        site: Site | None = None,
-        fill: Fill = Fill.NEVER,
-        read_ahead: int = 2,
+        site: Site,
+        read_ahead: int,
     ) -> None:
         self.digest, self.partial, self.origins, self.site = partial.digest, partial, list(origins), site
-        self.wanted = Wanted(partial, layout, fill=fill, read_ahead=read_ahead, owner=self._owner)
+        self.wanted = Wanted(partial, layout, read_ahead, self._owner)
         self.down: dict[Origin, float] = {}
         self.received: collections.Counter[str] = collections.Counter()
         """Bytes by kind of origin."""
@@ -58,8 +57,6 @@ class Filling:
         self.said: dict[str, float] = {}
 
     def _owner(self, chunk: int) -> str:
-        if not self.site:
-            return ""
         now = time.monotonic()
         helpless = all(self.down.get(o, 0.0) > now for o in self.origins if o.kind == "store")
         return self.site.owner(self.digest, chunk, others=helpless)
@@ -72,14 +69,11 @@ Happened = Callable[[Filling, str], None]
 class Fetcher:
     """The threads and limits that all images of a process share. Made and used on the event loop."""
 
-    def __init__(
-        self, happened: Happened = lambda image, line: None, connections: int = 16, fill_bytes_s: float = 0.0
-    ) -> None:
+    def __init__(self, happened: Happened, fill_bytes_s: float = 0.0) -> None:
         self._happened = happened
-        self._pool = ThreadPoolExecutor(connections, "fetch")
-        self._askers = ThreadPoolExecutor(connections, "peers")
+        self._pool = ThreadPoolExecutor(_CONNECTIONS, "fetch")
+        self._askers = ThreadPoolExecutor(_CONNECTIONS, "peers")
         self._asking = 0
-        self._connections = connections
         self._fill_bytes_s = fill_bytes_s
         """0 for no limit."""
         self._fill_from_s = 0.0
@@ -111,8 +105,7 @@ class Fetcher:
         if self._tasks:
             await asyncio.wait(self._tasks)
         for image in images:
-            with contextlib.suppress(OSError):
-                await asyncio.to_thread(image.partial.flush)
+            await self.remove(image)
         self._pool.shutdown()
         self._askers.shutdown()
 
@@ -152,16 +145,6 @@ class Fetcher:
                 await asyncio.sleep(min(pause, max(0.0, deadline - time.monotonic())))
         return loose
 
-    def prefetch(self, image: Filling, chunks: Iterable[int]) -> None:
-        """These will be wanted, in this order."""
-        image.wanted.prefetch(chunks)
-        self.pump()
-
-    def touched(self, image: Filling, chunks: range) -> None:
-        """A reader found these present."""
-        if image.wanted.touched(chunks):
-            self.pump()
-
     # -- fetching
 
     def pump(self) -> None:
@@ -176,9 +159,9 @@ class Fetcher:
     def _pick(self) -> tuple[Filling, Job] | None:
         running, now = self._running.total(), time.monotonic()
         for kind in Kind:
-            if running >= self._connections - (_RESERVED if kind is not Kind.DEMAND else 0):
+            if running >= _CONNECTIONS - (_RESERVED if kind is not Kind.DEMAND else 0):
                 return None
-            if kind is not Kind.DEMAND and self._asking >= self._connections:
+            if kind is not Kind.DEMAND and self._asking >= _CONNECTIONS:
                 return None
             if kind is Kind.FILL and (self._running[kind] >= _FILLING or now < self._fill_from_s):
                 return None
@@ -194,13 +177,13 @@ class Fetcher:
         """How many connections an image may hold: one whose stores hang must leave some to the others."""
         if image.failing:
             return 2
-        return self._connections if len(self._images) == 1 else max(2, self._connections // 2)
+        return _CONNECTIONS if len(self._images) == 1 else _CONNECTIONS // 2
 
     async def _work(self, image: Filling, job: Job) -> None:
         loop, brought = asyncio.get_running_loop(), Brought()
         partial, down = image.partial, image.down
         try:
-            if image.site and job.owner:
+            if job.owner:
                 # In other threads and beside the limits: whoever waits for a peer must not keep this node from
                 # fetching what others wait for, or all would wait for each other.
                 self._running[job.kind] -= 1

@@ -47,7 +47,6 @@ _RELAY_S = 60.0
 class Options:
     """How a service behaves; the control socket can change none of it."""
 
-    connections: int = 16
     fill_bytes_s: float = 0.0
     """0 for no limit."""
     cache_bytes: int = 0
@@ -61,8 +60,8 @@ class Options:
 class Image(Filling):
     """An image that is open: being filled or served."""
 
-    def __init__(self, local: LocalOrigin, *filling: Any, **more: Any) -> None:
-        super().__init__(*filling, **more)
+    def __init__(self, local: LocalOrigin, *filling: Any) -> None:
+        super().__init__(*filling)
         self.local = local
         self.exports: dict[str, tuple[NbdServer, Reader]] = {}
         self.asked_s = 0.0
@@ -101,7 +100,7 @@ class OpenImages:
         make_room: Callable[[], Coroutine[Any, Any, object]],
     ) -> None:
         self._cache, self._run, self._stores, self._site = cache, run, stores, site
-        self._fetcher = Fetcher(self._happened, options.connections, options.fill_bytes_s)
+        self._fetcher = Fetcher(self._happened, options.fill_bytes_s)
         self._options = options
         self._tell, self._make_room = tell, make_room
         self._traces = Traces(cache.directory / "traces", stores)
@@ -193,8 +192,7 @@ class OpenImages:
             origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
-        ahead = self._options.read_ahead
-        image = Image(local, file, origins, layout, site=self._site, read_ahead=ahead)
+        image = Image(local, file, origins, layout, self._site, self._options.read_ahead)
         self._images[digest] = image
         if file.complete and not whole:
             self._later(self._seal(image))
@@ -271,7 +269,8 @@ class OpenImages:
     async def _replay(self, image: Image) -> None:
         trace = await asyncio.to_thread(self._traces.best, image.digest, image.partial.manifest)
         if trace:
-            self._fetcher.prefetch(image, trace.chunks(image.partial.manifest.ids))
+            image.wanted.prefetch(trace.chunks(image.partial.manifest.ids))
+            self._fetcher.pump()
 
     def _end_trace(self, image: Image, reader: Reader) -> None:
         recorder, reader.recorder = reader.recorder, None

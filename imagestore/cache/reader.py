@@ -37,8 +37,8 @@ class Reader:
                 self.recorder.touch(chunks)
             if self._partial.present.find(0, chunks.start, chunks.stop) >= 0:
                 return None
-            if self._filling.wanted.ahead:
-                self._fetcher.touched(self._filling, chunks)
+            if self._filling.wanted.ahead and self._filling.wanted.touched(chunks):
+                self._fetcher.pump()
             data = self._partial.read_now(offset, length)
         if data is not None:
             self.reads += 1
@@ -76,7 +76,8 @@ class Reader:
         return self._partial.extents(offset, length, limit)
 
     def prefetch(self, offset: int, length: int) -> None:
-        self._fetcher.prefetch(self._filling, self._partial.chunks(offset, length))
+        self._filling.wanted.prefetch(self._partial.chunks(offset, length))
+        self._fetcher.pump()
 
     def figures(self) -> dict[str, Any]:
         """How its reads fared."""

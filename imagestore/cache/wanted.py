@@ -57,15 +57,9 @@ class Wanted:
     """
 
     def __init__(
-        self,
-        partial: PartialImage,
-        layout: Layout | None,
-        *,
-        fill: Fill = Fill.NEVER,
-        read_ahead: int = 2,
-        owner: Callable[[int], str] = lambda chunk: "",
+        self, partial: PartialImage, layout: Layout | None, read_ahead: int, owner: Callable[[int], str]
     ) -> None:
-        self.fill = fill
+        self.fill = Fill.NEVER
         self._read_ahead, self._owner_of = read_ahead, owner
         self._present, self._ends = partial.present, partial.ends
         count = len(partial.starts)

@@ -62,14 +62,8 @@ class Node:
         self.fetcher = Fetcher(lambda image, line: self.events.append(line))
         origins = [*before, *(_origin(store, self.digest, self.manifest) for store in self.stores)]
         layout = next(o for o in origins if isinstance(o, StoreOrigin)).layout()
-        self.filling = Filling(
-            self.partial,
-            origins,
-            layout,
-            fill=fill,
-            read_ahead=read_ahead,
-            site=site,
-        )
+        self.filling = Filling(self.partial, origins, layout, site or Site(), read_ahead)
+        self.filling.wanted.fill = fill
         self.fetcher.add(self.filling)
         try:
             yield Reader(self.fetcher, self.filling, patience_s=patience_s)
@@ -129,7 +123,8 @@ def test_demand_goes_before_prefetch_and_prefetch_before_fill(tmp_path: Path) ->
         async with node.reading(fill=Fill.NOW) as reader:
             layout = _origin(node.stores[0], node.digest, node.manifest).layout()
             frame = int(layout.chunk_frames[100])
-            node.fetcher.prefetch(node.filling, [100])
+            node.filling.wanted.prefetch([100])
+            node.fetcher.pump()
             await asyncio.gather(*(reader.read(at * CHUNK, 10) for at in (20, 60, 180)))
             started = node.backends[0].ranges[:16]  # as many as run at once
             wanted = {
@@ -341,7 +336,8 @@ def test_a_trace_of_an_older_version_brings_what_both_share_before_it_is_asked_f
         new = disk(8, 3, 0) + DATA
         node = Node(tmp_path, new)
         async with node.reading() as reader:
-            node.fetcher.prefetch(node.filling, trace.chunks(node.manifest.ids))
+            node.filling.wanted.prefetch(trace.chunks(node.manifest.ids))
+            node.fetcher.pump()
             while node.filling.wanted._busy:
                 await asyncio.sleep(0.01)
             for at in (7, 150, 90, 33):
