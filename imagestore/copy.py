@@ -12,6 +12,7 @@ from imagestore.errors import NotFound
 from imagestore.formats.columns import first_of_each
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import GROUPS
+from imagestore.formats.layout import Layout
 from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.leases import Lease
 from imagestore.store.lookup import Footers, Lookup
@@ -19,7 +20,7 @@ from imagestore.store.names import NameRecord
 from imagestore.store.packing import Packer, carry
 from imagestore.store.pages import lay_out
 from imagestore.store.placement import Placement
-from imagestore.store.roots import Offer, can_be_read, check_present
+from imagestore.store.roots import can_be_read, check_present, offer
 from imagestore.store.store import Store
 
 
@@ -75,8 +76,8 @@ def copy_image(
             lookup.load_parts(manifest.ids)
         else:
             lookup.know(known)
-        offer, bad = Offer(target, lease, manifest, set_name), set[Digest]()
-        while True:
+
+        def lay(bad: set[Digest]) -> Layout:
             packer.avoid(bad)
             missing = each[placement.find(manifest.ids[each]) < 0]
             if len(missing):
@@ -87,8 +88,9 @@ def copy_image(
                 raise NotFound(f"a chunk of image {digest} is in no store that was asked")
             layout = lay_out(packer, digest, manifest, rows)
             packer.publish_index()
-            bad = offer(layout)
-            if not bad:
-                with suppress(NotFound):
-                    target.backend.put(GROUPS.key(digest), source.backend.get(GROUPS.key(digest)).data)
-                return CopyResult(manifest.data_bytes, packer.written_bytes)
+            return layout
+
+        offer(target, lease, manifest, lay, set_name)
+        with suppress(NotFound):
+            target.backend.put(GROUPS.key(digest), source.backend.get(GROUPS.key(digest)).data)
+        return CopyResult(manifest.data_bytes, packer.written_bytes)

@@ -30,6 +30,7 @@ from imagestore.formats import groups
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import GROUPS
+from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import MAX_DISK_BYTES, PAGE_BYTES, PAGED_CHUNKS, Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
@@ -39,7 +40,7 @@ from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
 from imagestore.store.pages import lay_out
 from imagestore.store.placement import Placement, too_scattered
-from imagestore.store.roots import Offer, can_be_read
+from imagestore.store.roots import can_be_read, offer
 from imagestore.store.store import Store
 from imagestore.updates.making import make_update
 
@@ -234,16 +235,16 @@ class _Writer:
         self._lookup.engage()
         digest = manifest.digest
         self._store.backend.put(GROUPS.key(digest), groups.encode(sums))
-        offer, bad = Offer(self._store, self._lease, manifest, set_name), set[Digest]()
-        while True:
+
+        def lay(bad: set[Digest]) -> Layout:
             self._packer.avoid(bad)
             self._store_again()
             layout = lay_out(self._packer, digest, manifest, self._rows)
             layout.check(manifest)
             self._packer.publish_index(self._lookup.hooks)
-            bad = offer(layout)
-            if not bad:
-                return
+            return layout
+
+        offer(self._store, self._lease, manifest, lay, set_name)
 
     def _result(self, digest: Digest, *, changed: bool) -> PushResult:
         self._report(self._disk.size_bytes)

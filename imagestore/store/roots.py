@@ -7,6 +7,7 @@ that nothing it needs had been condemned, marked as trash or deleted before: tha
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from imagestore.errors import Conflict, Corrupt, NotFound
 from imagestore.formats.digest import Digest
@@ -23,78 +24,71 @@ AHEAD_S = 3600.0
 """A time that is so far ahead of the store's clock was written by a clock that was wrong."""
 
 
-class Offer:
+def offer(
+    store: Store,
+    lease: Lease,
+    manifest: Manifest,
+    lay: Callable[[set[Digest]], Layout],
+    set_name: Callable[[], object] | None = None,
+) -> None:
     """The end of every write: layout, manifest, then `set_name`, and the questions before and after that.
 
-    Its writer says `while bad := offer(layout)`, and stores anew what lay in bad packs for the next layout.
+    lay: stores anew what lies in these packs, which must not be used; the layout as it is then. Raises what it raises,
+    and Conflict when the collector condemns faster than the writer repairs.
     """
+    put, encoded, layout = store.backend.put, manifest.encode(), lay(set())
+    digest = Digest.of(encoded)
+    layout_key = LAYOUTS.key(digest)
+    objects = {layout_key: layout.encode(), MANIFESTS.key(digest): encoded}
+    etags: dict[str, str] = {}
+    named = False
 
-    def __init__(
-        self, store: Store, lease: Lease, manifest: Manifest, set_name: Callable[[], object] | None = None
-    ) -> None:
-        self._store, self._lease, self._set_name = store, lease, set_name
-        encoded, self._manifest = manifest.encode(), manifest
-        self._digest = Digest.of(encoded)
-        self._layout_key = LAYOUTS.key(self._digest)
-        self._objects = {self._layout_key: b"", MANIFESTS.key(self._digest): encoded}
-        self._etags: dict[str, str] = {}
-        self._named = False
-        self._left = _ATTEMPTS
-
-    def __call__(self, layout: Layout) -> set[Digest]:
-        """The packs of it that must not be used; none when the image is stored whole and named.
-
-        Raises Conflict when the collector condemns faster than the writer repairs.
-        """
-        put = self._store.backend.put
-        self._objects[self._layout_key] = layout.encode()
-        self._etags.pop(self._layout_key, None)
-        while self._left:
-            self._left -= 1
-            began_s = self._store.backend.now()
-            bad = self._lease.unusable(layout.packs)
-            if bad:
-                return bad
-            # Only when nothing is condemned may the objects be believed; the collector may have marked them.
-            lost = [key for key in self._objects if not self._stands(key)]
-            if self._named and not lost:
-                return set()
-            for key in lost:
-                self._etags[key] = put(key, self._objects[key]).etag
-            if self._store.backend.now() - began_s > LEASE_S:
-                # Suspended for long: what was just written may have been collected. Look again before it is named.
-                self._etags.clear()
-            elif self._set_name is None:
-                return set()  # who gives it a name, or holds it, asks again after that
-            elif not self._named:
-                self._set_name()
-                self._named = True
-        raise Conflict(f"the collector of {self._store.url} is faster than this writer", hint="try again")
-
-    def _stands(self, key: str) -> bool:
+    def stands(key: str) -> bool:
         """Whether an object is written and, once there is a name, still as it was, or as good."""
-        if key not in self._etags or not self._named:
-            return key in self._etags
+        if key not in etags or not named:
+            return key in etags
         with suppress(NotFound, Corrupt):
-            if self._store.backend.stat(key).etag == self._etags[key]:
+            if store.backend.stat(key).etag == etags[key]:
                 return True
             # Another push of the same disk wrote it, or a repack moved the chunks: to insist would never end.
-            found = self._store.backend.get(key)
-            if found.data != self._objects[key]:  # as good is a layout, unmarked, that may use all its packs
-                layout = self._store.layout(self._digest, found.data) if key == self._layout_key else None
-                if not can_be_read(self._store, self._digest, (self._manifest, layout)):
+            found = store.backend.get(key)
+            if found.data != objects[key]:  # as good is a layout, unmarked, that may use all its packs
+                other = store.layout(digest, found.data) if key == layout_key else None
+                if not can_be_read(store, digest, (manifest, other)):
                     return False
-            self._etags[key] = found.stat.etag
+            etags[key] = found.stat.etag
             return True
         return False
+
+    for _ in range(_ATTEMPTS):
+        began_s = store.backend.now()
+        if bad := lease.unusable(layout.packs):
+            layout = lay(bad)
+            objects[layout_key] = layout.encode()
+            etags.pop(layout_key, None)
+            continue
+        # Only when nothing is condemned may the objects be believed; the collector may have marked them.
+        lost = [key for key in objects if not stands(key)]
+        if named and not lost:
+            return
+        for key in lost:
+            etags[key] = put(key, objects[key]).etag
+        if store.backend.now() - began_s > LEASE_S:
+            # Suspended for long: what was just written may have been collected. Look again before it is named.
+            etags.clear()
+        elif set_name is None:
+            return  # who gives it a name, or holds it, asks again after that
+        elif not named:
+            set_name()
+            named = True
+    raise Conflict(f"the collector of {store.url} is faster than this writer", hint="try again")
 
 
 def tag(store: Store, digest: Digest, name: str, tag: str, architecture: str) -> NameRecord:
     """Give an image that is in the store one more name. Raises NotFound when it is not whole."""
     store.check_writable()
     check_present(store, digest)
-    record = store.names.set(name, tag, architecture, digest)
-    return _checked(store, record)
+    return _checked(store, store.names.set(name, tag, architecture, digest))
 
 
 def undelete(store: Store, name: str, tag: str = LATEST) -> NameRecord:
@@ -104,14 +98,18 @@ def undelete(store: Store, name: str, tag: str = LATEST) -> NameRecord:
 
 
 def _checked(store: Store, record: NameRecord) -> NameRecord:
+    _check_all(store, record.images.values(), partial(store.names.remove, record.name, record.tag))
+    return record
+
+
+def _check_all(store: Store, images: Iterable[Digest], undo: Callable[[], object]) -> None:
+    """`check_present` for what a root was set to, which must not stay when it points at nothing."""
     try:
-        for digest in record.images.values():
+        for digest in images:
             check_present(store, digest)
     except NotFound:
-        # A name must not stay that points at nothing.
-        store.names.remove(record.name, record.tag)
+        undo()
         raise
-    return record
 
 
 def can_be_read(store: Store, digest: Digest, image: Image | None = None) -> bool:
@@ -167,12 +165,7 @@ def hold(store: Store, holder: str, images: Iterable[Digest]) -> str:
     """
     digests = sorted(set(images))
     stat = store.backend.put(REFS.key(holder), seal({"images": [digest.hex() for digest in digests]}))
-    try:
-        for digest in digests:
-            check_present(store, digest)
-    except NotFound:
-        release(store, holder)
-        raise
+    _check_all(store, digests, partial(release, store, holder))
     return stat.etag
 
 
