@@ -103,7 +103,8 @@ class Lease:
         self.id = secrets.token_hex(16)
         self._store, self._what = store, what
         self._packs: set[Digest] = set()
-        self._epoch = -1
+        self._epoch: int | None = None
+        """Of the list as it was before anything was made or reused: what later ones are compared with."""
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -114,13 +115,9 @@ class Lease:
 
     def begin(self, packs: Iterable[Digest]) -> set[Digest]:
         """Enter it with packs that it counts on from the first, as `reuse` does. Two requests."""
-        self._packs |= set(packs)
-        self._write()
-        # Before anything is made or reused: the list as it is now is what later ones are compared with.
-        condemned = Condemned.read(self._store)
-        self._epoch = condemned.epoch
+        usable = self.reuse(packs)
         self._thread.start()
-        return self._packs - condemned.unusable
+        return usable
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
@@ -149,6 +146,7 @@ class Lease:
         """Which of `packs` must not be used: condemned, damaged, gone. One request, unless some were deleted."""
         condemned, wanted = Condemned.read(self._store), set(packs)
         bad = wanted & condemned.unusable
+        self._epoch = condemned.epoch if self._epoch is None else self._epoch
         if self._epoch != condemned.epoch:
             # The list forgot some packs since the lease began: those that it names no longer are gone.
             bad |= {pack for pack in wanted - bad if not self._store.has(PACKS.key(pack))}

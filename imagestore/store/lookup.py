@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Self
 
 import numpy as np
@@ -13,6 +13,7 @@ from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.layout import Image, Layout
+from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Footer
 from imagestore.store import index
 from imagestore.store.leases import Lease
@@ -41,8 +42,7 @@ class Lookup:
         parts_bytes: int | None = None,
     ) -> None:
         self._store, self._lease, self._placement, self._local = store, lease, placement, local
-        self._stack = ExitStack()
-        self._lineage: list[tuple[Digest, Layout | None, slice]] = []
+        self._followed: tuple[Digest, Manifest, Layout | None] | None = None
         self._engaged = False
         self.hooks: tuple[Hooks, str | None] = Hooks(), None
         """As they were when it engaged, and their etag."""
@@ -53,13 +53,17 @@ class Lookup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if self._engaged:
+            self._lease.__exit__()
 
     def follow(self, digest: Digest) -> Image | None:
-        """Take an image's chunks as known; whether they are there is asked when it matters. None if it is not there."""
+        """Take an image's chunks as known, the first of all; whether they are there is asked when it matters.
+
+        None if it is not there.
+        """
         if (found := self._image(digest)) is not None:
-            first, count = self._placement.chunks.add(found[0].ids, -1, 0), len(found[0].ids)
-            self._lineage.append((digest, found[1], slice(first, first + count)))
+            self._placement.chunks.add(found[0].ids, -1, 0)
+            self._followed = digest, *found
         return found
 
     def _image(self, digest: Digest) -> Image | None:
@@ -71,21 +75,21 @@ class Lookup:
         """Take a lease, then find out where chunks lie: before anything is relied on or written."""
         if self._engaged:
             return
-        self._engaged = True
         unfinished = self._local.unfinished() if self._local is not None else []
         sizes = {pack: footer.data_bytes for pack, footer in unfinished}
-        for _, layout, _ in self._lineage:
-            sizes |= layout.pack_sizes() if layout else {}
+        digest, manifest, layout = self._followed or (None, None, None)
+        sizes |= layout.pack_sizes() if layout else {}
         granted = self._lease.begin(sizes)
-        self._stack.push(self._lease)
+        self._engaged = True
         usable = self._store.has_packs({pack: sizes[pack] for pack in granted})
-        if len(usable) < len(sizes):  # before the lease began a repack has moved what was read, perhaps
-            again = ((one, self._image(one), rows) for one, _, rows in self._lineage)
-            self._lineage = [(one, found[1] if found else None, rows) for one, found, rows in again]
-            moved = [layout.pack_sizes() for _, layout, _ in self._lineage if layout]
-            usable |= self._there({p: size for of in moved for p, size in of.items() if p not in usable})
-        for _, layout, rows in self._lineage:
-            chunks = self._placement.chunks.rows[rows]
+        if digest and len(usable) < len(
+            sizes
+        ):  # before the lease began a repack has moved what was read, perhaps
+            _, layout = self._image(digest) or (None, None)
+            moved = layout.pack_sizes() if layout else {}
+            usable |= self._there({pack: size for pack, size in moved.items() if pack not in usable})
+        if manifest:
+            chunks = self._placement.chunks.rows[: len(manifest.ids)]
             if layout is None:
                 lost = self._placement.add_pack(Digest(bytes(32)), usable=False)
                 chunks["frame"] = self._placement.add_frame(lost)

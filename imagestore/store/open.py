@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend
-from imagestore.backends.wrappers import Retried, Verified, innermost
+from imagestore.backends.wrappers import Retried, innermost
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.settings import Settings
@@ -86,7 +86,7 @@ def open_backend(url: str, ca: str = "") -> Backend:
         from imagestore.backends.http import Http, Wire
 
         web, plain = parts.scheme.startswith("sf+"), url.removeprefix("sf+")
-        return Retried(Verified(Wire(plain, ca=ca) if web else Http(plain)))
+        return Retried(Wire(plain, ca=ca) if web else Http(plain))
     raise wrong
 
 

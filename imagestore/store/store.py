@@ -218,10 +218,10 @@ class Store:
         """One request without a body."""
         return self.has(MANIFESTS.key(digest))
 
-    def has(self, key: str) -> bool:
-        """Whether there is such an object. One request without a body."""
+    def has(self, key: str, least_bytes: int = 1) -> bool:
+        """Whether there is such an object, so long at least. One request without a body."""
         with suppress(NotFound):
-            return self.backend.stat(key).size_bytes > 0
+            return self.backend.stat(key).size_bytes >= least_bytes
         return False
 
     def has_packs(self, sizes: Mapping[Digest, int]) -> set[Digest]:
@@ -238,14 +238,9 @@ class Store:
                 if number % 1000 == 0 and len(found) * 1000 < number * _PACKS_A_LIST:
                     break
         rest = [pack for pack in sizes if pack not in found]
-
-        def there(pack: Digest) -> bool:
-            with suppress(NotFound):
-                return self.backend.stat(PACKS.key(pack)).size_bytes >= sizes[pack]
-            return False
-
         with ThreadPoolExecutor(8, "packs") as pool:
-            return found | {pack for pack, stands in zip(rest, pool.map(there, rest), strict=True) if stands}
+            there = pool.map(lambda pack: self.has(PACKS.key(pack), sizes[pack]), rest)
+            return found | {pack for pack, stands in zip(rest, there, strict=True) if stands}
 
     def layout(self, manifest: Digest, data: bytes | None = None) -> "Layout":
         """Where the chunks of a manifest lie, now or by `data`, what was under its key. Raises NotFound, Corrupt."""

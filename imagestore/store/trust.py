@@ -75,17 +75,14 @@ class _BackendFetcher(FetcherInterface):
         self.last = ""
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        key = self.last = url
+        """The caller stops at the length it allows: an endless file costs a piece more than that."""
+        self.last = url
         try:
-            size = self._backend.stat(key).size_bytes
+            size = self._backend.stat(url).size_bytes
         except NotFound as error:
             raise tuf.DownloadHTTPError(str(error), 404) from error
-        return self._pieces(key, size)
-
-    def _pieces(self, key: str, size: int) -> Iterator[bytes]:
-        """The caller stops at the length it allows: an endless file costs a piece more than that."""
         for start in range(0, size, _PIECE_BYTES):
-            yield self._backend.get(key, start, min(_PIECE_BYTES, size - start)).data
+            yield self._backend.get(url, start, min(_PIECE_BYTES, size - start)).data
 
 
 class Trust:
