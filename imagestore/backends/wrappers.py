@@ -8,25 +8,18 @@ from functools import partial
 from typing import TypeVar
 
 from imagestore.backends.protocol import Backend, Data, Etag, Object, ObjectStat, pieces
-from imagestore.errors import Conflict, Corrupt, Unavailable
-from imagestore.formats.keys import matches
+from imagestore.errors import Conflict, Unavailable
 
 T = TypeVar("T")
+_PAUSES_S = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+_MOST_S = 60.0
 
 
 class Wrapper:
     """Hands everything on; what a subclass changes, it changes in `_do`, which sees every request."""
 
     def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-
-    @property
-    def url(self) -> str:
-        return self.inner.url
-
-    @property
-    def read_only(self) -> bool:
-        return self.inner.read_only
+        self.inner, self.url, self.read_only = inner, inner.url, inner.read_only
 
     @property
     def conditional(self) -> bool:
@@ -80,23 +73,15 @@ def replace(backend: Backend, key: str, data: bytes, etag: str | None) -> Object
 
 
 class Retried(Wrapper):
-    """Repeats what was Unavailable, waiting about 0.2, 0.4, 0.8 … seconds, at most `most_s` in all.
+    """Repeats what was Unavailable, with a pause before each, for about a minute at most.
 
     A conditional put whose answer was lost is repeated too and then meets its own object: Conflict. Whoever
     sets conditions tells the two apart by what stands there (a nonce).
     """
 
-    def __init__(
-        self,
-        inner: Backend,
-        *,
-        attempts: int = 7,
-        first_s: float = 0.2,
-        most_s: float = 60.0,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, inner: Backend, *, sleep: Callable[[float], None] = time.sleep) -> None:
         super().__init__(inner)
-        self._attempts, self._first_s, self._most_s, self._sleep = attempts, first_s, most_s, sleep
+        self._sleep = sleep
 
     def _do(self, verb: str, key: str, action: Callable[[], T]) -> T:
         return self.repeat(action)
@@ -104,48 +89,32 @@ class Retried(Wrapper):
     def repeat(self, action: Callable[[], T]) -> T:
         """What `action` returns, once it does not raise Unavailable. It may be of many requests."""
         started = time.monotonic()
-        for attempt in range(self._attempts):
+        for pause_s in _PAUSES_S:
             try:
                 return action()
             except Unavailable:
-                if attempt + 1 == self._attempts or time.monotonic() - started > self._most_s:
+                if time.monotonic() - started > _MOST_S:
                     raise
-            self._wait(attempt)
-        raise AssertionError("unreachable")
+            # Jitter, so that many clients of a store that comes back do not all come at once.
+            self._sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
+        return action()
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
-        seen: set[str] = set()
-        failures = 0
-        while True:
+        seen = set[str]()
+        listing: Iterator[ObjectStat] | None = None
+
+        def more() -> ObjectStat | None:
+            nonlocal listing
             try:
-                for stat in self.inner.list(prefix):
-                    if stat.key not in seen:
-                        seen.add(stat.key)
-                        failures = 0
-                        yield stat
-                return
+                listing = listing or self.inner.list(prefix)
+                return next((stat for stat in listing if stat.key not in seen), None)
             except Unavailable:
-                failures += 1
-                if failures == self._attempts:
-                    raise
-            self._wait(failures - 1)
+                listing = None
+                raise
 
-    def _wait(self, attempt: int) -> None:
-        # Jitter, so that many clients of a store that comes back do not all come at once.
-        self._sleep(min(self._first_s * 2**attempt, 10.0) * random.uniform(0.5, 1.0))  # noqa: S311
-
-
-class Verified(Wrapper):
-    """Raises Corrupt for whole objects that are named by their BLAKE3 and do not match it.
-
-    Packs are named by their footer; their frames are verified by whoever knows frames.
-    """
-
-    def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
-        found = self.inner.get(key, start, length)
-        if start == 0 and length is None and found.data and not matches(key, found.data):
-            raise Corrupt(f"the bytes of {self.url}/{key} do not match its name")
-        return found
+        while (stat := self.repeat(more)) is not None:
+            seen.add(stat.key)
+            yield stat
 
 
 class RateLimited(Wrapper):

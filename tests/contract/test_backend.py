@@ -19,7 +19,7 @@ from compute.api.images import stores
 from compute.config import Config
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat
-from imagestore.backends.wrappers import RateLimited, Retried, Verified
+from imagestore.backends.wrappers import RateLimited, Retried
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.store.open import open_backend
@@ -41,7 +41,7 @@ def backend(
     elif request.param == "directory":
         made = Directory(tmp_path / "store")
     elif request.param == "wrapped directory":
-        made = RateLimited(Verified(Retried(Counted(Directory(tmp_path / "store")))), 1e9)
+        made = RateLimited(Retried(Counted(Directory(tmp_path / "store"))), 1e9)
     elif request.param == "wire":
         monkeypatch.setattr(stores, "admit", lambda *_, **__: None)
         monkeypatch.setattr(stores, "reserve", reserve_nothing)
