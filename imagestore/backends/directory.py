@@ -43,17 +43,14 @@ class Directory:
         self._swept = False
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
-        with self._errors(key), self._path(key).open("rb", buffering=0) as file:
+        with self._errors(key), self._path(key).open("rb") as file:
             status = os.fstat(file.fileno())
             wanted = end_of(f"{self.url}/{key}", start, length, status.st_size) - start
-            data = bytearray(wanted)
-            view, done = memoryview(data), 0
-            while done < wanted:
-                count = os.preadv(file.fileno(), [view[done:]], start + done)
-                if count == 0:
-                    raise Corrupt(f"{self.url}/{key}: the file ended at byte {start + done}")
-                done += count
-            return Object(bytes(data), _stat(key, status))
+            file.seek(start)
+            data = file.read(wanted)
+            if len(data) < wanted:
+                raise Corrupt(f"{self.url}/{key}: the file ended at byte {start + len(data)}")
+            return Object(data, _stat(key, status))
 
     def stat(self, key: str) -> ObjectStat:
         with self._errors(key):
@@ -93,13 +90,11 @@ class Directory:
             self._make_directories(path.parent)
             temporary, descriptor = self._temporary()
             undo.callback(temporary.unlink, missing_ok=True)
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
+            with os.fdopen(descriptor, "wb") as file:
                 if kind_of(key) is STATES:
                     os.fchmod(descriptor, 0o600)
-                for piece in pieces(data):
-                    view = memoryview(piece).cast("B")
-                    while view:
-                        view = view[file.write(view) :]
+                file.writelines(pieces(data))
+                file.flush()
                 # Two versions could share inode, size and the clock's tick (4 ms): random digits below
                 # the tick keep their etags apart.
                 tick_ns = os.fstat(file.fileno()).st_mtime_ns & ~0x3FFFFF
