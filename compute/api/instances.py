@@ -171,29 +171,22 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     made = ctx.made_before(ctx.read(), Instance, body)
     if made is None:
         sync = config.sync_names or (body.sync and ctx.caller.admin)
+        same = "name cpus ssh_key configdrive secure_boot tpm cpu_model metadata ephemeral".split()
         instance = Instance(
+            **body.model_dump(include={*same}, exclude_none=True),
             uuid=new_uuid(),
-            name=body.name,
             namespace=namespace,
             node=body.placed_on or "",
-            cpus=body.cpus,
             memory_mib=body.memory,
             # Stores are asked here: what a transaction does may be repeated.
             disks=resolve_disks(ctx.images(namespace), wanted, config.architecture, config.sources, sync),
             disk_spec=wanted,
-            ssh_key=body.ssh_key or "",
             user_data=body.user_data or b"",
             video=body.video.given() if body.video else NO_VIDEO,
-            configdrive=body.configdrive or "openstack-disk",
             uefi=bool(body.uefi or body.secure_boot),
-            secure_boot=bool(body.secure_boot),
-            tpm=body.tpm,
-            cpu_model=body.cpu_model,
             side_channels=(AGENT_CHANNEL,) if channels else (),
-            metadata=body.metadata or {},
             until_s=_after(body.ttl),
             held_s=_after(body.lease),
-            ephemeral=body.ephemeral,
         )
         wants = [_want(ctx, network, namespace) for network in body.network or ()]
         images = {disk.image for disk in instance.disks if disk.image and not disk.store}

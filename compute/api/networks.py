@@ -108,19 +108,11 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
         raise Invalid("a range and a gateway are a LAN's", hint="with bridge")
     uuid, seed = new_uuid(), ctx.services.controller.installation
     wanted = Network(
+        **body.model_dump(exclude={"namespace", "range", "ipv6"}, exclude_none=True),
         uuid=uuid,
         netblock6=str(ipam.netblock6(body.ipv6, f"{seed}/{uuid}")) if body.ipv6 else "",
-        name=body.name,
         namespace=ctx.namespace(body.namespace),
-        netblock=body.netblock,
         vni=0,
-        provide_dhcp=body.provide_dhcp is not False,
-        provide_nat=body.provide_nat is not False,
-        provide_dns=body.provide_dns is not False,
-        bridge=body.bridge or "",
-        gateway=body.gateway or "",
-        isolated=bool(body.isolated),
-        slaac=bool(body.slaac),
     )
     excluded = [*config.excluded, IPv4Network(config.mesh_address), *filter(None, [config.floating_pool])]
 
