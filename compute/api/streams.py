@@ -17,12 +17,11 @@ from fastapi.responses import JSONResponse, Response
 from starlette.websockets import WebSocketDisconnect
 
 from compute.api.context import Context, Ctx
-from compute.cluster.records.instances import Instance, interfaces_of
+from compute.cluster.records.instances import Instance, interfaces_of, living
 from compute.cluster.records.networks import Network
 from compute.cluster.records.taken import Taken, take
 from compute.cluster.records.transaction import Transaction
-from compute.errors import ComputeError, Conflict, Denied, Invalid, Unauthenticated, Unavailable
-from compute.wire.spec import InstanceState
+from compute.errors import ComputeError, Denied, Invalid, Unauthenticated, Unavailable
 from compute.wire.streams import Message, Stream, carry, failure, first
 from imagestore import read_json
 
@@ -128,10 +127,7 @@ def _asked(message: Message | None) -> Options:
 
 
 def _find(ctx: Context, ref: str) -> Instance:
-    known = ctx.find(Instance, ref)
-    if known.state in (InstanceState.DELETE_WAIT, InstanceState.DELETED):
-        raise Conflict(f"instance {known.name} is deleted")
-    return known
+    return living(ctx.read(), ctx.find(Instance, ref).uuid)
 
 
 def _target(ctx: Context, known: Instance, kind: str, options: Options) -> tuple[str, str, Options]:
