@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Network
 from typing import Annotated, Any
 
@@ -200,16 +201,12 @@ def unroute(ctx: Ctx, ref: str, address: str) -> Response:
 
 @router.post("/networks/{ref}/dns")
 def set_dns(ctx: Ctx, ref: str, body: DnsBody) -> Response:
-    return _set_dns(ctx, ref, body.name, body.value)
+    return JSONResponse(ctx.change(_find(ctx, ref), partial(acts.set_dns, **body.model_dump())))
 
 
 @router.delete("/networks/{ref}/dns")
 def remove_dns(ctx: Ctx, ref: str, body: DnsNameBody) -> Response:
-    return _set_dns(ctx, ref, body.name, None)
-
-
-def _set_dns(ctx: Context, ref: str, name: str, value: str | None) -> Response:
-    return JSONResponse(ctx.change(_find(ctx, ref), lambda txn, uuid: acts.set_dns(txn, uuid, name, value)))
+    return JSONResponse(ctx.change(_find(ctx, ref), partial(acts.set_dns, name=body.name, value=None)))
 
 
 @router.get("/interfaces/{ref}")
