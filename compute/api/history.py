@@ -126,7 +126,7 @@ def _read(ctx: Context, item: Stored, query: EventQuery, after: str = "") -> lis
     return chosen[::-1][: query.limit]
 
 
-async def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -> AsyncIterator[str]:
+def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -> AsyncIterator[str]:
     """Of one object: its events' names are where a reader was. It ends with the object, too."""
     after = ctx.request.headers.get("last-event-id", "")
 
@@ -136,8 +136,7 @@ async def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -
         after = found[0][0] if found else after
         return found[::-1]
 
-    async for text in _sent(ctx, read):
-        yield text
+    return _sent(ctx, read)
 
 
 async def _sent(ctx: Context, read: Callable[[], list[tuple[str, Json]]]) -> AsyncIterator[str]:

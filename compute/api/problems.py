@@ -69,23 +69,21 @@ async def _known(request: Request, error: Exception) -> JSONResponse:
     return answer(request, status, str(error), getattr(error, "hint", ""))
 
 
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    first = error.errors()[0] if isinstance(error, RequestValidationError) and error.errors() else {}
+async def _invalid(request: Request, error: Any) -> JSONResponse:
+    first: Any = next(iter(error.errors()), {})
     where = ".".join(str(part)[:80] for part in first.get("loc", ()) if part not in ("body", "query", "path"))
     message = "unknown key" if first.get("type") == "extra_forbidden" else first.get("msg", "not valid")
     return answer(request, 400, f"{where}: {message}" if where else f"the body: {message}")
 
 
-async def _http(request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, HTTPException):
-        raise error
+async def _http(request: Request, error: Any) -> JSONResponse:
     message = f"no such path: {request.url.path}" if error.status_code == 404 else str(error.detail)
     return answer(request, error.status_code, message)
 
 
-async def _system(request: Request, error: Exception) -> JSONResponse:
+async def _system(request: Request, error: Any) -> JSONResponse:
     """A disk that is full when something arrives is no fault of the server's."""
-    if isinstance(error, OSError) and error.errno in images.DISK_FULL:
+    if error.errno in images.DISK_FULL:
         return answer(request, 507, "the server's disk is full", "sf doctor says which")
     return await _unknown(request, error)
 
