@@ -29,8 +29,8 @@ def zero_blocks(data: npt.NDArray[np.uint8], sums: U64) -> npt.NDArray[np.bool_]
     """Which blocks of `data` are all zero: only where the sum is zero is it worth looking."""
     zero: npt.NDArray[np.bool_] = sums == 0
     for start, end in runs(zero):
-        if data[start * BLOCK : end * BLOCK].view("<u8").any():
-            blocks = data[start * BLOCK : end * BLOCK].view("<u8").reshape(-1, _WORDS)
+        blocks = data[start * BLOCK : end * BLOCK].view("<u8").reshape(-1, _WORDS)
+        if blocks.any():
             zero[start:end] = ~blocks.any(axis=1)
     return zero
 

@@ -38,15 +38,21 @@ def read_exactly(descriptor: int, offset: int, out: memoryview, what: str) -> No
 
 def read_range(disk: Disk, offset: int, length: int) -> bytes:
     """Bytes of a disk, holes as zeros; fewer where the disk ends."""
-    length = max(0, min(length, disk.size_bytes - offset))
-    data, done = bytearray(length), 0
-    view = memoryview(data)
-    while done < length and (stretch := disk.next_data(offset + done)) is not None:
-        start, end = (min(max(at - offset, done), length) for at in stretch)
-        if start < end:
-            disk.read(offset + start, view[start:end])
-        done = end
+    data = bytearray(max(0, min(length, disk.size_bytes - offset)))
+    read_data(disk, offset, memoryview(data))
     return bytes(data)
+
+
+def read_data(disk: Disk, offset: int, out: memoryview) -> None:
+    """Fill `out` with the bytes of a disk from `offset` on, holes as zeros."""
+    done = 0
+    while done < len(out):
+        stretch = disk.next_data(offset + done) or (offset + len(out),) * 2
+        start, end = (min(max(at - offset, done), len(out)) for at in stretch)
+        out[done:start] = bytes(start - done)
+        if start < end:
+            disk.read(offset + start, out[start:end])
+        done = end
 
 
 class RawDisk:

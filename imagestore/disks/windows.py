@@ -11,7 +11,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from imagestore.disks.chunker import U64, block_sums, cut, runs, zero_blocks
-from imagestore.disks.disk import Disk
+from imagestore.disks.disk import Disk, read_data
 from imagestore.formats.chunking import BLOCK, ChunkerParams
 from imagestore.formats.columns import Ids
 from imagestore.formats.groups import GROUP_BYTES
@@ -77,31 +77,23 @@ class Windows:
         read = in_order(self._pool, self._read, self._offsets(), ahead=3)
         return in_order(self._pool, self._hash, self._cut(read), ahead=3)
 
-    def _offsets(self) -> Iterator[tuple[int, int | None]]:
-        """Windows with data, each with the one after it."""
-        before, at = None, 0
-        while (data := self._disk.next_data(at)) is not None:
+    def _offsets(self) -> Iterator[tuple[int, bool]]:
+        """Windows with data, each with whether none adjoins behind it."""
+        data = self._disk.next_data(0)
+        while data is not None:
             start = data[0] // WINDOW_BYTES * WINDOW_BYTES
-            if before is not None:
-                yield before, start
-            before, at = start, start + WINDOW_BYTES
-        if before is not None:
-            yield before, None
+            at = start + WINDOW_BYTES
+            data = self._disk.next_data(at)
+            yield start, data is None or data[0] >= at + WINDOW_BYTES
 
-    def _read(self, window: tuple[int, int | None]) -> "_Read":
-        offset, following = window
+    def _read(self, window: tuple[int, bool]) -> "_Read":
+        offset, final = window
         used = min(WINDOW_BYTES, self._disk.size_bytes - offset)
         front = self._params.max_bytes
         buffer = np.empty(front + -(-used // BLOCK) * BLOCK, np.uint8)
         data = buffer[front:]
-        view, done = data.data, 0
-        while done < used:
-            stretch = self._disk.next_data(offset + done)
-            start, end = (used, used) if stretch is None else (min(at - offset, used) for at in stretch)
-            data[done:start] = 0
-            if start < end:
-                self._disk.read(offset + start, view[start:end])
-            done = end
+        view = data.data
+        read_data(self._disk, offset, view[:used])
         data[used:] = 0
         for first, last in self._free_inside(offset, len(data)):
             data[first:last] = 0
@@ -110,7 +102,7 @@ class Windows:
         hasher = blake3(np.packbits(zero).tobytes())
         for first, last in runs(~zero):
             hasher.update(view[first * BLOCK : last * BLOCK])
-        return _Read(offset, following, buffer, sums, zero, hasher.digest())
+        return _Read(offset, final, buffer, sums, zero, hasher.digest())
 
     def _free_inside(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         free = self._special.free
@@ -132,9 +124,8 @@ class Windows:
             first = read.offset - len(carried)
             sums = np.concatenate([carried_sums, read.sums])
             zero = np.concatenate([carried_zero, read.zero])
-            final = read.following != read.offset + WINDOW_BYTES
             told = (self._special.cuts, self._special.hints)
-            chunks, used = cut(sums, zero, first // BLOCK, *told, self._params, final=final)
+            chunks, used = cut(sums, zero, first // BLOCK, *told, self._params, final=read.final)
             carried, carried_sums, carried_zero = data[used * BLOCK :], sums[used:], zero[used:]
             yield _Cut(first, data, np.array(chunks, np.int64).reshape(-1, 2) * BLOCK, first + used * BLOCK)
 
@@ -149,7 +140,7 @@ class Windows:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
     offset: int
-    following: int | None
+    final: bool
     buffer: npt.NDArray[np.uint8]
     """Room for what the window before left over, then the window's bytes."""
     sums: U64
