@@ -52,7 +52,7 @@ class Filling:
         self.down: dict[Origin, float] = {}
         self.received: collections.Counter[str] = collections.Counter()
         """Bytes by kind of origin."""
-        self.requests = self.running = 0
+        self.running = 0
         self.failing, self.last_error = False, ""
         self.said: dict[str, float] = {}
 
@@ -127,9 +127,7 @@ class Fetcher:
                 raise OSError(errno.EIO, "another peer is being asked for it")
             waited = [self._done.setdefault(job, asyncio.Future()) for job in jobs]
             self.pump()
-            left = deadline - time.monotonic()
-            if left > 0:
-                await asyncio.wait(waited, timeout=left)
+            await asyncio.wait(waited, timeout=deadline - time.monotonic())
             results = [done.result() for done in waited if done.done()]
             for brought in results:
                 loose.update((c, brought.loose[c]) for c in missing if c in brought.loose)
@@ -215,7 +213,6 @@ class Fetcher:
         image.running -= 1
         image.failing = brought.error is not None
         image.received.update(brought.received)
-        image.requests += brought.requests
         for note in brought.notes:
             self._say(image, note)
         if brought.loose and not brought.error:

@@ -31,7 +31,6 @@ class Brought:
     """Verified chunks that the disk had no room for."""
     received: Counter[str] = field(default_factory=Counter)
     """Bytes by kind of origin."""
-    requests: int = 0
     error: StoreError | None = None
     """Why some chunks are in neither."""
     notes: list[str] = field(default_factory=list)
@@ -57,7 +56,6 @@ def bring(
             break
         try:
             for batch in origin.fetch(list(missing)):
-                brought.requests += batch.clone is None
                 brought.received[origin.kind] += batch.received_bytes
                 with _KEEPING:
                     _keep(partial, batch, brought, missing)

@@ -60,9 +60,8 @@ class Options:
 class Image(Filling):
     """An image that is open: being filled or served."""
 
-    def __init__(self, local: LocalOrigin, *filling: Any) -> None:
+    def __init__(self, *filling: Any) -> None:
         super().__init__(*filling)
-        self.local = local
         self.exports: dict[str, tuple[NbdServer, Reader]] = {}
         self.asked_s = 0.0
         """When a peer last wanted something of it."""
@@ -192,7 +191,7 @@ class OpenImages:
             origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
             await asyncio.to_thread(self._seed, local, digest)
-        image = Image(local, file, origins, layout, self._site, self._options.read_ahead)
+        image = Image(file, origins, layout, self._site, self._options.read_ahead)
         self._images[digest] = image
         if file.complete and not whole:
             self._later(self._seal(image))
@@ -211,8 +210,8 @@ class OpenImages:
         for image in self._images.values():
             if not image.partial.complete:
                 stored = self._stored(image.digest, image.partial.manifest)
-                updates = [origin for origin in image.origins if isinstance(origin, UpdateOrigin)]
-                image.origins = [image.local, *updates, *stored]
+                here = [origin for origin in image.origins if not isinstance(origin, StoreOrigin)]
+                image.origins = [*here, *stored]
 
     def _manifest(self, digest: Digest) -> Manifest:
         with contextlib.suppress(NotFound, Corrupt):
@@ -310,11 +309,8 @@ class OpenImages:
         if image is None:
             return {}
         return image.figures() | {
-            "fill": str(image.wanted.fill),
-            "requests": image.requests,
-            "last_error": image.last_error,
             "exports": {
-                name: reader.figures() | {"read_bytes": reader.read_bytes, "clients": len(server.connections)}
+                name: reader.figures() | {"clients": len(server.connections)}
                 for name, (server, reader) in image.exports.items()
             },
             "waited_s": round(sum(reader.waited_s for _, reader in image.exports.values()), 3),

@@ -23,7 +23,7 @@ class Reader:
         self.patience_s = patience_s
         """A read that cannot be served for so long ends in an I/O error."""
         self.recorder: Recorder | None = Recorder(len(filling.partial.starts))
-        self.reads = self.read_bytes = self.waits = self.failures = 0
+        self.reads = self.waits = self.failures = 0
         self.waited_s = 0.0
         """Sum over the reads: two that wait at once count twice."""
         self._fetcher, self._filling, self._partial = fetcher, filling, filling.partial
@@ -42,7 +42,6 @@ class Reader:
             data = self._partial.read_now(offset, length)
         if data is not None:
             self.reads += 1
-            self.read_bytes += length
         return data
 
     async def read(self, offset: int, length: int) -> Buffer:
@@ -60,7 +59,6 @@ class Reader:
             self.reads += 1
             self.waits += 1
             self.waited_s += time.monotonic() - started
-        self.read_bytes += length
         return self._overlaid(data, offset, loose) if loose else data
 
     def _overlaid(self, data: Buffer, offset: int, loose: dict[int, Buffer]) -> Buffer:

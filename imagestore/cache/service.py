@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -216,9 +215,8 @@ class ImageService:
     # -- seeing
 
     async def ls(self) -> dict[str, Any]:
-        """A row for each image of the cache, complete or not; room on its file system; our process."""
-        free_bytes = shutil.disk_usage(self._directory).free
-        return {"pid": os.getpid(), "free_bytes": free_bytes, "images": self._rows()}
+        """A row for each image of the cache, complete or not; our process."""
+        return {"pid": os.getpid(), "images": self._rows()}
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = list_images(self._directory)
