@@ -83,7 +83,6 @@ def path_to(now: InstanceState, reported: InstanceState) -> list[InstanceState]:
 
 def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
     """Bring one report of `node` into the record; what does not fit is dropped."""
-    status = _bounded(status)
     found = txn.find(Instance, status.uuid)
     orphan = txn.find(Quarantined, status.uuid) if status.state == InstanceState.DELETED else None
     if orphan is not None and orphan.node == node and orphan.delete:
@@ -104,43 +103,32 @@ def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
         steps.append(InstanceState.ERROR)
     for said in status.snapshots[:_SNAPSHOTS]:
         settle_snapshot(txn, found, said)
+    error = status.error_message[:_TEXT]
     now = replace(
         found,
         state=steps[-1] if steps else found.state,
         arriving=found.arriving and status.state != InstanceState.CREATED,
-        power_state=status.power_state,
-        error_message=status.error_message or (found.error_message if not steps else ""),
-        progress=status.progress,
-        accel=status.accel or found.accel,
+        power_state=status.power_state[:40],
+        error_message=error or (found.error_message if not steps else ""),
+        progress=status.progress[:80],
+        accel=status.accel[:200] or found.accel,
         console_port=status.console_port,
         vdi_port=status.vdi_port,
-        agent_state=status.agent_state,
-        extra={**found.extra, **status.extra},
+        agent_state=status.agent_state[:80],
+        extra={**found.extra, **_extra(status.extra)},
     )
     if now == found:
         return
     txn.update(replace(now, updated_s=time.time()))
     for step in steps:
-        why = f": {status.error_message}" if step.value.endswith("error") and status.error_message else ""
+        why = f": {error}" if step.value.endswith("error") and error else ""
         txn.event(Instance.KIND, found.uuid, f"state is {step.value}{why}", type="mutate")
     if now.power_state != found.power_state:
         txn.event(Instance.KIND, found.uuid, f"power is {now.power_state}", type="status")
 
 
-def _bounded(status: InstanceStatus) -> InstanceStatus:
-    """As much of it as a record takes."""
-    return replace(
-        status,
-        power_state=status.power_state[:40],
-        error_message=status.error_message[:_TEXT],
-        progress=status.progress[:80],
-        accel=status.accel[:200],
-        agent_state=status.agent_state[:80],
-        extra=_extra(status.extra),
-    )
-
-
 def _extra(extra: dict[str, Any]) -> dict[str, Any]:
+    """As much of it as a record takes."""
     try:
         from_plain(_Extra, extra)
     except Invalid:
@@ -152,11 +140,8 @@ def keep_events(txn: Transaction, node: str, events: Iterable[NodeEvent]) -> Non
     """Add to the histories of this node and of its guests."""
     now = time.time()
     for event in events:
-        if event.object_type == Instance.KIND:
-            found = txn.find(Instance, event.object_uuid)
-            own = found is not None and found.node == node
-        else:
-            own = (event.object_type, event.object_uuid) == (Node.KIND, node)
+        guest = txn.find(Instance, event.object_uuid) if event.object_type == Instance.KIND else None
+        own = guest.node == node if guest else (event.object_type, event.object_uuid) == (Node.KIND, node)
         if not own or event.type not in _TYPES:
             continue
         known = now - _LATE_S < event.timestamp_s < now + _EARLY_S
