@@ -144,12 +144,10 @@ class SqliteStore:
         with self._moved:
             after, known = self._listed.get(prefix, (ABSENT, {}))
             if after and after >= self._forgotten and not self._closed:
-                for key, value, revision in (
-                    (c.key, c.value, c.revision) for c in self._since(after, prefix)
-                ):
-                    known.pop(key, None)
-                    if value is not None:
-                        known[key] = Record(key, value, revision)
+                for new in self._since(after, prefix):
+                    known.pop(new.key, None)
+                    if new.value is not None:
+                        known[new.key] = Record(new.key, new.value, new.revision)
                 self._listed[prefix] = self._revision, known
                 return sorted(known.values(), key=lambda record: record.key)
             after = self._revision
@@ -263,10 +261,14 @@ class SqliteStore:
                 except (Stale, LeaseLost) as err:
                     outcome.append((job, err))
                     continue
-                if writes:
-                    revision += 1
-                    self._put(writes, revision, job)
-                    changes += (Change(key, value, revision) for key, value in writes.items())
+                revision += bool(writes)
+                for key, value in writes.items():
+                    written = key, value, revision, job.lease if key in job.ephemeral else None
+                    if value is None:
+                        self._write.execute("delete from kv where key=?", written[:1])
+                    else:
+                        self._write.execute("insert or replace into kv values (?,?,?,?)", written)
+                    changes.append(Change(key, value, revision))
                 outcome.append((job, revision))
             self._write.execute("update meta set revision=?", (revision,))
             with self._moved:  # whom `get` shows a change, `list` shows it too
@@ -312,13 +314,3 @@ class SqliteStore:
             if (row[0] if row else ABSENT) != revision:
                 raise Stale(f"{key} changed meanwhile")
         return job.writes
-
-    def _put(self, writes: Writes, revision: int, job: _Job) -> None:
-        gone = [(key,) for key, value in writes.items() if value is None]
-        kept = [
-            (key, value, revision, job.lease if key in job.ephemeral else None)
-            for key, value in writes.items()
-            if value is not None
-        ]
-        self._write.executemany("delete from kv where key=?", gone)
-        self._write.executemany("insert or replace into kv values (?,?,?,?)", kept)
