@@ -109,7 +109,7 @@ def fetch_artifact(ctx: Ctx, body: UrlBody) -> Response:
 def _place(ctx: Context, uuid: str) -> Path:
     """The file of an upload, whose name nobody else knows. Raises NotFound."""
     path = ctx.services.config.state_dir / "uploads" / ctx.caller.namespace / uuid
-    if "/" in uuid or not path.is_file():
+    if len(uuid) != 36 or "/" in uuid or not path.is_file():
         raise NotFound(f"upload {uuid[:80]} not found", hint="it ends a day after its last piece")
     return path
 
