@@ -7,7 +7,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from compute.api import app as api
 from compute.api.context import Services
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
-from compute.cluster.images.artifacts import Resolver
 from compute.cluster.images.bringing import Bringing
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.addresses import ensure_floating
@@ -30,19 +29,18 @@ from compute.serve import secured
 from compute.wire.operations import Figures
 from compute.wire.spec import CachedImage, InstanceState, InstanceStatus, NodeDesired, NodeEvent, NodeFacts
 from compute.wire.streams import SOCKETS
-from imagestore import Resolved, listening
+from imagestore import ImageCache, Resolved, listening
 from imagestore.errors import NotFound
 from imagestore.formats.digest import Digest
-from imagestore.store.store import Store
 
 INSTALLATION = "0123abcd"
 
 
-class KnownImages:
+class KnownImages(ImageCache):
     """A resolver that knows debian:12 (2.5 GiB)."""
 
     def __init__(self) -> None:
-        self.stores: Mapping[str, Store] = {}
+        self.stores = {}
 
     def resolve(self, text: str, architecture: str) -> Resolved:
         if text not in ("debian:12", "debian"):
@@ -212,7 +210,7 @@ class Running:
 def running(
     directory: Path,
     *,
-    resolver: Resolver | None = None,
+    resolver: ImageCache | None = None,
     config: Config | None = None,
 ) -> Iterator[Running]:
     """Serve from `directory` until the block ends; what was stored stays for the next one."""

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from compute.api.edge import SLASH, Route
 from compute.cluster.auth import Authority, Caller
 from compute.cluster.controller import Controller
-from compute.cluster.images.artifacts import Artifact, Resolver, named_images
-from compute.cluster.images.stores import NamespaceStores, Sight
+from compute.cluster.images.artifacts import Artifact, Sight, named_images
+from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.quotas import enforce
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
@@ -29,7 +29,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition
-from imagestore import listening
+from imagestore import ImageCache, listening
 
 T = TypeVar("T")
 O = TypeVar("O", bound=Stored)  # noqa: E741
@@ -45,7 +45,7 @@ class Services:
     store: StateStore
     controller: Controller
     authority: Authority
-    resolver: Resolver
+    resolver: ImageCache
     namespaces: NamespaceStores
     """Their own image stores: `namespaces.of("shop")`."""
 
@@ -171,16 +171,12 @@ class Context:
     def sees(self, item: Any) -> bool:
         return self.caller.may(item.namespace)
 
-    def lists(self, item: Any, namespace: str | None) -> bool:
-        """Whether a list shows it: of one's own namespace or the one asked for; the administrator's shows all."""
-        wanted = namespace or ("" if self.caller.admin else self.caller.namespace)
-        return self.sees(item) and wanted in ("", item.namespace)
-
     def listed(self, cls: type[O], query: ListBody | None) -> list[O]:
-        """What a list shows, the deleted only where all are asked for."""
-        query = query or ListBody()
-        found = [i for i in self.read().list(cls) if self.lists(i, query.namespace)]
-        return [i for i in found if query.all or getattr(i, "state", "") != "deleted"]
+        """Of one's own namespace or the one asked for, the administrator's of all; the deleted if all are asked for."""
+        query, found = query or ListBody(), filter(self.sees, self.read().list(cls))
+        wanted = query.namespace or ("" if self.caller.admin else self.caller.namespace)
+        there = (i for i in found if query.all or getattr(i, "state", "") != "deleted")
+        return [i for i in there if wanted in ("", getattr(i, "namespace", ""))]
 
     def doomed(self, cls: type[O], body: DeleteAllBody) -> list[O]:
         """All of a namespace that is to be emptied. Raises Invalid without the word."""

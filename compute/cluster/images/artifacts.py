@@ -3,21 +3,19 @@
 import logging
 import re
 import uuid as uuid_module
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from compute.cluster.images.stores import MINE, NamespaceStores
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Denied, Invalid, NoCapacity, NotFound, NotReady
 from compute.wire.spec import DiskSpec
+from imagestore import ImageCache, Resolved, Store, StoreError, digest_of, parse_reference
 from imagestore import NotFound as NoImage
-from imagestore import Resolved, Store, StoreError, parse_reference
 from imagestore.mirror import Source, sources
-
-if TYPE_CHECKING:
-    from compute.cluster.images.stores import Sight
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +28,6 @@ _DEVICES = "abcdefghijklmnop"
 WEB, BLOB = ("https://", "http://"), "sf://blob/"
 _MOST, _MOST_WANTED = 1000, 3
 """Artifacts of one namespace; those that are on their way."""
-
-
-class Resolver(Protocol):
-    """The part of ImageCache that the server needs. `stores` by the name that people put before a slash."""
-
-    @property
-    def stores(self) -> Mapping[str, Store]: ...
-
-    def resolve(self, text: str, architecture: str) -> Resolved: ...
 
 
 def resolve_disks(
@@ -151,6 +140,42 @@ class Artifact(Stored):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blobs", dict(list(self.blobs.items())[-self.max_versions :]))
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one caller may name: the server's images and those of namespaces, `namespace` being its own.
+
+    may: whether the caller sees another one. everything: also by digest, whatever it is that a cache holds.
+    """
+
+    resolver: ImageCache
+    namespaces: NamespaceStores
+    namespace: str
+    may: Callable[[str], bool]
+    everything: bool
+    artifacts: Callable[[], Iterable[Artifact]]
+
+    def resolve(self, text: str, architecture: str) -> Resolved:
+        """As ImageCache does. Raises NotFound, in the same words for what is not there and what may not be seen."""
+        wanted = parse_reference(text)
+        remote = self.namespace if wanted.remote == MINE else wanted.remote or ""
+        if wanted.remote == MINE or (remote and remote not in self.resolver.stores and self.may(remote)):
+            try:
+                store = self.namespaces.find(remote)
+            except NotFound as err:
+                hint = "see: sf remote ls; a server sees what is added within 3 s"
+                raise NotFound(f"no remote or namespace is called {remote}", hint=hint) from err
+            if store is None:
+                raise NotFound(f"no image {text}: {remote} has kept none", hint="see: sf image ls my")
+            digest = digest_of(store, wanted, architecture)
+            return Resolved(digest, store.manifest(digest).size_bytes, remote)
+        found = self.resolver.resolve(text, architecture)
+        # The cache has everybody's: a digest shows who may read the image only where a store has it.
+        by_digest, stores = wanted.digest_prefix and not self.everything, self.resolver.stores.values()
+        if by_digest and not any(store.has_manifest(found.digest) for store in stores):
+            raise NotFound(f"no image {text}", hint="see: sf image ls")
+        return found
 
 
 def identity(*called: str) -> str:

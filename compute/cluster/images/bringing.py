@@ -16,7 +16,7 @@ from threading import Lock, Thread
 from compute import errors
 from compute.cluster.auth import SYSTEM
 from compute.cluster.feed import Feed
-from compute.cluster.images.artifacts import BLOB, WEB, Artifact, Blob, Resolver, add_version, fitted, listed
+from compute.cluster.images.artifacts import BLOB, WEB, Artifact, Blob, add_version, fitted, listed
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.quotas import Quota, enforce
 from compute.cluster.records.instances import Instance
@@ -26,7 +26,7 @@ from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import ComputeError, Invalid, NotFound, brief
 from compute.wire.spec import InstanceState
-from imagestore import Digest, Progress, Report, Store, StoreError, Unavailable, pull, push
+from imagestore import Digest, ImageCache, Progress, Report, Store, StoreError, Unavailable, pull, push
 from imagestore.mirror import bring, hash_file, sources
 
 _MOST, _LOOK_S, _TELL_S, _UPLOAD_S = 32, 5.0, 2.0, 86400.0
@@ -35,7 +35,7 @@ _MOST, _LOOK_S, _TELL_S, _UPLOAD_S = 32, 5.0, 2.0, 86400.0
 class Bringing:
     """Of one server."""
 
-    def __init__(self, records: StateStore, own: NamespaceStores, server: Resolver, config: Config) -> None:
+    def __init__(self, records: StateStore, own: NamespaceStores, server: ImageCache, config: Config) -> None:
         self._records, self._own, self._server, self._config = records, own, server, config
         self._running = set[str]()
         self._listed = Lock()  # two downloads of one source would write to one file

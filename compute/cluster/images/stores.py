@@ -8,18 +8,16 @@ Images in it are `my/name:tag`, and `namespace/name:tag` for whoever is trusted 
 import asyncio
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from compute.cluster.images.artifacts import Artifact, Resolver
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
-from compute.errors import NotFound
-from imagestore import Resolved, Store, StoreError, collect, digest_of, open_store, parse_reference
+from imagestore import Store, StoreError, collect, open_store
 
 MINE = "my"
 """Before the slash: the current namespace."""
@@ -91,43 +89,3 @@ class NamespaceStores:
                     Path(unquote(parts.path)).parent.mkdir(mode=0o711, parents=True, exist_ok=True)
                 self._open[url] = open_store(url, create=True, private=True)
             return self._open[url]
-
-
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """A Resolver of what one caller may name: the server's images and those of namespaces, `namespace` being its own.
-
-    may: whether the caller sees another one. everything: also by digest, whatever it is that a cache holds.
-    """
-
-    resolver: Resolver
-    namespaces: NamespaceStores
-    namespace: str
-    may: Callable[[str], bool]
-    everything: bool
-    artifacts: Callable[[], Iterable[Artifact]]
-
-    @property
-    def stores(self) -> Mapping[str, Store]:
-        return self.resolver.stores
-
-    def resolve(self, text: str, architecture: str) -> Resolved:
-        """As ImageCache does. Raises NotFound, in the same words for what is not there and what may not be seen."""
-        wanted = parse_reference(text)
-        remote = self.namespace if wanted.remote == MINE else wanted.remote or ""
-        if wanted.remote == MINE or (remote and remote not in self.stores and self.may(remote)):
-            try:
-                store = self.namespaces.find(remote)
-            except NotFound as err:
-                hint = "see: sf remote ls; a server sees what is added within 3 s"
-                raise NotFound(f"no remote or namespace is called {remote}", hint=hint) from err
-            if store is None:
-                raise NotFound(f"no image {text}: {remote} has kept none", hint="see: sf image ls my")
-            digest = digest_of(store, wanted, architecture)
-            return Resolved(digest, store.manifest(digest).size_bytes, remote)
-        found = self.resolver.resolve(text, architecture)
-        # The cache has everybody's: a digest shows who may read the image only where a store has it.
-        by_digest = wanted.digest_prefix and not self.everything
-        if by_digest and not any(store.has_manifest(found.digest) for store in self.stores.values()):
-            raise NotFound(f"no image {text}", hint="see: sf image ls")
-        return found
