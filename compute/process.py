@@ -135,9 +135,6 @@ def joined(
     return acting, link.run, address
 
 
-async def _nothing() -> None: ...
-
-
 def shortened(record: logging.LogRecord) -> bool:
     """A filter for loggers of others: a line for an error, instead of a traceback whose length a tenant chooses."""
     error = record.exc_info[1] if record.exc_info else None
@@ -165,7 +162,7 @@ async def run(
     make_agent: Callable[[], Awaitable[Agent]],
     *parts: Callable[[], Awaitable[None]],
     answering: Sequence[asyncio.Task[None]] = (),
-    close: Callable[[], Awaitable[None]] = _nothing,
+    close: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """An agent and the other parts, until SIGINT or SIGTERM, or until one that answers fails: then its error.
 
@@ -187,7 +184,8 @@ async def run(
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await close()
+        if close:
+            await close()
         acting.cancel()
         await asyncio.wait([acting])
         for task in tasks:

@@ -89,7 +89,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             resolvers=config.resolvers,
             stores=lambda: stores.urls,
         )
-        stack.callback(controller.stop)
+        stack.callback(controller.feed.stop)
         here = find_machine(Transaction(store).list(Node), "", config.node_name)
         memory = Memory(state_dir, proof=here.uuid if here else "")
         stack.enter_context(memory.alone(installation))
@@ -97,11 +97,8 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         node, parts = await controller.start(memory.now, mine), list[Any]()
         agent: Any = asyncio.Event().wait  # nobody
         if mine:
-            trusted, own_url = (
-                certificate(state_dir / "auth")[0].read_text(),
-                f"https://{config.agent_listen}",
-            )
-            identity = Identity(own_url, node, mine, installation, trusted)
+            trusted = certificate(state_dir / "auth")[0].read_text()
+            identity = Identity(f"https://{config.agent_listen}", node, mine, installation, trusted)
             agent, link, _ = process.joined(config, identity, stores, memory)
             parts.append(link)
         elif config.guests:

@@ -259,7 +259,7 @@ def running(
             one.cancel()
             with suppress(asyncio.CancelledError):
                 await one
-        controller.stop()
+        controller.feed.stop()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()

@@ -155,7 +155,7 @@ def build(services: Services) -> FastAPI:
     @app.post("/agent/v1/register")
     async def register(node: Caller, body: RegisterBody) -> Response:
         await controller.register(node, from_plain(NodeFacts, body.facts), mailboxes[node].operations)
-        await controller.renew(node)
+        await asyncio.to_thread(controller.nodes.renew, node)
         return JSONResponse(None)
 
     @app.get("/agent/v1/desired")
@@ -176,7 +176,7 @@ def build(services: Services) -> FastAPI:
 
     @app.post("/agent/v1/renew")
     async def renew(node: Caller) -> Response:
-        return JSONResponse({"fence_s": await controller.renew(node)})
+        return JSONResponse({"fence_s": await asyncio.to_thread(controller.nodes.renew, node)})
 
     @app.get("/agent/v1/operations")
     async def operations(node: Caller, wait: Wait = 0) -> Response:

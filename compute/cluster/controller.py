@@ -23,7 +23,7 @@ from compute.cluster.records.nodes import Node, check_facts, find_machine, renam
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.reports import keep_events, settle
 from compute.cluster.state.protocol import StateStore
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
@@ -37,7 +37,7 @@ _MOST_ORPHANS, _EVENTS = 4096, 25
 
 
 class Controller:
-    """One per server. `start` inside the event loop, `stop` before the store is closed."""
+    """One per server. `start` inside the event loop; its `feed` is stopped before the store is closed."""
 
     def __init__(
         self,
@@ -99,9 +99,6 @@ class Controller:
         name = await self._act(action, self.server)
         self.server = self.nodes.server = "" if identity else name
         return name
-
-    def stop(self) -> None:
-        self.feed.stop()
 
     async def keep_up(self) -> None:
         """Until cancelled."""
@@ -189,12 +186,7 @@ class Controller:
                 heard(txn, node)
             return False
 
-        while await self._act(action, node):
-            pass
-
-    async def renew(self, node: str) -> float:
-        """A node on another machine lives `liveness.LEASE_S` longer. Returns when it must fence itself, in seconds."""
-        return await asyncio.to_thread(self.nodes.renew, node)
+        await asyncio.to_thread(pieces, self.store, action, node)
 
     async def dial(self, node: str, ticket: str) -> Stream:
         """Bring a stream that was asked for. Raises NotFound when nobody waits for it."""

@@ -36,7 +36,7 @@ def registers(controller: Controller, boot: str) -> None:
 def test_only_another_start_of_the_machine_changes_what_guests_are_to_do(store: SqliteStore) -> None:
     controller = Controller(store, "0badcafe", "n1")
     asyncio.run(controller.start())
-    controller.stop()
+    controller.feed.stop()
     registers(controller, "monday")
     always = guest(store, "always", power=Power.OFF, autostart="yes")
     ended = guest(store, "ended", power=Power.ON, power_state="off", autostart="yes")

@@ -105,11 +105,11 @@ def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_k
             await register(controller, "n1")
             assert await told([]) == ImageSite()
             await register(controller, "n2")
-            await controller.renew("n2")
+            controller.nodes.renew("n2")
             first = await told(["n2"])
             assert (await controller.desired("n2")).image_site.secret == first.secret
             await told([])  # its lease ran out
-            await controller.renew("n2")
+            controller.nodes.renew("n2")
             assert await told(["n2"]) == first
             remove = lambda txn: nodes.remove(txn, "n2", server="n1", alive=False, router_nodes=[])  # noqa: E731
             transact(store, remove)
@@ -117,12 +117,12 @@ def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_k
             assert (await controller.desired("n2")).image_site == ImageSite()
             transact(store, lambda txn: txn.create(Node(uuid="3", name="n3")))
             await register(controller, "n3")
-            await controller.renew("n3")
+            controller.nodes.renew("n3")
             assert (await told(["n3"])).secret != first.secret
             assert all(a.revision != b.revision for a, b in itertools.pairwise(seen))
             other_server = Controller(store, "0123abcd", "n1")
             assert (await other_server.desired("n1")).revision == seen[-1].revision
         finally:
-            controller.stop()
+            controller.feed.stop()
 
     asyncio.run(story())

@@ -43,7 +43,7 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 def started(store: SqliteStore, name: str = "n1", seen: Inventory | None = None) -> Controller:
     controller = Controller(store, "0badcafe", name)
     asyncio.run(controller.start(seen or Inventory("m1", "", 0)))
-    controller.stop()
+    controller.feed.stop()
     return controller
 
 
