@@ -9,7 +9,9 @@ from net.plan import names
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Kind, Link, Observed
 from net.plan.model import NodeNetworks
 from net.plan.plan import Action, Space, Transaction, Verb, plan
-from net.plan.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, published, tap_name
+from net.plan.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, published, tap_name, too_large
+
+_Rules = dict[tuple[str, ...], list[dict[str, Any]]]  # by family, table and chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,6 @@ class Finding:
 
 def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Finding]:
     """Everything wrong on this node. `ruleset` is nft's JSON listing of the host."""
-    meshed = is_meshed(desired)
     by_space = {names.namespace(desired.installation, n.vni): n.name for n in desired.networks}
     findings = [
         Finding(by_space.get(action.namespace, action.namespace or "host"), describe(action))
@@ -45,13 +46,11 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
         findings.append(Finding("", text, "sysctl -w net.ipv6.conf.all.forwarding=1 (and accept_ra=2)"))
     told = published(desired, observed)[1]
     findings += [Finding("", text, "stop that server, or publish another port") for text in told]
-    for network in desired.networks:
-        if observed.mtu_bytes and meshed and not network.bridge:
-            room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
-            if network.mtu_bytes > room:
-                text = f"packets of {network.mtu_bytes} bytes do not fit the mesh, which carries {room}"
-                fix = f"raise the MTU of the device with {desired.underlay} to {network.mtu_bytes + 50}"
-                findings.append(Finding(network.name, text, fix))
+    for network in too_large(desired, observed):
+        room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
+        text = f"packets of {network.mtu_bytes} bytes do not fit the mesh, which carries {room}"
+        fix = f"raise the MTU of the device with {desired.underlay} to {network.mtu_bytes + 50}"
+        findings.append(Finding(network.name, text, fix))
     return findings + list(_firewall(desired, observed, ruleset))
 
 
@@ -89,10 +88,13 @@ def _difference(action: Action) -> str:
 def _firewall(desired: NodeNetworks, observed: Observed, ruleset: str) -> Iterator[Finding]:
     """Rules of other tables that refuse what our uplinks forward, bridged packets, or VXLAN from a node."""
     own, prefix = names.table(desired.installation), names.host_uplink_prefix(desired.installation)
-    firewall = _Firewall(ruleset, own)
+    objects = json.loads(ruleset)["nftables"] if ruleset.strip() else []
+    rules: _Rules = {}
+    for rule in (o["rule"] for o in objects if "rule" in o):
+        rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule)
     uplinks = any(has_uplink(desired, network) for network in desired.networks)
     forwarded = [("packets from our uplinks", "iifname"), ("packets to our uplinks", "oifname")]
-    for chain in firewall.chains:
+    for chain in (o["chain"] for o in objects if "chain" in o):
         at = (chain["family"], chain["table"], chain["name"])
         if at[0] not in ("ip", "inet") or at[1] == own:
             continue
@@ -107,54 +109,42 @@ def _firewall(desired: NodeNetworks, observed: Observed, ruleset: str) -> Iterat
         elif chain.get("hook") == "input" and is_meshed(desired):
             packets = [("the mesh's packets", {"dport": "4789"}, "udp dport 4789")]
         for what, packet, match in packets:
-            if why := firewall.refusal(at, packet, chain["policy"]):
+            why = _verdict(rules, at, packet, own)
+            if why is None and chain["policy"] == "drop":
+                why = f"the policy of chain {' '.join(at)} is to drop"
+            if why:
                 fix = f"nft insert rule {' '.join(at)} {match} accept"
                 yield Finding("", f"the host's firewall refuses {what}: {why}", fix)
 
 
-class _Firewall:
-    """A ruleset, walked by a packet of which we know a device or a port."""
+def _verdict(rules: _Rules, at: tuple[str, ...], packet: Mapping[str, str], own: str) -> str | None:
+    """What a packet of which we know a device or a port meets in a chain, and in those that this leads to.
 
-    def __init__(self, ruleset: str, own: str) -> None:
-        objects = json.loads(ruleset)["nftables"] if ruleset.strip() else []
-        self.chains = [o["chain"] for o in objects if "chain" in o]
-        self._own = own
-        self._rules: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for rule in (o["rule"] for o in objects if "rule" in o):
-            self._rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule)
-
-    def refusal(self, at: tuple[str, ...], packet: Mapping[str, str], policy: str) -> str:
-        """What surely refuses the packet in a base chain, in words, or ""."""
-        verdict = self._verdict(at, packet)
-        if verdict is None and policy == "drop":
-            return f"the policy of chain {' '.join(at)} is to drop"
-        return verdict or ""
-
-    def _verdict(self, at: tuple[str, ...], packet: Mapping[str, str]) -> str | None:
-        """None: no rule decides; "": accepted; else the rule that refuses. The kernel allows no loops."""
-        for rule in self._rules.get(at, []):
-            # An accept of ours also asks for the sender's address, which we do not know.
-            ours = rule.get("comment", "").startswith(f"{self._own}:")
-            matches = [e["match"] for e in rule["expr"] if "match" in e]
-            extensions = [e["xt"] or {} for e in rule["expr"] if "xt" in e]  # of iptables, in a word each
-            if any(x.get("type") == "match" and x.get("name") != "comment" for x in extensions):
-                continue
-            if not all(_holds(match, packet, unknown=ours) for match in matches):
-                continue
-            for expression in rule["expr"]:
-                target = (expression.get("xt") or {}).get("name")
-                if "drop" in expression or "reject" in expression or target in ("DROP", "REJECT"):
-                    where = " ".join(at)
-                    return f"rule {rule['handle']} of chain {where} (nft -a list chain {where})"
-                if "accept" in expression:
-                    return ""
-                if "return" in expression:
-                    return None
-                if called := expression.get("jump") or expression.get("goto"):
-                    inner = self._verdict((*at[:2], called["target"]), packet)
-                    if inner is not None:
-                        return inner
-        return None
+    None: no rule decides; "": accepted; else the rule that surely refuses. The kernel allows no loops.
+    """
+    for rule in rules.get(at, []):
+        # An accept of ours also asks for the sender's address, which we do not know.
+        ours = rule.get("comment", "").startswith(f"{own}:")
+        matches = [e["match"] for e in rule["expr"] if "match" in e]
+        extensions = [e["xt"] or {} for e in rule["expr"] if "xt" in e]  # of iptables, in a word each
+        if any(x.get("type") == "match" and x.get("name") != "comment" for x in extensions):
+            continue
+        if not all(_holds(match, packet, unknown=ours) for match in matches):
+            continue
+        for expression in rule["expr"]:
+            target = (expression.get("xt") or {}).get("name")
+            if "drop" in expression or "reject" in expression or target in ("DROP", "REJECT"):
+                where = " ".join(at)
+                return f"rule {rule['handle']} of chain {where} (nft -a list chain {where})"
+            if "accept" in expression:
+                return ""
+            if "return" in expression:
+                return None
+            if called := expression.get("jump") or expression.get("goto"):
+                inner = _verdict(rules, (*at[:2], called["target"]), packet, own)
+                if inner is not None:
+                    return inner
+    return None
 
 
 def _holds(match: dict[str, Any], packet: Mapping[str, str], *, unknown: bool) -> bool:

@@ -52,7 +52,8 @@ class Plane:
             observed = self._look(desired.underlay, self._end_strays())
             if back := self._holders.put_back(_local_taps(desired), observed):
                 observed = self._look(desired.underlay, self._running())
-            refused = too_large(desired, observed)
+            large = too_large(desired, observed)  # one that is here already stays
+            refused = [n for n in large if self.namespace(n) not in observed.namespaces]
             kept = tuple(network for network in desired.networks if network not in refused)
             actions = plan(replace(desired, networks=kept), observed)
             self._carry_out(actions)
@@ -159,17 +160,6 @@ class Plane:
                         raise Conflict(f"the device {name} is not ours: alias {held.alias!r}")
                     space.delete_link(name)
 
-    def counters(self, network: Network) -> dict[str, dict[str, int]]:
-        """Dropped frames by tap and reason (net.nft.REASONS)."""
-        with self._lock, Netns(self.namespace(network)) as space:
-            table = f"bridge {names.table(self.installation)}"
-            counted = ruleset.counts(space.nft(f"list counters table {table}", json=True))
-        found: dict[str, dict[str, int]] = {}
-        for name, packets in counted.items():
-            tap, _, reason = name.rpartition("-")
-            found.setdefault(tap, {})[reason] = packets
-        return found
-
     # How it is done
 
     def _running(self) -> list[dnsmasq.Running]:
@@ -228,7 +218,7 @@ class Plane:
                 if action.verb is Verb.ADOPT:
                     host.move_link(link.name, space)
                 elif action.verb is Verb.ADD:
-                    _create(link, space, host)
+                    space.create(link, host)
                 space.change_link(link, action.had if isinstance(action.had, Link) else None)
             case Entry() as item:
                 space.entry(item, add=add)
@@ -240,7 +230,7 @@ class Plane:
             case Transaction() as item:
                 space.nft(item.commands)
             case Admission() as item:
-                space.nft(ruleset.admit(item) if add else ruleset.dismiss(item))
+                space.nft(ruleset.admission(item, add=add))
             case Space():
                 space.raise_loopback()
             case Dnsmasq() if not add:
@@ -250,13 +240,11 @@ class Plane:
 
     def _serve(self, space: Netns, wanted: Dnsmasq, had: Dnsmasq | None) -> None:
         daemon = dnsmasq.Daemon(self._directory, space.name)
-        if had is not None and had.config == wanted.config:
-            kept = set(wanted.hosts.splitlines())
-            if all(line in kept for line in had.hosts.splitlines()):
-                for running in self._running():
-                    if running.namespace == space.name:
-                        daemon.reload(wanted, running.pid)
-                        return
+        kept = set(wanted.hosts.splitlines())
+        added = had and had.config == wanted.config and kept.issuperset(had.hosts.splitlines())
+        for running in dnsmasq.running(space.name) if added else ():
+            daemon.reload(wanted, running.pid)
+            return
         if had is not None:
             self._stop(space.name)
         with space.entered():
@@ -288,9 +276,8 @@ class Plane:
         return found if found == HOST or (netns.DIRECTORY / found).exists() else HOST
 
     def _stop(self, namespace: str) -> None:
-        for running in self._running():
-            if running.namespace == namespace:
-                dnsmasq.stop(running.pid)
+        for running in dnsmasq.running(namespace):
+            dnsmasq.stop(running.pid)
         dnsmasq.Daemon(self._directory, namespace).forget()
 
     def _announce_again(self, *proxies: Entry) -> None:
@@ -317,17 +304,6 @@ def _refusals(what: str) -> Iterator[None]:
         yield
     except (NetlinkError, OSError) as error:
         raise Failed(f"{what}: {error}") from error
-
-
-def _create(link: Link, space: Netns, host: Netns) -> None:
-    """The device itself; `change_link` does the rest."""
-    if link.kind == "bridge":
-        space.create_bridge(link)
-    elif link.kind == "vxlan":
-        host.create_vxlan(link, space)
-    elif space.name != HOST:  # the host's end of a veth pair comes with the other
-        host.delete_link(link.peer)
-        space.create_veth(link, host)
 
 
 def _explained(action: Action, error: NetError | NetlinkError | OSError) -> NetError:

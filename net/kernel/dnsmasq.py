@@ -7,10 +7,11 @@ it would keep the address for the old MAC until that lease ended. What the files
 
 import hashlib
 import os
+import select
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -19,6 +20,7 @@ from net.errors import Failed
 from net.plan.facts import Dnsmasq
 
 _USER = "dnsmasq"
+_END_MS = 2500
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,28 +135,16 @@ def _digest(wanted: Dnsmasq) -> str:
     return hashlib.blake2b("\0".join((wanted.config, wanted.hosts, wanted.names)).encode()).hexdigest()
 
 
-def stop(pid: int, *, wait_s: float = 5.0) -> None:
-    """Ends it and waits; after half the time without mercy. No such process is success."""
-    deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
-        hard = time.monotonic() > deadline - wait_s / 2
-        try:
-            os.kill(pid, signal.SIGKILL if hard else signal.SIGTERM)
-        except ProcessLookupError:
-            return
-        for _ in range(50):
-            if _ended(pid):
+def stop(pid: int) -> None:
+    """Ends it and waits, at last without mercy. No such process is success."""
+    with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid), "rb") as process:
+        ended = select.poll()
+        ended.register(process, select.POLLIN)  # also of one that nobody has waited for yet
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(process.fileno(), number)
+            if ended.poll(_END_MS):
                 return
-            time.sleep(0.002)
-    raise Failed(f"dnsmasq (process {pid}) does not end")
-
-
-def _ended(pid: int) -> bool:
-    """A process that nobody has waited for yet has no command line left."""
-    try:
-        return not Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return True
+        raise Failed(f"dnsmasq (process {pid}) does not end")
 
 
 def upstream(
@@ -162,19 +152,12 @@ def upstream(
 ) -> tuple[IPv4Address, ...]:
     """The host's DNS servers from the first file that names one which is not loopback."""
     for path in paths:
-        found = []
-        try:
-            lines = path.read_text().splitlines()
-        except OSError:
-            continue
-        for words in (line.split() for line in lines):
-            if len(words) >= 2 and words[0] == "nameserver":
-                try:
-                    address = IPv4Address(words[1])
-                except ValueError:  # IPv6
-                    continue
-                if not address.is_loopback:
-                    found.append(address)
-        if found:
+        found = list[IPv4Address]()
+        with suppress(OSError):
+            for words in map(str.split, path.read_text().splitlines()):
+                if words[:1] == ["nameserver"]:
+                    with suppress(ValueError):  # IPv6
+                        found += map(IPv4Address, words[1:2])
+        if found := [address for address in found if not address.is_loopback]:
             return tuple(found)
     return ()

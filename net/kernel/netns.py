@@ -171,10 +171,8 @@ class Netns:
         return found[1] if found else None
 
     def entries(self, sysctls: Iterable[str]) -> Iterator[Entry]:
-        """What `rtnetlink.entries` says, and those sysctls (one that this kernel lacks reads "0")."""
-        if not self._names:
-            self.links()
-        yield from rtnetlink.entries(self._reading, self._names, connected_only=bool(self.name))
+        """What `rtnetlink.entries` says of `links`, and those sysctls (one that this kernel lacks reads "0")."""
+        yield from rtnetlink.entries(self._reading, self._names, host=not self.name)
         texts = dict.fromkeys(sysctls, "0")
         with self.entered():
             for key in sysctls:
@@ -182,11 +180,6 @@ class Netns:
                     texts[key] = Path(f"/proc/sys/{key}").read_text().strip()
         for key, text in texts.items():
             yield sysctl(key, text)
-
-    def proxies(self) -> Iterator[Entry]:
-        if not self._names:
-            self.links()
-        return rtnetlink.proxies(self._reading, self._names)
 
     def nft(self, commands: str, *, json: bool = False) -> str:
         with self.entered():
@@ -206,27 +199,27 @@ class Netns:
 
     # What is changed
 
-    def create_bridge(self, link: Link) -> None:
-        device = {"ifname": link.name, "kind": "bridge", "mtu": link.mtu_bytes}
-        device |= {"address": link.mac} if link.mac else {}
-        self._ip.link("add", br_forward_delay=0, br_mcast_snooping=0, **device)
-
-    def create_vxlan(self, link: Link, target: "Netns") -> None:
-        """Made from here, put into the target: its UDP socket stays in this namespace."""
-        wanted = {"vxlan_id": link.vni, "vxlan_local": link.local, "vxlan_port": VXLAN_PORT}
-        device = {"ifname": link.name, "kind": "vxlan", "mtu": link.mtu_bytes, "vxlan_learning": False}
-        for tries_left in range(10, -1, -1):
-            try:
-                self._ip.link("add", net_ns_fd=target.fd, **device, **wanted)
-                return
-            except NetlinkError as error:
-                if error.code != errno.EEXIST or not tries_left:
-                    raise
-                # A namespace that lost its name frees its devices some time after its last process.
-                time.sleep(0.1)
-
-    def create_veth(self, link: Link, host: "Netns") -> None:
-        self._ip.link("add", ifname=link.name, kind="veth", peer={"ifname": link.peer, "net_ns_fd": host.fd})
+    def create(self, link: Link, host: "Netns") -> None:
+        """The device itself; `change_link` does the rest."""
+        device: dict[str, Any] = {"ifname": link.name, "kind": link.kind}
+        if link.kind == "bridge":
+            how = {"mtu": link.mtu_bytes, "address": link.mac, "br_forward_delay": 0, "br_mcast_snooping": 0}
+            self._ip.link("add", **device, **how)
+        elif link.kind == "vxlan":  # made from the host, put in here: its UDP socket stays there
+            device |= {"mtu": link.mtu_bytes, "net_ns_fd": self.fd, "vxlan_learning": False}
+            device |= {"vxlan_id": link.vni, "vxlan_local": link.local, "vxlan_port": VXLAN_PORT}
+            for tries_left in range(10, -1, -1):
+                try:
+                    host._ip.link("add", **device)
+                    return
+                except NetlinkError as error:
+                    if error.code != errno.EEXIST or not tries_left:
+                        raise
+                    # A namespace that lost its name frees its devices some time after its last process.
+                    time.sleep(0.1)
+        elif self.name:  # the host's end of a veth pair comes with the other
+            host.delete_link(link.peer)
+            self._ip.link("add", peer={"ifname": link.peer, "net_ns_fd": host.fd}, **device)
 
     def move_link(self, name: str, target: "Netns") -> None:
         self._ip.link("set", index=self.index(name), net_ns_fd=target.fd)

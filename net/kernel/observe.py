@@ -1,6 +1,5 @@
 """What the kernel of this node holds that is ours: read, never changed."""
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Interface
@@ -10,7 +9,7 @@ from net.errors import Failed
 from net.kernel import dnsmasq, netns
 from net.kernel.netns import Netns
 from net.plan import names, nft, ruleset
-from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed, Rule
+from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed
 from net.plan.target import BRIDGED, FORWARD, FORWARD6, SYSCTLS, sysctls6
 
 _OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE, Kind.SYSCTL)
@@ -71,11 +70,12 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
             tables[family] = host.tables(f"list table {family} {table}")[family, table]
     floating = tables["inet"].elements.get(nft.FLOATING) if "inet" in tables else None
     answered = {address for address, _ in floating.items} if floating else set()
-    own = [e for e in entries if e.key == FORWARD or (e.dev in links and e.kind in _OURS_ON_HOST)]
+    own = {e for e in entries if e.key == FORWARD or (e.dev in links and e.kind in _OURS_ON_HOST)}
+    own |= {e for e in entries if e.kind is Kind.PROXY and e.key in answered}
     foreign, admissions = _foreign(installation, host)
     found[HOST] = Facts(
         links=links,
-        entries=frozenset([*own, *(e for e in (host.proxies() if answered else ()) if e.key in answered)]),
+        entries=frozenset(own),
         tables=tables,
         admissions=frozenset(admissions),
     )
@@ -106,18 +106,16 @@ def _foreign(installation: str, host: Netns) -> tuple[list[ForeignChain], list[A
     own = names.table(installation)
     chains: list[ForeignChain] = []
     admissions: list[Admission] = []
-    listed = json.loads(host.nft("list chains", json=True) or '{"nftables": []}')["nftables"]
-    for chain in (entry["chain"] for entry in listed if "chain" in entry):
-        if chain.get("hook") not in ("forward", "input") or chain["family"] not in ("ip", "ip6", "inet"):
-            continue
-        if chain["table"].startswith("sf-"):
+    for (family, table), listed in ruleset.parse(host.nft("list chains", json=True)).items():
+        if table.startswith("sf-") or family not in ("ip", "ip6", "inet"):
             continue  # ours, or another installation's, which knows its own uplinks only
-        at = (chain["family"], chain["table"], chain["name"])
-        chains.append(ForeignChain(*at, chain["hook"], chain["policy"]))
-        with suppress(Failed):  # it was removed since
-            text = host.nft(f"list chain {' '.join(at)}", json=True)
-            for held in (entry["rule"] for entry in json.loads(text)["nftables"] if "rule" in entry):
-                if held.get("comment", "").startswith(f"{own}:"):
-                    rule = Rule(held["comment"], handle=held["handle"])
-                    admissions.append(Admission(*at, rule))
+        for name, hook in ((chain.name, chain.hook) for chain in listed.chains.values()):
+            if hook is None or hook.hook not in ("forward", "input"):
+                continue
+            chains.append(ForeignChain(family, table, name, hook.hook, hook.policy))
+            with suppress(Failed):  # it was removed since
+                text = host.nft(f"list chain {family} {table} {name}", json=True)
+                rules = ruleset.parse(text)[family, table].chains[name].rules
+                ours = (rule for rule in rules if rule.mark.startswith(f"{own}:"))
+                admissions += [Admission(family, table, name, rule) for rule in ours]
     return chains, admissions

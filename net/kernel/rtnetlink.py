@@ -110,10 +110,10 @@ def _link(flags: int, attributes: Attributes, names: dict[int, str]) -> Link:
     )
 
 
-def entries(asking: socket.socket, names: dict[int, str], *, connected_only: bool) -> Iterator[Entry]:
+def entries(asking: socket.socket, names: dict[int, str], *, host: bool) -> Iterator[Entry]:
     """Addresses, routes, FDB and neighbours without what the kernel put there itself.
 
-    `connected_only`: an address does not count whose subnet's route was taken away.
+    Of the host, ARP proxies, too; elsewhere an address does not count whose subnet's route was taken away.
     """
     connected = set()
     for family, fixed, a in _both(asking, _GETROUTE, "=B11x"):
@@ -126,7 +126,7 @@ def entries(asking: socket.socket, names: dict[int, str], *, connected_only: boo
     for family, fixed, a in _both(asking, _GETADDR, "=B7x"):
         length, index = struct.unpack("=xBxxI", fixed)
         address = _ip(a.get(1 if family == socket.AF_INET6 else 2))
-        if not connected_only or length in (32, 64) or (index, address) in connected:
+        if host or length in (32, 64) or (index, address) in connected:
             yield Entry(Kind.ADDRESS, names.get(index, ""), f"{address}/{length}")
     for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=B11x", socket.AF_BRIDGE)):
         index, state = struct.unpack("=xxxxiHxx", fixed)
@@ -137,9 +137,6 @@ def entries(asking: socket.socket, names: dict[int, str], *, connected_only: boo
         index, state = struct.unpack("=xxxxiHxx", fixed)
         if state == _PERMANENT:
             yield Entry(Kind.NEIGHBOUR, names.get(index, ""), _ip(a.get(1)), a.get(2, b"").hex(":"))
-
-
-def proxies(asking: socket.socket, names: dict[int, str]) -> Iterator[Entry]:
-    """Addresses for which ARP is answered on behalf of others."""
-    for fixed, a in _dump(asking, _GETNEIGH, struct.pack("=BxxxiHBB", socket.AF_INET, 0, 0, _PROXY, 0)):
+    asked = struct.pack("=BxxxiHBB", socket.AF_INET, 0, 0, _PROXY, 0)
+    for fixed, a in _dump(asking, _GETNEIGH, asked) if host else ():
         yield Entry(Kind.PROXY, names.get(struct.unpack_from("=i", fixed, 4)[0], ""), _ip(a.get(1)))

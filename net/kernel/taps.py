@@ -10,10 +10,11 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from net.errors import NetError
 from net.kernel.netns import NetlinkError, Netns
@@ -31,17 +32,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def create_tap(name: str, alias: str) -> None:
     """A persistent tap in the calling thread's namespace, down."""
     with Path("/dev/net/tun").open("r+b", buffering=0) as device:
-        _attach(device.fileno(), name, alias, _TAP)
+        _attach(device, name, alias, _TAP)
 
 
-def _attach(fd: int, name: str, alias: str, flags: int, header_bytes: int = 0) -> None:
+def _attach(device: IO[bytes], name: str, alias: str, flags: int, header_bytes: int = 0) -> None:
     """The alias is set before the tap is made to last, so that whoever is killed in between leaves nothing."""
-    fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
     if header_bytes:
-        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", header_bytes))
+        fcntl.ioctl(device, _TUNSETVNETHDRSZ, struct.pack("i", header_bytes))
     with Netns(HOST) as host:
         host.mark(name, alias)
-    fcntl.ioctl(fd, _TUNSETPERSIST, 1)
+    fcntl.ioctl(device, _TUNSETPERSIST, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ def _put_back(name: str, alias: str, held: Holder) -> bool:
         time.sleep(0.02)  # a namespace that lost its name frees its devices a little later
     if attached != "":
         return False
-    with _copy(held.pid, held.fd) as fd:
-        _attach(fd, name, alias, held.flags, held.header_bytes)
+    with _copy(held.pid, held.fd) as device:
+        _attach(device, name, alias, held.flags, held.header_bytes)
     return True
 
 
@@ -122,17 +123,10 @@ def _look(pid: int, fd: int, name: str) -> Holder | None:
     return Holder(pid, fd, flags & _ASKED, header)
 
 
-@contextmanager
-def _copy(pid: int, fd: int) -> Iterator[int]:
-    """The same open file, as a descriptor of ours. Raises OSError."""
-    process = os.pidfd_open(pid)
-    try:
-        copy = _libc.syscall(_SYS_PIDFD_GETFD, process, fd, 0)
-        if copy < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    finally:
-        os.close(process)
-    try:
-        yield copy
-    finally:
-        os.close(copy)
+def _copy(pid: int, fd: int) -> IO[bytes]:
+    """The same open file, by a descriptor of ours. Raises OSError."""
+    with os.fdopen(os.pidfd_open(pid), "rb") as process:
+        copy = _libc.syscall(_SYS_PIDFD_GETFD, process.fileno(), fd, 0)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return os.fdopen(copy, "r+b", buffering=0)

@@ -56,17 +56,14 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool,
             f"dhcp-option=option:domain-search,{domain}",
         ]
         routed = [f"{address}/32,{network.gateway}" for address, _ in sorted(network.routed)]
-        told = (
-            [("", uplink)]
-            if network.provide_nat or not uplink
-            else [(f"tag:{_OUT},", True), (f"tag:!{_OUT},", False)]
-        )
+        some = uplink and not network.provide_nat
+        told = [(f"tag:{_OUT},", True), (f"tag:!{_OUT},", False)] if some else [("", uplink)]
         for tag, leads_out in told if network.four else ():
             lines.append(f"dhcp-option={tag}option:router" + (f",{network.gateway}" if leads_out else ""))
             if routed:
                 ways = [f"0.0.0.0/0,{network.gateway}", *routed] if leads_out else routed
                 lines.append(f"dhcp-option={tag}option:classless-static-route,{','.join(ways)}")
-        if len(told) > 1:
+        if some:
             # Not in the file of hosts: dnsmasq 2.90 dies when it reads a tag there for a second time.
             out = filter(network.leads_out, network.ports)
             lines += sorted(f"dhcp-mac=set:{_OUT},{port.mac}" for port in out)

@@ -9,12 +9,11 @@ Everything here is pure; net/plan/ruleset.py makes text of it. Three tables, all
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
-from types import MappingProxyType
 
 from net.ipam import LOCAL6, UNKNOWN
 from net.plan import guards, names, rules
 from net.plan.facts import Admission, Chain, Elements, ForeignChain, Hook, Rule, Table
-from net.plan.model import Network, Port
+from net.plan.model import Network, NodeNetworks, Port
 from net.plan.names import VXLAN_PORT
 
 REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other", "rules", "limit")
@@ -240,24 +239,25 @@ def router_table(
 
 
 def host_table(
-    installation: str,
-    vnis: Sequence[int],
-    nodes: Sequence[IPv4Address],
-    resolvers: Sequence[IPv4Address],
-    insides: Sequence[IPv4Address],
-    floating: Sequence[IPv4Address],
-    published: Mapping[tuple[str, int], IPv4Address],
-    blocks6: Sequence[IPv6Network] = (),
-    published6: Mapping[tuple[str, int], str] = MappingProxyType({}),
+    desired: NodeNetworks,
+    resolvers: Iterable[IPv4Address],
+    outside: Mapping[int, IPv4Address],
+    floating: Iterable[IPv4Address],
+    published: Mapping[tuple[str, int], tuple[int, str]],
+    six: Mapping[int, IPv6Network],
 ) -> Table:
     """The inet table of the host: uplinks reach the world, DNS, floating IPs and what this node publishes; not the
     host, nor a node, nor each other. VXLAN with one of our VNIs comes from nodes only; other VXLAN is none of our
-    business.
+    business. `outside`, `six`: the host's end of each uplink and the block that it carries, by VNI.
 
     The set of floating IPs is also the record of which of the host's ARP proxies are ours.
     """
-    ours = f'"{names.host_uplink_prefix(installation)}*"'
-    answered = "ct state established,related accept"
+    table, ours = names.table(desired.installation), f'"{names.host_uplink_prefix(desired.installation)}*"'
+    vnis = sorted(network.vni for network in desired.networks if not network.bridge)
+    every = {desired.underlay, *(peer.address for peer in desired.peers)}
+    nodes = sorted(address for address in every if not address.is_loopback)
+    insides, blocks6 = sorted(end + 1 for end in outside.values()), sorted(six.values())
+    resolvers, answered = sorted(set(resolvers)), "ct state established,related accept"
     entry = [f"iifname {ours} {answered}"]
     through = [f"iifname {ours} {answered}", f"oifname {ours} {answered}"]
     if resolvers:
@@ -269,18 +269,17 @@ def host_table(
     entry.append(f"iifname {ours} counter drop")
     before = []
     after = [f"ip saddr {braces(insides)} oifname != {ours} masquerade"] if insides else []
-    if published:
-        leads = f"dnat ip to meta l4proto . th dport map @{PUBLISHED}"
-        before.append(f"fib daddr type local ip daddr != 127.0.0.0/8 {leads}")
-        through.append(f"oifname {ours} ip daddr {braces(insides)} ct status dnat accept")
+    led = [("ip", "127.0.0.0/8", f"@{PUBLISHED}", braces(insides))] if published else []
+    if ends := [(key_of(*key), end) for key, (vni, end) in published.items() if vni in six]:
+        # At once to the guest's own address; what a node has of link-local ones is the node's.
+        led.append(("ip6", "{ ::1, fe80::/10 }", _map(ends), braces(blocks6)))
+    for ip, but, to, within in led:
+        before.append(
+            f"fib daddr type local {ip} daddr != {but} dnat {ip} to meta l4proto . th dport map {to}"
+        )
+        through.append(f"oifname {ours} {ip} daddr {within} ct status dnat accept")
         # Hair-pin: a packet that comes back to where it started must not carry that namespace's own address.
-        after.append(f"oifname {ours} ip saddr {braces(insides)} ct status dnat masquerade")
-    if published6:  # at once to the guest's own address; what a node has of link-local ones is the node's
-        ends = _map((key_of(*key), end) for key, end in published6.items())
-        asked = "fib daddr type local ip6 daddr != { ::1, fe80::/10 }"
-        before.append(f"{asked} dnat ip6 to meta l4proto . th dport map {ends}")
-        through.append(f"oifname {ours} ip6 daddr {braces(blocks6)} ct status dnat accept")
-        after.append(f"oifname {ours} ip6 saddr {braces(blocks6)} ct status dnat masquerade")
+        after.append(f"oifname {ours} {ip} saddr {within} ct status dnat masquerade")
     if vnis:
         # The VNI lies 12 bytes behind the start of the UDP header (RFC 7348, section 5).
         mesh = f"udp dport {VXLAN_PORT} @th,96,24 {braces(vnis)}"
@@ -289,14 +288,14 @@ def host_table(
     if nodes:
         through.append(f"iifname {ours} ip daddr {braces(nodes)} counter drop")
     through.append(f"iifname {ours} ip daddr {_UNREACHABLE} counter drop")
-    six = "ip6 version 6"
+    others6 = "ip6 version 6"
     if blocks6:
-        six = f"ip6 saddr != {braces(blocks6)}"
+        others6 = f"ip6 saddr != {braces(blocks6)}"
         through.append(f"iifname {ours} ip6 daddr != {{ 2000::/3, {LOCAL6} }} counter drop")
         through.append(f"oifname {ours} ip6 daddr != {LOCAL6} ip6 daddr {braces(blocks6)} accept")
         after.append(f"ip6 saddr {LOCAL6} ip6 saddr {braces(blocks6)} oifname != {ours} masquerade")
     through += [
-        f"iifname {ours} {six} counter drop",
+        f"iifname {ours} {others6} counter drop",
         f"oifname {ours} ip daddr @{FLOATING} accept",
         f"oifname {ours} counter drop",
     ]
@@ -308,15 +307,14 @@ def host_table(
         _chain("after", Hook("nat", "postrouting", 100), after),
     ]
     addresses = Elements(
-        f"set inet {names.table(installation)} {FLOATING} {{ type ipv4_addr ; }}",
+        f"set inet {table} {FLOATING} {{ type ipv4_addr ; }}",
         frozenset((str(address), "") for address in floating),
     )
     ports = Elements(
-        f"map inet {names.table(installation)} {PUBLISHED} {{ type inet_proto . inet_service : ipv4_addr ; }}",
-        frozenset((key_of(*key), str(address)) for key, address in published.items()),
+        f"map inet {table} {PUBLISHED} {{ type inet_proto . inet_service : ipv4_addr ; }}",
+        frozenset((key_of(*key), str(outside[vni] + 1)) for key, (vni, _) in published.items()),
     )
-    elements = {FLOATING: addresses, PUBLISHED: ports}
-    return Table("inet", names.table(installation), dict(chains), elements)
+    return Table("inet", table, dict(chains), {FLOATING: addresses, PUBLISHED: ports})
 
 
 def admissions(

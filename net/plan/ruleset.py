@@ -11,14 +11,13 @@ from net.plan.facts import Admission, Chain, Elements, Hook, Rule, Table
 from net.plan.nft import braces
 
 
-def admit(admission: Admission) -> str:
-    a = admission
-    return f'add rule {a.family} {a.table} {a.chain} {a.rule.text} comment "{a.rule.mark}"\n'
-
-
-def dismiss(admission: Admission) -> str:
-    a = admission
-    return f"delete rule {a.family} {a.table} {a.chain} handle {a.rule.handle}\n"
+def admission(a: Admission, *, add: bool) -> str:
+    where = f"rule {a.family} {a.table} {a.chain}"
+    return (
+        f'add {where} {a.rule.text} comment "{a.rule.mark}"'
+        if add
+        else f"delete {where} handle {a.rule.handle}"
+    )
 
 
 def script(want: Table | None, have: Table | None) -> str:
@@ -110,10 +109,3 @@ def items(text: str) -> frozenset[tuple[str, str]]:
     """What is in a set or map, from nft's JSON listing of it."""
     found = (held for entry in json.loads(text)["nftables"] for held in entry.values())
     return frozenset(_item(each) for held in found for each in held.get("elem", ()))
-
-
-def counts(text: str) -> dict[str, int]:
-    """Packets by counter's name, from nft's JSON listing of counters."""
-    objects = json.loads(text)["nftables"] if text.strip() else []
-    found = (entry["counter"] for entry in objects if "counter" in entry)
-    return {counter["name"]: counter["packets"] for counter in found}

@@ -72,13 +72,6 @@ def _end6(dev: str, own: IPv6Address, to: IPv6Network | str, via: IPv6Address, *
     return sysctls6(dev, on=on) | (ways if on else set())
 
 
-def led_here(observed: Observed) -> set[tuple[str, int]]:
-    """(protocol, port) of this node that leads to some guest already."""
-    table = observed.namespaces[HOST].tables.get("inet")
-    held = table.elements.get(nft.PUBLISHED) if table else None
-    return {(key.split()[0], int(key.split()[2])) for key, _ in held.items} if held else set()
-
-
 def published(
     desired: NodeNetworks, observed: Observed
 ) -> tuple[dict[tuple[str, int], tuple[int, str]], list[str]]:
@@ -87,11 +80,14 @@ def published(
 
     What led to a guest before goes on: whoever listens there later gets nothing of it.
     """
-    had, chosen, refused = led_here(observed), dict[tuple[str, int], tuple[int, str]](), []
+    table = observed.namespaces[HOST].tables.get("inet")
+    held = table.elements.get(nft.PUBLISHED) if table else None
+    had = {element for element, _ in held.items} if held else set()
+    chosen, refused = dict[tuple[str, int], tuple[int, str]](), []
     for network in (network for network in desired.networks if routes_here(desired, network)):
         for port, e, step in network.led():
             key = e.protocol, e.port + step
-            if key in observed.listening and key not in had:
+            if key in observed.listening and nft.key_of(*key) not in had:
                 refused.append(
                     f"port {key[1]}/{key[0]} is not published: a server of this node listens there"
                 )
@@ -259,20 +255,9 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
                 entries.add(Entry(Kind.PROXY, uplink, str(address)))
     if outside:
         entries.add(Entry(Kind.SYSCTL, "", FORWARD, "1"))
-    nodes = {desired.underlay, *(peer.address for peer in desired.peers)}
     peers = sorted({peer.address for peer in desired.peers if peer.node != desired.node})
-    led = published(desired, observed)[0]
-    tables["inet"] = nft.host_table(
-        desired.installation,
-        vnis=sorted(network.vni for network in desired.networks if not network.bridge),
-        nodes=sorted(address for address in nodes if not address.is_loopback),
-        resolvers=sorted(set(desired.resolvers or observed.resolvers)),
-        insides=sorted(address + 1 for address in outside.values()),
-        floating=sorted(floating),
-        published={key: outside[vni] + 1 for key, (vni, _) in led.items()},
-        blocks6=sorted(blocks6.values()),
-        published6={key: end for key, (vni, end) in led.items() if vni in blocks6},
-    )
+    led, resolvers = published(desired, observed)[0], desired.resolvers or observed.resolvers
+    tables["inet"] = nft.host_table(desired, resolvers, outside, floating, led, blocks6)
     families = [*(("ip", "inet") if outside else ()), *(("ip6",) if blocks6 else ())]
     admissions = nft.admissions(desired.installation, observed.foreign, peers, families)
     return Facts(links, frozenset(entries), tables, admissions)
@@ -280,28 +265,21 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
 
 def without_routers(observed: Observed) -> dict[str, Facts]:
     """The observed state less everything by which this node routes: what a node does that lost its lease."""
-    return {name: _unrouted(name, facts) for name, facts in observed.namespaces.items()}
-
-
-def _unrouted(name: str, facts: Facts) -> Facts:
-    links = {n: link for n, link in facts.links.items() if link.kind != "veth"}
-    kept = {Kind.SYSCTL} if name == HOST else {Kind.SYSCTL, Kind.FDB, Kind.NEIGHBOUR}
-    entries = frozenset(entry for entry in facts.entries if entry.kind in kept)
-    return replace(facts, links=links, entries=entries, dnsmasq=None)
+    found = {}
+    for name, facts in observed.namespaces.items():
+        links = {n: link for n, link in facts.links.items() if link.kind != "veth"}
+        kept = {Kind.SYSCTL} if name == HOST else {Kind.SYSCTL, Kind.FDB, Kind.NEIGHBOUR}
+        entries = frozenset(entry for entry in facts.entries if entry.kind in kept)
+        found[name] = replace(facts, links=links, entries=entries, dnsmasq=None)
+    return found
 
 
 def too_large(desired: NodeNetworks, observed: Observed) -> list[Network]:
-    """Networks that are not here yet and whose packets the mesh's underlay cannot carry."""
+    """Networks whose packets the mesh's underlay cannot carry."""
     if not observed.mtu_bytes or not is_meshed(desired):
         return []
     limit = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
-    return [
-        network
-        for network in desired.networks
-        if network.mtu_bytes > limit
-        and not network.bridge
-        and names.namespace(desired.installation, network.vni) not in observed.namespaces
-    ]
+    return [network for network in desired.networks if network.mtu_bytes > limit and not network.bridge]
 
 
 def cannot(desired: NodeNetworks, observed: Observed, refused: Sequence[Network]) -> NetError | None:

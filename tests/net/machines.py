@@ -7,6 +7,7 @@ tests; when the thread ends, all is gone. A `Guest` has a network stack of its o
 
 import ctypes
 import fcntl
+import json
 import os
 import secrets
 import select
@@ -160,6 +161,15 @@ class Node:
     def remove_all(self) -> None:
         """Everything of its installation goes, guests' taps too."""
         self.space.call(self.plane.remove_all)
+
+    def counters(self, network: Network) -> dict[str, dict[str, int]]:
+        """Dropped frames by tap and reason."""
+        listed = self.inside(network, f"nft -j list counters table bridge sf-{self.plane.installation}")
+        found: dict[str, dict[str, int]] = {}
+        for counter in (e["counter"] for e in json.loads(listed)["nftables"] if "counter" in e):
+            tap, _, reason = counter["name"].rpartition("-")
+            found.setdefault(tap, {})[reason] = counter["packets"]
+        return found
 
     def inside(self, network: Network, command: str, *, check: bool = True) -> str:
         return self.space.sh(f"ip netns exec {self.plane.namespace(network)} {command}", check=check)

@@ -99,7 +99,7 @@ def test_nothing_goes_by_ipv4_and_a_neighbours_address_is_nobody_elses(tmp_path:
             ipv6(LOCAL[9], LOCAL[4], 59, MARK),
             ipv6(IPv6Address("::ffff:0.0.0.2"), LOCAL[4], 59, MARK),
         ]
-        before = one.node.space.call(one.node.plane.counters, alone)[one.name]
+        before = one.node.counters(alone)[one.name]
         far.received.clear()
         near.received.clear()
         for frame in frames:
@@ -111,7 +111,7 @@ def test_nothing_goes_by_ipv4_and_a_neighbours_address_is_nobody_elses(tmp_path:
         for guest in (far, near):
             assert [f for f in guest.received if f[12:14] != b"\x86\xdd"] == []
             assert [f for f in guest.received if MARK in f] == [own]
-        after = one.node.space.call(one.node.plane.counters, alone)[one.name]
+        after = one.node.counters(alone)[one.name]
         assert {r: after[r] - before[r] for r in after if after[r] != before[r]} == {
             "other": len(frames),
             "ipv6": 3,

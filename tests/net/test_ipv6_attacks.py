@@ -118,20 +118,20 @@ def test_nothing_of_it_arrives_and_the_counter_says_so(
     one, two, near = guests
     node = one.node
     reason, frame = ATTEMPTS[attempt]
-    before = node.space.call(node.plane.counters, one.network)[one.name]
+    before = node.counters(one.network)[one.name]
     for _ in range(3):
         one.send(frame)
     # What is allowed and sent after it arrives, so that it is not simply slow.
     assert one.pings(TWO.address)
     assert one.pings(NEAR.address)
-    after = node.space.call(node.plane.counters, one.network)[one.name]
+    after = node.counters(one.network)[one.name]
     assert arrived(frame[14:], two, near) == [False, False]
     assert {r: after[r] - before[r] for r in after if after[r] != before[r]} == {reason: 3}
 
 
 def test_what_a_guest_may_send_arrives_and_is_counted_nowhere(guests: tuple[Guest, Guest, Guest]) -> None:
     one, two, near = guests
-    before = one.node.space.call(one.node.plane.counters, one.network)[one.name]
+    before = one.node.counters(one.network)[one.name]
     frames = [
         six(59, MARK),
         six(59, MARK, LOCAL),
@@ -151,11 +151,11 @@ def test_what_a_guest_may_send_arrives_and_is_counted_nowhere(guests: tuple[Gues
     while time.monotonic() < deadline and not all(all(arrived(f, two, near)) for f in frames):
         time.sleep(0.05)
     assert [arrived(frame, two, near) for frame in frames] == [[True, True]] * len(frames)
-    assert one.node.space.call(one.node.plane.counters, one.network)[one.name] == before
+    assert one.node.counters(one.network)[one.name] == before
     for guest, port in ((two, TWO), (near, NEAR)):  # neither there nor here is it another's
         guest.send(ethernet(port.mac, ONE.mac, 0x86DD, ipv6(FREE, OWN, 59, MARK)))
         assert guest.pings(ONE.address)
-        counted = guest.node.space.call(guest.node.plane.counters, guest.network)
+        counted = guest.node.counters(guest.network)
         assert counted[guest.name]["ipv6"] == 1
 
 

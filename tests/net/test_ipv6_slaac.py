@@ -74,7 +74,7 @@ def test_guests_make_addresses_of_either_form_and_are_reached_at_them(
         assert guest.pings(WORLD)
     for node in cluster.nodes:
         assert node.apply(cluster.desired(one.network)) == []
-        counted = node.space.call(node.plane.counters, one.network)
+        counted = node.counters(one.network)
         assert not any(counted[guest.name]["ipv6"] for guest in (one, two, near) if guest.node is node)
 
 
@@ -127,7 +127,7 @@ def test_nobody_takes_an_address_that_is_anothers_or_may_be_given(
         body = icmpv6(NOBODY, ALL_NODES, solicit(address, b""))
         guest.send(ethernet(port.mac, "33:33:00:00:00:01", 0x86DD, body))
         assert guest.pings(ONE.address)
-    counters = lambda: one.node.space.call(one.node.plane.counters, one.network)[one.name]  # noqa: E731
+    counters = lambda: one.node.counters(one.network)[one.name]  # noqa: E731
     for attempt, body in ATTEMPTS.items():
         before = counters()
         for _ in range(3):

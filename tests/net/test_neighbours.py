@@ -65,7 +65,7 @@ def test_a_decline_in_a_neighbours_name_does_not_take_its_address(cluster: Clust
     with cluster.guest(network, one) as guest, cluster.guest(network, two) as victim:
         guest.static()
         victim.dhcp()
-        before = node.space.call(node.plane.counters, network)[guest.name]["dhcp"]
+        before = node.counters(network)[guest.name]["dhcp"]
         for kind in (b"\x04", b"\x07", b"\x01"):  # decline, release, discover
             frame = _decline(guest, network.gateway, two.address, two.mac)
             guest.send(frame.replace(b"\x35\x01\x04", b"\x35\x01" + kind))
@@ -74,7 +74,7 @@ def test_a_decline_in_a_neighbours_name_does_not_take_its_address(cluster: Clust
             guest.send(piece)
         guest.send(_decline(guest, network.gateway, two.address, one.mac, b"\x3d\x07\x01" + packed(two.mac)))
         assert guest.pings(network.gateway)
-        assert node.space.call(node.plane.counters, network)[guest.name]["dhcp"] - before >= 4
+        assert node.counters(network)[guest.name]["dhcp"] - before >= 4
         victim.space.sh("ip addr flush dev eth0")
         assert IPv4Address(victim.dhcp()[0]) == two.address
         guest.space.sh("ip addr flush dev eth0")

@@ -140,7 +140,7 @@ DROPPED_BEFORE = "a later fragment of IPv6"
 def test_nothing_of_it_arrives(guests: tuple[Guest, Guest, Guest], attempt: str) -> None:
     one, two, _ = guests
     node = one.node
-    count = lambda: node.space.call(node.plane.counters, one.network)[one.name]["rules"]  # noqa: E731
+    count = lambda: node.counters(one.network)[one.name]["rules"]  # noqa: E731
     before = count()
     for _ in range(3):
         two.send(ATTEMPTS[attempt])
@@ -195,7 +195,7 @@ def test_what_passes_a_limited_port_in_a_second_is_bounded_both_ways(
     went = sum(b"outward" + MARK in frame for frame in four.received)
     assert 0 < came <= 6 + 2 * gone_s
     assert 0 < went <= 2 + ((1 << 17) + 10_000 * gone_s) / 1300
-    dropped = two.node.space.call(two.node.plane.counters, network)[two.name]["limit"]
+    dropped = two.node.counters(network)[two.name]["limit"]
     assert dropped >= 600 - came - went
     assert cluster.nodes[1].apply(cluster.desired(network)) == []
     cluster.nodes[1].apply(cluster.desired(guests[0].network))

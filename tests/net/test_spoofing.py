@@ -104,7 +104,7 @@ def test_nothing_of_it_arrives_and_the_counter_says_so(
     one, two, near = guests
     node = one.node
     reason, frame = ATTEMPTS[attempt]
-    before = node.space.call(node.plane.counters, one.network)[one.name]
+    before = node.counters(one.network)[one.name]
     with node.space.sniffing_inside(
         node.plane.namespace(one.network), "up-" + f"{one.network.vni:06x}"
     ) as outside:
@@ -113,7 +113,7 @@ def test_nothing_of_it_arrives_and_the_counter_says_so(
         # What is allowed and sent after it arrives, so that it is not simply slow.
         assert one.pings(TWO.address)
         assert one.pings(NEAR.address)
-    after = node.space.call(node.plane.counters, one.network)[one.name]
+    after = node.counters(one.network)[one.name]
     assert [f for guest in (two, near) for f in guest.received if MARK in f] == []
     assert MARK not in outside
     assert after[reason] - before[reason] == 3
@@ -122,7 +122,7 @@ def test_nothing_of_it_arrives_and_the_counter_says_so(
 
 def test_what_a_guest_may_send_is_counted_nowhere(guests: tuple[Guest, Guest, Guest]) -> None:
     one, two, near = guests
-    before = one.node.space.call(one.node.plane.counters, one.network)[one.name]
+    before = one.node.counters(one.network)[one.name]
     one.send(_to(0x0800, ipv4(ONE.address, "255.255.255.255", 17, udp(9, 9, MARK + b" not"))))
     one.send(_to(0x86DD, ipv6(OWN, ALL_NODES, 59, MARK + b" not")))
     assert one.pings(TWO.address)
@@ -134,7 +134,7 @@ def test_what_a_guest_may_send_is_counted_nowhere(guests: tuple[Guest, Guest, Gu
             break
         time.sleep(0.05)
     assert arrived == [2, 2]
-    assert one.node.space.call(one.node.plane.counters, one.network)[one.name] == before
+    assert one.node.counters(one.network)[one.name] == before
 
 
 def test_a_tap_without_filters_passes_nothing(tmp_path: Path) -> None:
