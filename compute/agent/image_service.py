@@ -221,11 +221,10 @@ class ServedImages:
         for reader, op in list(self._missed.items()):
             try:
                 await self._client.ask(op, timeout_s=10, reader=reader)
-            except Away as err:
-                log.info("image service, %s: %s", op, err)
-                return
             except StoreError as err:
                 log.info("image service, %s: %s", op, err)
+                if isinstance(err, Away):
+                    return
             if self._missed.get(reader) == op:  # and not something newer
                 del self._missed[reader]
 

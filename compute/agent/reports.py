@@ -49,9 +49,7 @@ class Reports:
 
     def put_right(self, node: str, done: Sequence[Action], guests: Sequence[InstanceSpec]) -> None:
         """Nothing else was wanted of the networks and yet something had to be done: somebody took it away."""
-        what = [
-            describe(action) for action in done if action.verb != "adopt"
-        ]  # of a guest that starts just now
+        what = [describe(action) for action in done if action.verb != "adopt"]  # a guest that starts just now
         if not what:
             return
         message = f"networks put right: {'; '.join(what[:8])}"

@@ -7,6 +7,7 @@ each power-on; `uuid` (cloud-init's instance-id) stays the same for the instance
 import io
 import json
 from collections.abc import Mapping
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,16 @@ def meta_data(spec: InstanceSpec) -> dict[str, Any]:
     return {**about, **names, "public_keys": keys, "keys": listed}
 
 
-def _static(interface: InterfaceSpec, network: Network, *, default_route: bool) -> dict[str, Any]:
-    anywhere = str(IPv4Address(0))
-    route = {"network": anywhere, "netmask": anywhere, "gateway": str(network.gateway)}
-    own = {"ip_address": interface.address, "netmask": str(network.netblock.netmask)}
-    return {"type": "ipv4", **own, "routes": [route] if default_route else []}
-
-
-def _static6(interface: InterfaceSpec, network: Network, *, default_route: bool) -> dict[str, Any]:
+def _static(address: str, network: Network, *, six: bool, default_route: bool) -> dict[str, Any]:
     """Where the router advertises itself, it alone says whether it is a way out; networkd takes no domain from it."""
-    route = {"network": "::", "netmask": "::", "gateway": str(network.address6(network.gateway))}
-    own = str(network.address6(IPv4Address(interface.address)))
+    both = IPv4Address(address), network.gateway
+    own, gateway = map(network.address6, both) if six else both
+    anywhere, mask = ("::", "ffff:ffff:ffff:ffff::") if six else ("0.0.0.0", network.netblock.netmask)  # noqa: S104
+    route = {"network": anywhere, "netmask": anywhere, "gateway": str(gateway)}
     routes = [route] if default_route and not network.provide_dhcp else []
     told = {"dns_search": [network.domain]} if network.provide_dns else {}
-    return {"type": "ipv6", "ip_address": own, "netmask": "ffff:ffff:ffff:ffff::", "routes": routes} | told
+    kind = "ipv6" if six else "ipv4"
+    return {"type": kind, "ip_address": str(own), "netmask": str(mask), "routes": routes} | told
 
 
 def _leads_out(interface: InterfaceSpec, network: Network) -> bool:
@@ -58,21 +55,17 @@ def network_data(spec: InstanceSpec, networks: Mapping[str, Network]) -> dict[st
         card = {"ethernet_mac_address": interface.mac, "mtu": network.mtu_bytes}
         links.append({"id": f"link{number}", "vif_id": interface.uuid, "type": "phy", **card})
         same = {"link": f"link{number}", "network_id": network.uuid}
-        plan: dict[str, Any] = {"id": f"network{number}", **same}
-        plan6: dict[str, Any] = {"id": f"network{number}-6", **same}
+        static = partial(_static, interface.address, network, default_route=interface is first)
         # By the LAN's own server where the network is on a bridge.
         served = network.four and network.provide_dhcp
-        if served:
-            plan["type"] = "ipv4_dhcp"
-        elif network.four:
-            plan.update(_static(interface, network, default_route=interface is first))
         if network.provide_dns and not served:
             at = network.gateway if network.four else network.address6(network.gateway)
             resolvers.append({"type": "dns", "address": str(at)})
-            plan["dns_search"] = [network.domain]
-        plans += [plan] if network.four else []
+        if network.four:
+            how = {"type": "ipv4_dhcp"} if served else static(six=False)
+            plans.append({"id": f"network{number}", **same, **how})
         if network.netblock6:
-            plans.append(plan6 | _static6(interface, network, default_route=interface is first))
+            plans.append({"id": f"network{number}-6", **same, **static(six=True)})
     return {"links": links, "networks": plans, "services": resolvers}
 
 

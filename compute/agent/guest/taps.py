@@ -30,7 +30,7 @@ class Taps:
         port = Port(interface.uuid, interface.mac, address, spec.name, self._host.node, interface.tap)
         await self.held.save(taps=(*self.held.now.taps, Tap(port, network.uuid)))
         name = await self._host.wire(self._host.plane.create_tap, port)
-        return domain.Nic(interface.uuid, interface.mac, name, network.mtu_bytes, interface.model)
+        return replace(interface, tap=name), network.mtu_bytes
 
     async def adopt(self, networks: Networks) -> None:
         """Move taps that qemu holds open into their networks."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 from xml.etree import ElementTree as ET
 
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceSpec
+from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceSpec, InterfaceSpec
 
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
 _BUS = {"ide": "sata"}  # q35 has no IDE
@@ -33,15 +33,8 @@ class Disk:
     cdrom: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Nic:
-    """A NIC on a tap that exists already; `uuid` becomes the device's alias."""
-
-    uuid: str
-    mac: str
-    tap: str
-    mtu_bytes: int = 1450
-    model: str = "virtio"
+Nic = tuple[InterfaceSpec, int]
+"""An interface whose tap exists already, and the MTU of its network; its uuid becomes the device's alias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +126,15 @@ def _config_drive(devices: ET.Element, path: Path) -> None:
 
 
 def _interface(nic: Nic) -> ET.Element:
+    interface, mtu_bytes = nic
     element = ET.Element("interface", {"type": "ethernet"})
-    _add(element, "mac", address=nic.mac)
-    _add(element, "target", dev=nic.tap, managed="no")
-    _add(element, "model", type=nic.model)
+    _add(element, "mac", address=interface.mac)
+    _add(element, "target", dev=interface.tap, managed="no")
+    _add(element, "model", type=interface.model)
     # The agent moves the tap into the network's namespace: vhost-net's thread would do too, but may be missing.
     _add(element, "driver", name="qemu")
-    _add(element, "mtu", size=str(nic.mtu_bytes))
-    _add(element, "alias", name=interface_alias(nic.uuid))
+    _add(element, "mtu", size=str(mtu_bytes))
+    _add(element, "alias", name=interface_alias(interface.uuid))
     return element
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from compute.errors import ComputeError, Conflict, NotFound, Unavailable
 Notify = Callable[[str, str], None]
 
 _MOVE_S, _PICTURE_BYTES = 60.0, (64 << 20) + 1
+_CHANGED, _UNPLUGGED = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED
+_AGENT = libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE
 _EVENT_THREAD_LOCK = threading.Lock()
-_event_thread: threading.Thread | None = None  # libvirt has one event loop per process, whoever connects
 
 _ENDING_S = 0.5
 _LOCKED = "if it stays so: stop libvirtd, remove /run/libvirt/qemu/{}.xml, start libvirtd; guests run on"
@@ -60,20 +61,16 @@ _ENDED = {
 }
 
 
+@cache  # libvirt has one event loop per process, whoever connects
 def _start_events() -> None:
-    global _event_thread
-    with _EVENT_THREAD_LOCK:
-        if _event_thread is not None:
-            return
-        libvirt.virEventRegisterDefaultImpl()
-        libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; it would print them as well
+    libvirt.virEventRegisterDefaultImpl()
+    libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; it would print them as well
 
-        def turn() -> None:
-            while True:
-                libvirt.virEventRunDefaultImpl()
+    def turn() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
 
-        _event_thread = threading.Thread(target=turn, name="libvirt-events", daemon=True)
-        _event_thread.start()
+    threading.Thread(target=turn, name="libvirt-events", daemon=True).start()
 
 
 class Hypervisor:
@@ -90,17 +87,15 @@ class Hypervisor:
         with self._lock:
             if self._connection is not None and self._alive():
                 return
-            _start_events()
+            with _EVENT_THREAD_LOCK:
+                _start_events()
             heard: list[int] = []
             try:
                 connection = libvirt.open(self._uri)
                 connection.setKeepAlive(5, 3)
                 connection.registerCloseCallback(lambda *_: self._notify("", "disconnected"), None)
-                for event, callback in (
-                    (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, partial(self._heard_of, "lifecycle")),
-                    (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, partial(self._heard_of, "removed")),
-                    (libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, self._agent_changed),
-                ):
+                for event in (_CHANGED, _UNPLUGGED, _AGENT):
+                    callback = partial(self._heard_of, event)
                     heard.append(connection.domainEventRegisterAny(None, event, callback, None))
             except libvirt.libvirtError as err:
                 why = f"libvirt at {self._uri} does not answer: {err}"
@@ -128,14 +123,10 @@ class Hypervisor:
         name: str = found.name()
         return name.removeprefix(prefix) if name.startswith(prefix) else ""
 
-    def _heard_of(self, kind: str, _connection: Any, found: Any, what: int | str, *_: Any) -> None:
+    def _heard_of(self, event: int, _connection: Any, found: Any, what: int | str, *_: Any) -> None:
         if uuid := self._ours(found):
-            self._notify(uuid, f"{kind} {what}")
-
-    def _agent_changed(self, _connection: Any, found: Any, state: int, _reason: int, _opaque: Any) -> None:
-        if uuid := self._ours(found):
-            connected = state == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED
-            self._notify(uuid, "agent ready" if connected else "agent gone")
+            connected = what == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED
+            self._notify(uuid, "" if event != _AGENT else "agent ready" if connected else "agent gone")
 
     @contextlib.contextmanager
     def calling(self, name: str = "") -> Iterator[Any]:
@@ -275,7 +266,7 @@ class Hypervisor:
             found.attachDeviceFlags(device_xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
     def detach(self, uuid: str, alias: str) -> None:
-        """Ask the guest to let a device go; `removed ALIAS` is notified when it did."""
+        """Ask the guest to let a device go; notified when it did."""
         with contextlib.suppress(NotFound), self._domain(uuid) as found:
             found.detachDeviceAlias(alias, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 

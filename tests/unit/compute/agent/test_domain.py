@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from compute.agent.hypervisor import domain
-from compute.wire.spec import InstanceSpec
+from compute.wire.spec import InstanceSpec, InterfaceSpec
 
 BASE = domain.Domain(
     installation="0badcafe",
@@ -22,7 +22,14 @@ BASE = domain.Domain(
         domain.Disk("vda", Path("/s/vda.qcow2"), Path("/c/image.raw")),
         domain.Disk("vdb", Path("/s/vdb.qcow2")),
     ),
-    nics=(domain.Nic("1d6a0c7e-0000-4000-8000-000000000001", "02:00:00:00:00:01", "sfu0abc", 1450),),
+    nics=(
+        (
+            InterfaceSpec(
+                "1d6a0c7e-0000-4000-8000-000000000001", "n", "02:00:00:00:00:01", "", tap="sfu0abc"
+            ),
+            1450,
+        ),
+    ),
 )
 
 
@@ -150,7 +157,7 @@ def test_there_are_free_ports_for_hot_plug_however_full_the_guest_is() -> None:
 
 def test_live_interfaces_of_ours_are_recognised_by_their_alias() -> None:
     found = domain.live_interfaces(domain.domain_xml(BASE))
-    assert found == {BASE.nics[0].uuid}
+    assert found == {BASE.nics[0][0].uuid}
     stranger = "<domain><devices><interface type='user'><mac address='x'/></interface></devices></domain>"
     assert domain.live_interfaces(stranger) == frozenset()
 
