@@ -11,7 +11,7 @@ A group says which options all its commands have: `Group(needs=API)`.
 import importlib
 import inspect
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,6 +39,7 @@ _SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "everything": ("--all", {"is_flag": True, "help": "Deleted ones too."}),
     "force": ("--force", {"is_flag": True, "help": "Do not ask."}),
     "limit": ("--limit", {"default": 100, "show_default": True}),
+    "interface": ("--interface", {"metavar": "ADDRESS|MAC|UUID", "help": "Where a guest has more than one."}),
     "architecture": ("--arch", {"default": platform.machine(), "show_default": True}),
     "single_writer": (
         "--single-writer",
@@ -109,16 +110,10 @@ class Command(click.Command):
 class Group(click.Group):
     """Commands in the order in which they are written; those in `lazy` are imported when they are used."""
 
-    def __init__(
-        self,
-        *args: Any,
-        needs: tuple[str, ...] = (),
-        lazy: Mapping[str, tuple[str, str]] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, needs: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.needs = needs
-        self.lazy = dict(lazy or {})
+        self.lazy: dict[str, tuple[str, str]] = {}
         """name -> ("module:attribute", short help)"""
 
     def add(self, name: str | None = None, **attributes: Any) -> Callable[[_Function], click.Command]:

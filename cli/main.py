@@ -52,7 +52,6 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 authentication,
 
 @click.group(
     cls=Group,
-    lazy=MEMBERS,
     epilog=EPILOG,
     params=[shared("quiet"), shared("debug")],
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -60,6 +59,9 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 authentication,
 @click.version_option(package_name="sf-cloud", prog_name="sf", message="%(prog)s %(version)s")
 def sf() -> None:
     """Keep disk images in a content-addressed store; boot guests from them by name."""
+
+
+sf.lazy |= MEMBERS
 
 
 def _log() -> None:

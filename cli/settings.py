@@ -82,17 +82,12 @@ def contexts(settings: Settings) -> dict[str, dict[str, str]]:
     return {n: v for n, v in found.items() if isinstance(v, dict) and isinstance(v.get("url"), str)}
 
 
-def keep_context(name: str, values: dict[str, str] | None) -> Path:
-    """Write a context down and use it, or (None) forget it. Raises Problem."""
+def keep_context(name: str, values: dict[str, str]) -> Path:
+    """Write a context down and use it."""
     path, document = _user_file()
     known: Any = document.setdefault("contexts", tomlkit.table(is_super_table=True))
-    if values is None and name not in known:
-        raise Problem(f"no context is called {name!r} in {path}", hint="sf context ls", code=MISSING)
-    if values is None:
-        del known[name]
-    else:
-        known[name] = tomlkit.item(values)
-        document["context"] = name
+    known[name] = tomlkit.item(values)
+    document["context"] = name
     return _write(path, document)
 
 
@@ -156,13 +151,13 @@ def add_remote(name: str, url: str) -> Path:
     return _write(path, document)
 
 
-def remove_remote(name: str) -> Path:
-    """Take a remote's section out of the user's file."""
+def forget(kind: str, name: str) -> Path:
+    """Take a context's or a remote's section out of the user's file. Raises Problem."""
     path, document = _user_file()
-    remotes: Any = document.get("remotes", {})
-    if name not in remotes:
-        raise Problem(f"no remote is called {name!r} in {path}", hint="sf remote ls", code=MISSING)
-    del remotes[name]
+    known: Any = document.get(f"{kind}s", {})
+    if name not in known:
+        raise Problem(f"no {kind} is called {name!r} in {path}", hint=f"sf {kind} ls", code=MISSING)
+    del known[name]
     return _write(path, document)
 
 

@@ -49,7 +49,6 @@ def float_(name: str, which: str, form: str, undo: bool) -> None:
     sf instance publish web 8080:80 --undo"""
 )
 @click.argument("ports", metavar="OUTER:INNER[/udp]")
-@click.option("--interface", metavar="ADDRESS|MAC|UUID", help="Where a guest has more than one.")
 @click.option("--undo", is_flag=True, help="Lead the ports there no more.")
 def publish(name: str, ports: str, form: str, interface: str | None, undo: bool) -> None:
     """Make ports of a guest reachable at the addresses of the node that routes its network.
@@ -66,7 +65,6 @@ def publish(name: str, ports: str, form: str, interface: str | None, undo: bool)
 @click.option("--out", "bytes_out", type=SIZE, default="0", help="From the guest.")
 @click.option("--packets-in", type=click.IntRange(0, 2**40), default=0)
 @click.option("--packets-out", type=click.IntRange(0, 2**40), default=0)
-@click.option("--interface", metavar="ADDRESS|MAC|UUID", help="Where a guest has more than one.")
 def limit(name: str, interface: str | None, **limits: int) -> None:
     """Limit what an interface carries in a second, from now on; what is not given is without limit."""
     Api()("PUT", "interfaces", link_of(name, interface), "limits", **limits)

@@ -11,7 +11,7 @@ from cli.cloud.api import Api, trusting
 from cli.command import Command, Group, settings
 from cli.errors import AUTH, MISSING, USAGE, Problem
 from cli.output import say, show_list
-from cli.settings import access, contexts, is_loopback, keep_context
+from cli.settings import access, contexts, forget, is_loopback, keep_context
 
 context = Group("context", help="Servers that you logged in to; one is in use.")
 
@@ -87,4 +87,4 @@ def use(name: str) -> None:
 @context.add(examples="sf context rm cloud.lan")
 def rm(name: str) -> None:
     """Forget a server and the key for it."""
-    say(f"{name} is out of {keep_context(name, None)}")
+    say(f"{name} is out of {forget('context', name)}")

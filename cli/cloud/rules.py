@@ -51,7 +51,6 @@ def show(name: str, form: str) -> None:
 def _attach(verb: str, method: str, text: str) -> None:
     @rules.add(verb, help=text, examples=f"sf rules {verb} web www")
     @click.argument("guest", metavar="INSTANCE")
-    @click.option("--interface", metavar="ADDRESS|MAC|UUID", help="Where a guest has more than one.")
     def run(name: str, guest: str, interface: str | None) -> None:
         Api()(method, "interfaces", link_of(guest, interface), "rules", rules=name)
 

@@ -11,7 +11,7 @@ from cli.command import MEBIBYTES, STORE, Group, settings
 from cli.errors import USAGE, Problem
 from cli.image.stores import judge, opened, written
 from cli.output import progress, say, show_list, show_one, size, status
-from cli.settings import add_remote, remove_remote
+from cli.settings import add_remote, forget
 
 STATS = (
     ("store", "name"),
@@ -155,4 +155,4 @@ def add(name: str, url: str, fingerprint: str | None, root: Path | None, unsigne
 @remote.add(examples="sf remote rm official")
 def rm(name: str) -> None:
     """Forget a remote; what was pulled from it stays."""
-    say(f"{name} is out of {remove_remote(name)}")
+    say(f"{name} is out of {forget('remote', name)}")

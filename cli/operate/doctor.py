@@ -22,7 +22,7 @@ from cli.settings import RESERVED
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 COLUMNS = (("", "level"), ("part", "part"), ("what", "what"), ("mend it with", "mend"))
 Line = tuple[str, str, str]
-"""How it is, what was seen, and the command that mends it ("" where all is well)."""
+"""How it is, what was seen, and the command that mends it (which is not said where all is well)."""
 _SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
 _SKEW_S = 60
 _SOON = timedelta(days=2)
@@ -49,15 +49,10 @@ def _state() -> Iterator[Line]:
         from compute import load, state_backups
 
         made = next((made for made, _ in state_backups(where)), None)
-        late = (
-            not made or made.trouble or time.time() - made.made_s > 2 * load(settings()).state_backup_every_s
-        )
-        said = (
-            f"the newest backup of it is of {when(made.made_s)} {made.trouble}"
-            if made
-            else "it has no backup"
-        )
-        yield (WARNING, said, f"sf state backup {where}") if late else (OK, said, "")
+        oldest_s = time.time() - 2 * load(settings()).state_backup_every_s
+        late = not made or made.trouble or made.made_s < oldest_s
+        said = f"the newest backup of it is of {when(made.made_s)} {made.trouble}" if made else ""
+        yield WARNING if late else OK, said or "it has no backup", f"sf state backup {where}"
 
 
 def _stores() -> Iterator[Line]:
@@ -100,7 +95,7 @@ def _trust() -> Iterator[Line]:
             continue
         left = until - datetime.now(UTC)
         level = WRONG if left < timedelta() else WARNING if left < _SOON else OK
-        yield level, f"{what} hold until {until:%Y-%m-%d %H:%M} UTC", mend if level != OK else ""
+        yield level, f"{what} hold until {until:%Y-%m-%d %H:%M} UTC", mend
 
 
 def _space() -> Iterator[Line]:
@@ -110,8 +105,8 @@ def _space() -> Iterator[Line]:
         disk = shutil.disk_usage(path)
         share = disk.free / disk.total
         level = WRONG if share < 0.02 else WARNING if share < 0.1 else OK
-        mend = "sf cache prune; sf image gc" if level != OK else ""
-        yield level, f"{path}: {size(disk.free)} of {size(disk.total)} are free", mend
+        said = f"{path}: {size(disk.free)} of {size(disk.total)} are free"
+        yield level, said, "sf cache prune; sf image gc"
 
 
 def _libvirt() -> Iterator[Line]:
@@ -186,7 +181,8 @@ def examine() -> Iterator[dict[str, str]]:
     for part, check in CHECKS.items():
         try:
             for level, what, mend in check():
-                yield {"level": level, "part": part, "what": clean(what), "mend": clean(mend)}
+                told = {"what": clean(what), "mend": clean(mend) if level != OK else ""}
+                yield {"level": level, "part": part, **told}
         except (Problem, StoreError, OSError, sqlite3.Error) as error:
             denied = isinstance(error, PermissionError) and os.geteuid() != 0
             mend = "be root for this" if denied else getattr(error, "hint", "")

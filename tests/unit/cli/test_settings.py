@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cli.errors import Problem, exit_code
-from cli.settings import access, add_remote, remove_remote
+from cli.settings import access, add_remote, forget
 from imagestore import Invalid, Settings
 
 VARIABLES = (
@@ -97,15 +97,15 @@ def test_remotes_keep_their_order_and_the_rest_of_the_file_stays(home: Path) -> 
     add_remote("c", '/with"quote')
     assert list(Settings().remotes) == ["official", "b", "c"]
     assert Settings().remotes["c"] == '/with"quote'
-    remove_remote("b")
-    remove_remote("c")
+    forget("remote", "b")
+    forget("remote", "c")
     assert list(Settings().remotes) == ["official"]
     assert Settings().user_file.read_text().startswith('# mine\nstore = "/srv"\n')
     assert Settings().user_file.stat().st_mode & 0o777 == 0o600
     with pytest.raises(Problem, match="already"):
         add_remote("official", "/x")
     with pytest.raises(Problem, match="no remote"):
-        remove_remote("b")
+        forget("remote", "b")
 
 
 @pytest.mark.parametrize("name", ["", "local", "a.b", "A", "-x", "a]\n[b", "a" * 64])
