@@ -6,6 +6,7 @@ left there is hashed and kept. Chunks that other local images hold are copied; t
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -22,12 +23,15 @@ from imagestore.errors import DISK_FULL, Conflict, Corrupt, Invalid, NoSpace, St
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.layout import Image
+from imagestore.formats.pack import MAX_FRAME_BYTES
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.frames import READERS, Batch, Frames, ImageReader, LocalOrigin
 from imagestore.store.store import Store
 from imagestore.updates.using import Seed, UpdateOrigin
 
 _COPY_CHUNKS = 256
+_PROBED_CHUNKS, _GZIP_BYTES_S = 16, 8 << 20
+"""So few chunks tell how fast the line is; gzip makes so many bytes of a file again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +111,12 @@ class _Filling:
                 with closing(LocalOrigin(self._manifest)) as here:
                     here.add(seed.path, seed.manifest, None)
                     self._seeded += self._take(pool, here.fetch)
+            missing = np.flatnonzero(~self._have)
+            self._file.allocate(self._offsets[missing], self._lengths[missing])
             with closing(UpdateOrigin(lambda: store, self._digest, self._manifest, seeds)) as update:
-                self._fetch_update(pool, update)
+                self._fetch_update(pool, update, store)
             if not self._have.all():
-                self._fetch_all(pool, store)
+                self._fetch(pool, store, np.flatnonzero(~self._have))
         if not self._have.all():
             raise Corrupt(f"the image {self._digest} is not whole after all")
         data_bytes = int(self._lengths.sum())
@@ -159,8 +165,8 @@ class _Filling:
 
     # What comes from the store
 
-    def _fetch_update(self, pool: ThreadPoolExecutor, update: UpdateOrigin) -> None:
-        """What an update from a seed brings."""
+    def _fetch_update(self, pool: ThreadPoolExecutor, update: UpdateOrigin, store: Store) -> None:
+        """What an update from a seed brings; files that gzip makes again only where it is faster than the line is."""
 
         def work(frames: Numbers) -> tuple[list[int], int]:
             batches = update.load(frames)
@@ -169,7 +175,16 @@ class _Filling:
                 self._file.put(int(self._offsets[chunk]), memoryview(piece))
             return [chunk for chunk, _ in every], sum(batch.received_bytes for batch in batches)
 
-        self._came(in_order(pool, work, update.requests(np.flatnonzero(~self._have)), READERS))
+        self._came(
+            in_order(pool, work, update.requests(np.flatnonzero(~self._have), MAX_FRAME_BYTES), READERS)
+        )
+        missing = np.flatnonzero(~self._have)
+        files = update.requests(missing)
+        if files:
+            began_s, before = time.monotonic(), self._fetched
+            self._fetch(pool, store, missing[:_PROBED_CHUNKS])
+            if self._fetched - before < _GZIP_BYTES_S * (time.monotonic() - began_s):
+                self._came(in_order(pool, work, files, READERS))
 
     def _came(self, answers: Iterator[tuple[Sequence[int] | Numbers, int]]) -> None:
         """Note what each request brought: chunks that are written, and how many bytes it took."""
@@ -180,9 +195,8 @@ class _Filling:
             self._requests += 1
             self._report()
 
-    def _fetch_all(self, pool: ThreadPoolExecutor, store: Store) -> None:
-        missing = np.flatnonzero(~self._have)
-        self._file.allocate(self._offsets[missing], self._lengths[missing])
+    def _fetch(self, pool: ThreadPoolExecutor, store: Store, missing: Numbers) -> None:
+        """Chunks, in frames of packs."""
         reader = ImageReader(lambda: store, self._digest, self._manifest, self._layout)
         reader.layout()
 

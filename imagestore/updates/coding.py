@@ -1,7 +1,8 @@
 """A frame of an update: chunks with old ones as their dictionary; or all chunks of a file that gzip compressed.
 
 One changed byte changes all of such a file, not what it expands to. Its frame has what is before and after the deflate
-stream in its chunks, and what that expands to, of which gzip makes it again; what the old one expands to is before it.
+stream in its chunks, and what that expands to, of which gzip makes it again: by block where the old one's contents have
+something alike, and what differs from that. (zstd needs a second to find it, with all of that as a dictionary.)
 """
 
 import struct
@@ -19,12 +20,13 @@ from imagestore.errors import Corrupt
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Buffer
 from imagestore.formats.pack import LEVEL
+from imagestore.updates.similar import marks, meeting
 
-_MAGIC, _HEAD, _LOCK = b"sf-gzip1", struct.Struct("<8s3I"), Lock()  # one such file in memory at a time
-_FIRST, _STORED, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 60 << 20, 8 << 20, 1 << 17
-# Tables with room for the dictionary: the level's own would have forgotten its beginning.
+_MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
+_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
+_BLOCK, _NOWHERE = 256, 1 << 30
+# A table with room for the dictionary: the level's own would have forgotten its beginning.
 _FAST = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 18, "min_match": 6, "window_log": 24}
-_WIDE = {"strategy": zstandard.STRATEGY_GREEDY, "hash_log": 24, "min_match": 6, "window_log": 27}
 File = tuple[tuple[int, int], int, bytes, bytes, bytes]
 """The chunks that it is in; its place in these, what they have before and after its stream, what that expands to."""
 
@@ -32,13 +34,12 @@ File = tuple[tuple[int, int], int, bytes, bytes, bytes]
 def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
     """Large ones, at a sector's start, that are gzip's own work as far as that tells, in chunks that begin there."""
     view, end = memoryview(data.data), 0
-    blocks = data[: len(data) & -512].reshape(-1, 512)[:, :4] & (255, 255, 255, 247)
-    for start in (512 * np.flatnonzero((blocks == (31, 139, 8, 0)).all(1))).tolist():
+    for start in (512 * np.flatnonzero(data[: len(data) & -512 : 512] == 31)).tolist():
         one, plain, first, rest = zlib.decompressobj(31), b"", start + _FIRST, start + _STORED
         with suppress(zlib.error):
             plain = one.decompress(view[start:first], _PLAIN) if start >= end else b""
             plain += one.decompress(view[first:rest], _PLAIN) if len(plain) > _FIRST and not one.eof else b""
-        if one.eof and _TRIED < len(plain) <= _PLAIN:
+        if one.eof and _LEAST < len(plain) <= _PLAIN and data[start + 3] in (0, 8):
             stream = start + 10 + (bytes(view[start + 10 : first]).index(0) + 1 if data[start + 3] else 0)
             again, end = _deflated(plain[:_TRIED])[:-_LAST_BLOCK], min(rest, len(data)) - len(one.unused_data)
             if again and view[stream : stream + len(again)] == again:
@@ -48,32 +49,62 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
                 yield (int(first), int(last)), start - begin, *around, plain
 
 
-def pack(plain: bytes, base: bytes, matcher: dict[str, int] = _FAST) -> bytes:
+def pack(plain: bytes, base: bytes) -> bytes:
     """A frame of chunks."""
     raw = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    params = zstandard.ZstdCompressionParameters.from_level(LEVEL, **matcher)
+    params = zstandard.ZstdCompressionParameters.from_level(LEVEL, **_FAST)
     return zstandard.ZstdCompressor(dict_data=raw, compression_params=params).compress(plain)
 
 
 def pack_file(one: File, other: File) -> bytes:
     """A frame of a file, for who has the chunks of another."""
     (*_, before, after, plain), (_, start, *_, base) = one, other
-    return _HEAD.pack(_MAGIC, start, len(before), len(after)) + pack(before + after + plain, base, _WIDE)
+    (places, hashes), (old, old_hashes) = (marks(np.frombuffer(data, np.uint8)) for data in (plain, base))
+    meets, there = meeting(hashes, old_hashes)
+    shifts = np.append(old[there] - places[meets], _NOWHERE)
+    blocks = np.frombuffer(plain + bytes(-len(plain) % _BLOCK), np.uint8).reshape(-1, _BLOCK)
+    left, chosen, most = blocks.copy(), np.full(len(blocks), _NOWHERE), np.full(len(blocks), _BLOCK // 2)
+    following = np.searchsorted(places[meets], _BLOCK * np.arange(len(blocks)))
+    for shift in (shifts[following - 1], shifts[following]):
+        tried = np.flatnonzero(shift != chosen)
+        differing = blocks[tried] ^ _old_blocks(base, shift[tried] + _BLOCK * tried)
+        count = np.count_nonzero(differing, axis=1)
+        fewer = count < most[tried]
+        better = tried[fewer]
+        left[better], chosen[better], most[better] = differing[fewer], shift[better], count[fewer]
+    body = b"".join((chosen.astype("<i4").tobytes(), before, after, left.tobytes()))
+    return _HEAD.pack(_MAGIC, start, len(before), len(after), len(plain)) + pack(body, b"")
 
 
 def unpack(frame: Buffer, base: bytes, size: int) -> bytes:
     """The chunks of a frame, `size` bytes. Raises Corrupt, ZstdError, zlib.error, struct.error, OSError."""
     if frame[: len(_MAGIC)] != _MAGIC:
-        if zstandard.frame_content_size(frame) != size:
-            raise Corrupt("an update's frame is not as large as its chunks")
-        raw = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-        return zstandard.ZstdDecompressor(dict_data=raw).decompress(frame, allow_extra_data=False)
+        return _expand(frame, base, size)
     with _LOCK:
-        (_, start, before, after), frame = _HEAD.unpack_from(frame), frame[_HEAD.size :]
+        _, start, before, after, length = _HEAD.unpack_from(frame)
+        count = -(-length // _BLOCK)
+        begin, end = 4 * count, 4 * count + before + after
+        if not length or end + count * _BLOCK > 2 * _PLAIN:
+            raise Corrupt("an update's file has no size that one may have")
+        body = _expand(frame[_HEAD.size :], b"", end + count * _BLOCK)
         base = zlib.decompressobj(31).decompress(memoryview(base)[start:], _PLAIN)
-        plain = unpack(frame, base, min(zstandard.frame_content_size(frame), 2 * _PLAIN))
-        around, stream = plain[: before + after], _deflated(plain[before + after :])
-        return around[:before] + stream + around[before:]
+        left = np.frombuffer(body, np.uint8, offset=end).reshape(-1, _BLOCK)
+        plain = left ^ _old_blocks(base, np.frombuffer(body, "<i4", count) + _BLOCK * np.arange(count))
+        stream = _deflated(plain.tobytes()[:length])
+        return body[begin : begin + before] + stream + body[begin + before : end]
+
+
+def _expand(frame: Buffer, base: bytes, size: int) -> bytes:
+    if zstandard.frame_content_size(frame) != size:
+        raise Corrupt("an update's frame is not as large as its chunks")
+    raw = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    return zstandard.ZstdDecompressor(dict_data=raw).decompress(frame, allow_extra_data=False)
+
+
+def _old_blocks(base: bytes, places: Numbers) -> npt.NDArray[np.uint8]:
+    """What a file's old contents have at some places; zeros where that is none."""
+    at = np.where((places >= 0) & (places < len(base)), places, len(base))
+    return np.ndarray((len(base) + 1, _BLOCK), np.uint8, base + bytes(_BLOCK), strides=(1, 1))[at]
 
 
 def _deflated(plain: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """An update made: for each new chunk the old ones most like it are found, and it is compressed with these before it."""
 
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,13 +17,12 @@ from imagestore.formats.keys import DELTAS, UPDATES
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import FRAME_BYTES
 from imagestore.formats.update import Step, Update, encode_steps, firsts
-from imagestore.store.frames import READERS, ImageReader
+from imagestore.store.frames import READERS, Frames, ImageReader
 from imagestore.store.store import Store
 from imagestore.updates.coding import File, files, pack, pack_file
 from imagestore.updates.similar import Samples, most_alike, samples
 from imagestore.updates.using import read_steps
 
-_WINDOW_CHUNKS = 32
 _DICTIONARY_BYTES = 6 << 20
 _WORKERS = 2
 _SAVES = 0.9  # of the frames' bytes: an update that costs more is not kept
@@ -35,19 +35,7 @@ class _Spool(NamedTuple):
 
     data: npt.NDArray[np.uint8]
     firsts: Numbers
-
-    def samples(self, pool: ThreadPoolExecutor) -> Samples:
-        """Of all."""
-        count = len(self.firsts) - 1
-
-        def work(part: Part) -> Samples:
-            bounds = self.firsts[part[0] : part[1] + 1]
-            values, chunks = samples(np.asarray(self.data[bounds[0] : bounds[-1]]), bounds[1:] - bounds[0])
-            return values, chunks + part[0]
-
-        cuts = pairwise([*range(0, count, _WINDOW_CHUNKS), count])
-        values, chunks = zip(*in_order(pool, work, cuts, _WORKERS), strict=True)
-        return np.concatenate(values), np.concatenate(chunks)
+    samples: Samples
 
     def of(self, at: Numbers) -> bytes:
         """The bytes of some of them, by their numbers here."""
@@ -64,10 +52,10 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
     with tempfile.TemporaryDirectory(prefix="sf-update-") as place, ThreadPoolExecutor(_WORKERS) as pool:
         olds = _spooled(store, base, old, gone, Path(place) / "old")
         news = _spooled(store, to, new, missing, Path(place) / "new")
-        alike = most_alike(news.samples(pool), olds.samples(pool), len(missing))
-        theirs, apart = list(files(*olds)), dict[Part, tuple[File, File]]()
+        theirs, ours = pool.map(lambda spool: list(files(spool.data, spool.firsts)), (olds, news))
+        alike, apart = most_alike(news.samples, olds.samples, len(missing)), dict[Part, tuple[File, File]]()
         cuts = np.append(np.flatnonzero(np.diff(news.firsts[:-1] // FRAME_BYTES, prepend=-1)), len(missing))
-        for one in files(*news) if theirs else ():
+        for one in ours if theirs else ():
             apart[one[0]] = one, min(theirs, key=lambda other: abs(len(other[-1]) - len(one[-1])))
             cuts = np.union1d(cuts[(cuts <= one[0][0]) | (cuts >= one[0][1])], one[0])
 
@@ -95,12 +83,25 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
 
 
 def _spooled(store: Store, digest: Digest, manifest: Manifest, rows: Numbers, path: Path) -> _Spool:
-    """Read chunks of an image into a file: written, as a new file's mapped pages cost more than the copy."""
+    """Read chunks of an image into a file: written, as a new file's mapped pages cost more than the copy.
+
+    They are not hashed, as their frames were: who uses an update believes nothing.
+    """
     bounds = firsts(manifest.lengths[rows])
+
+    def work(frames: Frames, request: slice) -> list[Samples]:
+        found = list[Samples]()
+        for frame, stored in enumerate(frames.read(request, store.backend), request.start):
+            pieces = frames.cut(frame, frames.expand(frame, stored))
+            at = np.searchsorted(rows, frames.chunks[frames.rows(frame)])
+            for place, piece in zip(bounds[at].tolist(), pieces, strict=True):
+                os.pwrite(file.fileno(), piece, place)
+            data = np.frombuffer(b"".join(pieces), np.uint8)
+            values, chunks = samples(data, np.cumsum(frames.lengths[frames.rows(frame)]))
+            found.append((values, at[chunks]))
+        return found
+
     with ThreadPoolExecutor(READERS, "sf-read") as pool, path.open("wb") as file:
-        for frames, request, _, pieces in ImageReader(lambda: store, digest, manifest).load(rows, pool):
-            chunks = frames.chunks[frames.rows(request)].tolist()
-            for chunk, piece in zip(chunks, (one for of_frame in pieces for one in of_frame), strict=True):
-                file.seek(bounds[np.searchsorted(rows, chunk)])
-                file.write(piece)
-    return _Spool(np.memmap(path, np.uint8, "r"), bounds)
+        answers = list(ImageReader(lambda: store, digest, manifest).each(rows, work, pool))
+    values, chunks = zip(*(of_frame for answer in answers for of_frame in answer), strict=True)
+    return _Spool(np.memmap(path, np.uint8, "r"), bounds, (np.concatenate(values), np.concatenate(chunks)))

@@ -3,18 +3,21 @@
 import base64
 import gzip
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from imagestore.backends.wrappers import Wrapper
 from imagestore.cache.intake import Brought, bring
 from imagestore.cache.partial import PartialImage
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import DELTAS, UPDATES
+from imagestore.formats.pack import FRAME_BYTES
 from imagestore.formats.update import Step, Update, encode_steps
 from imagestore.mirror.replicate import replicate
 from imagestore.pull import PullResult, Seed, pull
@@ -26,6 +29,8 @@ from imagestore.updates.using import UpdateOrigin, read_steps
 from imagestore.verify import repair, verify_store
 from tests.memory import Memory
 from tests.world import World, disk, write_pages
+
+PULL = sys.modules["imagestore.pull"]  # the module, not the function
 
 
 class Versions:
@@ -240,40 +245,73 @@ class Recompressed(Versions):
 
 
 @pytest.fixture
+def slow_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On which gzip is faster."""
+    monkeypatch.setattr(PULL, "_GZIP_BYTES_S", 1 << 60)
+
+
+@pytest.fixture
 def recompressed(tmp_path: Path) -> Versions:
     return Recompressed(World(tmp_path / "world"), tmp_path)
 
 
 def test_what_gzip_compressed_anew_costs_what_changed_in_it(
-    recompressed: Versions, monkeypatch: pytest.MonkeyPatch
+    recompressed: Versions, monkeypatch: pytest.MonkeyPatch, slow_line: None
 ) -> None:
     frames = recompressed.pull()
     step = made(recompressed)
-    assert recompressed.pull().fetched_bytes < 50_000 < frames.fetched_bytes / 100
+    assert step.size_bytes < 50_000 < frames.fetched_bytes / 100
+    assert recompressed.pull().fetched_bytes < 50_000 + 2 * FRAME_BYTES
     store, manifest = recompressed.world.store, recompressed.world.store.manifest(recompressed.digest)
     guest = UpdateOrigin(lambda: store, recompressed.digest, manifest, [recompressed.seed])
     few = [chunk for batch in guest.fetch(range(len(manifest.ids))) for chunk in batch.chunks]
     assert manifest.lengths[few].sum() < 4 << 20  # a guest does not wait for gzip
     guest.close()
+    with monkeypatch.context() as fast:
+        fast.setattr(PULL, "_GZIP_BYTES_S", 0)
+        assert recompressed.pull().fetched_bytes > frames.fetched_bytes / 2
     monkeypatch.setenv("PATH", "/nowhere")
     assert recompressed.pull().fetched_bytes > frames.fetched_bytes / 2
     assert store.backend.stat(DELTAS.key(step.name)).size_bytes < 50_000
 
 
-def test_a_hostile_frame_of_a_file_is_refused_whatever_it_says(recompressed: Versions) -> None:
+def test_a_flipped_bit_in_the_old_file_brings_no_wrong_byte(recompressed: Versions, slow_line: None) -> None:
+    made(recompressed)
+    good = bytearray(recompressed.file.read_bytes())
+    for at in (good.index(b"\x1f\x8b") + 1, len(good) // 2):
+        wrong = good.copy()
+        wrong[at] ^= 1
+        recompressed.file.write_bytes(wrong)
+        assert recompressed.pull().fetched_bytes > 4 << 20
+
+
+def test_a_hostile_frame_of_a_file_is_refused_whatever_it_says(
+    recompressed: Versions, slow_line: None
+) -> None:
     step, store = made(recompressed), recompressed.world.store
     whole = store.backend.get(DELTAS.key(step.name)).data
     good = Update.decode(whole[: step.head_bytes], step.name, recompressed.former, recompressed.digest)
-    at = whole.index(b"sf-gzip1", step.head_bytes)
+    at = whole.index(b"sf-gzip2", step.head_bytes)
     frame = int(np.searchsorted(np.cumsum(good.sizes), at - step.head_bytes, "right"))
     end = at + int(good.sizes[frame])
     empty = gzip.compress(b"")
+    body = zstandard.ZstdDecompressor().decompress(whole[at + 24 : end])
+    shifts = 4 * -(-int.from_bytes(whole[at + 20 : at + 24], "little") // 256)
     for bad in (
-        b"sf-gzip1",
-        *(whole[at : at + 8 + 4 * n] + b"\xff\xff\xff\xff" + whole[at + 12 + 4 * n : end] for n in range(3)),
-        *(whole[at : at + 8 + 4 * n] + b"\1\0\0\0" + whole[at + 12 + 4 * n : end] for n in range(3)),
-        whole[at : at + 20] + empty,
-        whole[at : at + 20],
+        b"sf-gzip2",
+        b"sf-gzip1" + whole[at + 8 : end],
+        *(whole[at : at + 8 + 4 * n] + b"\xff\xff\xff\xff" + whole[at + 12 + 4 * n : end] for n in range(4)),
+        *(whole[at : at + 8 + 4 * n] + b"\1\0\0\0" + whole[at + 12 + 4 * n : end] for n in range(4)),
+        *(
+            whole[at : at + 24] + zstandard.compress(word * (shifts // 4) + body[shifts:])
+            for word in (b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\xff\xff\xff\xff")
+        ),
+        whole[at : at + 24] + zstandard.compress(body[:-1]),
+        whole[at : at + 20] + bytes(4) + whole[at + 24 : end],
+        whole[at : at + 12] + bytes(12) + zstandard.compress(b""),
+        whole[at : at + 24] + whole[at:end],
+        whole[at : at + 24] + empty,
+        whole[at : at + 24],
         whole[at : end - 100],
     ):
         sizes, hashes = good.sizes.copy(), good.hashes.copy()
@@ -283,4 +321,4 @@ def test_a_hostile_frame_of_a_file_is_refused_whatever_it_says(recompressed: Ver
         sealed = Step(Digest.of(head), len(head), len(head) + int(sizes.sum()))
         store.backend.put(DELTAS.key(sealed.name), head + whole[step.head_bytes : at] + bad + whole[end:])
         store.backend.put(UPDATES.key(recompressed.digest), encode_steps({recompressed.former: sealed}))
-        assert recompressed.pull().fetched_bytes > 1 << 20
+        assert recompressed.pull().fetched_bytes > 4 << 20
