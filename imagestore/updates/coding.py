@@ -20,7 +20,7 @@ from imagestore.errors import Corrupt
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Buffer
 from imagestore.formats.pack import LEVEL
-from imagestore.updates.similar import marks, meeting
+from imagestore.updates.similar import meeting, samples
 
 _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
 _FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
@@ -59,20 +59,16 @@ def pack(plain: bytes, base: bytes) -> bytes:
 def pack_file(one: File, other: File) -> bytes:
     """A frame of a file, for who has the chunks of another."""
     (*_, before, after, plain), (_, start, *_, base) = one, other
-    (places, hashes), (old, old_hashes) = (marks(np.frombuffer(data, np.uint8)) for data in (plain, base))
+    (hashes, places), (old_hashes, old) = (samples(np.frombuffer(data, np.uint8)) for data in (plain, base))
     meets, there = meeting(hashes, old_hashes)
     shifts = np.append(old[there] - places[meets], _NOWHERE)
     blocks = np.frombuffer(plain + bytes(-len(plain) % _BLOCK), np.uint8).reshape(-1, _BLOCK)
-    left, chosen, most = blocks.copy(), np.full(len(blocks), _NOWHERE), np.full(len(blocks), _BLOCK // 2)
-    following = np.searchsorted(places[meets], _BLOCK * np.arange(len(blocks)))
-    for shift in (shifts[following - 1], shifts[following]):
-        tried = np.flatnonzero(shift != chosen)
-        differing = blocks[tried] ^ _old_blocks(base, shift[tried] + _BLOCK * tried)
-        count = np.count_nonzero(differing, axis=1)
-        fewer = count < most[tried]
-        better = tried[fewer]
-        left[better], chosen[better], most[better] = differing[fewer], shift[better], count[fewer]
-    body = b"".join((chosen.astype("<i4").tobytes(), before, after, left.tobytes()))
+    at = _BLOCK * np.arange(len(blocks))
+    shift = shifts[np.searchsorted(places[meets], at + 2 * _BLOCK) - 1]
+    left = blocks ^ _old_blocks(base, at + shift)
+    unlike = np.count_nonzero(left, axis=1) > _BLOCK // 2
+    left[unlike], shift[unlike] = blocks[unlike], _NOWHERE
+    body = b"".join((shift.astype("<i4").tobytes(), before, after, left.tobytes()))
     return _HEAD.pack(_MAGIC, start, len(before), len(after), len(plain)) + pack(body, b"")
 
 

@@ -87,21 +87,19 @@ def _spooled(store: Store, digest: Digest, manifest: Manifest, rows: Numbers, pa
 
     They are not hashed, as their frames were: who uses an update believes nothing.
     """
-    bounds = firsts(manifest.lengths[rows])
+    bounds, found = firsts(manifest.lengths[rows]), list[Samples]()
 
-    def work(frames: Frames, request: slice) -> list[Samples]:
-        found = list[Samples]()
+    def work(frames: Frames, request: slice) -> None:
         for frame, stored in enumerate(frames.read(request, store.backend), request.start):
             pieces = frames.cut(frame, frames.expand(frame, stored))
             at = np.searchsorted(rows, frames.chunks[frames.rows(frame)])
             for place, piece in zip(bounds[at].tolist(), pieces, strict=True):
                 os.pwrite(file.fileno(), piece, place)
-            data = np.frombuffer(b"".join(pieces), np.uint8)
-            values, chunks = samples(data, np.cumsum(frames.lengths[frames.rows(frame)]))
-            found.append((values, at[chunks]))
-        return found
+            hashes, places = samples(np.frombuffer(b"".join(pieces), np.uint8))
+            ends = np.cumsum(frames.lengths[frames.rows(frame)])
+            found.append((hashes, at[np.searchsorted(ends, places, "right")]))
 
     with ThreadPoolExecutor(READERS, "sf-read") as pool, path.open("wb") as file:
-        answers = list(ImageReader(lambda: store, digest, manifest).each(rows, work, pool))
-    values, chunks = zip(*(of_frame for answer in answers for of_frame in answer), strict=True)
-    return _Spool(np.memmap(path, np.uint8, "r"), bounds, (np.concatenate(values), np.concatenate(chunks)))
+        list(ImageReader(lambda: store, digest, manifest).each(rows, work, pool))
+    hashes, chunks = map(np.concatenate, zip(*found, strict=True))
+    return _Spool(np.memmap(path, np.uint8, "r"), bounds, (hashes, chunks))
