@@ -141,10 +141,6 @@ def delete_key(ctx: Ctx, ref: str, key_name: str) -> Response:
 
 @router.post("/auth/namespaces/{ref}/trust")
 def add_trust(ctx: Ctx, ref: str, body: TrustBody) -> Response:
-    _own(ctx, ref)
-    # A tenant is not told which namespaces there are: whoever is made later is trusted by nobody.
-    if ctx.caller.admin and ctx.read().find(Namespace, body.external_namespace) is None:
-        raise Invalid(f"namespace {body.external_namespace[:80]} does not exist")
     return _trust(ctx, ref, body.external_namespace, trusted=True)
 
 
@@ -160,6 +156,9 @@ def _trust(ctx: Context, ref: str, other: str, *, trusted: bool) -> Response:
         return auth.change_namespace(txn, ref, said, trust=(*rest, other) if trusted else rest)
 
     _own(ctx, ref)
+    # A tenant is not told which namespaces there are: whoever is made later is trusted by nobody.
+    if trusted and ctx.caller.admin and ctx.read().find(Namespace, other) is None:
+        raise Invalid(f"namespace {other[:80]} does not exist")
     return JSONResponse(views.namespace(ctx.act(action)))
 
 
