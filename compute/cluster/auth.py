@@ -203,9 +203,8 @@ def create_namespace(txn: Transaction, name: str, keys: Mapping[str, KeyHash]) -
     checked = {check_name(key, "key name"): known for key, known in keys.items()}
     made = Namespace(name=check_name(name, "namespace"), keys=checked)
     _trust_nobody(txn, name)
-    txn.create(made)
     txn.event(Namespace.KIND, name, " ".join(("created", *map("with key {}".format, keys))), type="audit")
-    return made
+    return txn.create(made)
 
 
 def _trust_nobody(txn: Transaction, name: str) -> None:
@@ -234,10 +233,8 @@ def delete_namespace(txn: Transaction, name: str) -> None:
 
 def change_namespace(txn: Transaction, name: str, said: str, **changes: Any) -> Namespace:
     """`said` is its event. Raises NotFound."""
-    changed = replace(txn.get(Namespace, name), **changes)
-    txn.update(changed)
     txn.event(Namespace.KIND, name, said, type="audit")
-    return changed
+    return txn.update(replace(txn.get(Namespace, name), **changes))
 
 
 def set_key(

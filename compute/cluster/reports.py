@@ -122,7 +122,7 @@ def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
     txn.update(replace(now, updated_s=time.time()))
     for step in steps:
         why = f": {error}" if step.value.endswith("error") and error else ""
-        txn.event(Instance.KIND, found.uuid, f"state is {step.value}{why}", type="mutate")
+        txn.event(Instance.KIND, found.uuid, f"state is {step.value}{why}")
     if now.power_state != found.power_state:
         txn.event(Instance.KIND, found.uuid, f"power is {now.power_state}", type="status")
 

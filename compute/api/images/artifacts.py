@@ -27,7 +27,7 @@ from compute.cluster.images.artifacts import BLOB, Artifact, Blob, blob_of, want
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.stored import check_name, new_uuid
-from compute.cluster.records.transaction import Transaction, pieces
+from compute.cluster.records.transaction import pieces
 from compute.errors import Invalid, NoCapacity, NotFound
 from imagestore import Digest, decimal, push
 from imagestore import NotFound as NoName
@@ -214,11 +214,8 @@ def _change(ctx: Context, ref: str, change: Callable[[Artifact], Artifact]) -> R
     if not known.namespace:
         raise Invalid(f"{ref[:80]} is a name of an image store", hint="sf image tag, sf image rm")
 
-    def act(txn: Transaction, uuid: str) -> Artifact:
-        txn.update(now := change(txn.get(Artifact, uuid)))
-        return now
-
-    return JSONResponse(show(ctx, ctx.change(known, act))[0])
+    changed = ctx.change(known, lambda txn, uuid: txn.update(change(txn.get(Artifact, uuid))))
+    return JSONResponse(show(ctx, changed)[0])
 
 
 @router.delete("/artifacts/{ref}")

@@ -198,9 +198,8 @@ def want(txn: Transaction, namespace: str, called: str, blob: Blob | None = None
     found = replace(found, error_message="", **more)
     if blob is not None:
         return add_version(txn, found, blob)
-    txn.update(now := replace(found, wanted=called, state="creating" if found.blobs else "initial"))
-    txn.event(Artifact.KIND, now.uuid, f"asked for: {called}", type="audit")
-    return now
+    txn.event(Artifact.KIND, found.uuid, f"asked for: {called}", type="audit")
+    return txn.update(replace(found, wanted=called, state="creating" if found.blobs else "initial"))
 
 
 def add_version(txn: Transaction, found: Artifact, blob: Blob) -> Artifact:
@@ -209,8 +208,8 @@ def add_version(txn: Transaction, found: Artifact, blob: Blob) -> Artifact:
     if newest is None or wanted or (blob.disk, blob.data) != (newest.disk, newest.data):
         found = replace(found, last=found.last + 1, blobs=found.blobs | {str(found.last + 1): blob})
         txn.event(Artifact.KIND, found.uuid, f"version {found.last} is blob {blob.uuid}")
-    txn.update(now := replace(found, state="creating" if wanted else "created", wanted=wanted, progress=""))
-    return now
+    state = "creating" if wanted else "created"
+    return txn.update(replace(found, state=state, wanted=wanted, progress=""))
 
 
 def blob_of(among: Iterable[Artifact], base: str, namespace: str = "") -> tuple[Artifact, Blob]:

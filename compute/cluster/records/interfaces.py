@@ -87,9 +87,8 @@ def attach(
         floating=take_floating(txn, uuid) if want.float else "",
         rules=want.rules,
     )
-    txn.create(made)
-    txn.event(Network.KIND, network.uuid, f"{made.known} given to interface {uuid}", type="mutate")
-    return made
+    txn.event(Network.KIND, network.uuid, f"{made.known} given to interface {uuid}")
+    return txn.create(made)
 
 
 def detach(txn: Transaction, interface: Interface) -> None:
@@ -98,12 +97,8 @@ def detach(txn: Transaction, interface: Interface) -> None:
     if known is not None:
         address = IPv4Address(interface.address)
         txn.update(replace(known, pool=ipam.release(known.pool, address, interface.uuid, time.time())))
-        txn.event(
-            Network.KIND,
-            interface.network_uuid,
-            f"{interface.known} released by interface {interface.uuid}",
-            type="mutate",
-        )
+        said = f"{interface.known} released by interface {interface.uuid}"
+        txn.event(Network.KIND, interface.network_uuid, said)
     give_back_floating(txn, interface.floating)
     for name in published_names(interface.published):
         txn.delete(Taken, name)
@@ -125,9 +120,7 @@ def float_interface(txn: Transaction, uuid: str) -> Interface:
     if found.floating:
         raise Conflict(f"interface {uuid} has the floating address {found.floating} already")
     find_four(txn, found.network_uuid)
-    found = replace(found, floating=take_floating(txn, uuid))
-    txn.update(found)
-    return found
+    return txn.update(replace(found, floating=take_floating(txn, uuid)))
 
 
 def defloat_interface(txn: Transaction, uuid: str) -> Interface:
@@ -136,6 +129,4 @@ def defloat_interface(txn: Transaction, uuid: str) -> Interface:
     if not found.floating:
         raise Conflict(f"interface {uuid} has no floating address")
     give_back_floating(txn, found.floating)
-    found = replace(found, floating="")
-    txn.update(found)
-    return found
+    return txn.update(replace(found, floating=""))

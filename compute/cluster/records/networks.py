@@ -19,7 +19,7 @@ from compute.cluster.records.epochs import check
 from compute.cluster.records.stored import Stored, check_name, new_uuid
 from compute.cluster.records.taken import Taken, take, take_name
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Conflict, Invalid, NoCapacity, NotFound, NotReady
+from compute.errors import Conflict, Invalid, NoCapacity, NotFound, NotReady, Unavailable
 from net import ipam
 
 _LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -88,6 +88,13 @@ def find_routed(txn: Transaction, uuid: str) -> Network:
             f"network {found.name} is the LAN of {found.bridge}, which sf does not route", hint=hint
         )
     return found
+
+
+def routing(network: Network) -> str:
+    """The node that routes it. Raises Unavailable."""
+    if not network.router_node:
+        raise Unavailable(f"network {network.name} has no router at this moment")
+    return network.router_node
 
 
 def find_four(txn: Transaction, uuid: str) -> Network:
@@ -165,11 +172,10 @@ def create_network(
     txn.create(Ipam(name=network.uuid, pool=pool))
     if network.provide_nat and not network.six_alone and txn.find(Ipam, FLOATING) is not None:
         network = replace(network, router_floating=take_floating(txn, f"router/{network.uuid}"))
-    txn.create(network)
     where = f"on {network.bridge}" if network.bridge else f"with VNI {vni}"
     block = network.netblock6 if network.six_alone else network.netblock
     txn.event(Network.KIND, network.uuid, f"created as {block} {where}", type="audit")
-    return network
+    return txn.create(network)
 
 
 def delete_network(txn: Transaction, uuid: str) -> Network:
@@ -192,9 +198,8 @@ def delete_network(txn: Transaction, uuid: str) -> Network:
     found = replace(
         found, state="deleted", deleted_s=time.time(), router_node="", router_floating="", routed={}
     )
-    txn.update(found)
     txn.event(Network.KIND, uuid, "deleted", type="audit")
-    return found
+    return txn.update(found)
 
 
 def route(txn: Transaction, uuid: str, next_hop: str) -> str:

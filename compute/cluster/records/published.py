@@ -55,9 +55,7 @@ def publish(
             used = f"a server of the router's node listens on port {port}/{wanted.protocol}"
             raise Conflict(used, hint="choose another port, or stop that server")
         take(txn, name, uuid)
-    found = replace(found, published=(*found.published, wanted))
-    txn.update(found)
-    return found
+    return txn.update(replace(found, published=(*found.published, wanted)))
 
 
 def unpublish(txn: Transaction, uuid: str, wanted: Published) -> Interface:
@@ -68,6 +66,4 @@ def unpublish(txn: Transaction, uuid: str, wanted: Published) -> Interface:
         raise NotFound(f"{wanted} is not published", hint=hint)
     for name in published_names([wanted]):
         txn.delete(Taken, name)
-    found = replace(found, published=tuple(each for each in found.published if each != wanted))
-    txn.update(found)
-    return found
+    return txn.update(replace(found, published=tuple(each for each in found.published if each != wanted)))

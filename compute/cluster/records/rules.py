@@ -51,8 +51,7 @@ def create_rules(txn: Transaction, rules: Rules) -> Rules:
     """Raises Conflict, Invalid."""
     check_name(rules.name, "name of rules")
     take_name(txn, Rules.KIND, rules.namespace, rules.name, rules.uuid)
-    txn.create(rules)
-    return rules
+    return txn.create(rules)
 
 
 def delete_rules(txn: Transaction, uuid: str) -> Rules:
@@ -74,9 +73,8 @@ def attach_rules(txn: Transaction, uuid: str, rules_uuid: str, *, on: bool) -> I
     found = replace(found, rules=(*kept, rules_uuid) if on else tuple(kept))
     if len(found.rules) > 8:
         raise Invalid("an interface has at most 8 rules")
-    txn.update(found)
     txn.update(rules)
-    return found
+    return txn.update(found)
 
 
 def allowed(

@@ -23,8 +23,7 @@ def secret(txn: Transaction, name: str, *, renew: bool = False, first: str = "")
     found, former = txn.find(Secret, name), txn.find(Taken, name)
     if found is None or renew:
         kept = former.owner if former and not renew else first or secrets.token_hex(32)
-        found = Secret(name=name, value=kept)
-        txn.update(found)
+        found = txn.update(Secret(name=name, value=kept))
     if former:
         txn.delete(Taken, name)
     return found.value

@@ -99,16 +99,18 @@ class Transaction:
     def list(self, cls: type[O], under: str = "") -> list[O]:
         return [_decoded(cls, record) for record in self.store.list(f"{cls.KIND}/{under}")]
 
-    def create(self, value: Stored) -> None:
-        """Raises Conflict when it is there already."""
+    def create(self, value: O) -> O:
+        """Returns it. Raises Conflict when it is there already."""
         if self.find(type(value), value.id) is not None:
             raise Conflict(f"{value.KIND} {value.id} exists already")
         self.writes[value.key] = value.encode()
+        return value
 
-    def update(self, value: Stored) -> None:
-        """Write over what was read, here or before this transaction."""
+    def update(self, value: O) -> O:
+        """Write over what was read, here or before this transaction; returns what is written."""
         self.expect.setdefault(value.key, value.revision)
         self.writes[value.key] = value.encode()
+        return value
 
     def delete(self, cls: type[Stored], identity: str) -> None:
         """Remove it; "there was none" is success."""
