@@ -24,7 +24,7 @@ from compute.cluster.records.nodes import Node, router_candidates
 from compute.cluster.records.rules import Rules
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Conflict, Invalid, NotFound, Unavailable
+from compute.errors import Conflict, Invalid, NotFound
 from net import Allow, Limits, ipam
 
 router = APIRouter(tags=["networks"], route_class=Route)
@@ -69,14 +69,6 @@ class DnsBody(DnsNameBody):
 
 class PublishBody(Body):
     ports: str
-
-
-def _router(ctx: Context, uuid: str) -> str:
-    """The node that routes a network. Raises Conflict, Unavailable."""
-    network = acts.find_routed(ctx.read(), uuid)
-    if not network.router_node:
-        raise Unavailable(f"network {network.name} has no router at this moment")
-    return network.router_node
 
 
 def _find(ctx: Context, ref: str) -> Network:
@@ -171,7 +163,8 @@ async def ping(ctx: Ctx, ref: str, address: str) -> Response:
     known = ctx.find(Network, ref)
     six = known.block6 if ":" in address or known.six_alone else None
     target = parse_within(address, six or IPv4Network(known.netblock))
-    node = ctx.services.controller.nodes.operations(_router(ctx, known.uuid))
+    router = acts.routing(acts.find_routed(ctx.read(), known.uuid))
+    node = ctx.services.controller.nodes.operations(router)
     stdout, stderr = await node.ping(known.uuid, target)
     return JSONResponse({"stdout": stdout, "stderr": stderr})
 
@@ -236,7 +229,7 @@ def defloat_interface(ctx: Ctx, ref: str) -> Response:
 async def publish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
     """Lead ports of the router node's own addresses to it: `8080:80`, `53:53/udp`, `9000-9009:9000-9009`."""
     wanted, found = published.parse(body.ports), _interface(ctx, ref)
-    node = _router(ctx, found.network_uuid)
+    node = acts.routing(acts.find_routed(ctx.read(), found.network_uuid))
     used = await ctx.services.controller.nodes.operations(node).listening()
 
     def act(txn: Transaction, uuid: str) -> Interface:

@@ -18,7 +18,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from compute.api.context import Context, Ctx
 from compute.cluster.records.instances import Instance, interfaces_of, living
-from compute.cluster.records.networks import Network
+from compute.cluster.records.networks import Network, routing
 from compute.cluster.records.taken import Taken, take
 from compute.cluster.records.transaction import Transaction
 from compute.errors import ComputeError, Denied, Invalid, Unauthenticated, Unavailable
@@ -140,7 +140,5 @@ def _target(ctx: Context, known: Instance, kind: str, options: Options) -> tuple
     if not links:
         raise Invalid(f"{known.name} has no address", hint=f"sf instance show {known.name}")
     network = ctx.read().get(Network, links[0].network_uuid)
-    if not network.router_node:
-        raise Unavailable(f"network {network.name} has no router at this moment")
     ends = {"address": links[0].known, "also": links[0].address6}
-    return network.router_node, network.uuid, {**ends, "port": port}
+    return routing(network), network.uuid, {**ends, "port": port}
