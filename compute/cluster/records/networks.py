@@ -25,7 +25,6 @@ from net import ipam
 _LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _DNS_NAME = re.compile(rf"{_LABEL}(\.{_LABEL}){{0,7}}\.?", re.IGNORECASE)
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
-_VNI_TRIES = 64
 _MAX_DNS_ENTRIES = 1000
 
 
@@ -155,12 +154,7 @@ def create_network(
         if txn.find(Taken, f"netblock6/{network.netblock6}"):
             raise Conflict(f"{network.netblock6} is another network's", hint="auto chooses one")
         take(txn, f"netblock6/{network.netblock6}", network.uuid)
-    for _ in range(_VNI_TRIES):
-        vni = ipam.random_vni(())
-        if txn.find(Taken, f"vni/{vni}") is None:
-            break
-    else:
-        raise NoCapacity("no VXLAN network identifier is free")
+    vni = ipam.random_vni({int(taken.name.removeprefix("vni/")) for taken in txn.list(Taken, "vni/")})
     network = replace(
         network,
         netblock=str(pool.netblock),
