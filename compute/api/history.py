@@ -24,7 +24,7 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Event, Transaction
-from compute.cluster.state.protocol import Change, Record
+from compute.cluster.state.protocol import Change
 from compute.errors import Compacted, Invalid, NotFound, Unauthenticated, Unavailable
 from imagestore import decimal
 
@@ -74,8 +74,7 @@ def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
 
     @router.get(f"{path}/metadata")
     def get_metadata(ctx: Ctx, ref: str) -> Response:
-        item = find(ctx, ref)
-        return ctx.show(item, item.metadata)  # type: ignore[attr-defined]
+        return ctx.show(find(ctx, ref), lambda item: item.metadata)  # type: ignore[attr-defined]
 
     @router.post(f"{path}/metadata")
     def add(ctx: Ctx, ref: str, body: Item) -> Response:
@@ -174,7 +173,7 @@ def all_events(ctx: Ctx, body: EventQuery | None = None, follow: bool = False) -
     return JSONResponse(list(islice(wanted, query.limit)))
 
 
-def _seen(ctx: Context, records: Iterable[Record | Change]) -> Iterator[tuple[str, Json]]:
+def _seen(ctx: Context, records: Iterable[Change]) -> Iterator[tuple[str, Json]]:
     """The events among them that the caller sees, with what each is about."""
     read = ctx.read()
     for record in records:
@@ -194,7 +193,7 @@ def _follow(ctx: Context) -> AsyncIterator[str]:
 
     def read() -> list[tuple[str, Json]]:
         nonlocal after
-        seen, changes = feed.revision, list[Record | Change]()
+        seen, changes = feed.revision, list[Change]()
         try:
             while more := ctx.store.watch(f"{Event.KIND}/", changes[-1].revision if changes else after, 0):
                 changes += more  # there may be more than came at once

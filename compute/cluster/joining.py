@@ -59,10 +59,9 @@ def check_reader(txn: Transaction, name: str, token: str) -> None:
         raise Unauthenticated(f"node {name[:80]} may not read stores by this token")
 
 
-def check_identity(txn: Transaction, name: str, identity: str) -> Node:
+def check_identity(txn: Transaction, name: str, identity: str) -> None:
     """Raises Unauthenticated, also for a node that was removed."""
     node = txn.find(Node, name)
     if node is None or not node.identity or not hmac.compare_digest(node.identity, hashed(identity)):
         hint = "join anew: sf node token"
         raise Unauthenticated(f"node {name[:80]} is not known by this secret", hint=hint)
-    return node

@@ -340,7 +340,7 @@ def test_a_joined_node_is_known_by_its_agent_json(db: SqliteStore, state: Path) 
     identity = remote.load(state)
     assert identity is not None
     assert (identity.node, identity.installation) == ("node2", "0123abcd")
-    assert transact(db, lambda txn: check_identity(txn, identity.node, identity.secret)).name == "node2"
+    check_identity(Transaction(db), identity.node, identity.secret)
     cert, _, _ = certificate(state / "auth")
     assert cert.read_text() == identity.certificate
     assert installation_id(state) == "d8388b7a"

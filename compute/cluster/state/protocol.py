@@ -39,21 +39,19 @@ def kept(prefix: str, found: Collection[object]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A value and the revision that wrote it."""
-
-    key: str
-    value: bytes
-    revision: int
-
-
-@dataclass(frozen=True, slots=True)
 class Change:
     """One key's step in the history; `value` is None when it was deleted."""
 
     key: str
     value: bytes | None
     revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Change):
+    """A value and the revision that wrote it."""
+
+    value: bytes
 
 
 class StateStore(Protocol):

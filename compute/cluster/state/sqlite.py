@@ -288,10 +288,9 @@ class SqliteStore:
                 return
             hint = "check free space on its filesystem"
             failure = (NoSpace if full else Unavailable)(f"cannot write {self._path}: {err}", hint=hint)
-            for job in batch:
-                job.done.set_exception(failure)
-            return
-        self._reserve.keep()
+            outcome = [(job, failure) for job in batch]
+        else:
+            self._reserve.keep()
         for job, result in outcome:
             if isinstance(result, Exception):
                 job.done.set_exception(result)
