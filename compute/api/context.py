@@ -214,12 +214,12 @@ class Context:
         if wanted and wanted != "*" and etag(item) not in [part.strip() for part in wanted.split(",")]:
             raise Precondition(f"{item.KIND} {item.id} has changed", hint=f"its entity tag is {etag(item)}")
 
-    def show(self, item: Stored, view: Any) -> Response:
-        """A view with its entity tag; 304 when the caller has it already."""
+    def show(self, item: O, view: Callable[[O], Any]) -> Response:
+        """Its view with its entity tag; 304 when the caller has it already."""
         tag = etag(item)
         if self.request.method == "GET" and self.request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"ETag": tag})
-        return JSONResponse(view, headers={"ETag": tag})
+        return JSONResponse(view(item), headers={"ETag": tag})
 
     def once(self, txn: Transaction, cls: type[O], body: BaseModel, make: Callable[[Transaction], O]) -> O:
         """`make`, or what it made when this Idempotency-Key was first used (kept for a day).

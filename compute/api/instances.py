@@ -200,8 +200,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             return create(txn, instance, wants, limits=limits, usable=controller.nodes.usable() | closed)
 
         made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make), queued=True)
-    made = ctx.find(Instance, made.uuid)
-    return ctx.show(made, _view(ctx, made))
+    return get_instance(ctx, made.uuid)
 
 
 def _after(seconds: float | None) -> float:
@@ -233,8 +232,7 @@ def delete_instances(ctx: Ctx, body: DeleteAllBody) -> Response:
 
 @router.get("/instances/{ref}")
 def get_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
-    item = ctx.find(Instance, ref, body.namespace if body else None)
-    return ctx.show(item, _view(ctx, item))
+    return ctx.show(ctx.find(Instance, ref, body.namespace if body else None), partial(_view, ctx))
 
 
 @router.patch("/instances/{ref}")

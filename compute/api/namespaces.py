@@ -94,8 +94,7 @@ def create_namespace(ctx: Ctx, body: CreateBody) -> Response:
 
 @router.get("/auth/namespaces/{ref}")
 def get_namespace(ctx: Ctx, ref: str) -> Response:
-    item = _find(ctx, ref)
-    return ctx.show(item, views.namespace(item))
+    return ctx.show(_find(ctx, ref), views.namespace)
 
 
 @router.delete("/auth/namespaces/{ref}")

@@ -115,8 +115,7 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
         return acts.create_network(txn, wanted, excluded=excluded, **ways)
 
     made = ctx.act(lambda txn: ctx.once(txn, Network, body, make))
-    made = ctx.find(Network, made.uuid)
-    return ctx.show(made, views.network(made))
+    return get_network(ctx, made.uuid)
 
 
 @router.delete("/networks")
@@ -136,8 +135,7 @@ def delete_networks(ctx: Ctx, body: DeleteNetworksBody) -> Response:
 
 @router.get("/networks/{ref}")
 def get_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Response:
-    item = ctx.find(Network, ref, body.namespace if body else None)
-    return ctx.show(item, views.network(item))
+    return ctx.show(ctx.find(Network, ref, body.namespace if body else None), views.network)
 
 
 @router.delete("/networks/{ref}")
@@ -204,8 +202,7 @@ def remove_dns(ctx: Ctx, ref: str, body: DnsNameBody) -> Response:
 
 @router.get("/interfaces/{ref}")
 def get_interface(ctx: Ctx, ref: str) -> Response:
-    item = _interface(ctx, ref)
-    return ctx.show(item, views.interface(item))
+    return ctx.show(_interface(ctx, ref), views.interface)
 
 
 @router.delete("/interfaces/{ref}")
@@ -298,8 +295,7 @@ def create_rules(ctx: Ctx, body: RulesBody) -> Response:
 
 @router.get("/rules/{ref}")
 def get_rules(ctx: Ctx, ref: str) -> Response:
-    item = ctx.find(Rules, ref)
-    return ctx.show(item, views.rules(item))
+    return ctx.show(ctx.find(Rules, ref), views.rules)
 
 
 @router.put("/rules/{ref}")

@@ -98,8 +98,7 @@ def delete_orphan(ctx: Ctx, uuid: str) -> Response:
 
 @router.get("/nodes/{ref}")
 def get_node(ctx: Ctx, ref: str) -> Response:
-    item = _find(ctx, ref)
-    return ctx.show(item, _view(ctx, item))
+    return ctx.show(_find(ctx, ref), partial(_view, ctx))
 
 
 @router.get("/nodes/{ref}/cache")
