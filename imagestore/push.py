@@ -274,8 +274,7 @@ class _Writer:
             self._known_bytes += int(window.lengths.sum())
             found.append((window.offset + window.starts, window.lengths, rows))
             self._report(window.done_bytes)
-        self._framer.close()
-        yield from self._framer.full()
+        yield from self._framer.full(last=True)
         if found:
             self._offsets, self._lengths, self._rows = map(np.concatenate, zip(*found, strict=True))
 
@@ -318,8 +317,7 @@ class _Writer:
                 placed.append(self._framer.add(data, id_))
                 self._new_bytes += len(data)
                 yield from self._framer.full()
-            self._framer.close()
-            yield from self._framer.full()
+            yield from self._framer.full(last=True)
 
         self._pack(again())
         first = placement.chunks.add(placement.chunks.rows["id"][old[order]], *np.array(placed, np.int64).T)

@@ -14,7 +14,7 @@ from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import LAYOUTS, MANIFESTS, PACKS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
-from imagestore.formats.pack import Frame, PackWriter, compress
+from imagestore.formats.pack import Frame, compress, make_pack
 from imagestore.store.store import Store
 
 CHUNK = 32 << 10
@@ -56,14 +56,16 @@ def put_image(store: Store, data: bytes, *, frame_chunks: int = 4) -> Digest:
     )
     encoded = manifest.encode()
     digest = Digest.of(encoded)
-    writer, compressor = PackWriter(), zstandard.ZstdCompressor(level=3)
+    packed_frames, compressor = list[Frame](), zstandard.ZstdCompressor(level=3)
     frames = [range(at, min(at + frame_chunks, len(pieces))) for at in range(0, len(pieces), frame_chunks)]
     for members in frames:
         plain = b"".join(pieces[i][1] for i in members)
         codec, packed = compress(compressor, plain)
         lengths = [len(pieces[i][1]) for i in members]
-        writer.add(Frame(codec, packed, Digest.of(packed), len(plain), lengths, [ids[i] for i in members]))
-    name, footer, parts = writer.finish()
+        packed_frames.append(
+            Frame(codec, packed, Digest.of(packed), len(plain), lengths, [ids[i] for i in members])
+        )
+    name, footer, parts = make_pack(packed_frames)
     places = (footer.frame_of_chunk.astype(np.uint32), footer.offset_in_frame.astype(np.uint32))
     layout = Layout(digest, (name,), footer.frames(), *places)
     store.backend.put(PACKS.key(name), parts)

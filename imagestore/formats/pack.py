@@ -168,40 +168,18 @@ class Footer:
             raise Corrupt("pack footer: chunks do not fill their frames")
 
 
-def split_pack(tail: bytes) -> bytes:
-    """The encoded footer out of the last bytes of a pack. Raises Corrupt."""
-    size = int.from_bytes(tail[-12:-8], "little")
-    if tail[-8:] != TRAILER or size + 12 > len(tail):
-        raise Corrupt("this is no pack, or its footer is cut short")
-    return tail[-12 - size : -12]
-
-
-class PackWriter:
-    """Collects frames until they make a pack. Not thread-safe; holds the pack in memory."""
-
-    def __init__(self, salt: str = "") -> None:
-        self._frames: list[Frame] = []
-        self._salt = salt
-        self.size_bytes = 0
-
-    def add(self, frame: Frame) -> None:
-        """Append one frame."""
-        self._frames.append(frame)
-        self.size_bytes += len(frame.data)
-
-    def finish(self) -> tuple[Digest, Footer, list[Buffer]]:
-        """The pack's name, its footer and the pieces that make its bytes."""
-        frames = self._frames
-        footer = Footer(
-            codecs=np.array([f.codec for f in frames], np.uint8),
-            sizes=np.array([len(f.data) for f in frames], np.uint32),
-            plain_sizes=np.array([f.plain_bytes for f in frames], np.uint32),
-            hashes=np.frombuffer(b"".join(f.hash for f in frames), np.uint8).reshape(-1, 32),
-            counts=np.array([len(f.ids) for f in frames], np.uint32),
-            lengths=np.array([length for f in frames for length in f.lengths], np.uint32),
-            ids=np.frombuffer(b"".join(id_ for f in frames for id_ in f.ids), np.uint8).reshape(-1, 32),
-            salt=self._salt,
-        )
-        encoded = footer.encode()
-        end = len(encoded).to_bytes(4, "little") + TRAILER  # from which the footer is found
-        return Digest.of(encoded), footer, [*(f.data for f in frames), encoded + end]
+def make_pack(frames: Sequence[Frame], salt: str = "") -> tuple[Digest, Footer, list[Buffer]]:
+    """The name of the pack of these frames, its footer and the pieces that make its bytes."""
+    footer = Footer(
+        codecs=np.array([f.codec for f in frames], np.uint8),
+        sizes=np.array([len(f.data) for f in frames], np.uint32),
+        plain_sizes=np.array([f.plain_bytes for f in frames], np.uint32),
+        hashes=np.frombuffer(b"".join(f.hash for f in frames), np.uint8).reshape(-1, 32),
+        counts=np.array([len(f.ids) for f in frames], np.uint32),
+        lengths=np.array([length for f in frames for length in f.lengths], np.uint32),
+        ids=np.frombuffer(b"".join(id_ for f in frames for id_ in f.ids), np.uint8).reshape(-1, 32),
+        salt=salt,
+    )
+    encoded = footer.encode()
+    end = len(encoded).to_bytes(4, "little") + TRAILER  # from which the footer is found
+    return Digest.of(encoded), footer, [*(f.data for f in frames), encoded + end]

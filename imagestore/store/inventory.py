@@ -15,7 +15,7 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import INDEX, PACKS, Kind
 from imagestore.formats.layout import Layout
-from imagestore.formats.pack import MAX_FRAME_BYTES, TRAILER, Footer, split_pack
+from imagestore.formats.pack import MAX_FRAME_BYTES, TRAILER, Footer
 from imagestore.store.index import change_hooks, publish_part, read_part
 from imagestore.store.store import Store
 
@@ -175,9 +175,10 @@ def read_tail(backend: Backend, pack: Digest) -> tuple[Footer, bytes]:
 
 def open_tail(tail: bytes, pack: Digest, size_bytes: int) -> Footer:
     """The footer in the last bytes of a pack of this length. Raises Corrupt."""
-    encoded = split_pack(tail)
-    footer = Footer.decode(encoded)
-    if Digest.of(encoded) != pack or footer.data_bytes + len(tail) != size_bytes:
+    if tail[-8:] != TRAILER or int.from_bytes(tail[-12:-8], "little") + 12 != len(tail):
+        raise Corrupt(f"pack {pack} is none, or its footer is cut short")
+    footer = Footer.decode(tail[:-12])
+    if Digest.of(tail[:-12]) != pack or footer.data_bytes + len(tail) != size_bytes:
         raise Corrupt(f"pack {pack} has another footer or length than its name says")
     return footer
 

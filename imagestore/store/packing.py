@@ -11,7 +11,7 @@ import numpy as np
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import PACKS
-from imagestore.formats.pack import FRAME_BYTES, KEPT, Codec, Footer, Frame, PackWriter, compress
+from imagestore.formats.pack import FRAME_BYTES, KEPT, Codec, Footer, Frame, compress, make_pack
 from imagestore.store import index
 from imagestore.store.frames import Loaded
 from imagestore.store.leases import Lease
@@ -44,30 +44,23 @@ class Framer:
     """Gathers chunks into frames in the order in which they come."""
 
     def __init__(self, placement: Placement) -> None:
-        self._placement = placement
-        self._open: OpenFrame | None = None
-        self._full: list[OpenFrame] = []
+        self._placement, self._frames = placement, list[OpenFrame]()
 
     def add(self, chunk: Buffer, id_: bytes) -> tuple[int, int]:
         """The number of the frame that a chunk goes into, and where it starts in that."""
-        if self._open is None or self._open.plain_bytes + len(chunk) > FRAME_BYTES:
-            self.close()
-            self._open = OpenFrame(self._placement.add_frame())
-        frame, offset = self._open, self._open.plain_bytes
+        if not self._frames or self._frames[-1].plain_bytes + len(chunk) > FRAME_BYTES:
+            self._frames.append(OpenFrame(self._placement.add_frame()))
+        frame = self._frames[-1]
+        offset = frame.plain_bytes
         frame.chunks.append(chunk)
         frame.ids.append(id_)
         frame.plain_bytes += len(chunk)
         return frame.number, offset
 
-    def close(self) -> None:
-        """Nothing more goes into the last frame."""
-        if self._open is not None:
-            self._full.append(self._open)
-            self._open = None
-
-    def full(self) -> list[OpenFrame]:
-        """Frames to compress, each once."""
-        full, self._full = self._full, []
+    def full(self, *, last: bool = False) -> list[OpenFrame]:
+        """Frames to compress, each once; `last`: also the one that is being filled."""
+        count = len(self._frames) - (not last)
+        full, self._frames = self._frames[:count], self._frames[count:]
         return full
 
 
@@ -80,7 +73,7 @@ class Packer:
         self._store, self._lease, self._local = store, lease, local
         self.placement = placement
         self._salt, self._repairs = lease.id, 0
-        self._writer, self._numbers = PackWriter(lease.id), list[int]()
+        self._frames, self._numbers, self._filled_bytes = list[Frame](), list[int](), 0
         self._senders = ThreadPoolExecutor(_UPLOADS, "sf-upload")
         self._uploads: deque[Future[int]] = deque()
         self._unpublished: list[tuple[Digest, Footer]] = []
@@ -96,10 +89,16 @@ class Packer:
 
     def add(self, number: int, frame: Frame) -> None:
         """Append the frame with this number in the placement."""
-        self._writer.add(frame)
+        self._frames.append(frame)
         self._numbers.append(number)
-        if self._writer.size_bytes >= PACK_BYTES:
+        self._filled_bytes += len(frame.data)
+        if self._filled_bytes >= PACK_BYTES:
             self._send()
+
+    def pack(self, frames: Iterable[OpenFrame]) -> None:
+        """Compress and append these frames."""
+        for frame in frames:
+            self.add(*frame.compressed())
 
     def flush(self) -> None:
         """Send the last pack too; returns when all have arrived."""
@@ -109,12 +108,12 @@ class Packer:
             self.written_bytes += self._uploads.popleft().result()
 
     def _send(self) -> None:
-        digest, footer, pieces = self._writer.finish()
+        digest, footer, pieces = make_pack(self._frames, self._salt)
         self._lease.made(digest)
         self.placement.packed(self._numbers, digest, footer)
         self._unpublished.append((digest, footer))
         self.made.add(digest)
-        self._writer, self._numbers = PackWriter(self._salt), []
+        self._frames, self._numbers, self._filled_bytes = [], [], 0
         while len(self._uploads) >= _UPLOADS:
             self.written_bytes += self._uploads.popleft().result()
         self._uploads.append(self._senders.submit(self._upload, digest, footer, pieces))
@@ -134,7 +133,6 @@ class Packer:
         self._unpublished = [(pack, footer) for pack, footer in self._unpublished if pack not in packs]
         self._repairs += 1
         self._salt = f"{self._lease.id}.{self._repairs}"
-        self._writer = PackWriter(self._salt)
 
     def publish_index(self, seen: tuple[Hooks, str | None] | None = None) -> None:
         """Tell other writers of the packs that were made, once. seen: the hooks as they were read before."""
@@ -154,11 +152,6 @@ def carry(parts: Iterable[Loaded], packer: Packer) -> None:
     Raises what reading them raises.
     """
     placement, framer = packer.placement, Framer(packer.placement)
-
-    def pack_full() -> None:
-        for frame in framer.full():
-            packer.add(*frame.compressed())
-
     for frames, request, stored, pieces in parts:
         numbers = range(request.start, request.stop)
         for frame, whole, data, chunks in zip(numbers, frames.whole(request), stored, pieces, strict=True):
@@ -173,7 +166,6 @@ def carry(parts: Iterable[Loaded], packer: Packer) -> None:
             else:
                 places = [framer.add(chunk, id_) for chunk, id_ in zip(chunks, ids, strict=True)]
                 placement.chunks.add(rows, *np.array(places, np.int64).T)
-            pack_full()
-    framer.close()
-    pack_full()
+            packer.pack(framer.full())
+    packer.pack(framer.full(last=True))
     packer.flush()

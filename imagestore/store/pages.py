@@ -50,9 +50,7 @@ def pack_pages(packer: Packer, bodies: list[bytes]) -> tuple[Pages, Numbers]:
     first = columns.first_of_each(ids)
     new = np.sort(first[placement.find(ids[first]) < 0])
     where = [framer.add(bodies[at], ids[at].tobytes()) for at in new.tolist()]
-    framer.close()
-    for frame in framer.full():
-        packer.add(*frame.compressed())
+    packer.pack(framer.full(last=True))
     packer.flush()
     if len(new):
         placement.chunks.add(ids[new], *np.array(where, np.int64).T)
