@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -24,21 +23,13 @@ from imagestore.store.roots import can_be_read, check_present, offer
 from imagestore.store.store import Store
 
 
-@dataclass(frozen=True, slots=True)
-class CopyResult:
-    """What copying an image took. Bytes: of the disk, and stored bytes written to the target."""
-
-    data_bytes: int
-    written_bytes: int
-
-
-def copy_name(source: Store, target: Store, record: NameRecord) -> list[CopyResult]:
-    """Copy every architecture of a name, and set the name in the target."""
+def copy_name(source: Store, target: Store, record: NameRecord) -> int:
+    """Copy every architecture of a name, and set the name in the target. Stored bytes written to it."""
     set_name = partial(target.names.set, record.name, record.tag)
-    return [
+    return sum(
         copy_image(source, target, digest, set_name=partial(set_name, architecture, digest))
         for architecture, digest in sorted(record.images.items())
-    ]
+    )
 
 
 def copy_image(
@@ -48,8 +39,8 @@ def copy_image(
     *,
     set_name: Callable[[], object] | None = None,
     known: Footers | None = None,
-) -> CopyResult:
-    """Make `digest` whole in the target, with chunks of the source where it lacks them.
+) -> int:
+    """Make `digest` whole in the target, with chunks of the source where it lacks them. Stored bytes written to it.
 
     known: for repairs: packs of the target to look for chunks in; its layout of the image is not believed.
     Raises NotFound, Corrupt, and what the backends raise.
@@ -65,7 +56,7 @@ def copy_image(
             if set_name is not None:
                 set_name()
                 check_present(target, digest)
-            return CopyResult(manifest.data_bytes, 0)
+            return 0
     each, reader = first_of_each(manifest.ids), ImageReader(lambda: source, digest, manifest)
     placement, lease = Placement(), Lease(target, "copy")
     with Lookup(target, lease, placement) as lookup, Packer(target, lease, placement) as packer:
@@ -93,4 +84,4 @@ def copy_image(
         offer(target, lease, manifest, lay, set_name)
         with suppress(NotFound):
             target.backend.put(GROUPS.key(digest), source.backend.get(GROUPS.key(digest)).data)
-        return CopyResult(manifest.data_bytes, packer.written_bytes)
+        return packer.written_bytes

@@ -157,7 +157,7 @@ def _bring(name: str, architecture: str, form: str) -> None:
         if source.url != store.url:
             say(f"from {source.url} to {store.url}")
             record = replace(source.names.get(*written(full)), images={architecture: digest})
-            count = sum(done.written_bytes for done in copy_name(source, store, record))
+            count = copy_name(source, store, record)
     show_one({"name": full, "digest": str(digest), "written_bytes": count}, BROUGHT, form)
 
 

@@ -99,8 +99,7 @@ def copy(source: str, target: str, images: tuple[str, ...], single_writer: bool)
         with status() as tell:
             for record in records:
                 tell(f"copy {record.name}:{record.tag}")
-                done = copy_name(old, new, record)
-                count = sum(result.written_bytes for result in done)
+                count = copy_name(old, new, record)
                 print(f"{record.name}:{record.tag} {size(count)} written", flush=True)
 
 

@@ -53,10 +53,10 @@ def replicate(
                 continue
             try:
                 report(title)
-                result = copy_image(source, target, digest)
+                new_bytes = copy_image(source, target, digest)
                 _copy_beside(source, target, digest)
                 target.names.set(record.name, record.tag, architecture, digest)
-                yield Outcome(title, "new", new_bytes=result.written_bytes)
+                yield Outcome(title, "new", new_bytes=new_bytes)
             except StoreError as error:
                 failed = True
                 yield Outcome(title, "failed", str(error))
