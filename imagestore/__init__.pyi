@@ -45,7 +45,6 @@ from .stats import store_stats as store_stats
 from .store.names import Reference as Reference
 from .store.names import check_architecture as check_architecture
 from .store.names import parse_reference as parse_reference
-from .store.open import find_conditions as find_conditions
 from .store.open import open_backend as open_backend
 from .store.open import open_store as open_store
 from .store.resolve import digest_of as digest_of

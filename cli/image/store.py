@@ -38,11 +38,10 @@ remote = Group("remote", help="Other stores to look names up in.")
 @click.option("--private", is_flag=True, help="Never to be published or served as a mirror.")
 def init(url: str | None, single_writer: bool, private: bool) -> None:
     """Make an empty store at URL."""
-    from imagestore import Store, find_conditions, open_backend
+    from imagestore import Store, open_backend
 
     backend = open_backend(url or settings().store_url)
-    probed = find_conditions(backend)
-    made = Store.init(backend, probed=probed, single_writer=single_writer, private=private)
+    made = Store.init(backend, single_writer=single_writer, private=private)
     print(f"{made.url} {made.info.id}")
     backend.close()
 

@@ -20,52 +20,38 @@ from imagestore.backends.protocol import (
     check_key,
     pieces,
 )
-from imagestore.backends.web import PATIENCE_S, Response, Web, body, receive, whole_of
+from imagestore.backends.web import Response, Web, body, range_header, receive, receive_range
 from imagestore.errors import Corrupt, Invalid, Unsupported
 from imagestore.formats.keys import kind_of
 from imagestore.outside import decimal, read_json, real, whole
 
 
 class Http(ReadOnly):
-    """Objects below a URL; `?sha256=…` after it is the one certificate that is believed.
+    """Objects below a URL; `?sha256=…` after it is the one certificate that is believed."""
 
-    A body that comes slower than `slowest_bytes_s` after `patience_s` is given up.
-    """
-
-    def __init__(
-        self, url: str, *, patience_s: float = PATIENCE_S, slowest_bytes_s: float = 32 << 10, ca: str = ""
-    ) -> None:
+    def __init__(self, url: str, *, ca: str = "") -> None:
         plain, _, pin = url.partition("?sha256=")
         self._base, parts = plain.rstrip("/"), urlsplit(plain.rstrip("/"))
         self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        self._pace = {"patience_s": patience_s, "slowest_bytes_s": slowest_bytes_s}
-        self._web = Web(patience_s=patience_s, pin=pin, ca=ca)
+        self._web = Web(pin=pin, ca=ca)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
-        ranged = start > 0 or length is not None
         if length == 0:
             return Object(b"", self.stat(key))
-        end = "" if length is None else start + length - 1
-        response = self._send("GET", key, {"Range": f"bytes={start}-{end}"} if ranged else {})
+        response, where = self._send("GET", key, range_header(start, length)), f"{self.url}/{key}"
         try:
-            size = self._length(response, key)
-            total = size
-            if ranged:
-                said = response.headers.get("content-range", "all of it")
-                total = whole_of(said, start, length)
-                if response.status != 206 or total is None:
-                    raise Corrupt(f"{self.url}/{key}: asked for bytes {start}-{end}, was sent {said[:80]}")
-            wanted = length if length is not None else size
-            data = receive(body(response, f"{self.url}/{key}"), wanted, f"{self.url}/{key}", **self._pace)
+            said = response.headers.get("content-range", "") if response.status == 206 else ""
+            size, parts = decimal(response.headers.get("content-length", "")), body(response, where)
+            data, whole = receive_range(parts, start, length, size, said, where)
         finally:
             response.close()
-        return Object(data, _stat(key, response, total if total is not None else len(data)))
+        return Object(data, _stat(key, response, whole))
 
     def stat(self, key: str) -> ObjectStat:
         response = self._send("HEAD", key, {})
-        size = self._length(response, key)
-        if size is None:
-            raise Corrupt(f"{self.url}/{key}: the server does not say the object's length")
+        size = decimal(response.headers.get("content-length", ""))
+        if size is None or size > MAX_BYTES:
+            raise Corrupt(f"{self.url}/{key}: the object's length is missing or too large: {size}")
         return _stat(key, response, size)
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
@@ -78,12 +64,6 @@ class Http(ReadOnly):
         if (kind := kind_of(key)) is None or kind.changes:
             headers["Cache-Control"] = "no-cache"
         return self._web.open(verb, f"{self._base}/{check_key(key)}", headers, f"{self.url}/{key}")
-
-    def _length(self, response: Response, key: str) -> int | None:
-        size = decimal(response.headers.get("content-length", ""))
-        if size is not None and size > MAX_BYTES:
-            raise Corrupt(f"{self.url}/{key}: {size} bytes are too many")
-        return size
 
 
 def _stat(key: str, response: Response, size_bytes: int) -> ObjectStat:
@@ -133,7 +113,7 @@ class Wire(Http):
         where, sent = f"{self.url}/{key}", (headers or {}) | ({} if match is None else {"If-Match": match})
         response = self._web.open(verb, f"{self._base}/{key}", sent, where, sent=parts)
         try:
-            said = read_json(receive(body(response, where), None, where, **self._pace))
+            said = read_json(receive(body(response, where), None, where))
             self._ahead_s = real(said["now"]) - time.monotonic()
             rows = [said["objects"][0]] if parts is not None else said["objects"]
             told = ((check_key(o["key"]), o["size_bytes"], str(o["etag"]), o["modified_s"]) for o in rows)

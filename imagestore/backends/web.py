@@ -34,6 +34,8 @@ Response = urllib3.BaseHTTPResponse
 REDIRECTS = 8
 PATIENCE_S = 30.0
 _CONNECT_S = 10.0
+_SLOWEST_BYTES_S = 32 << 10
+"""An answer that comes slower after its patience is given up."""
 _KEPT = 64
 """Connections: more than any process of ours has threads that read from one store."""
 _PART_BYTES = 64 << 10
@@ -51,11 +53,9 @@ class Web:
     the one authority that is, instead of the system's, whatever is named in what it signed.
     """
 
-    def __init__(
-        self, *, trusted: bool = True, patience_s: float = PATIENCE_S, pin: str = "", ca: str = ""
-    ) -> None:
+    def __init__(self, *, trusted: bool = True, pin: str = "", ca: str = "") -> None:
         self._trusted, self._pin, self._ca = trusted, pin, ca
-        self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=patience_s)
+        self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=PATIENCE_S)
         self._proxies = getproxies() if trusted and not pin and not ca else {}
         self._pools: dict[str, urllib3.PoolManager] = {}
         """By proxy; "" is none."""
@@ -180,21 +180,37 @@ def body(response: Response, where: str) -> Iterator[bytes]:
         raise Unavailable(f"{where}: {err or type(err).__name__}") from err
 
 
-def receive(
-    parts: Iterable[bytes],
-    wanted: int | None,
-    where: str,
-    *,
-    patience_s: float = PATIENCE_S,
-    slowest_bytes_s: float = 32 << 10,
-) -> bytes:
+def range_header(start: int, length: int | None) -> dict[str, str]:
+    """What asks for a `get`'s range; nothing for all of an object."""
+    end = "" if length is None else start + length - 1
+    return {} if start == 0 and length is None else {"Range": f"bytes={start}-{end}"}
+
+
+def receive_range(
+    parts: Iterable[bytes], start: int, length: int | None, size: int | None, said: str, where: str
+) -> tuple[bytes, int]:
+    """What a `get` asked for, and the size of the whole object. size, said: the answer's Content-Length and -Range.
+
+    Raises Corrupt where they say that it is something else, or too large, and as `receive` does.
+    """
+    asked = range_header(start, length)
+    whole = whole_of(said, start, length) if asked else size
+    if asked and whole is None:
+        raise Corrupt(f"{where}: asked for {asked['Range']}, was sent {said[:80] or 'all of it'}")
+    if size is not None and size > MAX_BYTES:
+        raise Corrupt(f"{where}: {size} bytes are too many")
+    data = receive(parts, size if length is None else length, where)
+    return data, len(data) if whole is None else whole
+
+
+def receive(parts: Iterable[bytes], wanted: int | None, where: str, patience_s: float = 0.0) -> bytes:
     """A body as it comes from a server: exactly `wanted` bytes (None: to its end, at most 1 GiB).
 
     Raises Corrupt when it goes on, Unavailable when it ends early or drips.
     """
     data: list[bytes] = []
     size, limit = 0, MAX_BYTES if wanted is None else wanted
-    for part in paced(parts, limit, where, patience_s, slowest_bytes_s):
+    for part in paced(parts, limit, where, patience_s or PATIENCE_S, _SLOWEST_BYTES_S):
         data.append(part)
         size += len(part)
         if size > limit:

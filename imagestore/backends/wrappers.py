@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
-from imagestore.backends.protocol import Backend, Data, Etag, Object, ObjectStat, pieces
+from imagestore.backends.protocol import Backend, Data, Etag, Object, ObjectStat
 from imagestore.errors import Conflict, Unavailable
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class Retried(Wrapper):
 
 
 class RateLimited(Wrapper):
-    """At most `bytes_s` bytes a second through get and put, over all threads together."""
+    """At most `bytes_s` bytes a second of what is got, over all threads together."""
 
     def __init__(self, inner: Backend, bytes_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         super().__init__(inner)
@@ -128,16 +128,9 @@ class RateLimited(Wrapper):
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         found = self.inner.get(key, start, length)
-        self._pay(len(found.data))
-        return found
-
-    def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
-        self._pay(sum(memoryview(piece).nbytes for piece in pieces(data)))
-        return self.inner.put(key, data, if_match=if_match, if_none_match=if_none_match)
-
-    def _pay(self, count: int) -> None:
         with self._lock:
             now = time.monotonic()
-            self._free_at = max(self._free_at, now) + count / self._bytes_s
+            self._free_at = max(self._free_at, now) + len(found.data) / self._bytes_s
             wait = self._free_at - now
         self._sleep(wait)
+        return found

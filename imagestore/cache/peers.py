@@ -90,7 +90,7 @@ class Site:
             except failures.ProtocolError:  # the peer had closed a kept connection meanwhile
                 answer = send()
             if answer.status == 200:
-                return receive(web.body(answer, node), wanted, node, patience_s=PATIENCE_S)
+                return receive(web.body(answer, node), wanted, node, PATIENCE_S)
         except (failures.HTTPError, OSError, Unavailable, Corrupt) as error:
             self._away[node] = time.monotonic() + _AWAY_S
             raise Unavailable(f"node {node}: {error}") from error

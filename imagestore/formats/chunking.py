@@ -1,7 +1,7 @@
 """What a manifest and a store say about how their chunks were cut (docs/adr/0003-chunking.md)."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Self
 
 from imagestore.errors import Invalid
 
@@ -23,17 +23,13 @@ class ChunkerParams:
         aligned = not (self.min_bytes % BLOCK or self.max_bytes % BLOCK)
         blocks = self.average_bytes // BLOCK
         if self.name != "blocks-1" or not ordered or not aligned or blocks * BLOCK != self.average_bytes:
-            raise Invalid(f"unknown chunker or parameters: {self.as_dict()}", hint="a newer sf may know them")
+            raise Invalid(f"unknown chunker or parameters: {asdict(self)}", hint="a newer sf may know them")
         if blocks & (blocks - 1):
             raise Invalid(f"the average chunk size is no power of two: {self.average_bytes}")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: object) -> Self:
-        """Read the JSON form. Raises Invalid."""
+        """Out of the JSON form, which `asdict` makes. Raises Invalid."""
         keys = {"name", "min_bytes", "average_bytes", "max_bytes"}
         if not isinstance(data, dict) or set(data) != keys:
             raise Invalid("chunker parameters are missing or unknown")

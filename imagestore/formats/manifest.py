@@ -7,7 +7,7 @@ name is then a head, which names the pages. Byte format: docs/formats.md.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -107,7 +107,7 @@ class Manifest:
         """The canonical bytes, where there are pages the head; their BLAKE3 is the image's digest."""
         header = {
             "architecture": self.architecture,
-            "chunker": self.chunker.as_dict(),
+            "chunker": asdict(self.chunker),
             "chunks": len(self.lengths),
             "disk_id": str(self.disk_id),
             "labels": dict(self.labels),

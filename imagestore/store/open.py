@@ -3,7 +3,7 @@
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from imagestore.backends.directory import Directory
@@ -13,9 +13,6 @@ from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.settings import Settings
 from imagestore.store.store import Store
-
-if TYPE_CHECKING:  # boto3: half a second
-    from imagestore.backends.s3 import S3
 
 _PIN = re.compile(r"(?:sf\+)?(?:https?\?|https\?sha256=[0-9a-f]{64})")
 _FORMS = "use /path, file:///path, s3://bucket/prefix?endpoint_url=…&region=…&profile=… or https://host/path"
@@ -43,11 +40,10 @@ def open_store(
         if not create:
             raise
         with suppress(Conflict):  # somebody else is making it now: theirs is as good
-            probed = find_conditions(backend)
-            return Store.init(backend, probed=probed, single_writer=single_writer, private=private)
+            return Store.init(backend, single_writer=single_writer, private=private)
         store = Store.open(backend, single_writer=single_writer)
-    s3 = _s3(backend)
-    if s3 is not None:
+    if backend.url.startswith("s3://"):
+        s3: Any = innermost(backend)
         s3.known = store.info.conditional.get(s3.address)
         at = Digest.of(f"{store.info.id} {s3.address}".encode())
         s3.kept = Settings().cache_dir / "conditions" / at.hex()
@@ -79,7 +75,7 @@ def open_backend(url: str, ca: str = "") -> Backend:
         options, bucket = dict(parse_qsl(parts.query, keep_blank_values=True)), parts.netloc
         if options.keys() - {"endpoint_url", "region", "profile"} or len(bucket) < 3 or "@" in bucket:
             raise wrong
-        from imagestore.backends.s3 import S3
+        from imagestore.backends.s3 import S3  # boto3: half a second
 
         return Retried(S3(bucket, parts.path, **options))
     if _PIN.fullmatch(f"{parts.scheme}?{parts.query}"):
@@ -88,18 +84,3 @@ def open_backend(url: str, ca: str = "") -> Backend:
         web, plain = parts.scheme.startswith("sf+"), url.removeprefix("sf+")
         return Retried(Wire(plain, ca=ca) if web else Http(plain))
     raise wrong
-
-
-def find_conditions(backend: Backend) -> dict[str, str]:
-    """Which conditions hold at an S3 backend's address, as `store.json` has it; for others nothing."""
-    s3 = _s3(backend)
-    return {} if s3 is None else {s3.address: s3.conditions}
-
-
-def _s3(backend: Backend) -> "S3 | None":
-    backend = innermost(backend)
-    if backend.url.startswith("s3://"):
-        from imagestore.backends.s3 import S3
-
-        return backend if isinstance(backend, S3) else None
-    return None

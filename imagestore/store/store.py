@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from imagestore.backends.directory import Directory
@@ -36,7 +36,6 @@ class StoreInfo:
 
     id: str
     chunker: ChunkerParams
-    requires: tuple[str, ...] = ()
     private: bool = False
     """Never published, never served as a mirror: who may read a store may read all of it."""
     conditional: Mapping[str, str] = field(default_factory=dict)
@@ -46,8 +45,8 @@ class StoreInfo:
         return seal(
             {
                 "id": self.id,
-                "chunker": self.chunker.as_dict(),
-                "requires": list(self.requires),
+                "chunker": asdict(self.chunker),
+                "requires": [],
                 "conditional": dict(self.conditional),
                 "private": self.private,
             }
@@ -91,13 +90,14 @@ class Store:
         backend: Backend,
         params: ChunkerParams | None = None,
         *,
-        probed: Mapping[str, str] | None = None,
         single_writer: bool = False,
         private: bool = False,
     ) -> "Store":
         """Make a new store. Raises Conflict when there is one already."""
         params = params or ChunkerParams()
-        info = StoreInfo(secrets.token_hex(16), params, conditional=probed or {}, private=private)
+        s3: Any = innermost(backend)
+        conditional = {s3.address: s3.conditions} if backend.url.startswith("s3://") else {}
+        info = StoreInfo(secrets.token_hex(16), params, conditional=conditional, private=private)
         exists = Conflict(f"there is a store in {backend.url} already")
         if not backend.conditional:
             with suppress(NotFound):

@@ -193,12 +193,16 @@ RANGE = "Content-Range: bytes 10-14/100"
         *["endless body", "re-encoded", "huge length", "redirect loop", "hangs up", "no http"],
     ],
 )
-def test_a_lying_server_is_found_out(answer: Answer, kind: type[Exception]) -> None:
+def test_a_lying_server_is_found_out(
+    answer: Answer, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 2.0)
     with liar(answer) as url, pytest.raises(kind):
-        Http(url, patience_s=2).get("packs/ab/cd", 10, 5)
+        Http(url).get("packs/ab/cd", 10, 5)
 
 
-def test_a_body_that_drips_is_given_up() -> None:
+def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.3)
     drips = sends(
         "206 Partial Content",
         b"",
@@ -207,12 +211,13 @@ def test_a_body_that_drips_is_given_up() -> None:
         after=drip,
     )
     with liar(drips) as url, pytest.raises(Unavailable, match="in time"):
-        Http(url, patience_s=0.3).get("packs/ab/cd", 0, 100_000)
+        Http(url).get("packs/ab/cd", 0, 100_000)
 
 
-def test_a_server_that_says_nothing_is_given_up() -> None:
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.2)
     with liar(lambda connection, _: time.sleep(3)) as url, pytest.raises(Unavailable):
-        Http(url, patience_s=0.2).get("packs/ab/cd")
+        Http(url).get("packs/ab/cd")
 
 
 def test_a_passing_fault_is_retried_and_a_lie_is_not() -> None:
@@ -277,7 +282,7 @@ def test_a_lying_s3_server_is_found_out(
 
 
 def test_a_body_that_drips_is_given_up_whoever_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagestore.backends.s3.PATIENCE_S", 0.3)
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.3)
     headers = ("Content-Length: 100000", "Content-Range: bytes 0-99999/100000", *S3_HEADERS)
     with liar(sends("206 OK", b"", *headers, after=drip)) as url, pytest.raises(Unavailable, match="in time"):
         s3_at(url, monkeypatch).get("packs/ab/cd", 0, 100_000)

@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -114,4 +116,4 @@ def test_runs_are_found_at_both_ends():
 )
 def test_parameters_nobody_knows_are_refused(change):
     with pytest.raises(Invalid):
-        ChunkerParams.from_dict({**PARAMS.as_dict(), **change})
+        ChunkerParams.from_dict({**asdict(PARAMS), **change})
