@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -168,25 +168,6 @@ class Lease:
                 self._write()
             except StoreError as err:
                 log.warning("the lease could not be renewed: %s", err)
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseRecord:
-    """A lease as the collector sees it."""
-
-    key: str
-    packs: frozenset[Digest]
-    images: frozenset[Digest]
-    expires_s: float
-
-
-def leases(store: Store) -> Iterator[LeaseRecord]:
-    """All leases, also those that ran out. Raises Corrupt, Unsupported: then nothing may be collected."""
-    for stat in store.objects(LEASES):
-        with contextlib.suppress(NotFound):
-            found = store.backend.get(stat.key)
-            packs, images, duration_s = decode(found.data, stat.key, lease_of)
-            yield LeaseRecord(stat.key, packs, images, found.stat.modified_s + duration_s)
 
 
 def lease_of(body: dict[str, Any]) -> tuple[frozenset[Digest], frozenset[Digest], float]:

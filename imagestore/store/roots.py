@@ -11,11 +11,11 @@ from functools import partial
 
 from imagestore.errors import Conflict, Corrupt, NotFound
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import LAYOUTS, MANIFESTS, REFS, TUF, untrashed
+from imagestore.formats.keys import LAYOUTS, LEASES, MANIFESTS, REFS, TUF, untrashed
 from imagestore.formats.layout import Image, Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import decode, seal
-from imagestore.store.leases import LEASE_S, Condemned, Lease, leases
+from imagestore.store.leases import LEASE_S, Condemned, Lease, lease_of
 from imagestore.store.names import LATEST, NameRecord
 from imagestore.store.store import Store
 
@@ -224,14 +224,18 @@ def find_roots(store: Store, now_s: float, before_s: float) -> Roots:
                 roots.may |= set(change.images.values())
             ended_s = change.at_s
     roots.must |= set(held(store))
-    for lease in leases(store):
-        if lease.expires_s < now_s:
-            roots.dead_leases.append(lease.key)
-        else:
-            if lease.expires_s > now_s + AHEAD_S + LEASE_S:
-                roots.odd_leases.append(lease.key)
-            roots.packs |= lease.packs
-            roots.may |= lease.images
+    for stat in store.objects(LEASES):
+        with suppress(NotFound):
+            found = store.backend.get(stat.key)
+            packs, images, duration_s = decode(found.data, stat.key, lease_of)
+            expires_s = found.stat.modified_s + duration_s
+            if expires_s < now_s:
+                roots.dead_leases.append(stat.key)
+                continue
+            if expires_s > now_s + AHEAD_S + LEASE_S:
+                roots.odd_leases.append(stat.key)
+            roots.packs |= packs
+            roots.may |= images
     if next(iter(store.backend.list(TUF.prefix)), None) is not None:
         from imagestore.store.trust import signed_targets
 
