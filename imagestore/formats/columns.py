@@ -107,6 +107,15 @@ class Reader(Columns):
         return value
 
 
+def starts(lengths: npt.NDArray[Any], counts: npt.NDArray[Any], begins: Numbers | int = 0) -> Numbers:
+    """Where each of these begins that adjoin in groups of `counts`, the first of each group at `begins`."""
+    if not len(lengths):
+        return np.zeros(0, np.int64)
+    joined = np.cumsum(lengths, dtype=np.int64) - lengths
+    moved: Numbers = joined + np.repeat(begins - joined[np.cumsum(counts) - counts], counts)
+    return moved
+
+
 def first_of_each(ids: Ids) -> npt.NDArray[np.int64]:
     """Where each different digest stands first."""
     rows = np.ascontiguousarray(ids).view(f"V{SIZE_BYTES}").ravel()

@@ -96,10 +96,7 @@ REFS = Kind("refs", _HOLDER, True, Check.SEAL, End.OWNER, False, "servers", "")
 STATES = Kind("state", r"[0-9a-f]{8}-\d{8}t\d{6}z", True, Check.SEAL, End.OWNER, False, "servers", "")
 GC = Kind("gc", "condemned", True, Check.SEAL, End.OWNER, False, "collector")
 
-KINDS = (
-    INFO, PACKS, INDEX, HOOKS, MANIFESTS, LAYOUTS, NAMES, TRACES, PROVENANCE, SUMS, GROUPS, UPDATES, DELTAS, TUF,
-    LEASES, REFS, STATES, GC,
-)  # fmt: skip
+KINDS = tuple(row for row in tuple(vars().values()) if isinstance(row, Kind))
 BESIDE = tuple(kind for kind in KINDS if kind.end is End.IMAGE)
 """About an image, but no part of it: copied where they are, missed nowhere."""
 HOOKS_KEY = HOOKS.key("all")

@@ -88,14 +88,7 @@ class Manifest:
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
         """Where each chunk starts on the disk, in bytes."""
-        if not len(self.lengths):
-            return np.zeros(0, np.int64)
-        lengths = self.lengths.astype(np.int64)
-        packed = np.cumsum(lengths) - lengths
-        first = np.cumsum(self.run_chunks) - self.run_chunks
-        shift = self.run_offsets.astype(np.int64) - packed[first]
-        moved: npt.NDArray[np.int64] = packed + np.repeat(shift, self.run_chunks)
-        return moved
+        return columns.starts(self.lengths, self.run_chunks, self.run_offsets.astype(np.int64))
 
     def chunks(self) -> Iterator[tuple[int, int, Digest]]:
         """(offset, length, id) of each chunk in disk order."""

@@ -124,13 +124,7 @@ class Footer:
     @property
     def offset_in_frame(self) -> npt.NDArray[np.int64]:
         """Where each chunk starts in its frame's plain bytes."""
-        lengths = self.lengths.astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        if not len(lengths):
-            return starts
-        firsts = starts[np.cumsum(self.counts) - self.counts]
-        inner: npt.NDArray[np.int64] = starts - np.repeat(firsts, self.counts)
-        return inner
+        return columns.starts(self.lengths, self.counts)
 
     def frames(self, pack: int = 0) -> Rows:
         """The frames, of the pack with this number."""

@@ -114,12 +114,12 @@ class Frames:
 
     def whole(self, request: slice) -> list[bool]:
         """By frame of a request: whether its chunks, in their order, are all of it."""
-        rows, firsts = self.rows(request), self.firsts[request.start : request.stop + 1]
-        firsts = firsts - firsts[0]
-        before = np.append(0, np.cumsum(self.lengths[rows]))
-        moved = self.inner[rows] != before[:-1] - np.repeat(before[firsts[:-1]], np.diff(firsts))
-        unmoved = np.diff(np.append(0, np.cumsum(moved))[firsts]) == 0
-        return [bool(one) for one in unmoved & (np.diff(before[firsts]) == self.table["plain"][request])]
+        rows, counts = self.rows(request), np.diff(self.firsts[request.start : request.stop + 1])
+        lengths, firsts = self.lengths[rows], np.cumsum(counts) - counts
+        there = np.logical_and.reduceat(self.inner[rows] == columns.starts(lengths, counts), firsts)
+        return [
+            bool(one) for one in there & (np.add.reduceat(lengths, firsts) == self.table["plain"][request])
+        ]
 
     def rows(self, frames: int | slice) -> slice:
         """Where the chunks of a frame, or of a request's, stand in the columns."""
