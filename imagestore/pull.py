@@ -62,31 +62,30 @@ def pull(
     if format_ not in ("raw", "qcow2"):
         raise Invalid(f"cannot write format {format_!r}", hint="raw or qcow2")
     manifest, _ = image = store.image(digest)
-    with ExitStack() as stack:
-        try:
-            place = stack.enter_context(target(output, f"{digest.hex()[:16]}.{format_}"))
-        except BlockingIOError as error:
-            raise Conflict(f"another pull is writing {output}") from error
-        except OSError as error:
-            raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
-        try:
-            qcow2 = plan(manifest) if format_ == "qcow2" else None
-            file = Output(place, manifest.size_bytes, qcow2, durable=durable)
-            stack.callback(file.close)
-            filling = _Filling(file, image, digest, progress)
+    try:
+        with target(output, f"{digest.hex()[:16]}.{format_}") as place, ExitStack() as stack:
             try:
-                result = filling.fill(store, seeds)
-            except StoreError:
-                if not filling.began:
-                    place.discard()
+                qcow2 = plan(manifest) if format_ == "qcow2" else None
+                file = Output(place, manifest.size_bytes, qcow2, durable=durable)
+                stack.callback(file.close)
+                filling = _Filling(file, image, digest, progress)
+                try:
+                    result = filling.fill(store, seeds)
+                except StoreError:
+                    if not filling.began:
+                        place.discard()
+                    raise
+                file.finish()
+                place.commit()
+            except OSError:
+                place.discard()
                 raise
-            file.finish()
-            place.commit()
-        except OSError as error:
-            place.discard()
-            if error.errno in DISK_FULL:
-                raise NoSpace(f"no space left for {output}") from error
-            raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
+    except BlockingIOError as error:
+        raise Conflict(f"another pull is writing {output}") from error
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise NoSpace(f"no space left for {output}") from error
+        raise Invalid(f"cannot write {output}: {os.strerror(error.errno or errno.EIO)}") from error
     return result
 
 

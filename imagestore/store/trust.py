@@ -221,9 +221,9 @@ class SignedNames(Names):
         """The names, or those of one, as they are signed now, or were when the store could last be believed."""
         reason, known = self._refresh(), self._trust.names()
         known = {target: digest for target, digest in known.items() if not only or target[:2] == only}
-        if reason is not None and not known:
+        if reason and not known:
             raise reason
-        if reason is not None:
+        if reason:
             log.warning("%s; %s was verified before", reason, doing)
         return known
 
@@ -239,14 +239,12 @@ class SignedNames(Names):
             yield NameRecord(*name_tag, revision=1, images=images)
 
     def warn(self, digest: Digest) -> None:
-        reason = self._refresh()
-        if reason is not None:
+        if reason := self._refresh():
             log.warning("%s; %s needs no name", reason, digest)
 
     def require_fresh(self) -> None:
         """Raises the StoreError for which names would be answered from memory."""
-        reason = self._refresh()
-        if reason is not None:
+        if reason := self._refresh():
             raise reason
 
     def _refresh(self) -> StoreError | None:
