@@ -11,7 +11,7 @@ A group says which options all its commands have: `Group(needs=API)`.
 import importlib
 import inspect
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -82,6 +82,11 @@ SIZE, MEBIBYTES, GIBIBYTES = (_Unit("size", bare) for bare in ("", "M", "G"))
 """Bytes."""
 DURATION = _Unit("duration", "s")
 """Seconds."""
+
+
+def pairs(texts: Iterable[str]) -> dict[str, str]:
+    """Of options KEY=VALUE."""
+    return dict(text.partition("=")[::2] for text in texts)
 
 
 def kept(*flags: str, **attributes: Any) -> Callable[[_Function], _Function]:

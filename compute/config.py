@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
-from imagestore import Fill, Options, Settings, duration_s, options_of
+from imagestore import Fill, Options, Settings, duration_s, options_of, size_bytes
 
 
 def _told(parse: Callable[[str], Any], text: str = "", name: str = "") -> Any:
@@ -72,6 +72,10 @@ class Config:
     """Where, on the mesh address, the image service serves nodes with the same stores; 0 for not at all."""
     cpu_ratio: float = _told(float, "16")
     memory_reserve_mib: int = _told(int, "512")
+    disk_ratio: float = _told(float, "4")
+    """Bytes that guests' disks may grow to on a node, for each of the file system that has them."""
+    disk_reserve: int = _told(size_bytes, "2G")
+    """Where that has less left, no disk is added, and none grows."""
     architecture: str = "x86_64"
     state_backup: str = _told(_store_url)
     """URL of the store that the state is backed up into, every so often; so many stay."""

@@ -7,7 +7,7 @@ from compute.cluster.records.addresses import FLOATING, Ipam
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface, published_names
 from compute.cluster.records.networks import Network
-from compute.cluster.records.taken import Claims, Taken
+from compute.cluster.records.taken import Claims, Taken, disk_bytes
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.state.protocol import StateStore
 from compute.wire.spec import InstanceState
@@ -55,3 +55,4 @@ def check(store: StateStore) -> None:
         here = [i for i in instances.values() if i.node == claims.name]
         assert claims.cpus == sum(i.cpus for i in here)
         assert claims.memory_mib == sum(i.memory_mib for i in here)
+        assert claims.disk_bytes in (None, sum(disk_bytes(i.disks) for i in here))

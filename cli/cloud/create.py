@@ -14,7 +14,7 @@ import click
 
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import last_line
-from cli.command import GIBIBYTES, MEBIBYTES
+from cli.command import GIBIBYTES, MEBIBYTES, pairs
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.image.push import keep
 from cli.output import confirm, say, size, status
@@ -34,6 +34,9 @@ _MACHINE = (
     click.option("--tpm", is_flag=True, help="A TPM 2.0."),
     click.option("--cpu", "cpu_model", default="", metavar="MODEL", help="One of virsh cpu-models x86_64."),
     click.option("--on", "node", metavar="NODE", help="The node to run on."),
+    click.option("--node-label", "where", multiple=True, metavar="KEY=VALUE", help="Only on such nodes."),
+    click.option("--near", multiple=True, metavar="KEY=VALUE", help="Rather beside guests of that label."),
+    click.option("--apart", multiple=True, metavar="KEY=VALUE", help="Rather not beside such guests."),
 )
 _GUEST = (
     click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], a URL, or a file."),
@@ -102,15 +105,18 @@ def image_of(api: Api, file: Path) -> str:
     return name
 
 
-def asked(api: Api, name: str, given: Object, **more: Any) -> Object:
+def asked(api: Api, name: str, given: Object, **more: Any) -> Any:
     """A guest of these options is asked for; `more` goes into the call as it is."""
     given = _NOT_GIVEN | given
     image, disks = given["image"] or "", [drive(each, "size") for each in given["disks"]] or [Object()]
     if Path(image).is_file() and ("/" in image or Path(image).suffix in _DISKS):
+        if given.get("dry_run"):
+            raise Problem(f"a dry run does not keep {image}", hint="sf image push FILE NAME", code=USAGE)
         image = image_of(api, Path(image))
     if not image and not given["disks"]:
         raise Problem("a guest needs a disk", hint="--image NAME, or --disk 8G for a blank one", code=USAGE)
     disks[0] |= {"base": image or None}
+    liking = {"affinity": dict.fromkeys(given["near"], 1) | dict.fromkeys(given["apart"], -1)}
     cdroms = [drive(each, "base") | {"type": "cdrom"} for each in given["cdroms"]]
     body: Object = {
         "name": name,
@@ -121,16 +127,18 @@ def asked(api: Api, name: str, given: Object, **more: Any) -> Object:
         "ssh_key": "\n".join(map(ssh_key, given["ssh_keys"])) or None,
         "user_data": base64.b64encode(data.read_bytes()).decode() if (data := given["user_data"]) else None,
         "placed_on": given["node"],
+        "node_labels": pairs(given["where"]) or None,
         **{key: given[key] or None for key in ("uefi", "secure_boot", "tpm", "cpu_model")},
         "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
-        "metadata": dict(label.partition("=")[::2] for label in given["labels"]) or None,
+        "metadata": (pairs(given["labels"]) | (liking if liking["affinity"] else {})) or None,
         "ttl": given.get("ttl"),
         "ephemeral": given.get("ephemeral"),
+        "dry_run": given.get("dry_run"),
     }
     if given["ports"] and not body["network"]:
         raise Problem("ports are published for a network", hint="--network NAME", code=USAGE)
     made = created(api, {**body, **more}, sync=given["sync"])
-    for ports in given["ports"]:
+    for ports in () if body["dry_run"] else given["ports"]:
         try:
             api("POST", "interfaces", made["interfaces"][0]["uuid"], "publish", ports=ports)
         except Problem as error:
@@ -144,7 +152,7 @@ def created(api: Api, body: Object, *, sync: bool) -> Object:
         return api("POST", "instances", **body, sync=sync or None)  # type: ignore[no-any-return]
     except Problem as error:
         _, asks, host = error.hint.partition("--sync fetches it from ")
-        if sync or not asks or not sys.stdin.isatty():
+        if sync or body["dry_run"] or not asks or not sys.stdin.isatty():
             raise
         confirm(f"{error}; fetch it from {host}?", force=False)
     return created(api, body, sync=True)

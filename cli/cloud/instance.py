@@ -12,7 +12,7 @@ from cli.cloud.console import answers, up
 from cli.cloud.create import asked, gigabytes, guest, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
-from cli.errors import MISSING, TIMEOUT, Problem
+from cli.errors import CAPACITY, MISSING, TIMEOUT, Problem
 from cli.output import Row, confirm, left, say, show_list, show_one, size, status, when
 
 COLUMNS = (
@@ -79,6 +79,13 @@ def _arrived(device: str, figures: Mapping[str, Any]) -> str:
     return f"{device} {share} here ({came or 'nothing fetched'}; reads waited {figures.get('waited_s', 0):.1f} s)"
 
 
+JUDGED = (
+    ("node", "name"),
+    ("vcpus free", "cpus"),
+    ("memory free", lambda node: size(node["memory_mib"] << 20)),
+    ("disk free", lambda node: size(node["disk_bytes"])),
+    ("answer", lambda node: node["why_not"] or "would be taken"),
+)
 _SIGNS: dict[str, Any] = {"created": None, "boot": up, "agent": answers}
 instance = Group("instance", needs=API, help="Create, watch and control guests.")
 
@@ -96,17 +103,24 @@ def links_of(row: Row) -> list[Object]:
     sf instance create y --image https://cloud.example/y.qcow2.xz --wait boot
     sf instance create db --image debian:12 --network lan,address=10.42.0.9 --disk 20G --disk 100G
     sf instance create ci --image debian:12 --network lan --ssh-key ~/.ssh/id_ed25519.pub --user-data init.yaml
-    sf instance create try --image debian:12 --network lan --ttl 2h --ephemeral"""
+    sf instance create try --image debian:12 --network lan --ttl 2h --ephemeral
+    sf instance create web2 --image debian:12 --label role=web --apart role=web --node-label rack=a --dry-run"""
 )
 @guest
 @click.option("--ttl", type=DURATION, help="How long it lives; then it is deleted.")
 @click.option("--ephemeral", is_flag=True, help="Delete it once it is off.")
+@click.option("--dry-run", is_flag=True, help="Make nothing; say of each node why it would be taken or not.")
 @click.option("--wait", type=click.Choice(["no", *_SIGNS]), default="no", show_default=True)
 @click.option("--timeout", type=DURATION, default="15m", show_default=True, help="How long --wait waits.")
 def create(name: str, form: str, **given: Any) -> None:
     """Create a guest and start it."""
     api = Api()
     made = asked(api, name, given)
+    if given["dry_run"]:
+        show_list(made, JUDGED, form)
+        if not any(node["fits"] for node in made):
+            raise Problem(f"no node has room for {name}", hint="see: sf node ls", code=CAPACITY)
+        return
     if not given["networks"]:
         say(f"{name} has no network: nobody will reach it but by its console (--network NAME)")
     elif not given["ssh_keys"] and not given["user_data"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cli.command import DURATION, STORE, Group, settings
+from cli.command import DURATION, STORE, Group, pairs, settings
 from cli.errors import MISSING, USAGE, Problem
 from cli.image.push import keep, keep_clean
 from cli.image.stores import found, home, judge, opened, written
@@ -99,7 +99,7 @@ def push(file: str, name: str, architecture: str, single_writer: bool, form: str
 
     A URL is fetched again only when its server has another file; without --checksum, one that lies beside it counts.
     """
-    given["labels"] = dict(label.partition("=")[::2] for label in given["labels"])
+    given["labels"] = pairs(given["labels"])
     row = keep(file, name, architecture, single_writer, **given)
     show_one(row, FETCHED if "://" in file else PUSHED, form)
 

@@ -6,7 +6,7 @@ import click
 
 from cli.cloud.api import Api
 from cli.cloud.network import EVENTS
-from cli.command import API, DURATION, Group
+from cli.command import API, DURATION, Group, pairs
 from cli.errors import CONFLICT, Problem
 from cli.output import ago, confirm, left, say, show_list, show_one
 
@@ -16,6 +16,7 @@ NODES = (
     ("state", "state"),
     ("last seen", lambda n: ago(n.get("lastseen"))),
     ("release", "release"),
+    ("labels", lambda n: " ".join(f"{key}={value}" for key, value in n["metadata"].items())),
 )
 NAMESPACES = (
     ("name", "name"),
@@ -46,7 +47,7 @@ def ls(form: str) -> None:
 def show(name: str, form: str) -> None:
     """Show a node."""
     found = Api()("GET", "nodes", name)
-    rest = sorted(found.keys() - {"name", "ip", "state", "lastseen", "release"})
+    rest = sorted(found.keys() - {"name", "ip", "state", "lastseen", "release", "metadata"})
     show_one(found, (*NODES, *((key, key) for key in rest)), form)
 
 
@@ -62,6 +63,15 @@ def token(form: str) -> None:
 def drain(name: str, undo: bool) -> None:
     """Place nothing new on a node and route elsewhere; guests that run there go on."""
     Api()("POST", "nodes", name, "undrain" if undo else "drain")
+
+
+@node.add("set", examples="sf node set server1 --label rack=a --label disk=")
+@click.option("--label", "labels", multiple=True, required=True, metavar="KEY=VALUE", help="KEY=: removed.")
+def node_set(name: str, labels: tuple[str, ...]) -> None:
+    """Label a node, for guests that ask for such a one (sf instance create --node-label)."""
+    api, known = Api(), ("nodes", name, "metadata")
+    for key, value in pairs(labels).items():
+        api("POST", *known, key=key, value=value) if value else api("DELETE", *known, key)
 
 
 ORPHANS = (
@@ -144,8 +154,7 @@ def quota_show(name: str, form: str) -> None:
 @click.argument("limits", nargs=-1, required=True, metavar="WHAT=MOST...")
 def quota_set(name: str, limits: tuple[str, ...]) -> None:
     """Change limits; what is there already stays."""
-    pairs = (text.partition("=") for text in limits)
-    Api()("PUT", *BASE, name, "quota", **{what: click.INT(most) for what, _, most in pairs})
+    Api()("PUT", *BASE, name, "quota", **{what: click.INT(most) for what, most in pairs(limits).items()})
 
 
 @key.add("ls", examples="sf key ls shop")

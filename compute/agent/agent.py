@@ -19,7 +19,7 @@ from typing import ParamSpec, Protocol, TypeVar
 from compute.agent import quarantine
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Host
-from compute.agent.hypervisor import accel
+from compute.agent.hypervisor import accel, figures
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_service import ServedImages
 from compute.agent.memory import Memory, boot
@@ -93,6 +93,7 @@ class Agent:
         self._registered: NodeFacts | None = None
         self._instances = instances or state_dir / "instances"
         self._instances.mkdir(parents=True, exist_ok=True)
+        self._disk_bytes = int(figures.of_node(self._instances)["disk_total_bytes"])  # on ZFS it varies
         self._memory, self._trouble = memory or Memory(state_dir), ""
         self.operations = Operations(
             node_name, plane, self._plane_lock, self._guests, images, controller.dial, self._instances
@@ -336,4 +337,5 @@ class Agent:
             peer_address=self._images.peer_address,
             stores=self._images.stores,
             boot=boot(),
+            disk_bytes=self._disk_bytes,
         )

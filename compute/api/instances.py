@@ -15,6 +15,7 @@ from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, Nam
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images.artifacts import resolve_disks, want
+from compute.cluster.quotas import enforce
 from compute.cluster.records import instances as acts
 from compute.cluster.records.instances import NO_VIDEO, Instance
 from compute.cluster.records.interfaces import Interface, Want
@@ -24,11 +25,11 @@ from compute.cluster.records.rules import Rules
 from compute.cluster.records.snapshots import snapshots_of, take
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction
-from compute.cluster.scheduler import Limits, unreadable
+from compute.cluster.scheduler import Judged, unreadable, weigh
 from compute.cluster.scheduler import create_instance as create
 from compute.cluster.scheduler import set_instance as change
 from compute.errors import Conflict, Invalid
-from compute.wire.codec import Base64, to_json
+from compute.wire.codec import Base64, to_json, to_plain
 from compute.wire.spec import AGENT_CHANNEL
 from net import ipam, own_macs
 
@@ -101,6 +102,10 @@ class CreateBody(Body):
     """It is deleted once it is off."""
     sync: bool = False
     """Fetch an image that no store has, where a source list names it: the administrator's word."""
+    node_labels: dict[str, str] = Field(default={}, max_length=16)
+    """Only on a node that has all of these in its metadata."""
+    dry_run: bool = False
+    """Make nothing. Answers with every node: the one that it would be placed on first, and why not on the others."""
 
 
 class SetBody(Body):
@@ -173,7 +178,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
         sync = config.sync_names or (body.sync and ctx.caller.admin)
         same = "name cpus ssh_key configdrive secure_boot tpm cpu_model metadata ephemeral".split()
         instance = Instance(
-            **body.model_dump(include={*same}, exclude_none=True),
+            **body.model_dump(include={*same, "node_labels"}, exclude_none=True),
             uuid=new_uuid(),
             namespace=namespace,
             node=body.placed_on or "",
@@ -192,13 +197,21 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
         images = {disk.image for disk in instance.disks if disk.image and not disk.store}
         known = ctx.read().list(Node)
         closed = unreadable(ctx.services.resolver.stores, known, images, controller.server)
-        limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
+        usable, used = controller.nodes.usable() | closed, controller.usage.of
+        seen: dict[str, Any] = {"limits": config, "usable": usable, "used": used}
 
         def make(txn: Transaction) -> Instance:
             for name in {disk.image_name for disk in instance.disks if disk.pending}:
                 want(txn, namespace, name)
-            return create(txn, instance, wants, limits=limits, usable=controller.nodes.usable() | closed)
+            return create(txn, instance, wants, **seen)
 
+        if body.dry_run:
+            trial = ctx.read()
+            _, found = weigh(trial, instance, **seen)
+            if any(one.fits for one in found):  # whatever else is in the way is said in the same words
+                make(trial)
+                enforce(trial)
+            return JSONResponse(to_plain(found, list[Judged]))
         made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make), queued=True)
     return get_instance(ctx, made.uuid)
 
@@ -238,11 +251,11 @@ def get_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Respo
 @router.patch("/instances/{ref}")
 def set_instance(ctx: Ctx, ref: str, body: SetBody) -> Response:
     """Change what is given, leave the rest. Disks grow at once, the rest counts from the next start on."""
-    changes, config = body.model_dump(exclude_none=True, by_alias=True), ctx.services.config
+    changes = body.model_dump(exclude_none=True, by_alias=True)
     if body.ttl is not None:
         changes["until_s"] = _after(changes.pop("ttl"))
-    limits = Limits(config.cpu_ratio, config.memory_reserve_mib)
-    act = partial(change, changes=changes, limits=limits, usable=ctx.services.controller.nodes.usable())
+    usable, used = ctx.services.controller.nodes.usable(), ctx.services.controller.usage.of
+    act = partial(change, changes=changes, limits=ctx.services.config, usable=usable, used=used)
     return JSONResponse(_view(ctx, ctx.change(_find(ctx, ref), act)))
 
 

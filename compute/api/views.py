@@ -85,7 +85,7 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
     return _common(
         item,
         "name namespace cpus video node power_state uefi secure_boot tpm configdrive agent_state accel autostart order"
-        " delay_s ephemeral left",
+        " delay_s ephemeral left node_labels",
         "console_port vdi_port ssh_key nvram_template cpu_model error_message progress",
         memory=item.memory_mib,
         disk_spec=list(item.disk_spec),

@@ -79,7 +79,7 @@ class Controller:
             known = find_machine(nodes, seen.machine, self.server)
             if known is None and txn.find(Node, self.server) is None:
                 memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-                facts = to_plain(NodeFacts(cpus=os.cpu_count() or 1, memory_mib=memory_mib))
+                facts = to_plain(NodeFacts(os.cpu_count() or 1, memory_mib, architecture=os.uname().machine))
                 known = Node(uuid=new_uuid(), name=self.server, facts=facts, machine=seen.machine)
             elif known is None:
                 raise Conflict(f"node {self.server} is another machine", hint="give this another node_name")

@@ -46,7 +46,7 @@ def join(txn: Transaction, secret: str, name: str) -> tuple[Node, str]:
     node = Node(uuid=new_uuid(), name=name, identity=hashed(identity), lastseen_s=time.time())
     txn.delete(Taken, token.name)
     txn.update(replace(node, revision=known.revision if known else 0))
-    txn.create(Claims(name=name))
+    txn.create(Claims(name=name, disk_bytes=0))
     txn.event(Node.KIND, name, "the node joined", type="audit")
     return node, identity
 

@@ -14,7 +14,7 @@ from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
-from compute.cluster.records.taken import Taken, claim, take, take_name
+from compute.cluster.records.taken import Taken, claim, disk_bytes, take, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, NotFound
 from compute.wire.spec import AGENT_CHANNEL, InstanceState, InterfaceSpec, Orphan
@@ -139,7 +139,6 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
             known = str(ipam.beside(IPv4Network(network.netblock), network.block6, number) or "")
         want = Want(network.uuid, known, interface.mac, interface.model, uuid=interface.uuid)
         attach(txn, network, uuid, namespace, order, want)
-    claim(txn, found.node, spec.cpus, spec.memory_mib)
     now = time.time()
     made = Instance(
         uuid=uuid, name=name, namespace=namespace, node=found.node, cpus=spec.cpus, memory_mib=spec.memory_mib,
@@ -151,6 +150,7 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
         power_state=found.orphan.power, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard,
         metadata=dict(spec.metadata), created_s=now, updated_s=now, revision=before.revision if before else 0,
     )  # fmt: skip
+    claim(txn, made.node, made.cpus, made.memory_mib, disk_bytes(made.disks))
     txn.update(made)
     txn.delete(Quarantined, uuid)
     txn.event(Instance.KIND, uuid, f"adopted on {found.node}", type="audit")

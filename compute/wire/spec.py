@@ -285,3 +285,5 @@ class NodeFacts:
     """Identities of the image stores that it reads (sorted): only nodes with the same share. None: it will tell."""
     boot: str = ""
     """Another after each start of the machine; "" of a version that does not say."""
+    disk_bytes: int = 0
+    """Of the file system that has guests' disks; 0 of a version that does not say."""

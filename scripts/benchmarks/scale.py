@@ -40,7 +40,7 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
-from compute.cluster.scheduler import Limits, create_instance
+from compute.cluster.scheduler import create_instance
 from compute.cluster.state.opening import open_state
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
@@ -394,7 +394,8 @@ def _records_of(bench: Bench, engine: str, store: StateStore) -> None:
     def create(n: int, **queued: bool) -> None:
         size: Any = {"cpus": 1, "memory_mib": 16, "disks": (DiskSpec("vda", "", "", 1 << 30),)}
         one = Instance(uuid=new_uuid(), name=f"g{n}", namespace="system", node="", **size)
-        put = partial(create_instance, instance=one, limits=Limits(1000.0), usable=usable)
+        told: Any = {"limits": Config(cpu_ratio=1000.0), "usable": usable, "used": lambda _: None}
+        put = partial(create_instance, instance=one, **told)
         transact(store, partial(put, wants=[Want(nets[n % len(nets)])]), **queued)
 
     def node_of(n: int) -> None:

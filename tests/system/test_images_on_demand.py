@@ -22,7 +22,7 @@ from compute.errors import NoSpace
 from imagestore import ImageCache
 from imagestore.backends.directory import Directory
 from imagestore.store.store import Store
-from tests import web
+from tests import invariants, web
 from tests.api_server import INSTALLATION, Running, running
 from tests.system.test_tenants import tenant
 
@@ -38,6 +38,7 @@ def serving(tmp_path: Path, **settings: Any) -> Iterator[Running]:
     config = Config(state_dir=tmp_path / "server", node_name="node1", **settings)
     with running(tmp_path / "server", resolver=images, config=config) as found:
         yield found
+        invariants.check(found.services.store)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.quotas import Quota, enforce
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.taken import claim, disk_bytes
 from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
@@ -171,6 +172,7 @@ def _end(txn: Transaction, one: Artifact, blob: Blob | None, said: str) -> bool:
             why = f"{err} ({err.hint})"
         state = InstanceState.ERROR if why else instance.state
         now = replace(instance, disks=disks, state=state, error_message=why, progress="")
+        claim(txn, now.node, 0, 0, disk_bytes(disks) - disk_bytes(instance.disks))
         txn.update(replace(now, updated_s=time.time()))
         txn.event(Instance.KIND, now.uuid, f"state is error: {why}" if why else f"{one.wanted[:200]} is here")
     for had in txn.list(Artifact) if one.wanted.startswith(BLOB) else ():

@@ -10,7 +10,7 @@ from compute.cluster.records import epochs
 from compute.cluster.records.interfaces import Interface, Want, attach, detach, interfaces_on
 from compute.cluster.records.networks import Network, find_network
 from compute.cluster.records.stored import Stored
-from compute.cluster.records.taken import Taken, claim, take_name
+from compute.cluster.records.taken import Taken, claim, disk_bytes, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
 from compute.wire.codec import Base64
@@ -93,6 +93,8 @@ class Instance(Stored):
     """It was given to its node, which has not said yet that it has made the disks."""
     left: tuple[str, ...] = ()
     """Nodes that it was on: each is ordered to remove what it has, until it has said that nothing of it is left."""
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Only nodes with these labels (their metadata) are asked to take it."""
 
 
 def check(instance: Instance, wants: Sequence[Want]) -> None:
@@ -130,7 +132,7 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
     take_name(txn, Instance.KIND, instance.namespace, instance.name, instance.uuid)
     for order, want in enumerate(wants):
         _attach(txn, instance, order, want)
-    claim(txn, instance.node, instance.cpus, instance.memory_mib)
+    claim(txn, instance.node, instance.cpus, instance.memory_mib, disk_bytes(instance.disks))
     txn.create(instance)
     txn.event(Instance.KIND, instance.uuid, f"asked for; placed on {instance.node}", type="audit")
     return instance
@@ -219,7 +221,7 @@ def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = Fals
     taken = txn.find(Taken, name)
     if taken is not None and taken.owner == found.uuid:
         txn.delete(Taken, name)
-    claim(txn, found.node, -found.cpus, -found.memory_mib)
+    claim(txn, found.node, -found.cpus, -found.memory_mib, -disk_bytes(found.disks))
     gone = replace(found, state=InstanceState.DELETED, power_state="off", unconfirmed=unconfirmed)
     txn.update(replace(gone, updated_s=time.time()))
     txn.event(Instance.KIND, found.uuid, "state is deleted")
@@ -239,14 +241,12 @@ def rehome(
     Interfaces, addresses, what is floating or published and the rule of its backups hang on the instance, and go along.
     The node that it was on is ordered to remove its copy; `gone`: it is not, since nobody knows what runs there: what
     a lost node still has is found and left as it is (quarantine) when it comes back. Whoever calls has chosen a node
-    with room (`scheduler.place`, `take`). Raises NotReady, Conflict, Unavailable.
+    with room (`scheduler.weigh`, `place`, `take`). Raises NotReady, Conflict, Unavailable.
     """
     found = created(txn, uuid)
     if node in (found.node, *found.left):
         why_not = "is there" if node == found.node else "was there, and what it left is not removed yet"
         raise Conflict(f"instance {found.name} {why_not}: {node}", hint=f"see: sf instance show {found.name}")
-    claim(txn, found.node, -found.cpus, -found.memory_mib)
-    claim(txn, node, found.cpus, found.memory_mib)
     left = found.left if gone else (*found.left, found.node)
     now = replace(
         found, node=node, disks=disks or found.disks, left=left, arriving=True, updated_s=time.time()
@@ -254,6 +254,8 @@ def rehome(
     now = replace(
         now, power_state="off", error_message="", progress="", agent_state="", console_port=0, vdi_port=0
     )
+    claim(txn, found.node, -found.cpus, -found.memory_mib, -disk_bytes(found.disks))
+    claim(txn, node, now.cpus, now.memory_mib, disk_bytes(now.disks))
     txn.update(now)
     txn.event(Instance.KIND, uuid, f"moved from {found.node} to {node}: {why}", type="audit")
     return now

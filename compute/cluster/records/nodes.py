@@ -54,6 +54,7 @@ def check_facts(facts: NodeFacts) -> NodeFacts:
         fits = (
             1 <= facts.cpus <= 2**14
             and 1 <= facts.memory_mib <= 2**30
+            and 0 <= facts.disk_bytes < 2**63
             and _LEAST_MTU <= facts.mtu_bytes <= 2**16
             and not (address.is_multicast or address.is_unspecified or address.is_reserved)
             and (not peer[2] or (IPv4Address(peer[0]) == address and 0 < int(peer[2][:6]) < 2**16))

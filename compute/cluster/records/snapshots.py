@@ -141,6 +141,8 @@ def finish(txn: Transaction, uuid: str, error: str = "") -> None:
         if one.backup:
             note(txn, one.instance_uuid, error)
         if one.then and not error and (instance := txn.find(Instance, one.instance_uuid)) is not None:
-            txn.update(replace(instance, disks=one.then, updated_s=time.time()))
+            sizes = {disk.device: disk.size_bytes for disk in instance.disks}  # one may have grown meanwhile
+            then = tuple(replace(d, size_bytes=sizes.get(d.device, d.size_bytes)) for d in one.then)
+            txn.update(replace(instance, disks=then, updated_s=time.time()))
             said = f"its disks become {one.then[0].image_name}"
             txn.event(Instance.KIND, instance.uuid, said, type="audit")

@@ -4,13 +4,14 @@ One record of claims per node, so that no two placements take the last room.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
+from compute.wire.spec import DiskSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +55,20 @@ class Claims(Stored):
     name: str
     cpus: int = 0
     memory_mib: int = 0
+    disk_bytes: int | None = None
+    """Of all disks, as large as they may become. None: not counted yet, or written by a version that counts none; then
+    `scheduler.rooms` counts the instances themselves, and `scheduler.take` keeps that."""
 
 
-def claim(txn: Transaction, node: str, cpus: int, memory_mib: int) -> None:
+def disk_bytes(disks: Iterable[DiskSpec]) -> int:
+    """How much guests may write to them, as far as sizes are known already; a CD-ROM stays empty."""
+    return sum(disk.size_bytes for disk in disks if not disk.cdrom)
+
+
+def claim(txn: Transaction, node: str, cpus: int, memory_mib: int, disk_bytes: int) -> None:
     """Take so much of a node, or give it back where the figures are negative. A node that is gone has no claims."""
     found = txn.find(Claims, node)
     if found is not None:
-        txn.update(replace(found, cpus=found.cpus + cpus, memory_mib=found.memory_mib + memory_mib))
+        disks = None if found.disk_bytes is None else found.disk_bytes + disk_bytes
+        now = replace(found, cpus=found.cpus + cpus, memory_mib=found.memory_mib + memory_mib)
+        txn.update(replace(now, disk_bytes=disks))

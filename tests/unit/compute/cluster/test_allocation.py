@@ -19,6 +19,7 @@ from compute.cluster.records.instances import (
     delete_instance,
     finish_delete,
     interfaces_of,
+    rehome,
     remove_interface,
 )
 from compute.cluster.records.interfaces import (
@@ -33,15 +34,17 @@ from compute.cluster.records.nodes import Node, move_routers
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
-from compute.cluster.scheduler import Limits, create_instance
+from compute.cluster.scheduler import create_instance, set_instance
 from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
 from compute.errors import ComputeError, Unavailable
 from compute.wire.spec import DiskSpec, InstanceState
 from net.errors import NetError
 from tests import invariants
 
 NODES = ("n1", "n2")
-LIMITS = Limits(cpu_ratio=2, memory_reserve_mib=0)
+LIMITS = Config(cpu_ratio=2, memory_reserve_mib=0)
+SEEN: Any = {"limits": LIMITS, "usable": dict.fromkeys(NODES, ""), "used": lambda _: None}
 REFUSALS = (ComputeError, NetError)
 
 
@@ -49,7 +52,11 @@ def prepare(store: Any) -> None:
     def action(txn: Transaction) -> None:
         ensure_floating(txn, IPv4Network("192.0.2.0/29"))
         for name in NODES:
-            txn.create(Node(uuid=new_uuid(), name=name, facts={"cpus": 4, "memory_mib": 1024}))
+            txn.create(
+                Node(
+                    uuid=new_uuid(), name=name, facts={"cpus": 4, "memory_mib": 1024, "disk_bytes": 10 << 30}
+                )
+            )
             txn.create(Claims(name=name))
 
     transact(store, action)
@@ -69,7 +76,10 @@ def make_instance(store: Any, name: str, wants: Sequence[Want], memory_mib: int 
         uuid=new_uuid(), name=name, namespace="system", node="", cpus=1, memory_mib=memory_mib, disks=disks
     )
     usable: Mapping[str, str] = dict.fromkeys(NODES, "")
-    return transact(store, lambda txn: create_instance(txn, instance, wants, limits=LIMITS, usable=usable))
+    return transact(
+        store,
+        lambda txn: create_instance(txn, instance, wants, limits=LIMITS, usable=usable, used=lambda _: None),
+    )
 
 
 class Cluster(RuleBasedStateMachine):
@@ -139,6 +149,20 @@ class Cluster(RuleBasedStateMachine):
     def start(self, uuid: str) -> None:
         if uuid and Transaction(self.store).get(Instance, uuid).state == InstanceState.INITIAL:
             start(self.store, uuid)
+
+    @rule(uuid=instances, gib=st.integers(1, 30), memory_mib=st.sampled_from([16, 512]))
+    def grow(self, uuid: str, gib: int, memory_mib: int) -> None:
+        changes = {"disks": {"vda": gib}, "memory_mib": memory_mib}
+        self.refusable(lambda txn: set_instance(txn, uuid, changes, **SEEN))
+
+    @rule(uuid=instances, to=st.sampled_from(NODES))
+    def move(self, uuid: str, to: str) -> None:
+        self.refusable(lambda txn: rehome(txn, uuid, to, "asked"))
+
+    @rule(node=st.sampled_from(NODES))
+    def forget_what_disks_hold(self, node: str) -> None:
+        """As a version that does not count them does when it writes these records."""
+        transact(self.store, lambda txn: txn.update(replace(txn.get(Claims, node), disk_bytes=None)))
 
     @rule(uuid=instances, on=networks, floating=st.booleans())
     def plug(self, uuid: str, on: str, floating: bool) -> None:

@@ -156,7 +156,7 @@ def test_those_that_queue_do_each_thing_once_and_those_that_meet_them_end_too(st
     def one(number: int) -> None:
         def action(txn: Transaction) -> None:
             tries.append(number)
-            claim(txn, "n", 1, 16)
+            claim(txn, "n", 1, 16, 0)
 
         transact(store, action, queued=number < 200)
 

@@ -134,12 +134,12 @@ def test_a_placement_rests_on_the_claims_of_its_node_alone(store: SqliteStore) -
     tries = []
 
     def place(txn: Transaction) -> None:
-        there = rooms(txn, {"n1": "", "n2": ""})
+        there = rooms(txn, {"n1": "", "n2": ""}, lambda _: None, {})
         for other in ("n2", "n1"):  # before the decision, by others
             if len(tries) < 1:
                 transact(store, lambda t, other=other: t.update(replace(t.get(Claims, other), cpus=1)))
         tries.append(1)
-        claim(txn, take(txn, there, "n1"), 1, 64)
+        claim(txn, take(txn, there, "n1"), 1, 64, 0)
         assert [key for key in txn.expect if key.startswith("claims/")] == ["claims/n1"]
 
     transact(store, place)

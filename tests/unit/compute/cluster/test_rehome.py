@@ -18,15 +18,16 @@ from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.reports import settle
-from compute.cluster.scheduler import Limits, create_instance, place, rooms, take
+from compute.cluster.scheduler import create_instance, judge, place, rooms, take
 from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
 from compute.errors import Conflict, NoCapacity, NotReady
 from compute.wire.codec import to_plain
 from compute.wire.spec import Capture, DiskSpec, InstanceSpec, InstanceState, InstanceStatus, NodeFacts
 
 WEB = "11111111-0000-4000-8000-000000000001"
 IMAGE = "b3:" + 64 * "1"
-ROOM, LIMITS = dict.fromkeys("abc", ""), Limits()
+ROOM, LIMITS = dict.fromkeys("abc", ""), Config()
 S = InstanceState
 
 
@@ -44,7 +45,9 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 def guest(store: SqliteStore, uuid: str = WEB, state: InstanceState = S.CREATED, **changes: object) -> None:
     told = {"cpus": 2, "memory_mib": 512, "disks": (DiskSpec("vda", IMAGE),), "power_state": "on", **changes}
     made = Instance(uuid=uuid, name=f"g{uuid[:8]}", namespace="system", node="a", state=state, **told)  # type: ignore[arg-type]
-    transact(store, lambda txn: create_instance(txn, made, (), limits=LIMITS, usable=ROOM))
+    transact(
+        store, lambda txn: create_instance(txn, made, (), limits=LIMITS, usable=ROOM, used=lambda _: None)
+    )
 
 
 def move(store: SqliteStore, node: str, uuid: str = WEB, *, gone: bool = False) -> Instance:
@@ -91,7 +94,9 @@ def test_what_hangs_on_it_goes_along(store: SqliteStore) -> None:
         disks=(DiskSpec("vda"),),
     )  # fmt: skip
     wants = [Want(net.uuid)]
-    transact(store, lambda txn: create_instance(txn, made, wants, limits=LIMITS, usable=ROOM))
+    transact(
+        store, lambda txn: create_instance(txn, made, wants, limits=LIMITS, usable=ROOM, used=lambda _: None)
+    )
     before = Transaction(store).list(Interface)
     move(store, "b")
     assert interfaces_of(Transaction(store), WEB) == before
@@ -192,8 +197,8 @@ def test_many_at_once_never_take_more_than_there_is(store: SqliteStore) -> None:
 
     def one(uuid: str) -> str:
         def go(txn: Transaction) -> str:
-            there = rooms(txn, ROOM)
-            node = place(there, 2, 512, limits=LIMITS, wanted="a")
+            there = rooms(txn, ROOM, lambda _: None, {})
+            node = place(judge(there, 2, 512, limits=LIMITS, wanted="a"))
             txn.update(replace(txn.get(Instance, uuid), left=()))
             return rehome(txn, uuid, take(txn, there, node), "for a test").node
 

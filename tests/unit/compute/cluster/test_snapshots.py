@@ -17,7 +17,16 @@ from compute.cluster.images.snapshots import Snapshots
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
-from compute.cluster.records.snapshots import Backup, Snapshot, due, kept, settle_snapshot, snapshots_of, take
+from compute.cluster.records.snapshots import (
+    Backup,
+    Snapshot,
+    due,
+    finish,
+    kept,
+    settle_snapshot,
+    snapshots_of,
+    take,
+)
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
@@ -105,6 +114,15 @@ def test_it_goes_from_asked_to_named_and_its_image_is_complete_in_the_own_store(
     assert taken(store, WEB).state == "stored" and taken(store, WEB).order.labels["instance"] == "Web"
     assert advance(store, worker, WEB).state == "created"
     assert own.names.get("web", asked.tag).images == {"x86_64": base}
+
+
+def test_a_disk_that_grew_before_a_restore_ended_stays_as_large(store: SqliteStore) -> None:
+    guest(store, WEB, disks=(DiskSpec("vda", "b3:now", size_bytes=1 << 30),))
+    made = transact(store, lambda txn: take(txn, WEB, (DiskSpec("vda", "b3:then", size_bytes=1 << 30),)))
+    grown = (DiskSpec("vda", "b3:now", size_bytes=9 << 30),)
+    transact(store, lambda txn: txn.update(replace(txn.get(Instance, WEB), disks=grown)))
+    transact(store, lambda txn: finish(txn, made.uuid))
+    assert Transaction(store).get(Instance, WEB).disks == (DiskSpec("vda", "b3:then", size_bytes=9 << 30),)
 
 
 def test_one_at_a_time_of_a_guest_that_runs_and_each_has_a_name_of_its_own(store: SqliteStore) -> None:
