@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,52 +108,44 @@ def push(
         disk = stack.enter_context(open_disk(path, format_, progress))
         if bounded:
             check_work(disk, path.stat().st_size)
-        writer = stack.enter_context(_Writer(store, disk, progress, cache))
+        writer = _Writer(stack, store, disk, progress, cache)
         special = look(disk, sparsify=sparsify)
         done = replace(writer.push(name, tag, facts, special), notes=special.notes)
     step = make_update(store, writer.former, done.digest) if update and writer.former else None
     return replace(done, update_bytes=step.size_bytes if step else 0)
 
 
-def push_changed(
-    store: Store, disk: Disk, changes: Changes, labels: Mapping[str, str], progress: Report = silent
-) -> PushResult:
+def push_changed(store: Store, disk: Disk, changes: Changes, labels: Mapping[str, str]) -> PushResult:
     """Store a disk that was the image `changes.base` of this store once, without a name, by a look at what changed.
 
     Where that image cannot help, all of the disk is looked at, which the result's notes say. Raises as `push` does.
     """
     store.check_writable()
-    with _Writer(store, disk, progress, None) as writer:
+    with ExitStack() as stack:
+        writer = _Writer(stack, store, disk, silent, None)
         return writer.push_changed(changes, check_labels(dict(labels), "labels"))
 
 
 class _Writer:
-    """One push: a context manager that owns its threads and, from the first look into the index on, a lease."""
+    """One push: has threads and, from the first look into the index on, a lease, which `stack` ends."""
 
-    def __init__(self, store: Store, disk: Disk, progress: Report, cache: Path | None) -> None:
+    def __init__(
+        self, stack: ExitStack, store: Store, disk: Disk, progress: Report, cache: Path | None
+    ) -> None:
         self._store, self._disk, self._progress = store, disk, progress
         local, self._lease = LocalIndex(store.info.id, cache), Lease(store, "push")
         self._placement = Placement()
-        self._lookup = Lookup(store, self._lease, self._placement, local, parts_bytes=_PARTS_BYTES)
-        self._packer = Packer(store, self._lease, self._placement, local)
+        workers = min(8, len(os.sched_getaffinity(0)))
+        self._pool, self._ahead = ThreadPoolExecutor(workers, "sf-push"), 4 * workers
+        stack.callback(self._pool.shutdown, cancel_futures=True)
+        lookup = Lookup(store, self._lease, self._placement, local, parts_bytes=_PARTS_BYTES)
+        self._lookup = stack.enter_context(lookup)
+        self._packer = stack.enter_context(Packer(store, self._lease, self._placement, local))
         self._framer = Framer(self._placement)
         self._offsets, self._lengths, self._rows = (np.zeros(0, np.int64) for _ in range(3))
-        self._stack = ExitStack()
-        self._new_bytes = self._known_bytes = 0
+        self._seen_bytes = self._new_bytes = 0
         self.former: Digest | None = None
         """What the name pointed at before."""
-
-    def __enter__(self) -> Self:
-        workers = min(8, len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(workers, "sf-push")
-        self._ahead = 4 * workers
-        self._stack.callback(self._pool.shutdown, cancel_futures=True)
-        self._stack.enter_context(self._lookup)
-        self._stack.enter_context(self._packer)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def push(self, name: str | None, tag: str, facts: dict[str, Any], special: Special) -> PushResult:
         """The whole of it."""
@@ -254,7 +246,7 @@ class _Writer:
 
     def _report(self, done_bytes: int) -> None:
         size = self._disk.size_bytes
-        counts = (self._new_bytes, self._known_bytes, self._packer.written_bytes)
+        counts = self._new_bytes, max(self._seen_bytes - self._new_bytes, 0), self._packer.written_bytes
         self._progress(Progress("push", min(done_bytes, size), size, *counts))
 
     def _pack(self, frames: Iterable[OpenFrame]) -> None:
@@ -271,7 +263,7 @@ class _Writer:
             unknown = np.flatnonzero(rows < 0)
             if len(unknown):
                 rows[unknown] = yield from self._add(window, unknown)
-            self._known_bytes += int(window.lengths.sum())
+            self._seen_bytes += int(window.lengths.sum())
             found.append((window.offset + window.starts, window.lengths, rows))
             self._report(window.done_bytes)
         yield from self._framer.full(last=True)
@@ -291,9 +283,7 @@ class _Writer:
         at, frames, offsets = np.array(list(fresh.values()), np.int64).T
         first = self._placement.chunks.add(window.ids[at], frames, offsets)
         row_of = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
-        added = int(window.lengths[at].sum())
-        self._new_bytes += added
-        self._known_bytes -= added
+        self._new_bytes += int(window.lengths[at].sum())
         return [row_of[id_] for id_ in ids]
 
     def _store_again(self) -> None:

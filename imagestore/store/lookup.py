@@ -2,8 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from typing import Self
+from contextlib import AbstractContextManager, suppress
 
 import numpy as np
 
@@ -26,7 +25,7 @@ _AHEAD_WINDOWS = 10
 Footers = Collection[tuple[Digest, Footer]]
 
 
-class Lookup:
+class Lookup(AbstractContextManager["Lookup"]):
     """Puts what the store holds into a placement. A context manager: from `engage` on it holds a lease.
 
     parts_bytes: most bytes of index parts to read, None for all that are met.
@@ -48,9 +47,6 @@ class Lookup:
         """As they were when it engaged, and their etag."""
         self._asked: set[Digest] = set()
         self._parts_bytes = parts_bytes
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._engaged:

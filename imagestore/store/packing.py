@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class Framer:
         return full
 
 
-class Packer:
+class Packer(AbstractContextManager["Packer"]):
     """Makes packs of frames and uploads them while the next fill. A context manager that owns its threads."""
 
     def __init__(
@@ -80,9 +80,6 @@ class Packer:
         self.made: set[Digest] = set()
         """Packs sent since the beginning."""
         self.written_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._senders.shutdown(cancel_futures=True)
