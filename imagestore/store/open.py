@@ -33,27 +33,25 @@ def open_store(
     if fingerprint:
         from imagestore.store.trust import open_signed
 
-        return _remembering(open_signed(backend, Digest.parse(fingerprint)))
-    try:
-        store = Store.open(backend, single_writer=single_writer)
-    except NotFound:
-        if not create:
-            raise
-        with suppress(Conflict):  # somebody else is making it now: theirs is as good
-            return Store.init(backend, single_writer=single_writer, private=private)
-        store = Store.open(backend, single_writer=single_writer)
+        store = open_signed(backend, Digest.parse(fingerprint))
+    else:
+        try:
+            store = Store.open(backend, single_writer=single_writer)
+        except NotFound:
+            if not create:
+                raise
+            with suppress(Conflict):  # somebody else is making it now: theirs is as good
+                return Store.init(backend, single_writer=single_writer, private=private)
+            store = Store.open(backend, single_writer=single_writer)
     if backend.url.startswith("s3://"):
         s3: Any = innermost(backend)
         s3.known = store.info.conditional.get(s3.address)
         at = Digest.of(f"{store.info.id} {s3.address}".encode())
         s3.kept = Settings().cache_dir / "conditions" / at.hex()
-    return store if isinstance(backend, Directory) else _remembering(store)
+    if fingerprint or not isinstance(backend, Directory):
+        from imagestore.store.index import LocalIndex
 
-
-def _remembering(store: Store) -> Store:
-    from imagestore.store.index import LocalIndex
-
-    store.names.local = LocalIndex(store.info.id)
+        store.names.local = LocalIndex(store.info.id)
     return store
 
 
