@@ -90,7 +90,7 @@ class Guarded(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._origin = origin(self.client[0]) if self.client else ""
-        self._begin(reading=True)
+        self._begin()
         self._look()
         most = min(self.MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         same = [one for one in self.connections if isinstance(one, Guarded) and one._origin == self._origin]
@@ -116,8 +116,8 @@ class Guarded(HttpToolsProtocol):
             self._timer.cancel()
         super().handle_websocket_upgrade()
 
-    def _begin(self, *, reading: bool) -> None:
-        self._reading, self._received = reading, 0
+    def _begin(self) -> None:
+        self._reading, self._received = True, 0
         self._since_s = self._moved_s = self.loop.time()
 
     def _look(self) -> None:
@@ -150,7 +150,7 @@ class Guarded(HttpToolsProtocol):
         super().resume_writing()
 
     def on_message_begin(self) -> None:
-        self._begin(reading=True)
+        self._begin()
         super().on_message_begin()
 
     def on_message_complete(self) -> None:

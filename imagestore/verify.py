@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +246,7 @@ def repair(store: Store, report: VerifyReport, other: Store | Path, *, full: boo
     does not have are stored in new packs here; nobody uses the damaged ones any more, and the collector takes them.
     """
     store.check_writable()
-    report.repaired = 0
+    repaired = 0
     if isinstance(other, Path):
         try:
             push(store, other, None)
@@ -255,7 +255,7 @@ def repair(store: Store, report: VerifyReport, other: Store | Path, *, full: boo
         other = store
     for key in {problem.key for problem in report.problems}:
         with contextlib.suppress(StoreError):
-            report.repaired += _mend(store, other, key)
+            repaired += _mend(store, other, key)
     inventory = Inventory.read(store)
     reindex(store, inventory)
     known = [(pack, table.footer) for pack, table in inventory.tables.items()]
@@ -265,10 +265,8 @@ def repair(store: Store, report: VerifyReport, other: Store | Path, *, full: boo
     for digest in images:
         with contextlib.suppress(NotFound, Corrupt):
             copy_image(other, store, digest, known=known)
-            report.repaired += 1
-    again = verify_store(store, full=full)
-    again.repaired = report.repaired
-    return again
+            repaired += 1
+    return replace(verify_store(store, full=full), repaired=repaired)
 
 
 def _mend(store: Store, other: Store, key: str) -> bool:

@@ -136,9 +136,8 @@ def check_present(store: Store, digest: Digest) -> None:
         for key in (LAYOUTS.key(digest), MANIFESTS.key(digest)):
             _restore(store, key)
         layout = store.layout(digest)
-        if not Condemned.read(store).packs.keys().isdisjoint(layout.packs):
-            raise gone
-        if len(store.has_packs(layout.pack_sizes())) < len(layout.packs):
+        condemned = Condemned.read(store).packs.keys()  # first: it forgets packs when they are deleted
+        if len(store.has_packs(layout.pack_sizes()) - condemned) < len(layout.packs):
             raise gone
     except NotFound as err:
         raise gone from err
@@ -150,11 +149,9 @@ def _restore(store: Store, key: str) -> None:
         data = untrashed(found.data)
         if data is found.data:
             return
-        try:
+        with suppress(Conflict):
             store.backend.put(key, data, if_match=found.stat.etag)
             return
-        except Conflict:
-            continue
     raise Conflict(f"{store.url}/{key} is being changed by others", hint="try again")
 
 
