@@ -5,6 +5,7 @@ and finishes. One lock per Plane, so that calls from several threads come one af
 """
 
 import itertools
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,7 +29,9 @@ class Plane:
     """Networks of one installation on this node. `state_dir`/net holds what dnsmasq reads."""
 
     def __init__(self, installation: str, state_dir: Path) -> None:
-        self.installation = names.check_installation(installation)
+        if not re.fullmatch(r"[0-9a-f]{8}", installation):
+            raise Invalid(f"an installation's id has 8 lower-case hex digits, not {installation!r}")
+        self.installation = installation
         self._directory = state_dir.resolve() / "net"
         self._lock = threading.RLock()
         self._announce: dict[Entry, int] = {}
@@ -76,10 +79,7 @@ class Plane:
             self._carry_out(diff({HOST: Facts()}, observed, guests_too=True))
             for running in self._running():
                 dnsmasq.stop(running.pid)
-            if self._directory.is_dir():
-                for path in self._directory.iterdir():
-                    dnsmasq.Daemon(self._directory, path.name).forget()
-                self._directory.rmdir()
+            dnsmasq.Daemon(self._directory, "").forget()  # of all
 
     def doctor(self, desired: NodeNetworks) -> list[Finding]:
         """What is not as desired, in words; nothing is changed."""
@@ -105,16 +105,7 @@ class Plane:
         name = port.tap or names.tap(self.installation, port.uuid)
         alias = f"{names.owned(self.installation)}port {port.uuid}"
         with self._lock, _refusals(f"the tap {name} cannot be made"):
-            for space_name in {self._tap_space(name), HOST}:
-                with Netns(space_name) as space:
-                    held = space.link(name)
-                    if held is None:
-                        continue
-                    if held.alias not in ("", alias):
-                        raise Conflict(f"there is a device {name} which is not this port's: {held.alias!r}")
-                    if held.carrier:
-                        raise Conflict(f"{name} is held by a running guest", hint="stop the guest first")
-                    space.delete_link(name)
+            self._clear(name, alias)
             taps.create_tap(name, alias)
             return name
 
@@ -151,14 +142,7 @@ class Plane:
         """Removes a port's tap wherever it is, held or not. Twice is once. Its filters go when it is not desired."""
         name = port.tap or names.tap(self.installation, port.uuid)
         with self._lock, _refusals(f"the tap {name} cannot be removed"):
-            for space_name in {self._tap_space(name), HOST}:
-                with Netns(space_name) as space:
-                    held = space.link(name)
-                    if held is None:
-                        continue
-                    if not held.alias.startswith(names.owned(self.installation)):
-                        raise Conflict(f"the device {name} is not ours: alias {held.alias!r}")
-                    space.delete_link(name)
+            self._clear(name)
 
     # How it is done
 
@@ -268,12 +252,23 @@ class Plane:
                 dnsmasq.stop(running.pid)
         return kept
 
-    def _tap_space(self, name: str) -> str:
-        """Where a tap was seen last: in which namespace, else HOST."""
+    def _clear(self, name: str, alias: str = "") -> None:
+        """Removes a tap where it was seen last, and in the host. With the alias of a port that is to have it anew: one
+        without an alias, too, but none that a process holds."""
         if self._taps is None:
             self.observe()
-        found = (self._taps or {}).get(name, HOST)
-        return found if found == HOST or (netns.DIRECTORY / found).exists() else HOST
+        seen = (self._taps or {}).get(name, HOST)
+        for space_name in {seen, HOST} if (netns.DIRECTORY / seen).exists() else {HOST}:
+            with Netns(space_name) as space:
+                if (held := space.link(name)) is None:
+                    continue
+                if alias and held.alias not in ("", alias):
+                    raise Conflict(f"there is a device {name} which is not this port's: {held.alias!r}")
+                if alias and held.carrier:
+                    raise Conflict(f"{name} is held by a running guest", hint="stop the guest first")
+                if not alias and not held.alias.startswith(names.owned(self.installation)):
+                    raise Conflict(f"the device {name} is not ours: alias {held.alias!r}")
+                space.delete_link(name)
 
     def _stop(self, namespace: str) -> None:
         for running in dnsmasq.running(namespace):

@@ -8,6 +8,7 @@ it would keep the address for the old MAC until that lease ended. What the files
 import hashlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -103,10 +104,8 @@ class Daemon:
 
     def forget(self) -> None:
         """Removes the files. Twice is once."""
-        if self._directory.is_dir():
-            for path in self._directory.iterdir():
-                path.unlink()
-            self._directory.rmdir()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._directory)
 
     def _write(self, wanted: Dnsmasq) -> None:
         # Killed between here and the last line of start or reload, the files do not match `loaded`, and the
@@ -124,11 +123,8 @@ class Daemon:
     def _user(self) -> str:
         """Its own user, unless that one could not read the files: a state directory closed to others."""
         ways = (self._directory, *self._directory.parents)
-        return _USER if all(way.stat().st_mode & 0o001 for way in ways) and _known(_USER) else "root"
-
-
-def _known(user: str) -> bool:
-    return any(line.startswith(f"{user}:") for line in Path("/etc/passwd").read_text().splitlines())
+        known = any(line.startswith(f"{_USER}:") for line in Path("/etc/passwd").read_text().splitlines())
+        return _USER if known and all(way.stat().st_mode & 0o001 for way in ways) else "root"
 
 
 def _digest(wanted: Dnsmasq) -> str:

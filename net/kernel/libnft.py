@@ -39,32 +39,26 @@ def run(commands: str, *, json: bool = False) -> str:
     As JSON, what is in sets and maps is listed only where one of them is asked for.
     """
     terse = json and not commands.startswith(("list set", "list map"))
-    if _descriptors_run_high():
-        argv = ["nft", "-jt" if terse else "-j", commands] if json else ["nft", "-f", "-"]
-        done = subprocess.run(argv, input=commands, capture_output=True, text=True, timeout=60)
-        return _result(done.returncode, done.stdout, done.stderr)
-    with _lock:
-        library = _library()
-        context = library.nft_ctx_new(0)
-        try:
-            library.nft_ctx_buffer_output(context)
-            library.nft_ctx_buffer_error(context)
-            library.nft_ctx_output_set_flags(context, (_JSON | _TERSE if terse else _JSON) if json else 0)
-            status = library.nft_run_cmd_from_buffer(context, commands.encode())
-            printed: bytes = library.nft_ctx_get_output_buffer(context)
-            said: bytes = library.nft_ctx_get_error_buffer(context)
-        finally:
-            library.nft_ctx_free(context)
-    return _result(status, printed.decode(), said.decode(errors="replace"))
-
-
-def _result(status: int, printed: str, said: str) -> str:
-    if status != 0:
-        raise Failed(f"nft refused: {' '.join(said.split())}"[:600])
-    return printed
-
-
-def _descriptors_run_high() -> bool:
-    """libnftables waits with select(2), which aborts the process when its socket's number is 1024 or more."""
+    # libnftables waits with select(2), which aborts the process when its socket's number is 1024 or more.
     with Path("/dev/null").open("rb") as file:
-        return file.fileno() > 900
+        descriptors_run_high = file.fileno() > 900
+    if descriptors_run_high:
+        argv = ["nft", "-jt" if terse else "-j", commands] if json else ["nft", "-f", "-"]
+        done = subprocess.run(argv, input=commands.encode(), capture_output=True, timeout=60)
+        status, printed, said = done.returncode, done.stdout, done.stderr
+    else:
+        with _lock:
+            library = _library()
+            context = library.nft_ctx_new(0)
+            try:
+                library.nft_ctx_buffer_output(context)
+                library.nft_ctx_buffer_error(context)
+                library.nft_ctx_output_set_flags(context, (_JSON | _TERSE if terse else _JSON) if json else 0)
+                status = library.nft_run_cmd_from_buffer(context, commands.encode())
+                printed = library.nft_ctx_get_output_buffer(context)
+                said = library.nft_ctx_get_error_buffer(context)
+            finally:
+                library.nft_ctx_free(context)
+    if status != 0:
+        raise Failed(f"nft refused: {' '.join(said.decode(errors='replace').split())}"[:600])
+    return printed.decode()

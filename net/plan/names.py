@@ -6,21 +6,10 @@ An interface name has at most 15 characters (IFNAMSIZ). Names that stand in the 
 
 import functools
 import hashlib
-import re
 from collections.abc import Iterable
-
-from net.errors import Invalid
 
 VXLAN_PORT = 4789
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_INSTALLATION = re.compile(r"[0-9a-f]{8}")
-
-
-def check_installation(installation: str) -> str:
-    """Returns it; raises Invalid unless it is 8 hex digits."""
-    if not _INSTALLATION.fullmatch(installation):
-        raise Invalid(f"an installation's id has 8 lower-case hex digits, not {installation!r}")
-    return installation
 
 
 def _base36(number: int, width: int) -> str:

@@ -62,7 +62,7 @@ def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = 
     knows it."""
     actions: list[Action] = []
     host = observed.namespaces[HOST]
-    namespaces = {**observed.namespaces, HOST: _without(host, _renewed(wanted, observed))}
+    namespaces = {**observed.namespaces, HOST: _kept(wanted, observed)}
     for name in sorted({*wanted, *namespaces}):
         want, have = wanted.get(name), namespaces.get(name)
         if want is None and have is not None and not have.broken and _held(have) and not guests_too:
@@ -84,20 +84,16 @@ def diff(wanted: Mapping[str, Facts], observed: Observed, *, guests_too: bool = 
     return sorted(actions, key=_order)
 
 
-def _renewed(wanted: Mapping[str, Facts], observed: Observed) -> set[str]:
-    """The host's ends of uplinks that are about to be made: one of that name that is there now goes."""
+def _kept(wanted: Mapping[str, Facts], observed: Observed) -> Facts:
+    """The host without its ends of uplinks that are about to be made: one of that name that is there now goes."""
     host, ends = observed.namespaces[HOST], set()
     for name, want in wanted.items():
         have = observed.namespaces.get(name, Facts()).links
         for n, link in want.links.items():
             if link.peer and (n not in have or _must_be_new(link, have[n], host)):
                 ends.add(link.peer)
-    return ends
-
-
-def _without(facts: Facts, gone: set[str]) -> Facts:
-    links = {n: link for n, link in facts.links.items() if n not in gone}
-    return replace(facts, links=links, entries=frozenset(e for e in facts.entries if e.dev not in gone))
+    links = {n: link for n, link in host.links.items() if n not in ends}
+    return replace(host, links=links, entries=frozenset(e for e in host.entries if e.dev not in ends))
 
 
 def _changes(name: str, want: Facts, have: Facts, host: Facts) -> list[Action]:

@@ -123,14 +123,11 @@ def transits(desired: NodeNetworks, observed: Observed) -> dict[int, IPv4Address
 def target(desired: NodeNetworks, observed: Observed) -> dict[str, Facts]:
     """Facts of every namespace that must be there, and of the host as far as it is ours."""
     outside = transits(desired, observed)
-    wanted = {
-        names.namespace(desired.installation, network.vni): _namespace(
-            desired, network, outside.get(network.vni), observed
-        )
-        for network in desired.networks
-        if not network.bridge
-    }
-    return {HOST: _host(desired, outside, observed), **wanted}
+    wanted = {HOST: _host(desired, outside, observed)}
+    for network in (network for network in desired.networks if not network.bridge):
+        name = names.namespace(desired.installation, network.vni)
+        wanted[name] = _namespace(desired, network, outside.get(network.vni), observed)
+    return wanted
 
 
 def _namespace(
@@ -222,17 +219,13 @@ def on_lan(desired: NodeNetworks) -> dict[str, tuple[Network, Port]]:
     return {tap_name(desired, port): (n, port) for n, port in every if port.node == desired.node}
 
 
-def _plugged(desired: NodeNetworks, network: Network, port: Port, observed: Observed) -> Link:
-    """A tap on the node's own bridge, as large as that is: a port changes a bridge's MTU. Without one it is down."""
-    mtu = observed.bridges.get(network.bridge, 0)
-    link = port_link(desired, replace(network, mtu_bytes=mtu or network.mtu_bytes), port)
-    return link if mtu else replace(link, up=False, master="", learning=False)
-
-
 def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Observed) -> Facts:
-    lan = on_lan(desired)
-    links = {tap: _plugged(desired, network, port, observed) for tap, (network, port) in lan.items()}
-    tables = {}
+    lan, links, tables = on_lan(desired), dict[str, Link](), {}
+    for tap, (network, port) in lan.items():
+        # As large as the bridge is: a port changes a bridge's MTU. Without one it is down.
+        mtu = observed.bridges.get(network.bridge, 0)
+        link = port_link(desired, replace(network, mtu_bytes=mtu or network.mtu_bytes), port)
+        links[tap] = link if mtu else replace(link, up=False, master="", learning=False)
     if lan or any(link.master and link.carrier for link in observed.namespaces[HOST].links.values()):
         tables["bridge"] = nft.ports_table(desired.installation, lan)
     if all(network.bridge for network in desired.networks):

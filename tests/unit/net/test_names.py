@@ -1,11 +1,14 @@
 """Names fit the kernel's limits and belong to exactly one installation and network."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from net.errors import Invalid
 from net.plan import names
+from net.plane import Plane
 
 INSTALLATIONS = st.integers(0, 2**32 - 1).map("{:08x}".format)
 VNIS = st.integers(1, 2**24 - 1)
@@ -42,4 +45,4 @@ def test_macs_are_local_and_unicast(installation: str, vni: int) -> None:
 @pytest.mark.parametrize("text", ["", "xyz", "1234567", "123456789", "ABCDEF01", "1234567g"])
 def test_an_id_that_is_not_eight_hex_digits_is_refused(text: str) -> None:
     with pytest.raises(Invalid):
-        names.check_installation(text)
+        Plane(text, Path())
