@@ -166,7 +166,12 @@ def _bring(name: str, architecture: str, form: str) -> None:
 @click.option("--removed", is_flag=True, help="Those that undelete can bring back, too.")
 def ls(remote: str | None, form: str, removed: bool) -> None:
     """List images of the local store, of a remote, or what a namespace keeps (`my`: the current one)."""
-    here, place = _here(), (remote or home() or "local").rstrip("/")
+    here = dict[str, str]()  # what part of which image this node holds
+    if (settings().state_dir / "cache").is_dir():
+        from cli.image import cache
+
+        here = {row["digest"]: cache.present(row) for row in cache.rows()}
+    place = (remote or home() or "local").rstrip("/")
     url = settings().stores.get(place, "")
     name, make = "" if url else f"{place}/any", not remote and settings().store_is_default
     with opened(url, name=name, create=make) as store:
@@ -187,15 +192,6 @@ def ls(remote: str | None, form: str, removed: bool) -> None:
             for architecture, digest in r.images.items()
         ]
     show_list(rows, COLUMNS, form)
-
-
-def _here() -> dict[str, str]:
-    """What part of which image this node holds."""
-    if not (settings().state_dir / "cache").is_dir():
-        return {}
-    from cli.image.cache import present, rows
-
-    return {row["digest"]: present(row) for row in rows()}
 
 
 @image.add(examples="sf image show debian:12\nsf image show debian:12 --format json")
