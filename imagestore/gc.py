@@ -319,11 +319,11 @@ def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold:
                 moved = move(packer, layout, manifest, sparse)
                 if moved is None:
                     continue
-                _check(lease, packer.made)
+                _check(lease, placement.packs)
                 stat = store.backend.put(key, moved.encode(), if_match=found.stat.etag)
                 replaced.append((key, found.data, stat.etag))
         try:
-            _check(lease, packer.made)
+            _check(lease, placement.packs)
         except Conflict:
             # This run slept for longer than the grace, and another one took the copies for dead.
             for key, data, etag in replaced:
@@ -332,6 +332,6 @@ def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold:
             raise
 
 
-def _check(lease: Lease, packs: set[Digest]) -> None:
+def _check(lease: Lease, packs: Collection[Digest]) -> None:
     if lease.unusable(packs):
         raise Conflict("another collector condemned the copies that this one made", hint="try again")

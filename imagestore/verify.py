@@ -178,8 +178,9 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
     hooks = Hooks()
     with report.about(keys.HOOKS_KEY), contextlib.suppress(NotFound):
         hooks = Hooks.decode(store.backend.get(keys.HOOKS_KEY).data)
-    for key in inventory.broken_parts:
-        report.problems.append(Problem(key, "an index part is damaged"))
+    broken = inventory.part_stats.keys() - inventory.parts.keys()
+    for name in sorted(broken):
+        report.problems.append(Problem(keys.INDEX.key(name), "an index part is damaged"))
     expected = Hooks()
     for name, packs in inventory.parts.items():
         if name in hooks.parts and all(pack in inventory.tables for pack in packs):
@@ -193,7 +194,6 @@ def _verify_index(store: Store, inventory: Inventory, report: VerifyReport) -> N
         enough = once and bool(np.isin(theirs, mine).all())
         if hooks.sizes[there] != expected.sizes[at] or not enough:
             report.problems.append(Problem(keys.HOOKS_KEY, f"the hooks of index part {name} are wrong"))
-    broken = {keys.INDEX.digest(key) for key in inventory.broken_parts}
     # A hint that leads nowhere: collectors that meet can leave one. Beside a part that has none it is damage.
     left_out = inventory.parts.keys() - set(hooks.parts)
     for name in set(hooks.parts) - inventory.parts.keys() - broken:

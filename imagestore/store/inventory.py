@@ -64,13 +64,12 @@ class Use(NamedTuple):
 
 @dataclass(slots=True)
 class Inventory:
-    """Packs that are there, and the footers known from index parts (`parts`: part to its packs)."""
+    """Packs that are there, and the footers known from index parts (`parts`: to the packs of each that is right)."""
 
     store: Store
     packs: dict[Digest, ObjectStat] = field(default_factory=dict)
     parts: dict[Digest, Sequence[Digest]] = field(default_factory=dict)
     part_stats: dict[Digest, ObjectStat] = field(default_factory=dict)
-    broken_parts: list[str] = field(default_factory=list)
     tables: dict[Digest, Table] = field(default_factory=dict)
 
     @classmethod
@@ -80,11 +79,11 @@ class Inventory:
         names = list(found.part_stats)
         with ThreadPoolExecutor(8, "index") as pool:
             for name, part in zip(names, pool.map(lambda name: read_part(store, name), names), strict=True):
-                if part is None:
-                    found.broken_parts.append(INDEX.key(name))
-                    continue
-                found.parts[name] = [pack for pack, _ in part.footers]
-                found.tables |= {pack: Table(footer) for pack, footer in part.footers if pack in found.packs}
+                if part is not None:
+                    found.parts[name] = [pack for pack, _ in part.footers]
+                    found.tables |= {
+                        pack: Table(footer) for pack, footer in part.footers if pack in found.packs
+                    }
         return found
 
     def table(self, pack: Digest) -> Table:

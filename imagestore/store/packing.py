@@ -77,8 +77,6 @@ class Packer(AbstractContextManager["Packer"]):
         self._senders = ThreadPoolExecutor(_UPLOADS, "sf-upload")
         self._uploads: deque[Future[int]] = deque()
         self._unpublished: list[tuple[Digest, Footer]] = []
-        self.made: set[Digest] = set()
-        """Packs sent since the beginning."""
         self.written_bytes = 0
 
     def __exit__(self, *_: object) -> None:
@@ -109,7 +107,6 @@ class Packer(AbstractContextManager["Packer"]):
         self._lease.made(digest)
         self.placement.packed(self._numbers, digest, footer)
         self._unpublished.append((digest, footer))
-        self.made.add(digest)
         self._frames, self._numbers, self._filled_bytes = [], [], 0
         while len(self._uploads) >= _UPLOADS:
             self.written_bytes += self._uploads.popleft().result()
