@@ -21,11 +21,13 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timest
 from imagestore.backends.directory import Directory
 from imagestore.backends.wrappers import replace
 from imagestore.durable import sync
-from imagestore.errors import Conflict, Invalid, NotFound
+from imagestore.errors import Conflict, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import MANIFESTS, PACKS
 from imagestore.store.store import Store
 from imagestore.store.trust import Target, make_target, newest, parse_targets, read_metadata, tree
+from imagestore.updates.making import make_update
+from imagestore.updates.using import read_steps
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
 LIFETIMES = {
@@ -144,7 +146,7 @@ class Publisher:
         return metadata.signed.version
 
     def publish(self, images: Mapping[Target, Digest] | None = None) -> Published:
-        """Sign the store's names (or exactly `images`) as they are now.
+        """Sign the store's names (or exactly `images`) as they are now, with updates from what was signed before.
 
         Raises NotFound for an image whose manifest, layout or packs are not all there; Conflict when another
         publisher was quicker.
@@ -156,6 +158,11 @@ class Publisher:
         sizes = check_complete(self._store, set(images.values()))
         stamp, etag = self._timestamp()
         before = parse_targets(self._targets(stamp)) if stamp else {}
+        changed = tuple(sorted(key for key in images if before.get(key, images[key]) != images[key]))
+        for key in changed:
+            with suppress(StoreError, OSError):  # who holds the former one fetches frames
+                if before[key] not in read_steps(self._store, images[key]):
+                    make_update(self._store, before[key], images[key])
         targets = Targets(version=self._newest("targets") + 1, expires=_expiry("targets"))
         for (name, tag, architecture), digest in images.items():
             target = make_target(name, tag, architecture, digest, sizes[digest])
@@ -163,12 +170,8 @@ class Publisher:
         data = _sign(Metadata(targets), signers["targets"])
         self._backend.put(f"{self._base}{targets.version}.targets.json", data)
         self._stamp(signers, stamp, etag, targets.version)
-        return Published(
-            targets.version,
-            tuple(sorted(set(images) - set(before))),
-            tuple(sorted(key for key in images if key in before and before[key] != images[key])),
-            tuple(sorted(set(before) - set(images))),
-        )
+        added, removed = (tuple(sorted(set(a) - set(b))) for a, b in ((images, before), (before, images)))
+        return Published(targets.version, added, changed, removed)
 
     def refresh(self) -> datetime:
         """Renew the timestamp, and the snapshot when half its life is over; returns the new date of expiry."""

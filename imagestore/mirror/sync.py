@@ -224,7 +224,7 @@ class _Image:
         self._store.backend.put(PROVENANCE.key(result.digest), there.encode())
         self._tag(result.digest)
         if self._current:
-            with suppress(StoreError):  # who holds the former one fetches frames
+            with suppress(StoreError, OSError):  # who holds the former one fetches frames
                 make_update(self._store, self._current, result.digest)
         return self._outcome("new", there, result.digest, result.new_bytes)
 

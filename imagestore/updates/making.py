@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,6 @@ from imagestore.disks.windows import in_order
 from imagestore.formats.columns import Numbers, find
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import DELTAS, UPDATES
-from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import FRAME_BYTES
 from imagestore.formats.update import Step, Update, encode_steps, firsts
 from imagestore.store.frames import READERS, Frames, ImageReader
@@ -24,10 +23,7 @@ from imagestore.updates.similar import Samples, most_alike, samples
 from imagestore.updates.using import read_steps
 
 _DICTIONARY_BYTES = 6 << 20
-_WORKERS = 2
 _SAVES = 0.9  # of the frames' bytes: an update that costs more is not kept
-Part = tuple[int, int]
-"""Chunks of a frame, by their numbers in the spool: the first, and the one after the last."""
 
 
 class _Spool(NamedTuple):
@@ -37,11 +33,6 @@ class _Spool(NamedTuple):
     firsts: Numbers
     samples: Samples
 
-    def of(self, at: Numbers) -> bytes:
-        """The bytes of some of them, by their numbers here."""
-        bounds = zip(self.firsts[at].tolist(), self.firsts[at + 1].tolist(), strict=True)
-        return b"".join(self.data[a:b].tobytes() for a, b in bounds)
-
 
 def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
     """Make the update between two images of a store; None if it saves hardly anything. Raises NotFound, Corrupt."""
@@ -49,26 +40,29 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
     missing, gone = (np.flatnonzero(find(*ids) < 0) for ids in ((new.ids, old.ids), (old.ids, new.ids)))
     if not len(missing) or not len(gone):  # what both have was not changed: nothing became of it
         return None
-    with tempfile.TemporaryDirectory(prefix="sf-update-") as place, ThreadPoolExecutor(_WORKERS) as pool:
-        olds = _spooled(store, base, old, gone, Path(place) / "old")
-        news = _spooled(store, to, new, missing, Path(place) / "new")
+    with tempfile.TemporaryDirectory(prefix="sf-update-") as place, ThreadPoolExecutor(READERS) as pool:
+        olds = _spooled(ImageReader(lambda: store, base, old), gone, Path(place) / "old", pool)
+        news = _spooled(ImageReader(lambda: store, to, new), missing, Path(place) / "new", pool)
         theirs, ours = pool.map(lambda spool: list(files(spool.data, spool.firsts)), (olds, news))
-        alike, apart = most_alike(news.samples, olds.samples, len(missing)), dict[Part, tuple[File, File]]()
+        alike, apart = most_alike(news.samples, olds.samples, len(missing)), dict[int, tuple[File, File]]()
         cuts = np.append(np.flatnonzero(np.diff(news.firsts[:-1] // FRAME_BYTES, prepend=-1)), len(missing))
         for one in ours if theirs else ():
-            apart[one[0]] = one, min(theirs, key=lambda other: abs(len(other[-1]) - len(one[-1])))
+            apart[one[0][0]] = one, min(theirs, key=lambda other: abs(len(other[-1]) - len(one[-1])))
             cuts = np.union1d(cuts[(cuts <= one[0][0]) | (cuts >= one[0][1])], one[0])
 
-        def work(part: Part) -> tuple[int, Numbers, bytes]:
+        def work(part: tuple[int, int]) -> tuple[int, Numbers, bytes]:
+            """A frame of chunks: of the first and those before the last, by their numbers here."""
             like, (begin, end) = alike[slice(*part)], news.firsts[list(part)]
-            if part in apart:
-                return len(like), np.arange(*apart[part][1][0]), pack_file(*apart[part])
+            if part[0] in apart:
+                return len(like), np.arange(*apart[part[0]][1][0]), pack_file(*apart[part[0]])
             near = np.unique(np.concatenate([like - 1, like, like + 1])[np.tile(like >= 0, 3)])
             near = near[(near >= 0) & (near < len(gone))]
             near = near[np.cumsum(np.diff(olds.firsts)[near]) <= _DICTIONARY_BYTES]
-            return len(like), near, pack(bytes(news.data[begin:end]), olds.of(near))
+            bounds = zip(olds.firsts[near].tolist(), olds.firsts[near + 1].tolist(), strict=True)
+            dictionary = b"".join(olds.data[a:b].tobytes() for a, b in bounds)
+            return len(like), near, pack(bytes(news.data[begin:end]), dictionary)
 
-        made = in_order(pool, work, pairwise(cuts.tolist()), 2 * _WORKERS)
+        made = in_order(pool, work, pairwise(cuts.tolist()), READERS)
         counts, bases, frames = zip(*made, strict=True)
     columns = (map(len, frames), counts, map(len, bases), missing, gone[np.concatenate(bases)])
     a, b, c, d, e = (np.fromiter(column, np.uint32) for column in columns)
@@ -82,15 +76,15 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
     return step
 
 
-def _spooled(store: Store, digest: Digest, manifest: Manifest, rows: Numbers, path: Path) -> _Spool:
+def _spooled(reader: ImageReader, rows: Numbers, path: Path, pool: Executor) -> _Spool:
     """Read chunks of an image into a file: written, as a new file's mapped pages cost more than the copy.
 
     They are not hashed, as their frames were: who uses an update believes nothing.
     """
-    bounds, found = firsts(manifest.lengths[rows]), list[Samples]()
+    bounds, found = firsts(reader.manifest.lengths[rows]), list[Samples]()
 
     def work(frames: Frames, request: slice) -> None:
-        for frame, stored in enumerate(frames.read(request, store.backend), request.start):
+        for frame, stored in enumerate(frames.read(request, reader.store().backend), request.start):
             pieces = frames.cut(frame, frames.expand(frame, stored))
             at = np.searchsorted(rows, frames.chunks[frames.rows(frame)])
             for place, piece in zip(bounds[at].tolist(), pieces, strict=True):
@@ -99,7 +93,7 @@ def _spooled(store: Store, digest: Digest, manifest: Manifest, rows: Numbers, pa
             ends = np.cumsum(frames.lengths[frames.rows(frame)])
             found.append((hashes, at[np.searchsorted(ends, places, "right")]))
 
-    with ThreadPoolExecutor(READERS, "sf-read") as pool, path.open("wb") as file:
-        list(ImageReader(lambda: store, digest, manifest).each(rows, work, pool))
+    with path.open("wb") as file:
+        list(reader.each(rows, work, pool))
     hashes, chunks = map(np.concatenate, zip(*found, strict=True))
     return _Spool(np.memmap(path, np.uint8, "r"), bounds, (hashes, chunks))

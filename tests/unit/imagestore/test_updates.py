@@ -16,9 +16,10 @@ from imagestore.backends.wrappers import Wrapper
 from imagestore.cache.intake import Brought, bring
 from imagestore.cache.partial import PartialImage
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import DELTAS, UPDATES
+from imagestore.formats.keys import DELTAS, MANIFESTS, UPDATES
 from imagestore.formats.pack import FRAME_BYTES
 from imagestore.formats.update import Step, Update, encode_steps
+from imagestore.mirror import signing
 from imagestore.mirror.replicate import replicate
 from imagestore.pull import PullResult, Seed, pull
 from imagestore.push import push
@@ -198,6 +199,23 @@ def test_a_push_makes_the_update_from_what_the_name_was(tmp_path: Path) -> None:
     second = push(world.store, path, "it", **options)  # type: ignore[arg-type]
     assert 0 < second.update_bytes < second.written_bytes / 2
     assert read_steps(world.store, second.digest)[first.digest].size_bytes == second.update_bytes
+
+
+def test_who_signs_a_name_anew_makes_the_update_from_what_it_was(versions: Versions) -> None:
+    store, keys = versions.world.store, signing.Keyring(versions.directory / "keys")
+    signing.init(store, keys)
+    publisher = signing.Publisher(store, keys)
+    name = ("it", "latest", "x86_64")
+    publisher.publish({name: versions.former})
+    assert read_steps(store, versions.former) == {}
+    publisher.publish({name: versions.digest})
+    steps = read_steps(store, versions.digest)
+    assert list(steps) == [versions.former]
+    versions.world.memory.objects.pop(DELTAS.key(steps[versions.former].name))
+    publisher.publish({name: versions.digest})  # nothing changed, so nothing is made
+    assert not store.has(DELTAS.key(steps[versions.former].name))
+    versions.world.store.backend.delete(MANIFESTS.key(versions.digest))
+    assert publisher.publish({name: versions.former}).changed == (name,)
 
 
 def test_a_store_that_is_away_for_the_update_alone_costs_frames(versions: Versions) -> None:
