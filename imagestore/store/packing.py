@@ -20,6 +20,8 @@ from imagestore.store.store import Store
 
 PACK_BYTES = 16 << 20
 """A pack is sent when it has so many stored bytes."""
+_PACK_FRAMES = 1 << 12
+"""Or so many frames, where they compress to next to nothing: readers take no larger footer (`Footer.decode`)."""
 _UPLOADS = 2
 
 
@@ -87,7 +89,7 @@ class Packer(AbstractContextManager["Packer"]):
         self._frames.append(frame)
         self._numbers.append(number)
         self._filled_bytes += len(frame.data)
-        if self._filled_bytes >= PACK_BYTES:
+        if self._filled_bytes >= PACK_BYTES or len(self._frames) == _PACK_FRAMES:
             self._send()
 
     def pack(self, frames: Iterable[OpenFrame]) -> None:

@@ -9,11 +9,17 @@ import pytest
 from imagestore.backends.protocol import Backend, Data, ObjectStat
 from imagestore.backends.wrappers import Wrapper
 from imagestore.copy import copy_image, copy_name
+from imagestore.formats import pack
+from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, LEASES, MANIFESTS, PACKS, kind_of
+from imagestore.formats.pack import Codec, Frame
 from imagestore.mirror.replicate import replicate
 from imagestore.push import push
-from imagestore.store.leases import Condemned
+from imagestore.store.inventory import Inventory
+from imagestore.store.leases import Condemned, Lease
 from imagestore.store.open import open_store
+from imagestore.store.packing import Packer
+from imagestore.store.placement import Placement
 from imagestore.store.store import Store
 from imagestore.verify import repair, verify_store
 from tests.world import World, disk, write_pages
@@ -237,3 +243,20 @@ def test_what_a_repack_moved_between_a_look_at_the_base_and_the_lease_is_not_sto
         world.check_all()
     finally:
         write_pages(None)
+
+
+def test_a_disk_of_next_to_no_entropy_makes_packs_that_can_be_read(world: World) -> None:
+    """More frames than a footer may have fitted into the bytes of one pack: nobody could read it after."""
+    placement, lease = Placement(), Lease(world.store)
+    count = pack.MAX_FRAMES + 1
+    with lease, Packer(world.store, lease, placement) as packer:
+        for number in range(count):
+            data = number.to_bytes(4, "little")
+            packer.add(
+                placement.add_frame(), Frame(Codec.RAW, data, Digest.of(data), 4, [4], [Digest.of(data)])
+            )
+        packer.flush()
+        packer.publish_index()
+    inventory = Inventory.read(world.store)
+    assert len(inventory.parts) == 1
+    assert sum(len(inventory.table(name).frames) for name in inventory.packs) == count
