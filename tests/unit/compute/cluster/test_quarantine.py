@@ -24,7 +24,15 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
-from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, InterfaceSpec, Inventory, Orphan
+from compute.wire.spec import (
+    DiskSpec,
+    InstanceSpec,
+    InstanceState,
+    InstanceStatus,
+    InterfaceSpec,
+    Inventory,
+    Orphan,
+)
 from net import Network as NetNetwork
 from net.ipam import UNKNOWN
 from tests import invariants
@@ -50,7 +58,7 @@ def started(store: SqliteStore, name: str = "n1", seen: Inventory | None = None)
 def orphan(address: str = "10.0.0.2", network: str = LAN.uuid, **changes: object) -> Orphan:
     uuid = new_uuid()
     nic = InterfaceSpec(new_uuid(), network, f"02:00:00:00:00:{uuid[:2]}", address)
-    spec = InstanceSpec(uuid, "web", "system", 1, 32, (), (nic,))
+    spec = InstanceSpec(uuid, "web", "system", 1, 32, (DiskSpec("vda", size_bytes=1 << 30),), (nic,))
     return replace(Orphan(uuid, "on", spec, (LAN,)), **changes)  # type: ignore[arg-type]
 
 
@@ -94,6 +102,7 @@ def test_an_address_that_another_has_stays_that_ones(store: SqliteStore) -> None
 def test_adoption_makes_all_records_and_leaves_nothing_of_the_quarantine(store: SqliteStore) -> None:
     """A3."""
     started(store)
+    transact(store, lambda txn: txn.update(replace(txn.get(Claims, "n1"), disk_bytes=0)))
     first, second = orphan("10.0.0.2"), orphan("10.0.0.3")
     note(store, first, second)
     made = transact(store, lambda txn: quarantine.adopt(txn, first.uuid))
