@@ -29,7 +29,6 @@ _ORDER = "suits its affinity", "is less busy", "holds the image", "has more memo
 """What is better about a node that comes before another, the weightiest first."""
 _LOAD_STEP = 0.5
 """Of a node's processors: that it is busier than the idlest one counts from here on."""
-_HEAVIEST = 1e6
 
 Used = Callable[[Node], Mapping[str, Any] | None]
 """What is measured of a node: `liveness.Usage.of`; None where nobody knows."""
@@ -167,13 +166,13 @@ def unreadable(
 def liking(txn: Transaction, instance: Instance) -> dict[str, float]:
     """Node → what the guests there, of its namespace, are worth to an instance.
 
-    By Shaken Fist's metadata: `affinity` is {tag: weight}, or has that under "cpu"; the others' `tags` are a list. Here
-    labels are tags, too: KEY=VALUE.
+    By Shaken Fist's metadata: `affinity` is {tag: weight up to a million}, or has that under "cpu"; the others' `tags`
+    are a list. Here labels are tags, too: KEY=VALUE.
     """
     said, found = instance.metadata.get("affinity"), defaultdict[str, float](float)
     said = said.get("cpu", said) if isinstance(said, dict) else None
     given = said.items() if isinstance(said, dict) else ()
-    weights = {tag: w for tag, w in given if isinstance(w, int | float) and abs(w) <= _HEAVIEST}
+    weights = {tag: w for tag, w in given if isinstance(w, int | float) and abs(w) <= 1e6}
     for one in txn.list(Instance) if weights else ():
         near = one.namespace == instance.namespace and one.uuid != instance.uuid
         if near and one.state != InstanceState.DELETED:
@@ -238,9 +237,10 @@ def set_instance(
         raise Conflict(f"{found.name} gets less only while it is off", hint=f"sf instance stop {found.name}")
     if max(more) > 0:
         there = rooms(txn, usable, used, {})
+        if max(more[:2]) <= 0:  # a disk grows where its guest is, drained or not
+            there = [replace(room, why_not="") for room in there]
         take(txn, there, found.node)
         place(judge(there, *(max(0, each) for each in more), limits=limits, wanted=found.node))
     claim(txn, found.node, *more)
-    txn.update(now)
     txn.event(Instance.KIND, uuid, f"set: {dict(changes)}", type="audit")
-    return now
+    return txn.update(now)

@@ -215,7 +215,12 @@ def test_disks_are_claimed_grow_move_and_are_given_back(store: SqliteStore) -> N
     web = make(store, "web", 10)
     assert held(store).disk_bytes == 10 * GIB, "a CD-ROM takes nothing"
     created(store, web.uuid)
-    transact(store, lambda txn: set_instance(txn, web.uuid, {"disks": {"vda": 30}}, **SEEN))
+    transact(store, lambda txn: set_instance(txn, web.uuid, {"disks": {"vda": 20}}, **SEEN))
+    assert held(store).disk_bytes == 20 * GIB
+    away = SEEN | {"usable": {"n2": ""}}
+    transact(store, lambda txn: set_instance(txn, web.uuid, {"disks": {"vda": 30}}, **away))
+    with pytest.raises(NoCapacity, match="n1 does not answer"):
+        transact(store, lambda txn: set_instance(txn, web.uuid, {"memory_mib": 65}, **away))
     assert held(store).disk_bytes == 30 * GIB
     before = store.revision()
     with pytest.raises(NoCapacity, match=r"n1 has 170.0 GiB of disk free"):
