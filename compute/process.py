@@ -99,6 +99,7 @@ async def agent(
     stores: NodeStores,
     memory: Memory,
     address: IPv4Address | None = None,
+    leased_s: Callable[[], float] = lambda: 0.0,
 ) -> Agent:
     """This machine's agent and its image service. `address`: where other nodes reach this one, if not as configured."""
     address = address or config.mesh_address
@@ -121,6 +122,7 @@ async def agent(
         release=release(),
         memory=memory,
         instances=config.instance_dir,
+        leased_s=leased_s,
     )
 
 
@@ -131,7 +133,7 @@ def joined(
     address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
     plane = Fenced(identity.installation, config.state_dir, identity.node, config.uplink)
     link = RemoteController(identity, config.state_dir, plane)
-    acting = partial(agent, config, identity.node, link, plane, stores, memory, address)
+    acting = partial(agent, config, identity.node, link, plane, stores, memory, address, plane.power.since)
     return acting, link.run, address
 
 

@@ -42,7 +42,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.opening import open_state
 from compute.cluster.state.protocol import StateStore
 from compute.cluster.state_backup import SHARED
-from compute.cluster.upkeep import alone
+from compute.cluster.upkeep import alone, keep_up
 from compute.config import Config
 from compute.errors import Conflict, Unavailable
 from compute.wire.streams import SOCKETS
@@ -134,7 +134,8 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
         brings = Bringing(store, own, stores.images, config)
         backups = partial(state_backup.keep, store, config, controller.server)
-        once: Any = [own.keep, taking.keep, controller.keep_up, holding, partial(brings.keep, feed), backups]
+        upkeep = partial(keep_up, store, feed, controller.nodes, config, controller.usage.of)
+        once: Any = [own.keep, taking.keep, upkeep, holding, partial(brings.keep, feed), backups]
         if config.state:
             once = [partial(alone, store, *(partial(process.lasting, "upkeep", part) for part in once))]
             me = Server(

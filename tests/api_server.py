@@ -17,6 +17,7 @@ import uvicorn
 
 from compute.api import app as api
 from compute.api.context import Services
+from compute.cluster import upkeep
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.controller import Controller
 from compute.cluster.images.bringing import Bringing
@@ -144,6 +145,12 @@ class Running:
     services: Services
     loop: asyncio.AbstractEventLoop
     tokens: dict[str, str] = field(default_factory=dict)
+
+    async def keep_up(self) -> None:
+        """What a server does without being asked, until cancelled."""
+        here = self.services.controller
+        config, used = self.services.config, here.usage.of
+        await upkeep.keep_up(self.services.store, here.feed, here.nodes, config, used)
 
     def login(self, namespace: str, key: str) -> Answer:
         return self.call("POST", "/auth", {"namespace": namespace, "key": key}, namespace="")

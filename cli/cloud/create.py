@@ -20,6 +20,8 @@ from cli.image.push import keep
 from cli.output import confirm, say, size, status
 
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
+_AWAY = "Anew elsewhere, of its image or newest backup; its node stops it after 20 s without the server."
+LOSS = click.option("--on-node-loss", type=click.Choice(["leave", "restart", "restore"]), help=_AWAY)
 _DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
 _MACHINE = (
     click.option("--sync", is_flag=True, help="Fetch an image that only a source list names, unasked."),
@@ -45,6 +47,7 @@ _GUEST = (
     click.option("--ssh-key", "ssh_keys", multiple=True, type=file, help="A public key. May be repeated."),
     click.option("--user-data", type=file, help="For cloud-init."),
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Metadata. May be repeated."),
+    LOSS,
     click.option("--vdi", type=click.Choice(["vnc", "spice"]), help="A graphical console as well."),
 )
 _NOT_GIVEN: Object = {"ports": (), "ssh_keys": (), "labels": (), "user_data": None, "vdi": None}
@@ -134,6 +137,7 @@ def asked(api: Api, name: str, given: Object, **more: Any) -> Any:
         "ttl": given.get("ttl"),
         "ephemeral": given.get("ephemeral"),
         "dry_run": given.get("dry_run"),
+        "on_node_loss": given.get("on_node_loss"),
     }
     if given["ports"] and not body["network"]:
         raise Problem("ports are published for a network", hint="--network NAME", code=USAGE)

@@ -9,7 +9,7 @@ import click
 
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import answers, up
-from cli.cloud.create import asked, gigabytes, guest, wait
+from cli.cloud.create import LOSS, asked, gigabytes, guest, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
 from cli.errors import CAPACITY, MISSING, TIMEOUT, Problem
@@ -34,6 +34,7 @@ FIELDS = (
     ("disks", lambda i: [_disk(disk) for disk in i.get("disks") or []]),
     ("labels", lambda i: [f"{key}={value}" for key, value in (i.get("metadata") or {}).items()]),
     ("autostart", lambda i: f"{i.get('autostart')}, order {i.get('order')}, delay {i.get('delay_s')} s"),
+    ("on node loss", "on_node_loss"),
     ("ends", lambda i: _ends(i)),
     ("created", lambda i: when(i.get("created"))),
     ("changed", lambda i: when(i.get("updated"))),
@@ -169,12 +170,13 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
     examples="""sf instance set web --cpus 2 --memory 2G
     sf instance set db --disk 40G --disk vdb=200G
     sf instance set try --ttl 4h
-    sf instance set db --autostart yes --order 1 --delay 20s""",
+    sf instance set db --autostart yes --order 1 --delay 20s --on-node-loss restore""",
 )
 @click.option("--cpus", type=click.IntRange(min=1))
 @click.option("--memory", type=MEBIBYTES, help="512M, 8G; a number: MiB.")
 @click.option("--disk", "disks", multiple=True, metavar="[DEVICE=]40G", help="Grow it; default: vda.")
 @click.option("--ttl", type=DURATION, help="From now on; then it is deleted. 0: it stays.")
+@LOSS
 @click.option("--autostart", type=click.Choice(["yes", "no", "last"]), help="With its machine; last: if on.")
 @click.option("--order", type=click.IntRange(0, 9), help="A namespace's lower ones start first, end last.")
 @click.option("--delay", "delay_s", type=DURATION, metavar="DURATION", help="Before the next order starts.")

@@ -81,10 +81,11 @@ class Agent:
         release: str = "",
         memory: Memory | None = None,
         instances: Path | None = None,
+        leased_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._controller, self._node, self._state_dir = controller, node_name, state_dir
         self._plane, self._libvirt_uri, self._images = plane, libvirt_uri, images
-        self._address, self._mtu_bytes, self._release = address, mtu_bytes, release
+        self._address, self._mtu_bytes, self._release, self._leased_s = address, mtu_bytes, release, leased_s
         self._pool = ThreadPoolExecutor(16, thread_name_prefix="agent")
         self._plane_lock = asyncio.Lock()
         self._guests: dict[str, Guest] = {}
@@ -129,6 +130,7 @@ class Agent:
             publish=self._reports.publish,
             note=self._reports.note,
             shown=self._shown.set,
+            leased_s=self._leased_s,
         )
         try:
             async with asyncio.TaskGroup() as group:

@@ -4,8 +4,8 @@ A join token names the server's certificate by its SHA-256. That certificate is 
 the secret that the server gave for the token is the node's identity. What was desired last is kept on disk: while the
 server is away, or after a start without it, the node is what it was told to be.
 
-One thing it then must not be: a router. Another node takes over a network's router 12 s after this node's lease was
-last renewed, so without a renewal for 8 s this one drops its own (`Lease`, `Fenced`).
+Two things it then must not be (`Lease`): a router, for another node takes over a network's router 12 s after this
+node's lease was last renewed, and later the host of guests that another node may be given (`InstanceSpec.leased_s`).
 """
 
 import asyncio
@@ -15,8 +15,8 @@ import json
 import logging
 import socket
 import ssl
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
@@ -28,6 +28,7 @@ import httpx
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
+from compute.agent.memory import Lease, cut, now_s
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.join_token import JoinToken
@@ -130,44 +131,19 @@ async def _ask(client: httpx.AsyncClient, verb: str, path: str, wait_s: float = 
     return body
 
 
-class Lease:
-    """How long this node may still route. Only a desired state asked for after the lease was gained counts."""
-
-    def __init__(self) -> None:
-        self._until, self._gained, self._confirmed = 0.0, 0.0, False
-
-    def renewed(self, asked: float, fence_s: float) -> None:
-        """The server said so to a request that left at `asked` (monotonic)."""
-        if not self.held():
-            self._gained, self._confirmed = time.monotonic(), False
-        self._until = max(self._until, asked + fence_s)
-
-    def confirm(self, asked: float) -> None:
-        """A desired state came, asked for at `asked`."""
-        self._confirmed = self._confirmed or (self.held() and asked >= self._gained)
-
-    def held(self) -> bool:
-        return time.monotonic() < self._until
-
-    def may_route(self) -> bool:
-        """Another node cannot be this node's networks' router now."""
-        return self.held() and self._confirmed
-
-
 class Fenced(Plane):
     """A Plane that makes no router on this node while its lease is not held."""
 
     def __init__(self, installation: str, state_dir: Path, node: str, uplink: str = "") -> None:
         super().__init__(installation, state_dir)
         self.lease, self._node, self._uplink = Lease(), node, uplink
+        self.power = Lease(state_dir / "lease")  # for guests that another node may be given
 
     def apply(self, desired: NodeNetworks) -> list[Action]:
         """As Plane's; `uplink` of this machine's own configuration goes before the server's."""
-        networks = desired.networks
-        if not self.lease.may_route():
-            networks = tuple(
-                replace(n, router_node="") if n.router_node == self._node else n for n in networks
-            )
+        networks, me = desired.networks, self._node
+        if not self.lease.firm():
+            networks = tuple(replace(n, router_node="") if n.router_node == me else n for n in networks)
         done = super().apply(replace(desired, networks=networks, uplink=self._uplink or desired.uplink))
         if not self.lease.held():  # it ran out meanwhile
             self.drop_routers()
@@ -183,16 +159,21 @@ class RemoteController:
     def __init__(self, identity: Identity, state_dir: Path, plane: Fenced) -> None:
         self._identity, self._kept = identity, state_dir / "desired.json"
         self._client, self._urls = _client(identity), list[str]()
-        self._lease, self._drop = plane.lease, plane.drop_routers
+        self._lease, self._power, self._drop = plane.lease, plane.power, plane.drop_routers
+        self._cutting = ThreadPoolExecutor(1, "cut")  # its own: no work that hangs elsewhere holds it up
         self._facts: NodeFacts | None = None
         self._operations: NodeOperations | None = None
         self._last: NodeDesired | None = None
         with contextlib.suppress(OSError, ValueError, ComputeError):
             self._last = from_plain(NodeDesired, json.loads(self._kept.read_text()))
-        self._know(self._last.servers if self._last else ())
+        self._bound = set[str]()
+        """Guests that may run here only while the lease for them is held."""
+        self._know(self._last)
 
-    def _know(self, servers: Sequence[str]) -> None:
-        """Those that this node was told when it joined, and those that the servers say there are."""
+    def _know(self, desired: NodeDesired | None) -> None:
+        """The servers that this node was told when it joined, and those that there are now; and what is bound."""
+        servers = desired.servers if desired else ()
+        self._bound |= {spec.uuid for spec in desired.instances if spec.leased_s} if desired else set()
         known = dict.fromkeys(u.rstrip("/") for u in (*self._identity.url.split(","), *servers))
         self._urls = list(dict.fromkeys([*(u for u in self._urls if u in known), *known]))
 
@@ -210,9 +191,10 @@ class RemoteController:
 
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
         """The newest, or the last known one while the server is away. Raises Unavailable before the first."""
-        if not self._lease.may_route():  # a poll that began before the lease was gained cannot confirm it
-            wait_s = min(wait_s, 1.0)
-        asked = time.monotonic()
+        safe = await self._safe()
+        # A poll that began before the lease was gained cannot confirm it.
+        wait_s = wait_s if self._lease.firm() and self._power.firm() else min(wait_s, 1.0)
+        asked = now_s()
         try:
             plain = await _ask(self._client, "GET", f"desired?after={after_revision}&wait={wait_s}", wait_s)
             found = from_plain(NodeDesired, plain)
@@ -226,9 +208,22 @@ class RemoteController:
         if self._last is None or found != self._last:
             await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())
         self._last = found
-        self._know(found.servers)
+        self._bound = set() if safe else self._bound
+        self._know(found)
         self._lease.confirm(asked)
+        if not found.hold:  # a state that may be older than this node's guests does not know whose they are
+            self._power.confirm(asked)
+        await self._safe(*found.given)
         return self._led(found)
+
+    async def _safe(self, *given: str) -> bool:
+        """Whether nothing ran here that another node was, or may have been, given: its power is taken."""
+        doomed = {*given, *(() if self._power.firm() else self._bound)}
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._cutting, cut, doomed) if doomed else ()
+        for uuid in found:
+            log.warning("the power of guest %s is taken: another node may have been given it", uuid)
+        return not found
 
     def _led(self, desired: NodeDesired) -> NodeDesired:
         """With the whole URLs of stores that the server gives over our own connection."""
@@ -272,12 +267,17 @@ class RemoteController:
     async def _renewing(self) -> None:
         known = False
         while True:
-            asked = time.monotonic()
+            # Not gained anew before all is off that others may have: this is the first thing after a start or a thaw.
+            safe = self._power.held() or await self._safe()
+            asked = now_s()
             try:
                 if not known:  # a server that was away may have forgotten that we are here
                     await self._register()
                 answer = await _ask(self._client, "POST", "renew")
                 self._lease.renewed(asked, float(answer["fence_s"]))
+                if safe:
+                    self._power.renewed(asked, float(answer.get("guests_s", 0)))
+                    await asyncio.to_thread(self._power.keep)
                 known = True
             except ComputeError as err:
                 log.warning("%s%s", err, f" ({err.hint})" if err.hint else "")
@@ -285,12 +285,13 @@ class RemoteController:
                 self._urls.append(self._urls.pop(0))
                 lost, self._client = self._client, _client(replace(self._identity, url=self._urls[0]))
                 await lost.aclose()  # whoever waits for an answer from there asks anew
-            await asyncio.sleep(max(0.0, asked + _RENEW_S - time.monotonic()))
+            await asyncio.sleep(max(0.0, asked + _RENEW_S - now_s()))
 
     async def _fencing(self) -> None:
-        """Drop our routers as soon as the lease has run out, and once more if that failed."""
+        """Drop our routers once the lease has run out, again if that failed; take guests' power with theirs."""
         dropped = True
         while True:
+            await self._safe()
             await asyncio.sleep(0.25)
             if self._lease.held():
                 dropped = False

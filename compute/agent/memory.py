@@ -1,7 +1,11 @@
-"""What a node knows of itself and remembers of its server: `node.json` in its state directory.
+"""What a node knows of itself, remembers of its server (`node.json` in its state directory) and may do by its word.
 
 The id is the node: its name may change, its directory may be moved. The epoch and how far it was are written before
 a desired state is acted on, so a server whose state lacks what this node was once told can be told so.
+
+A lease is by CLOCK_BOOTTIME, which goes on while a machine is suspended: whoever wakes up, or goes on after all its
+processes stood still, finds it over. What was given to others meanwhile says a desired state that was asked for after
+the lease was gained anew.
 """
 
 import contextlib
@@ -10,10 +14,13 @@ import fcntl
 import json
 import os
 import secrets
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from compute.errors import ComputeError, Conflict, Unavailable
@@ -28,6 +35,61 @@ def boot() -> str:
     """Which start of this machine (or container) this is."""
     began = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{began}"
+
+
+def now_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Lease:
+    """kept: where its end stands for the next agent, after a kill -9; of another start of the machine it is void."""
+
+    def __init__(self, kept: Path | None = None) -> None:
+        self._until, self._gained, self._confirmed, self._kept = 0.0, 0.0, False, kept
+        with contextlib.suppress(OSError, ValueError):
+            began, until = kept.read_text().split() if kept else ("", "")
+            if began == boot():
+                self._until, self._confirmed = float(until), True
+
+    def renewed(self, asked: float, term_s: float) -> None:
+        """The server said so to a request that left at `asked` (`now_s`)."""
+        if not self.held():
+            self._gained, self._confirmed = now_s(), False
+        self._until = max(self._until, asked + term_s)
+
+    def confirm(self, asked: float) -> None:
+        """A desired state came, asked for at `asked`."""
+        self._confirmed = self._confirmed or (self.held() and asked >= self._gained)
+
+    def held(self) -> bool:
+        return now_s() < self._until
+
+    def firm(self) -> bool:
+        """No other node can do now what this one has the lease for."""
+        return self.held() and self._confirmed
+
+    def since(self) -> float:
+        """When it was gained, by `now_s`; infinity while it is not firm."""
+        return self._gained if self.firm() else inf
+
+    def keep(self) -> None:
+        """Write its end down; not synced, since a crash of the machine makes it void."""
+        if self._kept and self._confirmed:
+            with contextlib.suppress(OSError):  # then the next agent has less time
+                (new := self._kept.with_suffix(".new")).write_text(f"{boot()} {self._until}")
+                new.rename(self._kept)
+
+
+def cut(uuids: Collection[str]) -> set[str]:
+    """Kill the qemu of these guests, without libvirtd, which may stand still. Returns whose there was: look again."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it is gone, or no qemu of libvirt's
+            words = (process / "cmdline").read_text(errors="replace").split("\0")
+            if (uuid := words[words.index("-uuid") + 1]) in uuids:
+                found.add(uuid)
+                os.kill(int(process.name), signal.SIGKILL)
+    return found
 
 
 class Memory:

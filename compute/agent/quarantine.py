@@ -39,7 +39,7 @@ def inventory(memory: Remembered, desired: NodeDesired, guests: Iterable[Guest])
     orphans = tuple(orphan for orphan in seen if orphan is not None)
     if len(orphans) < len(seen):
         return None
-    return Inventory(memory.machine, memory.epoch, memory.reached, orphans)
+    return Inventory(memory.machine, memory.epoch, memory.reached, orphans, desired.fence)
 
 
 def keep(desired: NodeNetworks, guests: Iterable[Guest]) -> NodeNetworks:

@@ -5,7 +5,7 @@
     GET  /agent/v1/desired    ?after=REVISION&wait=SECONDS   → NodeDesired, as codec.to_plain has it; waits for a change
     POST /agent/v1/report     {statuses, events}             → null, once it is kept
     POST /agent/v1/inventory  {seen}                         → null: what the node remembers, and has unasked
-    POST /agent/v1/renew                                     → {fence_s}: without another renewal the node fences itself
+    POST /agent/v1/renew                                     → {fence_s, guests_s}: after which a node fences itself
     GET  /agent/v1/operations ?wait=SECONDS                  → [{id, verb, arguments}]: what the server asks of the node
     GET  /agent/v1/stores/NAME/KEY                           → an object of a store; `my%2FNAMESPACE`: see images/stores
     WebSocket /agent/v1/streams/TICKET                       a stream that the operation `stream` asked for
@@ -176,7 +176,7 @@ def build(services: Services) -> FastAPI:
 
     @app.post("/agent/v1/renew")
     async def renew(node: Caller) -> Response:
-        return JSONResponse({"fence_s": await asyncio.to_thread(controller.nodes.renew, node)})
+        return JSONResponse(await asyncio.to_thread(controller.nodes.renew, node))
 
     @app.get("/agent/v1/operations")
     async def operations(node: Caller, wait: Wait = 0) -> Response:

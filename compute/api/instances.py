@@ -37,6 +37,7 @@ router = APIRouter(tags=["instances"], route_class=Route)
 
 USER_DATA_BYTES = 2**16
 _MOST_S = 10 * 366 * 86400.0
+Loss = Literal["leave", "restart", "restore"]
 _VERBS = ("rebootsoft", "reboothard", "poweron", "pause", "unpause")
 
 
@@ -100,6 +101,7 @@ class CreateBody(Body):
     """Seconds, after which it is deleted unless its maker renews that: POST /instances/R/lease."""
     ephemeral: bool = False
     """It is deleted once it is off."""
+    on_node_loss: Loss | None = None
     sync: bool = False
     """Fetch an image that no store has, where a source list names it: the administrator's word."""
     node_labels: dict[str, str] = Field(default={}, max_length=16)
@@ -118,6 +120,7 @@ class SetBody(Body):
     autostart: Literal["yes", "no", "last"] | None = None
     order: int | None = Field(default=None, ge=0, le=9)
     delay_s: int | None = Field(default=None, ge=0, le=600)
+    on_node_loss: Loss | None = None
     ttl: float | None = Field(default=None, ge=0, le=_MOST_S)
     """Seconds from now, after which it is deleted; 0: it stays."""
 
@@ -176,9 +179,9 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
     made = ctx.made_before(ctx.read(), Instance, body)
     if made is None:
         sync = config.sync_names or (body.sync and ctx.caller.admin)
-        same = "name cpus ssh_key configdrive secure_boot tpm cpu_model metadata ephemeral".split()
+        same = "name cpus ssh_key configdrive secure_boot tpm cpu_model metadata ephemeral on_node_loss"
         instance = Instance(
-            **body.model_dump(include={*same, "node_labels"}, exclude_none=True),
+            **body.model_dump(include={*same.split(), "node_labels"}, exclude_none=True),
             uuid=new_uuid(),
             namespace=namespace,
             node=body.placed_on or "",

@@ -85,7 +85,7 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
     return _common(
         item,
         "name namespace cpus video node power_state uefi secure_boot tpm configdrive agent_state accel autostart order"
-        " delay_s ephemeral left node_labels",
+        " delay_s ephemeral on_node_loss left node_labels",
         "console_port vdi_port ssh_key nvram_template cpu_model error_message progress",
         memory=item.memory_mib,
         disk_spec=list(item.disk_spec),
@@ -120,13 +120,14 @@ def node(item: Node, *, alive: bool, server: bool, awaited: str) -> Json:
     """`awaited`: why nothing begins before this node has said what runs there; "" if it has."""
     state = item.state if item.state == "deleted" else "created" if alive else "missing"
     facts = {"release": "", "cpus": 0, "architecture": "", "accel": ""} | item.facts
-    return _common(item, "uuid name") | {
+    return _common(item, "uuid name given") | {
         "state": "drained" if item.drained and alive else state,
         "ip": item.facts.get("address", ""),
         "lastseen": time.time() if alive else item.lastseen_s,
         "memory": item.facts.get("memory_mib", 0),
         **{name: facts[name] for name in ("release", "cpus", "architecture", "accel")},
         "awaited": awaited or None,
+        "fenced": bool(item.fence),
         "is_hypervisor": True,
         "is_network_node": True,
         "is_database_node": server,

@@ -13,13 +13,12 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import Any, TypeVar
 
-from compute.cluster import desired, quarantine, upkeep
+from compute.cluster import desired, quarantine
 from compute.cluster.feed import Feed
 from compute.cluster.joining import hashed
 from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
-from compute.cluster.records.instances import booted
-from compute.cluster.records.nodes import Node, check_facts, find_machine, rename
+from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine, rename
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
@@ -100,10 +99,6 @@ class Controller:
         self.server = self.nodes.server = "" if identity else name
         return name
 
-    async def keep_up(self) -> None:
-        """Until cancelled."""
-        await upkeep.keep_up(self.store, self.feed, self.nodes, self.server)
-
     # What agents call
 
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
@@ -148,7 +143,7 @@ class Controller:
 
     def _build(self, node: str) -> NodeDesired:
         read = Transaction(self.store)
-        living = self.nodes.among(read.list(Node))
+        living = self.nodes.among(n for n in read.list(Node) if not n.fence)
         # What only this machine can reach, or only with its keys, goes over the node's own connection.
         web = {name: url if url.startswith("http") else "" for name, url in self.stores().items()}
         handed = {} if node == self.server else web
@@ -184,6 +179,7 @@ class Controller:
                 return True
             if not began and seen.epoch == epoch(txn).number:
                 heard(txn, node)
+            answered(txn, node, seen.fence, {one.uuid: one.power for one in seen.orphans})
             return False
 
         await asyncio.to_thread(pieces, self.store, action, node)

@@ -71,6 +71,7 @@ def read(
     )
     gone = [one.uuid for one in orphans if one.delete]
     removals = tuple(InstanceSpec(uuid, uuid, "", 1, 16, (), delete=True) for uuid in gone)
+    given, fence = next(((n.given, n.fence) for n in nodes if n.name == node), ((), ""))
     present, wanted = epoch(txn), defaultdict[str, tuple[Capture, ...]](tuple)
     for one in sorted(txn.list(Snapshot), key=lambda one: one.tag):
         wanted[one.instance_uuid] += (one.order,) if one.state == "ordered" else ()
@@ -83,6 +84,8 @@ def read(
         former=present.former,
         servers=tuple(f"https://{one.name}" for one in txn.list(Server)),
         hold=bool(present.waiting),
+        given=given,
+        fence=fence,
     )
     own = {
         f"{MINE}/{one.name}": one.store if node == server else ""
@@ -119,8 +122,10 @@ def build(
         if interface.state == "created" and interface.instance_uuid in alive:
             by_network[interface.network_uuid].append(interface)
             by_instance[interface.instance_uuid].append(interface)
+    fenced = {n.name for n in nodes if n.fence}
     machines = {n.name: facts_of(n) for n in nodes if n.state != "deleted"}
     mtu_bytes = min((facts.mtu_bytes if facts else 1450 for facts in machines.values()), default=1450)
+    networks = (replace(n, router_node="") if n.router_node in fenced else n for n in networks)
     wanted = [
         _network(network, node, installation, mtu_bytes, by_network[network.uuid], alive, known)
         for network in sorted(networks, key=lambda n: n.uuid)
@@ -142,7 +147,7 @@ def build(
             peers=tuple(
                 Peer(name, IPv4Address(other.address))
                 for name, other in sorted(machines.items())
-                if name != node and other
+                if name != node and other and name not in fenced
             ),
             underlay=IPv4Address(here.address if here else "127.0.0.1"),
             uplink=uplink,
@@ -255,4 +260,5 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         failed=instance.state == InstanceState.ERROR,
         order=instance.order,
         delay_s=instance.delay_s,
+        leased_s=instance.leased_s,
     )

@@ -25,6 +25,12 @@ LEASE_S = 12.0
 FENCE_S = 8.0
 """A node that could not renew for so long removes its own routers: before anybody else may take them."""
 
+GUESTS_S = 20.0
+"""A node that could not renew for so long takes the power of guests that others may be given."""
+
+LOST_S = 20.0
+"""One that is missing for so long is lost, and guests are given away: 12 s after it has stopped them."""
+
 KIND = "alive"
 _COUNT_S = 15.0
 _SAY_S = 3600.0
@@ -61,12 +67,13 @@ class Liveness:
     def __init__(self, store: StateStore, server: str) -> None:
         self._store, self.server = store, server
         self._ways: dict[str, NodeOperations] = {}
+        self.silent: dict[str, float] = {}  # since when (monotonic) nodes are missing, as `note` saw it
 
     def attach(self, node: str, operations: NodeOperations) -> None:
         """How to ask this node directly, from now on: after a restart of the server its agent need not start anew."""
         self._ways[node] = operations
 
-    def renew(self, node: str) -> float:
+    def renew(self, node: str) -> dict[str, float]:
         """A node on another machine lives LEASE_S longer. Returns after how many seconds it must fence itself."""
         key = f"{KIND}/{node}"
         known = self._store.get(key)
@@ -76,7 +83,7 @@ class Liveness:
         except LeaseLost:
             lease = self._store.grant(LEASE_S)
             self._store.commit({key: b"%d" % lease}, expect={}, lease=lease, ephemeral=(key,))
-        return FENCE_S
+        return {"fence_s": FENCE_S, "guests_s": GUESTS_S}
 
     def alive(self, node: str) -> bool:
         """The server's own agent registered, or the node renewed its lease in time."""
@@ -91,7 +98,8 @@ class Liveness:
         """Node → "" or why nothing new goes there."""
         nodes = [n for n in Transaction(self._store).list(Node) if n.state != "deleted"]
         living = self.among(nodes)
-        return {n.name: "" if n.name in living else "does not answer" for n in nodes}
+        lost = {n.name: "was lost, and has not said what is off" for n in nodes if n.fence}
+        return {n.name: lost.get(n.name, "") if n.name in living else "does not answer" for n in nodes}
 
     def operations(self, node: str) -> NodeOperations:
         """The way to ask the node directly. Raises Unavailable while its agent is away."""
@@ -103,7 +111,8 @@ class Liveness:
     def note(self, txn: Transaction) -> None:
         """Nodes that no longer renew become `missing`, those that do again `created`; their histories say when."""
         nodes = [n for n in txn.list(Node) if n.state != "deleted"]
-        living = self.among(nodes)
+        living, now = self.among(nodes), time.monotonic()
+        self.silent = {n.name: self.silent.get(n.name, now) for n in nodes if n.name not in living}
         for known in nodes:
             state, words = ("created", "answers") if known.name in living else ("missing", "does not answer")
             found = txn.find(Node, known.name) if known.state != state else None

@@ -42,7 +42,9 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> bool:
         had, message, spec = before.pop(orphan.uuid, None), "", orphan.spec
         if had is None:
             name = f"{spec.namespace[:64]}/{spec.name[:64]}" if spec else "nobody knows its name"
-            message = f"guest {orphan.uuid} ({name}) is in no record: left as it is; see sf node orphans"
+            one = txn.find(Instance, orphan.uuid)
+            where = f"on {one.node} by now" if one and one.node != node else "in no record"
+            message = f"guest {orphan.uuid} ({name}) is {where}: left as it is; see sf node orphans"
             log.warning("node %s: %s", node, message)
         elif orphan.trouble not in ("", had.orphan.trouble):
             message = f"guest {orphan.uuid}, which is in no record: {orphan.trouble[:500]}"

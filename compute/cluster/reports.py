@@ -116,6 +116,7 @@ def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
         vdi_port=status.vdi_port,
         agent_state=status.agent_state[:80],
         extra={**found.extra, **_extra(status.extra)},
+        heard_s=status.leased_s if status.leased_s == found.leased_s else 0,
     )
     if now == found:
         return

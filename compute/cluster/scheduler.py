@@ -226,6 +226,8 @@ def set_instance(
         disks[device] = replace(known, size_bytes=size * GIB)
     now = replace(found, **{**changes, "disks": tuple(disks.values())}, updated_s=time.time())
     instances.check(now, ())
+    if "on_node_loss" in changes:
+        now = instances.leased(txn, now)
     if now.name != found.name:
         instances.rename(txn, found, now.name)
     more = (

@@ -1,28 +1,34 @@
-"""What the server does without being asked: routers of nodes that went missing move, and what nobody needs goes."""
+"""What the server does without being asked: what nodes that went missing had moves, and what nobody needs goes."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from compute.cluster import liveness
 from compute.cluster.feed import Feed
-from compute.cluster.liveness import Liveness
-from compute.cluster.records.epochs import Epoch
-from compute.cluster.records.instances import Instance, end, why_over
+from compute.cluster.liveness import LOST_S, Liveness
+from compute.cluster.records.epochs import Epoch, epoch
+from compute.cluster.records.instances import Instance, end, rehome, why_over
 from compute.cluster.records.networks import Network
-from compute.cluster.records.nodes import Node, move_routers, router_candidates
+from compute.cluster.records.nodes import Node, fence, move_routers, router_candidates
+from compute.cluster.records.snapshots import snapshots_of
 from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import PROVEN, Transaction, pieces, transact
+from compute.cluster.scheduler import Used, place, take, weigh
 from compute.cluster.state.protocol import ABSENT, StateStore
-from compute.errors import ComputeError, Stale
-from compute.wire.spec import InstanceState
+from compute.config import Config
+from compute.errors import ComputeError, Conflict, NoCapacity, Stale
+from compute.wire.spec import InstanceState, Power
 
 log = logging.getLogger(__name__)
 
 _SWEEP_S = 60.0
+_FENCED_S = LOST_S / 2
 _LOOK_S, _RENEW_S = 0.5, 2.0
 _LEASE_S = 6.0  # over before that of a node which ended with the server that had it
 _KEEP_DELETED_S = 3600.0
@@ -44,9 +50,9 @@ async def alone(store: StateStore, *parts: Callable[[], Awaitable[None]]) -> Non
             await asyncio.sleep(_RENEW_S)
 
 
-async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -> None:
+async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, limits: Config, used: Used) -> None:
     """Until cancelled. An error is said and tried again: a full disk must not end the server."""
-    swept_s = 0.0
+    swept_s, back = 0.0, partial(bring_back, nodes=nodes, limits=limits, used=used)
 
     def nodes_and_routers(txn: Transaction) -> bool:
         nodes.note(txn)
@@ -56,10 +62,12 @@ async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, server: str) -
     while True:
         seen, pause_s = feed.revision, _LOOK_S
         try:
-            await asyncio.to_thread(pieces, store, nodes_and_routers, server)
-            pause_s = await asyncio.to_thread(_end, store, server)
+            await asyncio.to_thread(pieces, store, nodes_and_routers, nodes.server)
+            await asyncio.to_thread(pieces, store, back, nodes.server)
+            due_s = (at + s - time.monotonic() for at in nodes.silent.values() for s in (_FENCED_S, LOST_S))
+            pause_s = min([await asyncio.to_thread(_end, store, nodes.server), *(s for s in due_s if s > 0)])
             if time.monotonic() - swept_s > _SWEEP_S:
-                await asyncio.to_thread(pieces, store, _sweep, server)
+                await asyncio.to_thread(pieces, store, _sweep, nodes.server)
                 swept_s = time.monotonic()
         except ComputeError as err:
             log.error("upkeep: %s", err)
@@ -79,10 +87,67 @@ def _end(store: StateStore, server: str) -> float:
 
 def _move_routers(txn: Transaction, nodes: Liveness) -> None:
     """A network without a living router gets one, and what a drained node still routes. A lease outlives a restart."""
-    alive = nodes.among(n for n in txn.list(Node) if not n.drained)
+    alive = nodes.among(n for n in txn.list(Node) if not n.drained and not n.fence)
     lost = {n.router_node for n in txn.list(Network) if n.state == "created" and not n.bridge} - set(alive)
     for name in sorted(lost) if alive else ():
         move_routers(txn, name, router_candidates(txn, alive))
+
+
+def bring_back(txn: Transaction, nodes: Liveness, limits: Config, used: Used) -> bool:
+    """Guests of a node that is lost go where there is room, each in a transaction of its own. True: there may be more.
+
+    First the node is fenced, so that all others refuse it by then; no transaction holds if it answers meanwhile. While
+    the state may be older than the guests nothing is given. Who does not go hears why, once.
+    """
+    silent_s = {name: time.monotonic() - since for name, since in nodes.silent.items()}
+    silent = {n: s >= LOST_S for n, s in silent_s.items() if s >= _FENCED_S and not nodes.alive(n)}
+    if not silent or epoch(txn).waiting:
+        return False
+    fenced = {n.name for n in txn.list(Node) if n.fence}
+    there = (i for i in txn.list(Instance) if i.node in silent and i.state == InstanceState.CREATED)
+    for one in sorted(there, key=lambda i: i.order):
+        due = silent[one.node] and one.node in fenced
+        why = _stays(one) or (_give(txn, one, nodes, limits, used) if due else "")
+        if not why and (due or one.node not in fenced):
+            txn.expect[f"{liveness.KIND}/{one.node}"] = ABSENT
+            fence(txn, one.node, *([one.uuid] if due else []))
+            return True
+        said = f"{one.node} is lost, and it stays there: {why}"
+        if silent[one.node] and said != one.progress:
+            if txn.room < 10:
+                return True
+            txn.update(replace(txn.get(Instance, one.uuid), progress=said))
+            txn.event(Instance.KIND, one.uuid, said, type="status")
+    return False
+
+
+def _stays(one: Instance) -> str:
+    """Why it is not to be given to another node; "" if it is."""
+    off = one.power == Power.OFF or (one.power_state in ("off", "crashed") and not one.arriving)
+    unheard = "its node has not said that it would stop it" if one.heard_s != one.leased_s else ""
+    return "nothing else was chosen" if one.on_node_loss == "leave" else "it is off" if off else unheard
+
+
+def _give(txn: Transaction, one: Instance, nodes: Liveness, limits: Config, used: Used) -> str:
+    """To a node that has nothing of it; or why not."""
+    disks = one.disks
+    if one.on_node_loss == "restore":
+        made = (s for s in snapshots_of(txn, one.uuid) if s.backup and s.state == "created")
+        if (newest := next(made, None)) is None:
+            return "it has no backup"
+        own, name = newest.order.digests, f"its backup of {newest.tag}"
+        more: Any = {"store": newest.namespace, "image_name": name}
+        disks = tuple(replace(d, image=own[d.device], **more) if d.device in own else d for d in disks)
+    olds = [n.name for n in txn.list(Node) if one.uuid in n.given or n.name in one.left]
+    usable = {**nodes.usable(), **dict.fromkeys(olds, "has an old copy of it: sf node orphans")}
+    there, found = weigh(txn, replace(one, node="", disks=disks), limits, usable, used)
+    try:
+        node = place(found)
+        txn.expect[one.key] = one.revision
+        rehome(txn, one.uuid, take(txn, there, node), f"{one.node} is lost", disks, gone=True)
+    except (NoCapacity, Conflict) as err:
+        return str(err)
+    return ""
 
 
 def _sweep(txn: Transaction) -> bool:

@@ -136,6 +136,8 @@ class InstanceSpec:
     """To be taken, the first first; the node says how they ended for as long as they stand here."""
     failed: bool = False
     """The record is in state error: keep what is there for the user to look at, build and start nothing."""
+    leased_s: float = 0
+    """Another node may be given it once this one is silent: it runs only under a lease. When that was chosen; 0: no."""
     order: int = 0
     """When its machine starts, those of its namespace with a lower order start first; when it ends, they end last."""
     delay_s: int = 0
@@ -176,6 +178,8 @@ class NodeDesired:
     reached: int = 0
     servers: tuple[str, ...] = ()
     """Where agents reach each of the servers; () where there is one only."""
+    given: tuple[str, ...] = ()  # guests of this node that others were given: what is here of them is off
+    fence: str = ""  # random: until the node has said, with it, that they are off, it is nobody's peer
     hold: bool = False
     """The state is older than what some node saw: begin nothing, stop nothing, and say what is here."""
 
@@ -210,6 +214,7 @@ class Inventory(Remembered):
     """What a node remembers and what it has that is not desired."""
 
     orphans: tuple[Orphan, ...] = ()
+    fence: str = ""  # of the desired state that it followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +236,7 @@ class InstanceStatus:
     extra: dict[str, Any] = field(default_factory=dict)
     snapshots: tuple[Capture, ...] = ()
     """Those that ended and are still ordered."""
+    leased_s: float = 0  # as its node was told, and acts on from then on
 
 
 @dataclass(frozen=True, slots=True)

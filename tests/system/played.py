@@ -31,7 +31,7 @@ async def play(directory: Path, name: str, urls: str, token: str) -> None:
 
     async def saying() -> None:
         while True:
-            known = agent.desired.networks.networks if agent.desired and plane.lease.may_route() else ()
+            known = agent.desired.networks.networks if agent.desired and plane.lease.firm() else ()
             mine = " ".join(n.uuid for n in known if n.router_node == name)
             durable.write(directory / "routes", mine.encode())
             await asyncio.sleep(0.2)

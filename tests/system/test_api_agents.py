@@ -203,12 +203,12 @@ def test_a_node_that_goes_silent_loses_its_routers_and_gets_nothing_new(
 ) -> None:
     monkeypatch.setattr(liveness, "LEASE_S", 0.5)
     agent = joined(server, address)
-    assert agent.call("POST", "renew") == (200, {"fence_s": 8.0})
+    assert agent.call("POST", "renew") == (200, {"fence_s": 8.0, "guests_s": 20.0})
     for number in range(2):
         server.network(f"lan{number}", f"10.{number}.0.0/24")
     routers = {server.get(f"/networks/lan{number}")["router_node"] for number in range(2)}
     assert routers == {"node1", "node2"}
-    task = asyncio.run_coroutine_threadsafe(server.services.controller.keep_up(), server.loop)
+    task = asyncio.run_coroutine_threadsafe(server.keep_up(), server.loop)
     done = threading.Event()
     for _ in range(500):
         if {server.get(f"/networks/lan{number}")["router_node"] for number in range(2)} == {"node1"}:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compute.cluster.records import epochs
-from compute.cluster.records.instances import booted
+from compute.cluster.records.nodes import booted
 from compute.cluster.records.transaction import transact
 from tests import api_server, invariants
 from tests.api_server import Running
@@ -22,9 +22,7 @@ from tests.system.machine import within
 def serving(directory: Path) -> Iterator[Running]:
     """A server that does what a server does without being asked."""
     with api_server.running(directory) as server:
-        task: Future[Any] = asyncio.run_coroutine_threadsafe(
-            server.services.controller.keep_up(), server.loop
-        )
+        task: Future[Any] = asyncio.run_coroutine_threadsafe(server.keep_up(), server.loop)
         yield server
         task.cancel()
         invariants.check(server.services.store)

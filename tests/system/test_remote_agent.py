@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from compute.agent import link as remote
+from compute.agent.memory import now_s
 from compute.cluster.certificates import certificate
 from compute.cluster.joining import make_token
 from compute.cluster.records.transaction import transact
@@ -98,7 +99,7 @@ def test_a_node_registers_reports_answers_and_may_route(
         async with node(identity, tmp_path, Wires()) as far:
             await far.register("node2", FACTS, Desk())
             async with asyncio.timeout(30):
-                while not far._lease.may_route():
+                while not far._lease.firm():
                     await far.desired("node2", 0, 0)
                     await asyncio.sleep(0.05)
             await far.report("node2", [InstanceStatus("nobody", InstanceState.CREATED)], [])
@@ -143,7 +144,7 @@ def test_while_the_server_is_away_the_last_desired_state_holds_without_routers(
 
     async def until_routing(far: remote.RemoteController) -> None:
         async with asyncio.timeout(30):
-            while not far._lease.may_route():
+            while not far._lease.firm():
                 await far.desired("node2", 0, 0)
                 await asyncio.sleep(0.05)
 
@@ -161,7 +162,7 @@ def test_while_the_server_is_away_the_last_desired_state_holds_without_routers(
             await far.register("node2", FACTS, Desk())  # does not wait for the server
             found = await far.desired("node2")
             assert found.networks.installation == "0123abcd"
-            assert not far._lease.may_route()
+            assert not far._lease.firm()
             with pytest.raises(Unavailable):
                 await far.report("node2", [InstanceStatus("i", InstanceState.CREATED)], [])
         assert json.loads((tmp_path / "n" / "desired.json").read_text())["revision"] == found.revision
@@ -202,7 +203,7 @@ def test_routers_are_dropped_once_the_lease_runs_out(server: Running, tmp_path: 
     async def story() -> None:
         plane = Wires()
         async with node(identity, tmp_path, plane) as far:
-            far._lease.renewed(asyncio.get_running_loop().time(), 0.5)
+            far._lease.renewed(now_s(), 0.5)
             async with asyncio.timeout(30):
                 while plane.dropped == 0:
                     await asyncio.sleep(0.05)

@@ -10,6 +10,7 @@ from compute.agent.guest.record import Course, Part, Phase
 from compute.agent.guest.taps import Taps
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState
+from compute.agent.memory import now_s
 from compute.wire.spec import InstanceSpec, Power
 
 _AGAIN_S, _HEEDED_S = 10.0, 600.0  # one that ends so long after it was asked to, ends because it was asked
@@ -23,16 +24,20 @@ class Ending:
     ) -> None:
         self._host, self._uuid, self._course = host, uuid, course
         self._taps, self._voice, self._wake = taps, voice, wake
-        self._pressed_s = 0.0
+        self._pressed_s, self.seen_s = 0.0, 0.0
 
-    async def observe(self, wanted: Power) -> DomainState:
-        """What libvirt says; a guest that was up and is off by itself is noted as ended."""
+    async def observe(self, spec: InstanceSpec) -> DomainState:
+        """What libvirt says; a guest that was up and is off by itself is noted as ended, unless it had no lease."""
+        looked_s = now_s()
         state = await self._host.do(self._host.hypervisor.state, self._uuid)
         if state.power == "off" and self._course.now.phase is Phase.UP:
             why = domain.why_ended(state.ended, self._host.installation, self._uuid)
-            heeded = wanted is Power.ON and time.time() < self._course.now.asked_s + _HEEDED_S
+            heeded = spec.power is Power.ON and time.time() < self._course.now.asked_s + _HEEDED_S
             if state.ended == "unknown":  # libvirtd knows nothing of its end: the machine was rebooted
                 await self._course.save(phase=Phase.STARTING)
+            elif spec.leased_s and self._host.leased_s() > self.seen_s:
+                await self._course.save(phase=Phase.STARTING)
+                self._voice.event("its power was taken: without the server another node may have it")
             elif state.ended == "halted" and heeded:
                 await self._course.save(phase=Phase.STARTING, asked_s=0)
                 self._voice.event("the guest ended as it was asked to, and is wanted on by now")
@@ -40,6 +45,8 @@ class Ending:
                 await self._course.save(phase=Phase.ENDED, message=why, crashed=why.startswith("qemu"))
                 await self._taps.remove()
                 self._voice.event(why)
+        elif state.power != "off":
+            self.seen_s = looked_s
         return state
 
     async def come(self, spec: InstanceSpec, state: DomainState) -> bool:

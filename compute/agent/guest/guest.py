@@ -28,6 +28,7 @@ from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, T
 from compute.agent.guest.taps import Taps
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState, Refused
+from compute.agent.memory import now_s
 from compute.errors import ComputeError, Invalid, NotFound, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, Orphan, Power
 from imagestore import StoreError
@@ -83,6 +84,7 @@ class Guest:
         known, spec = spec is not None, spec or self.spec
         changed = (spec, known) != (self.spec, self.known)
         self.spec, self.networks, self.known = spec, networks, known
+        self._voice.leased_s, self.orphan = spec.leased_s, None if changed else self.orphan
         if spec.delete:
             self._leaving.set()
         if changed:
@@ -171,13 +173,14 @@ class Guest:
             counted = {"reboot_hard": spec.reboot_hard, "reboot_soft": spec.reboot_soft}
             await self._course.save(phase=Phase.STARTING, **counted)
         await self._disks.end_move()
-        state = await self._ending.observe(spec.power)
+        state = await self._ending.observe(spec)
         await self._captures.look(spec, state.power)
         if spec.power is Power.OFF:
             done = state.power == "off" and self.record.phase is Phase.OFF
             if not done and await self._ending.come(spec, state):
                 await self._power_off()
         elif self.record.phase in (Phase.STARTING, Phase.OFF) and not self._captures.at_rest:
+            self.host.check_lease(spec)
             if self.host.turns.come(spec):
                 await self._power_on()
         elif self.record.phase is Phase.UP:
@@ -247,6 +250,7 @@ class Guest:
                 if not again or not self._disks.held.now.served:
                     raise
                 log.warning("instance %s is started once more: %s", self.spec.uuid, err)
+        self._ending.seen_s = now_s()
         await self._course.save(phase=Phase.UP, created=True, message="", crashed=False)
         self.host.turns.settled(self.spec, started=True)
         self._voice.event("started", duration_s=time.monotonic() - began, accel=str(self.host.verdict))
@@ -270,6 +274,7 @@ class Guest:
             await self._disks.hold(disks)
             await self._disks.grow(spec)
             await self._taps.adopt(self.networks)
+            host.check_lease(spec)
             if self.spec.power is Power.ON:
                 await host.do(hypervisor.resume, uuid)
             undo.pop_all()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv4Address
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_service import ServedImages
+from compute.errors import Unavailable
 from compute.wire.spec import Capture, InstanceSpec, InstanceState, InstanceStatus, NodeEvent
 from net import Network, Plane
 
@@ -44,6 +46,7 @@ class Host:
     note: Callable[[NodeEvent], None]
     shown: Callable[[], None]
     """A guest that nobody knows is seen otherwise than before."""
+    leased_s: Callable[[], float] = lambda: 0.0  # since when it may run what others may be given
     turns: Turns = field(default_factory=Turns)
 
     async def do(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
@@ -54,6 +57,11 @@ class Host:
         """A change of the data plane: one at a time."""
         async with self.plane_lock:
             return await self.do(call, *args)
+
+    def check_lease(self, spec: InstanceSpec) -> None:
+        """Raises Unavailable while another node may have it."""
+        if spec.leased_s and self.leased_s() == inf:
+            raise Unavailable("this node has no lease for it", hint="the server says whose it is")
 
     def define(
         self,
@@ -84,6 +92,7 @@ class Voice:
         self.agent_ready: bool | None = None
         """Whether the agent in the guest answers; None if libvirt must be asked."""
         self.taken: tuple[Capture, ...] = ()
+        self.leased_s = 0.0
         self._say_at_s, self._said, self._halted = 0.0, "", ""
 
     def publish(
@@ -92,7 +101,7 @@ class Voice:
         """The instance is at `stage` now, or still at the last one."""
         self.stage = stage or self.stage
         more |= {"accel": str(self._host.verdict), "agent_state": "ready" if self.agent_ready else ""}
-        more["snapshots"] = self.taken
+        more |= {"snapshots": self.taken, "leased_s": self.leased_s}
         self._host.publish(InstanceStatus(self._uuid, self.stage, power, message, **more))
 
     def fail(self, message: str) -> None:

@@ -87,6 +87,11 @@ class Instance(Stored):
     """Until when whoever made it holds it, who says so again and again; 0: it needs nobody."""
     ephemeral: bool = False
     """It is deleted once it is off."""
+    on_node_loss: str = "leave"
+    """What becomes of it when its node is lost: leave, restart (of its images), restore (of its newest backup)."""
+    leased_s: float = 0  # when that was chosen; 0 for leave
+    heard_s: float = 0
+    """What its node said that it knows of `leased_s`: before that, it would not stop it."""
     unconfirmed: bool = False
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
     arriving: bool = False
@@ -128,7 +133,7 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
     """
     epochs.check(txn)
     now = time.time()
-    instance = replace(instance, created_s=now, updated_s=now)
+    instance = leased(txn, replace(instance, created_s=now, updated_s=now))
     take_name(txn, Instance.KIND, instance.namespace, instance.name, instance.uuid)
     for order, want in enumerate(wants):
         _attach(txn, instance, order, want)
@@ -140,8 +145,23 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
 
 def _attach(txn: Transaction, instance: Instance, order: int, want: Want) -> Interface:
     network = find_network(txn, want.network)
+    _check_loss(instance, network)
     _check_dns(txn, network, instance)
     return attach(txn, network, instance.uuid, instance.namespace, order, want)
+
+
+def _check_loss(instance: Instance, network: Network) -> None:
+    """Raises Conflict: on the node's own LAN nobody refuses a node that was lost."""
+    if network.bridge and instance.on_node_loss != "leave":
+        why = f"on {network.name}, a bridge, nobody refuses what a lost node sends"
+        raise Conflict(why, hint="--on-node-loss leave")
+
+
+def leased(txn: Transaction, instance: Instance) -> Instance:
+    """What is to become of it when its node is lost was chosen now. Raises Conflict."""
+    for interface in interfaces_of(txn, instance.uuid):
+        _check_loss(instance, txn.get(Network, interface.network_uuid))
+    return replace(instance, leased_s=0 if instance.on_node_loss == "leave" else time.time())
 
 
 def _check_dns(txn: Transaction, network: Network, instance: Instance) -> None:
@@ -248,15 +268,11 @@ def rehome(
         why_not = "is there" if node == found.node else "was there, and what it left is not removed yet"
         raise Conflict(f"instance {found.name} {why_not}: {node}", hint=f"see: sf instance show {found.name}")
     left = found.left if gone else (*found.left, found.node)
-    now = replace(
-        found, node=node, disks=disks or found.disks, left=left, arriving=True, updated_s=time.time()
-    )
-    now = replace(
-        now, power_state="off", error_message="", progress="", agent_state="", console_port=0, vdi_port=0
-    )
+    now = replace(found, node=node, disks=disks or found.disks, left=left, arriving=True, heard_s=0)
+    now = replace(now, power_state="off", error_message="", progress="", agent_state="", console_port=0)
     claim(txn, found.node, -found.cpus, -found.memory_mib, -disk_bytes(found.disks))
     claim(txn, node, now.cpus, now.memory_mib, disk_bytes(now.disks))
-    txn.update(now)
+    txn.update(now := replace(now, vdi_port=0, updated_s=time.time()))
     txn.event(Instance.KIND, uuid, f"moved from {found.node} to {node}: {why}", type="audit")
     return now
 
@@ -295,26 +311,6 @@ def power(txn: Transaction, uuid: str, verb: str, grace_s: int = 0) -> Instance:
     asked = f", {grace_s} s after the guest was asked to end" if grace_s else ""
     txn.event(Instance.KIND, uuid, f"{verb} asked for{asked}", type="audit")
     return found
-
-
-def booted(txn: Transaction, node: str, after: str = "") -> str:
-    """The node's machine has started: its guests are wanted on or off. Returns after which another goes on."""
-    last = ""
-    for one in txn.list(Instance):
-        if one.uuid <= after:
-            continue
-        if txn.room < 8:
-            return last
-        last = one.uuid
-        if one.node == node and one.ephemeral and one.state == InstanceState.CREATED:
-            end(txn, one.uuid, f"{node} has started, and it is ephemeral")
-        elif one.node == node and one.state == InstanceState.CREATED and one.autostart != "last":
-            ended = one.autostart == "yes" and one.power == Power.ON and one.power_state in ("off", "crashed")
-            wanted = Power.ON if one.autostart == "yes" else Power.OFF
-            txn.update(replace(one, power=wanted, reboot_hard=one.reboot_hard + ended, updated_s=time.time()))
-            said = f"{node} has started; autostart is {one.autostart}"
-            txn.event(Instance.KIND, one.uuid, said, type="audit")
-    return ""
 
 
 def add_interface(txn: Transaction, uuid: str, want: Want) -> Interface:

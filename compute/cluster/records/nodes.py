@@ -1,14 +1,15 @@
-"""Nodes: their records, which of them route, and how one is drained and removed."""
+"""Nodes: their records, which of them route, and how one starts, is lost, drained and removed."""
 
 import re
+import secrets
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
 from compute.cluster.records.epochs import epoch, heard
-from compute.cluster.records.instances import Instance, finish_delete
+from compute.cluster.records.instances import Instance, end, finish_delete
 from compute.cluster.records.networks import Network
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.stored import Stored
@@ -16,7 +17,7 @@ from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid
 from compute.wire.codec import from_plain
-from compute.wire.spec import InstanceState, NodeFacts
+from compute.wire.spec import InstanceState, NodeFacts, Power
 
 _DIGEST = re.compile(r"b3:[0-9a-f]{64}")
 _DELETED = 60
@@ -39,6 +40,10 @@ class Node(Stored):
     """The random id in its state directory: the node, whatever its name is. "" until it has said it."""
     drained: bool = False
     lastseen_s: float = 0
+    fence: str = ""
+    """Random: it was lost, and until it says with this that what is `given` is off there, it is nobody's peer."""
+    given: tuple[str, ...] = ()
+    """Guests that others were given, and of which it may have what was there then."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,6 +121,46 @@ def remove(
     return found
 
 
+def fence(txn: Transaction, name: str, *given: str) -> None:
+    """Others refuse it from now on: its packets, its routers, and what it says from before."""
+    found = txn.get(Node, name)
+    if not found.fence:
+        txn.event(Node.KIND, name, "lost: it is refused until it has answered", type="status")
+    txn.update(replace(found, fence=secrets.token_hex(8), given=tuple({*found.given, *given})))
+
+
+def answered(txn: Transaction, name: str, fence: str, here: Mapping[str, str]) -> None:
+    """What a node has beside its guests (uuid → power): once all that was given is off there, it is used again."""
+    found = txn.get(Node, name)
+    given = tuple(uuid for uuid in found.given if uuid in here)
+    if fence == found.fence and (fence or given != found.given):
+        on = any(here[uuid] != "off" for uuid in given)
+        if fence and not on:
+            said = f"it has answered, and is used again; kept, off: {', '.join(given)[:1500] or 'nothing'}"
+            txn.event(Node.KIND, name, said, type="status")
+        txn.update(replace(found, given=given, fence=fence if on else ""))
+
+
+def booted(txn: Transaction, node: str, after: str = "") -> str:
+    """The node's machine has started: its guests are wanted on or off. Returns after which another goes on."""
+    last = ""
+    for one in txn.list(Instance):
+        if one.uuid <= after:
+            continue
+        if txn.room < 8:
+            return last
+        last = one.uuid
+        if one.node == node and one.ephemeral and one.state == InstanceState.CREATED:
+            end(txn, one.uuid, f"{node} has started, and it is ephemeral")
+        elif one.node == node and one.state == InstanceState.CREATED and one.autostart != "last":
+            ended = one.autostart == "yes" and one.power == Power.ON and one.power_state in ("off", "crashed")
+            wanted = Power.ON if one.autostart == "yes" else Power.OFF
+            txn.update(replace(one, power=wanted, reboot_hard=one.reboot_hard + ended, updated_s=time.time()))
+            said = f"{node} has started; autostart is {one.autostart}"
+            txn.event(Instance.KIND, one.uuid, said, type="audit")
+    return ""
+
+
 def find_machine(nodes: Iterable[Node], machine: str, name: str) -> Node | None:
     """The node with this id; else one without that adopts it: the server's own of 0.1, best by its name."""
     own = [n for n in nodes if not n.identity and not n.machine and n.state != "deleted"]
@@ -167,7 +212,8 @@ def move_routers(txn: Transaction, away_from: str, router_nodes: Sequence[str]) 
 
 def router_candidates(txn: Transaction, usable: Collection[str]) -> list[str]:
     """Nodes that may route, those with the fewest routers first."""
-    load = {n.name: 0 for n in txn.list(Node) if n.name in usable and not n.drained and n.state != "deleted"}
+    nodes = (n for n in txn.list(Node) if not n.drained and not n.fence and n.state != "deleted")
+    load = {n.name: 0 for n in nodes if n.name in usable}
     for network in txn.list(Network):
         if network.state == "created" and network.router_node in load:
             load[network.router_node] += 1

@@ -1,12 +1,13 @@
 """When a node on another machine may route: its lease, and the Plane behind it."""
 
-import time
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
 from compute.agent import link as remote
+from compute.agent.link import Fenced
+from compute.agent.memory import Lease, now_s
 from net import Network, NodeNetworks, Plane
 
 MINE = Network("u", 7, "lan", IPv4Network("10.0.0.0/24"), IPv4Address("10.0.0.1"), router_node="n2")
@@ -19,7 +20,7 @@ class Wires:
     def __init__(self) -> None:
         self.applied: list[NodeNetworks] = []
         self.dropped = 0
-        self.lease = remote.Lease()
+        self.lease, self.power = Lease(), Lease()
 
     def apply(self, desired: NodeNetworks) -> list[str]:
         self.applied.append(desired)
@@ -43,48 +44,48 @@ def routers(plane: Wires) -> list[str]:
 
 
 def test_without_a_lease_a_node_has_its_networks_and_no_router(plane: Wires, tmp_path: Path) -> None:
-    remote.Fenced("0badcafe", tmp_path, "n2").apply(DESIRED)
+    Fenced("0badcafe", tmp_path, "n2").apply(DESIRED)
     assert routers(plane) == [""] and plane.dropped == 1
 
 
 def test_routers_come_with_the_first_desired_state_that_was_asked_for_under_the_lease(
     plane: Wires, tmp_path: Path
 ) -> None:
-    fenced = remote.Fenced("0badcafe", tmp_path, "n2", uplink="eth1")
-    lease, before = fenced.lease, time.monotonic()
+    fenced = Fenced("0badcafe", tmp_path, "n2", uplink="eth1")
+    lease, before = fenced.lease, now_s()
     lease.confirm(before)  # without a lease it counts for nothing
-    lease.renewed(time.monotonic(), 60)
+    lease.renewed(now_s(), 60)
     fenced.apply(DESIRED)
     assert routers(plane) == [""]
     lease.confirm(before)  # asked for before the lease was gained: another node may route by now
     fenced.apply(DESIRED)
     assert routers(plane) == [""]
-    lease.confirm(time.monotonic())
+    lease.confirm(now_s())
     fenced.apply(DESIRED)
     assert routers(plane) == ["n2"] and plane.applied[-1].uplink == "eth1"
     assert plane.dropped == 0
 
 
 def test_a_lease_that_ran_out_needs_a_new_desired_state_even_when_it_is_renewed() -> None:
-    lease = remote.Lease()
-    lease.renewed(time.monotonic(), 60)
-    lease.confirm(time.monotonic())
-    assert lease.may_route()
-    lease._until = time.monotonic() - 1
-    assert not lease.may_route()
-    lease.renewed(time.monotonic(), 60)
-    assert lease.held() and not lease.may_route()
+    lease = Lease()
+    lease.renewed(now_s(), 60)
+    lease.confirm(now_s())
+    assert lease.firm()
+    lease._until = now_s() - 1
+    assert not lease.firm()
+    lease.renewed(now_s(), 60)
+    assert lease.held() and not lease.firm()
 
 
 def test_a_renewal_counts_from_when_it_was_asked_for() -> None:
-    lease = remote.Lease()
-    lease.renewed(time.monotonic() - 9, 8)
+    lease = Lease()
+    lease.renewed(now_s() - 9, 8)
     assert not lease.held()
 
 
 def test_other_nodes_routers_are_none_of_its_business(plane: Wires, tmp_path: Path) -> None:
     elsewhere = Network("v", 8, "far", IPv4Network("10.1.0.0/24"), IPv4Address("10.1.0.1"), router_node="n3")
-    remote.Fenced("0badcafe", tmp_path, "n2").apply(NodeNetworks("0badcafe", "n2", (elsewhere,)))
+    Fenced("0badcafe", tmp_path, "n2").apply(NodeNetworks("0badcafe", "n2", (elsewhere,)))
     assert routers(plane) == ["n3"]
 
 
