@@ -22,6 +22,8 @@ PACK_BYTES = 16 << 20
 """A pack is sent when it has so many stored bytes."""
 _PACK_FRAMES = 1 << 12
 """Or so many frames, where they compress to next to nothing: readers take no larger footer (`Footer.decode`)."""
+_PART_PACKS = 1 << 10
+"""Most packs of one index part: some 60 MB of footers. No object may be of more than a GiB (`MAX_BYTES`)."""
 _UPLOADS = 2
 
 
@@ -132,14 +134,13 @@ class Packer(AbstractContextManager["Packer"]):
 
     def publish_index(self, seen: tuple[Hooks, str | None] | None = None) -> None:
         """Tell other writers of the packs that were made, once. seen: the hooks as they were read before."""
-        if not self._unpublished:
-            return
-        part = IndexPart(tuple(self._unpublished))
-        name = index.publish_part(self._store, part, seen)
-        if self._local is not None:
-            self._local.keep(name, part)
-            self._local.forget_packs(pack for pack, _ in self._unpublished)
-        self._unpublished = []
+        while self._unpublished:
+            part = IndexPart(tuple(self._unpublished[:_PART_PACKS]))
+            name = index.publish_part(self._store, part, seen)
+            if self._local is not None:
+                self._local.keep(name, part)
+                self._local.forget_packs(pack for pack, _ in part.footers)
+            self._unpublished, seen = self._unpublished[_PART_PACKS:], None
 
 
 def carry(parts: Iterable[Loaded], packer: Packer) -> None:

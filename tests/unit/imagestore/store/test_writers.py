@@ -245,8 +245,11 @@ def test_what_a_repack_moved_between_a_look_at_the_base_and_the_lease_is_not_sto
         write_pages(None)
 
 
-def test_a_disk_of_next_to_no_entropy_makes_packs_that_can_be_read(world: World) -> None:
+def test_what_no_reader_would_take_is_in_several_packs_and_index_parts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More frames than a footer may have fitted into the bytes of one pack: nobody could read it after."""
+    monkeypatch.setattr("imagestore.store.packing._PART_PACKS", 8)
     placement, lease = Placement(), Lease(world.store)
     count = pack.MAX_FRAMES + 1
     with lease, Packer(world.store, lease, placement) as packer:
@@ -258,5 +261,7 @@ def test_a_disk_of_next_to_no_entropy_makes_packs_that_can_be_read(world: World)
         packer.flush()
         packer.publish_index()
     inventory = Inventory.read(world.store)
-    assert len(inventory.parts) == 1
+    assert sorted(map(len, inventory.parts.values())) == [1, 8, 8]
+    assert sum(len(named) for named in inventory.parts.values()) == len(inventory.packs)
+    assert not verify_store(world.store).problems
     assert sum(len(inventory.table(name).frames) for name in inventory.packs) == count
