@@ -62,11 +62,9 @@ def store_stats(store: Store) -> StoreStats:
         data, stored, own = 0, 0.0, 0.0
         for pack, unique, data_bytes in found:
             table = inventory.table(pack)
-            chosen = np.zeros(len(table.live), np.bool_)
-            chosen[unique] = True
             data += data_bytes
-            stored += table.stored_bytes(chosen)
-            own += table.stored_bytes(chosen & (counts[pack] == 1))
+            stored += table.stored_bytes(unique)
+            own += table.stored_bytes(unique[counts[pack][unique] == 1])
         images.append(ImageStats(digest, tuple(names.get(digest, ())), data, round(stored), round(own)))
     tables = [table for table in inventory.tables.values() if table.live.any()]
     every = list(store.backend.list(""))

@@ -42,8 +42,8 @@ class Table:
         rows = np.clip(np.searchsorted(self._keys, wanted), 0, len(self._keys) - 1)
         return np.where((self.offsets[frames] == offsets) & (self._keys[rows] == wanted), rows, -1)
 
-    def stored_bytes(self, chosen: npt.NDArray[np.bool_]) -> float:
-        """Stored bytes of some chunks: their share of their frames."""
+    def stored_bytes(self, chosen: npt.NDArray[Any]) -> float:
+        """Stored bytes of some chunks, by a mask or their numbers: their share of their frames."""
         plain = np.bincount(self.frames[chosen], self.footer.lengths[chosen], len(self.offsets))
         return float((self.footer.sizes * (plain / self.footer.plain_sizes)).sum())
 
