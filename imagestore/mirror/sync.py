@@ -49,26 +49,14 @@ class Provenance:
     last_modified: str = ""
     fetched_at_s: float = 0.0
 
-    def encode(self) -> bytes:
-        """JSON."""
-        return json.dumps(asdict(self), sort_keys=True, indent=1).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> "Provenance":
-        """What it does not know it leaves out: this is for people and for skipping work, never for trust."""
-        try:
-            body = read_json(data)
-            texts = {name: str(body.get(name, "")) for name in cls.__slots__ if name != "fetched_at_s"}
-            return cls(**texts, fetched_at_s=real(body.get("fetched_at_s", 0), high=YEAR_9999_S))
-        except (ValueError, TypeError, AttributeError):
-            return cls()
-
 
 def read_provenance(store: Store, digest: Digest) -> Provenance:
-    """Empty where nothing is known."""
+    """Empty where nothing is known, or it is odd: this is for people and for skipping work, never for trust."""
     try:
-        return Provenance.decode(store.backend.get(PROVENANCE.key(digest)).data)
-    except NotFound:
+        body = read_json(store.backend.get(PROVENANCE.key(digest)).data)
+        texts = {name: str(body.get(name, "")) for name in Provenance.__slots__ if name != "fetched_at_s"}
+        return Provenance(**texts, fetched_at_s=real(body.get("fetched_at_s", 0), high=YEAR_9999_S))
+    except (NotFound, ValueError, TypeError, AttributeError):
         return Provenance()
 
 
@@ -221,7 +209,8 @@ class _Image:
             path.unlink()
         now_s = round(self._store.backend.now())
         there = replace(there, build=there.build or there.last_modified, fetched_at_s=now_s)
-        self._store.backend.put(PROVENANCE.key(result.digest), there.encode())
+        encoded = json.dumps(asdict(there), sort_keys=True, indent=1).encode()
+        self._store.backend.put(PROVENANCE.key(result.digest), encoded)
         self._tag(result.digest)
         if self._current:
             with suppress(StoreError, OSError):  # who holds the former one fetches frames

@@ -10,7 +10,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
 from typing import Any, TypeVar
@@ -34,28 +33,22 @@ _OPEN_FILES = 256
 _FOREVER = "public, max-age=31536000, immutable"
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """What of a file an answer carries: `status` is 200, 206 or 416."""
+def span(header: str | None, size_bytes: int) -> tuple[int, int, int]:
+    """Read a Range header (RFC 9110, section 14.2): status (200, 206 or 416), start and length of what is answered.
 
-    status: int
-    start: int
-    length: int
-
-
-def span(header: str | None, size_bytes: int) -> Span:
-    """Read a Range header (RFC 9110, section 14.2). Several ranges at once are answered with the whole."""
+    Several ranges at once are answered with the whole.
+    """
     match = _RANGE.fullmatch(header or "")
     if match is None or match[1] == match[2] == "":
-        return Span(200, 0, size_bytes)
+        return 200, 0, size_bytes
     if match[1] == "":
         start, end = max(0, size_bytes - int(match[2])), size_bytes
     else:
         start = int(match[1])
         end = min(int(match[2]) + 1, size_bytes) if match[2] else size_bytes
         if match[2] and int(match[2]) < start:
-            return Span(200, 0, size_bytes)
-    return Span(206, start, end - start) if start < end else Span(416, 0, 0)
+            return 200, 0, size_bytes
+    return (206, start, end - start) if start < end else (416, 0, 0)
 
 
 class Ranged(Response):
@@ -95,30 +88,29 @@ class Ranged(Response):
         if known == "*" or self._etag in (part.strip().removeprefix("W/") for part in known.split(",")):
             return await Response(None, 304, told)(scope, receive, send)
         same = headers.get(b"if-range", self._etag) in (self._etag, told["last-modified"])
-        found = span(headers.get(b"range") if same else None, self._size_bytes)
-        told |= {"content-type": "application/octet-stream", "content-length": str(found.length)}
-        if found.status == 206:
-            end = found.start + found.length - 1
-            told["content-range"] = f"bytes {found.start}-{end}/{self._size_bytes}"
-        elif found.status == 416:
+        status, start, length = span(headers.get(b"range") if same else None, self._size_bytes)
+        told |= {"content-type": "application/octet-stream", "content-length": str(length)}
+        if status == 206:
+            told["content-range"] = f"bytes {start}-{start + length - 1}/{self._size_bytes}"
+        elif status == 416:
             told["content-range"] = f"bytes */{self._size_bytes}"
-        head = Response(None, found.status, told)
-        if scope["method"] == "HEAD" or not found.length:
+        head = Response(None, status, told)
+        if scope["method"] == "HEAD" or not length:
             return await head(scope, receive, send)
-        start = {"type": "http.response.start", "status": found.status, "headers": head.raw_headers}
         kind, gone, done = type(self), None, 0
         kind.running += 1
         try:
-            while done < found.length and not (gone and gone.done()):
-                size = min(self._piece(done), found.length - done)
+            while done < length and not (gone and gone.done()):
+                size = min(self._piece(done), length - done)
                 if gone:
                     await send({"type": "http.response.body", "body": b"", "more_body": True})
-                data = await self._read(found.start + done, size, found.length - done - size)
+                data = await self._read(start + done, size, length - done - size)
                 if not done:
-                    await send(start)
-                    gone = asyncio.create_task(_hung_up(receive)) if size < found.length else None
+                    begin = {"type": "http.response.start", "status": status, "headers": head.raw_headers}
+                    await send(begin)
+                    gone = asyncio.create_task(_hung_up(receive)) if size < length else None
                 done += size
-                await send({"type": "http.response.body", "body": data, "more_body": done < found.length})
+                await send({"type": "http.response.body", "body": data, "more_body": done < length})
         finally:
             kind.running -= 1
             if gone:
@@ -150,6 +142,7 @@ class Tree:
         self._threads = ThreadPoolExecutor(16, "sf-tree")
         """Its own: a store that does not answer takes none of what else the process does."""
         self._stats: OrderedDict[str, ObjectStat] = OrderedDict()
+        """Of what never changes."""
         inner = innermost(backend)
         self._root = inner.root if isinstance(inner, Directory) else None
         self._files: OrderedDict[str, int] = OrderedDict()
@@ -172,21 +165,17 @@ class Tree:
         if scope["method"] not in ("GET", "HEAD"):
             return refusal(405, "read-only")
         key, immutable = named[0], not named[1].changes
-        stat = await self._stat(key, immutable)
+        stat = self._stats.get(key)
+        if stat is None:
+            stat = await self._ask(self._backend.stat, key)
+        if immutable:
+            self._stats[key] = stat
+            if len(self._stats) > 10_000:
+                self._stats.popitem(last=False)
         etag, cache = (key[-64:], _FOREVER) if immutable else (stat.etag.strip('"'), "no-cache")
         most = _PIECE_BYTES if self._root else _FAR_PIECE_BYTES
         about = stat.size_bytes, etag, stat.modified_s, cache
         return Ranged(*about, partial(self._read, key), lambda done: most)
-
-    async def _stat(self, key: str, immutable: bool) -> ObjectStat:
-        if not immutable:
-            return await self._ask(self._backend.stat, key)
-        stat = self._stats.get(key)
-        if stat is None:
-            stat = self._stats[key] = await self._ask(self._backend.stat, key)
-            if len(self._stats) > 10_000:
-                self._stats.popitem(last=False)
-        return stat
 
     async def _read(self, key: str, start: int, length: int, after: int) -> bytes:
         data = self._local(key, start, length)
