@@ -18,7 +18,7 @@ from imagestore.formats import columns
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TUF
 from imagestore.formats.manifest import Manifest
-from imagestore.mirror.content import DEBIAN_WORDS, Sums, read_sums, simplestreams_archive, version_date
+from imagestore.mirror.content import DEBIAN_WORDS, Sums, read_sums, simplestreams_archive
 from imagestore.store.names import Change
 from imagestore.store.store import Store
 from imagestore.store.trust import Target, signed_targets, tree
@@ -60,7 +60,6 @@ class Step:
 
     change: Change
     digest: Digest
-    size_bytes: int
     new_bytes: int
 
 
@@ -133,7 +132,7 @@ class Catalog:
             except (NotFound, Corrupt):
                 continue
         return [
-            Step(change, digest, manifest.size_bytes, added_bytes(manifest, older and older[2]))
+            Step(change, digest, added_bytes(manifest, older and older[2]))
             for (change, digest, manifest), older in zip(versions, [*versions[1:], None], strict=False)
         ]
 
@@ -190,7 +189,7 @@ def streams_images(images: list[Image], manifest: Callable[[Digest], Manifest]) 
             "release": image.tag,
             "release_title": image.tag,
             "variant": "default",
-            "versions": {version_date(sums.created_s): {"items": items}},
+            "versions": {time.strftime("%Y%m%d_%H%M", time.gmtime(sums.created_s)): {"items": items}},
         }
     what = {"content_id": "images", "datatype": "image-downloads", "format": "products:1.0"}
     return {**what, "products": products}

@@ -39,8 +39,19 @@ _RESULT, _RESULT_BYTES = "/var/lib/cloud/data/result.json", 1 << 20
 
 def clean(path: Path) -> list[str]:
     """Clean the raw disk in a file that is nobody else's; the paths that went. Raises Invalid."""
+    gone = list[str]()
     with open_disk(path, "raw") as disk:
-        gone = _every(disk, path)
+        table = read_partitions(disk)
+        if table.doubt:
+            raise Invalid(f"it cannot be cleaned: {table.doubt}")
+        for region in table.regions:
+            found = signs(read_range(disk, region.start, HEAD_BYTES))
+            if found == {"ext4"}:
+                gone += _clean(disk, path, region)
+            elif found - {"FAT"} or (not found and region.end - region.start > 4 << 20):
+                what = " and ".join(sorted(found)) or "something unknown"
+                hint = "sf image pull, clean it, and push"
+                raise Invalid(f"{region.name} holds {what}: only ext4 is cleaned", hint=hint)
     with open_disk(path, "raw") as disk, path.open("r+b") as file:  # as it is now
         if left := [note for note in look(disk, sparsify=True).notes if "FAT" not in note]:
             raise Invalid(f"what was deleted on it cannot be left out: {left[0]}")
@@ -66,22 +77,6 @@ def check_recipe(path: Path) -> None:
             raise Invalid(f"the recipe failed: {'; '.join(map(str, errors))}")
     except (ValueError, TypeError, KeyError) as error:
         raise Invalid(f"{_RESULT} on the disk is not cloud-init's") from error
-
-
-def _every(disk: Disk, path: Path) -> list[str]:
-    table, gone = read_partitions(disk), list[str]()
-    if table.doubt:
-        raise Invalid(f"it cannot be cleaned: {table.doubt}")
-    for region in table.regions:
-        found = signs(read_range(disk, region.start, HEAD_BYTES))
-        if found == {"ext4"}:
-            gone += _clean(disk, path, region)
-        elif found - {"FAT"} or (not found and region.end - region.start > 4 << 20):
-            what = " and ".join(sorted(found)) or "something unknown"
-            raise Invalid(
-                f"{region.name} holds {what}: only ext4 is cleaned", hint="sf image pull, clean it, and push"
-            )
-    return gone
 
 
 def _clean(disk: Disk, path: Path, region: Region) -> list[str]:

@@ -5,7 +5,6 @@ import io
 import json
 import tarfile
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -188,8 +187,3 @@ def simplestreams_archive(manifest: Manifest, created_s: int) -> bytes:
         entry.size, entry.mtime = len(text), created_s
         archive.addfile(entry, io.BytesIO(text))
     return out.getvalue()
-
-
-def version_date(created_s: int) -> str:
-    """A version's name in simplestreams."""
-    return time.strftime("%Y%m%d_%H%M", time.gmtime(created_s))

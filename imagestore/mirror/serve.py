@@ -53,13 +53,6 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; ba
 _SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 
-def _environment() -> Environment:
-    environment = Environment(loader=PackageLoader("imagestore.mirror"), autoescape=True)
-    environment.filters["bytes"] = size_text
-    environment.filters["date"] = lambda at_s: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at_s))
-    return environment
-
-
 def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0) -> Any:
     """The ASGI application."""
     app = FastAPI(title="sf mirror", docs_url=None, redoc_url=None, openapi_url=None)
@@ -125,7 +118,9 @@ class _Site:
         self._one = ThreadPoolExecutor(1, "sf-catalog")
         cache, pool = GroupCache(), ThreadPoolExecutor(4, "sf-content")
         self._content = lru_cache(_OPEN_IMAGES)(lambda digest: Content(store, digest, cache, pool))
-        self._environment = _environment()
+        self._environment = Environment(loader=PackageLoader("imagestore.mirror"), autoescape=True)
+        self._environment.filters["bytes"] = size_text
+        self._environment.filters["date"] = lambda at_s: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at_s))
 
     async def run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._one, function)

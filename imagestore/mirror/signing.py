@@ -77,20 +77,18 @@ class Keyring:
 
     def signers(self, role: str, root: Root) -> list[CryptoSigner]:
         """The keys here that `root` accepts for a role. Raises NotFound when they are fewer than its threshold."""
-        found = [signer for signer in self._all(role) if signer.public_key.keyid in root.roles[role].keyids]
+        found = []
+        for path in sorted(self.directory.glob(f"{role}*.pem")):
+            try:
+                signer = CryptoSigner(load_pem_private_key(path.read_bytes(), None))
+            except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+                raise Invalid(f"{path} is no private key: {error}") from error
+            if signer.public_key.keyid in root.roles[role].keyids:
+                found.append(signer)
         if len(found) < root.roles[role].threshold:
             hint = "give the directory that has them with --keys or --root-keys"
             raise NotFound(f"{self.directory} has not enough keys of the role {role}", hint=hint)
         return found
-
-    def _all(self, role: str) -> list[CryptoSigner]:
-        signers = []
-        for path in sorted(self.directory.glob(f"{role}*.pem")):
-            try:
-                signers.append(CryptoSigner(load_pem_private_key(path.read_bytes(), None)))
-            except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-                raise Invalid(f"{path} is no private key: {error}") from error
-        return signers
 
 
 def init(store: Store, keys: Keyring, *, root_keys: int = 1, threshold: int = 1) -> Digest:
