@@ -122,13 +122,8 @@ class Output:
             fcntl.ioctl(descriptor, _BLKZEROOUT, struct.pack("QQ", 0, -(-file_bytes // 512) * 512))
         else:
             os.ftruncate(descriptor, file_bytes)
-        if qcow2 is None:
-            return
-        _write(descriptor, qcow2.metadata, 0)
-        if len(qcow2.clusters):
-            # For each cluster of the file, the guest's cluster at which its run of neighbours ends.
-            last = np.append(np.flatnonzero(np.diff(qcow2.clusters) != 1), len(qcow2.clusters) - 1)
-            self._run_ends = np.repeat(qcow2.clusters[last] + 1, np.diff(last, prepend=-1))
+        if qcow2:
+            _write(descriptor, qcow2.metadata, 0)
 
     def allocate(self, starts: Numbers, lengths: Numbers) -> None:
         """Room for these ranges of a raw disk: a full disk is known before a byte is fetched, writing is cheaper."""
@@ -145,14 +140,12 @@ class Output:
                 raise
 
     def put(self, offset: int, data: memoryview) -> None:
-        """Write a range of the disk."""
-        for place, start, end in self._pieces(offset, len(data)):
-            _write(self._descriptor, data[start:end], place)
+        """Write a range of the disk that is a chunk, or adjoining ones."""
+        _write(self._descriptor, data, self._place(offset))
 
     def read(self, offset: int, length: int) -> bytes:
-        """What the file has there."""
-        pieces = self._pieces(offset, length)
-        return b"".join(os.pread(self._descriptor, end - start, place) for place, start, end in pieces)
+        """What the file has in such a range's place."""
+        return os.pread(self._descriptor, length, self._place(offset))
 
     def written(self, count: int) -> None:
         """So many bytes more are in the file."""
@@ -176,18 +169,13 @@ class Output:
         if self._sync is not None:
             self._sync.result()
 
-    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(place in the file, start, end) of each stretch of a disk range that the file keeps in one piece."""
+    def _place(self, offset: int) -> int:
+        """Where in the file a range of chunks begins: a qcow2 has all their clusters, in the disk's order."""
         if self._qcow2 is None:
-            yield offset, 0, length
-            return
-        done = 0
-        while done < length:
-            number, inner = divmod(offset + done, CLUSTER)
-            at = int(np.searchsorted(self._qcow2.clusters, number))
-            count = min(int(self._run_ends[at]) * CLUSTER - offset - done, length - done)
-            yield len(self._qcow2.metadata) + at * CLUSTER + inner, done, done + count
-            done += count
+            return offset
+        number, inner = divmod(offset, CLUSTER)
+        at = int(np.searchsorted(self._qcow2.clusters, number))
+        return len(self._qcow2.metadata) + at * CLUSTER + inner
 
 
 def _write(descriptor: int, data: Buffer, offset: int) -> None:
