@@ -17,6 +17,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from imagestore.disks.disk import RawDisk, read_range
 from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.manifest import Manifest
@@ -110,13 +111,13 @@ class ImageCache:
         """Hash a complete image again; one that does not match is removed and Corrupt is raised."""
         manifest = self.manifest(digest)
         with self.path(digest).open("rb", buffering=0) as file:
-            good = os.fstat(file.fileno()).st_size == manifest.size_bytes
-            end = 0
+            disk = RawDisk(file.fileno(), str(digest))
+            good, end = disk.size_bytes == manifest.size_bytes, 0
             for offset, length, id_ in manifest.chunks():
-                good = good and not _data_between(file.fileno(), end, offset)
+                good = good and not _data_between(disk, end, offset)
                 good = good and blake3(os.pread(file.fileno(), length, offset)).digest() == id_
                 end = offset + length
-            good = good and not _data_between(file.fileno(), end, manifest.size_bytes)
+            good = good and not _data_between(disk, end, manifest.size_bytes)
         if not good:
             self.remove(digest)
             raise Corrupt(
@@ -129,14 +130,11 @@ class ImageCache:
             self.path(digest).with_suffix(suffix).unlink(missing_ok=True)
 
 
-def _data_between(descriptor: int, start: int, end: int) -> bool:
+def _data_between(disk: RawDisk, start: int, end: int) -> bool:
     """Whether a stretch that must be a hole holds other bytes than zeros."""
-    while start < end:
-        try:
-            start = os.lseek(descriptor, start, os.SEEK_DATA)
-        except OSError:
-            return False
-        if start < end and os.pread(descriptor, min(1 << 20, end - start), start).strip(b"\0"):
+    while start < end and (found := disk.next_data(start)):
+        start = found[0]
+        if read_range(disk, start, min(1 << 20, end - start)).strip(b"\0"):
             return True
         start += 1 << 20
     return False
