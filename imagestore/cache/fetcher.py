@@ -164,18 +164,14 @@ class Fetcher:
             if kind is Kind.FILL and (self._running[kind] >= _FILLING or now < self._fill_from_s):
                 return None
             for at, image in enumerate(self._images):
-                if image.running < self._share(image) and (job := image.wanted.take(kind, now)):
+                # One whose stores hang must leave connections to the others.
+                most = 2 if image.failing else _CONNECTIONS // min(2, len(self._images))
+                if image.running < most and (job := image.wanted.take(kind, now)):
                     image.running += 1
                     # The next one first next time, so that one image cannot keep all the others waiting.
                     self._images.append(self._images.pop(at))
                     return image, job
         return None
-
-    def _share(self, image: Filling) -> int:
-        """How many connections an image may hold: one whose stores hang must leave some to the others."""
-        if image.failing:
-            return 2
-        return _CONNECTIONS if len(self._images) == 1 else _CONNECTIONS // 2
 
     async def _work(self, image: Filling, job: Job) -> None:
         loop, brought = asyncio.get_running_loop(), Brought()
