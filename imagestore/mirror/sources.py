@@ -167,16 +167,13 @@ def parse(body: Mapping[str, Any]) -> Source:
         tags=tuple(check_name(tag, "tag") for tag in tags),
         url=_text(body, "url"),
         architectures={check_architecture(ours): str(theirs) for ours, theirs in architectures.items()},
-        checksums=_text(body, "checksums", ""),
-        signature=_text(body, "signature", ""),
-        keyring=_text(body, "keyring", ""),
         build_page=_text(build, "page", ""),
         build_pattern=_text(build, "pattern", ""),
         keep=_number(body, "keep", 3, 1000),
         format=_text(body, "format", "qcow2"),
-        os=_text(body, "os", ""),
         limit_bytes=_number(body, "limit_bytes", 20 << 30, _MOST_BYTES),
         labels={str(key): str(value) for key, value in dict(body.get("labels", {})).items()},
+        **{key: _text(body, key, "") for key in ("checksums", "signature", "keyring", "os")},
     )
     for url in (source.url, source.checksums, source.build_page, source.signature):
         if url not in ("", "inline") and urlsplit(url).scheme not in ("https", "http"):
