@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import urllib3
@@ -15,15 +14,6 @@ from imagestore.progress import Progress, Report, silent
 
 _SLOWEST_BYTES_S = 4 << 10
 _TEXT_BYTES = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """What a download brought. `path` is None where the server said that nothing has changed."""
-
-    path: Path | None
-    etag: str = ""
-    last_modified: str = ""
 
 
 class Downloader:
@@ -61,10 +51,11 @@ class Downloader:
         etag: str = "",
         last_modified: str = "",
         progress: Report = silent,
-    ) -> Fetched:
+    ) -> tuple[str, str] | None:
         """Download to `destination`, going on where an interrupted run stopped if the file is still the same.
 
-        etag, last_modified: what is there already; an unchanged file is not sent again.
+        etag, last_modified: of what is there already; an unchanged file is not sent again. Returns those of what came,
+        None where the server said that nothing has changed.
         Raises Invalid past `limit_bytes`, Denied for a forbidden address, NotFound, Unavailable.
         """
         part, note = destination.with_suffix(".part"), destination.with_suffix(".part.json")
@@ -87,7 +78,7 @@ class Downloader:
             response = self._open(url, known, 200, *([304] if known else []))
         try:
             if response.status == 304:
-                return Fetched(None, etag, last_modified)
+                return None
             length = decimal(response.headers.get("content-length", ""))
             total = 0 if length is None else start + length  # 0: the server does not say
             if max(total, start) > limit_bytes:
@@ -104,7 +95,7 @@ class Downloader:
             part.replace(destination)
             note.unlink(missing_ok=True)
             said = response.headers
-            return Fetched(destination, said.get("etag", ""), said.get("last-modified", ""))
+            return said.get("etag", ""), said.get("last-modified", "")
         finally:
             response.close()
 

@@ -20,7 +20,7 @@ from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Un
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import PROVENANCE
 from imagestore.mirror import sources
-from imagestore.mirror.download import Downloader, Fetched, hash_file
+from imagestore.mirror.download import Downloader, hash_file
 from imagestore.mirror.sources import Outcome, Source
 from imagestore.outside import YEAR_9999_S, read_json, real
 from imagestore.progress import Progress, Report, silent
@@ -177,9 +177,7 @@ class _Image:
         source, there, path = self._source, self._look(), None
         known = read_provenance(self._store, self._current) if self._current else Provenance()
         if not self._have(there):
-            fetched = self._download(there, known, progress)
-            path = fetched.path
-            there = replace(there, etag=fetched.etag, last_modified=fetched.last_modified)
+            there, path = self._download(there, known, progress)
         if path is not None and not there.checksum:
             there = replace(there, algorithm="sha256", checksum=hash_file(path, "sha256"))
             if self._have(there):
@@ -217,13 +215,18 @@ class _Image:
                 make_update(self._store, self._current, result.digest)
         return self._outcome("new", there, result.digest, result.new_bytes)
 
-    def _download(self, there: Provenance, known: Provenance, progress: Report) -> Fetched:
-        """The file, with the right checksum; fetched again when it is wrong, given up after ATTEMPTS."""
+    def _download(
+        self, there: Provenance, known: Provenance, progress: Report
+    ) -> tuple[Provenance, Path | None]:
+        """The file, with the right checksum; fetched again when it is wrong, given up after ATTEMPTS.
+
+        And what its server says of it. None: it is what is known.
+        """
         path = self._work / f"{Digest.of(there.url.encode()).hex()[:24]}.image"
         same_url = known.url == there.url and not there.checksum
         for attempt in range(ATTEMPTS):
             try:
-                fetched = self._web.fetch(
+                said = self._web.fetch(
                     there.url,
                     path,
                     limit_bytes=self._source.limit_bytes,
@@ -237,8 +240,10 @@ class _Image:
                 time.sleep(2**attempt)
                 continue
             wanted = there.checksum
-            if fetched.path is None or not wanted or hash_file(path, there.algorithm) == wanted:
-                return fetched
+            if said is None:
+                return there, None
+            if not wanted or hash_file(path, there.algorithm) == wanted:
+                return replace(there, etag=said[0], last_modified=said[1]), path
             path.unlink()
         message = f"{there.url}: its {there.algorithm} is not the published one, {ATTEMPTS} times over"
         raise Corrupt(message, hint="upstream may be in the middle of a change; the next run tries again")

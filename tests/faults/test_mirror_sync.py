@@ -187,7 +187,7 @@ def test_a_download_goes_on_where_it_was_cut_off_unless_the_file_changed(tmp_pat
         with pytest.raises(Unavailable):
             downloader.fetch(url + "/file", out, limit_bytes=1 << 30)
         state["cut"] = False
-        assert downloader.fetch(url + "/file", out, limit_bytes=1 << 30).path == out
+        assert downloader.fetch(url + "/file", out, limit_bytes=1 << 30)
         assert out.read_bytes() == data and ranges[-1] is not None and ranges[-1] != "bytes=0-"
         state["cut"] = True
         with pytest.raises(Unavailable):
