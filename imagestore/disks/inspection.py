@@ -123,10 +123,10 @@ def _qemu_img(image: int, path: Path, arguments: list[str], file_bytes: int) -> 
 
 
 def caged(
-    argv: list[str], file_bytes: int, *, pass_fds: tuple[int, ...] = (), cpu_s: int = _CPU_S
+    argv: list[str], file_bytes: int, *, pass_fds: tuple[int, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run a program on what strangers made, within limits. Raises Invalid where it is not there or takes too long."""
-    limits = [f"--cpu={cpu_s}", f"--as={_MEMORY_BYTES}", f"--fsize={file_bytes}", "--core=0"]
+    limits = [f"--cpu={_CPU_S}", f"--as={_MEMORY_BYTES}", f"--fsize={file_bytes}", "--core=0"]
     told: dict[str, str] = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.run(

@@ -83,7 +83,7 @@ def _clean(disk: Disk, path: Path, region: Region) -> list[str]:
     at = f"{path}?offset={region.start}"
 
     def run(*argv: str, good: tuple[int, ...] = (0,)) -> str:
-        done = caged([*argv, at], disk.size_bytes, cpu_s=600)
+        done = caged([*argv, at], disk.size_bytes)
         if done.returncode not in good:
             raise Invalid(f"{region.name} cannot be cleaned: {argv[0]} ended with {done.returncode}")
         return done.stdout

@@ -81,12 +81,11 @@ class Content:
         for segment in self.qcow2.segments(start, length):
             if isinstance(segment, bytes):
                 yield segment
-            elif isinstance(segment, int):
-                yield from _zeros(segment)
             else:
                 yield from self._disk(*segment, ahead)
 
     def _disk(self, offset: int, length: int, ahead: int) -> Iterator[Buffer]:
+        """Of the disk, and zeros past its end."""
         end = offset + length
         first, last = np.searchsorted(self._ends, offset, "right"), np.searchsorted(self._starts, end)
         groups = range(0)

@@ -77,7 +77,7 @@ def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0)
 
     @get("/streams/v1/index.json")
     async def streams() -> JSONResponse:
-        return JSONResponse(streams_index(await site.images()))
+        return JSONResponse(streams_index(await site.run(site.catalog.images)))
 
     @get("/streams/v1/images.json")
     async def streams_products() -> JSONResponse:
@@ -125,9 +125,6 @@ class _Site:
     async def run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._one, function)
 
-    async def images(self) -> list[Image]:
-        return await self.run(self.catalog.images)
-
     async def find(self, name: str, tag: str, arch: str) -> Image:
         return await self.run(lambda: self.catalog.find(name, tag, arch))
 
@@ -139,7 +136,7 @@ class _Site:
         return HTMLResponse(self._environment.get_template(template).render(values), headers=headers)
 
     async def index(self, base: str, query: str, number: int) -> HTMLResponse:
-        images = await self.images()
+        images = await self.run(self.catalog.images)
         words = query.lower().split()
         found = [
             image

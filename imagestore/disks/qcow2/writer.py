@@ -33,20 +33,19 @@ class Qcow2:
     metadata: bytes
     clusters: npt.NDArray[np.int64]
     """Numbers of the guest's clusters that hold data, ascending."""
-    disk_bytes: int
 
     @property
     def size_bytes(self) -> int:
         """Of the qcow2 file."""
         return len(self.metadata) + len(self.clusters) * CLUSTER
 
-    def segments(self, start: int, length: int) -> "list[bytes | tuple[int, int] | int]":
-        """What bytes `start` to `start + length` of the file are, in order.
+    def segments(self, start: int, length: int) -> list[bytes | tuple[int, int]]:
+        """What bytes `start` to `start + length` of the file are, in order: these, or (offset, length) of the disk.
 
-        bytes: these; (offset, length): that range of the disk; a number: so many zeros (past the disk's end).
+        The last of those may reach past the disk's end, where zeros are.
         """
         end = min(start + length, self.size_bytes)
-        found: list[bytes | tuple[int, int] | int] = []
+        found: list[bytes | tuple[int, int]] = []
         if start < len(self.metadata):
             found.append(self.metadata[start:end])
             start = len(self.metadata)
@@ -57,12 +56,7 @@ class Qcow2:
             steps = np.flatnonzero(np.diff(self.clusters[first : last + 1]) != 1)
             count = int(steps[0]) + 1 if len(steps) else last + 1 - first
             size = min(count * CLUSTER - inner, end - start)
-            offset = int(self.clusters[first]) * CLUSTER + inner
-            inside = max(0, min(size, self.disk_bytes - offset))
-            if inside:
-                found.append((offset, inside))
-            if size > inside:
-                found.append(size - inside)
+            found.append((int(self.clusters[first]) * CLUSTER + inner, size))
             start += size
         return found
 
@@ -130,4 +124,4 @@ def plan(manifest: Manifest) -> Qcow2:
     l2[at] = ((data_at + np.arange(len(clusters))) * CLUSTER).astype(np.uint64) | np.uint64(_COPIED)
     # A zero after the header's last field ends the (empty) list of header extensions.
     tables_bytes = (table.tobytes() for table in (refcount_table, refcounts, l1, l2))
-    return Qcow2(b"".join((first.ljust(CLUSTER, b"\0"), *tables_bytes)), clusters, manifest.size_bytes)
+    return Qcow2(b"".join((first.ljust(CLUSTER, b"\0"), *tables_bytes)), clusters)

@@ -43,10 +43,8 @@ def read(image: qcow2_writer.Qcow2, disk: bytes, start: int, length: int) -> byt
     for piece in image.segments(start, length):
         if isinstance(piece, bytes):
             out += piece
-        elif isinstance(piece, int):
-            out += bytes(piece)
         else:
-            out += disk[piece[0] : piece[0] + piece[1]]
+            out += disk[piece[0] : piece[0] + piece[1]].ljust(piece[1], b"\0")
     return out
 
 
@@ -60,9 +58,9 @@ def check_with_qemu(manifest: Manifest, directory: Path) -> None:
             if isinstance(piece, tuple):
                 with raw.open("rb") as source:
                     source.seek(piece[0])
-                    file.write(source.read(piece[1]))
+                    file.write(source.read(piece[1]).ljust(piece[1], b"\0"))
             else:
-                file.write(piece if isinstance(piece, bytes) else bytes(piece))
+                file.write(piece)
     assert qcow2.stat().st_size == image.size_bytes
     subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", qcow2], check=True)
     subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", qcow2, raw], check=True)
