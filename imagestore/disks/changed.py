@@ -27,7 +27,7 @@ class ChangedDisk:
     """Of a disk only the groups with a change and, of chunks that reach into one, the rest; all else is a hole."""
 
     def __init__(self, disk: Disk, base: Manifest, stretches: Numbers) -> None:
-        self._disk, self.size_bytes, self.format = disk, disk.size_bytes, disk.format
+        self._disk, self.size_bytes = disk, disk.size_bytes
         if disk.size_bytes != base.size_bytes:  # a group at the end, or a chunk, was cut short there
             stretches = np.concatenate([stretches, [(base.size_bytes - 1, base.size_bytes)]])
         steps = np.zeros(-(-disk.size_bytes // GROUP_BYTES) + 1, np.int64)

@@ -15,7 +15,6 @@ class Disk(Protocol):
     """Random read access, from several threads at once."""
 
     size_bytes: int
-    format: str
 
     def next_data(self, offset: int) -> tuple[int, int] | None:
         """(start, end) of the first stretch at or after `offset` that may hold other bytes than zeros."""
@@ -58,9 +57,9 @@ def read_data(disk: Disk, offset: int, out: memoryview) -> None:
 class RawDisk:
     """A raw file or block device; its holes are found by SEEK_DATA."""
 
-    def __init__(self, descriptor: int, what: str, kind: str = "raw", size_bytes: int | None = None) -> None:
+    def __init__(self, descriptor: int, what: str, size_bytes: int | None = None) -> None:
         """size_bytes: where what follows the disk in the file is none of it."""
-        self._descriptor, self._what, self.format = descriptor, what, kind
+        self._descriptor, self._what = descriptor, what
         self.size_bytes = os.lseek(descriptor, 0, os.SEEK_END) if size_bytes is None else size_bytes
 
     def next_data(self, offset: int) -> tuple[int, int] | None:

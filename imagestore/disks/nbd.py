@@ -21,8 +21,6 @@ _MAX_BYTES, _STATUS_BYTES, _TIMEOUT_S = 16 << 20, 1 << 30, 180.0
 class NbdDisk:
     """One connection, one request at a time, from any thread. Every error is Unavailable: the export is gone."""
 
-    format = "raw"
-
     def __init__(self, path: Path, export: str, context: str = "base:allocation") -> None:
         """context: of what `extents` tells (docs/interop/nbd.txt of QEMU); base:allocation for `next_data`."""
         self._lock, self._export, self._socket = threading.Lock(), export, socket.socket(socket.AF_UNIX)

@@ -65,11 +65,11 @@ def open_disk(path: Path, format_: str | None = None, progress: Report = silent)
                     said = f"{path} is cut short: it has {disk.size_bytes} bytes and speaks of {claimed}"
                     raise Invalid(said, hint="--input-format raw takes it as it is")
             case "vhd":
-                disk = RawDisk(descriptor, str(path), "vhd", vhd_size(descriptor, str(path)))
+                disk = RawDisk(descriptor, str(path), vhd_size(descriptor, str(path)))
             case "qcow2":
                 disk = Qcow2(descriptor, str(path))
             case other:
-                disk = RawDisk(stack.enter_context(convert(descriptor, path, other)), str(path), other)
+                disk = RawDisk(stack.enter_context(convert(descriptor, path, other)), str(path))
         if disk.size_bytes > MAX_DISK_BYTES:
             raise Invalid(f"{path}: a disk of {disk.size_bytes >> 40} TiB is larger than the 64 TiB allowed")
         if disk.size_bytes == 0:

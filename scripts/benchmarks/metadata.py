@@ -33,8 +33,6 @@ BLOCK, STRETCH = 4096, 16 << 20
 class Synthetic:
     """`changed`: blocks that are others than in the first version."""
 
-    format = "raw"
-
     def __init__(self) -> None:
         self.size_bytes = GIB << 30
         self.changed = np.zeros(self.size_bytes // BLOCK, np.uint64)

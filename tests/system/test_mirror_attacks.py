@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Timestamp
 
 from imagestore.backends.directory import Directory
@@ -27,6 +29,12 @@ from imagestore.store.trust import tree
 from tests import web
 from tests.imaged import Imaged
 from tests.machines import Machine, machine, run
+
+
+def stolen(keys: Keyring, role: str) -> list[CryptoSigner]:
+    """Every key of a role, whether a root has it or not."""
+    files = sorted(keys.directory.glob(f"{role}*.pem"))
+    return [CryptoSigner(load_pem_private_key(path.read_bytes(), None)) for path in files]
 
 
 @dataclass
@@ -71,7 +79,7 @@ class Scene:
     def sign(self, file: str, metadata: Metadata[Any], keys: Keyring | None = None) -> None:
         """Put metadata of the attacker's into the tree, signed by keys that were stolen or are their own."""
         metadata.signatures.clear()
-        for signer in (keys or self.keys)._all(metadata.signed.type):
+        for signer in stolen(keys or self.keys, metadata.signed.type):
             metadata.sign(signer, append=True)
         (self.tuf / file).write_bytes(metadata.to_bytes())
 
@@ -195,7 +203,7 @@ def appoint_oneself(scene: Scene) -> None:
     root = Metadata[Root].from_bytes((scene.tuf / "1.root.json").read_bytes())
     root.signed.version = 2
     root.signed.roles["root"].keyids.clear()
-    (own,) = keys._all("root")
+    (own,) = stolen(keys, "root")
     root.signed.add_key(own.public_key, "root")
     scene.sign("2.root.json", root, keys)
 

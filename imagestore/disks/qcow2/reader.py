@@ -36,8 +36,6 @@ _INCOMPATIBLE = {
 class Qcow2:
     """Random read access to the guest's disk; thread-safe, holds no more than a few tables in memory."""
 
-    format = "qcow2"
-
     def __init__(self, descriptor: int, what: str) -> None:
         self._descriptor, self._what = descriptor, what
         self._file_bytes = os.fstat(descriptor).st_size

@@ -73,7 +73,7 @@ def test_the_files_that_showed_it_are_refused_and_recognised():
     with pytest.raises(Invalid, match="cut short"):
         content(FAULTS / "cut.vmdk")
     with open_disk(FAULTS / "fixed.vhd") as disk:
-        assert (disk.format, disk.size_bytes) == ("vhd", (FAULTS / "fixed.vhd").stat().st_size - 512)
+        assert disk.size_bytes == (FAULTS / "fixed.vhd").stat().st_size - 512
     assert content(FAULTS / "fixed.vhd", "vhd") == (FAULTS / "fixed.vhd").read_bytes()[:-512]
 
 
