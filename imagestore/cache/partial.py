@@ -67,10 +67,7 @@ class PartialImage:
         self.present_bytes = int(manifest.lengths[self._durable].sum(dtype=np.uint64))
 
     def _load(self, fresh: bool) -> None:
-        try:
-            stored = b"" if fresh else self._have_path.read_bytes()
-        except FileNotFoundError:
-            stored = b""
+        stored = b"" if fresh or not self._have_path.exists() else self._have_path.read_bytes()
         magic, body = stored[:_HEADER_BYTES], stored[_HEADER_BYTES:]
         ours = len(body) == (len(self.starts) + 7) // 8 and magic[-32:] == self._header[-32:]
         if ours and magic.startswith(_MAGIC):

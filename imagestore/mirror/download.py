@@ -48,20 +48,18 @@ class Downloader:
         destination: Path,
         *,
         limit_bytes: int,
-        etag: str = "",
-        last_modified: str = "",
+        unless: tuple[str, str] = ("", ""),
         progress: Report = silent,
     ) -> tuple[str, str] | None:
         """Download to `destination`, going on where an interrupted run stopped if the file is still the same.
 
-        etag, last_modified: of what is there already; an unchanged file is not sent again. Returns those of what came,
-        None where the server said that nothing has changed.
+        unless: ETag and Last-Modified of what is there already; an unchanged file is not sent again. Returns those of
+        what came, None where the server said that nothing has changed.
         Raises Invalid past `limit_bytes`, Denied for a forbidden address, NotFound, Unavailable.
         """
         part, note = destination.with_suffix(".part"), destination.with_suffix(".part.json")
-        known = {"If-None-Match": etag} if etag else {}
-        if last_modified and not etag:
-            known = {"If-Modified-Since": last_modified}
+        etag, changed = unless
+        known = {"If-None-Match": etag} if etag else {"If-Modified-Since": changed} if changed else {}
         validator = _remembered(note, url) if part.exists() else ""
         start = part.stat().st_size if validator else 0
         if start:

@@ -82,12 +82,10 @@ class PullThrough(ReadOnly):
         kind = kind_of(key)
         named = kind is not None and kind.check is Check.NAME
         if named:
-            try:
+            with contextlib.suppress(NotFound):
                 kept = self._kept.get(key)
                 if matches(key, kept.data):
                     return kept
-            except NotFound:
-                pass
         with self._alone(key) as first:
             if named and not first:
                 return self._whole(key)

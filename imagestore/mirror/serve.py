@@ -180,12 +180,9 @@ class _Site:
         content = await self.run(lambda: self._content(image.digest))
         etag = f"{image.digest.hex()}.{_DISKS[file]}.{WRITER}"
         modified_s = sums.created_s if sums else 0.0
+        about = content.size_bytes(_DISKS[file]), etag, modified_s, "no-cache"
         read = partial(_read_disk, content, _DISKS[file])
-
-        def batch_bytes(done: int) -> int:
-            return _BATCH_BYTES if done >= _KERNEL_BYTES else _FIRST_BYTES
-
-        return _Disk(content.size_bytes(_DISKS[file]), etag, modified_s, "no-cache", read, batch_bytes)
+        return _Disk(*about, read, lambda done: _BATCH_BYTES if done >= _KERNEL_BYTES else _FIRST_BYTES)
 
 
 class _Disk(Ranged):
@@ -215,10 +212,8 @@ class Options:
 def app_of(options: Options) -> Any:
     """Opens what is to be served. Raises StoreError, Denied for a private store."""
     if options.upstream:
-        behind = PullThrough(
-            open_backend(options.upstream.partition("#")[0]), Path(options.keep), options.keep_bytes
-        )
-        store = Store.open(behind)
+        upstream = open_backend(options.upstream.partition("#")[0])
+        store = Store.open(PullThrough(upstream, Path(options.keep), options.keep_bytes))
     else:
         store = open_store(options.store)
     store.check_public()

@@ -223,16 +223,12 @@ class _Image:
         And what its server says of it. None: it is what is known.
         """
         path = self._work / f"{Digest.of(there.url.encode()).hex()[:24]}.image"
-        same_url = known.url == there.url and not there.checksum
+        limit_bytes, same = self._source.limit_bytes, known.url == there.url and not there.checksum
+        unless = (known.etag, known.last_modified) if same else ("", "")
         for attempt in range(ATTEMPTS):
             try:
                 said = self._web.fetch(
-                    there.url,
-                    path,
-                    limit_bytes=self._source.limit_bytes,
-                    etag=known.etag if same_url else "",
-                    last_modified=known.last_modified if same_url else "",
-                    progress=progress,
+                    there.url, path, limit_bytes=limit_bytes, unless=unless, progress=progress
                 )
             except Unavailable:
                 if attempt + 1 == ATTEMPTS:
