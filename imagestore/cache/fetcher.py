@@ -90,7 +90,7 @@ class Fetcher:
         self.pump()
 
     async def remove(self, image: Filling) -> None:
-        """Start nothing for this image any more, wait for what is under way, keep what came."""
+        """Start nothing for this image any more, wait for what stores bring, keep what came."""
         if image in self._images:
             self._images.remove(image)
         while image.running:
@@ -244,6 +244,6 @@ class Fetcher:
     def _say(self, image: Filling, line: str) -> None:
         now = time.monotonic()
         image.said = {old: at for old, at in image.said.items() if now - at < _SAID_S}
-        if line not in image.said:
+        if line not in image.said and image in self._images:
             image.said[line] = now
             self._happened(image, line)

@@ -230,7 +230,7 @@ class OpenImages:
     def _happened(self, filling: Filling, line: str) -> None:
         if line:
             self._tell(str(filling.digest), line)
-        elif image := self._images.get(filling.digest):
+        elif (image := self._images.get(filling.digest)) and image is filling:
             self._later(self._seal(image))
 
     async def _seal(self, image: Image) -> None:

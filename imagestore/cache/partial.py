@@ -44,7 +44,7 @@ class PartialImage:
         self._ids = manifest.ids.tobytes()
         self._have_path = raw.with_suffix(".have")
         self._header = _MAGIC + BOOT_ID.read_text().strip().encode()[:36].ljust(36) + digest
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._durable = np.zeros(len(self.starts), np.bool_)
         self._unsynced: list[int] = []
         self.present = bytearray(len(self.starts))
@@ -83,11 +83,12 @@ class PartialImage:
         self._have_fd = os.open(self._have_path, os.O_RDWR | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Let go of the files without flushing."""
-        for fd in (self._fd, self._have_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._have_fd = -1
+        """Let go of the files without flushing; what is brought from now on is written nowhere."""
+        with self._writing:  # a number that is closed under a write may be another file's by then
+            for fd in (self._fd, self._have_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._fd = self._have_fd = -1
 
     # -- where things are
 
@@ -173,8 +174,9 @@ class PartialImage:
             while end < last and self.starts[chunks[end]] == self.ends[chunks[end - 1]]:
                 end += 1
             wanted = self.ends[chunks[end - 1]] - self.starts[chunks[at]]
-            if os.pwritev(self._fd, pieces[at:end], self.starts[chunks[at]]) != wanted:
-                raise OSError(errno.ENOSPC, f"{self.path}: short write")
+            with self._writing:
+                if os.pwritev(self._fd, pieces[at:end], self.starts[chunks[at]]) != wanted:
+                    raise OSError(errno.ENOSPC, f"{self.path}: short write")
             at = end
 
     def clone(self, chunk: int, source_fd: int, source_offset: int) -> None:
@@ -184,7 +186,8 @@ class PartialImage:
         """
         start, length, at = self.starts[chunk], self.ends[chunk] - self.starts[chunk], 0
         while at < length:
-            done = os.copy_file_range(source_fd, self._fd, length - at, source_offset + at, start + at)
+            with self._writing:
+                done = os.copy_file_range(source_fd, self._fd, length - at, source_offset + at, start + at)
             if not done:
                 raise OSError(errno.EIO, "the source was cut short")
             at += done

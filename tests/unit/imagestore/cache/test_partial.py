@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,24 @@ def test_a_failed_flush_makes_the_chunks_missing_again(tmp_path: Path) -> None:
     with booted(tmp_path, "a", Broken(random.Random(1))), pytest.raises(OSError, match="Input/output"):
         partial.flush()
     assert not any(partial.present) and partial.present_bytes == 0
+
+
+def test_an_image_is_not_closed_under_a_write(tmp_path: Path) -> None:
+    partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST)
+    closing = threading.Thread(target=partial.close)
+
+    class Slow(Forgetful):
+        def pwritev(self, fd: int, buffers: Sequence[bytes], offset: int) -> int:
+            closing.start()
+            closing.join(0.2)
+            return os.pwritev(fd, buffers, offset)
+
+    with booted(tmp_path, "a", Slow(random.Random(1))):
+        partial.write([0], [DATA[: partial.ends[0]]])
+    closing.join()
+    assert partial.path.read_bytes()[: partial.ends[0]] == DATA[: partial.ends[0]]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        partial.write([1], [DATA[partial.starts[1] : partial.ends[1]]])
 
 
 @given(st.integers(0, len(DATA) - 1), st.integers(1, 8 * CHUNK), st.integers(1, 20))

@@ -15,6 +15,7 @@ import pytest
 from imagestore.cache.peers import OWNED_CHUNKS, PeerServer, Site, sign
 from imagestore.errors import Unavailable
 from imagestore.formats.digest import Buffer, Digest
+from imagestore.store.frames import LocalOrigin
 from tests.servers import free_ports
 from tests.tiny_store import disk
 from tests.unit.imagestore.cache.test_fetcher import Node, read
@@ -59,9 +60,10 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
     tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imagestore.cache.peers.PATIENCE_S", -1)  # with its 2 s of grace: a client waits 1 s
-    port = free_ports(1, first=28000)
+    port, gave = free_ports(1, first=28000), list[str]()
 
     async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
+        gave.append(lie)
         size = 32768 * (len(ids) // 32)
         if lie == "silence":
             await asyncio.sleep(30)
@@ -79,9 +81,10 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
         # All chunks are the liar's, as far as this node knows.
         ours = site("liar2", liar=f"127.0.0.1:{port}")
         monkeypatch.setattr(ours, "owner", lambda digest, chunk, others: "liar", raising=False)
-        async with node.reading(site=ours) as reader:
+        async with node.reading(site=ours, before=[LocalOrigin(node.manifest)]) as reader:
             for offset in range(0, len(DATA), 900_000):
                 assert await read(reader, offset, 5000) == DATA[offset : offset + 5000]
+        assert gave
         assert all(
             node.partial.check(c, node.partial.read_chunk(c))
             for c, there in enumerate(node.partial.present)
@@ -90,6 +93,43 @@ def test_no_byte_of_a_lying_peer_reaches_guest_or_cache(
         await server.close()
 
     asyncio.run(asyncio.wait_for(test(), 100))
+
+
+def test_what_a_peer_brings_of_an_image_that_was_closed_meanwhile_is_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_ports(1, first=28000)
+
+    async def test() -> None:
+        node, asked, go = Node(tmp_path, DATA), asyncio.Event(), asyncio.Event()
+        starts, ends = node.partial.starts, node.partial.ends
+        held = {node.partial.id(c): DATA[starts[c] : ends[c]] for c in range(len(starts))}
+
+        async def give(digest: Digest, ids: bytes) -> Sequence[Buffer] | None:
+            asked.set()
+            await go.wait()
+            return [held[ids[at : at + 32]] for at in range(0, len(ids), 32)]
+
+        server = PeerServer(site("peer"), give)
+        await server.listen(f"127.0.0.1:{port}")
+        ours = site("we", peer=f"127.0.0.1:{port}")
+        monkeypatch.setattr(ours, "owner", lambda digest, chunk, others: "peer", raising=False)
+        async with node.reading(site=ours, before=[LocalOrigin(node.manifest)]):
+            node.filling.wanted.prefetch([0])
+            node.fetcher.pump()
+            await asked.wait()
+            await node.fetcher.remove(node.filling)
+            node.partial.close()
+            stranger = tmp_path / "stranger"
+            with stranger.open("wb"):  # it has the number that was the image's
+                go.set()
+                while node.fetcher._tasks:
+                    await asyncio.sleep(0.01)
+            assert stranger.read_bytes() == b""
+        assert node.events == [] and not any(node.partial.present)
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_strangers_and_nonsense_get_nothing_from_a_peer(tmp_path: Path) -> None:
