@@ -105,8 +105,7 @@ class PullThrough(ReadOnly):
     # Packs
 
     def _pack(self, key: str) -> _Pack:
-        pack = self._packs.get(key)
-        if pack is not None:
+        if pack := self._packs.get(key):
             return pack
         with self._alone(key) as first:
             if not first and key in self._packs:

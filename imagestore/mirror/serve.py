@@ -138,14 +138,12 @@ class _Site:
     async def index(self, base: str, query: str, number: int) -> HTMLResponse:
         images = await self.run(self.catalog.images)
         words = query.lower().split()
-        found = [
-            image
-            for image in images
-            if all(
-                word in f"{image.name}:{image.tag} {image.arch} {image.os} {image.digest}".lower()
-                for word in words
-            )
-        ]
+
+        def matches(image: Image) -> bool:
+            about = f"{image.name}:{image.tag} {image.arch} {image.os} {image.digest}".lower()
+            return all(word in about for word in words)
+
+        found = list(filter(matches, images))
         signer = next((image.signer for image in images), None)
         pages = max(1, -(-len(found) // _ROWS))
         number = min(number, pages)

@@ -73,8 +73,6 @@ def sync(
     dry_run: only look what is new, and how large the files are (`new_bytes`).
     progress: given "name:tag arch", the report for that image. Errors are in the outcomes.
     """
-    store.check_writable()
-    work.mkdir(parents=True, exist_ok=True)
     outcomes = []
     with Downloader(trusted=True) as web:
         for source in wanted:
@@ -95,8 +93,6 @@ def bring(
     store: Store, source: Source, architecture: str, work: Path, *, trusted: bool, progress: Report = silent
 ) -> Outcome:
     """One image of a source, as `sync` brings it. `trusted`: the URL is the administrator's. Raises StoreError."""
-    store.check_writable()
-    work.mkdir(parents=True, exist_ok=True)
     with Downloader(trusted=trusted) as web:
         return _Image(store, web, source, architecture, work).sync(_bounded(progress, time.monotonic()))
 
@@ -116,6 +112,8 @@ class _Image:
     def __init__(self, store: Store, web: Downloader, source: Source, architecture: str, work: Path) -> None:
         self._store, self._web, self._source, self._architecture = store, web, source, architecture
         self._work = work
+        store.check_writable()
+        work.mkdir(parents=True, exist_ok=True)
         record = store.names.read(source.name, source.tags[0])
         self._current = None if record.removed else record.images.get(architecture)
 
