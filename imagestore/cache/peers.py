@@ -75,10 +75,10 @@ class Site:
         found = max(nodes, key=lambda node: blake3(stretch + node.encode()).digest(), default="")
         return "" if found == self.me else found
 
-    def ask(self, node: str, path: str, body: bytes, wanted: int) -> bytes:
-        """One request, over a kept connection: exactly `wanted` bytes. Raises Unavailable."""
+    def ask(self, node: str, path: str, body: bytes, wanted: int) -> bytes | None:
+        """One request, over a kept connection: exactly `wanted` bytes, or None; a node that is away is not asked."""
         if self._away.get(node, 0) > time.monotonic():
-            raise Unavailable(f"node {node} did not answer lately")
+            return None
         send = partial(
             self._pool.request, "POST", f"http://{self.addresses.get(node, '')}{path}", body=body,
             headers={"Authorization": sign(self.secret, path, body)}, timeout=PATIENCE_S + 2,
@@ -91,11 +91,10 @@ class Site:
                 answer = send()
             if answer.status == 200:
                 return receive(web.body(answer, node), wanted, node, PATIENCE_S)
-        except (failures.HTTPError, OSError, Unavailable, Corrupt) as error:
+            answer.release_conn()
+        except (failures.HTTPError, OSError, Unavailable, Corrupt):
             self._away[node] = time.monotonic() + _AWAY_S
-            raise Unavailable(f"node {node}: {error}") from error
-        answer.release_conn()
-        raise Unavailable(f"node {node} answered {answer.status}")
+        return None
 
 
 class PeerOrigin:
@@ -109,12 +108,10 @@ class PeerOrigin:
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
         lengths, ids = self._manifest.lengths, self._manifest.ids
+        asked, wanted = ids[list(chunks)].tobytes(), int(lengths[list(chunks)].sum())
         # One that is away costs this request its time-out and is no error: the store is asked next.
-        with contextlib.suppress(Unavailable):
-            path = f"/chunks/{self._digest.hex()}"
-            asked, wanted = ids[list(chunks)].tobytes(), int(lengths[list(chunks)].sum())
-            data = memoryview(self._site.ask(self._node, path, asked, wanted))
-            pieces, at = [], 0
+        if answer := self._site.ask(self._node, f"/chunks/{self._digest.hex()}", asked, wanted):
+            data, pieces, at = memoryview(answer), [], 0
             for chunk in chunks:
                 pieces.append(data[at : at + int(lengths[chunk])])
                 at += int(lengths[chunk])
