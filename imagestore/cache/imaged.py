@@ -1,4 +1,4 @@
-"""The image service's process: `python -m imagestore.imaged STATE_DIR STORE…`, or `sf imaged`.
+"""The image service's process: `python -m imagestore.cache.imaged STATE_DIR STORE…`, or `sf imaged`.
 
 It leaves SIGTERM and SIGINT with everything flushed. Started by an agent (`while_needed`) it also ends by itself once
 no guest reads through it, nothing is being filled and no agent has asked anything for a while.

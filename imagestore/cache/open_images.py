@@ -1,7 +1,7 @@
 """The images that a node has open: fetched while guests read them over NBD, given to peers, sealed when complete.
 
-<cache>/<hex>.raw, .manifest     complete images (imagestore.cache)
-<cache>/<hex>.part, .have        incomplete ones (imagestore.partial)
+<cache>/<hex>.raw, .manifest     complete images (imagestore.cache.images)
+<cache>/<hex>.part, .have        incomplete ones (imagestore.cache.partial)
 <cache>/traces/<hex>             boot traces
 <run>/<id>                       NBD sockets
 """
@@ -129,8 +129,7 @@ class OpenImages:
                 await server.start()
                 image.exports[reader] = (server, source)
                 asyncio.get_running_loop().call_later(TRACE_S, self._end_trace, image, source)
-            order = [Fill.NOW, Fill.IDLE, Fill.NEVER]
-            image.wanted.fill = min(image.wanted.fill, fill, key=order.index)
+            image.wanted.fill = min(image.wanted.fill, fill, key=list(Fill).index)
             self._fetcher.pump()
             return image.exports[reader][0].path, image.partial.size_bytes
 

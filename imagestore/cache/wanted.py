@@ -24,7 +24,7 @@ _NEAR_BYTES = 192 << 10
 
 
 class Fill(StrEnum):
-    """When what nobody asked for is fetched."""
+    """When what nobody asked for is fetched, the soonest first."""
 
     NOW = "now"
     IDLE = "idle"
