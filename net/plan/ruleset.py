@@ -4,7 +4,6 @@ Pure; net/kernel/libnft.py runs the text.
 """
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from net.plan.facts import Admission, Chain, Elements, Hook, Rule, Table
@@ -24,11 +23,10 @@ def script(want: Table | None, have: Table | None) -> str:
     """The one transaction that makes `have` into `want`. What is equal is left alone, with its counters."""
     if want is None:
         return f"delete table {have.family} {have.name}\n" if have else ""
-    if have and any(c.hook != have.chains[n].hook for n, c in want.chains.items() if n in have.chains):
+    have = have or Table(want.family, want.name, {})
+    had, held, counters = have.chains, have.elements, have.counters
+    if any(chain.hook != had[n].hook for n, chain in want.chains.items() if n in had):
         return script(None, have) + script(want, None)
-    had: Mapping[str, Chain] = have.chains if have else {}
-    held: Mapping[str, Elements] = have.elements if have else {}
-    counters = have.counters if have else frozenset()
     at = f"{want.family} {want.name}"
     changed = {name: chain for name, chain in want.chains.items() if had.get(name) != chain}
     stale = [name for name in had if name not in want.chains]
@@ -65,35 +63,27 @@ def _hook(hook: Hook | None) -> str:
 
 def parse(text: str) -> dict[tuple[str, str], Table]:
     """nft's JSON listing (libnftables-json(5)) as tables by family and name; sets and maps without what is in them."""
+    found: dict[tuple[str, str], tuple[dict[str, Hook | None], dict[str, Elements], set[str]]] = {}
     rules: dict[tuple[str, str, str], list[Rule]] = {}
-    chains: dict[tuple[str, str], dict[str, Chain]] = {}
-    elements: dict[tuple[str, str], dict[str, Elements]] = {}
-    counters: dict[tuple[str, str], set[str]] = {}
     objects = json.loads(text)["nftables"] if text.strip() else []
-    for kind, item in ((kind, item) for entry in objects for kind, item in entry.items()):
-        at = item.get("family", ""), item.get("table") or item.get("name", "")
-        if kind == "table":
-            chains[at] = {}
-        elif kind == "rule":
+    for kind, item in ((k, item) for entry in objects for k, item in entry.items() if k != "metainfo"):
+        at = item["family"], item.get("table") or item["name"]
+        hooks, elements, counters = found.setdefault(at, ({}, {}, set()))
+        if kind == "rule":
             rule = Rule(item.get("comment", ""), handle=item["handle"])
             rules.setdefault((*at, item["chain"]), []).append(rule)
         elif kind == "chain":
             hook = Hook(item["type"], item["hook"], item["prio"], item["policy"]) if "hook" in item else None
-            chains.setdefault(at, {})[item["name"]] = Chain(item["name"], hook, ())
+            hooks[item["name"]] = hook
         elif kind in ("set", "map"):
-            held = Elements(kind, moving="timeout" in item.get("flags", []))
-            elements.setdefault(at, {})[item["name"]] = held
+            elements[item["name"]] = Elements(kind, moving="timeout" in item.get("flags", []))
         elif kind == "counter":
-            counters.setdefault(at, set()).add(item["name"])
-    return {
-        at: Table(
-            *at,
-            {n: Chain(n, c.hook, tuple(rules.get((*at, n), ()))) for n, c in held.items()},
-            elements.get(at, {}),
-            frozenset(counters.get(at, ())),
-        )
-        for at, held in chains.items()
-    }
+            counters.add(item["name"])
+    tables = {}
+    for at, (hooks, elements, counters) in found.items():
+        chains = {n: Chain(n, hook, tuple(rules.get((*at, n), ()))) for n, hook in hooks.items()}
+        tables[at] = Table(*at, chains, elements, frozenset(counters))
+    return tables
 
 
 def _item(element: Any) -> tuple[str, str]:
