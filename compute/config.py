@@ -72,10 +72,11 @@ class Config:
     """Where, on the mesh address, the image service serves nodes with the same stores; 0 for not at all."""
     cpu_ratio: float = _told(float, "16")
     memory_reserve_mib: int = _told(int, "512")
+    restart_reserve: float = _told(float, "0")
+    """Percent of each node's memory: kept for guests of nodes that are lost."""
     disk_ratio: float = _told(float, "4")
-    """Bytes that guests' disks may grow to on a node, for each of the file system that has them."""
     disk_reserve: int = _told(size_bytes, "2G")
-    """Where that has less left, no disk is added, and none grows."""
+    """Bytes: where a node's file system has less left, no disk is added. All may grow to `disk_ratio` times that."""
     architecture: str = "x86_64"
     state_backup: str = _told(_store_url)
     """URL of the store that the state is backed up into, every so often; so many stay."""

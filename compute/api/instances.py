@@ -198,8 +198,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
         )
         wants = [_want(ctx, network, namespace) for network in body.network or ()]
         images = {disk.image for disk in instance.disks if disk.image and not disk.store}
-        known = ctx.read().list(Node)
-        closed = unreadable(ctx.services.resolver.stores, known, images, controller.server)
+        closed = unreadable(ctx.services.resolver.stores, ctx.read().list(Node), images, controller.server)
         usable, used = controller.nodes.usable() | closed, controller.usage.of
         seen: dict[str, Any] = {"limits": config, "usable": usable, "used": used}
 
@@ -209,10 +208,9 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             return create(txn, instance, wants, **seen)
 
         if body.dry_run:
-            trial = ctx.read()
-            _, found = weigh(trial, instance, **seen)
+            _, found = weigh(ctx.read(), instance, **seen)
             if any(one.fits for one in found):  # whatever else is in the way is said in the same words
-                make(trial)
+                make(trial := ctx.read())
                 enforce(trial)
             return JSONResponse(to_plain(found, list[Judged]))
         made = ctx.act(lambda txn: ctx.once(txn, Instance, body, make), queued=True)

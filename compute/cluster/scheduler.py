@@ -80,7 +80,8 @@ def judge(
     for room in (room for room in rooms if wanted in ("", room.node)):
         facts, claims, used = room.facts, room.claims, room.used
         free_cpus = max(0, int(facts.cpus * limits.cpu_ratio) - claims.cpus)
-        free_mib = max(0, facts.memory_mib - limits.memory_reserve_mib - claims.memory_mib)
+        kept_mib = limits.memory_reserve_mib + int(facts.memory_mib * limits.restart_reserve / 100)
+        free_mib = max(0, facts.memory_mib - kept_mib - claims.memory_mib)
         free_bytes = max(0, int(facts.disk_bytes * limits.disk_ratio) - (claims.disk_bytes or 0))
         left_bytes = used.get("disk_total_bytes", inf) - used.get("disk_bytes", 0)
         lacks = {

@@ -69,6 +69,5 @@ def claim(txn: Transaction, node: str, cpus: int, memory_mib: int, disk_bytes: i
     """Take so much of a node, or give it back where the figures are negative. A node that is gone has no claims."""
     found = txn.find(Claims, node)
     if found is not None:
-        disks = None if found.disk_bytes is None else found.disk_bytes + disk_bytes
         now = replace(found, cpus=found.cpus + cpus, memory_mib=found.memory_mib + memory_mib)
-        txn.update(replace(now, disk_bytes=disks))
+        txn.update(now if now.disk_bytes is None else replace(now, disk_bytes=now.disk_bytes + disk_bytes))

@@ -103,9 +103,8 @@ class Played:
             self.look()
 
     def look(self) -> None:
-        pieces(
-            self.store, lambda txn: upkeep.bring_back(txn, self.controller.nodes, Config(), lambda node: None)
-        )
+        kept = Config(restart_reserve=100.0)  # what is kept is kept for them
+        pieces(self.store, lambda txn: upkeep.bring_back(txn, self.controller.nodes, kept, lambda node: None))
 
     def told(self, node: str) -> desired.NodeDesired:
         return desired.read(Transaction(self.store), node, "0" * 8, NODES)

@@ -87,6 +87,13 @@ def test_disks_may_have_more_than_the_file_system_by_the_factor_and_a_node_that_
     assert taken([nearly_full]) == "a", "nothing is added to its disks"
 
 
+def test_a_part_of_each_nodes_memory_is_kept_for_guests_that_come_back() -> None:
+    kept = replace(LIMITS, restart_reserve=25.0)
+    (found,) = judge([room("a")], 1, 2561, limits=kept)
+    assert (found.fits, found.memory_mib) == (False, 4096 - 1024 - 512)
+    assert place(judge([room("a")], 1, 2560, limits=kept)) == taken([room("a")], 1, 2561) == "a"
+
+
 def busy(share: float | None) -> dict[str, Any]:
     return {"cpu_share": share}
 
