@@ -23,7 +23,7 @@ from imagestore.formats.pack import LEVEL
 from imagestore.updates.similar import meeting, samples
 
 _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
-_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
+_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 14, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
 _BLOCK, _NOWHERE = 256, 1 << 30
 # A table with room for the dictionary: the level's own would have forgotten its beginning.
 _FAST = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 18, "min_match": 6, "window_log": 24}
@@ -38,7 +38,9 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
         one, plain, first, rest = zlib.decompressobj(31), b"", start + _FIRST, start + _STORED
         with suppress(zlib.error):
             plain = one.decompress(view[start:first], _PLAIN) if start >= end else b""
-            plain += one.decompress(view[first:rest], _PLAIN) if len(plain) > _FIRST and not one.eof else b""
+            if len(plain) > _FIRST and not one.eof:
+                one = zlib.decompressobj(31)
+                plain = one.decompress(view[start:rest], _PLAIN)
         if one.eof and _LEAST < len(plain) <= _PLAIN and data[start + 3] in (0, 8):
             stream = start + 10 + (bytes(view[start + 10 : first]).index(0) + 1 if data[start + 3] else 0)
             again, end = _deflated(plain[:_TRIED])[:-_LAST_BLOCK], min(rest, len(data)) - len(one.unused_data)
@@ -65,10 +67,11 @@ def pack_file(one: File, other: File) -> bytes:
     blocks = np.frombuffer(plain + bytes(-len(plain) % _BLOCK), np.uint8).reshape(-1, _BLOCK)
     at = _BLOCK * np.arange(len(blocks))
     shift = shifts[np.searchsorted(places[meets], at + 2 * _BLOCK) - 1]
-    left = blocks ^ _old_blocks(base, at + shift)
+    left = _old_blocks(base, at + shift)
+    left ^= blocks
     unlike = np.count_nonzero(left, axis=1) > _BLOCK // 2
     left[unlike], shift[unlike] = blocks[unlike], _NOWHERE
-    body = b"".join((shift.astype("<i4").tobytes(), before, after, left.tobytes()))
+    body = b"".join((shift.astype("<i4").data, before, after, left.data))
     return _HEAD.pack(_MAGIC, start, len(before), len(after), len(plain)) + pack(body, b"")
 
 
