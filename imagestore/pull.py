@@ -30,7 +30,7 @@ from imagestore.store.store import Store
 from imagestore.updates.using import Seed, UpdateOrigin
 
 _COPY_CHUNKS = 256
-_PROBED_CHUNKS, _GZIP_BYTES_S = 16, 8 << 20  # so few tell how fast the line is; what gzip makes of a file
+_PROBED_CHUNKS, _GZIP_BYTES_S = 8, 8 << 20  # so few tell how fast the line is; what gzip makes of a file
 
 
 @dataclass(frozen=True, slots=True)

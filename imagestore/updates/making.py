@@ -53,7 +53,7 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
         def work(part: tuple[int, int]) -> tuple[int, Numbers, bytes]:
             """A frame of chunks: of the first and those before the last, by their numbers here."""
             like, (begin, end) = alike[slice(*part)], news.firsts[list(part)]
-            if part[0] in apart:
+            if part[0] in apart and apart[part[0]][0][0] == part:  # no other begins in its last chunk
                 return len(like), np.arange(*apart[part[0]][1][0]), pack_file(*apart[part[0]])
             near = np.unique(np.concatenate([like - 1, like, like + 1])[np.tile(like >= 0, 3)])
             near = near[(near >= 0) & (near < len(gone))]

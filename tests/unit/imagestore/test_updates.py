@@ -303,6 +303,30 @@ def test_a_flipped_bit_in_the_old_file_brings_no_wrong_byte(recompressed: Versio
         assert recompressed.pull().fetched_bytes > 4 << 20
 
 
+def test_two_files_in_one_chunk_of_which_the_first_comes_without_gzip(
+    tmp_path: Path, slow_line: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagestore.updates.coding._LEAST", 1 << 20)
+    world, former = World(tmp_path / "world"), tmp_path / "former.raw"
+    plains = [bytearray(base64.b64encode(np.random.default_rng(size).bytes(size << 20))) for size in (2, 3)]
+    digests = list[Digest]()
+    for _ in range(2):
+        image = disk(1)
+        for plain in plains:
+            packed = subprocess.run(["gzip", "-cn"], input=plain, capture_output=True, check=True).stdout
+            image += packed + bytes(-len(packed) % 512)
+            plain[::500_000] = b"!" * len(plain[::500_000])
+        digests.append(world.push("it", image + bytes(512) + disk(2)))
+    former.write_bytes(world.images[digests[0]])
+    step = make_update(world.store, *digests)
+    assert step is not None
+    assert 2 << 20 < step.size_bytes < 3 << 20
+    seed, out = Seed(world.store.manifest(digests[0]), former), tmp_path / "out.raw"
+    done = pull(world.store, digests[1], out, format_="raw", seeds=[seed], durable=False)
+    assert out.read_bytes() == world.images[digests[1]]
+    assert done.fetched_bytes < 5 << 20
+
+
 def test_a_hostile_frame_of_a_file_is_refused_whatever_it_says(
     recompressed: Versions, slow_line: None
 ) -> None:
