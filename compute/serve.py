@@ -39,6 +39,7 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, find_machine
 from compute.cluster.records.secrets import secret
 from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.scheduler import destination
 from compute.cluster.state.opening import open_state
 from compute.cluster.state.protocol import StateStore
 from compute.cluster.state_backup import SHARED
@@ -126,7 +127,9 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             await asyncio.wait(answering, timeout=2 * _GRACE_S)
 
         holds, feed = Holds(store, installation), controller.feed
-        taking = Snapshots(store, own, lambda: stores.images.stores, feed)
+        seen: Any = {"limits": config, "usable": controller.nodes.usable, "used": controller.usage.of}
+        fits = partial(destination, **seen)
+        taking = Snapshots(store, own, lambda: stores.images.stores, feed, fits)
 
         async def holding() -> None:
             made = own.made

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from cli.cloud.api import Api, Object, poll
-from cli.cloud.console import last_line
+from cli.cloud.console import answers, last_line
 from cli.command import GIBIBYTES, MEBIBYTES, pairs
 from cli.errors import MISSING, TIMEOUT, USAGE, Problem
 from cli.image.push import keep
@@ -185,3 +185,21 @@ def wait(api: Api, uuid: str, shown: Callable[[Api, Object], str] | None, timeou
             raise Problem(f"{name} is not that far after {timeout_s:.0f} s", hint=hint, code=TIMEOUT)
     say(ready)
     return found
+
+
+def power(api: Api, name: str) -> str:
+    return str(api("GET", "instances", name)["power_state"])
+
+
+def follow_start(api: Api, name: str, act: Callable[[], object], timeout: float, anew: bool = True) -> None:
+    """Until a guest is up, by its agent's word, which `act` has start (`anew`: it does not run yet). Raises Problem."""
+
+    def starts() -> list[float]:
+        events = api("GET", "instances", name, "events", limit=100)
+        return [event["timestamp"] for event in events if event["message"] == "started"][:1]
+
+    before = starts()
+    act()
+    if anew and not any(starts() != before for _ in poll(timeout)):
+        raise Problem(f"{name} has not started", hint=f"sf instance events {name}", code=TIMEOUT)
+    wait(api, name, answers, timeout)

@@ -1,7 +1,7 @@
 """`sf instance`: guests."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import click
 
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import answers, up
-from cli.cloud.create import LOSS, asked, gigabytes, guest, wait
+from cli.cloud.create import LOSS, asked, follow_start, gigabytes, guest, power, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
 from cli.errors import CAPACITY, MISSING, TIMEOUT, Problem
@@ -36,6 +36,8 @@ FIELDS = (
     ("autostart", lambda i: f"{i.get('autostart')}, order {i.get('order')}, delay {i.get('delay_s')} s"),
     ("on node loss", "on_node_loss"),
     ("ends", lambda i: _ends(i)),
+    ("moves to", "moving"),
+    ("remains on", "left"),
     ("created", lambda i: when(i.get("created"))),
     ("changed", lambda i: when(i.get("updated"))),
     ("screen", lambda i: _screen(i)),
@@ -231,24 +233,6 @@ def start(names: tuple[str, ...], wait: bool, timeout: float) -> None:
         follow_start(api, name, switch, timeout, power(api, name) != "on") if wait else switch()
 
 
-def power(api: Api, name: str) -> str:
-    return str(api("GET", "instances", name)["power_state"])
-
-
-def follow_start(api: Api, name: str, act: Callable[[], object], timeout: float, anew: bool = True) -> None:
-    """Until a guest is up, by its agent's word, which `act` has start (`anew`: it does not run yet). Raises Problem."""
-
-    def starts() -> list[float]:
-        events = api("GET", "instances", name, "events", limit=100)
-        return [event["timestamp"] for event in events if event["message"] == "started"][:1]
-
-    before = starts()
-    act()
-    if anew and not any(starts() != before for _ in poll(timeout)):
-        raise Problem(f"{name} has not started", hint=f"sf instance events {name}", code=TIMEOUT)
-    wait(api, name, answers, timeout)
-
-
 @instance.add(examples="sf instance stop web db --wait\nsf instance stop web --force")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Then its power is taken.")
 @click.option("--force", is_flag=True, help="Take the power at once, as by holding down the power button.")
@@ -295,8 +279,8 @@ def snapshot(name: str, form: str, timeout: float) -> None:
     show_one(take(Api(), name, "snapshot", timeout), SNAPSHOT_FIELDS, form)
 
 
-def take(api: Api, name: str, verb: str, timeout: float, **asked: str) -> Object:
-    """The snapshot that a request begins once no other is under way, as it ended. Raises Problem."""
+def take(api: Api, name: str, verb: str, timeout: float, **asked: Any) -> Object:
+    """The snapshot that a request begins once no other is under way, as it ended (a move's is gone). Raises Problem."""
     made: Object = {}
     with status() as tell:
         for gone_s in poll(timeout):
@@ -308,7 +292,8 @@ def take(api: Api, name: str, verb: str, timeout: float, **asked: str) -> Object
                 tell(f"{name}: another snapshot is under way", f"{gone_s:.0f} s")
                 continue
             every = api("GET", "instances", name, "snapshot")
-            found: Object = next(one for one in every if one["uuid"] == made["uuid"])
+            mine = (one for one in every if one["uuid"] == made["uuid"])
+            found: Object = next(mine, made | {"state": "created"})
             if found["state"] in ("created", "error"):
                 break
             tell(f"{found['name']}: {found['state']}", f"{gone_s:.0f} s")
@@ -317,6 +302,25 @@ def take(api: Api, name: str, verb: str, timeout: float, **asked: str) -> Object
     if found["state"] == "error":
         raise Problem(f"{found['name']}: {found['error_message']}", hint=f"sf instance events {name}")
     return found
+
+
+@instance.add(examples="sf instance migrate web --on server2")
+@click.option("--on", "node", metavar="NODE", help="Default: the best other one.")
+@click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Then its power is taken.")
+def migrate(name: str, form: str, node: str | None, timeout: float) -> None:
+    """Move a guest to another node: it is asked to end, and starts there with its disks. Meanwhile it is off."""
+    show_one(moved(Api(), name, timeout, node), COLUMNS, form)
+
+
+def moved(api: Api, name: str, timeout: float, node: str | None = None) -> Object:
+    """A guest, once it is on another node, and up there unless it is to be off. Raises Problem."""
+    made = take(api, name, "migrate", limit_s := timeout + 3600, placed_on=node, timeout_s=math.ceil(timeout))
+
+    def there(_: Api, seen: Object) -> str:
+        up = seen["power"] == "off" or (not seen["arriving"] and seen["power_state"] in ("on", "paused"))
+        return f"on {seen['node']}" if up else ""
+
+    return wait(api, made["instance_uuid"], there, limit_s)
 
 
 @instance.add(examples="sf instance restore web\nsf instance restore web my/web:20261224-180000 --wait")

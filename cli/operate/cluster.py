@@ -4,7 +4,8 @@ import secrets
 
 import click
 
-from cli.cloud.api import Api
+from cli.cloud.api import Api, Object
+from cli.cloud.instance import COLUMNS, moved
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, Group, pairs
 from cli.errors import CONFLICT, Problem
@@ -58,11 +59,32 @@ def token(form: str) -> None:
     show_one(Api()("POST", "nodes", "token"), columns, form)
 
 
-@node.add(examples="sf node drain server1")
-@click.option("--undo", is_flag=True, help="Use the node again.")
-def drain(name: str, undo: bool) -> None:
-    """Place nothing new on a node and route elsewhere; guests that run there go on."""
-    Api()("POST", "nodes", name, "undrain" if undo else "drain")
+@node.add(examples="sf node drain server1\nsf node drain server1 --move\nsf node drain server1 --undo")
+@click.option("--undo", is_flag=True, help="Use the node again; guests that were moved stay where they are.")
+@click.option("--move", is_flag=True, help="Move its guests away, one by one; each is off while it moves.")
+@click.option("--timeout", type=DURATION, default="60s", help="For a guest to end.  [default: 60s]")
+def drain(name: str, form: str, undo: bool, move: bool, timeout: float) -> None:
+    """Place nothing new on a node and route elsewhere; guests that run there go on, or are moved.
+
+    A guest that cannot be moved runs on; killed, this command is begun again and does the rest.
+    """
+    if undo and move:
+        raise click.UsageError("--move or --undo")
+    api, rows, failed = Api(), dict[str, Object](), list[Problem]()
+    name = api("POST", "nodes", name, "undrain" if undo else "drain")["name"]
+    while move:
+        here = (one for one in api("GET", "instances") if one["node"] == name and one["uuid"] not in rows)
+        if not (one := next((one for one in here if one["state"] != "delete-wait"), None)):
+            break
+        try:
+            rows[one["uuid"]] = moved(api, one["uuid"], timeout)
+        except Problem as error:
+            rows[one["uuid"]] = one | {"error_message": str(error)}
+            failed.append(error)
+    if move:
+        show_list(rows.values(), (*COLUMNS, ("error", "error_message")), form)
+    if failed:
+        raise Problem(f"{len(failed)} guests are still on {name}", hint=failed[0].hint, code=failed[0].code)
 
 
 @node.add("set", examples="sf node set server1 --label rack=a --label disk=")

@@ -43,7 +43,7 @@ def snapshot(item: Snapshot) -> Json:
     names = {device: f"my/{item.image(device)}:{item.tag}" for device in sorted(order.digests)}
     said = {"frozen": order.frozen, "note": order.note, "error_message": order.error}
     said |= {"name": f"my/{item.instance.lower()}:{item.tag}", "created": order.moment_s, "images": names}
-    return _common(item, "instance_uuid backup namespace", digests=order.digests, **order.costs, **said)
+    return _common(item, "instance_uuid backup namespace to", digests=order.digests, **order.costs, **said)
 
 
 def interface(item: Interface) -> Json:
@@ -85,8 +85,8 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
     return _common(
         item,
         "name namespace cpus video node power_state uefi secure_boot tpm configdrive agent_state accel autostart order"
-        " delay_s ephemeral on_node_loss left node_labels",
-        "console_port vdi_port ssh_key nvram_template cpu_model error_message progress",
+        " delay_s ephemeral on_node_loss left arriving node_labels",
+        "moving console_port vdi_port ssh_key nvram_template cpu_model error_message progress",
         memory=item.memory_mib,
         disk_spec=list(item.disk_spec),
         disks=[

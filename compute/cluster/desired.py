@@ -30,6 +30,7 @@ from compute.wire.spec import (
     InstanceState,
     InterfaceSpec,
     NodeDesired,
+    Power,
 )
 from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
@@ -250,7 +251,7 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         vdi=instance.video.get("vdi") or "",
         video="" if instance.video["model"] == "none" else instance.video["model"],
         video_kib=instance.video["memory"],
-        power=instance.power,
+        power=Power.OFF if instance.moving else instance.power,
         grace_s=instance.grace_s,
         reboot_soft=instance.reboot_soft,
         reboot_hard=instance.reboot_hard,

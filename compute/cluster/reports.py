@@ -104,12 +104,13 @@ def settle(txn: Transaction, node: str, status: InstanceStatus) -> None:
     for said in status.snapshots[:_SNAPSHOTS]:
         settle_snapshot(txn, found, said)
     error = status.error_message[:_TEXT]
+    arrives = found.arriving and status.state != InstanceState.CREATED
     now = replace(
         found,
         state=steps[-1] if steps else found.state,
-        arriving=found.arriving and status.state != InstanceState.CREATED,
-        power_state=status.power_state[:40],
-        error_message=error or (found.error_message if not steps else ""),
+        arriving=arrives,
+        power_state=found.power_state if arrives else status.power_state[:40],
+        error_message=error or ("" if steps or found.arriving else found.error_message),
         progress=status.progress[:80],
         accel=status.accel[:200] or found.accel,
         console_port=status.console_port,

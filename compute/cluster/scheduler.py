@@ -188,6 +188,8 @@ def weigh(
     txn: Transaction, instance: Instance, limits: Config, usable: Mapping[str, str], used: Used
 ) -> tuple[list[Room], list[Judged]]:
     """Every node for this instance, or `instance.node` if it names one, and what `judge` says. Raises NotFound."""
+    olds = (n.name for n in txn.list(Node) if instance.uuid in n.given or n.name in instance.left)
+    usable = {**usable, **dict.fromkeys(olds, "has an old copy of it: sf node orphans")}
     there = rooms(txn, usable, used, instance.node_labels | {"architecture": limits.architecture})
     images = {disk.image for disk in instance.disks if disk.image}
     return there, judge(
@@ -207,6 +209,28 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want],
     instances.check(instance, wants)
     there, found = weigh(txn, instance, **seen)
     return instances.create_instance(txn, replace(instance, node=take(txn, there, place(found))), wants)
+
+
+def destination(
+    txn: Transaction,
+    uuid: str,
+    wanted: str,
+    limits: Config,
+    usable: Callable[[], Mapping[str, str]],
+    used: Used,
+) -> str:
+    """The node that an instance can move to, `wanted` if it names one; the transaction rests on its room.
+
+    Raises NotReady, Conflict, NotFound, NoCapacity with each node's reason, Unavailable.
+    """
+    found = instances.created(txn, uuid)
+    why = "it is over once it is off" if found.ephemeral or found.held_s else ""
+    why = "its TPM and UEFI variables are its node's own" if found.uefi or found.tpm else why
+    if why := "it has just been moved" if found.arriving else why:
+        raise Conflict(f"instance {found.name} cannot move: {why}")
+    closed = {**usable(), found.node: "has it now"}
+    there, judged = weigh(txn, replace(found, node=wanted), limits, closed, used)
+    return take(txn, there, place(judged))
 
 
 def set_instance(

@@ -138,10 +138,8 @@ def _give(txn: Transaction, one: Instance, nodes: Liveness, limits: Config, used
         own, name = newest.order.digests, f"its backup of {newest.tag}"
         more: Any = {"store": newest.namespace, "image_name": name}
         disks = tuple(replace(d, image=own[d.device], **more) if d.device in own else d for d in disks)
-    olds = [n.name for n in txn.list(Node) if one.uuid in n.given or n.name in one.left]
-    usable = {**nodes.usable(), **dict.fromkeys(olds, "has an old copy of it: sf node orphans")}
     limits = replace(limits, restart_reserve=0)  # it is kept for such
-    there, found = weigh(txn, replace(one, node="", disks=disks), limits, usable, used)
+    there, found = weigh(txn, replace(one, node="", disks=disks), limits, nodes.usable(), used)
     try:
         node = place(found)
         txn.expect[one.key] = one.revision

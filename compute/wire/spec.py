@@ -80,6 +80,7 @@ class Capture:
     """A moment of a guest's disks, to be stored in the namespace's own store without a name; then how that ended.
 
     digests: device → what it is stored as. costs: bytes held in clusters of its own, read, new, known, written.
+    at_rest: it waits until the guest is off, and the node says that it did.
     """
 
     uuid: str
@@ -90,6 +91,7 @@ class Capture:
     costs: dict[str, int] = field(default_factory=dict)
     error: str = ""
     note: str = ""
+    at_rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,6 +214,8 @@ def test_snapshots_and_backups_are_their_namespaces_alone_and_only_the_administr
         body = {**rule} if verb == "PUT" else {"image": "my/web"} if what == "restore" else None
         assert server.call(verb, f"{path}/{what}", body, namespace="lab").status == 404, (verb, what)
     assert server.call("POST", f"{path}/restore", {"image": "shop/web:1"}, namespace="shop").status == 404
+    for who in ("shop", "lab"):  # nodes are the administrator's, and moving turns the guest off
+        assert server.call("POST", f"{path}/migrate", {}, namespace=who).status == 403
     assert server.call("DELETE", f"{path}/snapshot/20260101-000000", namespace="shop").status == 404
     assert server.call("DELETE", f"{path}/backup", namespace="shop").status == 200
     assert server.get("/backups", namespace="shop") == []

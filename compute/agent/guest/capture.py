@@ -84,7 +84,7 @@ class Captures:
         if self._voice.taken != taken:
             await self._held.save(taken=self._voice.taken)
         waiting = [one for one in spec.snapshots if one.uuid not in {one.uuid for one in taken}]
-        if waiting and self._task is None:
+        if waiting and self._task is None and (power == "off" or not waiting[0].at_rest):
             await self._begin(spec, waiting[0], power)
 
     async def stop(self) -> None:

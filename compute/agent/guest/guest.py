@@ -179,6 +179,7 @@ class Guest:
             done = state.power == "off" and self.record.phase is Phase.OFF
             if not done and await self._ending.come(spec, state):
                 await self._power_off()
+                self._wake.set()  # a snapshot may wait for that
         elif self.record.phase in (Phase.STARTING, Phase.OFF) and not self._captures.at_rest:
             self.host.check_lease(spec)
             if self.host.turns.come(spec):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -11,16 +12,25 @@ from compute.api import views
 from compute.api.context import Body, Ctx, StoreRoute
 from compute.cluster.images.snapshots import remove
 from compute.cluster.records.instances import Instance
+from compute.cluster.records.nodes import Node
 from compute.cluster.records.snapshots import Backup, Snapshot, snapshots_of, take
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Invalid, NotFound
+from compute.cluster.scheduler import destination, unreadable
+from compute.errors import Invalid, NotFound, Unavailable
 from compute.wire.codec import to_plain
+from compute.wire.spec import Power
 
 router = APIRouter(tags=["snapshots"], route_class=StoreRoute)
 
 
 class ImageBody(Body):
     image: str
+
+
+class MoveBody(Body):
+    placed_on: str = ""
+    timeout_s: int = Field(default=60, ge=0, le=86400)
+    """How long the guest is asked to end before its power is taken."""
 
 
 class RuleBody(Body):
@@ -53,6 +63,30 @@ def restore(ctx: Ctx, ref: str, body: ImageBody) -> Response:
             for d, i, s in now
         )
         return take(txn, uuid, then)
+
+    return JSONResponse(views.snapshot(ctx.change(instance, change)))
+
+
+@router.post("/instances/{ref}/migrate")
+def migrate(ctx: Ctx, ref: str, body: MoveBody) -> Response:
+    """Move an instance to the node named, or to the best other; the administrator's. It is off until it is there.
+
+    It is asked to end, its disks are stored as a snapshot, the other node starts it with these. This one is gone from
+    the list of snapshots once the instance is the other node's, and stays in state error where it was not moved.
+    """
+    ctx.admin()
+    instance, controller, config = ctx.find(Instance, ref), ctx.services.controller, ctx.services.config
+    if why := controller.nodes.usable().get(instance.node):
+        raise Unavailable(f"node {instance.node} {why}", hint="it is to store the disks")
+    images = {disk.image for disk in instance.disks if disk.cdrom and not disk.store}
+    closed = unreadable(ctx.services.resolver.stores, ctx.read().list(Node), images, controller.server)
+    seen: dict[str, Any] = {"limits": config, "used": controller.usage.of}
+
+    def change(txn: Transaction, uuid: str) -> Snapshot:
+        to = destination(txn, uuid, body.placed_on, usable=lambda: controller.nodes.usable() | closed, **seen)
+        if (found := txn.get(Instance, uuid)).power != Power.OFF:
+            txn.update(replace(found, grace_s=body.timeout_s))
+        return take(txn, uuid, to=to)
 
     return JSONResponse(views.snapshot(ctx.change(instance, change)))
 

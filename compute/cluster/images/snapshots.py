@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import replace
+from typing import Any
 
 from compute.cluster.feed import Feed
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.snapshots import Backup, Snapshot, due, finish, kept, snapshots_of
+from compute.cluster.records.snapshots import Backup, Snapshot, due, finish, kept, order, snapshots_of
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict
@@ -26,9 +26,14 @@ class Snapshots:
     """`keep` in the server's loop; a few snapshots at once take their next step, each in a thread."""
 
     def __init__(
-        self, records: StateStore, own: NamespaceStores, stores: Callable[[], Mapping[str, Store]], feed: Feed
+        self,
+        records: StateStore,
+        own: NamespaceStores,
+        stores: Callable[[], Mapping[str, Store]],
+        feed: Feed,
+        fits: Callable[..., Any],
     ) -> None:
-        self._records, self._own, self._stores, self._feed = records, own, stores, feed
+        self._records, self._own, self._stores, self._feed, self._fits = records, own, stores, feed, fits
         self._pool, self._busy = ThreadPoolExecutor(4, "sf-snapshots"), set[str]()
 
     async def keep(self) -> None:
@@ -53,7 +58,9 @@ class Snapshots:
                 transact(self._records, lambda txn, uuid=one.uuid: txn.delete(Snapshot, uuid))  # type: ignore[misc]
             # What was made of a guest that its maker held was for that maker.
             gone = instance is not None and instance.state == InstanceState.DELETED and instance.held_s > 0
-            if (one.live or gone) and one.uuid not in self._busy and not (one.state == "ordered" and here):
+            # One that was given to another node meanwhile moves no more.
+            waits = one.state == "ordered" and instance is not None and here and instance.moving == one.to
+            if (one.live or gone) and one.uuid not in self._busy and not waits:
                 self._busy.add(one.uuid)
                 self._pool.submit(self._advance, one, instance if here else None)
 
@@ -73,13 +80,15 @@ class Snapshots:
                         digest = Digest.parse(disk.image)
                         sources = [store for store in others.values() if store.has_manifest(digest)]
                         copy_image((sources or [target])[0], target, digest)
-                transact(self._records, lambda txn: txn.update(replace(one, state="ordered")))
+                transact(self._records, lambda txn: order(txn, one))
                 return
             for device, digest in ((name, Digest.parse(text)) for name, text in one.order.digests.items()):
-                tag(target, digest, one.image(device), one.tag, target.manifest(digest).architecture)
+                made = target.manifest(digest)
+                if not one.to:
+                    tag(target, digest, one.image(device), one.tag, made.architecture)
             if one.backup and (rule := Transaction(self._records).find(Backup, one.instance_uuid)):
                 self._keep(rule, one, target)
-            transact(self._records, lambda txn: finish(txn, one.uuid))
+            transact(self._records, lambda txn: finish(txn, one.uuid, fits=self._fits))
         except (ComputeError, StoreError, OSError) as err:
             error = str(err) or repr(err)
             transact(self._records, lambda txn: finish(txn, one.uuid, error))

@@ -94,6 +94,8 @@ class Instance(Stored):
     """What its node said that it knows of `leased_s`: before that, it would not stop it."""
     unconfirmed: bool = False
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
+    moving: str = ""
+    """The node that it goes to. Until it is there it is to be off, whatever `power` says; then that counts again."""
     arriving: bool = False
     """It was given to its node, which has not said yet that it has made the disks."""
     left: tuple[str, ...] = ()
@@ -268,8 +270,11 @@ def rehome(
         why_not = "is there" if node == found.node else "was there, and what it left is not removed yet"
         raise Conflict(f"instance {found.name} {why_not}: {node}", hint=f"see: sf instance show {found.name}")
     left = found.left if gone else (*found.left, found.node)
-    now = replace(found, node=node, disks=disks or found.disks, left=left, arriving=True, heard_s=0)
-    now = replace(now, power_state="off", error_message="", progress="", agent_state="", console_port=0)
+    now = replace(
+        found, node=node, disks=disks or found.disks, left=left, arriving=True, moving="", heard_s=0
+    )
+    power = "off" if found.power == Power.OFF else "transition-to-on"
+    now = replace(now, power_state=power, error_message="", progress="", agent_state="", console_port=0)
     claim(txn, found.node, -found.cpus, -found.memory_mib, -disk_bytes(found.disks))
     claim(txn, node, now.cpus, now.memory_mib, disk_bytes(now.disks))
     txn.update(now := replace(now, vdi_port=0, updated_s=time.time()))

@@ -1,16 +1,16 @@
 """Snapshots of instances' disks: initial ─▶ ordered of the node ─▶ stored there ─▶ created, with names; or error."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from compute.cluster.records.instances import Instance
+from compute.cluster.records.instances import Instance, created, rehome
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
-from compute.wire.spec import Capture, DiskSpec, InstanceState
+from compute.wire.spec import Capture, DiskSpec, InstanceState, Power
 
 _TEXT, _TAG, _RETRY_S = 2000, "%Y%m%d-%H%M%S", 60.0
 _CALENDAR = {"daily": "%Y-%j", "weekly": "%G-%V", "monthly": "%Y-%m"}
@@ -32,6 +32,8 @@ class Snapshot(Stored):
     backup: bool = False
     then: tuple[DiskSpec, ...] = ()
     """What the instance's disks become when this one of its former disks is kept."""
+    to: str = ""
+    """The node to which the instance moves, off, with the disks that this stores: then it is over, and had no names."""
 
     @property
     def live(self) -> bool:
@@ -98,7 +100,9 @@ def snapshots_of(txn: Transaction, instance: str) -> list[Snapshot]:
     return sorted((t for t in txn.list(Snapshot) if t.instance_uuid == instance), key=lambda t: t.tag)[::-1]
 
 
-def take(txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup: bool = False) -> Snapshot:
+def take(
+    txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup: bool = False, to: str = ""
+) -> Snapshot:
     """A snapshot of an instance is wanted now. Raises NotFound, Conflict."""
     found, others = txn.get(Instance, uuid), snapshots_of(txn, uuid)
     if found.state != InstanceState.CREATED or all(disk.cdrom for disk in found.disks):
@@ -109,14 +113,24 @@ def take(txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup
     now, tags, number = time.time(), {one.tag for one in others}, new_uuid()
     while (tag := datetime.fromtimestamp(now, UTC).strftime(_TAG)) in tags:
         now += 1
-    order = Capture(number, {"instance": found.name, "instance-uuid": uuid, "taken": tag})
+    order = Capture(number, {"instance": found.name, "instance-uuid": uuid, "taken": tag}, at_rest=bool(to))
     made = Snapshot(
         uuid=number, instance_uuid=uuid, instance=found.name, namespace=found.namespace, tag=tag, order=order,
-        then=then, backup=backup,
+        then=then, backup=backup, to=to,
     )  # fmt: skip
     txn.create(made)
-    txn.event(Instance.KIND, uuid, f"snapshot {tag} asked for", type="audit")
+    what = f"move to {to}" if to else f"snapshot {tag}"
+    txn.event(Instance.KIND, uuid, f"{what} asked for", type="audit")
     return made
+
+
+def order(txn: Transaction, one: Snapshot) -> None:
+    """Its node is told to take it; a guest that moves is off for that from now on. Raises Conflict and the like."""
+    txn.update(replace(one, state="ordered"))
+    if one.to:
+        found = created(txn, one.instance_uuid)
+        ended = found.power_state in ("off", "crashed")  # by itself: it is not started by its move
+        txn.update(replace(found, moving=one.to, power=Power.OFF if ended else found.power))
 
 
 def settle_snapshot(txn: Transaction, instance: Instance, said: Capture) -> None:
@@ -125,24 +139,39 @@ def settle_snapshot(txn: Transaction, instance: Instance, said: Capture) -> None
     if one is not None and one.instance_uuid == instance.uuid and one.state == "ordered":
         whole = said.error or said.digests.keys() == {d.device for d in instance.disks if not d.cdrom}
         error = said.error[:_TEXT] if whole else "the node did not store all disks"
+        if one.to and not said.at_rest:
+            error = error or "the node's version did not wait until the guest was off"
         order = replace(said, error=error, note=said.note[:_TEXT], labels=one.order.labels)
         txn.update(replace(one, state="stored", order=order))
 
 
-def finish(txn: Transaction, uuid: str, error: str = "") -> None:
-    """It has its names, or will never have any."""
+def finish(txn: Transaction, uuid: str, error: str = "", fits: Callable[..., Any] = lambda *_: None) -> None:
+    """It has its names, or will never have any. One that moves is the other node's now, unless `fits` raises."""
     one = txn.get(Snapshot, uuid)
     if one.live:
         order = replace(one.order, error=error[:_TEXT])
         txn.update(replace(one, state="error" if error else "created", order=order))
         costs = ", ".join(f"{name} {count}" for name, count in order.costs.items())
-        said = f"failed: {order.error}" if error else f"is {one.instance.lower()}:{one.tag}; bytes: {costs}"
-        txn.event(Instance.KIND, one.instance_uuid, f"snapshot {said}", type="status", extra=order.costs)
+        done = f"move to {one.to}: stored" if one.to else f"snapshot is {one.instance.lower()}:{one.tag}"
+        said = f"{done.split()[0]} failed: {order.error}" if error else f"{done}; bytes: {costs}"
+        txn.event(Instance.KIND, one.instance_uuid, said, type="status", extra=order.costs)
         if one.backup:
             note(txn, one.instance_uuid, error)
-        if one.then and not error and (instance := txn.find(Instance, one.instance_uuid)) is not None:
+        if (instance := txn.find(Instance, one.instance_uuid)) is None:
+            return
+        if one.then and not error:
             sizes = {disk.device: disk.size_bytes for disk in instance.disks}  # one may have grown meanwhile
             then = tuple(replace(d, size_bytes=sizes.get(d.device, d.size_bytes)) for d in one.then)
             txn.update(replace(instance, disks=then, updated_s=time.time()))
             said = f"its disks become {one.then[0].image_name}"
             txn.event(Instance.KIND, instance.uuid, said, type="audit")
+        if one.to and error:
+            txn.update(replace(instance, moving=""))
+        elif one.to and instance.moving != one.to:
+            raise Conflict(f"instance {instance.name} was given to {instance.node} meanwhile")
+        elif one.to:
+            fits(txn, instance.uuid, one.to)
+            new: dict[str, Any] = {d: {"image": i, "store": one.namespace} for d, i in order.digests.items()}
+            disks = (replace(disk, **new.get(disk.device, {})) for disk in instance.disks)  # a CD-ROM stays
+            rehome(txn, instance.uuid, one.to, "asked for", tuple(disks))
+            txn.delete(Snapshot, uuid)

@@ -1,0 +1,104 @@
+"""Guests that move to another node, cold: two machines with real libvirtd, qemu and image services."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from imagestore import open_store, verify_store
+from tests.system.cluster import Cluster
+from tests.system.machine import Machine, within
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+PLACE = 44 << 20
+COUNT = f"""#!/bin/sh
+# Goes on with what the disk has, and says where that began.
+read() {{ dd if=/dev/vda bs=512 skip={PLACE >> 9} count=1 2>/dev/null | tr -cd 0-9 | sed 's/^0*//'; }}
+i=$(read); i=${{i:-0}}
+echo "SF-BEGAN $i" >/dev/ttyS0
+while true; do
+    i=$((i + 1))
+    printf '%015d\\n' $i | dd of=/dev/vda bs=512 seek={PLACE >> 9} conv=notrunc,sync,fsync 2>/dev/null
+    echo "SF-COUNT $i" >/dev/ttyS0
+    sleep 0.1
+done
+"""
+
+
+def counts(server: Machine, name: str, word: str = "COUNT") -> int:
+    """The newest number that a guest wrote on its console; -1 before it did."""
+    said = server.sf("instance", "console", name, check=False).stdout
+    return int((re.findall(rf"SF-{word} (\d+)", said) or ["-1"])[-1])
+
+
+def create(cluster: Cluster, name: str, node: str, *words: str) -> None:
+    script = cluster.key.with_name("count.sh")
+    script.write_text(COUNT)
+    told = ["--image", "tiny:1", "--memory", "128", "--disk", "1G", "--on", node, "--user-data", str(script)]
+    cluster.server.sf("instance", "create", name, *told, *words)
+
+
+def runs_on(cluster: Cluster, uuid: str) -> list[str]:
+    """Where a guest's qemu is, by each machine's own processes."""
+    found = []
+    for node, machine in cluster.nodes.items():
+        argvs = machine.host.run(["ps", "-wweo", "args="]).stdout.splitlines()
+        found += [node for argv in argvs if "qemu-system" in argv.split(" ", 1)[0] and uuid in argv]
+    return found
+
+
+def nothing_left(cluster: Cluster, node: str, uuid: str) -> bool:
+    machine = cluster.nodes[node]
+    domains = machine.host.virsh("list", "--all", "--name").stdout
+    return uuid not in domains and not (machine.state / "instances" / uuid).exists()
+
+
+def events(server: Machine, name: str) -> list[str]:
+    return [event["message"] for event in server.listed("instance", "events", name)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        made = Cluster(stack, tmp_path_factory.mktemp("cluster"), tiny_image, ("n1", "n2"))
+        made.server.sf("network", "create", "lan", "10.42.0.0/24")
+        yield made
+        (own,) = (made.server.state / "store-namespaces").iterdir()
+        store = open_store(str(own))
+        assert not verify_store(store, full=True).problems and not list(store.names.list())
+        store.backend.close()
+
+
+def test_a_guest_moves_with_its_disk_its_address_and_its_port(cluster: Cluster) -> None:
+    server = cluster.server
+    create(cluster, "web", "n2", "--network", "lan,address=10.42.0.5", "--ssh-key", f"{cluster.key}.pub")
+    server.sf("instance", "publish", "web", "2222:22")
+    within(150, lambda: counts(server, "web") > 5, "web counts")
+    before = server.instance("web")
+
+    def banner() -> str:
+        words = f"exec 3<>/dev/tcp/10.77.0.{cluster.router()[1]}/2222 && head -1 <&3"
+        return cluster.world.run(["timeout", "5", "bash", "-c", words], check=False).stdout
+
+    within(60, lambda: banner().startswith("SSH-2.0"), "the world reaches its port")
+    counted = counts(server, "web")
+    moved = server.sf("instance", "migrate", "web", "--on", "n1", "--timeout", "20s", "--format", "json")
+    now = json.loads(moved.stdout)
+    assert (now["uuid"], now["node"], now["power_state"]) == (before["uuid"], "n1", "on")
+    within(150, lambda: counts(server, "web") > 0, "web counts again")
+    assert counts(server, "web", "BEGAN") >= counted
+    assert runs_on(cluster, now["uuid"]) == ["n1"]
+    within(60, lambda: server.instance("web")["left"] == [], "n2 has said that it removed it")
+    assert nothing_left(cluster, "n2", now["uuid"])
+    within(60, lambda: banner().startswith("SSH-2.0"), "the world reaches its port where it is now")
+    after = server.instance("web")
+    for same in ("interfaces", "name", "created", "disk_spec", "power"):
+        assert after[same] == before[same], same
+    assert server.listed("instance", "snapshots", "web") == []
+    assert any(line.startswith("moved from n2 to n1") for line in events(server, "web"))
+    assert server.sf("instance", "migrate", "web", "--on", "n1", check=False).returncode == 6, "it is there"
+    server.sf("instance", "delete", "web", "--force", "--wait")
