@@ -82,14 +82,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
         stores = process.NodeStores(config, default=True)
         stack.callback(stores.close)
-        controller = Controller(
-            store,
-            installation,
-            config.node_name if config.guests else "",
-            uplink=config.uplink,
-            resolvers=config.resolvers,
-            stores=lambda: stores.urls,
-        )
+        controller = Controller(store, installation, config, lambda: stores.urls)
         stack.callback(controller.feed.stop)
         here = find_machine(Transaction(store).list(Node), "", config.node_name)
         memory = Memory(state_dir, proof=here.uuid if here else "")

@@ -232,9 +232,8 @@ def running(
 
     async def serve() -> None:
         known = resolver or KnownImages()
-        controller = Controller(
-            store, INSTALLATION, node, stores=lambda: {n: s.url for n, s in known.stores.items()}
-        )
+        urls = lambda: {n: s.url for n, s in known.stores.items()}  # noqa: E731
+        controller = Controller(store, INSTALLATION, settings, urls)
         await controller.start()
         own = NamespaceStores(store, lambda: (directory / "store").as_uri(), directory)
         services = Services(settings, store, controller, Authority(store), known, own)

@@ -25,6 +25,7 @@ from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.reports import keep_events, settle
 from compute.cluster.state.protocol import StateStore
+from compute.config import Config
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
@@ -42,21 +43,18 @@ class Controller:
         self,
         store: StateStore,
         installation: str,
-        server: str,
-        *,
-        uplink: str = "",
-        resolvers: tuple[IPv4Address, ...] = (),
+        config: Config,
         stores: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        self._uplink, self._resolvers = uplink, resolvers
+        self._config = config
         self.stores = stores
         """Names and URLs of the image stores, as they are now."""
         self.store = store
         self.installation = installation
-        self.server = server
+        self.server = config.node_name if config.guests else ""
         """Name of the server's own node: alive as long as this process is."""
         self.feed = Feed(store)
-        self.nodes = Liveness(store, server)
+        self.nodes = Liveness(store, self.server)
         self.usage = Usage(self.nodes)
         self.arrivals = Arrivals()
 
@@ -147,9 +145,8 @@ class Controller:
         # What only this machine can reach, or only with its keys, goes over the node's own connection.
         web = {name: url if url.startswith("http") else "" for name, url in self.stores().items()}
         handed = {} if node == self.server else web
-        return desired.read(
-            read, node, self.installation, living, self._uplink, self._resolvers, handed, self.server
-        )
+        links = self._config.uplink, self._config.resolvers
+        return desired.read(read, node, self.installation, living, *links, handed, self.server)
 
     async def report(
         self, node: str, statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]

@@ -12,6 +12,7 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
 from compute.wire.spec import InstanceState, NodeFacts, Power
 
 
@@ -34,7 +35,7 @@ def registers(controller: Controller, boot: str) -> None:
 
 
 def test_only_another_start_of_the_machine_changes_what_guests_are_to_do(store: SqliteStore) -> None:
-    controller = Controller(store, "0badcafe", "n1")
+    controller = Controller(store, "0badcafe", Config(node_name="n1"))
     asyncio.run(controller.start())
     controller.feed.stop()
     registers(controller, "monday")

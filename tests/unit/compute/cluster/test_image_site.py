@@ -16,6 +16,7 @@ from compute.cluster.records import nodes
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.transaction import transact
 from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import ImageSite, NodeDesired, NodeFacts
 
@@ -89,7 +90,7 @@ def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_k
         await controller.register(name, facts, Mailbox(name))
 
     async def story() -> None:
-        controller = Controller(store, "0123abcd", "n1")
+        controller = Controller(store, "0123abcd", Config(node_name="n1"))
         await controller.start()
         transact(store, lambda txn: txn.create(Node(uuid="2", name="n2")))
         seen: list[NodeDesired] = []
@@ -120,7 +121,7 @@ def test_peers_are_told_anew_when_one_comes_or_goes_and_a_removed_one_does_not_k
             controller.nodes.renew("n3")
             assert (await told(["n3"])).secret != first.secret
             assert all(a.revision != b.revision for a, b in itertools.pairwise(seen))
-            other_server = Controller(store, "0123abcd", "n1")
+            other_server = Controller(store, "0123abcd", Config(node_name="n1"))
             assert (await other_server.desired("n1")).revision == seen[-1].revision
         finally:
             controller.feed.stop()

@@ -23,6 +23,7 @@ from compute.cluster.records.transaction import Event, Transaction, pieces, tran
 from compute.cluster.scheduler import rooms, take
 from compute.cluster.state.protocol import MOST_KEYS
 from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
 from compute.wire.spec import InstanceState, NodeEvent, NodeFacts, Orphan, Power
 
 MANY = 2 * MOST_KEYS + 10
@@ -94,7 +95,7 @@ def test_what_a_drained_node_routes_moves_all_of_it(store: SqliteStore) -> None:
 
 def test_all_guests_of_a_machine_that_started_are_wanted_on(store: SqliteStore) -> None:
     guests(store, power=Power.OFF, autostart="yes")
-    controller = Controller(store, "0badcafe", "n2")
+    controller = Controller(store, "0badcafe", Config(node_name="n2"))
     for boot in ("monday", "tuesday"):
         asyncio.run(controller.register("n1", NodeFacts(2, 4096, boot=boot), SimpleNamespace()))  # type: ignore[arg-type]
     assert {i.power for i in Transaction(store).list(Instance)} == {Power.ON}
@@ -118,7 +119,7 @@ def test_records_and_long_histories_of_the_deleted_go(store: SqliteStore) -> Non
 
 
 def test_many_events_and_many_guests_without_a_record_are_kept(store: SqliteStore) -> None:
-    controller = Controller(store, "0badcafe", "n2")
+    controller = Controller(store, "0badcafe", Config(node_name="n2"))
     said = [NodeEvent("node", "n1", time.time(), "status", f"event {n}") for n in range(MANY)]
     asyncio.run(controller.report("n1", [], said))
     assert len(Transaction(store).list(Event, "node/n1/")) == MANY

@@ -23,6 +23,7 @@ from compute.cluster.records.taken import Claims, Taken
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.spec import (
     DiskSpec,
@@ -49,7 +50,7 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 
 def started(store: SqliteStore, name: str = "n1", seen: Inventory | None = None) -> Controller:
-    controller = Controller(store, "0badcafe", name)
+    controller = Controller(store, "0badcafe", Config(node_name=name))
     asyncio.run(controller.start(seen or Inventory("m1", "", 0)))
     controller.feed.stop()
     return controller
