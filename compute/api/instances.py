@@ -142,10 +142,6 @@ class ConsoleBody(Body):
     length: int = Field(default=10240, ge=-1, le=2**31)
 
 
-def _find(ctx: Context, ref: str) -> Instance:
-    return ctx.find(Instance, ref)
-
-
 def _view(ctx: Context, item: Instance, links: Iterable[Interface] | None = None) -> dict[str, Any]:
     links = acts.interfaces_of(ctx.read(), item.uuid) if links is None else links
     used = ctx.services.controller.usage.of(item)
@@ -257,13 +253,13 @@ def set_instance(ctx: Ctx, ref: str, body: SetBody) -> Response:
         changes["until_s"] = _after(changes.pop("ttl"))
     usable, used = ctx.services.controller.nodes.usable(), ctx.services.controller.usage.of
     act = partial(change, changes=changes, limits=ctx.services.config, usable=usable, used=used)
-    return JSONResponse(_view(ctx, ctx.change(_find(ctx, ref), act)))
+    return JSONResponse(_view(ctx, ctx.change(ctx.find(Instance, ref), act)))
 
 
 @router.post("/instances/{ref}/lease")
 def renew_lease(ctx: Ctx, ref: str, body: LeaseBody) -> Response:
     """Its maker is there, and says so again within these seconds; 0: it needs nobody from now on."""
-    changed = ctx.change(_find(ctx, ref), lambda txn, uuid: acts.hold(txn, uuid, body.seconds))
+    changed = ctx.change(ctx.find(Instance, ref), partial(acts.hold, seconds=body.seconds))
     return JSONResponse({"held_until": changed.held_s or None})
 
 
@@ -276,7 +272,7 @@ def delete_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Re
 def _add_verb(verb: str) -> None:
     @router.post(f"/instances/{{ref}}/{verb}", name=verb)
     def act(ctx: Ctx, ref: str) -> Response:
-        changed = ctx.change(_find(ctx, ref), lambda txn, uuid: acts.power(txn, uuid, verb))
+        changed = ctx.change(ctx.find(Instance, ref), partial(acts.power, verb=verb))
         return JSONResponse(_view(ctx, changed))
 
 
@@ -288,7 +284,7 @@ for _verb in _VERBS:
 def poweroff(ctx: Ctx, ref: str, body: PowerOffBody | None = None) -> Response:
     """Takes its power: at once, or once the guest was asked to end for `timeout_s`. Poll `power_state`."""
     grace_s = body.timeout_s if body else 0
-    changed = ctx.change(_find(ctx, ref), lambda txn, uuid: acts.power(txn, uuid, "poweroff", grace_s))
+    changed = ctx.change(ctx.find(Instance, ref), partial(acts.power, verb="poweroff", grace_s=grace_s))
     return JSONResponse(_view(ctx, changed))
 
 
@@ -310,13 +306,14 @@ def plug_interface(ctx: Ctx, ref: str, body: PlugBody) -> Response:
 @router.get("/instances/{ref}/snapshot")
 def list_snapshots(ctx: Ctx, ref: str) -> Response:
     """The newest first."""
-    return JSONResponse([views.snapshot(one) for one in snapshots_of(ctx.read(), _find(ctx, ref).uuid)])
+    known = ctx.find(Instance, ref)
+    return JSONResponse([views.snapshot(one) for one in snapshots_of(ctx.read(), known.uuid)])
 
 
 @router.post("/instances/{ref}/snapshot")
 def take_snapshot(ctx: Ctx, ref: str) -> Response:
     """Of all its disks at one moment, into the namespace's own store. Poll the list for its `state`."""
-    return JSONResponse(views.snapshot(ctx.change(_find(ctx, ref), take)))
+    return JSONResponse(views.snapshot(ctx.change(ctx.find(Instance, ref), take)))
 
 
 @router.get("/instances/{ref}/consoledata")
@@ -335,5 +332,5 @@ async def clear_console(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(None)
 
 
-add_metadata(router, "/instances/{ref}", _find)
-add_events(router, "/instances/{ref}", _find)
+add_metadata(router, "/instances/{ref}", lambda ctx, ref: ctx.find(Instance, ref))
+add_events(router, "/instances/{ref}", lambda ctx, ref: ctx.find(Instance, ref))

@@ -71,10 +71,6 @@ class PublishBody(Body):
     ports: str
 
 
-def _find(ctx: Context, ref: str) -> Network:
-    return ctx.find(Network, ref)
-
-
 def _interface(ctx: Context, uuid: str) -> Interface:
     """Seen by its instance's namespace and by its network's, which may have to unplug it."""
     read = ctx.read()
@@ -146,7 +142,7 @@ def delete_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Res
 
 @router.get("/networks/{ref}/interfaces")
 def network_interfaces(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse([views.interface(i) for i in interfaces_on(ctx.read(), _find(ctx, ref).uuid)])
+    return JSONResponse([views.interface(i) for i in interfaces_on(ctx.read(), ctx.find(Network, ref).uuid)])
 
 
 @router.get("/networks/{ref}/addresses")
@@ -178,7 +174,7 @@ async def doctor(ctx: Ctx, ref: str) -> Response:
 @router.post("/networks/{ref}/route")
 def route(ctx: Ctx, ref: str, body: RouteBody | None = None) -> Response:
     """An address that is routed to `next_hop`, or to the network's only guest."""
-    found = _find(ctx, ref)
+    found = ctx.find(Network, ref)
     hops = [body.next_hop] if body else [i.address for i in interfaces_on(ctx.read(), found.uuid)]
     if len(hops) != 1:
         raise Invalid(f"{len(hops)} guests are on network {found.name}", hint="next_hop: the address of one")
@@ -187,17 +183,17 @@ def route(ctx: Ctx, ref: str, body: RouteBody | None = None) -> Response:
 
 @router.delete("/networks/{ref}/route/{address}")
 def unroute(ctx: Ctx, ref: str, address: str) -> Response:
-    return JSONResponse(ctx.change(_find(ctx, ref), lambda txn, uuid: acts.unroute(txn, uuid, address)))
+    return JSONResponse(ctx.change(ctx.find(Network, ref), partial(acts.unroute, address=address)))
 
 
 @router.post("/networks/{ref}/dns")
 def set_dns(ctx: Ctx, ref: str, body: DnsBody) -> Response:
-    return JSONResponse(ctx.change(_find(ctx, ref), partial(acts.set_dns, **body.model_dump())))
+    return JSONResponse(ctx.change(ctx.find(Network, ref), partial(acts.set_dns, **body.model_dump())))
 
 
 @router.delete("/networks/{ref}/dns")
 def remove_dns(ctx: Ctx, ref: str, body: DnsNameBody) -> Response:
-    return JSONResponse(ctx.change(_find(ctx, ref), partial(acts.set_dns, name=body.name, value=None)))
+    return JSONResponse(ctx.change(ctx.find(Network, ref), partial(acts.set_dns, name=body.name, value=None)))
 
 
 @router.get("/interfaces/{ref}")
@@ -323,6 +319,6 @@ def attach_rules(ctx: Ctx, ref: str, body: AttachBody) -> Response:
     return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), act)))
 
 
-add_metadata(router, "/networks/{ref}", _find)
-add_events(router, "/networks/{ref}", _find)
+add_metadata(router, "/networks/{ref}", lambda ctx, ref: ctx.find(Network, ref))
+add_events(router, "/networks/{ref}", lambda ctx, ref: ctx.find(Network, ref))
 add_metadata(router, "/interfaces/{ref}", _interface)
