@@ -91,7 +91,7 @@ class Config:
 
 def load(settings: Settings) -> Config:
     """What the settings say of a server or an agent. Raises Invalid, naming the setting."""
-    host, port = settings.parsed("listen", _host_port, "127.0.0.1:13000")
+    host, port = settings.parsed("listen", host_port, "127.0.0.1:13000")
     told = (one for one in fields(Config) if one.metadata)
     return Config(
         **{f.name: settings.parsed(f.metadata["name"] or f.name, *f.metadata["told"]) for f in told},
@@ -110,6 +110,7 @@ def load(settings: Settings) -> Config:
     )
 
 
-def _host_port(text: str) -> tuple[str, int]:
+def host_port(text: str) -> tuple[str, int]:
+    """Where a server listens. Raises ValueError."""
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)

@@ -5,13 +5,12 @@ adopts what it finds.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from compute.cluster.state.opening import open_state
 from compute.cluster.state.protocol import StateStore
 from compute.cluster.state_backup import SHARED
 from compute.cluster.upkeep import alone, keep_up
-from compute.config import Config
+from compute.config import Config, host_port
 from compute.errors import Conflict, Unavailable
 from compute.wire.streams import SOCKETS
 from imagestore import Digest, durable, listening
@@ -58,7 +57,7 @@ _GRACE_S = 3
 class _Server(uvicorn.Server):
     """Leaves signals to us: stopping the API is only one part of stopping."""
 
-    @contextlib.contextmanager
+    @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
@@ -74,14 +73,12 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         listening.raise_limits()
         listener = stack.enter_context(_listen(config.host, config.port))
         installation = "" if config.state else installation_id(state_dir)  # before there are records of it
-        store = open_state(config)
-        stack.callback(store.close)
+        store = stack.enter_context(closing(open_state(config)))
         if config.state:
             installation = share(store, state_dir)
         ensure_local_key(store, state_dir / "auth" / "local-key")
         transact(store, lambda txn: ensure_floating(txn, config.floating_pool))
-        stores = process.NodeStores(config, default=True)
-        stack.callback(stores.close)
+        stores = stack.enter_context(closing(process.NodeStores(config, default=True)))
         controller = Controller(store, installation, config, lambda: stores.urls)
         stack.callback(controller.feed.stop)
         here = find_machine(Transaction(store).list(Node), "", config.node_name)
@@ -104,10 +101,9 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         tls = secured(config)
         servers = [(_Server(_settings(api.build(services), **tls)), listener)]
         if config.agent_listen:
-            host, _, port = config.agent_listen.rpartition(":")
             cert, key, _ = certificate(state_dir / "auth")
             joining = _settings(agents.build(services), ssl_certfile=cert, ssl_keyfile=key)
-            servers.append((_Server(joining), stack.enter_context(_listen(host, int(port)))))
+            servers.append((_Server(joining), stack.enter_context(_listen(*host_port(config.agent_listen)))))
         url = f"http{'s' if tls else ''}://{config.host}:{config.port}"
         say(f"sf {process.release()} serves {url}, state in {config.state or state_dir}")
         if tls and not config.tls_cert:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from compute import process
 from compute.agent import link as remote
@@ -35,8 +35,7 @@ async def serve_agent(config: Config, url: str = "", token: str = "", say: proce
             raise Conflict(f"this machine belongs to {identity.url} already", hint=hint)
         memory = Memory(state_dir, proof=hashlib.sha256(identity.secret.encode()).hexdigest()[:32])
         stack.enter_context(memory.alone(identity.installation))
-        stores = process.NodeStores(config, default=False)
-        stack.callback(stores.close)
+        stores = stack.enter_context(closing(process.NodeStores(config, default=False)))
         agent, link, address = process.joined(config, identity, stores, memory)
         say(f"sf agent {process.release()}: node {identity.node} of {identity.url}, mesh address {address}")
         await process.run(agent, link, stores.keep)

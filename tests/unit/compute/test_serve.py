@@ -14,7 +14,7 @@ from compute.cluster.desired import build
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.state.sqlite import SqliteStore
-from compute.config import Config, load
+from compute.config import Config, host_port, load
 from compute.errors import Conflict, Denied, Unauthenticated, Unavailable
 from compute.process import only_one
 from compute.serve import _listen, _settings, installation_id, secured
@@ -60,6 +60,12 @@ def test_one_server_per_state_directory(tmp_path: Path) -> None:
 def test_a_taken_address_is_a_conflict() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(Conflict, match="cannot listen"):
         _listen("127.0.0.1", other.getsockname()[1])
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1:0", "[::1]:0"])
+def test_nodes_are_listened_for_at_an_address_of_either_kind(where: str) -> None:
+    with _listen(*host_port(where)) as listener:
+        assert listener.getsockname()[0] == where.rpartition(":")[0].strip("[]")
 
 
 def test_the_installations_id_is_made_once_and_never_made_up_again(tmp_path: Path) -> None:
