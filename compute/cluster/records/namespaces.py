@@ -31,7 +31,6 @@ class Namespace(Stored):
     keys: dict[str, KeyHash] = field(default_factory=dict)
     trust: tuple[str, ...] = ()
     """Namespaces whose callers may see and change this one's objects."""
-    state: str = "created"
     store: str = field(default="", repr=False)
     """URL of its own image store; "" until it keeps something (`images/stores`)."""
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import find_network
@@ -23,8 +23,6 @@ class Rules(Stored):
     name: str
     namespace: str
     allow: tuple[Allow, ...] = ()
-    state: str = "created"
-    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def parse(text: str, networks: Mapping[str, str]) -> Allow:
