@@ -236,7 +236,7 @@ def delete_instances(ctx: Ctx, body: DeleteAllBody) -> Response:
     """Every instance of a namespace; answers with their UUIDs."""
     doomed = [instance.uuid for instance in ctx.doomed(Instance, body)]
     for uuid in doomed:
-        ctx.act(lambda txn, uuid=uuid: acts.delete_instance(txn, uuid))  # type: ignore[misc]
+        ctx.act(partial(acts.delete_instance, uuid=uuid))
     return JSONResponse(doomed)
 
 

@@ -1,10 +1,11 @@
 """/networks, /interfaces and /rules."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Network
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -107,8 +108,9 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
 
     def make(txn: Transaction) -> Network:
         routers = router_candidates(txn, ctx.services.controller.nodes.among(txn.list(Node)))
-        ways: Any = {"router_nodes": routers, "chosen": body.range or ""}
-        return acts.create_network(txn, wanted, excluded=excluded, **ways)
+        return acts.create_network(
+            txn, wanted, excluded=excluded, router_nodes=routers, chosen=body.range or ""
+        )
 
     made = ctx.act(lambda txn: ctx.once(txn, Network, body, make))
     return get_network(ctx, made.uuid)
@@ -119,13 +121,8 @@ def delete_networks(ctx: Ctx, body: DeleteNetworksBody) -> Response:
     """Every network of a namespace that has no interfaces; answers with their UUIDs."""
     gone = []
     for network in ctx.doomed(Network, body):
-        try:
-            ctx.act(lambda txn, uuid=network.uuid: acts.delete_network(txn, uuid))  # type: ignore[misc]
-        except Conflict:
-            if not body.clean_wait:
-                raise
-            continue
-        gone.append(network.uuid)
+        with suppress(*([Conflict] if body.clean_wait else [])):
+            gone.append(ctx.act(partial(acts.delete_network, uuid=network.uuid)).uuid)
     return JSONResponse(gone)
 
 
@@ -224,10 +221,7 @@ async def publish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
     wanted, found = published.parse(body.ports), _interface(ctx, ref)
     node = acts.routing(acts.find_routed(ctx.read(), found.network_uuid))
     used = await ctx.services.controller.nodes.operations(node).listening()
-
-    def act(txn: Transaction, uuid: str) -> Interface:
-        return published.publish(txn, uuid, wanted, listening=used, admin=ctx.caller.admin)
-
+    act = partial(published.publish, wanted=wanted, listening=used, admin=ctx.caller.admin)
     return JSONResponse(views.interface(await asyncio.to_thread(ctx.change, found, act)))
 
 
@@ -312,10 +306,7 @@ def delete_rules(ctx: Ctx, ref: str) -> Response:
 def attach_rules(ctx: Ctx, ref: str, body: AttachBody) -> Response:
     """POST attaches them, DELETE takes them away; twice is once."""
     wanted, on = ctx.find(Rules, body.rules).uuid, ctx.request.method == "POST"
-
-    def act(txn: Transaction, uuid: str) -> Interface:
-        return rules.attach_rules(txn, uuid, wanted, on=on)
-
+    act = partial(rules.attach_rules, rules_uuid=wanted, on=on)
     return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), act)))
 
 
