@@ -130,9 +130,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         once: Any = [own.keep, taking.keep, upkeep, holding, partial(brings.keep, feed), backups]
         if config.state:
             once = [partial(alone, store, *(partial(process.lasting, "upkeep", part) for part in once))]
-            me = Server(
-                name=config.agent_listen, url=url if not config.host.startswith(("127.", "0.")) else ""
-            )
+            me = Server(name=config.agent_listen, url="" if config.host.startswith(("127.", "0.")) else url)
             parts.append(partial(known, store, me))
         parts += [controller.usage.keep, stores.keep, *once, partial(brings.keep, feed, sent=True)]
         await process.run(agent, *parts, answering=answering, close=close)

@@ -73,6 +73,7 @@ class Controller:
                 site_secret(txn)
                 return ""
             nodes = txn.list(Node)
+            names = {n.uuid: n.name for n in nodes if n.state != "deleted"}
             known = find_machine(nodes, seen.machine, self.server)
             if known is None and txn.find(Node, self.server) is None:
                 memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
@@ -80,16 +81,14 @@ class Controller:
                 known = Node(uuid=new_uuid(), name=self.server, facts=facts, machine=seen.machine)
             elif known is None:
                 raise Conflict(f"node {self.server} is another machine", hint="give this another node_name")
-            elif known.name != self.server and not any(
-                n.name == self.server and n.state != "deleted" for n in nodes
-            ):
+            elif self.server not in (known.name, *names.values()):
                 known = rename(txn, known, self.server)
             known = replace(known, identity=identity and hashed(identity), state="created")
             txn.update(replace(known, machine=seen.machine))
             if txn.find(Claims, known.name) is None:
                 txn.create(Claims(name=known.name))
-            names = {known.name, *(n.name for n in nodes if n.state != "deleted" and n.uuid != known.uuid)}
-            compare(txn, list(names), seen.epoch, seen.reached)
+            names[known.uuid] = known.name
+            compare(txn, list(names.values()), seen.epoch, seen.reached)
             site_secret(txn)
             return known.name
 
