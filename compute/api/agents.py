@@ -19,6 +19,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, WebSocket
@@ -103,12 +104,10 @@ class Mailbox:
 
     async def fetch(self, wait_s: float) -> list[dict[str, Any]]:
         """Orders that nobody gave up on meanwhile."""
-        found: list[dict[str, Any]] = []
-        try:
+        found = list[dict[str, Any]]()
+        with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 found.append(await self._orders.get())
-        except TimeoutError:
-            return []
         while not self._orders.empty():
             found.append(self._orders.get_nowait())
         return [order for order in found if order["id"] in self._answers]
