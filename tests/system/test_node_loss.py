@@ -57,6 +57,7 @@ class Lossy:
     def __init__(self, stack: ExitStack, directory: Path, image: Path) -> None:
         self.cluster = Cluster(stack, directory, image)
         self.server = self.cluster.server
+        stack.callback(self.end)
         self.counted = directory / "counted"
         with self.counted.open("wb") as out:
             argv = ["python3", "-c", REGISTER]
@@ -134,7 +135,14 @@ class Lossy:
             self.cluster.plug(name)
             node.start("agent")
         else:
-            self.signal(signal.SIGCONT, *self.processes(name))
+            assert node.server is not None
+            self.signal(signal.SIGCONT, *self.processes(name), node.server.pid)  # nsenter stops along
+
+    def end(self) -> None:
+        """Those that stand still go on: else nobody reaps what is killed."""
+        for name, node in self.cluster.nodes.items():
+            if node.server is not None and (node.host.directory / "pid").exists():
+                self.signal(signal.SIGCONT, *self.processes(name), node.server.pid)
 
     def route_elsewhere(self, name: str) -> None:
         """What a frozen agent's own router sends out nobody can refuse; the howto says so."""
@@ -159,7 +167,9 @@ def lossy(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterato
 
 
 def counts(lossy: Lossy, name: str, more_than: int) -> None:
-    within(180, lambda: len(lossy.boots(name)) > more_than, f"{name} counts\n{lossy.said()}")
+    ready = ("instance", "console", name)
+    within(300, lambda: "SF-GUEST-READY" in lossy.server.sf(*ready, check=False).stdout, f"{name} is ready")
+    within(300, lambda: len(lossy.boots(name)) > more_than, f"{name} counts")
 
 
 def test_a_node_with_several_guests_is_lost_and_comes_back(lossy: Lossy) -> None:

@@ -1,0 +1,218 @@
+"""Nodes with guests that count are lost in every way, several at once: no two boots of a guest count beside each other.
+
+The guests are played (processes that send datagrams), and so is their network: a word counts if all living nodes have
+its sender among their peers, as their filters would. Server, links, leases, the killing and all fences are real.
+"""
+
+import json
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.private_libvirtd import PrivateHost
+from tests.drills import everything, rounds, seed
+from tests.system.cluster import WORLD, Cluster
+from tests.system.machine import Machine, within
+from tests.system.three import Three
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.drill,
+    pytest.mark.timeout(4 * 3600),
+    pytest.mark.skipif(not everything(), reason="a loss takes 32 s: SF_TEST_ALL=1"),
+]
+
+NODES = ("n2", "n3", "n4", "n5", "n6")
+# With the agent frozen or killed guests run on: the others' refusal alone keeps them apart.
+KINDS = ("cut", "cut and killed", "frozen", "agent frozen", "agent killed", "power")
+
+
+class Losses(Cluster):
+    """n1 serves, the others are played nodes; the register hears what guests say, in the world's network."""
+
+    outside = Three.outside
+
+    def __init__(self, stack: ExitStack, directory: Path) -> None:
+        self.world = stack.enter_context(PrivateHost(libvirtd=False))
+        self.net(self.world, "ip link add br0 type bridge; ip link set br0 up")
+        self.net(self.world, f"ip address add {WORLD}/24 dev br0")
+        self.nodes, self.agents = {}, dict[str, subprocess.Popen[bytes]]()
+        told = {"SF_AGENT_LISTEN": "10.77.0.1:13001", "SF_GUESTS": "no", "SF_NODE_NAME": "n1"}
+        for name in ("n1", *NODES):
+            home = directory / name
+            home.mkdir()
+            self.nodes[name] = Machine(stack.enter_context(PrivateHost(libvirtd=False)), home, **told)
+            self.plug(name)
+        self.server = self.nodes["n1"]
+        self.server.start()
+        stack.callback(self.end)
+        for name in NODES:
+            (token,) = [self.server.listed("node", "token")]
+            self.agent(name, token["url"], token["token"])
+        within(90, lambda: len(self.alive()) == len(NODES), "all nodes are there")
+        with self.outside():
+            self.register = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            self.register.bind((WORLD, 8000))
+        self.boots: dict[str, list[str]] = defaultdict(list)
+        self.refused, self.lost = 0, set[str]()
+
+    def agent(self, name: str, url: str = "", token: str = "") -> None:
+        machine, pid = self.nodes[name], self.nodes[name].home / "pid"
+        pid.unlink(missing_ok=True)
+        argv = machine.module("tests.system.played_guests", str(machine.home), name, url, token)
+        with (machine.home / "agent.log").open("ab") as log:
+            self.agents[name] = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        within(60, lambda: pid.exists() and pid.read_text(), f"the agent of {name} has started")
+
+    def hear(self, seconds: float) -> None:
+        """What guests say, judged by the filters of the nodes that are not lost; two boots beside each other fail."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and select.select([self.register], [], [], left)[0]:
+            sender, uuid, boot = self.register.recv(200).decode().split()
+            others = [n for n in NODES if n not in self.lost | {sender}]
+            if any(sender not in self.peers(other) for other in others):
+                self.refused += 1
+            elif self.boots[uuid][-1:] != [boot]:
+                assert boot not in self.boots[uuid], f"{uuid} counts twice: {boot} again, on {sender}"
+                self.boots[uuid].append(boot)
+
+    def peers(self, name: str) -> dict[str, str]:
+        found: dict[str, str] = json.loads((self.nodes[name].home / "peers").read_text())
+        return found
+
+    def until(self, seconds: float, true: Any, what: str) -> None:
+        """Wait, and hear meanwhile."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, f"not within {seconds} s: {what}\n{self.said()}"
+            self.hear(0.5)
+
+    def said(self) -> str:
+        logs = (f"{n}: {(self.nodes[n].home / 'agent.log').read_text()[-1500:]}" for n in NODES)
+        why = {i["name"]: (i["node"], i["progress"]) for i in self.guests().values()}
+        return "\n".join((f"{why}", self.server.sf("node", "ls").stdout, self.server.said(), *logs))
+
+    def guests(self) -> dict[str, dict[str, Any]]:
+        return {i["uuid"]: i for i in self.server.listed("instance", "ls")}
+
+    def processes(self, name: str, what: str = "") -> list[int]:
+        """All of a machine, as this machine numbers them."""
+        space, found = Path(f"/proc/{self.nodes[name].host.pid}/ns/pid").readlink(), list[int]()
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if (path / "ns/pid").readlink() == space and what in words:
+                    found.append(int(path.name))
+            except OSError:
+                continue
+        return found
+
+    def signal(self, number: int, *processes: int) -> None:
+        for process in processes:
+            try:
+                os.kill(process, number)
+            except ProcessLookupError:
+                continue
+
+    def lose(self, kind: str, name: str) -> None:
+        if kind.startswith("cut"):
+            self.net(self.world, f"ip link set {name} down")
+        if kind in ("cut and killed", "agent killed"):
+            self.signal(signal.SIGKILL, *self.processes(name, "played_guests"))
+            self.agents[name].wait(30)
+        if kind == "cut and killed":
+            self.agent(name)
+        elif kind == "frozen":
+            self.signal(signal.SIGSTOP, *self.processes(name))
+        elif kind == "agent frozen":
+            self.signal(signal.SIGSTOP, *self.processes(name, "played_guests"))
+        elif kind == "power":
+            self.nodes[name].host.stop()
+            self.agents[name].wait(30)
+
+    def mend(self, kind: str, name: str) -> None:
+        if kind.startswith("cut"):
+            self.net(self.world, f"ip link set {name} up")
+        elif kind == "power":
+            self.nodes[name].host.start()
+            self.plug(name)
+            self.agent(name)
+        elif kind == "agent killed":
+            self.agent(name)
+        else:
+            self.signal(signal.SIGCONT, *self.processes(name), self.agents[name].pid)  # nsenter stops along
+
+    def end(self) -> None:
+        for name, agent in self.agents.items():
+            self.signal(signal.SIGCONT, agent.pid)  # else nobody reaps what is killed
+            self.nodes[name].host.stop()
+            agent.wait(30)
+
+    def back(self, name: str) -> bool:
+        shown = self.server.listed("node", "show", name)
+        return shown["state"] == "created" and not shown["fenced"]
+
+
+@contextmanager
+def losses(directory: Path) -> Iterator[Losses]:
+    with ExitStack() as stack:
+        yield Losses(stack, directory)
+
+
+def test_no_guest_counts_beside_its_former_self(tmp_path: Path) -> None:
+    dice, lost = random.Random(seed()), 0
+    with losses(tmp_path) as nodes:
+        for number in range(8):
+            words = ["--disk", "1G", "--memory", "64", "--on", NODES[number % len(NODES)]]
+            nodes.server.sf("instance", "create", f"g{number}", *words, "--on-node-loss", "restart")
+        everyone = set(nodes.guests())
+        nodes.until(90, lambda: set(nodes.boots) == everyone, "all count")
+        wanted = int(os.environ.get("SF_LOSSES") or rounds(50))
+        while lost < wanted:
+            there = {u: str(i["node"]) for u, i in nodes.guests().items()}
+            victims = sorted({*there.values()})[:3]  # those that have guests, and others
+            victims += dice.sample(sorted({*NODES} - {*victims}), 3 - len(victims))
+            kinds = dict(zip(victims, dice.sample(KINDS, 3), strict=True))
+            had = {uuid: node for uuid, node in there.items() if node in kinds}
+            before = {uuid: len(nodes.boots[uuid]) for uuid in had}
+            nodes.until(
+                60, lambda h=had: all(nodes.guests()[u]["power_state"] == "on" for u in h), "they run"
+            )
+            nodes.lost, began = set(kinds), time.monotonic()
+            for victim, kind in kinds.items():
+                nodes.lose(kind, victim)
+            off = {u: n for u, n in had.items() if kinds[n].startswith("cut")}
+            given = lambda h=had: all(i["node"] not in kinds for u, i in nodes.guests().items() if u in h)  # noqa: B023, E731
+            nodes.until(90, given, f"{kinds}: all are given away")
+            gave_s = time.monotonic() - began
+            for uuid, victim in off.items():
+                assert nodes.processes(victim, f"-uuid {uuid}") == [], f"{victim} did not stop {uuid} in time"
+            nodes.until(60, lambda b=before: all(len(nodes.boots[u]) > n for u, n in b.items()), "they count")
+            print(
+                f"{kinds}: {len(had)} guests given after {gave_s:.0f} s, count after {time.monotonic() - began:.0f} s"
+            )
+            nodes.lost = set()
+            for victim, kind in kinds.items():
+                nodes.mend(kind, victim)
+            for victim in victims:
+                nodes.until(90, lambda v=victim: nodes.back(v), f"{kinds}: {victim} is used again")
+            nodes.hear(1)
+            orphans = {o["uuid"]: o for o in nodes.server.listed("node", "orphans")}
+            assert had.keys() <= orphans.keys() and {o["power_state"] for o in orphans.values()} == {"off"}
+            for uuid in orphans:
+                nodes.server.sf("node", "orphans", "--delete", uuid)
+            shown = lambda: [nodes.server.listed("node", "show", v)["given"] for v in victims]  # noqa: B023, E731
+            nodes.until(60, lambda s=shown: not any(s()), "nothing is left there")
+            lost += len(kinds)
+        print(f"{lost} losses; {nodes.refused} words of lost nodes were refused")
