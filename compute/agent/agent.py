@@ -27,15 +27,7 @@ from compute.agent.operations import Operations
 from compute.agent.reports import Reports
 from compute.errors import ComputeError, Unavailable
 from compute.wire.operations import NodeOperations
-from compute.wire.spec import (
-    InstanceSpec,
-    InstanceState,
-    InstanceStatus,
-    Inventory,
-    NodeDesired,
-    NodeEvent,
-    NodeFacts,
-)
+from compute.wire.spec import InstanceSpec, InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
 from compute.wire.streams import Stream, first
 from net import NetError, NodeNetworks, Plane
 
@@ -262,7 +254,7 @@ class Agent:
         host.turns.begin(desired.instances, partial(self._notified, "", ""))
         for uuid, spec in wanted.items():
             if uuid in self._deleted and spec.delete:  # done; the server has not heard it yet
-                self._reports.publish(InstanceStatus(uuid, InstanceState.DELETED))
+                self._reports.deleted(uuid)
             else:
                 (await self._guest(host, spec)).update(spec, networks)
 

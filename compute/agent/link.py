@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Sequence
@@ -292,6 +293,12 @@ class RemoteController:
         dropped = True
         while True:
             await self._safe()
+            # Where this process stands still, systemd starts another (WatchdogSec=; sd_notify(3)).
+            with (
+                contextlib.suppress(OSError, KeyError),
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to,
+            ):
+                to.sendto(b"WATCHDOG=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
             await asyncio.sleep(0.25)
             if self._lease.held():
                 dropped = False

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from compute.errors import ComputeError
-from compute.wire.spec import InstanceSpec, InstanceStatus, NodeEvent
+from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, NodeEvent
 from net import Action, describe
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ class Reports:
             self._statuses = [s for s in self._statuses if s is not last]
         self._statuses.append(status)
         self._waiting.set()
+
+    def deleted(self, uuid: str) -> None:
+        self.publish(InstanceStatus(uuid, InstanceState.DELETED))
 
     def note(self, event: NodeEvent) -> None:
         """Queue a line of history."""

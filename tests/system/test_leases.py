@@ -1,8 +1,10 @@
 """A joined node under its lease: a real server, and a process in the place of a guest's qemu."""
 
 import asyncio
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.wire.spec import DiskSpec, InstanceState
 from tests.api_server import Running, running
 from tests.system.test_api_agents import listening
-from tests.system.test_remote_agent import FACTS, Desk, node, token_of
+from tests.system.test_remote_agent import FACTS, Desk, node, ssl_pem, token_of
 from tests.unit.compute.test_remote import Wires
 
 WEB, DB = "11111111-0000-4000-8000-000000000001", "22222222-0000-4000-8000-000000000002"
@@ -127,3 +129,20 @@ def test_what_was_given_to_others_is_stopped_before_the_agent_hears_of_anything(
 
     with running(tmp_path / "state") as server, listening(server) as address:
         asyncio.run(story(server, f"https://{address[0]}:{address[1]}"))
+
+
+def test_systemd_hears_that_the_agent_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = remote.Identity("https://127.0.0.1:1", "node2", "secret", "0123abcd", ssl_pem(tmp_path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0sf-notify-{tmp_path.name}-{time.time_ns()}")
+        systemd.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", systemd.getsockname().decode().replace("\0", "@", 1))
+
+        async def story() -> None:
+            async with node(identity, tmp_path, wires(tmp_path)):
+                async with asyncio.timeout(30):
+                    for _ in range(3):
+                        said = await asyncio.get_running_loop().sock_recv(systemd, 100)
+                        assert said == b"WATCHDOG=1"
+
+        asyncio.run(story())
