@@ -12,13 +12,12 @@ import importlib
 import inspect
 import platform
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click import Argument, Option
 
-if TYPE_CHECKING:
-    from imagestore import Settings
+import imagestore
 
 _Function = Callable[..., Any]
 API = ("namespace", "api_url")
@@ -70,11 +69,11 @@ class _Unit(click.ParamType[Any]):
         self.name, self._bare = name, bare
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from imagestore import Invalid, duration_s, size_bytes
-
         try:
-            return size_bytes(str(value), self._bare) if self.name == "size" else duration_s(str(value))
-        except Invalid as error:
+            if self.name == "size":
+                return imagestore.size_bytes(str(value), self._bare)
+            return imagestore.duration_s(str(value))
+        except imagestore.Invalid as error:
             self.fail(f"{error}: {error.hint}", param, ctx)
 
 
@@ -147,10 +146,9 @@ def flag(name: str) -> str:
     return str(click.get_current_context().ensure_object(dict).get(name, ""))
 
 
-def settings() -> "Settings":
+def settings() -> "imagestore.Settings":
     """The settings of this invocation, in which flags come first."""
-    from imagestore import Settings
-
     context = click.get_current_context()
-    found: Settings = context.meta.setdefault("sf.settings", Settings(context.ensure_object(dict)))
+    told = imagestore.Settings(context.ensure_object(dict))
+    found: imagestore.Settings = context.meta.setdefault("sf.settings", told)
     return found

@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+import imagestore
 from cli.command import flag
 from cli.errors import clean
-
-if TYPE_CHECKING:
-    from imagestore import Progress, Report
 
 Row = Mapping[str, Any]
 Column = tuple[str, str | Callable[[Any], object]]
@@ -83,9 +81,7 @@ def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
 
 def size(value: float | None) -> str:
     """Bytes for people; "" if unknown."""
-    from imagestore import size_text
-
-    return "" if value is None else size_text(value)
+    return "" if value is None else imagestore.size_text(value)
 
 
 def when(timestamp_s: object) -> str:
@@ -156,7 +152,7 @@ def status() -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator["Report"]:
+def progress(what: str) -> Iterator["imagestore.Report"]:
     """A bar on a terminal, a plain line every few seconds elsewhere, nothing with -q."""
     if flag("quiet"):
         yield lambda _: None
@@ -166,12 +162,12 @@ def progress(what: str) -> Iterator["Report"]:
         yield _lines(what)
 
 
-def _detail(p: "Progress") -> str:
+def _detail(p: "imagestore.Progress") -> str:
     parts = ((p.new_bytes, "new"), (p.known_bytes, "already there"), (p.written_bytes, "written"))
     return ", ".join(f"{count / 2**20:.0f} MiB {word}" for count, word in parts if count)
 
 
-def _bar(what: str) -> Iterator["Report"]:
+def _bar(what: str) -> Iterator["imagestore.Report"]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -198,11 +194,11 @@ def _bar(what: str) -> Iterator["Report"]:
         )
 
 
-def _lines(what: str, every_s: float = 5.0) -> "Report":
+def _lines(what: str, every_s: float = 5.0) -> "imagestore.Report":
     last: dict[str, float] = {}
     """The stage that was printed last, and when."""
 
-    def tell(p: "Progress") -> None:
+    def tell(p: "imagestore.Progress") -> None:
         if time.monotonic() - last.get(p.stage, -every_s) < every_s:
             return
         last.clear()

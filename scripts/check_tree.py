@@ -38,9 +38,13 @@ def faces(root: Path) -> Iterator[str]:
     offered = {face: set(_offered(root / face.replace(".", "/") / "__init__.pyi")) for face in FACES}
     for path in modules(root):
         package = path.relative_to(root).parts[0]
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        whole = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        for node in nodes:
             if isinstance(node, ast.Import):
-                asked = [(name.name, "") for name in node.names]
+                asked = [(name.name, "") for name in node.names if name.name not in FACES]
+            elif isinstance(node, ast.Attribute) and (face := ast.unparse(node.value)) in whole & {*FACES}:
+                asked = [(face, node.attr)] if f"{face}.{node.attr}" not in FACES else []
             elif isinstance(node, ast.ImportFrom) and node.module:
                 asked = [(node.module, name.name) for name in node.names]
             else:

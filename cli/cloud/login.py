@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import click
 
+import imagestore
 from cli.cloud.api import Api, trusting
 from cli.command import Command, Group, settings
 from cli.errors import AUTH, MISSING, USAGE, Problem
@@ -49,13 +50,11 @@ def login(url: str, fingerprint: str | None, name: str | None) -> None:
 
 def _authority(url: str, fingerprint: str) -> str:
     """The certificate with this fingerprint, in PEM, from whoever answers there: nothing is said before it fits."""
-    from imagestore import Digest
-
-    wanted, anybody = Digest.parse(fingerprint), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    wanted, anybody = imagestore.Digest.parse(fingerprint), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
     pem = Api((url, "", ""), tls=anybody).asked_by_anybody("admin", "cacert")
     try:
-        found = Digest.of(ssl.PEM_cert_to_DER_cert(pem)) if pem else None
+        found = imagestore.Digest.of(ssl.PEM_cert_to_DER_cert(pem)) if pem else None
     except (ValueError, TypeError, AttributeError) as error:
         raise Problem(f"{url} shows no authority's certificate", code=AUTH) from error
     if found != wanted:

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+import imagestore
 from cli.cloud import inside
 from cli.cloud.api import Api, Object
 from cli.cloud.console import answers, emit, read
@@ -148,8 +149,6 @@ def build(name: str, architecture: str, form: str, **given: Any) -> None:
     The guest goes off when cloud-init has ended; its disk is cleaned (machine-id, host keys, logs, what was deleted;
     only ext4 is) and kept, with the recipe's digest as label. A recipe that fails makes no image.
     """
-    from imagestore import Digest
-
     api, target, recipe, limit_s = Api(), written(name), given.pop("recipe").read_bytes(), given["timeout"]
     parts = recipe, *([_AGENT] if given["agent"] else []), _END
     with (
@@ -160,8 +159,8 @@ def build(name: str, architecture: str, form: str, **given: Any) -> None:
     ):
         made = wait(api, uuid, lambda _, seen: "built" if seen["power_state"] == "off" else "", limit_s)
         taken = take(api, uuid, "snapshot", limit_s)
-        labels = {"base": given["image"], "recipe": str(Digest.of(b"".join(parts)))}
-        parent = Digest.parse(made["disks"][0]["digest"])
+        labels = {"base": given["image"], "recipe": str(imagestore.Digest.of(b"".join(parts)))}
+        parent = imagestore.Digest.parse(made["disks"][0]["digest"])
         with found(taken["name"], architecture) as (source, _, digest):
             row = keep_clean(source, digest, store, *target, built=True, labels=labels, parent=parent)
     show_one(row, PUSHED, form)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+import imagestore
 from cli.command import DURATION, SIZE, Command, Group, kept, settings
 from cli.errors import Problem
 from cli.image.stores import found
@@ -33,27 +34,22 @@ def present(row: dict[str, Any]) -> str:
 
 
 def ask(op: str, **arguments: Any) -> Any:
-    from imagestore import ControlClient, control_socket
-
-    return asyncio.run(ControlClient(control_socket(settings().state_dir)).ask(op, **arguments))
+    client = imagestore.ControlClient(imagestore.control_socket(settings().state_dir))
+    return asyncio.run(client.ask(op, **arguments))
 
 
 def rows() -> list[dict[str, Any]]:
     """What the service says, or without one what its directory says."""
-    from imagestore import Unavailable, list_images
-
     try:
         told: list[dict[str, Any]] = ask("ls")["images"]
-    except Unavailable:
-        told = list_images(settings().state_dir / "cache")
+    except imagestore.Unavailable:
+        told = imagestore.list_images(settings().state_dir / "cache")
     return told
 
 
 def digest_of(name: str, architecture: str) -> str:
     """What a name stands for: in a store, or (a digest) in this node's cache."""
-    from imagestore import parse_reference
-
-    if digest := parse_reference(name).digest:
+    if digest := imagestore.parse_reference(name).digest:
         return str(digest)
     with found(name, architecture) as (_, _, digest):
         return str(digest)
@@ -62,16 +58,14 @@ def digest_of(name: str, architecture: str) -> str:
 @cache.add(examples="sf cache verify")
 def verify() -> None:
     """Hash every image on this node again; what is damaged is removed, and fetched anew when it is used."""
-    from imagestore import Corrupt, ImageCache
-
-    held = ImageCache(settings().state_dir / "cache", {})
+    held = imagestore.ImageCache(settings().state_dir / "cache", {})
     images, bad = held.digests(), 0
     with status() as tell:
         for one in images:
             tell(f"verify {one}")
             try:
                 held.verify(one)
-            except Corrupt as error:
+            except imagestore.Corrupt as error:
                 bad += 1
                 print(error)
     if bad:
@@ -132,7 +126,6 @@ def top(interval_s: float) -> None:
 @click.option("--group", default="", metavar="NAME", help="Who may connect besides: qemu's, such as kvm.")
 def imaged(user: str, group: str) -> None:
     """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
-    from imagestore import options_of, run_service
-
     told = settings()
-    run_service(told.state_dir, tuple(told.stores.values()), options_of(told), user=user, group=group)
+    stores, options = tuple(told.stores.values()), imagestore.options_of(told)
+    imagestore.run_service(told.state_dir, stores, options, user=user, group=group)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+import imagestore
 from cli.command import DURATION, STORE, Group, pairs, settings
 from cli.errors import MISSING, USAGE, Problem
 from cli.image.push import keep, keep_clean
@@ -115,18 +116,17 @@ def push(file: str, name: str, architecture: str, single_writer: bool, form: str
 @click.option("--force", is_flag=True, help="Do not ask before a device is written.")
 def pull(name: str, architecture: str, form: str, output: Path | None, force: bool, **given: Any) -> None:
     """Write an image to a file or a device, or bring it here from another store."""
-    from imagestore import Seed, keep_buffers
     from imagestore import pull as pull_image
 
-    keep_buffers()
+    imagestore.keep_buffers()
     if output is None:
         _bring(name, architecture, form)
         return
-    seeds: list[Seed] = []
+    seeds: list[imagestore.Seed] = []
     for text in given["seeds"]:
         image_name, _, file = text.partition("=")
         with found(image_name, architecture) as (store, _, digest):
-            seeds.append(Seed(store.manifest(digest), Path(file)))
+            seeds.append(imagestore.Seed(store.manifest(digest), Path(file)))
     stream, device = str(output) == "-", output.is_block_device()
     kind = given["kind"] or ("raw" if stream or device else SUFFIXES.get(output.suffix))
     if not kind:
@@ -147,8 +147,6 @@ def pull(name: str, architecture: str, form: str, output: Path | None, force: bo
 
 
 def _bring(name: str, architecture: str, form: str) -> None:
-    from imagestore import copy_name
-
     here = opened(name="any", create=True, write=True)
     with found(name, architecture) as (source, full, digest), here as store:
         if not full:
@@ -157,7 +155,7 @@ def _bring(name: str, architecture: str, form: str) -> None:
         if source.url != store.url:
             say(f"from {source.url} to {store.url}")
             record = replace(source.names.get(*written(full)), images={architecture: digest})
-            count = copy_name(source, store, record)
+            count = imagestore.copy_name(source, store, record)
     show_one({"name": full, "digest": str(digest), "written_bytes": count}, BROUGHT, form)
 
 
@@ -197,11 +195,9 @@ def ls(remote: str | None, form: str, removed: bool) -> None:
 @image.add(examples="sf image show debian:12\nsf image show debian:12 --format json")
 def show(name: str, architecture: str, form: str) -> None:
     """Show an image: its digest, its size, its labels and where it came from."""
-    from imagestore import read_steps
-
     with found(name, architecture) as (store, full, digest):
         manifest, layout = store.manifest(digest), store.layout(digest)
-        steps = read_steps(store, digest)
+        steps = imagestore.read_steps(store, digest)
     row = {
         "name": full,
         "digest": str(digest),
@@ -225,10 +221,8 @@ def show(name: str, architecture: str, form: str) -> None:
 @image.add(examples="sf image verify debian:12")
 def verify(name: str, architecture: str) -> None:
     """Read every byte of an image and check it; exit 1 when anything is wrong."""
-    from imagestore import verify_image
-
     with found(name, architecture) as (store, full, digest), progress(name) as tell:
-        report = verify_image(store, digest, progress=tell)
+        report = imagestore.verify_image(store, digest, progress=tell)
     judge(report, f"{full} {digest}".strip(), "every byte is right")
 
 
@@ -249,16 +243,13 @@ def publish(name: str, new: str, architecture: str, single_writer: bool, form: s
 @click.argument("new")
 def tag(name: str, new: str, architecture: str, single_writer: bool) -> None:
     """Give an image of the store another name as well."""
-    from imagestore import check_architecture
-    from imagestore import tag as tag_image
-
-    target, machine = written(new), check_architecture(architecture)
+    target, machine = written(new), imagestore.check_architecture(architecture)
     into = opened(name=new, write=True, alone=single_writer)
     with found(name, machine) as (source, full, digest), into as store:
         if source.url != store.url:
             hint = f"sf store copy {source.url} {store.url} {full or 'NAME'} brings it here"
             raise Problem(f"{name} is in {source.url}, not in {store.url}", hint=hint, code=MISSING)
-        tag_image(store, digest, *target, machine)
+        imagestore.tag(store, digest, *target, machine)
     print(f"{':'.join(target)} {digest}")
 
 
@@ -285,10 +276,8 @@ def untag(name: str, single_writer: bool, only: str | None) -> None:
 @image.add(examples="sf image undelete debian:11")
 def undelete(name: str, single_writer: bool) -> None:
     """Bring back a name that was removed, as long as gc has not collected it."""
-    from imagestore import undelete as undelete_name
-
     with opened(name=name, write=True, alone=single_writer) as store:
-        record = undelete_name(store, *written(name))
+        record = imagestore.undelete(store, *written(name))
     print(" ".join([f"{record.name}:{record.tag}", *map(str, record.images.values())]))
 
 
@@ -310,26 +299,22 @@ def history(name: str, form: str) -> None:
 @click.option("--mend-times", is_flag=True, help="What bears a time yet to come begins its grace now.")
 def gc(form: str, single_writer: bool, **given: Any) -> None:
     """Free what no image needs; packs of which more than SHARE is unused are written anew."""
-    from imagestore import collect
-
     if home():
         why = "what a namespace keeps, the server collects"
         raise Problem(why, hint="--store URL for another", code=USAGE)
     with opened(alone=single_writer) as store:
-        report = collect(store, **given)
+        report = imagestore.collect(store, **given)
     show_one({**asdict(report), "mend_times": given["mend_times"], "name": store.url}, COLLECTED, form)
 
 
 @image.add(examples="sf image trace debian:12")
 def trace(name: str, architecture: str) -> None:
     """Keep in the store what boots on this node read first, for the next node's first boot of the image."""
-    from imagestore import TRACES, Trace
-
     with found(name, architecture) as (store, full, digest):
         path = settings().state_dir / "cache" / "traces" / digest.hex()
         if not path.exists():
             raise Problem(f"no boot of {full} was traced on this node", hint="boot it once", code=MISSING)
-        boots = Trace.decode(data := path.read_bytes()).boots
+        boots = imagestore.Trace.decode(data := path.read_bytes()).boots
         store.check_writable()
-        store.backend.put(TRACES.key(digest), data)
+        store.backend.put(imagestore.TRACES.key(digest), data)
     print(f"{full} {digest}: a trace of {boots:g} boots")

@@ -3,18 +3,16 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+import imagestore
+import imagestore.mirror
 from cli.command import GIBIBYTES, STORE, Group, settings
 from cli.errors import ERROR, Problem
 from cli.image.stores import opened
 from cli.output import confirm, progress, say, show_list, show_one, size, status, when
-
-if TYPE_CHECKING:
-    from imagestore import Store
-    from imagestore.mirror import Keyring, Outcome, Publisher
 
 mirror = Group("mirror", needs=STORE, help="Carry images for others, sign their names, serve them.")
 SYNCED = (
@@ -37,26 +35,22 @@ directory = click.Path(file_okay=False, path_type=Path)
 keys_option = click.option("--keys", type=directory, help="Default: mirror/keys in the state directory.")
 
 
-def _keyring(given: Path | None) -> "Keyring":
-    from imagestore.mirror import Keyring
-
-    return Keyring(given or settings().state_dir / "mirror" / "keys")
+def _keyring(given: Path | None) -> "imagestore.mirror.Keyring":
+    return imagestore.mirror.Keyring(given or settings().state_dir / "mirror" / "keys")
 
 
-def _publisher(store: "Store", keys: Path | None, root_keys: Path | None = None) -> "Publisher":
-    from imagestore.mirror import Publisher
+def _publisher(
+    store: "imagestore.Store", keys: Path | None, root_keys: Path | None = None
+) -> "imagestore.mirror.Publisher":
+    return imagestore.mirror.Publisher(store, _keyring(keys), _keyring(root_keys) if root_keys else None)
 
-    return Publisher(store, _keyring(keys), _keyring(root_keys) if root_keys else None)
 
-
-def _publish(store: "Store", keys: Path | None) -> None:
+def _publish(store: "imagestore.Store", keys: Path | None) -> None:
     """Checksums for all names, then their signatures; says what changed."""
-    from imagestore.mirror import compute_sums
-
     digests = sorted(set(store.names.images().values()))
     for number, digest in enumerate(digests, 1):
         with progress(f"checksums {number}/{len(digests)}") as tell:
-            compute_sums(store, digest, tell)
+            imagestore.mirror.compute_sums(store, digest, tell)
     done = _publisher(store, keys).publish()
     counts = f"{len(done.added)} new, {len(done.changed)} changed, {len(done.removed)} gone"
     print(f"published version {done.version}: {counts}")
@@ -68,11 +62,9 @@ def _publish(store: "Store", keys: Path | None) -> None:
 @click.option("--threshold", default=1, show_default=True, help="How many of them must sign a new root.")
 def init(keys: Path | None, root_keys: int, threshold: int) -> None:
     """Make the store if there is none, keys and a first root."""
-    from imagestore.mirror import signing
-
     ring = _keyring(keys)
     with opened(create=True) as store:
-        fingerprint = signing.init(store, ring, root_keys=root_keys, threshold=threshold)
+        fingerprint = imagestore.mirror.signing.init(store, ring, root_keys=root_keys, threshold=threshold)
     print(fingerprint)
     say(f"keys are in {ring.directory}: copy root*.pem elsewhere; clients need the fingerprint above")
 
@@ -115,37 +107,37 @@ def sync(
 
 
 def _from_sources(
-    store: "Store", given: Path | None, patterns: tuple[str, ...], *, dry_run: bool = False
+    store: "imagestore.Store", given: Path | None, patterns: tuple[str, ...], *, dry_run: bool = False
 ) -> list[dict[str, Any]]:
-    from imagestore.mirror import sources
     from imagestore.mirror import sync as sync_sources
 
     work = settings().state_dir / "mirror" / "downloads"
-    lists = sources.lists(str(given or settings().get("sources")))
-    wanted = sources.choose(lists, patterns, lambda source: [f"{source.name}:{tag}" for tag in source.tags])
+    lists = imagestore.mirror.sources.lists(str(given or settings().get("sources")))
+    wanted = imagestore.mirror.sources.choose(
+        lists, patterns, lambda source: [f"{source.name}:{tag}" for tag in source.tags]
+    )
     return [_row(one) for one in sync_sources(store, wanted, work, dry_run=dry_run, progress=progress)]
 
 
-def _row(one: "Outcome") -> dict[str, Any]:
+def _row(one: "imagestore.mirror.Outcome") -> dict[str, Any]:
     return asdict(one) | {"bytes": one.new_bytes, "digest": str(one.digest or "")}
 
 
-def _replicate(origin: str, store: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
-    from imagestore import Denied, Unavailable
-    from imagestore.mirror import upstreams
-
+def _replicate(origin: str, store: "imagestore.Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
     memory = settings().state_dir / "mirror" / "upstreams.json"
     try:
         with opened(origin) as source:
             rows = _copied(source, store, patterns)
-    except (Unavailable, Denied) as error:
-        upstreams.note(memory, origin, str(error))
+    except (imagestore.Unavailable, imagestore.Denied) as error:
+        imagestore.mirror.upstreams.note(memory, origin, str(error))
         raise
-    upstreams.note(memory, origin, "")
+    imagestore.mirror.upstreams.note(memory, origin, "")
     return rows
 
 
-def _copied(source: "Store", target: "Store", patterns: tuple[str, ...]) -> list[dict[str, Any]]:
+def _copied(
+    source: "imagestore.Store", target: "imagestore.Store", patterns: tuple[str, ...]
+) -> list[dict[str, Any]]:
     from imagestore.mirror import replicate
 
     with status() as tell:
@@ -215,11 +207,9 @@ def rotate(role: str, keys: Path | None, root_keys: Path | None) -> None:
 @keys_option
 def adopt(fingerprint: str, keys: Path | None) -> None:
     """Sign, as your own, what the signer with FINGERPRINT left behind in this store."""
-    from imagestore import Digest
-    from imagestore.mirror import adopt as adopt_images
-
     with opened() as store:
-        adopted = adopt_images(store, _publisher(store, keys), Digest.parse(fingerprint))
+        signer = imagestore.Digest.parse(fingerprint)
+        adopted = imagestore.mirror.adopt(store, _publisher(store, keys), signer)
         _publish(store, keys)
     for (name, tag, architecture), digest in adopted.items():
         print(f"{name}:{tag} {architecture} {digest}")
@@ -229,15 +219,12 @@ def adopt(fingerprint: str, keys: Path | None) -> None:
 @keys_option
 def show_status(keys: Path | None, form: str) -> None:
     """What is published and until when, what is a draft, and since when an upstream is gone."""
-    from imagestore import NotFound
-    from imagestore.mirror import signers, upstreams
-
     with opened() as store:
         drafts = store.names.images()
         try:
             fingerprint = str(_keyring(keys).fingerprint)
             published, expires = _publisher(store, keys).published()
-        except NotFound:
+        except imagestore.NotFound:
             fingerprint, published, expires = "", {}, None
         draft = sorted(f"{n}:{t} {a}" for (n, t, a), d in drafts.items() if published.get((n, t, a)) != d)
         row = {
@@ -246,8 +233,8 @@ def show_status(keys: Path | None, form: str) -> None:
             "names": len(published),
             "expires_s": expires.timestamp() if expires else None,
             "draft": draft,
-            "signers": [str(signer) for signer in signers(store)],
-            "upstreams": upstreams.read(settings().state_dir / "mirror" / "upstreams.json"),
+            "signers": [str(signer) for signer in imagestore.mirror.signers(store)],
+            "upstreams": imagestore.mirror.upstreams.read(settings().state_dir / "mirror" / "upstreams.json"),
         }
     show_one(row, STATUS, form, name="store")
 
@@ -272,7 +259,6 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
 @click.option("--workers", default=min(4, os.cpu_count() or 1), show_default=True, help="Processes.")
 def serve(host: str, port: int, upstream: str | None, workers: int, **limits: Any) -> None:
     """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""
-    from imagestore.mirror import Options
     from imagestore.mirror import serve as serve_mirror
 
     if not upstream:
@@ -280,6 +266,6 @@ def serve(host: str, port: int, upstream: str | None, workers: int, **limits: An
             store.check_public()
     told, kept = settings(), settings().state_dir / "mirror" / "pull-through"
     bounds = (limits[name] for name in ("keep", "requests", "rate"))
-    options = Options(told.store_url, upstream or "", str(kept), *bounds)
+    options = imagestore.mirror.Options(told.store_url, upstream or "", str(kept), *bounds)
     say(f"serving {upstream or told.store_url} at http://{host}:{port}/")
     serve_mirror(options, host, port, workers)

@@ -5,6 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import imagestore
+import imagestore.mirror
 from cli.command import settings
 from cli.errors import USAGE, Problem
 from cli.image.stores import opened, written
@@ -16,34 +18,30 @@ def keep(file: str, text: str, architecture: str, alone: bool, **given: Any) -> 
 
     given: checksum, labels, input_format, sparsify, update.
     """
-    from imagestore import Corrupt, check_architecture, keep_buffers, push
+    from imagestore import push
 
-    keep_buffers()
-    (name, tag), machine = written(text), check_architecture(architecture)
+    imagestore.keep_buffers()
+    (name, tag), machine = written(text), imagestore.check_architecture(architecture)
     title = f"{name}:{tag}"
     labels, checksum = given.get("labels") or {}, given.get("checksum", "")
     how: dict[str, Any] = {key: given.get(key, False) for key in ("sparsify", "update")}
     how["format_"] = given.get("input_format")
     if "://" in file:
-        from imagestore.mirror import bring, sources
-
         if any(how.values()):
             what = "--input-format, --sparsify and --update are for files"
             raise Problem(what, hint="download it", code=USAGE)
-        source = sources.of_url(file, name, tag, machine, checksum=checksum, labels=labels)
+        source = imagestore.mirror.sources.of_url(file, name, tag, machine, checksum=checksum, labels=labels)
         with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
             say(f"from {file} to {store.url}")
             work = settings().cache_dir / "downloads"
-            came = bring(store, source, machine, work, trusted=True, progress=tell)
+            came = imagestore.mirror.bring(store, source, machine, work, trusted=True, progress=tell)
         return {**asdict(came), "name": title, "architecture": machine, "digest": str(came.digest)}
     if not Path(file).exists():  # before a store is made for it
         raise Problem(f"cannot read {file}: no such file", hint="FILE or URL", code=USAGE)
     if checksum:
-        from imagestore.mirror import hash_file, sources
-
-        algorithm, digits = sources.parse_checksum(checksum)
-        if hash_file(Path(file), algorithm) != digits:
-            raise Corrupt(f"{file}: its {algorithm} is not the one that was given")
+        algorithm, digits = imagestore.mirror.sources.parse_checksum(checksum)
+        if imagestore.mirror.hash_file(Path(file), algorithm) != digits:
+            raise imagestore.Corrupt(f"{file}: its {algorithm} is not the one that was given")
     with opened(name=text, create=True, alone=alone) as store, progress(title) as tell:
         say(f"from {file} to {store.url}")
         done = push(store, Path(file), name, tag, architecture=machine, labels=labels, progress=tell, **how)
@@ -52,18 +50,18 @@ def keep(file: str, text: str, architecture: str, alone: bool, **given: Any) -> 
 
 def keep_clean(source: Any, digest: Any, store: Any, *name: str, built: bool = False, **facts: Any) -> Row:
     """A cleaned copy of an image in another store; built: if its recipe was without errors. Raises Invalid."""
-    from imagestore import keep_buffers, pull, push
-    from imagestore.mirror import check_recipe, clean
+    from imagestore import pull, push
 
-    keep_buffers()
+    imagestore.keep_buffers()
     say(f"from {source.url} to {store.url}")
     title = ":".join(name)
     with TemporaryDirectory() as directory, progress(title) as tell:
         raw, was = Path(directory, "disk.raw"), source.manifest(digest)
         pull(source, digest, raw, format_="raw", durable=False, progress=tell)
         if built:
-            check_recipe(raw)
-        gone, facts = clean(raw), facts | {"architecture": was.architecture, "os_name": was.os}
+            imagestore.mirror.check_recipe(raw)
+        gone = imagestore.mirror.clean(raw)
+        facts |= {"architecture": was.architecture, "os_name": was.os}
         done = push(store, raw, *name, progress=tell, sparsify=True, format_="raw", **facts)
     say(f"{len(gone)} files are not in it, such as {', '.join(gone[:8])}")
     return asdict(done) | {"name": title, "digest": str(done.digest), "removed": gone}

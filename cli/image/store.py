@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+import imagestore
 from cli.command import MEBIBYTES, STORE, Group, settings
 from cli.errors import USAGE, Problem
 from cli.image.stores import judge, opened, written
@@ -38,10 +39,8 @@ remote = Group("remote", help="Other stores to look names up in.")
 @click.option("--private", is_flag=True, help="Never to be published or served as a mirror.")
 def init(url: str | None, single_writer: bool, private: bool) -> None:
     """Make an empty store at URL."""
-    from imagestore import Store, open_backend
-
-    backend = open_backend(url or settings().store_url)
-    made = Store.init(backend, single_writer=single_writer, private=private)
+    backend = imagestore.open_backend(url or settings().store_url)
+    made = imagestore.Store.init(backend, single_writer=single_writer, private=private)
     print(f"{made.url} {made.info.id}")
     backend.close()
 
@@ -49,10 +48,8 @@ def init(url: str | None, single_writer: bool, private: bool) -> None:
 @store.add(examples="sf store stats\nsf store stats --format json")
 def stats(form: str) -> None:
     """How much a store holds, and for each image what deleting it would free."""
-    from imagestore import store_stats
-
     with opened() as found:
-        told = store_stats(found)
+        told = imagestore.store_stats(found)
     row = {**asdict(told), "name": found.url}
     row["images"] = [{**i, "digest": str(i["digest"]), "name": " ".join(i["names"])} for i in row["images"]]
     show_one({**row, "images": row["images"] if form == "json" else None}, STATS, form)
@@ -72,14 +69,12 @@ def stats(form: str) -> None:
 @click.option("--repair", "older", hidden=True)
 def verify(full: bool, rate_limit: int, other: str | None, older: str | None, single_writer: bool) -> None:
     """Check a store; exit 1 when anything is wrong."""
-    from imagestore import repair, verify_store
-
     other = other or older
     with opened(alone=single_writer) as found, progress("store") as tell:
-        report = verify_store(found, full=full, bytes_s=rate_limit, progress=tell)
+        report = imagestore.verify_store(found, full=full, bytes_s=rate_limit, progress=tell)
         if other and report.problems:
             with nullcontext(Path(other)) if Path(other).is_file() else opened(other) as source:
-                report = repair(found, report, source, full=full)
+                report = imagestore.repair(found, report, source, full=full)
     mended = f", {report.repaired} objects mended" if report.repaired else ""
     read = f"every byte of {size(report.checked_bytes)} is right" if full else "the structure is right"
     judge(report, found.url, f"{read} ({report.images} images, {report.packs} packs{mended})")
@@ -91,14 +86,12 @@ def verify(full: bool, rate_limit: int, other: str | None, older: str | None, si
 @click.argument("images", nargs=-1, metavar="[NAME...]")
 def copy(source: str, target: str, images: tuple[str, ...], single_writer: bool) -> None:
     """Copy images (default: all) from store to store, sending only what is missing."""
-    from imagestore import copy_name
-
     with opened(source) as old, opened(target, create=True, write=True, alone=single_writer) as new:
         records = [old.names.get(*written(text)) for text in images] if images else list(old.names.list())
         with status() as tell:
             for record in records:
                 tell(f"copy {record.name}:{record.tag}")
-                count = copy_name(old, new, record)
+                count = imagestore.copy_name(old, new, record)
                 print(f"{record.name}:{record.tag} {size(count)} written", flush=True)
 
 
@@ -116,13 +109,11 @@ def ls(form: str) -> None:
 
 
 def _state(default: str, url: str) -> str:
-    from imagestore import NotFound, StoreError
-
     try:
         with opened(url):
             return "ok"
-    except StoreError as error:
-        return "not made yet" if isinstance(error, NotFound) and url == default else str(error)
+    except imagestore.StoreError as error:
+        return "not made yet" if isinstance(error, imagestore.NotFound) and url == default else str(error)
 
 
 @remote.add(
@@ -135,18 +126,16 @@ def _state(default: str, url: str) -> str:
 @click.option("--unsigned", is_flag=True, help="Believe whoever serves it, without a signature.")
 def add(name: str, url: str, fingerprint: str | None, root: Path | None, unsigned: bool) -> None:
     """Ask the store at URL too, after those that are there."""
-    from imagestore import Digest, open_backend, open_store
-
     if root:
-        fingerprint = str(Digest.of(root.read_bytes()))
+        fingerprint = str(imagestore.Digest.of(root.read_bytes()))
     if fingerprint:
-        url = f"{url}#{Digest.parse(fingerprint)}"
-        open_store(url).backend.close()
+        url = f"{url}#{imagestore.Digest.parse(fingerprint)}"
+        imagestore.open_store(url).backend.close()
     elif not unsigned and not url.startswith(("/", "file:")):
         hint = "--fingerprint b3:… of its signer, or --unsigned if you believe whoever serves it"
         raise Problem(f"{url} may be anybody's", hint=hint, code=USAGE)
     else:
-        open_backend(url).close()
+        imagestore.open_backend(url).close()
     say(f"{name} is in {add_remote(name, url)}")
 
 

@@ -3,29 +3,25 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
+import imagestore
 from cli.command import settings
 from cli.errors import USAGE, Problem, clean
-
-if TYPE_CHECKING:
-    from imagestore import Digest, Store, VerifyReport
 
 
 @contextmanager
 def opened(
     url: str = "", *, name: str = "", create: bool = False, write: bool = False, alone: bool = False
-) -> Iterator["Store"]:
+) -> Iterator["imagestore.Store"]:
     """The store at `url`, by default that of the settings, or of the namespace before the slash of an image's name.
 
     Closed at the end. alone: --single-writer.
     """
     from cli.settings import own_store
-    from imagestore import open_store, parse_reference
 
-    of = (parse_reference(name).remote or home()) if name and written(name) else ""
+    of = (imagestore.parse_reference(name).remote or home()) if name and written(name) else ""
     url, ca = own_store(settings(), of) if of else (url or settings().store_url, "")
-    store = open_store(url, create=create and not of, single_writer=alone, ca=ca)
+    store = imagestore.open_store(url, create=create and not of, single_writer=alone, ca=ca)
     try:
         if write:
             store.check_writable()
@@ -44,30 +40,26 @@ def home() -> str:
 
 
 @contextmanager
-def found(text: str, architecture: str) -> Iterator[tuple["Store", str, "Digest"]]:
+def found(text: str, architecture: str) -> Iterator[tuple["imagestore.Store", str, "imagestore.Digest"]]:
     """Look an image up in the stores of the settings: its store, its name ("" for a digest alone), its digest."""
-    from imagestore import parse_reference, resolve
-
     with ExitStack() as stack:
         stores = {n: partial(stack.enter_context, opened(url)) for n, url in settings().stores.items()}
-        if (of := parse_reference(text).remote or home()) and of not in stores:
+        if (of := imagestore.parse_reference(text).remote or home()) and of not in stores:
             stores = {of: partial(stack.enter_context, opened(name=f"{of}/any")), **stores}
-        image = resolve(text, architecture, stores)
+        image = imagestore.resolve(text, architecture, stores)
         yield image.store, image.name, image.digest
 
 
 def written(text: str) -> tuple[str, str]:
     """The name and tag of what is to be written: no remote and no digest."""
-    from imagestore import parse_reference
-
-    reference = parse_reference(text)
+    reference = imagestore.parse_reference(text)
     if reference.remote in settings().stores or reference.digest_prefix:
         hint = "[my/]NAME[:TAG]; --store says where"
         raise Problem(f"not a name to write to: {text!r}", hint=hint, code=USAGE)
     return reference.name, reference.tag
 
 
-def judge(report: "VerifyReport", what: str, good: str) -> None:
+def judge(report: "imagestore.VerifyReport", what: str, good: str) -> None:
     """Print what a verification found. Raises Problem if that was anything."""
     for trouble in report.problems:
         image = f" (image {trouble.image})" if trouble.image else ""

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import click
 
+import compute
+import imagestore
+import imagestore.mirror
 from cli.cloud.api import Api
 from cli.command import API, Command, settings
 from cli.errors import Problem, clean
@@ -31,9 +34,8 @@ _SOON = timedelta(days=2)
 def _state() -> Iterator[Line]:
     path, mend = settings().state_dir / "sf.db", "stop sf serve, and put a copy of it back"
     if settings().get("state"):
-        from compute import load, state_members
-
-        yield from ((WRONG if cure else OK, seen, cure) for seen, cure in state_members(load(settings())))
+        members = compute.state_members(compute.load(settings()))
+        yield from ((WRONG if cure else OK, seen, cure) for seen, cure in members)
         return
     if not path.exists():
         yield OK, f"no server keeps its state in {path.parent}", ""
@@ -46,28 +48,25 @@ def _state() -> Iterator[Line]:
     if not (path.parent / "installation.json").exists():
         yield WRONG, f"{path.parent}/installation.json is lost: no guest or network is known as ours", mend
     if where := settings().get("state_backup"):
-        from compute import load, state_backups
-
-        made = next((made for made, _ in state_backups(where)), None)
-        oldest_s = time.time() - 2 * load(settings()).state_backup_every_s
+        made = next((made for made, _ in compute.state_backups(where)), None)
+        oldest_s = time.time() - 2 * compute.load(settings()).state_backup_every_s
         late = not made or made.trouble or made.made_s < oldest_s
         said = f"the newest backup of it is of {when(made.made_s)} {made.trouble}" if made else ""
         yield WARNING if late else OK, said or "it has no backup", f"sf state backup {where}"
 
 
 def _stores() -> Iterator[Line]:
-    from imagestore import NotFound, StoreError
-
     for name, url in settings().stores.items():
         try:
             with opened(url) as store:
                 skew_s = 0.0 if store.backend.read_only else store.backend.now() - time.time()
-        except StoreError as error:
-            if isinstance(error, NotFound) and name == "local" and settings().store_is_default:
+        except imagestore.StoreError as error:
+            lost = isinstance(error, imagestore.NotFound)
+            if lost and name == "local" and settings().store_is_default:
                 yield OK, f"{name}: none yet", ""
             else:
                 mend = "sf store verify" if name == "local" else f"sf remote rm {name}, if it is gone"
-                yield WRONG, f"{name}: {error}", mend if isinstance(error, NotFound) else error.hint or mend
+                yield WRONG, f"{name}: {error}", mend if lost else error.hint or mend
             continue
         yield OK, f"{name}: {store.url}", ""
         if abs(skew_s) > _SKEW_S:
@@ -76,18 +75,15 @@ def _stores() -> Iterator[Line]:
 
 
 def _trust() -> Iterator[Line]:
-    from imagestore import Digest, trusted_until
-    from imagestore.mirror import Keyring, Publisher
-
-    dates = [
-        (f"names of {name}", trusted_until(Digest.parse(signer)), f"sf image ls {name}, or ask its keeper")
-        for name, url in settings().remotes.items()
-        if (signer := url.partition("#")[2])
-    ]
-    keys = Keyring(settings().state_dir / "mirror" / "keys")
+    dates = []
+    for name, url in settings().remotes.items():
+        if signer := url.partition("#")[2]:
+            until = imagestore.trusted_until(imagestore.Digest.parse(signer))
+            dates.append((f"names of {name}", until, f"sf image ls {name}, or ask its keeper"))
+    keys = imagestore.mirror.Keyring(settings().state_dir / "mirror" / "keys")
     if (keys.directory / "fingerprint").exists():
         with opened() as store:
-            until = Publisher(store, keys).published()[1]
+            until = imagestore.mirror.Publisher(store, keys).published()[1]
             dates.append(("names that we publish", until, "sf mirror refresh"))
     for what, until, mend in dates:
         if until is None:
@@ -176,14 +172,12 @@ CHECKS: dict[str, Callable[[], Iterator[Line]]] = {
 
 def examine() -> Iterator[dict[str, str]]:
     """Every check, each to its end or to its error."""
-    from imagestore import StoreError
-
     for part, check in CHECKS.items():
         try:
             for level, what, mend in check():
                 told = {"what": clean(what), "mend": clean(mend) if level != OK else ""}
                 yield {"level": level, "part": part, **told}
-        except (Problem, StoreError, OSError, sqlite3.Error) as error:
+        except (Problem, imagestore.StoreError, OSError, sqlite3.Error) as error:
             denied = isinstance(error, PermissionError) and os.geteuid() != 0
             mend = "be root for this" if denied else getattr(error, "hint", "")
             yield {"level": WARNING if denied else WRONG, "part": part, "what": clean(error), "mend": mend}

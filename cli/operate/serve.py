@@ -2,6 +2,7 @@
 
 import click
 
+import compute
 from cli.command import Command, flag, kept, settings
 from cli.output import say
 
@@ -23,11 +24,10 @@ def serve() -> None:
     """Run the API and this machine's agent, as root, until Ctrl-C; guests go on running without it."""
     import asyncio
 
-    from compute import load
     from compute import serve as run
 
     _log()
-    asyncio.run(run(load(settings()), say))
+    asyncio.run(run(compute.load(settings()), say))
 
 
 @click.command(cls=Command, examples="sf agent --join https://10.0.0.1:13001 --token TOKEN\nsf agent")
@@ -38,10 +38,10 @@ def agent(url: str | None, token: str | None) -> None:
     """Run this machine as a node of a server elsewhere, as root, until Ctrl-C; guests go on without it."""
     import asyncio
 
-    from compute import load, serve_agent
+    from compute import serve_agent
 
     _log()
-    asyncio.run(serve_agent(load(settings()), url or "", token or "", say))
+    asyncio.run(serve_agent(compute.load(settings()), url or "", token or "", say))
 
 
 @click.command(cls=Command, examples='eval "$(sf completion bash)"\nsf completion zsh > ~/.zfunc/_sf')

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+import compute
 from cli.command import Group, settings
 from cli.errors import Problem
 from cli.output import confirm, say, show_list, show_one, size, status, when
@@ -22,10 +23,9 @@ where = click.argument("where", metavar="FILE|STORE")
 
 
 def _back_up(where: str) -> Any:
-    from compute import back_up_state, load, open_state
-
-    config = load(settings())
-    return back_up_state(config.state_dir, where, records=open_state(config) if config.state else None)
+    config = compute.load(settings())
+    records = compute.open_state(config) if config.state else None
+    return compute.back_up_state(config.state_dir, where, records=records)
 
 
 state = Group("state", help="The server's own records, kept elsewhere and put back.")
@@ -51,11 +51,9 @@ def check(where: str, form: str) -> None:
 
     Records of earlier versions are read as they are, and written anew when they next change.
     """
-    from compute import state_backups
-
     with status() as tell, TemporaryDirectory(prefix="sf-state-") as place:
         tell(f"reading {where or 'the state'}")
-        rows = [asdict(made) for made, _ in state_backups(where or _back_up(f"{place}/now").name)]
+        rows = [asdict(made) for made, _ in compute.state_backups(where or _back_up(f"{place}/now").name)]
     show_list(rows, COLUMNS, form)
     if wrong := sum(bool(row["trouble"]) for row in rows):
         raise Problem(f"{wrong} of {len(rows)} are no backups")
@@ -69,15 +67,13 @@ def restore(where: str, name: str, force: bool) -> None:
 
     Nothing is started or made then before every node has said what runs there.
     """
-    from compute import load, only_one, open_state, restore_state
-
     place = settings().state_dir
     if (place / "sf.db").exists():
         confirm(f"put an earlier state in the place of the one in {place}?", force)
-    with only_one(place), status() as tell:
+    with compute.only_one(place), status() as tell:
         tell(f"{where} to {place}")
-        into = open_state(load(settings())) if settings().get("state") else None
-        made = restore_state(place, where, name, into)
+        into = compute.open_state(compute.load(settings())) if settings().get("state") else None
+        made = compute.restore_state(place, where, name, into)
     say(f"{made.name}, with {made.instances} guests, is back in {place}: start sf serve, then ask sf doctor")
 
 
@@ -89,9 +85,7 @@ def copy(source: str, target: str) -> None:
 
     Nothing is started or made then before every node has said what runs there.
     """
-    from compute import copy_state, load, only_one
-
-    with only_one(settings().state_dir), status() as tell:
+    with compute.only_one(settings().state_dir), status() as tell:
         tell(f"{source} to {target}")
-        made = copy_state(load(settings()), source, target)
+        made = compute.copy_state(compute.load(settings()), source, target)
     say(f"{made.instances} guests are in {target}: start sf serve --state URL, or without it for a directory")

@@ -67,6 +67,18 @@ def test_an_import_past_a_face_is_refused(tree: Path) -> None:
     assert "cli/past.py:1: Digest of imagestore.formats.digest is not in the face" in checked(tree).stderr
 
 
+def test_an_attribute_past_a_face_is_refused_and_one_of_it_is_not(tree: Path) -> None:
+    lines = (
+        "import imagestore",
+        "import imagestore.mirror",
+        "imagestore.mirror.signing",
+        "imagestore.formats",
+    )
+    (tree / "cli/past.py").write_text("".join(f"{line}\n" for line in lines))
+    said = "cli/past.py:4: formats of imagestore is not in the face of imagestore (its __init__.pyi)\n"
+    assert checked(tree).stderr == said
+
+
 def test_an_upward_import_is_refused(tree: Path) -> None:
     upward = tree / "imagestore/formats/digest.py"
     upward.write_text(upward.read_text() + "\nfrom imagestore.push import push  # noqa\n")
