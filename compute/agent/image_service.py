@@ -67,7 +67,7 @@ class ServedImages:
     """This node's images, complete or not, as the one process that fetches them has them. `reader` names a disk."""
 
     def __init__(self, cache: ImageCache, state_dir: Path, settings: Settings) -> None:
-        self._cache = cache
+        self._cache, self._log = cache, state_dir / "run" / "imaged.log"
         self._state_dir, self._settings = state_dir, settings
         self._client = ControlClient(control_socket(state_dir))
         self._starting = asyncio.Lock()
@@ -88,8 +88,8 @@ class ServedImages:
         """The stores at these URLs, which the server knows by these names, are read too, from now on."""
         if handed != self._handed:
             self._handed = dict(handed)
-            await self._tell("use", stores=self._urls())
-            self._learn(await self._tell("readable"))
+            await self.tell("use", stores=self._urls())
+            self._learn(await self.tell("readable"))
 
     def _learn(self, readable: dict[str, str] | None) -> None:
         if readable is not None:
@@ -169,14 +169,6 @@ class ServedImages:
         self._away.pop(reader, None)
         await self._tell_surely("detach", reader)
 
-    async def booted(self, reader: str) -> None:
-        """The guest is up: its boot trace is complete."""
-        await self._tell("booted", reader=reader)
-
-    async def figures(self, reader: str) -> dict[str, Any]:
-        """From where the bytes came; {} where nobody knows."""
-        return await self._tell("figures", reader=reader) or {}
-
     async def ask(self, op: str, **arguments: Any) -> Any:
         """What people ask of the service. Raises Unavailable, in its words."""
         try:
@@ -205,11 +197,11 @@ class ServedImages:
 
     async def only(self, readers: Sequence[str]) -> None:
         """These are all the disks of guests here."""
-        await self._tell("sync", readers=list(readers))
+        await self.tell("sync", readers=list(readers))
 
     async def leave(self) -> None:
         """The agent ends; the service may too, if no guest needs it."""
-        await self._tell("leave")
+        await self.tell("leave")
 
     async def _tell_surely(self, op: str, reader: str) -> None:
         # A service that missed it would serve this reader for ever. For what this agent cannot say any more there is
@@ -228,7 +220,8 @@ class ServedImages:
             if self._missed.get(reader) == op:  # and not something newer
                 del self._missed[reader]
 
-    async def _tell(self, op: str, **arguments: Any) -> Any:
+    async def tell(self, op: str, **arguments: Any) -> Any:
+        """What a reader's guest has done ("booted"), or asks ("figures"); None where the service does not answer."""
         try:
             return await self._client.ask(op, timeout_s=10, **arguments)
         except StoreError as err:
@@ -293,12 +286,8 @@ class ServedImages:
                     await asyncio.sleep(0.02)
         raise Away("the image service does not start", hint=f"see {self._log}")
 
-    @property
-    def _log(self) -> Path:
-        return self._state_dir / "run" / "imaged.log"
-
     def _spawn(self) -> "subprocess.Popen[bytes]":
-        (self._state_dir / "run").mkdir(parents=True, exist_ok=True)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "imagestore.cache.imaged", "--while-needed", *self._settings.arguments]
         if os.geteuid() == 0:
             prefix, closed = unprivileged(self._state_dir, self._settings.stores())

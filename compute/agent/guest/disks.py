@@ -89,7 +89,7 @@ class Disks:
     async def booted(self) -> None:
         """The guest is up: what it read until now was its boot."""
         for device in self.held.now.served:
-            await self._host.images.booted(self._reader(device))
+            await self._host.images.tell("booted", reader=self._reader(device))
 
     async def give_up(self, spec: InstanceSpec) -> None:
         """Nothing reads the images any more: the disks are deleted."""
@@ -123,7 +123,7 @@ class Disks:
             await self._move(device, image)
 
     async def _move(self, device: str, image: str) -> None:
-        held, figures = self.held, await self._host.images.figures(self._reader(device))
+        held, figures = self.held, await self._host.images.tell("figures", reader=self._reader(device)) or {}
         if figures and figures != held.now.arrived.get(device):
             await held.save(arrived={**held.now.arrived, device: figures})
         whole = figures.get("present_bytes") == figures.get("data_bytes")

@@ -8,7 +8,6 @@ through libvirt alone, so by nobody without rights) whose output qemu also appen
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 from xml.etree import ElementTree as ET
 
 from compute.wire.codec import from_plain, to_plain
@@ -81,7 +80,10 @@ def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: st
     return element
 
 
-def _backing(element: ET.Element, disk: Disk) -> None:
+def _overlay(disk: Disk) -> ET.Element:
+    element = ET.Element("disk", {"type": "file", "device": "cdrom" if disk.cdrom else "disk"})
+    _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
+    _add(element, "source", file=str(disk.path))
     backing = _add(element, "backingStore")
     if disk.backing is not None:
         backing.set("type", "network" if disk.socket else "file")
@@ -92,13 +94,6 @@ def _backing(element: ET.Element, disk: Disk) -> None:
         else:
             _add(_add(backing, "source", file=str(disk.backing)), "seclabel", model="dac", relabel="no")
         _add(backing, "backingStore")
-
-
-def _overlay(disk: Disk) -> ET.Element:
-    element = ET.Element("disk", {"type": "file", "device": "cdrom" if disk.cdrom else "disk"})
-    _add(element, "driver", name="qemu", type="qcow2", cache="none", discard="unmap", io="threads")
-    _add(element, "source", file=str(disk.path))
-    _backing(element, disk)
     return element
 
 
@@ -109,20 +104,7 @@ def overlay_xml(disk: Disk) -> str:
 
 def source_of(xml: str, device: str) -> str:
     """The file that a domain's disk is on; "" if it has no such disk."""
-    for element in _read(xml).iterfind("devices/disk"):
-        target, source = element.find("target"), element.find("source")
-        if target is not None and source is not None and target.get("dev") == device:
-            return source.get("file", "")
-    return ""
-
-
-def _config_drive(devices: ET.Element, path: Path) -> None:
-    # virtio-blk, not a SATA CD-ROM: the cloud kernels of distributions have no AHCI.
-    element = _add(devices, "disk", type="file", device="disk")
-    _add(element, "driver", name="qemu", type="raw")
-    _add(element, "source", file=str(path))
-    _add(element, "target", dev="vdz", bus="virtio")
-    _add(element, "readonly")
+    return _first(xml, f"devices/disk/target[@dev='{device}']/../source").get("file", "")
 
 
 def _interface(nic: Nic) -> ET.Element:
@@ -198,8 +180,12 @@ def domain_xml(domain: Domain) -> str:
         devices.append(element)
         if disk.cdrom:
             _add(element, "readonly")
-    if spec.config_drive:
-        _config_drive(devices, domain.directory / "config.iso")
+    if spec.config_drive:  # virtio-blk, not a SATA CD-ROM: the cloud kernels of distributions have no AHCI
+        element = _add(devices, "disk", type="file", device="disk")
+        _add(element, "driver", name="qemu", type="raw")
+        _add(element, "source", file=str(domain.directory / "config.iso"))
+        _add(element, "target", dev="vdz", bus="virtio")
+        _add(element, "readonly")
     for nic in domain.nics:
         devices.append(_interface(nic))
     serial = _add(devices, "serial", type="pty")
@@ -226,26 +212,29 @@ def _read(xml: str) -> ET.Element:
     return ET.fromstring(xml)  # noqa: S314 - libvirt wrote it
 
 
+def _first(xml: str, path: str) -> dict[str, str]:
+    """The attributes of the first element there; {} without."""
+    found = _read(xml).find(path)
+    return {} if found is None else found.attrib
+
+
 def installation_of(xml: str) -> tuple[str, str, str]:
     """(installation's id, instance's uuid, node's id) from a domain's metadata, empty for a stranger's domain.
 
     Version 0.1 wrote no node's id.
     """
-    ours = _read(xml).find(f"metadata/{{{METADATA_NAMESPACE}}}instance")
-    names = ("installation", "uuid", "machine")
-    return ("", "", "") if ours is None else cast(Any, tuple(ours.get(name, "") for name in names))
+    ours = _first(xml, f"metadata/{{{METADATA_NAMESPACE}}}instance")
+    return ours.get("installation", ""), ours.get("uuid", ""), ours.get("machine", "")
 
 
 def console_log(xml: str) -> Path:
     """Where a domain of ours logs: in its instance's directory."""
-    log = _read(xml).find("devices/serial/log")
-    return Path("" if log is None else log.get("file", ""))
+    return Path(_first(xml, "devices/serial/log").get("file", ""))
 
 
 def console_tty(xml: str) -> str:
     """The terminal of a running domain's serial console; "" without."""
-    source = _read(xml).find("devices/serial/source")
-    return "" if source is None else source.get("path", "")
+    return _first(xml, "devices/serial/source").get("path", "")
 
 
 def spec_of(xml: str) -> InstanceSpec | None:
@@ -292,11 +281,10 @@ def qemu_group(capabilities: str) -> int:
 
 def screen(xml: str) -> tuple[int, str]:
     """The port that SPICE listens on (or VNC of a guest that an older sf started), 0 without; VNC's socket, or ""."""
-    found = _read(xml).find("devices/graphics")
-    return (0, "") if found is None else (max(0, int(found.get("port", "0"))), found.get("socket", ""))
+    found = _first(xml, "devices/graphics")
+    return max(0, int(found.get("port", "0"))), found.get("socket", "")
 
 
 def agent_connected(xml: str) -> bool:
     """Whether the guest's agent has its channel open."""
-    channels = _read(xml).iterfind("devices/channel/target")
-    return any(c.get("name") == AGENT_CHANNEL and c.get("state") == "connected" for c in channels)
+    return _first(xml, f"devices/channel/target[@name='{AGENT_CHANNEL}']").get("state") == "connected"

@@ -85,8 +85,9 @@ class Hypervisor:
     def connect(self) -> None:
         """Connect unless connected. Raises Unavailable."""
         with self._lock:
-            if self._connection is not None and self._alive():
-                return
+            with contextlib.suppress(libvirt.libvirtError):
+                if self._connection is not None and self._connection.isAlive():
+                    return
             with _EVENT_THREAD_LOCK:
                 _start_events()
             heard: list[int] = []
@@ -112,11 +113,6 @@ class Hypervisor:
                 connection.unregisterCloseCallback()
                 for number in heard:  # each holds the connection, which would stay open
                     connection.domainEventDeregisterAny(number)
-
-    def _alive(self) -> bool:
-        with contextlib.suppress(libvirt.libvirtError):
-            return bool(self._connection.isAlive())
-        return False
 
     def _ours(self, found: Any) -> str:
         prefix = domain.name(self._installation, "")
