@@ -73,13 +73,14 @@ def sync(
     dry_run: only look what is new, and how large the files are (`new_bytes`).
     progress: given "name:tag arch", the report for that image. Errors are in the outcomes.
     """
+    store.check_writable()
     outcomes = []
     with Downloader(trusted=True) as web:
         for source in wanted:
             for architecture in source.architectures:
-                image = _Image(store, web, source, architecture, work)
                 started = time.monotonic()
                 try:
+                    image = _Image(store, web, source, architecture, work)
                     with progress(f"{source.title} {architecture}") as report:
                         outcome = image.preview() if dry_run else image.sync(_bounded(report, started))
                 except StoreError as error:

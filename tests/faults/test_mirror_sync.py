@@ -18,6 +18,7 @@ from imagestore.errors import Denied, Invalid, NotFound, Unavailable
 from imagestore.mirror.download import Downloader
 from imagestore.mirror.sources import Source
 from imagestore.mirror.sync import check_signature, read_provenance, sync
+from imagestore.store.names import name_key
 from imagestore.store.store import Store
 from tests import web
 
@@ -137,6 +138,15 @@ def test_a_bad_source_stops_no_other(store: Store, upstream: tuple[Path, str], t
     ]  # fmt: skip
     assert "404" in results["missing:12"].message
     assert {record.name for record in store.names.list()} == {"good"}
+
+
+def test_a_damaged_name_stops_no_other(store: Store, upstream: tuple[Path, str], tmp_path: Path) -> None:
+    root, url = upstream
+    qcow2(root / "good.img", 1)
+    store.backend.put(name_key("spoilt", "12"), b"damaged")
+    wanted = [source(url + "/good.img", name=name) for name in ("spoilt", "good")]
+    first, second = sync(store, wanted, tmp_path / "work")
+    assert (first.result, second.result) == ("failed", "new"), first.message
 
 
 def test_a_checksum_that_fails_once_is_fetched_again_and_one_that_always_fails_is_an_error(
