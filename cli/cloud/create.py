@@ -20,7 +20,7 @@ from cli.image.push import keep
 from cli.output import confirm, say, size, status
 
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
-_AWAY = "Anew elsewhere, of its image or newest backup; its node stops it after 20 s without the server."
+_AWAY = "Anew elsewhere. Its node stops it after 20 s without the server, a frozen one when it has thawed."
 LOSS = click.option("--on-node-loss", type=click.Choice(["leave", "restart", "restore"]), help=_AWAY)
 _DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
 _MACHINE = (

@@ -214,7 +214,7 @@ class RemoteController:
         self._lease.confirm(asked)
         if not found.hold:  # a state that may be older than this node's guests does not know whose they are
             self._power.confirm(asked)
-        await self._safe(*found.given)
+        await self._safe(*{*found.given} - {spec.uuid for spec in found.instances})
         return self._led(found)
 
     async def _safe(self, *given: str) -> bool:

@@ -77,6 +77,26 @@ def test_vxlan_from_anybody_but_a_node_is_dropped(cluster: Cluster) -> None:
         assert "packets 0" not in dropped
 
 
+def test_a_node_that_is_no_peer_any_more_is_not_heard_though_it_goes_on_sending(cluster: Cluster) -> None:
+    """One that was lost, with a guest that others have by now."""
+    one, two = make_port(2, "n1"), make_port(3, "n2")
+    network = make_network(one, two)
+    desired = cluster.apply(network)
+    with cluster.guest(network, one) as guest, cluster.guest(network, two) as far:
+        guest.static()
+        far.static()
+        assert far.pings(one.address)
+        others = tuple(peer for peer in desired.peers if peer.node != "n2")
+        cluster.nodes[0].apply(replace(desired, networks=(network,), peers=others))
+        before = len(guest.received)
+        assert far.reaches_not(one.address)
+        assert guest.reaches_not(two.address)
+        mac = bytes.fromhex(two.mac.replace(":", ""))
+        assert [frame for frame in guest.received[before:] if frame[6:12] == mac] == []
+        cluster.nodes[0].apply(replace(desired, networks=(network,)))
+        assert far.pings(one.address)
+
+
 def test_a_router_moves_and_its_floating_ips_answer_from_the_other_node(cluster: Cluster) -> None:
     one, two = make_port(2, "n1", floating=FLOATING), make_port(3, "n2")
     network = make_network(one, two)
