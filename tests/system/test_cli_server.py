@@ -316,8 +316,15 @@ def test_tenants_have_their_own_keys_and_see_their_own(site: Site, web: str) -> 
 def test_nodes_are_listed_shown_and_drained(site: Site, web: str) -> None:
     name = site.types("node", "ls", "--format", "name").strip()
     assert site.json("node", "show", name)["cpus"] > 0
+    create = ("instance", "create", "x", "--image", "tiny:1")
+    (node,) = json.loads(site.types(*create, "--dry-run", "--format", "json"))
+    place = os.statvfs(site.home / "sf" / "instances")
+    held = sum(disk["size_bytes"] for disk in site.json("instance", "show", web)["disks"])
+    assert node["fits"] and node["disk_bytes"] == 4 * place.f_blocks * place.f_frsize - held
     site.types("node", "drain", name)
-    site.fails(6, "instance", "create", "x", "--image", "tiny:1")
+    refused = site.run(*create, "--dry-run")
+    assert refused.returncode == 6 and "is drained" in refused.stdout
+    site.fails(6, *create)
     site.types("node", "drain", name, "--undo")
     assert "created" in site.types("node", "ls")
 
