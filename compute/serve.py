@@ -117,8 +117,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
         holds, feed = Holds(store, installation), controller.feed
         seen: Any = {"limits": config, "usable": controller.nodes.usable, "used": controller.usage.of}
-        fits = partial(destination, **seen)
-        taking = Snapshots(store, own, lambda: stores.images.stores, feed, fits)
+        taking = Snapshots(store, own, lambda: stores.images.stores, feed, partial(destination, **seen))
 
         async def holding() -> None:
             made = own.made

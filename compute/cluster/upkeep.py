@@ -123,7 +123,7 @@ def bring_back(txn: Transaction, nodes: Liveness, limits: Config, used: Used) ->
 
 def _stays(one: Instance) -> str:
     """Why it is not to be given to another node; "" if it is."""
-    off = one.power == Power.OFF or (one.power_state in ("off", "crashed") and not one.arriving)
+    off = one.power == Power.OFF or (one.power_state in ("off", "crashed") and not one.moving)
     unheard = "its node has not said that it would stop it" if one.heard_s != one.leased_s else ""
     return "nothing else was chosen" if one.on_node_loss == "leave" else "it is off" if off else unheard
 

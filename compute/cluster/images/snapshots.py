@@ -108,7 +108,9 @@ class Snapshots:
 
 
 def remove(records: StateStore, own: NamespaceStores, one: Snapshot, url: str = "") -> None:
-    """Take away its names, also in another store, then its record; the collector does the rest."""
+    """Take away its names, also in another store, then its record; the collector does the rest. A move ends with it."""
+    if one.live:
+        transact(records, lambda txn: finish(txn, one.uuid, "it was taken away"))
     for store in (own.of(one.namespace), *([open_store(url)] if url else [])):
         for device in one.order.digests:
             with suppress(NotFound):

@@ -11,7 +11,7 @@ import pytest
 
 from compute.cluster import desired
 from compute.cluster.feed import Feed
-from compute.cluster.images.snapshots import Snapshots
+from compute.cluster.images.snapshots import Snapshots, remove
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance, delete_instance, finish_delete, rehome
 from compute.cluster.records.namespaces import Namespace
@@ -214,6 +214,17 @@ def test_one_that_is_deleted_meanwhile_is_gone(cloud: Cloud) -> None:
         time.sleep(1.1)
     cloud.act(lambda txn: finish_delete(txn, txn.get(Instance, WEB)))
     assert cloud.claimed() == {"a": 0, "b": 0, "c": 0}
+
+
+def test_a_move_that_is_taken_away_leaves_the_guest_as_it_was(cloud: Cloud) -> None:
+    """Its snapshot is in the list as long as it is under way, and can be deleted like any other."""
+    cloud.begin()
+    cloud.step()
+    assert cloud.taken is not None
+    remove(cloud.records, cloud.worker._own, cloud.taken)
+    told = cloud.told("a")
+    assert cloud.taken is None and cloud.web.moving == "" and told is not None and told.power == Power.ON
+    cloud.begin()
 
 
 def test_one_that_ended_by_itself_is_not_started_by_its_move(cloud: Cloud) -> None:
