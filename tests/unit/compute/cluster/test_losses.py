@@ -53,7 +53,7 @@ class Played:
             facts = NodeFacts(cpus=16, memory_mib=memory_mib, address=f"10.9.9.{number + 1}")
             for made in (Node(uuid=new_uuid(), name=name, facts=to_plain(facts)), Claims(name=name)):
                 transact(self.store, lambda txn, made=made: txn.create(made))
-        self.controller = Controller(self.store, "0badcafe", "n1")
+        self.controller = Controller(self.store, "0badcafe", Config(node_name="n1"))
         self.silent = self.controller.nodes.silent
         for name in NODES[1:]:
             self.controller.nodes.renew(name)
