@@ -39,7 +39,7 @@ class Plane:
         self._holders = taps.Holders()
 
     def observe(self, underlay: IPv4Address = IPv4Address("127.0.0.1")) -> Observed:
-        """What is there of ours."""
+        """What is there of ours, without who listens on the host."""
         with self._lock:
             return self._look(underlay, self._running())
 
@@ -55,6 +55,8 @@ class Plane:
             observed = self._look(desired.underlay, self._end_strays())
             if back := self._holders.put_back(_local_taps(desired), observed):
                 observed = self._look(desired.underlay, self._running())
+            if any(network.led() for network in desired.networks):  # 10 ms, which many nodes need not spend
+                observed = replace(observed, listening=netns.listening())
             large = too_large(desired, observed)  # one that is here already stays
             refused = [n for n in large if self.namespace(n) not in observed.namespaces]
             kept = tuple(network for network in desired.networks if network not in refused)
@@ -84,7 +86,8 @@ class Plane:
     def doctor(self, desired: NodeNetworks) -> list[Finding]:
         """What is not as desired, in words; nothing is changed."""
         with self._lock, Netns(HOST) as host:
-            return examine(desired, self.observe(desired.underlay), host.nft("list ruleset", json=True))
+            observed = replace(self.observe(desired.underlay), listening=netns.listening())
+            return examine(desired, observed, host.nft("list ruleset", json=True))
 
     def largest_mtu(self, underlay: IPv4Address) -> int:
         """The largest packet of a guest that the mesh carries unfragmented, 0 where nothing has that address."""

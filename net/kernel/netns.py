@@ -40,7 +40,10 @@ _SELF, _MASTER, _PROXY = 2, 4, 8
 _PROTO_KERNEL, _PROTO_STATIC, _SCOPE_LINK = 2, 4, 253
 
 _HERE = b"/proc/thread-self/ns/net"
+_GETGEN, _GEN_ID = struct.pack("=LHHLLL", 20, 10 << 8 | 16, 1, 1, 0, 0), struct.pack("=HH", 8, 1)
 _libc = ctypes.CDLL(None, use_errno=True)
+_listed: dict[str, dict[str, tuple[bytes, dict[tuple[str, str], Table]]]] = {}
+"""Namespace → listing → of which generation, and what it said: listing and parsing are most of a look's work."""
 
 
 def _check(result: int, what: str) -> None:
@@ -92,6 +95,7 @@ def remove_namespace(name: str) -> None:
     while _libc.umount2(bytes(path), _MNT_DETACH) == 0:
         pass
     path.unlink(missing_ok=True)
+    _listed.pop(name, None)
 
 
 def announce(dev: str, address: str) -> None:
@@ -185,8 +189,19 @@ class Netns:
         with self.entered():
             return libnft.run(commands, json=json)
 
+    def _generation(self) -> bytes:
+        """Another one after each nft transaction, and in each namespace; b"" before Linux 5.14 (SO_NETNS_COOKIE)."""
+        with suppress(OSError), self.entered(), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as nft:
+            nft.send(_GETGEN)  # NFT_MSG_GETGEN of linux/netfilter/nf_tables.h
+            if (said := nft.recv(1 << 12))[20:24] == _GEN_ID:
+                return nft.getsockopt(socket.SOL_SOCKET, 71, 8) + said[24:28]
+        return b""
+
     def tables(self, listing: str) -> dict[tuple[str, str], Table]:
-        """What nft lists, by family and name."""
+        """What nft lists, by family and name: anew only if a transaction came since."""
+        now, known = self._generation(), _listed.setdefault(self.name, {})
+        if now and known.get(listing, (b"", {}))[0] == now:
+            return known[listing][1]
         found = {}
         for (family, name), table in ruleset.parse(self.nft(listing, json=True)).items():
             elements = dict(table.elements)
@@ -195,6 +210,7 @@ class Netns:
                     said = self.nft(f"list {held.declaration} {family} {name} {n}", json=True)
                     elements[n] = replace(held, items=ruleset.items(said))
             found[family, name] = replace(table, elements=elements)
+        known[listing] = now, found
         return found
 
     # What is changed

@@ -94,7 +94,6 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
         mtu_bytes=carrier.mtu_bytes if carrier else 0,
         resolvers=dnsmasq.upstream(),
         foreign=tuple(foreign),
-        listening=netns.listening(),
         bridges={link.name: link.mtu_bytes for link in every.values() if link.kind == "bridge"},
         bridged_meets_firewall=Entry(Kind.SYSCTL, "", BRIDGED, "1") in entries,
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from net.plan import names
+from net.plan.nft import FLOATING
 from tests.net.machines import OUTSIDE, Cluster, make_network, make_port
 
 pytestmark = pytest.mark.system
@@ -165,3 +167,24 @@ def test_routed_addresses_reach_their_next_hop_without_nat(cluster: Cluster) -> 
         assert cluster.world.works(f"ping -n -c 3 -W 2 {routed}")
         assert guest.space.works(f"ping -n -c 3 -W 2 -I {routed} {OUTSIDE}")
         assert guest.reaches_not(OUTSIDE)
+
+
+def test_what_somebody_changes_in_rules_that_were_read_before_is_seen_and_put_back(cluster: Cluster) -> None:
+    port = make_port(2, "n1", floating=IPv4Address("10.9.9.100"))
+    node, desired = cluster.nodes[0], cluster.apply(make_network(port))
+    (space,) = node.space.sh("ls /run/netns").split()
+    table = names.table(desired.installation)
+    inside = f"nsenter --net=/run/netns/{space} nft"
+    again = f"umount /run/netns/{space} && rm /run/netns/{space} && ip netns add {space}"
+    for change in (
+        f"nft flush set inet {table} {FLOATING}",
+        "nft flush ruleset",
+        f"{inside} flush ruleset",
+        again,
+    ):
+        while node.apply(desired):  # floating addresses are announced more than once
+            pass
+        before = node.space.sh(f"nft -s list ruleset; {inside} -s list ruleset")
+        node.space.sh(change)
+        assert node.apply(desired) != [], change
+        assert node.space.sh(f"nft -s list ruleset; {inside} -s list ruleset") == before
