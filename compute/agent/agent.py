@@ -311,12 +311,9 @@ class Agent:
         """Look at console logs, and keep them within their limit: with stdio_handler = "file" nobody else does."""
         while True:
             await asyncio.sleep(_CUT_S)
-            guests = list(self._guests.values())
-            look: partial[list[bool]] = partial(list, map(Guest.look, guests))
-            looked = await asyncio.get_running_loop().run_in_executor(self._pool, look)
-            for guest, up in zip(guests, looked, strict=True):
-                if up:
-                    guest.wake("up")
+            look = partial(list[Guest], filter(Guest.look, list(self._guests.values())))
+            for up in await asyncio.get_running_loop().run_in_executor(self._pool, look):
+                up.wake("up")
 
     def _facts(self, verdict: accel.Verdict) -> NodeFacts:
         return NodeFacts(

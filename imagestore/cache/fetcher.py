@@ -231,7 +231,7 @@ class Fetcher:
         """Flush, and look again at what waited for time to pass."""
         while True:
             for _ in range(10):
-                await asyncio.sleep(FLUSH_S / 10)
+                await asyncio.sleep(FLUSH_S / (10 if self._images else 1))
                 self.pump()
             for image in list(self._images):
                 try:

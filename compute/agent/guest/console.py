@@ -19,20 +19,23 @@ class ConsoleLog:
     def __init__(self, path: Path, limit_bytes: int = LIMIT_BYTES) -> None:
         self.path, self._limit = path, limit_bytes
         self._old = path.with_suffix(".log.old")
-        self._begun = 0
+        self._begun, self._seen = 0, (0, 0)
 
     def cut(self) -> bool:
         """If the log has more than half the limit, keep its last quarter of the limit. Whether it was cut."""
-        for rolled in self.path.parent.glob(f"{self.path.name}.[0-9]"):
-            rolled.unlink()  # virtlogd, where stdio_handler says so, rolls over by itself
         try:
-            size = self.path.stat().st_size
+            there = self.path.stat()
         except FileNotFoundError:
             return False
-        if size <= self._limit // 2:
+        seen, self._seen = self._seen, (there.st_size, there.st_mtime_ns)
+        if self._seen == seen:  # a quiet guest costs nothing
+            return False
+        for rolled in self.path.parent.glob(f"{self.path.name}.[0-9]"):
+            rolled.unlink()  # virtlogd, where stdio_handler says so, rolls over by itself
+        if there.st_size <= self._limit // 2:
             return False
         with self.path.open("rb+") as log:
-            log.seek(-min(size, self._limit // 4), os.SEEK_END)
+            log.seek(-min(there.st_size, self._limit // 4), os.SEEK_END)
             new = self._old.with_suffix(".tail")
             try:
                 new.touch(mode=0o600)
