@@ -26,7 +26,7 @@ _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such f
 _FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 14, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
 _BLOCK, _NOWHERE = 256, 1 << 30
 # A table with room for the dictionary: the level's own would have forgotten its beginning.
-_FAST = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 18, "min_match": 6, "window_log": 24}
+_FAST = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 17, "min_match": 6, "window_log": 24}
 File = tuple[tuple[int, int], int, bytes, bytes, bytes]
 """The chunks that it is in; its place in these, what they have before and after its stream, what that expands to."""
 
