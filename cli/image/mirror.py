@@ -176,7 +176,7 @@ def import_(source: Path, patterns: tuple[str, ...], form: str) -> None:
 @mirror.add(examples="sf mirror publish")
 @keys_option
 def publish(keys: Path | None) -> None:
-    """Sign the names of the store as they are now."""
+    """Sign the names of the store as they are now, and make updates from what was signed before."""
     with opened() as store:
         _publish(store, keys)
 

@@ -23,7 +23,7 @@ from imagestore.formats.pack import LEVEL
 from imagestore.updates.similar import meeting, samples
 
 _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
-_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 14, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
+_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
 _BLOCK, _NOWHERE = 256, 1 << 30
 # A table with room for the dictionary: the level's own would have forgotten its beginning.
 _FAST = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 17, "min_match": 6, "window_log": 24}
