@@ -25,8 +25,7 @@ from imagestore.updates.similar import meeting, samples
 _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
 _FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
 _BLOCK, _NOWHERE = 256, 1 << 30
-# A table with room for the dictionary: the level's own would have forgotten its beginning.
-_FAST = {"strategy": zstandard.STRATEGY_FAST, "hash_log": 17, "min_match": 6, "window_log": 24}
+_FAST = {"strategy": zstandard.STRATEGY_FAST, "min_match": 6, "window_log": 24}
 File = tuple[tuple[int, int], int, bytes, bytes, bytes]
 """The chunks that it is in; its place in these, what they have before and after its stream, what that expands to."""
 
@@ -38,9 +37,7 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
         one, plain, first, rest = zlib.decompressobj(31), b"", start + _FIRST, start + _STORED
         with suppress(zlib.error):
             plain = one.decompress(view[start:first], _PLAIN) if start >= end else b""
-            if len(plain) > _FIRST and not one.eof:
-                one = zlib.decompressobj(31)
-                plain = one.decompress(view[start:rest], _PLAIN)
+            plain += one.decompress(view[first:rest], _PLAIN) if len(plain) > _FIRST and not one.eof else b""
         if one.eof and _LEAST < len(plain) <= _PLAIN and data[start + 3] in (0, 8):
             stream = start + 10 + (bytes(view[start + 10 : first]).index(0) + 1 if data[start + 3] else 0)
             again, end = _deflated(plain[:_TRIED])[:-_LAST_BLOCK], min(rest, len(data)) - len(one.unused_data)
@@ -54,7 +51,9 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
 def pack(plain: bytes, base: bytes) -> bytes:
     """A frame of chunks."""
     raw = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    params = zstandard.ZstdCompressionParameters.from_level(LEVEL, **_FAST)
+    # A table with room for the dictionary: the level's own would have forgotten its beginning.
+    log = 17 if len(base) < 1 << 20 else 18
+    params = zstandard.ZstdCompressionParameters.from_level(LEVEL, **_FAST, hash_log=log)
     return zstandard.ZstdCompressor(dict_data=raw, compression_params=params).compress(plain)
 
 
