@@ -192,7 +192,7 @@ class RemoteController:
 
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
         """The newest, or the last known one while the server is away. Raises Unavailable before the first."""
-        safe = await self._safe()
+        await self._safe()
         # A poll that began before the lease was gained cannot confirm it.
         wait_s = wait_s if self._lease.firm() and self._power.firm() else min(wait_s, 1.0)
         asked = now_s()
@@ -209,11 +209,11 @@ class RemoteController:
         if self._last is None or found != self._last:
             await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())
         self._last = found
-        self._bound = set() if safe else self._bound
-        self._know(found)
         self._lease.confirm(asked)
         if not found.hold:  # a state that may be older than this node's guests does not know whose they are
             self._power.confirm(asked)
+        self._bound = set() if self._power.firm() else self._bound  # else that may be another's, and run
+        self._know(found)
         await self._safe(*{*found.given} - {spec.uuid for spec in found.instances})
         return self._led(found)
 

@@ -30,6 +30,8 @@ WEB, DB = "11111111-0000-4000-8000-000000000001", "22222222-0000-4000-8000-00000
 def qemu(*uuids: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     argv = [sys.executable, "-c", "import time; time.sleep(600)", "-uuid"]
     made = [subprocess.Popen([*argv, uuid, "-m", "1"]) for uuid in uuids]
+    while any("-uuid" not in Path(f"/proc/{process.pid}/cmdline").read_text() for process in made):
+        time.sleep(0.01)  # Popen returns in the middle of exec
     try:
         yield made
     finally:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def qemu() -> Iterator[subprocess.Popen[bytes]]:
     """A process that looks like one of libvirt's, and stands still: SIGSTOP."""
     argv = ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "-uuid", UUID, "-m", "1"]
     made = subprocess.Popen([sys.executable, *argv])
+    while UUID not in Path(f"/proc/{made.pid}/cmdline").read_text():  # Popen returns in the middle of exec
+        time.sleep(0.01)
     yield made
     made.kill()
     made.wait()
