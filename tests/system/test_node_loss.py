@@ -27,27 +27,20 @@ pytestmark = [
 ]
 
 KINDS = ("cut", "cut and killed", "frozen", "agent frozen", "power")
+NAMES = ("web", "keeps", "saved", "one")
+# Which guest and which boot of it a ping is from says its size: busybox has no other client that is small and safe.
 COUNTS = f"""#!/bin/sh
-id=$(cat /proc/sys/kernel/random/boot_id) n=0
-while true; do
-    n=$((n + 1))
-    wget -q -T 2 -O /dev/null http://{WORLD}:8000/$(hostname)/$id/$n
-    sleep 1
-done
+case $(hostname) in {" ".join(f"{name}) first={100 + 300 * n};;" for n, name in enumerate(NAMES))} esac
+size=$((first + $(od -An -N2 -tu2 /dev/urandom) % 300))
+while true; do ping -q -c 1 -W 1 -s $size {WORLD}; sleep 1; done >/dev/null 2>&1
 """
 REGISTER = """
-import sys, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-class Count(BaseHTTPRequestHandler):
-    def do_GET(self):
-        with lock:
-            print(time.time(), *self.path.strip("/").split("/"), flush=True)
-        self.send_response(204)
-        self.end_headers()
-    def log_message(self, *args):
-        pass
-lock = threading.Lock()
-ThreadingHTTPServer(("0.0.0.0", 8000), Count).serve_forever()
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as heard:
+    while True:
+        packet = heard.recv(4096)
+        if packet[20] == 8:
+            print(time.time(), len(packet) - 28, flush=True)
 """
 
 
@@ -83,9 +76,9 @@ class Lossy:
         """The boots that counted, each where it did so first; one that counted beside another fails."""
         found: list[str] = []
         for line in self.counted.read_text().splitlines():
-            at, who, boot, number = line.split()
-            if who == name and found[-1:] != [boot]:
-                assert boot not in found, f"{boot} counted {number} at {at}, after {found[-1]}"
+            at, boot = line.split()
+            if (int(boot) - 100) // 300 == NAMES.index(name) and found[-1:] != [boot]:
+                assert boot not in found, f"{boot} counted at {at}, after {found[-1]}"
                 found.append(boot)
         return found
 
