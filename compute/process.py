@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 _LOOK_S = 3.0
-_AGAIN_S = 5.0
+_AGAIN_S, _END_S = 5.0, 6.0
 _UNSET = Config().mesh_address
 _MTU_BYTES = 1450
 """Inside a VXLAN over Ethernet."""
@@ -164,11 +164,10 @@ async def run(
     make_agent: Callable[[], Awaitable[Agent]],
     *parts: Callable[[], Awaitable[None]],
     answering: Sequence[asyncio.Task[None]] = (),
-    close: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """An agent and the other parts, until SIGINT or SIGTERM, or until one that answers fails: then its error.
 
-    `close` comes first in the end, then the agent, which still has something to say to the others.
+    Those that answer are the first to end, then the agent, which still has something to say to the others.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -186,8 +185,10 @@ async def run(
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        if close:
-            await close()
+        for server in answering:
+            server.cancel()
+        if answering:
+            await asyncio.wait(answering, timeout=_END_S)
         acting.cancel()
         await asyncio.wait([acting])
         for task in tasks:

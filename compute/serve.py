@@ -10,7 +10,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,12 @@ _GRACE_S = 3
 
 class _Server(uvicorn.Server):
     """Leaves signals to us: stopping the API is only one part of stopping."""
+
+    async def main_loop(self) -> None:
+        """Until cancelled, once a second for the date: uvicorn's own looks ten times whether it is to end."""
+        with suppress(asyncio.CancelledError):
+            while not await self.on_tick(0):
+                await asyncio.sleep(1)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -110,11 +116,6 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             say(f"elsewhere: sf login {url} --fingerprint {Digest.of(authority(state_dir / 'auth')[1])}")
         answering = [asyncio.create_task(server.serve([listening])) for server, listening in servers]
 
-        async def close() -> None:
-            for server, _ in servers:
-                server.should_exit = True
-            await asyncio.wait(answering, timeout=2 * _GRACE_S)
-
         holds, feed = Holds(store, installation), controller.feed
         seen: Any = {"limits": config, "usable": controller.nodes.usable, "used": controller.usage.of}
         taking = Snapshots(store, own, lambda: stores.images.stores, feed, partial(destination, **seen))
@@ -132,7 +133,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
             me = Server(name=config.agent_listen, url="" if config.host.startswith(("127.", "0.")) else url)
             parts.append(partial(known, store, me))
         parts += [controller.usage.keep, stores.keep, *once, partial(brings.keep, feed, sent=True)]
-        await process.run(agent, *parts, answering=answering, close=close)
+        await process.run(agent, *parts, answering=answering)
         running = sum(i.power_state in ("on", "paused") for i in Transaction(store).list(Instance))
         say(f"stopped; {running} guests and their networks go on running, and the next sf serve finds them")
 

@@ -282,7 +282,7 @@ class Agent:
         if uuid in self._guests:
             self._guests[uuid].heard(device, message)
         elif not reader:
-            self._notified("", "")
+            self._notified("", message)
 
     # libvirt
 

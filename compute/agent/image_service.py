@@ -37,7 +37,7 @@ _RETRY_S = 1.0
 _PAUSE_S = 0.1
 
 Heard = Callable[[str, str], None]
-"""Told (reader, message) for each event of an image that the reader uses; ("", ""): look at everything again."""
+"""Told (reader, what) of each event of the reader's image; "": look at all again, "figures": at what fills up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,7 @@ class ServedImages:
                 self._learn(await self._client.ask("readable"))
                 events = await self._client.ask("watch", after=after, wait_s=_WAIT_S)
                 if not events:
-                    heard("", "")  # figures have grown meanwhile
+                    heard("", "figures")  # have grown meanwhile
                 for event in events:
                     after = max(after, event["seq"])
                     for reader in event["readers"]:

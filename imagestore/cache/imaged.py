@@ -132,8 +132,7 @@ async def _serve(state: Path, stores: Sequence[str], options: Options, while_nee
             asyncio.get_running_loop().add_signal_handler(number, ended.set)
         while not ended.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await ended.wait()
+                await asyncio.wait_for(ended.wait(), 1)
             if not (state / "cache").is_dir():
                 break  # the installation was removed under us: nobody can reach us any more
             lonely = control.silent_s > (0 if control.alone else _LONELY_S)

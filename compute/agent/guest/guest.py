@@ -36,7 +36,7 @@ from net import NetError, Network
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 1.0
+_RETRY_S, _SEEN_S = 1.0, 60.0  # what happens to one that is up libvirt tells; that it did not is seen so late
 
 
 class Guest:
@@ -95,7 +95,8 @@ class Guest:
         if what.startswith("agent "):
             self._voice.agent_ready = what == "agent ready"
         self._up = self._up or what == "up"
-        self._wake.set()
+        if what != "figures" or self._disks.held.now.served or now_s() > self._ending.seen_s + _SEEN_S:
+            self._wake.set()
 
     def look(self) -> bool:
         """Keep the console's log within its limit; True if it shows that the guest has come up. From any thread."""
