@@ -58,8 +58,7 @@ class Guest:
         self.gone = False
         """Nothing of it is left."""
         self._leaving, self._wake = asyncio.Event(), asyncio.Event()
-        self._up = False
-        """Its console said so."""
+        self._up = False  # its console said so
         self.known, self._recorded, self._damage, self._trouble = True, False, "", ""
         self.orphan: Orphan | None = None
         """How it is while it is not known."""
