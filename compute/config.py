@@ -1,6 +1,7 @@
 """What `sf serve` and `sf agent` are told: the settings as values."""
 
 import platform
+import shlex
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -74,6 +75,8 @@ class Config:
     memory_reserve_mib: int = _told(int, "512")
     restart_reserve: float = _told(float, "0")
     """Percent of each node's memory: kept for guests of nodes that are lost."""
+    fence_command: tuple[str, ...] = _told(lambda text: tuple(shlex.split(text)))
+    """What takes a node's power when it is called with `off NODE`; () for none."""
     disk_ratio: float = _told(float, "4")
     disk_reserve: int = _told(size_bytes, "2G")
     """Bytes: where a node's file system has less left, no disk is added. All may grow to `disk_ratio` times that."""

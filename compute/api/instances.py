@@ -299,8 +299,7 @@ def plug_interface(ctx: Ctx, ref: str, body: PlugBody) -> Response:
     known = ctx.find(Instance, ref)
     want = _want(ctx, body.network, known.namespace)
     add = partial(acts.add_interface, uuid=known.uuid, want=want)
-    made = ctx.act(lambda txn: ctx.once(txn, Interface, body, add))
-    return JSONResponse(views.interface(made))
+    return JSONResponse(views.interface(ctx.act(lambda txn: ctx.once(txn, Interface, body, add))))
 
 
 @router.get("/instances/{ref}/snapshot")
@@ -321,8 +320,7 @@ async def get_console(ctx: Ctx, ref: str, body: ConsoleBody | None = None) -> Re
     """What the guest wrote on its serial console: raw bytes."""
     known = ctx.find(Instance, ref)
     node, length = ctx.services.controller.nodes.operations(known.node), (body or ConsoleBody()).length
-    data = await node.console(known.uuid, length)
-    return Response(data, media_type="text/plain; charset=utf-8")
+    return Response(await node.console(known.uuid, length), media_type="text/plain; charset=utf-8")
 
 
 @router.delete("/instances/{ref}/consoledata")

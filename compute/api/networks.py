@@ -164,8 +164,7 @@ async def ping(ctx: Ctx, ref: str, address: str) -> Response:
 async def doctor(ctx: Ctx, ref: str) -> Response:
     """What is not as it should be, on every node: `[{node, problem, fix}]`. It tells of the hosts: not for tenants."""
     ctx.admin()
-    known = ctx.find(Network, ref)
-    return JSONResponse(await ctx.services.controller.examine(known.name))
+    return JSONResponse(await ctx.services.controller.examine(ctx.find(Network, ref).name))
 
 
 @router.post("/networks/{ref}/route")

@@ -31,7 +31,7 @@ GUESTS_S = 20.0
 LOST_S = 20.0
 """One that is missing for so long is lost, and guests are given away: 12 s after it has stopped them."""
 
-KIND = "alive"
+KIND, OFF = "alive", "off"  # off/<node>: the fence command has confirmed it, until the node's next lease
 _COUNT_S = 15.0
 _SAY_S = 3600.0
 
@@ -82,7 +82,9 @@ class Liveness:
             self._store.refresh(int(known.value) if known and known.value.isdigit() else 0)
         except LeaseLost:
             lease = self._store.grant(LEASE_S)
-            self._store.commit({key: b"%d" % lease}, expect={}, lease=lease, ephemeral=(key,))
+            self._store.commit(
+                {key: b"%d" % lease, f"{OFF}/{node}": None}, expect={}, lease=lease, ephemeral=(key,)
+            )
         return {"fence_s": FENCE_S, "guests_s": GUESTS_S}
 
     def alive(self, node: str) -> bool:

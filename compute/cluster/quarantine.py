@@ -114,8 +114,7 @@ def find(txn: Transaction, uuid: str) -> Quarantined:
 
 def order_deletion(txn: Transaction, uuid: str) -> Quarantined:
     """Ask its node to remove it, disks and all. What it held is free at once where the node was removed."""
-    found = replace(find(txn, uuid), delete=True)
-    txn.update(found)
+    found = txn.update(replace(find(txn, uuid), delete=True))
     node = txn.find(Node, found.node)
     if node is None or node.state == "deleted":
         _give_back(txn, found)

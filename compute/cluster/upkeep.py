@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from tempfile import TemporaryFile
 from typing import Any
 
 from compute.cluster import liveness
@@ -31,6 +32,7 @@ _SWEEP_S = 60.0
 _FENCED_S = LOST_S / 2
 _LOOK_S, _RENEW_S = 0.5, 2.0
 _LEASE_S = 6.0  # over before that of a node which ended with the server that had it
+_FENCE_S, _FENCE_AGAIN_S, _FENCE_TOLD = 60.0, 5.0, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _KEEP_DELETED_S = 3600.0
 _KEEP_REQUEST_S = 86400.0
 
@@ -53,27 +55,78 @@ async def alone(store: StateStore, *parts: Callable[[], Awaitable[None]]) -> Non
 async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, limits: Config, used: Used) -> None:
     """Until cancelled. An error is said and tried again: a full disk must not end the server."""
     swept_s, back = 0.0, partial(bring_back, nodes=nodes, limits=limits, used=used)
+    fencing, command = dict[str, asyncio.Task[None]](), limits.fence_command
+    kinds = liveness.KIND, liveness.OFF, Network.KIND, Instance.KIND, Epoch.KIND
 
     def nodes_and_routers(txn: Transaction) -> bool:
         nodes.note(txn)
         _move_routers(txn, nodes)
         return txn.room < 10
 
-    while True:
-        seen, pause_s = feed.revision, _LOOK_S
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_check(nodes, command))
+        while True:
+            seen, pause_s = feed.revision, _LOOK_S
+            try:
+                await asyncio.to_thread(pieces, store, nodes_and_routers, nodes.server)
+                wanted = set[str]()
+                await asyncio.to_thread(pieces, store, partial(back, wanted=wanted), nodes.server)
+                for node in fencing.keys() - wanted:
+                    fencing.pop(node).cancel()
+                for node in wanted - {n for n, task in fencing.items() if not task.done()}:
+                    fencing[node] = group.create_task(_take_power(store, nodes, node, command))
+                ends_s, now = await asyncio.to_thread(_end, store, nodes.server), time.monotonic()
+                due_s = (at + s - now for at in nodes.silent.values() for s in (_FENCED_S, LOST_S))
+                pause_s = min([ends_s, *(s for s in due_s if s > 0)])
+                if time.monotonic() - swept_s > _SWEEP_S:
+                    await asyncio.to_thread(pieces, store, _sweep, nodes.server)
+                    swept_s = time.monotonic()
+            except ComputeError as err:
+                log.error("upkeep: %s", err)
+                await asyncio.sleep(1)
+            await feed.moved(kinds, seen, pause_s)
+            await asyncio.sleep(_LOOK_S)
+
+
+async def _check(nodes: Liveness, command: tuple[str, ...]) -> None:
+    """Whether it can see the power of each node, as fence agents say it: before one is lost."""
+    for node in await asyncio.to_thread(nodes.usable) if command else ():
+        if node != nodes.server and (said := await _call(*command, "status", node))[0] not in (0, 2):
+            log.warning("fence command: status %s: exit code %d: %s", node, *said)
+
+
+async def _take_power(store: StateStore, nodes: Liveness, node: str, command: tuple[str, ...]) -> None:
+    """Again and again until cancelled: it has confirmed, or the node has answered. Its history tells of changes."""
+    pause_s, said = _FENCE_AGAIN_S, (-1, "")
+
+    def note(txn: Transaction) -> None:
+        if not nodes.alive(node):
+            txn.expect[f"{liveness.KIND}/{node}"] = ABSENT
+            txn.writes |= {} if said[0] else {f"{liveness.OFF}/{node}": b""}
+            txn.event(Node.KIND, node, "fence command: exit code {}: {}".format(*said), type="status")
+
+    while not await asyncio.to_thread(nodes.alive, node):
+        before, said = said, await _call(*command, "off", node)
+        if said != before:
+            await asyncio.to_thread(transact, store, note, nodes.server)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, 300)
+
+
+async def _call(*argv: str) -> tuple[int, str]:
+    """The fence command's exit code (124: it took too long) and last line. Whoever is cancelled ends it."""
+    argv = ("prlimit", "--fsize=65536", "timeout", "--kill-after=1", f"{_FENCE_S}", *argv)
+    with TemporaryFile() as out:
+        told: Any = {"stdin": asyncio.subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": "/"}
+        process = await asyncio.create_subprocess_exec(*argv, **told, env=_FENCE_TOLD)
         try:
-            await asyncio.to_thread(pieces, store, nodes_and_routers, nodes.server)
-            await asyncio.to_thread(pieces, store, back, nodes.server)
-            due_s = (at + s - time.monotonic() for at in nodes.silent.values() for s in (_FENCED_S, LOST_S))
-            pause_s = min([await asyncio.to_thread(_end, store, nodes.server), *(s for s in due_s if s > 0)])
-            if time.monotonic() - swept_s > _SWEEP_S:
-                await asyncio.to_thread(pieces, store, _sweep, nodes.server)
-                swept_s = time.monotonic()
-        except ComputeError as err:
-            log.error("upkeep: %s", err)
-            await asyncio.sleep(1)
-        await feed.moved((liveness.KIND, Network.KIND, Instance.KIND, Epoch.KIND), seen, pause_s)
-        await asyncio.sleep(_LOOK_S)
+            code = await process.wait()
+        finally:
+            if process.returncode is None:
+                process.terminate()
+        out.seek(0)
+        line = out.read().decode(errors="replace").strip().rpartition("\n")[2]
+    return code, "".join(filter(str.isprintable, line[:200]))
 
 
 def _end(store: StateStore, server: str) -> float:
@@ -93,23 +146,31 @@ def _move_routers(txn: Transaction, nodes: Liveness) -> None:
         move_routers(txn, name, router_candidates(txn, alive))
 
 
-def bring_back(txn: Transaction, nodes: Liveness, limits: Config, used: Used) -> bool:
+def bring_back(txn: Transaction, nodes: Liveness, limits: Config, used: Used, wanted: set[str]) -> bool:
     """Guests of a node that is lost go where there is room, each in a transaction of its own. True: there may be more.
 
     First the node is fenced, so that all others refuse it by then; no transaction holds if it answers meanwhile. While
-    the state may be older than the guests nothing is given. Who does not go hears why, once.
+    the state may be older than the guests nothing is given. Who does not go hears why, once. With a fence command,
+    nodes with guests that might go are `wanted`, and keep them, until it has confirmed.
     """
     silent_s = {name: time.monotonic() - since for name, since in nodes.silent.items()}
     silent = {n: s >= LOST_S for n, s in silent_s.items() if s >= _FENCED_S and not nodes.alive(n)}
     if not silent or epoch(txn).waiting:
         return False
     fenced = {n.name for n in txn.list(Node) if n.fence}
+    off = {record.key: record.revision for record in txn.store.list(f"{liveness.OFF}/")}
     there = (i for i in txn.list(Instance) if i.node in silent and i.state == InstanceState.CREATED)
     for one in sorted(there, key=lambda i: i.order):
         due = silent[one.node] and one.node in fenced
-        why = _stays(one) or (_give(txn, one, nodes, limits, used) if due else "")
+        why, key = _stays(one), f"{liveness.OFF}/{one.node}"
+        sure = key in off or not limits.fence_command
+        if due and not why and (sure or one.node not in wanted):
+            why = _give(txn if sure else Transaction(txn.store), one, nodes, limits, used)
+        if due and not (why or sure):
+            wanted.add(one.node)
+            why = "the fence command has not confirmed that it has no power"
         if not why and (due or one.node not in fenced):
-            txn.expect[f"{liveness.KIND}/{one.node}"] = ABSENT
+            txn.expect |= {f"{liveness.KIND}/{one.node}": ABSENT, key: off.get(key, ABSENT)}
             fence(txn, one.node, *([one.uuid] if due else []))
             return True
         said = f"{one.node} is lost, and it stays there: {why}"

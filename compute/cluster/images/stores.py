@@ -53,8 +53,7 @@ class NamespaceStores:
             found = txn.get(Namespace, namespace)
             if make and not found.store:
                 name = f"{namespace}-{secrets.token_hex(16)}"
-                found = replace(found, store=beside(self._own(), name, self._state_dir))
-                txn.update(found)
+                found = txn.update(replace(found, store=beside(self._own(), name, self._state_dir)))
             return found.store
 
         url = transact(self._records, place)

@@ -194,8 +194,7 @@ def delete_instance(txn: Transaction, uuid: str) -> Instance:
     found = txn.get(Instance, uuid)
     if found.state in (InstanceState.DELETED, InstanceState.DELETE_WAIT):
         return found
-    found = replace(found, state=InstanceState.DELETE_WAIT, updated_s=time.time(), progress="")
-    txn.update(found)
+    found = txn.update(replace(found, state=InstanceState.DELETE_WAIT, updated_s=time.time(), progress=""))
     txn.event(Instance.KIND, uuid, "deletion asked for", type="audit")
     return found
 
@@ -230,9 +229,7 @@ def living(txn: Transaction, uuid: str) -> Instance:
 
 def hold(txn: Transaction, uuid: str, seconds: float) -> Instance:
     """Whoever made it is there, and speaks again before that; 0: it needs nobody from now on. Raises Conflict."""
-    found = replace(living(txn, uuid), held_s=time.time() + seconds if seconds else 0)
-    txn.update(found)
-    return found
+    return txn.update(replace(living(txn, uuid), held_s=time.time() + seconds if seconds else 0))
 
 
 def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = False) -> None:

@@ -85,8 +85,7 @@ def facts_of(node: Node) -> NodeFacts | None:
 
 def drain(txn: Transaction, name: str, *, drained: bool, router_nodes: Sequence[str]) -> Node:
     """Place nothing new on it and move its routers; its instances go on."""
-    found = replace(txn.get(Node, name), drained=drained)
-    txn.update(found)
+    found = txn.update(replace(txn.get(Node, name), drained=drained))
     txn.event(Node.KIND, name, "drained" if drained else "takes instances again", type="audit")
     if drained:
         move_routers(txn, name, router_nodes)
@@ -114,8 +113,7 @@ def remove(
     heard(txn, name)
     move_routers(txn, name, router_nodes)
     txn.delete(Claims, name)
-    found = replace(found, state="deleted", lastseen_s=time.time())
-    txn.update(found)
+    found = txn.update(replace(found, state="deleted", lastseen_s=time.time()))
     site_secret(txn, renew=True)
     txn.event(Node.KIND, name, "removed", type="audit")
     return found
@@ -187,8 +185,7 @@ def rename(txn: Transaction, known: Node, name: str) -> Node:
     if known.name in present.waiting:
         waiting = {*present.waiting, name} - {known.name}
         txn.update(replace(present, waiting=tuple(sorted(waiting))))
-    made = replace(known, name=name, revision=taken.revision if taken else 0)
-    txn.update(made)
+    made = txn.update(replace(known, name=name, revision=taken.revision if taken else 0))
     txn.event(Node.KIND, name, f"was called {known.name}", type="audit")
     return made
 

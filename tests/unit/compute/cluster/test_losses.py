@@ -48,6 +48,7 @@ class Played:
 
     def __init__(self, path: Path) -> None:
         self.store = SqliteStore(path)
+        self.command: tuple[str, ...] = ()
         for number, name in enumerate(NODES):
             memory_mib = 2600 if name == "n1" else 4096
             facts = NodeFacts(cpus=16, memory_mib=memory_mib, address=f"10.9.9.{number + 1}")
@@ -102,9 +103,12 @@ class Played:
             self.silent[name] = time.monotonic() - s
             self.look()
 
-    def look(self) -> None:
-        kept = Config(restart_reserve=100.0)  # what is kept is kept for them
-        pieces(self.store, lambda txn: upkeep.bring_back(txn, self.controller.nodes, kept, lambda node: None))
+    def look(self) -> set[str]:
+        """Returns the nodes whose power must go first."""
+        kept = Config(restart_reserve=100.0, fence_command=self.command)  # what is kept is kept for them
+        nodes, wanted = self.controller.nodes, set[str]()
+        pieces(self.store, lambda txn: upkeep.bring_back(txn, nodes, kept, lambda node: None, wanted))
+        return wanted
 
     def told(self, node: str) -> desired.NodeDesired:
         return desired.read(Transaction(self.store), node, "0" * 8, NODES)
@@ -178,7 +182,8 @@ def test_a_node_that_answers_in_that_moment_keeps_its_guests(played: Played) -> 
     played.lose("n2", LOST_S / 2)
     txn = Transaction(played.store)
     played.silent["n2"] = time.monotonic() - LOST_S
-    assert upkeep.bring_back(txn, played.controller.nodes, Config(), lambda node: None) and txn.writes
+    nodes = played.controller.nodes
+    assert upkeep.bring_back(txn, nodes, Config(), lambda node: None, set()) and txn.writes
     played.controller.nodes.renew("n2")
     with pytest.raises(Stale):
         txn.commit()
