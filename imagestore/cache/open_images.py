@@ -201,8 +201,8 @@ class OpenImages:
         return image
 
     def _stored(self, digest: Digest, manifest: Manifest) -> list[StoreOrigin]:
-        urls = self._stores.urls
-        return [StoreOrigin(url, partial(self._stores.get, url), digest, manifest) for url in urls]
+        told = {url: url.rpartition("@")[2] for url in self._stores.urls}  # messages have no passwords
+        return [StoreOrigin(told[url], partial(self._stores.get, url), digest, manifest) for url in told]
 
     def renew(self) -> None:
         """The stores are others now, also for what is open."""

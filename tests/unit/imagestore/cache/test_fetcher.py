@@ -7,12 +7,15 @@ import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from imagestore.cache import fetcher, wanted
 from imagestore.cache.fetcher import Fetcher, Filling
+from imagestore.cache.open_images import OpenImages
 from imagestore.cache.partial import PartialImage
 from imagestore.cache.peers import Site
 from imagestore.cache.reader import Reader
@@ -355,3 +358,13 @@ def test_traces_merge_by_order_and_forget_what_few_boots_touched(tmp_path: Path)
     assert merged.chunks(ids) == [5, 9, 3, 2] and merged.boots == 9
     rare = merged.merged(Trace.of(ids, [77]))
     assert rare.chunks(ids) == [5, 9, 3, 2]
+
+
+def test_what_is_said_of_a_store_has_no_password() -> None:
+    """A node's own connection has one in its URL, and these lines become events that tenants read."""
+    images = object.__new__(OpenImages)
+    urls = ["https://n3:secret@10.0.0.1:13001/stores/local?sha256=00", "/srv/store"]
+    images._stores = SimpleNamespace(urls=urls, get=str)  # type: ignore[assignment]
+    manifest: Any = None
+    names = [origin.name for origin in images._stored(Digest.of(b""), manifest)]
+    assert names == ["10.0.0.1:13001/stores/local?sha256=00", "/srv/store"]
