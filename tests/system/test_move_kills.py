@@ -97,7 +97,7 @@ def test_a_guest_that_moves_outlives_whoever_dies_meanwhile(cluster: Cluster, wh
         moving = subprocess.Popen(
             server.argv("sf", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        time.sleep(rng.uniform(0.2, 8.0))
+        time.sleep(rng.uniform(0.2, 4.0))
         if what == "command":
             moving.kill()
         else:
