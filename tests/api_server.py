@@ -81,7 +81,7 @@ class PlayedAgent:
                 elif spec.name in self.broken or spec.failed:
                     state, power, error = InstanceState.CREATING_ERROR, "off", "qemu would not start"
                 status = InstanceStatus(spec.uuid, state, power, error, accel="tcg (no kvm)")
-                status = replace(status, agent_state=self.agent_state)
+                status = replace(status, agent_state=self.agent_state, leased_s=spec.leased_s)
                 if self.seen.get(spec.uuid) != status:
                     await self.controller.report(self.node, [status], [])
                     self.seen[spec.uuid] = status  # once it is kept: a server may die in between

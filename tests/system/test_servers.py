@@ -358,3 +358,32 @@ def test_a_router_moves_though_the_server_that_did_upkeep_dies_with_its_node(tmp
             90, lambda: made.api[2].get(f"/networks/{lan}")["router_node"] not in (router, ""), "it has moved"
         )
         print(f"a router moved after {took_s:.1f} s, with the server that did upkeep killed")
+
+
+@pytest.mark.drill
+@pytest.mark.skipif(not everything(), reason="a loss takes a minute: SF_TEST_ALL=1")
+def test_a_fence_command_is_called_again_by_the_next_server_and_a_guest_goes_once_it_confirms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server that called it is killed while it hangs; the word `well` is what it waits for."""
+    command, calls = tmp_path / "fence", tmp_path / "calls"
+    command.write_text(
+        f"#!/bin/sh\n[ $1 = status ] && exit 2\necho $PPID $* >> {calls}\n[ -e {tmp_path}/well ] || exec sleep 600\n"
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("SF_FENCE_COMMAND", str(command))
+    with servers(tmp_path, 2, 1) as made, nodes(made, "n1", "n2") as both:
+        made.api[0].network()
+        web = instance(made.api[0], "web", placed_on="n1", on_node_loss="restart").body["uuid"]
+        where = lambda: made.api[1].get(f"/instances/{web}")  # noqa: E731
+        within(60, lambda: where()["state"] == "created", "it is there")
+        both[0].stop()
+        within(90, calls.exists, "the command is called")
+        assert where()["node"] == "n1"
+        made.kill(0)  # the first to start: it has the lease
+        called = len(calls.read_text().splitlines())
+        within(120, lambda: len(calls.read_text().splitlines()) > called, "the other one calls it")
+        assert where()["node"] == "n1"
+        (tmp_path / "well").touch()
+        within(120, lambda: where()["node"] == "n2", "it is given to the other node")
+        assert {line.split(maxsplit=1)[1] for line in calls.read_text().splitlines()} == {"off n1"}
