@@ -103,8 +103,7 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
         if follow:  # an artifact is everybody's: its store need not be asked again
             again = (lambda: item) if isinstance(item, Artifact) else partial(find, ctx, item.id)
             return _streamed(ctx, _stream(ctx, again, query))
-        found = _read(ctx, item, query)
-        return JSONResponse([views.event(e) for e in found])
+        return JSONResponse([views.event(e) for e in _read(ctx, item, query)])
 
 
 def _streamed(ctx: Context, events: AsyncIterator[str]) -> Response:

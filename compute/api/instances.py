@@ -272,8 +272,7 @@ def delete_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Re
 def _add_verb(verb: str) -> None:
     @router.post(f"/instances/{{ref}}/{verb}", name=verb)
     def act(ctx: Ctx, ref: str) -> Response:
-        changed = ctx.change(ctx.find(Instance, ref), partial(acts.power, verb=verb))
-        return JSONResponse(_view(ctx, changed))
+        return JSONResponse(_view(ctx, ctx.change(ctx.find(Instance, ref), partial(acts.power, verb=verb))))
 
 
 for _verb in _VERBS:

@@ -112,8 +112,7 @@ def create_network(ctx: Ctx, body: CreateBody) -> Response:
             txn, wanted, excluded=excluded, router_nodes=routers, chosen=body.range or ""
         )
 
-    made = ctx.act(lambda txn: ctx.once(txn, Network, body, make))
-    return get_network(ctx, made.uuid)
+    return get_network(ctx, ctx.act(lambda txn: ctx.once(txn, Network, body, make)).uuid)
 
 
 @router.delete("/networks")

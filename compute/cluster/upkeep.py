@@ -107,25 +107,28 @@ async def _take_power(store: StateStore, nodes: Liveness, node: str, command: tu
 
     while not await asyncio.to_thread(nodes.alive, node):
         before, said = said, await _call(*command, "off", node)
-        if said != before:
+        if said != before or not said[0]:
             await asyncio.to_thread(transact, store, note, nodes.server)
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, 300)
 
 
 async def _call(*argv: str) -> tuple[int, str]:
-    """The fence command's exit code (124: it took too long) and last line. Whoever is cancelled ends it."""
+    """The fence command's exit code (124: it took too long; -1: no process) and last line. Cancelling ends it."""
     argv = ("prlimit", "--fsize=65536", "timeout", "--kill-after=1", f"{_FENCE_S}", *argv)
-    with TemporaryFile() as out:
-        told: Any = {"stdin": asyncio.subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": "/"}
-        process = await asyncio.create_subprocess_exec(*argv, **told, env=_FENCE_TOLD)
-        try:
-            code = await process.wait()
-        finally:
-            if process.returncode is None:
-                process.terminate()
-        out.seek(0)
-        line = out.read().decode(errors="replace").strip().rpartition("\n")[2]
+    try:
+        with TemporaryFile() as out:
+            told: Any = {"stdin": asyncio.subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": "/"}
+            process = await asyncio.create_subprocess_exec(*argv, **told, env=_FENCE_TOLD)
+            try:
+                code = await process.wait()
+            finally:
+                if process.returncode is None:
+                    process.terminate()
+            out.seek(0)
+            line = out.read().decode(errors="replace").strip().rpartition("\n")[2]
+    except OSError as err:  # a full disk, no more processes: that ends no upkeep
+        code, line = -1, str(err)
     return code, "".join(filter(str.isprintable, line[:200]))
 
 

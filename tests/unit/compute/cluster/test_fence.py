@@ -4,6 +4,7 @@ The real upkeep and real processes; nodes are those of test_losses, silent for a
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -277,3 +278,24 @@ def test_the_setting_is_words_as_a_shell_has_them() -> None:
     assert load(Settings({}, {})).fence_command == ()
     with pytest.raises(Invalid, match="fence_command"):
         load(Settings({"fence_command": "/etc/sf/fence 'a"}, {}))
+
+
+def test_a_machine_that_can_start_no_process_has_confirmed_nothing_and_goes_on(
+    fenced: Fenced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = fenced.guest("web", on_node_loss="restart")
+    whole = upkeep.TemporaryFile
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    async def story() -> None:
+        monkeypatch.setattr(upkeep, "TemporaryFile", full)
+        fenced.silence("n2")
+        async with fenced.upkept():
+            await until(lambda: "exit code -1: [Errno 28] no space" in fenced.events("n2", "node"))
+            assert fenced.one(web).node == "n2" and not fenced.calls()
+            monkeypatch.setattr(upkeep, "TemporaryFile", whole)
+            await until(lambda: fenced.one(web).node == "n3")
+
+    asyncio.run(story())
