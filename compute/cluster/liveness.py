@@ -68,6 +68,7 @@ class Liveness:
         self._store, self.server = store, server
         self._ways: dict[str, NodeOperations] = {}
         self.silent: dict[str, float] = {}  # since when (monotonic) nodes are missing, as `note` saw it
+        self._noted_s = 0.0
 
     def attach(self, node: str, operations: NodeOperations) -> None:
         """How to ask this node directly, from now on: after a restart of the server its agent need not start anew."""
@@ -114,7 +115,10 @@ class Liveness:
         """Nodes that no longer renew become `missing`, those that do again `created`; their histories say when."""
         nodes = [n for n in txn.list(Node) if n.state != "deleted"]
         living, now = self.among(nodes), time.monotonic()
-        self.silent = {n.name: self.silent.get(n.name, now) for n in nodes if n.name not in living}
+        # After a longer pause than a lease lasts, one may have been renewed and lost meanwhile: they count from now.
+        since = self.silent if now - self._noted_s < LEASE_S else {}
+        self._noted_s = now
+        self.silent = {n.name: since.get(n.name, now) for n in nodes if n.name not in living}
         for known in nodes:
             state, words = ("created", "answers") if known.name in living else ("missing", "does not answer")
             found = txn.find(Node, known.name) if known.state != state else None

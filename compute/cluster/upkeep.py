@@ -77,7 +77,9 @@ async def keep_up(store: StateStore, feed: Feed, nodes: Liveness, limits: Config
                     fencing[node] = group.create_task(_take_power(store, nodes, node, command))
                 ends_s, now = await asyncio.to_thread(_end, store, nodes.server), time.monotonic()
                 due_s = (at + s - now for at in nodes.silent.values() for s in (_FENCED_S, LOST_S))
-                pause_s = min([ends_s, *(s for s in due_s if s > 0)])
+                # Often enough to see each lease that a silent node gains.
+                often_s = [liveness.LEASE_S / 2] if nodes.silent else []
+                pause_s = min([ends_s, *often_s, *(s for s in due_s if s > 0)])
                 if time.monotonic() - swept_s > _SWEEP_S:
                     await asyncio.to_thread(pieces, store, _sweep, nodes.server)
                     swept_s = time.monotonic()

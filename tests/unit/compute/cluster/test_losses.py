@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from compute.cluster import desired, upkeep
+from compute.cluster import desired, liveness, upkeep
 from compute.cluster.controller import Controller
-from compute.cluster.liveness import LOST_S
+from compute.cluster.liveness import LEASE_S, LOST_S
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import epochs
 from compute.cluster.records.instances import Instance, finish_delete, leased
@@ -329,3 +330,19 @@ def test_many_guests_of_a_node_that_is_gone_for_good_cost_no_transaction(played:
     before = played.store.revision()
     played.look()
     assert played.store.revision() == before
+
+
+def test_a_lease_that_came_and_went_while_nobody_looked_counts(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upkeep stood still for longer than a lease lasts: a silent node may have had one since, and guests under it."""
+    now_s = time.monotonic()
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: now_s, time=time.time))
+    nodes, lease = played.controller.nodes, played.store.get("alive/n2")
+    assert lease is not None
+    played.store.revoke(int(lease.value))
+    began_s = now_s
+    for pause_s, since_s in ((0, 0), (LEASE_S - 1, 0), (LEASE_S - 1, 0), (LEASE_S + 1, 35.0), (1, 35.0)):
+        now_s += pause_s
+        transact(played.store, nodes.note)
+        assert nodes.silent == {"n2": pytest.approx(began_s + since_s)}
