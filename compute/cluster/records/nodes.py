@@ -102,6 +102,7 @@ def remove(
     found = txn.get(Node, name)
     if name == server:
         raise Conflict(f"{name} is the server itself")
+    txn.find(Claims, name)  # before the list: who comes or goes meanwhile makes all of this stale
     here = [i for i in txn.list(Instance) if i.node == name and i.state != InstanceState.DELETED]
     if here and alive:
         hint = "delete them first, or switch the node off: then they are given up"
@@ -168,7 +169,7 @@ def find_machine(nodes: Iterable[Node], machine: str, name: str) -> Node | None:
 
 def rename(txn: Transaction, known: Node, name: str) -> Node:
     """Another label for the same node: whatever is recorded under its name follows."""
-    taken = txn.find(Node, name)
+    taken, claims = txn.find(Node, name), txn.get(Claims, known.name)  # before the list, as in `remove`
     for instance in txn.list(Instance):
         if known.name in (instance.node, *instance.left):
             at, *left = (name if n == known.name else n for n in (instance.node, *instance.left))
@@ -176,7 +177,6 @@ def rename(txn: Transaction, known: Node, name: str) -> Node:
     for network in txn.list(Network):
         if network.router_node == known.name:
             txn.update(replace(network, router_node=name))
-    claims = txn.get(Claims, known.name)
     before = txn.find(Claims, name)
     txn.update(replace(claims, name=name, revision=before.revision if before else 0))
     txn.delete(Claims, known.name)

@@ -172,6 +172,43 @@ def test_a_lost_node_is_not_told_to_remove_what_it_has(store: SqliteStore) -> No
     assert web(store).state == S.CREATED
 
 
+def meanwhile(store: SqliteStore, monkeypatch: pytest.MonkeyPatch, node: str) -> None:
+    """Another server moves the guest there just after the guests were listed, once."""
+    listed, turns = Transaction.list, iter([node])
+
+    def lists(txn: Transaction, cls: type[Instance], under: str = "") -> list[Instance]:
+        found = listed(txn, cls, under)
+        if cls is Instance and (to := next(turns, "")):
+            move(store, to, gone=True)
+        return found
+
+    monkeypatch.setattr(Transaction, "list", lists)
+
+
+@pytest.mark.parametrize(("to", "state"), [("a", S.DELETED), ("b", S.CREATED)])
+def test_a_guest_that_comes_or_goes_while_its_node_is_removed_is_not_lost(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch, to: str, state: InstanceState
+) -> None:
+    guest(store)
+    if to == "a":
+        move(store, "b", gone=True)
+    meanwhile(store, monkeypatch, to)
+    told = {"name": "a", "server": "c", "alive": False, "router_nodes": ["c"]}
+    transact(store, lambda txn: nodes.remove(txn, **told))  # type: ignore[arg-type]
+    assert (web(store).node, web(store).state) == (to, state)
+    assert claims(store) == {"b": (2, 512) if to == "b" else (0, 0), "c": (0, 0)}
+
+
+def test_a_guest_that_comes_while_its_node_is_renamed_follows(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest(store)
+    move(store, "b", gone=True)
+    meanwhile(store, monkeypatch, "a")
+    transact(store, lambda txn: nodes.rename(txn, txn.get(Node, "a"), "z"))
+    assert web(store).node == "z" and claims(store) == {"z": (2, 512), "b": (0, 0), "c": (0, 0)}
+
+
 def test_what_fails_while_it_arrives_is_no_error_for_good(store: SqliteStore) -> None:
     guest(store)
     move(store, "b")
