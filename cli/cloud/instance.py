@@ -12,7 +12,7 @@ from cli.cloud.console import answers, up
 from cli.cloud.create import LOSS, asked, follow_start, gigabytes, guest, power, wait
 from cli.cloud.network import EVENTS
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
-from cli.errors import CAPACITY, MISSING, TIMEOUT, Problem
+from cli.errors import CAPACITY, CONFLICT, MISSING, TIMEOUT, Problem
 from cli.output import Row, confirm, left, say, show_list, show_one, size, status, when
 
 COLUMNS = (
@@ -293,7 +293,8 @@ def take(api: Api, name: str, verb: str, timeout: float, **asked: Any) -> Object
                 continue
             every = api("GET", "instances", name, "snapshot")
             mine = (one for one in every if one["uuid"] == made["uuid"])
-            found: Object = next(mine, made | {"state": "created"})
+            over = {"state": "created" if made.get("to") else "error", "error_message": "it was taken away"}
+            found: Object = next(mine, made | over)
             if found["state"] in ("created", "error"):
                 break
             tell(f"{found['name']}: {found['state']}", f"{gone_s:.0f} s")
@@ -317,6 +318,9 @@ def moved(api: Api, name: str, timeout: float, node: str | None = None) -> Objec
     made = take(api, name, "migrate", limit_s := timeout + 3600, placed_on=node, timeout_s=math.ceil(timeout))
 
     def there(_: Api, seen: Object) -> str:
+        if seen["node"] != made["to"]:
+            why = f"{seen['name']} is on {seen['node']}: its move was ended"
+            raise Problem(why, hint=f"sf instance events {name}", code=CONFLICT)
         up = seen["power"] == "off" or (not seen["arriving"] and seen["power_state"] in ("on", "paused"))
         return f"on {seen['node']}" if up else ""
 
