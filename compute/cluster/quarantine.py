@@ -44,8 +44,9 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> bool:
             name = f"{spec.namespace[:64]}/{spec.name[:64]}" if spec else "nobody knows its name"
             one = txn.find(Instance, orphan.uuid)
             where = f"on {one.node} by now" if one and one.node != node else "in no record"
-            message = f"guest {orphan.uuid} ({name}) is {where}: left as it is; see sf node orphans"
-            log.warning("node %s: %s", node, message)
+            # Without its name: a node's history is everybody's to read.
+            message = f"guest {orphan.uuid} is {where}: left as it is; see sf node orphans"
+            log.warning("node %s: %s (%s)", node, message, name)
         elif orphan.trouble not in ("", had.orphan.trouble):
             message = f"guest {orphan.uuid}, which is in no record: {orphan.trouble[:500]}"
         if message:

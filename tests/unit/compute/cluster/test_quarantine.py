@@ -87,6 +87,18 @@ def test_addresses_and_vnis_of_a_guest_without_a_record_count_as_taken(store: Sq
     assert list(Transaction(store).get(Ipam, lan.uuid).pool.held.values()) == [given.uuid]
 
 
+def test_what_everybody_may_read_of_a_node_does_not_say_who_else_is_there(
+    store: SqliteStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    started(store)
+    guest = orphan()
+    assert guest.spec is not None
+    note(store, replace(guest, spec=replace(guest.spec, namespace="shop", name="till")))
+    said = [e.value.decode() for e in store.list("event/node/n1/")]
+    assert any(f"guest {guest.uuid} is in no record" in each for each in said)
+    assert not any("shop" in each or "till" in each for each in said) and "shop/till" in caplog.text
+
+
 def test_an_address_that_another_has_stays_that_ones(store: SqliteStore) -> None:
     started(store)
     lan = network(store)
