@@ -133,7 +133,7 @@ def rooms(txn: Transaction, usable: Mapping[str, str], used: Used, labels: Mappi
         why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
         has = node.metadata | {"architecture": facts.architecture}
         missed = ", ".join(f"{key}={value}" for key, value in labels.items() if has.get(key) != value)
-        why_not = why_not or (missed and f"is not {missed}")
+        why_not = why_not or (missed and f"is not {missed[:200]}")
         found.append(Room(node.name, facts, claims, why_not, used(node) or {}))
     return found
 

@@ -305,6 +305,9 @@ def test_labels_and_the_processors_of_nodes_are_asked_for(store: SqliteStore) ->
             make(store, "db", node_labels=labels)
     with pytest.raises(NoCapacity, match="n1 is not rack=a"):
         make(store, "db", node="n1", node_labels={"rack": "a"})
+    with pytest.raises(NoCapacity) as refused:
+        make(store, "db", node_labels={"rack": "x" * 10**6})
+    assert len(str(refused.value)) < 1000, "not once for each node"
     arm = SEEN | {"limits": replace(LIMITS, architecture="aarch64")}
     with pytest.raises(NoCapacity, match="n1 is not architecture=aarch64"):
         transact(store, lambda txn: create_instance(txn, guest("db"), (), **arm))
