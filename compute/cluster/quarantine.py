@@ -127,6 +127,8 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
     """Make the records of a guest from what its node knows of it, those of its networks too. Raises Conflict."""
     found = find(txn, uuid)
     spec, before = found.orphan.spec, txn.find(Instance, uuid)
+    if (node := txn.find(Node, found.node)) is None or node.state == "deleted":  # it has no room to claim
+        raise Conflict(f"node {found.node} was removed", hint="join it anew, or delete the guest")
     if spec is None:
         raise Conflict(f"nobody knows what guest {uuid} was made from", hint="it can only be deleted")
     if found.delete or (before is not None and before.state != InstanceState.DELETED):

@@ -212,6 +212,8 @@ def test_what_a_guest_on_a_removed_node_held_is_free_when_it_is_deleted(store: S
     transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x", state="deleted")))
     guest = orphan(network=lan.uuid, networks=())
     note(store, guest, node="n2")
+    with pytest.raises(Conflict, match="n2 was removed"):  # and what is placed there nobody could delete
+        transact(store, lambda txn: quarantine.adopt(txn, guest.uuid))
     transact(store, lambda txn: quarantine.order_deletion(txn, guest.uuid))
     assert Transaction(store).get(Ipam, lan.uuid).pool.held == {}
     assert Transaction(store).get(Quarantined, guest.uuid).delete
