@@ -32,6 +32,7 @@ _LOAD_STEP = 0.5
 
 Used = Callable[[Node], Mapping[str, Any] | None]
 """What is measured of a node: `liveness.Usage.of`; None where nobody knows."""
+Labels = Collection[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def place(found: Sequence[Judged]) -> str:
     raise NoCapacity(f"no room: {said}", hint="delete an instance, or add a node")
 
 
-def rooms(txn: Transaction, usable: Mapping[str, str], used: Used, labels: Mapping[str, str]) -> list[Room]:
+def rooms(txn: Transaction, usable: Mapping[str, str], used: Used, labels: Labels) -> list[Room]:
     """Every node for `judge`. usable: node → "" or why it takes nothing; nodes that are not in it are away.
 
     labels: what a node is to have in its metadata; `architecture` each has by itself. Whoever places holds the
@@ -132,7 +133,7 @@ def rooms(txn: Transaction, usable: Mapping[str, str], used: Used, labels: Mappi
             claims = replace(claims, disk_bytes=disks[node.name])
         why_not = "is drained" if node.drained else usable.get(node.name, "does not answer")
         has = node.metadata | {"architecture": facts.architecture}
-        missed = ", ".join(f"{key}={value}" for key, value in labels.items() if has.get(key) != value)
+        missed = ", ".join(f"{key}={value}" for key, value in labels if has.get(key) != value)
         why_not = why_not or (missed and f"is not {missed[:200]}")
         found.append(Room(node.name, facts, claims, why_not, used(node) or {}))
     return found
@@ -190,7 +191,9 @@ def weigh(
     """Every node for this instance, or `instance.node` if it names one, and what `judge` says. Raises NotFound."""
     olds = (n.name for n in txn.list(Node) if instance.uuid in n.given or n.name in instance.left)
     usable = {**usable, **dict.fromkeys(olds, "has an old copy of it: sf node orphans")}
-    there = rooms(txn, usable, used, instance.node_labels | {"architecture": limits.architecture})
+    # Who asks for another architecture than the guests' finds no node that has both.
+    labels = [*instance.node_labels.items(), ("architecture", limits.architecture)]
+    there = rooms(txn, usable, used, labels)
     images = {disk.image for disk in instance.disks if disk.image}
     return there, judge(
         there,
@@ -263,7 +266,7 @@ def set_instance(
     if min(more) < 0 and (found.power, found.power_state) != (Power.OFF, "off"):
         raise Conflict(f"{found.name} gets less only while it is off", hint=f"sf instance stop {found.name}")
     if max(more) > 0:
-        there = rooms(txn, usable, used, {})
+        there = rooms(txn, usable, used, ())
         if max(more[:2]) <= 0:  # a disk grows where its guest is, drained or not
             there = [replace(room, why_not="") for room in there]
         take(txn, there, found.node)

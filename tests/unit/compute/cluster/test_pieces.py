@@ -135,7 +135,7 @@ def test_a_placement_rests_on_the_claims_of_its_node_alone(store: SqliteStore) -
     tries = []
 
     def place(txn: Transaction) -> None:
-        there = rooms(txn, {"n1": "", "n2": ""}, lambda _: None, {})
+        there = rooms(txn, {"n1": "", "n2": ""}, lambda _: None, ())
         for other in ("n2", "n1"):  # before the decision, by others
             if len(tries) < 1:
                 transact(store, lambda t, other=other: t.update(replace(t.get(Claims, other), cpus=1)))

@@ -234,7 +234,7 @@ def test_many_at_once_never_take_more_than_there_is(store: SqliteStore) -> None:
 
     def one(uuid: str) -> str:
         def go(txn: Transaction) -> str:
-            there = rooms(txn, ROOM, lambda _: None, {})
+            there = rooms(txn, ROOM, lambda _: None, ())
             node = place(judge(there, 2, 512, limits=LIMITS, wanted="a"))
             txn.update(replace(txn.get(Instance, uuid), left=()))
             return rehome(txn, uuid, take(txn, there, node), "for a test").node

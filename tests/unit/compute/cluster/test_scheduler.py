@@ -300,6 +300,7 @@ def test_labels_and_the_processors_of_nodes_are_asked_for(store: SqliteStore) ->
     for labels, why in (
         ({"rack": "b"}, "n1 is not rack=b; n2 is not rack=b"),
         ({"tier": "1"}, "n2 is not tier=1"),
+        ({"architecture": "aarch64"}, "n1 is not architecture=aarch64; n2 is not architecture=aarch64"),
     ):
         with pytest.raises(NoCapacity, match=why):
             make(store, "db", node_labels=labels)
