@@ -37,6 +37,7 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
         one, plain, first, rest = zlib.decompressobj(31), b"", start + _FIRST, start + _STORED
         with suppress(zlib.error):
             plain = one.decompress(view[start:first], _PLAIN) if start >= end else b""
+            rest = first if one.eof else rest  # `unused_data` is of what was given last
             plain += one.decompress(view[first:rest], _PLAIN) if len(plain) > _FIRST and not one.eof else b""
         if one.eof and _LEAST < len(plain) <= _PLAIN and data[start + 3] in (0, 8):
             stream = start + 10 + (bytes(view[start + 10 : first]).index(0) + 1 if data[start + 3] else 0)

@@ -25,6 +25,7 @@ from imagestore.pull import PullResult, Seed, pull
 from imagestore.push import push
 from imagestore.store.frames import StoreOrigin
 from imagestore.store.store import Store
+from imagestore.updates.coding import File, files, pack_file, unpack
 from imagestore.updates.making import make_update
 from imagestore.updates.using import UpdateOrigin, read_steps
 from imagestore.verify import repair, verify_store
@@ -325,6 +326,21 @@ def test_two_files_in_one_chunk_of_which_the_first_comes_without_gzip(
     done = pull(world.store, digests[1], out, format_="raw", seeds=[seed], durable=False)
     assert out.read_bytes() == world.images[digests[1]]
     assert done.fetched_bytes < 5 << 20
+
+
+def test_a_file_that_is_mostly_zeros_ends_where_its_stream_ends() -> None:
+    """Its stream is short, so its first look is all of it."""
+    head, both = base64.b64encode(np.random.default_rng(5).bytes(120 << 10)), list[tuple[File, bytes]]()
+    for plain in (head + bytes(9 << 20), head + bytes(8 << 20) + b"!" + bytes(1 << 20)):
+        packed = subprocess.run(["gzip", "-cn"], input=plain, capture_output=True, check=True).stdout
+        image = disk(1) + packed + bytes(-len(packed) % 4096) + disk(2, 3)
+        firsts = np.arange(0, len(image) + 1, 4096)
+        (one,) = files(np.frombuffer(image, np.uint8), firsts)
+        begin, end = firsts[list(one[0])].tolist()
+        assert end - begin == -(-len(packed) // 4096) * 4096
+        both.append((one, image[begin:end]))
+    (old, base), (new, wanted) = both
+    assert unpack(pack_file(new, old), base, len(wanted)) == wanted
 
 
 def test_a_hostile_frame_of_a_file_is_refused_whatever_it_says(
