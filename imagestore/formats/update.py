@@ -98,6 +98,8 @@ class Update:
                 raise Corrupt("update: a row of no manifest, or of no frame")
             if (np.diff(firsts(manifest.lengths[rows])[firsts(counts)]) > _MAX_FRAME_BYTES).any():
                 raise Corrupt("update: a frame or a dictionary is too large")
+        if (self.sizes > _MAX_FRAME_BYTES).any():
+            raise Corrupt("update: a frame is too large")
         if (np.diff(self.chunks.astype(np.int64)) <= 0).any() or not self.counts.all():
             raise Corrupt("update: its chunks are not in order")
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 
+from imagestore.backends.protocol import Object
 from imagestore.backends.wrappers import Wrapper
 from imagestore.cache.intake import Brought, bring
 from imagestore.cache.partial import PartialImage
@@ -139,6 +141,28 @@ def test_a_hostile_update_is_refused_whatever_it_names(versions: Versions) -> No
     ):
         store.backend.put(UPDATES.key(versions.digest), data)
         versions.pull()
+
+
+def test_a_frame_that_is_said_to_be_huge_is_not_asked_for(versions: Versions) -> None:
+    """Who serves updates need not say how long an answer is, so what is asked for is all that bounds it."""
+    step, asked = made(versions), list[int]()
+    data = versions.world.store.backend.get(DELTAS.key(step.name)).data
+    good = Update.decode(data[: step.head_bytes], step.name, versions.former, versions.digest)
+    head = replace(good, sizes=np.full_like(good.sizes, 1 << 31)).encode()
+    sealed = Step(Digest.of(head), len(head), 1 << 40)
+    versions.world.store.backend.put(DELTAS.key(sealed.name), head)
+    versions.world.store.backend.put(UPDATES.key(versions.digest), encode_steps({versions.former: sealed}))
+
+    class Counted(Wrapper):
+        def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
+            asked.append(length or 0)
+            return super().get(key, start, length)
+
+    store, out = Store(Counted(versions.world.memory), versions.world.store.info), versions.directory / "out"
+    pull(store, versions.digest, out, format_="raw", seeds=[versions.seed], durable=False)
+    assert out.read_bytes() == versions.world.images[versions.digest]
+    assert len(head) in asked
+    assert max(asked) <= 64 << 20
 
 
 def test_a_node_that_holds_the_former_version_fills_the_next_from_the_update(versions: Versions) -> None:
