@@ -152,15 +152,12 @@ class Publisher:
         self._store.check_writable()
         root = self._root().signed
         signers = {role: self._keys.signers(role, root) for role in ROLES[1:]}
+        self._update(self._store.names.images() if images is None else images)  # meanwhile others may sign
         images = self._store.names.images() if images is None else images
         sizes = check_complete(self._store, set(images.values()))
         stamp, etag = self._timestamp()
         before = parse_targets(self._targets(stamp)) if stamp else {}
         changed = tuple(sorted(key for key in images if before.get(key, images[key]) != images[key]))
-        for key in changed:
-            with suppress(StoreError, OSError):  # who holds the former one fetches frames
-                if before[key] not in read_steps(self._store, images[key]):
-                    make_update(self._store, before[key], images[key])
         targets = Targets(version=self._newest("targets") + 1, expires=_expiry("targets"))
         for (name, tag, architecture), digest in images.items():
             target = make_target(name, tag, architecture, digest, sizes[digest])
@@ -170,6 +167,13 @@ class Publisher:
         self._stamp(signers, stamp, etag, targets.version)
         added, removed = (tuple(sorted(set(a) - set(b))) for a, b in ((images, before), (before, images)))
         return Published(targets.version, added, changed, removed)
+
+    def _update(self, images: Mapping[Target, Digest]) -> None:
+        for key, former in self.published()[0].items():
+            digest = images.get(key, former)
+            with suppress(StoreError, OSError):  # who holds the former one fetches frames
+                if digest != former and former not in read_steps(self._store, digest):
+                    make_update(self._store, former, digest)
 
     def refresh(self) -> datetime:
         """Renew the timestamp, and the snapshot when half its life is over; returns the new date of expiry."""

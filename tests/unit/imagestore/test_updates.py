@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,6 +242,24 @@ def test_who_signs_a_name_anew_makes_the_update_from_what_it_was(versions: Versi
     assert not store.has(DELTAS.key(steps[versions.former].name))
     versions.world.store.backend.delete(MANIFESTS.key(versions.digest))
     assert publisher.publish({name: versions.former}).changed == (name,)
+
+
+def test_a_timestamp_that_is_renewed_while_an_update_is_made_keeps_nobody_from_publishing(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, keys = versions.world.store, signing.Keyring(versions.directory / "keys")
+    signing.init(store, keys)
+    publisher, name = signing.Publisher(store, keys), ("it", "latest", "x86_64")
+    publisher.publish({name: versions.former})
+
+    def slow(*told: Any) -> Step | None:
+        publisher.refresh()  # as the timer does once a day
+        return make_update(*told)
+
+    monkeypatch.setattr(signing, "make_update", slow)
+    assert publisher.publish({name: versions.digest}).changed == (name,)
+    assert publisher.published()[0] == {name: versions.digest}
+    assert list(read_steps(store, versions.digest)) == [versions.former]
 
 
 def test_a_store_that_is_away_for_the_update_alone_costs_frames(versions: Versions) -> None:
