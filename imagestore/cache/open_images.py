@@ -241,6 +241,7 @@ class OpenImages:
             await asyncio.to_thread(image.partial.seal, path)
         except OSError as error:
             self._tell(str(image.digest), f"cannot complete the image, which is tried again: {error}")
+            image.wanted.settle()  # what the disk lost is fetched again
             asyncio.get_running_loop().call_later(_SEAL_S, self._happened, image, "")
             return
         if image.partial.complete:

@@ -225,6 +225,8 @@ class PartialImage:
     def seal(self, path: Path) -> None:
         """Give the complete image its final name, durably. Who has it open reads on. Raises OSError."""
         self.flush()
+        if not self.complete:
+            raise OSError(errno.EIO, "the disk lost some of it")
         self.path.chmod(0o444)
         self.path.rename(path)
         self.path = path

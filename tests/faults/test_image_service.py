@@ -449,6 +449,36 @@ def test_an_image_that_cannot_be_completed_now_is_completed_later(
     assert len(tries) == 3
 
 
+def test_what_a_failing_disk_lost_of_an_image_is_fetched_again_before_that_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_images, "_SEAL_S", 0.1)
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    for name in ("state/cache/readers", "state/cache/traces", "run"):
+        (tmp_path / name).mkdir(parents=True)
+    fdatasync, failed = os.fdatasync, list[int]()
+
+    def failing(descriptor: int) -> None:
+        if not failed and Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".part":
+            failed.append(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+
+    async def story() -> None:
+        service = ImageService(tmp_path / "state/cache", tmp_path / "run", [url], Options())
+        await service.start()
+        await service.images.prefetch(str(digest))
+        while not any("complete" in event for event in await service.watch(0, 0.1)):
+            await asyncio.sleep(0.02)
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(story(), 20))
+    assert failed
+    assert ImageCache(tmp_path / "state/cache", {}).path(digest).read_bytes() == DATA
+
+
 def test_an_image_that_is_open_comes_from_the_stores_that_were_added_since(tmp_path: Path) -> None:
     """I3"""
     url, (digest,) = make_store(tmp_path / "store", DATA)

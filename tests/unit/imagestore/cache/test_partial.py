@@ -177,6 +177,23 @@ def test_a_failed_flush_makes_the_chunks_missing_again(tmp_path: Path) -> None:
     assert not any(partial.present) and partial.present_bytes == 0
 
 
+def test_what_a_failed_flush_lost_is_no_part_of_a_complete_image(tmp_path: Path) -> None:
+    class Broken(Forgetful):
+        def fdatasync(self, fd: int) -> None:
+            raise OSError(5, "Input/output error")
+
+    partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST)
+    keep(partial, DATA, list(range(COUNT)))
+    with booted(tmp_path, "a", Broken(random.Random(1))), pytest.raises(OSError, match="Input/output"):
+        partial.seal(tmp_path / "image.raw")
+    with pytest.raises(OSError, match="lost"):
+        partial.seal(tmp_path / "image.raw")
+    assert partial.path.exists() and not (tmp_path / "image.raw").exists()
+    keep(partial, DATA, list(range(COUNT)))
+    partial.seal(tmp_path / "image.raw")
+    assert (tmp_path / "image.raw").read_bytes() == DATA
+
+
 def test_an_image_is_not_closed_under_a_write(tmp_path: Path) -> None:
     partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST)
     closing = threading.Thread(target=partial.close)
