@@ -44,7 +44,7 @@ class PartialImage:
         self._ids = manifest.ids.tobytes()
         self._have_path = raw.with_suffix(".have")
         self._header = _MAGIC + BOOT_ID.read_text().strip().encode()[:36].ljust(36) + digest
-        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._lock, self._writing, self._flushing = (threading.Lock() for _ in range(3))
         self._durable = np.zeros(len(self.starts), np.bool_)
         self._unsynced: list[int] = []
         self.present = bytearray(len(self.starts))
@@ -203,24 +203,25 @@ class PartialImage:
 
     def flush(self) -> None:
         """Make what is marked survive a power cut: first the data, then the bits. Raises OSError."""
-        with self._lock:
-            chunks, self._unsynced = self._unsynced, []
-        if not chunks:
-            return
-        try:
-            os.fdatasync(self._fd)
-        except OSError:
-            # What the kernel could not write it may drop: these chunks are not there any more.
+        with self._flushing:  # who seals or closes next counts on what another thread has begun to sync
             with self._lock:
-                for chunk in chunks:
-                    self.present[chunk] = 0
-                    self.present_bytes -= self.ends[chunk] - self.starts[chunk]
-            raise
-        with self._lock:
-            self._durable[chunks] = True
-            bits = np.packbits(self._durable).tobytes()
-        os.pwrite(self._have_fd, bits, _HEADER_BYTES)
-        os.fdatasync(self._have_fd)
+                chunks, self._unsynced = self._unsynced, []
+            if not chunks:
+                return
+            try:
+                os.fdatasync(self._fd)
+            except OSError:
+                # What the kernel could not write it may drop: these chunks are not there any more.
+                with self._lock:
+                    for chunk in chunks:
+                        self.present[chunk] = 0
+                        self.present_bytes -= self.ends[chunk] - self.starts[chunk]
+                raise
+            with self._lock:
+                self._durable[chunks] = True
+                bits = np.packbits(self._durable).tobytes()
+            os.pwrite(self._have_fd, bits, _HEADER_BYTES)
+            os.fdatasync(self._have_fd)
 
     def seal(self, path: Path) -> None:
         """Give the complete image its final name, durably. Who has it open reads on. Raises OSError."""

@@ -194,6 +194,26 @@ def test_what_a_failed_flush_lost_is_no_part_of_a_complete_image(tmp_path: Path)
     assert (tmp_path / "image.raw").read_bytes() == DATA
 
 
+def test_an_image_is_sealed_after_what_another_thread_has_begun_to_flush(tmp_path: Path) -> None:
+    partial, raw = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST), tmp_path / "image.raw"
+    keep(partial, DATA, list(range(COUNT)))
+    sealing, early = threading.Thread(target=partial.seal, args=(raw,)), list[bool]()
+
+    class Slow(Forgetful):
+        def fdatasync(self, fd: int) -> None:
+            if not early:
+                sealing.start()
+                sealing.join(0.2)
+                early.append(raw.exists())
+            os.fdatasync(fd)
+
+    with booted(tmp_path, "a", Slow(random.Random(1))):
+        partial.flush()
+        sealing.join()
+    assert early == [False]
+    assert raw.read_bytes() == DATA
+
+
 def test_an_image_is_not_closed_under_a_write(tmp_path: Path) -> None:
     partial = PartialImage(tmp_path / "image.part", DIGEST, MANIFEST)
     closing = threading.Thread(target=partial.close)
