@@ -25,6 +25,7 @@ class Ending:
         self._host, self._uuid, self._course = host, uuid, course
         self._taps, self._voice, self._wake = taps, voice, wake
         self._pressed_s, self.seen_s = 0.0, 0.0
+        self.quiet_s = 0.0  # when it was seen to be as it is wanted; 0: something is left to do
 
     async def observe(self, spec: InstanceSpec) -> DomainState:
         """What libvirt says; a guest that was up and is off by itself is noted as ended, unless it had no lease."""
@@ -47,6 +48,7 @@ class Ending:
                 self._voice.event(why)
         elif state.power != "off":
             self.seen_s = looked_s
+        self.quiet_s = looked_s if state == DomainState(spec.power) and self._taps.plugged(spec) else 0.0
         return state
 
     async def come(self, spec: InstanceSpec, state: DomainState) -> bool:

@@ -94,7 +94,7 @@ class Guest:
         if what.startswith("agent "):
             self._voice.agent_ready = what == "agent ready"
         self._up = self._up or what == "up"
-        if what != "figures" or self._disks.held.now.served or now_s() > self._ending.seen_s + _SEEN_S:
+        if what != "figures" or self._disks.held.now.served or now_s() > self._ending.quiet_s + _SEEN_S:
             self._wake.set()
 
     def look(self) -> bool:

@@ -54,15 +54,18 @@ class Taps:
         if kept != self.held.now.taps:
             await self.held.save(taps=kept)
 
+    def plugged(self, spec: InstanceSpec) -> bool:
+        """Whether its interfaces are those that are wanted, in their networks."""
+        known, wanted = {tap.port.uuid for tap in self.held.now.taps}, {one.uuid for one in spec.interfaces}
+        return known == wanted and all(tap.adopted and tap.network for tap in self.held.now.taps)
+
     async def plug(self, spec: InstanceSpec, networks: Networks) -> None:
         """Bring the running guest's interfaces to what is wanted; a removal ends when the guest has let go."""
-        known = {tap.port.uuid for tap in self.held.now.taps}
-        wanted = {interface.uuid for interface in spec.interfaces}
-        if known == wanted and all(tap.adopted and tap.network for tap in self.held.now.taps):
+        if self.plugged(spec):
             return
         do, hypervisor = self._host.do, self._host.hypervisor
         live = domain.live_interfaces(await do(hypervisor.xml, spec.uuid))
-        for extra in live - wanted:
+        for extra in live - {interface.uuid for interface in spec.interfaces}:
             await do(hypervisor.detach, spec.uuid, domain.interface_alias(extra))
         await self.remove(keep=live)
         for interface in spec.interfaces:
