@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
-_LOOK_S = 3.0
+_LOOK_S, _FIRST_S = 3.0, 5.0
 _AGAIN_S, _END_S = 5.0, 6.0
 _UNSET = Config().mesh_address
 _MTU_BYTES = 1450
@@ -62,13 +63,16 @@ class NodeStores:
         self._said: dict[str, str] = {}
         self.urls: Mapping[str, str] = {}
         self.images = ImageCache(config.state_dir / "cache", {})
-        self._look(dict(config.stores))
+        self._looking = ThreadPoolExecutor(1, "stores")
+        # One that is away takes a minute to say so; this node's lease for guests ends before.
+        with contextlib.suppress(TimeoutError):
+            self._looking.submit(self._look, dict(config.stores)).result(_FIRST_S)
 
     async def keep(self) -> None:
         """For ever: stores and remotes that are added or come back are seen. Raises Invalid for unreadable settings."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            await asyncio.to_thread(self._look)
+            await asyncio.get_running_loop().run_in_executor(self._looking, self._look)
 
     def _look(self, urls: Mapping[str, str] | None = None) -> None:
         """All that can be reached, in their order; one that cannot keeps no guest from starting."""
@@ -84,6 +88,8 @@ class NodeStores:
                 if self._said.get(url) != (said := str(err)):
                     log.warning("image store %s: %s", name, said)
                 self._said[url] = said
+            if len(found) > len(self.images.stores):  # nobody waits for those that are still to be asked
+                self.images.stores = dict(found)
         self.images.stores = found
 
     def close(self) -> None:

@@ -2,11 +2,17 @@
 
 import asyncio
 import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from compute import process
+from compute import load, process
 from compute.errors import Unavailable, brief
+from imagestore import Settings, Store, open_store
+from imagestore import Unavailable as StoreUnavailable
 
 
 def deep(levels: int) -> None:
@@ -71,3 +77,32 @@ def test_an_error_of_any_length_is_one_short_line_with_its_place() -> None:
         line = brief(err)
     assert len(line) < 1000 and "\n" not in line
     assert line.startswith("ValueError: chosen by a tenant chosen") and "test_process.py:" in line
+
+
+def test_a_store_that_is_away_holds_up_neither_the_start_nor_the_other_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that waits for it has no lease, and is replaced by systemd every 15 s."""
+    monkeypatch.setattr(process, "_FIRST_S", 0.1)
+    given_up, answered = threading.Event(), list[str]()
+
+    def opened(url: str, **how: Any) -> Store:
+        if url.startswith("https:"):
+            given_up.wait(20)
+            answered.append(url)
+            raise StoreUnavailable(url)
+        return open_store(url, **how)
+
+    monkeypatch.setattr(process, "open_store", opened)
+    remotes = '[remotes.away]\nurl = "https://192.0.2.1:9/"\n'
+    (tmp_path / "config.toml").write_text(f'store = "{tmp_path / "here"}"\n{remotes}')
+    open_store(str(tmp_path / "here"), create=True).backend.close()
+    read = Settings(environment={"SF_CONFIG": str(tmp_path / "config.toml"), "SF_STATE_DIR": str(tmp_path)})
+    stores = process.NodeStores(load(read), default=False)
+    assert not answered
+    assert list(stores.urls) == ["local", "away"]
+    while not stores.images.stores:
+        time.sleep(0.01)
+    assert list(stores.images.stores) == ["local"] and not answered
+    given_up.set()
+    stores.close()
