@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -133,14 +132,19 @@ async def agent(
 
 
 def joined(
-    config: Config, identity: Identity, stores: NodeStores, memory: Memory
-) -> tuple[Any, Any, IPv4Address]:
-    """The agent of a node with its servers elsewhere, and its link to them, to be run; where others reach it."""
-    address = identity.local_address() if config.mesh_address == _UNSET else config.mesh_address
+    config: Config, identity: Identity, stores: NodeStores, memory: Memory, say: Say = log.info
+) -> tuple[Any, Any]:
+    """The agent of a node with its servers elsewhere, and its link to them, to be run: without a way there, too."""
     plane = Fenced(identity.installation, config.state_dir, identity.node, config.uplink)
     link = RemoteController(identity, config.state_dir, plane)
-    acting = partial(agent, config, identity.node, link, plane, stores, memory, address, plane.power.since)
-    return acting, link.run, address
+
+    async def acting() -> Agent:
+        found = config.mesh_address
+        address = await asyncio.to_thread(identity.local_address) if found == _UNSET else found
+        say(f"mesh address {address}")
+        return await agent(config, identity.node, link, plane, stores, memory, address, plane.power.since)
+
+    return acting, link.run
 
 
 def shortened(record: logging.LogRecord) -> bool:

@@ -96,7 +96,7 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         if mine:
             trusted = certificate(state_dir / "auth")[0].read_text()
             identity = Identity(f"https://{config.agent_listen}", node, mine, installation, trusted)
-            agent, link, _ = process.joined(config, identity, stores, memory)
+            agent, link = process.joined(config, identity, stores, memory)
             parts.append(link)
         elif config.guests:
             plane = Plane(installation, state_dir)

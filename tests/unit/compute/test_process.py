@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from compute import load, process
+from compute.agent.link import Identity
+from compute.agent.memory import Memory
+from compute.cluster.certificates import certificate
 from compute.errors import Unavailable, brief
 from imagestore import Settings, Store, open_store
 from imagestore import Unavailable as StoreUnavailable
@@ -106,3 +110,15 @@ def test_a_store_that_is_away_holds_up_neither_the_start_nor_the_other_stores(
     assert list(stores.images.stores) == ["local"] and not answered
     given_up.set()
     stores.close()
+
+
+def test_without_a_way_to_its_server_a_node_has_its_link_all_the_same(tmp_path: Path) -> None:
+    """It is the link that takes the power of guests which others may be given."""
+    trusted = certificate(tmp_path)[0].read_text()
+    identity = Identity("https://[::1]:1", "n2", "secret", "0123abcd", trusted)  # of IPv6 alone: no way
+    read = Settings(environment={"SF_CONFIG": os.devnull, "SF_STATE_DIR": str(tmp_path)})
+    told: Any = (load(read), identity, None, Memory(tmp_path))
+    agent, link = process.joined(*told)
+    assert callable(link)
+    with pytest.raises(Unavailable, match="there is no way to"):  # and `lasting` tries again
+        asyncio.run(agent())
