@@ -56,7 +56,8 @@ def keep(desired: NodeNetworks, guests: Iterable[Guest]) -> NodeNetworks:
             known = networks.get(tap.network_uuid) or tap.network
             if known is None:  # a record of 0.1 does not say; the data plane leaves the tap's namespace alone
                 continue
-            others = [port for port in known.ports if port.uuid != tap.port.uuid]
+            mine = tap.port.uuid, desired.node  # where the guest was given away, its port is another node's
+            others = [port for port in known.ports if (port.uuid, port.node) != mine]
             if vnis.setdefault(known.vni, known.uuid) != known.uuid:
                 troubles.append(f"its network's VNI {known.vni} is another network's")
             elif any(tap.port.address == p.address or tap.port.mac == p.mac for p in others):
