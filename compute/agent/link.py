@@ -167,8 +167,8 @@ class RemoteController:
         self._last: NodeDesired | None = None
         with contextlib.suppress(OSError, ValueError, ComputeError):
             self._last = from_plain(NodeDesired, json.loads(self._kept.read_text()))
-        self._bound = set[str]()
-        """Guests that may run here only while the lease for them is held."""
+        self._bound, self._told = set[str](), 0.0
+        """Guests that may run here only while the lease for them is held; when what the agent acts on was asked for."""
         self._know(self._last)
 
     def _know(self, desired: NodeDesired | None) -> None:
@@ -193,6 +193,7 @@ class RemoteController:
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
         """The newest, or the last known one while the server is away. Raises Unavailable before the first."""
         await self._safe()
+        self._power.confirm(self._told)  # no sooner: now its guests know what is no longer theirs to start
         # A poll that began before the lease was gained cannot confirm it.
         wait_s = wait_s if self._lease.firm() and self._power.firm() else min(wait_s, 1.0)
         asked = now_s()
@@ -210,11 +211,10 @@ class RemoteController:
             await asyncio.to_thread(durable.write, self._kept, json.dumps(plain).encode())
         self._last = found
         self._lease.confirm(asked)
-        if not found.hold:  # a state that may be older than this node's guests does not know whose they are
-            self._power.confirm(asked)
         self._bound = set() if self._power.firm() else self._bound  # else that may be another's, and run
         self._know(found)
         await self._safe(*{*found.given} - {spec.uuid for spec in found.instances})
+        self._told = self._told if found.hold else asked  # a state on hold may not know whose its guests are
         return self._led(found)
 
     async def _safe(self, *given: str) -> bool:

@@ -1,13 +1,17 @@
 """When a node on another machine may route: its lease, and the Plane behind it."""
 
+import asyncio
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compute.agent import link as remote
 from compute.agent.link import Fenced
 from compute.agent.memory import Lease, now_s
+from compute.wire.codec import to_plain
+from compute.wire.spec import InstanceSpec, NodeDesired
 from net import Network, NodeNetworks, Plane
 
 MINE = Network("u", 7, "lan", IPv4Network("10.0.0.0/24"), IPv4Address("10.0.0.1"), router_node="n2")
@@ -91,3 +95,34 @@ def test_other_nodes_routers_are_none_of_its_business(plane: Wires, tmp_path: Pa
 
 def test_a_machine_that_never_joined_has_no_identity(tmp_path: Path) -> None:
     assert remote.load(tmp_path) is None
+
+
+def test_what_needs_the_lease_starts_once_the_agent_has_acted_on_what_is_still_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the answer and that, guests which others were given still believe that they are this node's."""
+    web = InstanceSpec("11111111-0000-4000-8000-000000000001", "web", "system", 1, 16, (), leased_s=5.0)
+    told, plane = NodeDesired(1, DESIRED, (web,), hold=True), Wires()
+
+    async def ask(*_: object, **__: object) -> Any:
+        return to_plain(told)
+
+    monkeypatch.setattr(remote, "_ask", ask)
+    monkeypatch.setattr(remote, "_client", lambda _: None)
+    monkeypatch.setattr(remote, "cut", lambda _: set())
+    monkeypatch.setattr(remote.RemoteController, "_led", lambda _, desired: desired)
+    far = remote.RemoteController(remote.Identity("https://s:1", "n2", "", "", ""), tmp_path, plane)  # type: ignore[arg-type]
+
+    async def poll() -> bool:
+        await far.desired("n2")
+        return plane.power.firm()
+
+    async def story() -> None:
+        nonlocal told
+        await far.desired("n2")  # the agent acts on this one, and it is old once the lease is there
+        plane.power.renewed(now_s(), 60)
+        assert [await poll(), await poll()] == [False, False]  # a state that may be older says nothing
+        told = NodeDesired(2, DESIRED)
+        assert [await poll(), await poll()] == [False, True]
+
+    asyncio.run(story())
