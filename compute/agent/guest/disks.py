@@ -26,7 +26,7 @@ _RECONNECT_S = 3600
 
 
 class Leaving(Exception):
-    """The guest is to be deleted: nothing more is waited for."""
+    """The guest is to be deleted, or nobody knows it now: nothing more is waited for."""
 
 
 class Disks:

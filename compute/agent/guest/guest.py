@@ -55,8 +55,7 @@ class Guest:
         self._ending = Ending(host, spec.uuid, self._course, self._taps, self._voice, self.wake)
         self._captures = Captures(host, spec.uuid, self._journal.part, self._disks, self._voice, self.wake)
         self.console = ConsoleLog(self.directory / "console.log")
-        self.gone = False
-        """Nothing of it is left."""
+        self.gone = False  # nothing of it is left
         self._leaving, self._wake = asyncio.Event(), asyncio.Event()
         self._up = False  # its console said so
         self.known, self._recorded, self._damage, self._trouble = True, False, "", ""
@@ -84,8 +83,7 @@ class Guest:
         changed = (spec, known) != (self.spec, self.known)
         self.spec, self.networks, self.known = spec, networks, known
         self._voice.leased_s, self.orphan = spec.leased_s, None if changed else self.orphan
-        if spec.delete:
-            self._leaving.set()
+        (self._leaving.set if spec.delete or not known else self._leaving.clear)()
         if changed:
             self._wake.set()
 
@@ -275,7 +273,7 @@ class Guest:
             await self._disks.hold(disks)
             await self._disks.grow(spec)
             await self._taps.adopt(self.networks)
-            host.check_lease(spec)
+            host.check_lease(spec, known=self.known)
             if self.spec.power is Power.ON:
                 await host.do(hypervisor.resume, uuid)
             undo.pop_all()

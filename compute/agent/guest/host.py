@@ -58,9 +58,9 @@ class Host:
         async with self.plane_lock:
             return await self.do(call, *args)
 
-    def check_lease(self, spec: InstanceSpec) -> None:
-        """Raises Unavailable while another node may have it."""
-        if spec.leased_s and self.leased_s() == inf:
+    def check_lease(self, spec: InstanceSpec, *, known: bool = True) -> None:
+        """Raises Unavailable while another node may have it, as one that nobody knows here."""
+        if not known or (spec.leased_s and self.leased_s() == inf):
             raise Unavailable("this node has no lease for it", hint="the server says whose it is")
 
     def define(

@@ -1,0 +1,76 @@
+"""A guest's start that takes long, and what its node is told meanwhile."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock, MagicMock
+
+import pytest
+
+from compute.agent.guest.disks import Leaving
+from compute.agent.guest.guest import Guest
+from compute.agent.guest.host import Host
+from compute.agent.image_service import Backing
+from compute.errors import Unavailable
+from compute.wire.spec import DiskSpec, InstanceSpec
+
+UUID = "11111111-0000-4000-8000-000000000001"
+SPEC = InstanceSpec(UUID, "web", "system", 1, 16, (DiskSpec("vda", "b3:" + 64 * "1"),), leased_s=5.0)
+
+
+def guest(directory: Path) -> tuple[Any, Any, asyncio.Event]:
+    """On a host that does nothing; its images come with the event."""
+
+    async def do(call: Any, *args: Any, **named: Any) -> Any:
+        return call(*args, **named)
+
+    async def backing(*_: object) -> Backing:
+        await came.wait()
+        return Backing(directory, 512)
+
+    host, came = MagicMock(directory=directory, do=do, leased_s=lambda: 0.0), asyncio.Event()
+    host.check_lease = partial(Host.check_lease, host)
+    host.images.backing = backing
+    made: Any = Guest(host, SPEC)
+    whole = made._disks.images
+    made._taps, made._disks, made.console = AsyncMock(), AsyncMock(images=whole), MagicMock()
+    made._disks.begin.return_value = ()
+    return made, host.hypervisor, came
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_others_may_have_by_now_does_not_run_however_far_its_start_was(
+    tmp_path: Path, known: bool
+) -> None:
+    async def story() -> None:
+        made, hypervisor, came = guest(tmp_path)
+        came.set()
+        made._disks.hold = AsyncMock(side_effect=lambda *_: made.update(SPEC if known else None, {}))
+        if known:
+            await made._start()
+        else:
+            with pytest.raises(Unavailable):
+                await made._start()
+        assert hypervisor.start_paused.called and hypervisor.resume.called == known
+        assert hypervisor.destroy.call_count == (1 if known else 2)
+
+    asyncio.run(story())
+
+
+def test_a_start_that_waits_for_an_image_ends_once_nobody_knows_the_guest(tmp_path: Path) -> None:
+    """Its node could not say what it has, and would be refused by all others, for as long as no image comes."""
+
+    async def story() -> None:
+        made, hypervisor, came = guest(tmp_path)
+        starting = asyncio.create_task(made._start())
+        await asyncio.sleep(0.01)
+        made.update(None, {})
+        with pytest.raises(Leaving):
+            await asyncio.wait_for(starting, 30)
+        made.update(SPEC, {})  # it is this node's after all
+        came.set()
+        await made._start()
+        assert hypervisor.resume.call_count == 1
+
+    asyncio.run(story())
