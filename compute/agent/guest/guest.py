@@ -55,12 +55,10 @@ class Guest:
         self._ending = Ending(host, spec.uuid, self._course, self._taps, self._voice, self.wake)
         self._captures = Captures(host, spec.uuid, self._journal.part, self._disks, self._voice, self.wake)
         self.console = ConsoleLog(self.directory / "console.log")
-        self.gone = False  # nothing of it is left
         self._leaving, self._wake = asyncio.Event(), asyncio.Event()
-        self._up = False  # its console said so
+        self._up, self.gone = False, False  # its console said so; nothing of it is left
         self.known, self._recorded, self._damage, self._trouble = True, False, "", ""
-        self.orphan: Orphan | None = None
-        """How it is while it is not known."""
+        self.orphan: Orphan | None = None  # how it is while it is not known
 
     @property
     def record(self) -> Course:
@@ -339,6 +337,8 @@ class Guest:
         extra |= {"image_bytes": arrived} if (arrived := self._disks.held.now.arrived) else {}
         power = "crashed" if self.record.crashed else state.power
         power = "transition-to-off" if state.power != "off" and self.spec.power is Power.OFF else power
+        if self.spec.power is not Power.OFF and self.record.phase in (Phase.STARTING, Phase.OFF):
+            power = "transition-to-on"  # it waits for its turn; what is off stays with a lost node
         message = self.record.message or state.reason
         self._voice.publish(InstanceState.CREATED, power, message, vdi_port=port, extra=extra)
 

@@ -1,6 +1,7 @@
 """A guest's start that takes long, and what its node is told meanwhile."""
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from compute.agent.guest.disks import Leaving
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Host
+from compute.agent.guest.record import Phase
+from compute.agent.hypervisor.libvirt import DomainState
 from compute.agent.image_service import Backing
 from compute.errors import Unavailable
-from compute.wire.spec import DiskSpec, InstanceSpec
+from compute.wire.spec import DiskSpec, InstanceSpec, Power
 
 UUID = "11111111-0000-4000-8000-000000000001"
 SPEC = InstanceSpec(UUID, "web", "system", 1, 16, (DiskSpec("vda", "b3:" + 64 * "1"),), leased_s=5.0)
@@ -74,3 +77,25 @@ def test_a_start_that_waits_for_an_image_ends_once_nobody_knows_the_guest(tmp_pa
         assert hypervisor.resume.call_count == 1
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    "phase, power, said",
+    [
+        (Phase.STARTING, Power.ON, "transition-to-on"),
+        (Phase.OFF, Power.ON, "transition-to-on"),
+        (Phase.OFF, Power.OFF, "off"),
+        (Phase.ENDED, Power.ON, "off"),
+    ],
+)
+def test_a_guest_that_waits_for_its_turn_is_not_off_by_itself(
+    tmp_path: Path, phase: Phase, power: Power, said: str
+) -> None:
+    """If its node is lost once more just then, it comes back elsewhere all the same."""
+    made, hypervisor, _ = guest(tmp_path)
+    hypervisor.state.return_value = DomainState("off", "unknown")
+    made.update(replace(SPEC, power=power), {})
+    made._course.now = replace(made.record, spec=made.spec, phase=phase, created=True)
+    made._disks.held.now.arrived = {}
+    asyncio.run(made._report())
+    assert made.host.publish.call_args.args[0].power_state == said
