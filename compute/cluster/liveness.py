@@ -114,10 +114,10 @@ class Liveness:
     def note(self, txn: Transaction) -> None:
         """Nodes that no longer renew become `missing`, those that do again `created`; their histories say when."""
         nodes = [n for n in txn.list(Node) if n.state != "deleted"]
-        living, now = self.among(nodes), time.monotonic()
+        began_s, living, now = time.monotonic(), self.among(nodes), time.monotonic()
         # After a longer pause than a lease lasts, one may have been renewed and lost meanwhile: they count from now.
         since = self.silent if now - self._noted_s < LEASE_S else {}
-        self._noted_s = now
+        self._noted_s = began_s
         self.silent = {n.name: since.get(n.name, now) for n in nodes if n.name not in living}
         for known in nodes:
             state, words = ("created", "answers") if known.name in living else ("missing", "does not answer")

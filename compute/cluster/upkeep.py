@@ -160,8 +160,10 @@ def bring_back(txn: Transaction, nodes: Liveness, limits: Config, used: Used, wa
     the state may be older than the guests nothing is given. Who does not go hears why, once. With a fence command,
     nodes with guests that might go are `wanted`, and keep them, until it has confirmed.
     """
+    for name in filter(nodes.alive, [*nodes.silent]):  # with many guests this takes longer than a lease lasts
+        del nodes.silent[name]
     silent_s = {name: time.monotonic() - since for name, since in nodes.silent.items()}
-    silent = {n: s >= LOST_S for n, s in silent_s.items() if s >= _FENCED_S and not nodes.alive(n)}
+    silent = {n: s >= LOST_S for n, s in silent_s.items() if s >= _FENCED_S}
     if not silent or epoch(txn).waiting:
         return False
     fenced = {n.name for n in txn.list(Node) if n.fence}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -346,3 +347,43 @@ def test_a_lease_that_came_and_went_while_nobody_looked_counts(
         now_s += pause_s
         transact(played.store, nodes.note)
         assert nodes.silent == {"n2": pytest.approx(began_s + since_s)}
+
+
+def test_what_was_renewed_while_the_state_was_slow_to_answer_counts(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease that was gained after the state was read, and ended before it is read again, was seen by nobody."""
+    now_s, nodes, among = time.monotonic(), played.controller.nodes, liveness.Liveness.among
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: now_s, time=time.time))
+
+    def slow(*args: Any) -> list[str]:
+        nonlocal now_s
+        found, now_s = among(*args), now_s + 5
+        return found
+
+    monkeypatch.setattr(liveness.Liveness, "among", slow)
+    lease = played.store.get("alive/n2")
+    assert lease is not None
+    played.store.revoke(int(lease.value))
+    began_s = now_s
+    transact(played.store, nodes.note)
+    assert nodes.silent == {"n2": pytest.approx(began_s + 5)}
+    now_s = began_s + LEASE_S - 1  # it is read at that moment, and the answer is there 5 s later
+    transact(played.store, nodes.note)
+    assert nodes.silent == {"n2": pytest.approx(began_s + LEASE_S + 4)}
+
+
+def test_a_node_that_answers_while_the_guests_of_many_are_given_keeps_its_own_for_as_long_as_their_lease(
+    played: Played,
+) -> None:
+    """Between two transactions, of which there may be hundreds; its next silence is another."""
+    web = played.guest("web", on_node_loss="restart")
+    played.lose("n2", LOST_S / 2)
+    played.silent["n2"] = time.monotonic() - LOST_S
+    played.controller.nodes.renew("n2")
+    played.look()
+    lease = played.store.get("alive/n2")
+    assert lease is not None
+    played.store.revoke(int(lease.value))
+    played.look()
+    assert played.one(web).node == "n2"
