@@ -58,6 +58,9 @@ def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> bool:
             if had is not None:
                 made = replace(had, orphan=orphan)
             elif known := txn.find(Quarantined, orphan.uuid):  # another node's as well, or to be deleted
+                other = txn.find(Node, known.node) if known.node != node else None
+                if known.delete and other and other.state != "deleted":
+                    continue  # that copy is to go, and this one is another
                 made = replace(made, delete=known.delete)
             txn.update(made)
             hold(txn, made)

@@ -148,6 +148,23 @@ def test_a_deletion_that_was_ordered_stays_until_the_node_has_confirmed_it(store
     assert Transaction(store).find(Taken, "vni/77") is None
 
 
+def test_of_two_copies_on_two_nodes_that_alone_goes_which_was_ordered_away(store: SqliteStore) -> None:
+    """A guest that was given away twice left one on each; the administrator saw the one of n2."""
+    started(store)
+    transact(store, lambda txn: txn.create(Node(uuid=new_uuid(), name="n2", identity="x")))
+    guest = orphan()
+    note(store, guest, node="n1")
+    note(store, guest, node="n2")
+    transact(store, lambda txn: quarantine.order_deletion(txn, guest.uuid))
+    note(store, guest, node="n1")  # its agent has just started
+    ordered = Transaction(store).get(Quarantined, guest.uuid)
+    assert (ordered.node, ordered.delete) == ("n2", True)
+    transact(store, lambda txn: settle(txn, "n2", InstanceStatus(guest.uuid, InstanceState.DELETED)))
+    note(store, guest, node="n1")
+    kept = Transaction(store).get(Quarantined, guest.uuid)
+    assert (kept.node, kept.delete) == ("n1", False)
+
+
 def test_nobody_knows_what_it_was_made_from(store: SqliteStore) -> None:
     started(store)
     guest = orphan(spec=None, networks=())
