@@ -14,6 +14,7 @@ from math import inf
 from typing import Any
 
 from compute.cluster.images.artifacts import GIB
+from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import instances
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Want
@@ -189,7 +190,8 @@ def weigh(
     txn: Transaction, instance: Instance, limits: Config, usable: Mapping[str, str], used: Used
 ) -> tuple[list[Room], list[Judged]]:
     """Every node for this instance, or `instance.node` if it names one, and what `judge` says. Raises NotFound."""
-    olds = (n.name for n in txn.list(Node) if instance.uuid in n.given or n.name in instance.left)
+    olds = [n.name for n in txn.list(Node) if instance.uuid in n.given or n.name in instance.left]
+    olds += [one.node for one in txn.list(Quarantined) if one.uuid == instance.uuid]  # it joined anew
     usable = {**usable, **dict.fromkeys(olds, "has an old copy of it: sf node orphans")}
     # Who asks for another architecture than the guests' finds no node that has both.
     labels = [*instance.node_labels.items(), ("architecture", limits.architecture)]

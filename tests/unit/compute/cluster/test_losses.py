@@ -262,6 +262,21 @@ def test_a_guest_never_goes_where_an_old_copy_of_it_is(played: Played) -> None:
     assert played.one(web).node == "n2"
 
 
+def test_nor_where_one_is_whose_node_was_removed_and_joined_anew(played: Played) -> None:
+    """Its disks would be those of before: a record that is there is taken up."""
+    web = played.guest("web", on_node_loss="restart", memory_mib=3000)
+    played.lose("n2")
+    played.say(web, "n3")
+    fresh = Node(uuid=new_uuid(), name="n2", facts=played.node("n2").facts)
+    transact(played.store, lambda txn: txn.update(replace(fresh, revision=txn.get(Node, "n2").revision)))
+    played.back("n2", copy(web))
+    played.lose("n3")
+    assert played.one(web).node == "n3" and "old copy" in played.one(web).progress
+    played.back("n2")  # what it had is deleted
+    played.look()
+    assert played.one(web).node == "n2"
+
+
 def test_without_room_it_waits_says_so_and_goes_when_there_is_some(played: Played) -> None:
     uuids = [played.guest(f"g{n}", on_node_loss="restart", memory_mib=1000, order=9 - n) for n in range(2)]
     full = [played.guest(f"full{n}", f"n{n}", memory_mib=m) for n, m in ((1, 1200), (3, 2700))]
