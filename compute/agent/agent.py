@@ -250,7 +250,7 @@ class Agent:
     async def _apply_instances(self, host: Host, desired: NodeDesired) -> None:
         wanted = {spec.uuid: spec for spec in desired.instances}
         networks = {network.uuid: network for network in desired.networks.networks}
-        self._deleted &= wanted.keys()
+        self._deleted &= {spec.uuid for spec in wanted.values() if spec.delete}
         host.turns.begin(desired.instances, partial(self._notified, "", ""))
         for uuid, spec in wanted.items():
             if uuid in self._deleted and spec.delete:  # done; the server has not heard it yet
