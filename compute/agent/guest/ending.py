@@ -36,7 +36,7 @@ class Ending:
             heeded = spec.power is Power.ON and time.time() < self._course.now.asked_s + _HEEDED_S
             if state.ended == "unknown":  # libvirtd knows nothing of its end: the machine was rebooted
                 await self._course.save(phase=Phase.STARTING)
-            elif spec.leased_s and self._host.leased_s() > self.seen_s:
+            elif spec.leased_s and state.ended != "halted" and self._host.leased_s() > self.seen_s:
                 await self._course.save(phase=Phase.STARTING)
                 self._voice.event("its power was taken: without the server another node may have it")
             elif state.ended == "halted" and heeded:

@@ -99,3 +99,17 @@ def test_a_guest_that_waits_for_its_turn_is_not_off_by_itself(
     made._disks.held.now.arrived = {}
     asyncio.run(made._report())
     assert made.host.publish.call_args.args[0].power_state == said
+
+
+@pytest.mark.parametrize("ended, phase", [("crashed", Phase.STARTING), ("halted", Phase.ENDED)])
+def test_a_guest_that_powered_itself_off_while_no_agent_looked_is_not_started_for_its_lease(
+    tmp_path: Path, ended: str, phase: Phase
+) -> None:
+    """What takes the power of those without a lease kills them: they do not end in order."""
+    made, hypervisor, _ = guest(tmp_path)
+    made.host.leased_s = lambda: 1000.0  # gained anew, by an agent that has just started
+    hypervisor.state.return_value = DomainState("off", ended)
+    made._course.now = replace(made.record, phase=Phase.UP, created=True)
+    made._ending._taps = made._taps
+    asyncio.run(made._ending.observe(SPEC))
+    assert made.record.phase is phase
