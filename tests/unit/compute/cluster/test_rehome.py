@@ -1,5 +1,6 @@
 """An instance is given to another node: what it holds goes along, and only its own node speaks of it."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from compute.cluster import desired, upkeep
+from compute.cluster.controller import Controller
 from compute.cluster.records import nodes
+from compute.cluster.records.epochs import begin
 from compute.cluster.records.instances import Instance, delete_instance, interfaces_of, rehome
 from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network, create_network
@@ -23,7 +26,15 @@ from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Conflict, NoCapacity, NotReady
 from compute.wire.codec import to_plain
-from compute.wire.spec import Capture, DiskSpec, InstanceSpec, InstanceState, InstanceStatus, NodeFacts
+from compute.wire.spec import (
+    Capture,
+    DiskSpec,
+    InstanceSpec,
+    InstanceState,
+    InstanceStatus,
+    Inventory,
+    NodeFacts,
+)
 
 WEB = "11111111-0000-4000-8000-000000000001"
 IMAGE = "b3:" + 64 * "1"
@@ -248,3 +259,22 @@ def test_many_at_once_never_take_more_than_there_is(store: SqliteStore) -> None:
         assert sorted(pool.map(one, many)) == ["", "", "", "a", "a", "a"]
     held = claims(store)
     assert held["a"] == (6, 1536) and [sum(each) for each in zip(*held.values(), strict=True)] == [12, 3072]
+
+
+def test_a_state_that_was_put_back_has_nothing_removed_that_may_be_back_by_now(store: SqliteStore) -> None:
+    """It is of the moment at which they had left a; later they came back, and that is their only copy."""
+    many = [f"{number:08x}-0000-4000-8000-000000000001" for number in range(25)]
+    for uuid in many:
+        guest(store, uuid, cpus=1, memory_mib=16)
+        move(store, "b", uuid)
+    gone = transact(store, lambda txn: delete_instance(txn, many[0])).uuid  # a deletion is for good
+    transact(store, lambda txn: begin(txn, ["a"], "for a test"))
+    now = desired.read(Transaction(store), "a", "0" * 8, [])
+    assert now.hold and len(now.instances) == 25
+    controller = Controller(store, "0badcafe", Config(node_name="z", guests=False))
+    asyncio.run(controller.inventory("a", Inventory("m", now.epoch, 0)))
+    after = desired.read(Transaction(store), "a", "0" * 8, [])
+    assert not after.hold and [(one.uuid, one.delete) for one in after.instances] == [(gone, True)]
+    move(store, "c", many[1])
+    asyncio.run(controller.inventory("b", Inventory("m", now.epoch, 0)))  # of that epoch: it is removed there
+    assert [one.uuid for one in told(store, "b") if one.delete] == [many[0], many[1]]
