@@ -5,7 +5,8 @@ from typing import Any
 import click
 
 from cli.cloud.api import Api
-from cli.cloud.instance import SNAPSHOT, SNAPSHOT_FIELDS, take
+from cli.cloud.instance import SNAPSHOT, SNAPSHOT_FIELDS
+from cli.cloud.snapshots import take
 from cli.command import API, DURATION, Group
 from cli.output import confirm, say, show_list, show_one, when
 

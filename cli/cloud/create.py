@@ -136,7 +136,7 @@ def asked(api: Api, name: str, given: Object, **more: Any) -> Any:
         "metadata": (pairs(given["labels"]) | (liking if liking["affinity"] else {})) or None,
         "ttl": given.get("ttl"),
         "ephemeral": given.get("ephemeral"),
-        "dry_run": given.get("dry_run"),
+        "dry_run": given.get("dry_run") or None,
         "on_node_loss": given.get("on_node_loss"),
     }
     if given["ports"] and not body["network"]:

@@ -22,7 +22,7 @@ from cli.cloud import inside
 from cli.cloud.api import Api, Object
 from cli.cloud.console import answers, emit, read
 from cli.cloud.create import asked, file, guest, machine, wait
-from cli.cloud.instance import take
+from cli.cloud.snapshots import take
 from cli.command import API, DURATION, STORE, Command, settings
 from cli.errors import USAGE, Problem
 from cli.image.image import PUSHED

@@ -5,8 +5,9 @@ import secrets
 import click
 
 from cli.cloud.api import Api, Object
-from cli.cloud.instance import COLUMNS, moved
+from cli.cloud.instance import COLUMNS
 from cli.cloud.network import EVENTS
+from cli.cloud.snapshots import moved
 from cli.command import API, DURATION, Group, pairs
 from cli.errors import CONFLICT, Problem
 from cli.output import ago, confirm, left, say, show_list, show_one

@@ -5,7 +5,7 @@ from typing import Any
 import click
 import pytest
 
-from cli.cloud.instance import moved, take
+from cli.cloud.snapshots import moved, take
 from cli.errors import CONFLICT, Problem
 
 
