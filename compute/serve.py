@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from compute import process
 from compute.agent.link import Identity
-from compute.agent.memory import Memory
+from compute.agent.memory import Memory, cut_first
 from compute.api import agents
 from compute.api import app as api
 from compute.api.context import Services
@@ -78,6 +78,8 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         stack.enter_context(process.only_one(state_dir))
         listening.raise_limits()
         listener = stack.enter_context(_listen(config.host, config.port))
+        if config.state:
+            await asyncio.to_thread(cut_first, state_dir)
         installation = "" if config.state else installation_id(state_dir)  # before there are records of it
         store = stack.enter_context(closing(open_state(config)))
         if config.state:

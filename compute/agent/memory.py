@@ -92,6 +92,14 @@ def cut(uuids: Collection[str]) -> set[str]:
     return found
 
 
+def cut_first(state_dir: Path) -> None:
+    """Of a server's own node, before its state is asked for, which may not answer: what may be another's is off."""
+    with contextlib.suppress(OSError, ValueError, ComputeError):
+        last = from_plain(NodeDesired, json.loads((state_dir / "desired.json").read_text()))
+        if not Lease(state_dir / "lease").firm():
+            cut({spec.uuid for spec in last.instances if spec.leased_s})
+
+
 class Memory:
     """`proof` is what a directory of 0.1, which has no id, is known by: the same for a copy of it."""
 

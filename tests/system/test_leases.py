@@ -1,6 +1,8 @@
 """A joined node under its lease: a real server, and a process in the place of a guest's qemu."""
 
 import asyncio
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from compute.cluster import liveness
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import fence
 from compute.cluster.records.transaction import Transaction, transact
-from compute.wire.spec import DiskSpec, InstanceState
+from compute.wire.codec import to_plain
+from compute.wire.spec import DiskSpec, InstanceSpec, InstanceState, NodeDesired
+from net import NodeNetworks
 from tests.api_server import Running, running
 from tests.system.test_api_agents import listening
 from tests.system.test_remote_agent import FACTS, Desk, node, ssl_pem, token_of
@@ -148,3 +152,21 @@ def test_systemd_hears_that_the_agent_goes_on(tmp_path: Path, monkeypatch: pytes
                         assert said == b"WATCHDOG=1"
 
         asyncio.run(story())
+
+
+def test_a_server_that_starts_without_its_etcd_first_stops_what_others_may_be_given(tmp_path: Path) -> None:
+    """Its link begins when it has asked the state; others may have this node's guests by then."""
+    specs = (
+        InstanceSpec(uuid, uuid[:4], "system", 1, 64, (), leased_s=s) for uuid, s in ((WEB, 5.0), (DB, 0.0))
+    )
+    told = NodeDesired(1, NodeNetworks("0badcafe", "n1"), instances=tuple(specs))
+    (tmp_path / "desired.json").write_text(json.dumps(to_plain(told)))
+    argv = [Path(sys.executable).with_name("sf"), "serve", "--state", "etcd://127.0.0.1:1"]
+    told_by = {**os.environ, "SF_STATE_DIR": str(tmp_path), "SF_LISTEN": "127.0.0.1:0"}
+    with qemu(WEB, DB) as (web, db):
+        (tmp_path / "lease").write_text(f"{boot()} {now_s() + 600}")
+        ended = subprocess.run(argv, env=told_by, capture_output=True, text=True, timeout=120)
+        assert "127.0.0.1:1" in ended.stderr and ended.returncode == 8 and web.poll() is None
+        (tmp_path / "lease").unlink()
+        subprocess.run(argv, env=told_by, capture_output=True, timeout=120)
+        assert web.wait(30) == -9 and db.poll() is None
