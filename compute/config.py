@@ -17,6 +17,12 @@ def _told(parse: Callable[[str], Any], text: str = "", name: str = "") -> Any:
     return field(default=parse(text), metadata={"told": (parse, text), "name": name})
 
 
+def _ratio(text: str) -> float:
+    if not 0 <= (found := float(text)) <= 10_000:
+        raise ValueError("not a number from 0 to 10,000")
+    return found
+
+
 def _yes(text: str) -> bool:
     return bool(("no", "yes").index(text))
 
@@ -71,13 +77,13 @@ class Config:
     """A guest's read that no store can serve for so long ends in an I/O error."""
     peer_port: int = _told(int, "13002")
     """Where, on the mesh address, the image service serves nodes with the same stores; 0 for not at all."""
-    cpu_ratio: float = _told(float, "16")
+    cpu_ratio: float = _told(_ratio, "16")
     memory_reserve_mib: int = _told(int, "512")
-    restart_reserve: float = _told(float, "0")
+    restart_reserve: float = _told(_ratio, "0")
     """Percent of each node's memory: kept for guests of nodes that are lost."""
     fence_command: tuple[str, ...] = _told(lambda text: tuple(shlex.split(text)))
     """What takes a node's power when it is called with `off NODE`; () for none."""
-    disk_ratio: float = _told(float, "4")
+    disk_ratio: float = _told(_ratio, "4")
     disk_reserve: int = _told(size_bytes, "2G")
     """Bytes: where a node's file system has less left, no disk is added. All may grow to `disk_ratio` times that."""
     architecture: str = "x86_64"

@@ -5,6 +5,7 @@ guest that floods its console can lose lines between the two, never fill the dis
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 LIMIT_BYTES = 4 << 20
@@ -23,29 +24,28 @@ class ConsoleLog:
 
     def cut(self) -> bool:
         """If the log has more than half the limit, keep its last quarter of the limit. Whether it was cut."""
-        try:
+        with suppress(FileNotFoundError):  # the guest is deleted at this moment
             there = self.path.stat()
-        except FileNotFoundError:
-            return False
-        seen, self._seen = self._seen, (there.st_size, there.st_mtime_ns)
-        if self._seen == seen:  # a quiet guest costs nothing
-            return False
-        for rolled in self.path.parent.glob(f"{self.path.name}.[0-9]"):
-            rolled.unlink()  # virtlogd, where stdio_handler says so, rolls over by itself
-        if there.st_size <= self._limit // 2:
-            return False
-        with self.path.open("rb+") as log:
-            log.seek(-min(there.st_size, self._limit // 4), os.SEEK_END)
-            new = self._old.with_suffix(".tail")
-            try:
-                new.touch(mode=0o600)
-                with new.open("wb") as kept:
-                    kept.write(log.read())
-                new.replace(self._old)
-            except OSError:  # a full disk: room counts more than what a flooding guest said last
-                new.unlink(missing_ok=True)
-            log.truncate(0)
-        return True
+            seen, self._seen = self._seen, (there.st_size, there.st_mtime_ns)
+            if self._seen == seen:  # a quiet guest costs nothing
+                return False
+            for rolled in self.path.parent.glob(f"{self.path.name}.[0-9]"):
+                rolled.unlink()  # virtlogd, where stdio_handler says so, rolls over by itself
+            if there.st_size <= self._limit // 2:
+                return False
+            with self.path.open("rb+") as log:
+                log.seek(-min(there.st_size, self._limit // 4), os.SEEK_END)
+                new = self._old.with_suffix(".tail")
+                try:
+                    new.touch(mode=0o600)
+                    with new.open("wb") as kept:
+                        kept.write(log.read())
+                    new.replace(self._old)
+                except OSError:  # a full disk: room counts more than what a flooding guest said last
+                    new.unlink(missing_ok=True)
+                log.truncate(0)
+            return True
+        return False
 
     def begin(self) -> None:
         """A boot begins: what is there says nothing of it."""

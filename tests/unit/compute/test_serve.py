@@ -36,7 +36,15 @@ def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"SF_LISTEN": "host:port"}, {"SF_FLOATING_POOL": "10.0.0.1/24"}, {"SF_MESH_ADDRESS": "here"}]
+    "wrong",
+    [
+        {"SF_LISTEN": "host:port"},
+        {"SF_FLOATING_POOL": "10.0.0.1/24"},
+        {"SF_MESH_ADDRESS": "here"},
+        {"SF_CPU_RATIO": "nan"},
+        {"SF_DISK_RATIO": "inf"},
+        {"SF_RESTART_RESERVE": "-1"},
+    ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(Invalid, match="configuration"):

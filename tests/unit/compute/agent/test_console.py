@@ -1,6 +1,7 @@
 """The console's log, cut while somebody appends to it."""
 
 from pathlib import Path
+from typing import Any
 
 from compute.agent.guest.console import ConsoleLog
 
@@ -36,6 +37,16 @@ def test_a_log_that_is_not_there_yet_is_empty(tmp_path: Path) -> None:
     log = ConsoleLog(tmp_path / "console.log")
     assert log.tail(10) == b"" and not log.cut()
     log.clear()
+
+
+def test_a_log_that_is_deleted_while_it_is_cut_is_gone(tmp_path: Path) -> None:
+    class Going(type(tmp_path)):  # type: ignore[misc]
+        def open(self, *how: Any, **more: Any) -> Any:
+            self.unlink()
+            return super().open(*how, **more)
+
+    (tmp_path / "console.log").write_bytes(bytes(600))
+    assert not ConsoleLog(Going(tmp_path / "console.log"), limit_bytes=1000).cut()
 
 
 def test_files_that_virtlogd_rolled_over_are_removed(tmp_path: Path) -> None:
