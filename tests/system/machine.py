@@ -57,7 +57,7 @@ class Machine:
     def argv(self, *words: str) -> list[str]:
         """A command line in the machine with sf's settings."""
         variables = [f"{name}={value}" for name, value in self.settings.items()]
-        return self.host.inside(["env", *variables, *words])
+        return self.host.inside(["env", "--default-signal=INT", *variables, *words])
 
     def module(self, name: str, *words: str) -> list[str]:
         """A command line in the machine that runs a module of the tests.

@@ -121,7 +121,8 @@ def test_a_guest_whose_disk_cannot_grow_is_paused_says_so_and_goes_on_unharmed(
                 f"truncate -s 128M {image} && mkfs.ext4 -q -m 0 {image} && mount -o loop {image} {disks}",
             ]
         )
-        machine = Machine(host, tmp_path, SF_ACCEL="tcg", SF_INSTANCE_DIR=str(disks))
+        small = {"SF_INSTANCE_DIR": str(disks), "SF_DISK_RATIO": "100", "SF_DISK_RESERVE": "0"}
+        machine = Machine(host, tmp_path, SF_ACCEL="tcg", **small)
         machine.start()
         machine.sf("image", "push", str(tiny_image), "tiny:1")
         room = 24 << 20  # for the guest's start, and a part of what it will write

@@ -100,6 +100,8 @@ def test_guests_count_on_through_strangers_floods_a_full_disk_and_a_failing_buck
             SF_STORE=url,
             SF_UPLINK="",
             SF_FLOATING_POOL="",
+            SF_DISK_RESERVE="0",  # a full disk is what is tried
+            SF_DISK_RATIO="100",
             **credentials(),
         )
         server = cluster.server
