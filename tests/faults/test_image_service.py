@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -419,14 +420,23 @@ def test_what_others_left_in_the_cache_is_in_nobodys_way(tmp_path: Path) -> None
     ImageCache(cache, {}).seeds()
 
 
+@contextlib.asynccontextmanager
+async def in_process(place: Path, url: str) -> AsyncIterator[ImageService]:
+    """A service of a store whose parts a test can break."""
+    for name in ("state/cache/readers", "state/cache/traces", "run"):
+        (place / name).mkdir(parents=True)
+    service = ImageService(place / "state/cache", place / "run", [url], Options())
+    await service.start()
+    yield service
+    await service.close()
+
+
 def test_an_image_that_cannot_be_completed_now_is_completed_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E7"""
     monkeypatch.setattr(open_images, "_SEAL_S", 0.1)
     url, (digest,) = make_store(tmp_path / "store", DATA)
-    for name in ("state/cache/readers", "state/cache/traces", "run"):
-        (tmp_path / name).mkdir(parents=True)
     seal, tries = PartialImage.seal, []
 
     def failing(image: PartialImage, path: Path) -> None:
@@ -438,12 +448,10 @@ def test_an_image_that_cannot_be_completed_now_is_completed_later(
     monkeypatch.setattr(PartialImage, "seal", failing)
 
     async def story() -> None:
-        service = ImageService(tmp_path / "state/cache", tmp_path / "run", [url], Options())
-        await service.start()
-        await service.images.prefetch(str(digest))
-        while not tries or not tries[0].exists():
-            await asyncio.sleep(0.02)
-        await service.close()
+        async with in_process(tmp_path, url) as service:
+            await service.images.prefetch(str(digest))
+            while not tries or not tries[0].exists():
+                await asyncio.sleep(0.02)
 
     asyncio.run(asyncio.wait_for(story(), 60))
     assert len(tries) == 3
@@ -454,8 +462,6 @@ def test_what_a_failing_disk_lost_of_an_image_is_fetched_again_before_that_is_co
 ) -> None:
     monkeypatch.setattr(open_images, "_SEAL_S", 0.1)
     url, (digest,) = make_store(tmp_path / "store", DATA)
-    for name in ("state/cache/readers", "state/cache/traces", "run"):
-        (tmp_path / name).mkdir(parents=True)
     fdatasync, failed = os.fdatasync, list[int]()
 
     def failing(descriptor: int) -> None:
@@ -467,12 +473,10 @@ def test_what_a_failing_disk_lost_of_an_image_is_fetched_again_before_that_is_co
     monkeypatch.setattr(os, "fdatasync", failing)
 
     async def story() -> None:
-        service = ImageService(tmp_path / "state/cache", tmp_path / "run", [url], Options())
-        await service.start()
-        await service.images.prefetch(str(digest))
-        while not any("complete" in event for event in await service.watch(0, 0.1)):
-            await asyncio.sleep(0.02)
-        await service.close()
+        async with in_process(tmp_path, url) as service:
+            await service.images.prefetch(str(digest))
+            while not any("complete" in event for event in await service.watch(0, 0.1)):
+                await asyncio.sleep(0.02)
 
     asyncio.run(asyncio.wait_for(story(), 20))
     assert failed

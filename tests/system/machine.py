@@ -1,5 +1,6 @@
 """One machine with `sf serve` on it, as a person would have it: namespaces of its own, libvirtd, the command line."""
 
+import contextlib
 import json
 import os
 import re
@@ -36,6 +37,13 @@ def give_kvm_to_everybody(host: PrivateHost) -> None:
     """libvirt asks qemu anew at each call while a /dev/kvm is there that qemu's user may not open."""
     mine = "mknod -m 666 /run/kvm c 10 232 && mount --bind /run/kvm /dev/kvm"
     host.run(["sh", "-c", f"[ ! -e /dev/kvm ] || {{ {mine}; }}"])
+
+
+def send(number: int, *processes: int) -> None:
+    """A signal to each that is still there."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 class Machine:
@@ -103,6 +111,16 @@ class Machine:
             for pid in asked.stdout.split():
                 self.host.run(["kill", f"-{int(number)}", pid], check=False)
         self.server.wait(30)
+
+    def processes(self, what: str = "") -> list[int]:
+        """All of this machine with `what` in their command line, as the test's machine numbers them."""
+        space, found = Path(f"/proc/{self.host.pid}/ns/pid").readlink(), list[int]()
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it is gone
+                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if (path / "ns/pid").readlink() == space and what in words:
+                    found.append(int(path.name))
+        return found
 
     def said(self) -> str:
         log = self.home / "serve.log"

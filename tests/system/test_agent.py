@@ -202,6 +202,8 @@ class Shelf:
 class Bench:
     """One node: a private libvirtd that outlives agents, which come and go."""
 
+    leased_s = 0.0
+
     def __init__(self, host: PrivateHost, directory: Path) -> None:
         self.host, self.directory = host, directory
         self.installation = uuid.uuid4().hex[:8]
@@ -210,7 +212,8 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def agent(self) -> AsyncIterator[Agent]:
-        agent = Agent(self.desk, "here", self.directory, NoNetworks(), self.shelf, self.host.uri)
+        uri, lease = self.host.uri, lambda: self.leased_s
+        agent = Agent(self.desk, "here", self.directory, NoNetworks(), self.shelf, uri, leased_s=lease)
         running = asyncio.create_task(agent.run())
         try:
             yield agent

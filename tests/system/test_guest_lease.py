@@ -1,36 +1,17 @@
 """A guest that needs a lease, with a real libvirtd and qemu: its power is taken by who keeps the lease."""
 
 import asyncio
-import contextlib
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from compute.agent.agent import Agent
 from compute.agent.memory import cut, now_s
 from scripts.private_libvirtd import PrivateHost
-from tests.system import test_agent
-from tests.system.test_agent import NoNetworks, remove
+from tests.system.test_agent import Bench, remove
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
-
-
-class Bench(test_agent.Bench):
-    leased_s = 0.0
-
-    @contextlib.asynccontextmanager
-    async def agent(self) -> AsyncIterator[Agent]:
-        node: Any = self.desk, "here", self.directory, NoNetworks(), self.shelf, self.host.uri
-        agent = Agent(*node, leased_s=lambda: self.leased_s)
-        running = asyncio.create_task(agent.run())
-        try:
-            yield agent
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import pytest
 from scripts.private_libvirtd import PrivateHost
 from tests.drills import everything, rounds, seed
 from tests.system.cluster import WORLD, Cluster
-from tests.system.machine import Machine, within
+from tests.system.machine import Machine, send, within
 from tests.system.three import Three
 
 pytestmark = [
@@ -115,37 +115,18 @@ class Losses(Cluster):
     def guests(self) -> dict[str, dict[str, Any]]:
         return {i["uuid"]: i for i in self.server.listed("instance", "ls")}
 
-    def processes(self, name: str, what: str = "") -> list[int]:
-        """All of a machine, as this machine numbers them."""
-        space, found = Path(f"/proc/{self.nodes[name].host.pid}/ns/pid").readlink(), list[int]()
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if (path / "ns/pid").readlink() == space and what in words:
-                    found.append(int(path.name))
-            except OSError:
-                continue
-        return found
-
-    def signal(self, number: int, *processes: int) -> None:
-        for process in processes:
-            try:
-                os.kill(process, number)
-            except ProcessLookupError:
-                continue
-
     def lose(self, kind: str, name: str) -> None:
         if kind.startswith("cut"):
             self.net(self.world, f"ip link set {name} down")
         if kind in ("cut and killed", "agent killed"):
-            self.signal(signal.SIGKILL, *self.processes(name, "played_guests"))
+            send(signal.SIGKILL, *self.nodes[name].processes("played_guests"))
             self.agents[name].wait(30)
         if kind == "cut and killed":
             self.agent(name)
         elif kind == "frozen":
-            self.signal(signal.SIGSTOP, *self.processes(name))
+            send(signal.SIGSTOP, *self.nodes[name].processes())
         elif kind == "agent frozen":
-            self.signal(signal.SIGSTOP, *self.processes(name, "played_guests"))
+            send(signal.SIGSTOP, *self.nodes[name].processes("played_guests"))
         elif kind == "power":
             self.nodes[name].host.stop()
             self.agents[name].wait(30)
@@ -160,11 +141,11 @@ class Losses(Cluster):
         elif kind == "agent killed":
             self.agent(name)
         else:
-            self.signal(signal.SIGCONT, *self.processes(name), self.agents[name].pid)  # nsenter stops along
+            send(signal.SIGCONT, *self.nodes[name].processes(), self.agents[name].pid)  # nsenter stops along
 
     def end(self) -> None:
         for name, agent in self.agents.items():
-            self.signal(signal.SIGCONT, agent.pid)  # else nobody reaps what is killed
+            send(signal.SIGCONT, agent.pid)  # else nobody reaps what is killed
             self.nodes[name].host.stop()
             agent.wait(30)
 
@@ -206,7 +187,9 @@ def test_no_guest_counts_beside_its_former_self(tmp_path: Path) -> None:
             nodes.until(90, given, f"{kinds}: all are given away")
             gave_s = time.monotonic() - began
             for uuid, victim in off.items():
-                assert nodes.processes(victim, f"-uuid {uuid}") == [], f"{victim} did not stop {uuid} in time"
+                assert nodes.nodes[victim].processes(f"-uuid {uuid}") == [], (
+                    f"{victim} did not stop {uuid} in time"
+                )
             nodes.until(60, lambda b=before: all(len(nodes.boots[u]) > n for u, n in b.items()), "they count")
             print(
                 f"{kinds}: {len(had)} guests given after {gave_s:.0f} s, count after {time.monotonic() - began:.0f} s"

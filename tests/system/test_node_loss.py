@@ -17,7 +17,7 @@ import pytest
 
 from tests.drills import everything, rounds, seed
 from tests.system.cluster import WORLD, Cluster
-from tests.system.machine import within
+from tests.system.machine import send, within
 
 pytestmark = [
     pytest.mark.system,
@@ -85,26 +85,6 @@ class Lossy:
     def node(self, name: str) -> str:
         return str(self.server.instance(name)["node"])
 
-    def processes(self, name: str, what: str = "") -> list[int]:
-        """All of a machine, as this machine numbers them."""
-        host, found = self.cluster.nodes[name].host, []
-        space = Path(f"/proc/{host.pid}/ns/pid").readlink()
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if (path / "ns/pid").readlink() == space and what in words:
-                    found.append(int(path.name))
-            except OSError:
-                continue
-        return found
-
-    def signal(self, number: int, *processes: int) -> None:
-        for process in processes:
-            try:
-                os.kill(process, number)
-            except ProcessLookupError:
-                continue
-
     def lose(self, kind: str, name: str) -> None:
         node = self.cluster.nodes[name]
         if kind.startswith("cut"):
@@ -113,9 +93,9 @@ class Lossy:
             node.signal()
             node.start("agent")
         elif kind == "frozen":
-            self.signal(signal.SIGSTOP, *self.processes(name))
+            send(signal.SIGSTOP, *node.processes())
         elif kind == "agent frozen":
-            self.signal(signal.SIGSTOP, *self.processes(name, "bin/sf agent"))
+            send(signal.SIGSTOP, *node.processes("bin/sf agent"))
         elif kind == "power":
             node.host.stop()
 
@@ -129,13 +109,13 @@ class Lossy:
             node.start("agent")
         else:
             assert node.server is not None
-            self.signal(signal.SIGCONT, *self.processes(name), node.server.pid)  # nsenter stops along
+            send(signal.SIGCONT, *node.processes(), node.server.pid)  # nsenter stops along
 
     def end(self) -> None:
         """Those that stand still go on: else nobody reaps what is killed."""
-        for name, node in self.cluster.nodes.items():
+        for node in self.cluster.nodes.values():
             if node.server is not None and (node.host.directory / "pid").exists():
-                self.signal(signal.SIGCONT, *self.processes(name), node.server.pid)
+                send(signal.SIGCONT, *node.processes(), node.server.pid)
 
     def route_elsewhere(self, name: str) -> None:
         """What a frozen agent's own router sends out nobody can refuse; the howto says so."""
@@ -220,7 +200,7 @@ def test_a_guest_never_counts_twice_through_many_losses(lossy: Lossy) -> None:
         lossy.mend(kind, victim)
         within(120, lambda v=victim: lossy.back(v), f"{kind}: {victim} is used again\n{lossy.said()}")  # type: ignore[misc]
         lossy.boots("one")
-        assert lossy.processes(victim, uuid) == [], "the old copy is off"
+        assert lossy.cluster.nodes[victim].processes(uuid) == [], "the old copy is off"
         (old,) = lossy.server.listed("node", "orphans")
         assert (old["uuid"], old["node"], old["power_state"]) == (uuid, victim, "off")
         lossy.server.sf("node", "orphans", "--delete", uuid)

@@ -126,3 +126,4 @@ def test_nodes_have_labels_and_guests_ask_for_them_and_for_each_other(server: Ru
     sf("node set node2 --label disk=")
     assert "disk=ssd" not in sf("node show node2")
     sf("node set node2 --label disk=", 3)
+    sf("node set node3 --label rack", 2)  # a slip of the finger takes nothing away
