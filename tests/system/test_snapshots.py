@@ -123,6 +123,28 @@ def test_all_disks_of_a_running_guest_are_stored_as_they_were_at_one_moment(
     asyncio.run(story())
 
 
+def test_a_guest_that_is_off_is_stored_while_its_image_is_still_arriving(bench: LazyBench) -> None:
+    bench.fill = "never"
+
+    async def story() -> None:
+        spec = bench.sector()
+        async with bench.agent():
+            bench.desk.want(spec)
+            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            bench.desk.want(spec := replace(spec, power=Power.OFF))
+            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            taken = await snapshot(bench, spec, "off")
+            figures = await bench.client.ask("figures", reader=f"{spec.uuid}-vda")
+            assert figures["present_bytes"] < figures["data_bytes"] and taken.error == ""
+            store = open_store(bench.url)
+            assert store.manifest(Digest.parse(taken.digests["vda"])).parent == bench.digest
+            store.backend.close()
+            await remove(bench, spec)
+        await bench.service_is_gone()
+
+    asyncio.run(story())
+
+
 @pytest.mark.drill
 @pytest.mark.skipif(not drills.everything(), reason="one boot more, in scripts/test --all")
 def test_a_scratch_that_is_full_ends_the_snapshot_and_not_the_guest(

@@ -160,7 +160,11 @@ class Captures:
             if under := images.get(name):
                 path = {"driver": "file", "filename": str(under.path)}
                 served = {"driver": "nbd", "server": {"type": "unix", "path": str(under.socket)}}
-                node["backing"] = {"driver": "raw", "file": served if under.socket else path}
+                image = {"driver": "raw", "node-name": f"under-{name}", "read-only": True}
+                image["file"] = served if under.socket else path
+                # By its name: qemu would join options in place to the file that the overlay's header names.
+                node["backing"] = f"under-{name}"
+                argv += ["--blockdev", json.dumps(image)]
             argv += ["--blockdev", json.dumps(node)]
             for kind, depth in (("snap", "off"), ("map", "on")):
                 export = f"type=nbd,id={kind}-{name},name={kind}-{name},node-name={name}"
