@@ -70,13 +70,15 @@ class Host:
         disks: tuple[domain.Disk, ...],
         nics: tuple[domain.Nic, ...],
         password: str,
+        *,
+        incoming: bool = False,
     ) -> None:
         """Write a guest's config drive and define its domain, both in place of those of its last start."""
         directory, (accel, cpu) = self.directory / spec.uuid, (self.verdict.accel, self.verdict.cpu)
         if spec.config_drive:
             config_drive.write(directory / "config.iso", spec, networks)
         whose, listen = (self.installation, self.machine), str(self.address)
-        made = domain.Domain(*whose, spec, directory, accel, cpu, disks, nics, listen, password)
+        made = domain.Domain(*whose, spec, directory, accel, cpu, disks, nics, listen, password, incoming)
         self.hypervisor.define(domain.domain_xml(made))
 
 

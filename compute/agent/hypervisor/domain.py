@@ -14,6 +14,7 @@ from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceSpec, InterfaceSpec
 
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
+_QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 _BUS = {"ide": "sata"}  # q35 has no IDE
 SPARE_PORTS = 8
 """pcie-root-ports kept free for hot-plug: q35 cannot add a port to a running guest."""
@@ -55,6 +56,8 @@ class Domain:
     listen: str = ""
     """The node's address for SPICE, which never comes without a password. VNC is a socket, reached by streams."""
     password: str = ""
+    incoming: bool = False
+    """It takes its memory from a stream (`hypervisor.passing`), instead of booting."""
 
 
 def name(installation: str, uuid: str) -> str:
@@ -205,6 +208,11 @@ def domain_xml(domain: Domain) -> str:
     if spec.video or spec.vdi:
         memory = {"vram": str(spec.video_kib)} if spec.video_kib else {}
         _add(_add(devices, "video"), "model", type=spec.video or "virtio", **memory)
+    if domain.incoming:
+        ET.register_namespace("qemu", _QEMU_NAMESPACE)
+        command = ET.SubElement(root, f"{{{_QEMU_NAMESPACE}}}commandline")
+        for word in ("-incoming", "defer"):
+            ET.SubElement(command, f"{{{_QEMU_NAMESPACE}}}arg", value=word)
     return ET.tostring(root, encoding="unicode")
 
 

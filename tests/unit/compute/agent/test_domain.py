@@ -53,6 +53,7 @@ def tree(value: domain.Domain) -> ElementTree.Element:
         ),
         replace(shows("vnc"), accel="kvm", cpu="qemu64"),
         shows("spice"),
+        replace(BASE, incoming=True),
     ],
 )
 def test_it_fits_libvirts_schema(tmp_path: Path, value: domain.Domain) -> None:
