@@ -1,8 +1,10 @@
 """What holds for every test: hypothesis profiles, skips where a real tool cannot run, and nothing left behind."""
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -113,47 +115,100 @@ def _domains() -> set[str]:
     return {f"domain {name}" for name in asked.stdout.split()}
 
 
-def _processes_of_this_session() -> set[str]:
+def _processes(since_s: float = 0) -> set[str]:
+    """Those of this session that began since then (CLOCK_BOOTTIME)."""
     found = set()
-    needle = f"SF_TEST_SESSION={_SESSION}".encode()
+    needle, ticks = f"SF_TEST_SESSION={_SESSION}".encode(), os.sysconf("SC_CLK_TCK")
     for directory in Path("/proc").iterdir():
         if not directory.name.isdigit() or int(directory.name) == os.getpid():
             continue
         try:
-            if needle in (directory / "environ").read_bytes():
-                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if command:  # a zombie has none
-                    found.add(f"process {directory.name}: {command.strip()[:200]}")
+            if needle not in (directory / "environ").read_bytes():
+                continue
+            began = int((directory / "stat").read_text().rpartition(")")[2].split()[19])
+            if began >= int(since_s * ticks) and _command(directory.name):  # a zombie has none
+                found.add(f"process {directory.name}")
         except OSError:  # it ended while we looked, or is not ours to read
             continue
     return found
 
 
+def _command(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+
+
 def _state() -> set[str]:
-    return _namespaces() | _links() | _mounts() | _domains()
+    return _namespaces() | _links() | _mounts()
+
+
+def _strict() -> bool:
+    """Namespaces and links carry no mark of the test run that made them, so they are counted only where `scripts/test`
+    says that it has the machine for itself."""
+    return os.environ.get("SF_TEST_STRICT") == "1"
+
+
+_of_failed: set[str] = set()
+_ended: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Remember what appeared while a test ran that failed: some of it is of fixtures that end later."""
+    failed, before, began_s = item.session.testsfailed, _state(), time.clock_gettime(time.CLOCK_BOOTTIME)
+    done = yield
+    if item.session.testsfailed > failed:
+        _of_failed.update(_state() - before, _processes(began_s))
+    return done
+
+
+def _end(thing: str) -> None:
+    """Take away what a test left that failed. Its fixtures should have: this is for the run, not for the test."""
+    kind, _, name = thing.partition(" ")
+    if kind == "process":
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(name), signal.SIGKILL)
+        return
+    how = {
+        "namespace": ["ip", "netns", "delete"],
+        "link": ["ip", "link", "delete"],
+        "mount": ["umount", "-l"],
+    }
+    subprocess.run([*how[kind], name], capture_output=True, timeout=60)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _ended:
+        terminalreporter.section("left behind by tests that failed, and ended now")
+        terminalreporter.write_line("\n".join(_ended))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
     """Ends the session as interrupted if a namespace, link, mount, domain or process of ours outlives it: no second run
-    of what failed makes that good.
-
-    Namespaces and links carry no mark of the test run that made them, so they are counted only where
-    `scripts/test` says that it has the machine for itself (SF_TEST_STRICT=1).
+    of what failed makes that good. What a test left that failed is ended instead: alone it may pass, and leave nothing.
     """
-    before = _state()
+    before = _state() | _domains()
     yield
     for _ in range(
         200
     ):  # what ends by its parent's end (multiprocessing's resource tracker) ends a moment after it
-        left = _processes_of_this_session()
-        if os.environ.get("SF_TEST_STRICT") == "1":
-            left |= _state() - before
+        left = _processes()
+        if _strict():
+            left |= (_state() | _domains()) - before
         if not left:
-            break
+            return
         time.sleep(0.1)
-    if left:
-        pytest.exit("left behind by the tests:\n  " + "\n  ".join(sorted(left)), returncode=2)
+    said = {}
+    for thing in left:
+        with contextlib.suppress(OSError):
+            said[thing] = f"{thing}: {_command(thing[8:])[:200]}" if thing.startswith("process ") else thing
+    for thing in sorted(
+        said.keys() & _of_failed, reverse=True
+    ):  # processes first: a mount may be in use by them
+        _end(thing)
+        _ended.append(said.pop(thing))
+    if said:
+        pytest.exit("left behind by the tests:\n  " + "\n  ".join(sorted(said.values())), returncode=2)
 
 
 def _s3_server(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:

@@ -27,15 +27,17 @@ class ControlServer:
 
     def __init__(self, service: ImageService, path: Path) -> None:
         self._service, self._path = service, path
-        self._clients: set[asyncio.Task[None]] = set()
+        self._clients: dict[asyncio.Task[None], asyncio.StreamReader] = {}
         self._heard_s = time.monotonic()
         self.alone = False
         """The agent has said that it leaves."""
 
     @property
     def silent_s(self) -> float:
-        """For how long nobody was connected."""
-        return 0.0 if self._clients else time.monotonic() - self._heard_s
+        """For how long nobody was connected. Who hung up waits for no answer, however long its question's wait."""
+        now_s = time.monotonic()
+        self._heard_s = self._heard_s if all(r.at_eof() for r in self._clients.values()) else now_s
+        return now_s - self._heard_s
 
     async def start(self) -> None:
         """Listen, in place of a stale socket. Raises OSError."""
@@ -55,22 +57,21 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task
-        self._clients.add(task)
+        self._clients[task] = reader
         try:
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 while line := await reader.readline():
                     writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
                     await writer.drain()
         finally:
-            self._clients.discard(task)
+            self._clients.pop(task)
             self._heard_s = time.monotonic()
             writer.close()
 
     async def _answer(self, line: bytes) -> Request:
         try:
             request = read_json(line)
-            op = request.pop("op")
-            self.alone = op == "leave"
+            self.alone = (op := request.pop("op")) == "leave"
             if self.alone:
                 return {"ok": None}
             if op not in OPERATIONS | OF_IMAGES:
@@ -114,5 +115,4 @@ class ControlClient:
         answer = json.loads(line)
         if "ok" in answer:
             return answer["ok"]
-        kind = getattr(errors, answer["error"], Invalid)
-        raise kind(answer["message"], hint=answer["hint"])
+        raise getattr(errors, answer["error"], Invalid)(answer["message"], hint=answer["hint"])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from imagestore.store.names import Names
 from imagestore.store.open import open_store
 from imagestore.verify import verify_store
 from tests import drills, servers
+from tests.ending import killed
 from tests.servers import Server
 from tests.world import disk
 
@@ -36,16 +36,6 @@ def pusher(url: str, cache: Path, disks: dict[str, Path]) -> subprocess.Popen[st
         text=True,
         env=os.environ | servers.credentials(),
     )
-
-
-@contextlib.contextmanager
-def killed(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """Not left behind, whatever the test comes to."""
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def make_disks(directory: Path, names: list[str], blocks: int) -> dict[str, Path]:

@@ -37,6 +37,7 @@ from imagestore.push import push
 from imagestore.store.open import open_store
 from scripts.private_libvirtd import PrivateHost
 from tests.drills import everything, rounds, seed
+from tests.ending import passed
 from tests.system.boot_sector import boot_sector
 from tests.system.test_agent import Bench, NoNetworks, remove, says
 from tests.web import nginx
@@ -124,11 +125,13 @@ class LazyBench(Bench):
 
 
 @pytest.fixture
-def bench(host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyBench]:
+def bench(
+    host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[LazyBench]:
     monkeypatch.setenv("SF_ACCEL", "tcg")
-    bench = LazyBench(host, tmp_path)
+    bench, well = LazyBench(host, tmp_path), passed(request)
     yield bench
-    assert bench.domains() == []
+    bench.end(well())
 
 
 def test_a_linux_guest_reads_on_while_it_is_moved_to_the_complete_file(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from imagestore.disks.output import target
+from tests.ending import killed
 from tests.system.test_cli_images import SF, User
 from tests.unit.imagestore.images import identical, make_raw
 
@@ -77,7 +78,7 @@ def test_a_disk_that_a_guest_writes_to_is_refused(
 ) -> None:
     """C1: and a file would be another than the guest's from then on."""
     disk, socket = (device if kind == "device" else tmp_path / "backing"), tmp_path / "nbd"
-    with subprocess.Popen(["qemu-nbd", "-f", "raw", "-k", socket, disk]) as guest:
+    with killed(subprocess.Popen(["qemu-nbd", "-f", "raw", "-k", socket, disk])) as guest:
         while not socket.exists():
             time.sleep(0.02)
         assert "in use" in user.fails("image", "pull", "a", "-o", disk, "--as", "raw", code=5)

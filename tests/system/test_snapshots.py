@@ -15,6 +15,7 @@ from compute.wire.spec import Capture, DiskSpec, InstanceSpec, Power
 from imagestore import Digest, Store, open_store, pull, verify_image
 from scripts.private_libvirtd import PrivateHost
 from tests import drills
+from tests.ending import passed
 from tests.system.machine import Machine, within
 from tests.system.test_agent import remove, says
 from tests.system.test_lazy_boot import LazyBench
@@ -42,13 +43,15 @@ def host() -> Iterator[PrivateHost]:
 
 
 @pytest.fixture
-def bench(host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyBench]:
+def bench(
+    host: PrivateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[LazyBench]:
     monkeypatch.setenv("SF_ACCEL", "tcg")
     monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "index"))
-    bench = LazyBench(host, tmp_path)
+    bench, well = LazyBench(host, tmp_path), passed(request)
     bench.desk.now = replace(bench.desk.now, stores={"my/system": bench.url})
     yield bench
-    assert bench.domains() == []
+    bench.end(well())
 
 
 def counting(bench: LazyBench, image: Digest) -> InstanceSpec:

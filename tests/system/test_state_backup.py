@@ -27,6 +27,7 @@ from compute.errors import Conflict, Denied
 from imagestore import Corrupt, open_store
 from tests import api_server, servers
 from tests.drills import rounds, seed
+from tests.ending import killed
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ def test_killed_at_any_moment_a_backup_is_whole_or_none_and_a_restore_is_the_old
             with closing(SqliteStore(place / "sf.db")) as store:  # it went on
                 store.commit({"node/late": b'{"uuid": "u", "name": "late"}'}, expect={})
         argv = [sys.executable, "-c", KILLED, verb, str(place), where]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE) as running:
+        with killed(subprocess.Popen(argv, stdout=subprocess.PIPE)) as running:
             assert running.stdout and running.stdout.readline() == b"ready\n"
             time.sleep(rng.uniform(0, took_s))
             running.send_signal(signal.SIGKILL)

@@ -25,6 +25,7 @@ from compute.cluster.images.bringing import Bringing
 from imagestore.errors import Unavailable
 from tests import drills
 from tests.api_server import INSTALLATION, Running, running
+from tests.ending import killed
 from tests.system.test_images_on_demand import DATA, guest, serving
 from tests.system.test_tenants import tenant
 
@@ -251,7 +252,7 @@ def test_a_kill_while_it_is_sent_or_stored_loses_nothing_and_leaves_nothing(tmp_
     data, state, random_s = os.urandom(24 << 20), tmp_path / "state", random.Random(drills.seed())
     for number in range(drills.rounds(full=20)):
         argv = [sys.executable, "-m", "tests.api_server", str(state)]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        with killed(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)) as process:
             assert process.stdout
             url, key = process.stdout.readline().split()
             server = Running(url, key, *[cast(Any, None)] * 3)
