@@ -10,7 +10,7 @@ A failing run prints its seed; `SF_TEST_SEED=N` repeats it.
 import os
 import secrets
 
-_SAMPLED_SHARE = 10  # CI runs one round of so many, but never fewer than two
+_SAMPLED_SHARE = 16  # CI runs one round of so many, but never fewer than two
 # Drawn by scripts/test where it may run twice; SF_TEST_SEED also lets hypothesis draw by it (conftest.py).
 _SEED = int(
     os.environ.get("SF_TEST_SEED") or os.environ.get("SF_TEST_DRAWN") or secrets.randbelow(1_000_000_000)

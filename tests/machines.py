@@ -23,10 +23,13 @@ class Machine:
     path: Path
     faketime: str = ""
     """How far its clock is off: "+8d"."""
+    program: tuple[str | Path, ...] = (SF,)
 
     def sf(self, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command, which must end with this exit code."""
-        done = subprocess.run([SF, *words], env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*self.program, *words], env=self.environment, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == code, f"sf {words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -51,7 +54,7 @@ class Machine:
         """`sf mirror serve` with these options; its URL."""
         port = free_ports(1, 24000)
         process = subprocess.Popen(
-            [SF, "-q", "mirror", "serve", "--port", str(port), *words], env=self.environment
+            [*self.program, "-q", "mirror", "serve", "--port", str(port), *words], env=self.environment
         )
         url = f"http://127.0.0.1:{port}/"
         try:

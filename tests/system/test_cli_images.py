@@ -17,6 +17,7 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
 from imagestore.formats.trace import Trace
 from imagestore.store.store import Store
+from tests.impatient import IMPATIENT
 from tests.unit.imagestore.images import convert, identical, make_raw
 from tests.web import misbehaving, raw
 
@@ -29,6 +30,7 @@ class User:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.program: tuple[str | Path, ...] = (SF,)
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(home),
@@ -44,7 +46,7 @@ class User:
     def types(
         self, *words: str | Path, code: int = 0, prefix: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
-        argv = [*prefix, str(SF), *map(str, words)]
+        argv = [*prefix, *map(str, (*self.program, *words))]
         done = subprocess.run(
             argv, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
         )
@@ -110,6 +112,7 @@ def test_lists_and_shows_have_three_forms_and_quiet_is_quiet(user: User, disk: P
 
 def test_a_remote_that_cannot_be_used_is_a_line_of_the_list(user: User, disk: Path) -> None:
     """E4: and other commands, which do not need it, go on."""
+    user.program = IMPATIENT
     user.types("image", "push", disk, "a", "-q")
     config = user.home / ".config/sf/config.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +166,7 @@ def test_remotes_are_asked_in_their_order_and_by_name(user: User, disk: Path) ->
 
 
 def test_an_unreachable_remote_does_not_let_the_next_one_answer(user: User, disk: Path) -> None:
+    user.program = IMPATIENT
     user.types("store", "init")
     user.types("image", "push", disk, "a", "--store", user.home / "last")
     user.types("remote", "add", "gone", "https://127.0.0.1:9/", "--unsigned")

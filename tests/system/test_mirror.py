@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests import web
+from tests.impatient import IMPATIENT
 from tests.machines import BIN, Machine, machine, run
 from tests.servers import free_ports
 
@@ -284,6 +285,7 @@ def test_the_origin_goes_away_and_a_year_passes(origin: Origin, tmp_path: Path) 
     keeper = machine(tmp_path / "keeper")
     shutil.copytree(origin.machine.path / "state", keeper.path / "state")
     second, client = machine(tmp_path / "second"), machine(tmp_path / "client")
+    second.program = IMPATIENT
     with keeper.serving() as url:
         upstream = f"{url}#{origin.fingerprint}"
         second.sf("mirror", "sync", "--from", upstream)
@@ -316,6 +318,7 @@ def test_the_origin_goes_away_and_a_year_passes(origin: Origin, tmp_path: Path) 
 
 def test_a_pull_through_mirror_serves_on_when_its_upstream_is_gone(origin: Origin, tmp_path: Path) -> None:
     near, client = machine(tmp_path / "near"), machine(tmp_path / "client")
+    near.program = IMPATIENT
     with contextlib.ExitStack() as stack:
         upstream = stack.enter_context(contextlib.ExitStack())
         url = upstream.enter_context(origin.machine.serving())
