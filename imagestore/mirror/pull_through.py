@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -56,7 +57,10 @@ class PullThrough(ReadOnly):
         self._lock = threading.Lock()
         self._away_until_s = 0.0
         self._running: dict[tuple[str, int], Future[None]] = {}
-        self._kept_bytes = sum(path.stat().st_blocks * 512 for path in self._frames.iterdir())
+        """Frames that are on their way."""
+        self._at_work = WeakValueDictionary[str, threading.Lock]()
+        self._room_bytes = -1
+        """How much more may be kept before files are counted again."""
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         if kind_of(key) is PACKS:
@@ -81,22 +85,21 @@ class PullThrough(ReadOnly):
     def _whole(self, key: str) -> Object:
         kind = kind_of(key)
         named = kind is not None and kind.check is Check.NAME
-        if named:
+        with self._alone(key):
+            kept = None
             with contextlib.suppress(NotFound):
                 kept = self._kept.get(key)
-                if matches(key, kept.data):
-                    return kept
-        with self._alone(key) as first:
-            if named and not first:
-                return self._whole(key)
-            if time.monotonic() < self._away_until_s:
-                with contextlib.suppress(NotFound):
-                    return self._kept.get(key)
+            if kept and not matches(key, kept.data):
+                kept = None
+            if kept and (named or time.monotonic() < self._away_until_s):
+                return kept
             try:
                 found = self._upstream.get(key)
             except Unavailable:
                 self._away_until_s = time.monotonic() + _AWAY_S
-                return self._kept.get(key)
+                if kept is None:
+                    raise
+                return kept
             if not matches(key, found.data):
                 raise Corrupt(f"{self.url}/{key}: the bytes do not match the name")
             self._kept.put(key, found.data)
@@ -105,24 +108,24 @@ class PullThrough(ReadOnly):
     # Packs
 
     def _pack(self, key: str) -> _Pack:
-        if pack := self._packs.get(key):
-            return pack
-        with self._alone(key) as first:
-            if not first and key in self._packs:
-                return self._packs[key]
+        with self._alone(key):
+            if pack := self._packs.get(key):
+                return pack
             name, tail_key = Digest.parse(key[-64:]), f"tails/{key[-64:]}"
             try:
                 kept = self._kept.get(tail_key).data
                 size_bytes, tail = int.from_bytes(kept[:8], "little"), kept[8:]
                 footer = open_tail(tail, name, size_bytes)
-            except NotFound:
+            except (NotFound, Corrupt):
                 footer, tail = read_tail(self._upstream, name)
                 size_bytes = footer.data_bytes + len(tail)
                 self._kept.put(tail_key, size_bytes.to_bytes(8, "little") + tail)
             stat = ObjectStat(key, size_bytes, key[-64:], 0.0)
-            pack = self._packs[key] = _Pack(stat, footer, Frames.of_pack(name, footer), tail)
-            if len(self._packs) > _MOST_PACKS:
-                self._packs.pop(next(iter(self._packs)))
+            pack = _Pack(stat, footer, Frames.of_pack(name, footer), tail)
+            with self._lock:
+                self._packs[key] = pack
+                if len(self._packs) > _MOST_PACKS:
+                    self._packs.pop(next(iter(self._packs)))
             return pack
 
     def _from_pack(self, key: str, start: int, length: int | None) -> Object:
@@ -176,38 +179,27 @@ class PullThrough(ReadOnly):
             ):
                 os.pwrite(descriptor, data, place)
                 with self._lock:
-                    self._kept_bytes += len(data)
+                    self._room_bytes -= len(data)
                 found[number] = data
         return found
 
     def _make_room(self, but: Path) -> None:
         with self._lock:
-            if self._kept_bytes <= self._limit_bytes:
+            if self._room_bytes >= 0:
                 return
-            files = sorted((path.stat().st_mtime_ns, path) for path in self._frames.iterdir() if path != but)
-            for _, path in files:
-                if self._kept_bytes <= self._limit_bytes * 9 // 10:
-                    break
-                self._kept_bytes -= path.stat().st_blocks * 512
-                path.unlink()
+            # By what they take of the disk: whole blocks, and some frames were written twice.
+            status = {path: path.stat() for path in self._frames.iterdir()}
+            kept_bytes = sum(each.st_blocks * 512 for each in status.values())
+            for path in sorted(status, key=lambda path: status[path].st_mtime_ns):
+                if kept_bytes > self._limit_bytes * 9 // 10 and path != but:
+                    kept_bytes -= status[path].st_blocks * 512
+                    path.unlink()
+            self._room_bytes = self._limit_bytes - kept_bytes
 
-    @contextlib.contextmanager
-    def _alone(self, key: str) -> Iterator[bool]:
-        """Lets one thread at a time do the work for a key; true for whoever came first."""
-        first, mine = True, Future[None]()
-        while True:
-            with self._lock:
-                other = self._running.setdefault((key, -1), mine)
-            if other is mine:
-                break
-            other.result()
-            first = False
-        try:
-            yield first
-        finally:
-            with self._lock:
-                del self._running[key, -1]
-            mine.set_result(None)
+    def _alone(self, key: str) -> threading.Lock:
+        """Lets one thread at a time do the work for a key; it goes with the last of them."""
+        with self._lock:
+            return self._at_work.setdefault(key, threading.Lock())
 
 
 def _kept(descriptor: int, pack: _Pack, numbers: Iterable[int]) -> dict[int, Buffer]:

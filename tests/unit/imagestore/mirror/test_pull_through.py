@@ -1,19 +1,28 @@
 """A pull-through mirror: each frame crosses once however many ask, is verified, kept, and let go when room is short."""
 
 import os
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
-from imagestore.errors import Corrupt, Unavailable, Unsupported
+from imagestore.backends.protocol import Backend
+from imagestore.backends.wrappers import Wrapper
+from imagestore.errors import Corrupt, NotFound, StoreError, Unavailable, Unsupported
+from imagestore.formats.digest import Digest
+from imagestore.formats.keys import MANIFESTS
 from imagestore.mirror.pull_through import PullThrough
 from imagestore.pull import pull
 from imagestore.push import push
 from imagestore.store.store import Store
 from tests.counted import Counted
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -108,6 +117,56 @@ def test_packs_unused_for_longest_go_when_room_is_short(origin: Store, tmp_path:
     kept = sum(path.stat().st_blocks * 512 for path in (tmp_path / "kept" / "frames").iterdir())
     assert 0 < kept <= 9 << 20
     assert (tmp_path / "out.raw").read_bytes() == disk.read_bytes()
+
+
+def test_what_was_fetched_again_takes_no_more_room_than_it_did(origin: Store, tmp_path: Path) -> None:
+    disk = tmp_path / "other.raw"
+    disk.write_bytes(np.random.default_rng(10).bytes(1 << 20))
+    push(origin, disk, "other", architecture="x86_64", format_="raw")
+    _, mirror = through(origin, tmp_path, limit_bytes=15 << 20)
+    for name in ("other", "test"):
+        pull(mirror, mirror.names.get(name).digest("x86_64"), tmp_path / "out.raw", format_="raw")
+    kept = {path: path.stat().st_blocks for path in (tmp_path / "kept" / "frames").iterdir()}
+    large = max(kept, key=lambda path: kept[path])
+    for _ in range(3):
+        large.write_bytes(b"")
+        mirror.backend.get(f"packs/{large.name[:2]}/{large.name}")
+    assert all(path.exists() for path in kept)
+
+
+class Away(Wrapper):
+    """Answers nothing before `go`, and what it is asked for is not there (or `error`)."""
+
+    def __init__(self, inner: Backend, error: type[StoreError]) -> None:
+        super().__init__(inner)
+        self.go, self.error = threading.Event(), error
+
+    def _do(self, verb: str, key: str, action: Callable[[], T]) -> T:
+        self.go.wait()
+        raise self.error(f"{verb} {key}")
+
+
+@pytest.mark.parametrize("error", [NotFound, Unavailable])
+def test_what_upstream_has_not_or_cannot_give_is_that_for_all_who_ask_at_once(
+    origin: Store, tmp_path: Path, error: type[StoreError]
+) -> None:
+    """An upstream that is away is not one that has no such object: then clients would go on to another remote."""
+    away = Away(origin.backend, error)
+    backend, key = PullThrough(away, tmp_path / "kept", 1 << 30), MANIFESTS.key(Digest.of(b"none"))
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(backend.get, key) for _ in range(4)]
+        away.go.set()
+        assert [type(one.exception(60)) for one in asked] == [error] * 4
+
+
+def test_a_footer_that_a_bad_disk_changed_is_fetched_again(origin: Store, tmp_path: Path) -> None:
+    _, mirror = through(origin, tmp_path)
+    stat = next(origin.backend.list("packs/"))
+    good = mirror.backend.get(stat.key).data
+    kept = next((tmp_path / "kept" / "objects" / "tails").iterdir())
+    kept.write_bytes(kept.read_bytes()[:-40] + bytes(40))
+    _, again = through(origin, tmp_path)
+    assert again.backend.get(stat.key).data == good
 
 
 def test_it_takes_no_writes(origin: Store, tmp_path: Path) -> None:
