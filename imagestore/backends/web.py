@@ -28,7 +28,7 @@ import urllib3.exceptions as failures
 
 from imagestore.backends.protocol import MAX_BYTES
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
-from imagestore.outside import read_json
+from imagestore.outside import decimal, read_json
 
 Response = urllib3.BaseHTTPResponse
 REDIRECTS = 8
@@ -260,8 +260,9 @@ def _checked(response: Response, where: str, accepted: tuple[int, ...]) -> Respo
     if status in accepted and response.headers.get("content-encoding", "identity") == "identity":
         return response
     said: Any = None
-    with suppress(ValueError, failures.HTTPError, OSError):
-        said = read_json(response.read(1 << 12))
+    size = min(decimal(response.headers.get("content-length", "")) or 0, 1 << 12)
+    with suppress(ValueError, StoreError):
+        said = read_json(receive(body(response, where), size, where))
     response.close()
     if status in accepted:
         raise Corrupt(f"{where}: the server sends it re-encoded")

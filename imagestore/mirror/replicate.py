@@ -19,7 +19,7 @@ from imagestore.mirror.signing import Publisher, check_complete
 from imagestore.mirror.sources import Outcome, choose
 from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
-from imagestore.store.trust import SignedNames, Target, signed_targets, tree
+from imagestore.store.trust import SignedNames, Target, read_metadata, signed_targets, tree
 from imagestore.updates.using import read_steps
 
 _MOST_ROOTS = 1024
@@ -88,7 +88,10 @@ def signers(store: Store) -> list[Digest]:
 
 
 def copy_tree(source: Backend, target: Backend, fingerprint: Digest) -> None:
-    """One signer's metadata, what is referred to before what refers to it. Files that are there already stay."""
+    """One signer's metadata, what is referred to before what refers to it. Files that are there already stay.
+
+    So does a later publication: what comes on a disk or from a mirror of ours may be older than what is here.
+    """
     base = tree(fingerprint)
     for version in range(1, _MOST_ROOTS):
         try:
@@ -99,13 +102,17 @@ def copy_tree(source: Backend, target: Backend, fingerprint: Digest) -> None:
             break
     stamp = source.get(f"{base}timestamp.json").data
     try:
-        number = Metadata[Timestamp].from_bytes(stamp).signed.snapshot_meta.version
+        signed = Metadata[Timestamp].from_bytes(stamp).signed
+        number = signed.snapshot_meta.version
         snapshot = source.get(f"{base}{number}.snapshot.json").data
         targets = Metadata[Snapshot].from_bytes(snapshot).signed.meta["targets.json"].version
     except (RepositoryError, ValueError, KeyError) as error:
         raise Corrupt(f"{source.url}/{base}: {error}") from error
     _copy_once(source, target, f"{base}{targets}.targets.json")
     _copy_once(source, target, f"{base}{number}.snapshot.json")
+    with suppress(NotFound, Corrupt):
+        if read_metadata(target, f"{base}timestamp.json").signed.version > signed.version:
+            return
     target.put(f"{base}timestamp.json", stamp)
 
 

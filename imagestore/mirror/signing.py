@@ -139,8 +139,7 @@ class Publisher:
         metadata.signed.version += 1
         metadata.signed.expires = _expiry("root")
         data = _sign(metadata, [*old, *fresh] if role == "root" else old)
-        key = f"{self._base}{metadata.signed.version}.root.json"
-        self._backend.put(key, data, if_none_match=self._backend.conditional)
+        self._write(f"{metadata.signed.version}.root.json", data)
         return metadata.signed.version
 
     def publish(self, images: Mapping[Target, Digest] | None = None) -> Published:
@@ -163,7 +162,7 @@ class Publisher:
             target = make_target(name, tag, architecture, digest, sizes[digest])
             targets.targets[target.path] = target
         data = _sign(Metadata(targets), signers["targets"])
-        self._backend.put(f"{self._base}{targets.version}.targets.json", data)
+        self._write(f"{targets.version}.targets.json", data)
         self._stamp(signers, stamp, etag, targets.version)
         added, removed = (tuple(sorted(set(a) - set(b))) for a, b in ((images, before), (before, images)))
         return Published(targets.version, added, changed, removed)
@@ -210,16 +209,18 @@ class Publisher:
             version = self._newest("snapshot") + 1
             snapshot = Snapshot(version=version, expires=_expiry("snapshot"))
             snapshot.meta["targets.json"] = MetaFile(version=targets_version)
-            data = _sign(Metadata(snapshot), signers["snapshot"])
-            self._backend.put(f"{self._base}{version}.snapshot.json", data)
+            self._write(f"{version}.snapshot.json", _sign(Metadata(snapshot), signers["snapshot"]))
         number = old.signed.version + 1 if old else 1
         stamp = Timestamp(number, expires=_expiry("timestamp"), snapshot_meta=MetaFile(version=version))
-        data, key = _sign(Metadata(stamp), signers["timestamp"]), f"{self._base}timestamp.json"
+        self._write("timestamp.json", _sign(Metadata(stamp), signers["timestamp"]), etag)
+        return stamp.expires
+
+    def _write(self, file: str, data: bytes, etag: str | None = None) -> None:
+        """What nobody else has written meanwhile: a version is of one publisher. Raises Conflict."""
         try:
-            replace(self._backend, key, data, etag)
+            replace(self._backend, self._base + file, data, etag)
         except Conflict as error:
             raise Conflict("another publisher was quicker", hint="publish again") from error
-        return stamp.expires
 
     def _root(self) -> Metadata[Root]:
         return self._read(f"{self._newest('root')}.root.json")

@@ -205,7 +205,7 @@ class _Image:
         finally:
             path.unlink()
         now_s = round(self._store.backend.now())
-        there = replace(there, build=there.build or there.last_modified, fetched_at_s=now_s)
+        there = replace(there, fetched_at_s=now_s)
         encoded = json.dumps(asdict(there), sort_keys=True, indent=1).encode()
         self._store.backend.put(PROVENANCE.key(result.digest), encoded)
         self._tag(result.digest)
@@ -252,7 +252,8 @@ class _Image:
     def _keep(self, digest: Digest, known: Provenance) -> None:
         """A tag for the version that is about to be replaced; versions past `keep` lose theirs."""
         name, tag, names = self._source.name, self._source.tags[0], self._store.names
-        old = sources.old_tag(tag, known.build or time.strftime("%Y%m%d", time.gmtime(known.fetched_at_s)))
+        fetched = time.strftime("%Y%m%d-%H%M%S", time.gmtime(known.fetched_at_s))
+        old = sources.old_tag(tag, (self._source.build_pattern and known.build) or fetched)
         names.set(name, old, self._architecture, digest)
         present = [record.tag for record in names.list() if record.name == name]
         for gone in sources.tags_to_drop(present, tag, self._source.keep - 1):

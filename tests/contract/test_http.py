@@ -214,6 +214,22 @@ def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         Http(url).get("packs/ab/cd", 0, 100_000)
 
 
+def test_an_error_that_drips_is_an_error_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.3)
+    sent: list[bytes] = []
+
+    def drips(connection: socket.socket, _: bytes) -> None:
+        while len(sent) < 4096:
+            connection.sendall(b" ")
+            sent.append(b" ")
+            time.sleep(0.01)
+
+    with liar(sends("404 Not Found", b"", "Content-Length: 4096", after=drips)) as url:
+        with pytest.raises(NotFound):
+            Http(url).get("packs/ab/cd")
+        assert len(sent) < 4096
+
+
 def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.2)
     with liar(lambda connection, _: time.sleep(3)) as url, pytest.raises(Unavailable):

@@ -122,6 +122,20 @@ def test_without_checksums_the_etag_says_that_nothing_changed(
     assert sync(store, [wanted], tmp_path / "work")[0].result == "new"
 
 
+def test_as_many_versions_keep_a_name_where_upstream_names_no_builds(
+    store: Store, upstream: tuple[Path, str], tmp_path: Path
+) -> None:
+    root, url = upstream
+    digests = []
+    for number in range(4):
+        qcow2(root / "current.img", number)
+        os.utime(root / "current.img", (1e9 + number, 1e9 + number))
+        digests.append(sync(store, [source(url + "/current.img", keep=2)], tmp_path / "work")[0].digest)
+    records = list(store.names.list())
+    assert {record.images["x86_64"] for record in records} == {digests[3], digests[2]}
+    assert len(records) == 3
+
+
 def test_a_bad_source_stops_no_other(store: Store, upstream: tuple[Path, str], tmp_path: Path) -> None:
     root, url = upstream
     qcow2(root / "good.img", 1)

@@ -4,12 +4,13 @@ import logging
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
+from imagestore.backends.protocol import ObjectStat
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unavailable
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.columns import FRAME
@@ -18,6 +19,7 @@ from imagestore.formats.keys import LAYOUTS, MANIFESTS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.mirror import signing
+from imagestore.mirror.replicate import copy_tree
 from imagestore.mirror.signing import Publisher
 from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Trust, open_signed, signed_targets, tree
@@ -247,6 +249,46 @@ def test_a_publisher_that_was_overtaken_says_so(mirror: Mirror, monkeypatch: pyt
     monkeypatch.setattr(mirror.publisher, "_timestamp", lambda: seen)
     with pytest.raises(Conflict, match="quicker"):
         mirror.publisher.publish()
+
+
+def test_a_publisher_that_was_overtaken_replaces_nothing_of_the_quicker_one(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_image(mirror.store, "debian", 1 << 20)
+    mirror.publisher.publish()
+    add_image(mirror.store, "ubuntu", 2 << 20)
+    Publisher(mirror.store, mirror.keys).publish()
+    published = mirror.files()
+    for seen in ({"root": 1, "targets": 1}, {"root": 1, "targets": 5, "snapshot": 1}):
+        monkeypatch.setattr(mirror.publisher, "_newest", seen.__getitem__)
+        with pytest.raises(Conflict, match="quicker"):
+            mirror.publisher.publish({})
+    assert published.items() <= mirror.files().items()
+
+
+def test_a_rotation_whose_answer_was_lost_is_one(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Directory.put
+
+    def twice(self: Directory, *what: Any, **conditions: Any) -> ObjectStat:
+        put(self, *what, **conditions)
+        return put(self, *what, **conditions)
+
+    monkeypatch.setattr(Directory, "put", twice)
+    assert mirror.publisher.rotate("targets") == 2
+
+
+def test_an_older_copy_of_a_publication_replaces_no_newer_one(mirror: Mirror, tmp_path: Path) -> None:
+    add_image(mirror.store, "debian", 1 << 20)
+    mirror.publisher.publish()
+    copy = Directory(tmp_path / "copy")
+    copy_tree(mirror.backend, copy, mirror.fingerprint)
+    newer = add_image(mirror.store, "debian", 2 << 20)
+    mirror.publisher.publish()
+    assert mirror.resolve("debian").digest == newer
+    copy_tree(copy, mirror.backend, mirror.fingerprint)
+    assert mirror.resolve("debian") == (newer, "")
+    copy_tree(mirror.backend, copy, mirror.fingerprint)
+    assert signed_targets(copy)["debian", "latest", "x86_64"] == {newer}
 
 
 def test_two_signers_live_side_by_side_in_one_store(mirror: Mirror, tmp_path: Path) -> None:
