@@ -130,8 +130,8 @@ def caged(
     told: dict[str, str] = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.run(
-            ["prlimit", *limits, *argv], capture_output=True, text=True, timeout=_WALL_S,
-            stdin=subprocess.DEVNULL, pass_fds=pass_fds, env=told,
+            ["prlimit", *limits, *argv], capture_output=True, text=True, errors="replace",
+            timeout=_WALL_S, stdin=subprocess.DEVNULL, pass_fds=pass_fds, env=told,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise Invalid(f"this needs {argv[0]}, which is not installed") from error

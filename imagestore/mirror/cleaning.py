@@ -32,6 +32,7 @@ _WAYS = re.compile(
 """Directories on the way to those."""
 _OF_ONE = re.compile(r"/var/(?:log/journal/[0-9a-f]{32}|lib/cloud/instances/.*)")
 """Such of them as go too: they are called after a machine."""
+_ENTRY = re.compile(r"/(\d+)/(\d+)/\d+/\d+/([^/]+)/\d*/")
 _NAME = re.compile(r"[A-Za-z0-9_.,:@%+=~-]+")
 _MOST = 20_000
 _RESULT, _RESULT_BYTES = "/var/lib/cloud/data/result.json", 1 << 20
@@ -95,13 +96,14 @@ def _clean(disk: Disk, path: Path, region: Region) -> list[str]:
     wanted, gone, empty, looked = [""], list[str](), list[str](), 0
     while wanted:
         directory = wanted.pop()
-        for line in run("debugfs", "-R", f"ls -p {directory or '/'}").splitlines():
-            _, inode, mode, _, _, name, _ = (line.split("/") + [""] * 7)[:7]
-            if name in ("", ".", "..") or inode == "0":
+        for line in filter(None, run("debugfs", "-R", f"ls -p {directory or '/'}").splitlines()):
+            entry = _ENTRY.fullmatch(line)  # a name with the end of a line in it leaves none
+            inode, mode, name = entry.groups() if entry else ("", "", "")
+            if name in (".", "..") or inode == "0":
                 continue
             here, looked = f"{directory}/{name}", looked + 1
             way, file = _WAYS.fullmatch(here), _FILES.fullmatch(here)
-            if (way or file) and (not _NAME.fullmatch(name) or looked > _MOST):
+            if not entry or ((way or file) and (not _NAME.fullmatch(name) or looked > _MOST)):
                 why = f"{directory} holds names that are none, or too many"
                 raise Invalid(f"{region.name} cannot be cleaned: {why}")
             if mode.startswith("04") and way:

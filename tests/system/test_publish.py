@@ -36,12 +36,12 @@ DELETED, OLD_NAME = "WHAT-WAS-DELETED-4e4e", "the-deleted-files-name"
 START = 1 << 20
 
 
-def make(path: Path, *options: str) -> Path:
+def make(path: Path, *options: str, more: dict[str, str] | None = None) -> Path:
     """A disk with an MBR and one partition; a file was deleted on it, with a name that its directory remembers."""
-    tree = path.with_suffix(".tree")
-    for name, text in (SECRET | KEPT | {f"var/lib/app/{OLD_NAME}": DELETED}).items():
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_text((text + "\n") * 200)
+    root = path.with_suffix(".tree")
+    for name, text in (SECRET | KEPT | {f"var/lib/app/{OLD_NAME}": DELETED} | (more or {})).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text((text + "\n") * 200)
     with path.open("wb") as file:
         file.truncate(START + (64 << 20))
         file.seek(446)
@@ -53,7 +53,7 @@ def make(path: Path, *options: str) -> Path:
         file.seek(510)
         file.write(b"\x55\xaa")
     part = path.with_suffix(".part")
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", *options, "-d", tree, part, "64M"], check=True)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", *options, "-d", root, part, "64M"], check=True)
     subprocess.run(
         ["debugfs", "-w", "-R", f"rm /var/lib/app/{OLD_NAME}", part], check=True, capture_output=True
     )
@@ -117,6 +117,12 @@ def test_what_cannot_be_cleaned_for_certain_is_refused(tmp_path: Path) -> None:
     subprocess.run(["debugfs", "-w", "-f", commands, part], check=True, capture_output=True)
     with pytest.raises(Invalid, match="names that are none"):
         clean(odd)
+    for text in ("two\nlines", "two\rlines"):
+        lines = make(tmp_path / "lines.raw", more={f"var/log/{text}": "A-LINE-THAT-STAYED"})
+        with pytest.raises(Invalid, match="names that are none"):
+            clean(lines)
+    foreign = make(tmp_path / "foreign.raw", more={os.fsdecode(b"etc/caf\xe9"): "A-FILE"})
+    assert "/etc/machine-id" in clean(foreign)
     inline = make(tmp_path / "inline.raw", "-O", "inline_data", "-I", "256")
     with pytest.raises(Invalid, match="inline_data"):
         clean(inline)
