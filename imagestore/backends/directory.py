@@ -110,15 +110,12 @@ class Directory:
 
     def delete(self, key: str, *, if_match: Etag = None) -> None:
         path = self._path(key)
-        with self._errors(key):
-            try:
-                with locked(self.root / _LOCK, mode=0o666):
-                    path.lstat()
-                    self._check(key, if_match, False)
-                    path.unlink()
-                sync(path.parent)
-            except (FileNotFoundError, NotADirectoryError):
-                return
+        with self._errors(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with locked(self.root / _LOCK, mode=0o666):
+                path.lstat()
+                self._check(key, if_match, False)
+                path.unlink()
+            sync(path.parent)
 
     def now(self) -> float:
         """The file system's clock: over NFS that is the server's, as in `modified_s`."""

@@ -208,22 +208,17 @@ def receive(parts: Iterable[bytes], wanted: int | None, where: str, patience_s: 
 
     Raises Corrupt when it goes on, Unavailable when it ends early or drips.
     """
-    data: list[bytes] = []
-    size, limit = 0, MAX_BYTES if wanted is None else wanted
-    for part in paced(parts, limit, where, patience_s or PATIENCE_S, _SLOWEST_BYTES_S):
-        data.append(part)
-        size += len(part)
-        if size > limit:
-            raise Corrupt(f"{where}: the server sends more than {limit} bytes")
-    if wanted is not None and size != wanted:
-        raise Unavailable(f"{where}: the answer ended after {size} of {wanted} bytes")
-    return b"".join(data)
+    most = MAX_BYTES if wanted is None else wanted
+    data = b"".join(paced(parts, most, where, patience_s or PATIENCE_S, _SLOWEST_BYTES_S))
+    if wanted is not None and len(data) != wanted:
+        raise Unavailable(f"{where}: the answer ended after {len(data)} of {wanted} bytes")
+    return data
 
 
 def paced(
-    parts: Iterable[bytes], wanted: int, where: str, patience_s: float, slowest_bytes_s: float
+    parts: Iterable[bytes], most: int, where: str, patience_s: float, slowest_bytes_s: float
 ) -> Iterator[bytes]:
-    """The parts of a body of at most `wanted` bytes. Raises Unavailable when it drips.
+    """The parts of a body of at most so many bytes. Raises Corrupt when it goes on, Unavailable when it drips.
 
     That is when after `patience_s` less than `slowest_bytes_s` a second came. A read that hangs is the client
     library's to end.
@@ -231,9 +226,11 @@ def paced(
     size, started = 0, time.monotonic()
     for part in parts:
         size += len(part)
+        if size > most:
+            raise Corrupt(f"{where}: the server sends more than the limit of {most} bytes")
         yield part
         late_s = time.monotonic() - started - patience_s
-        if late_s > 0 and size < min(wanted, late_s * slowest_bytes_s):
+        if late_s > 0 and size < min(most, late_s * slowest_bytes_s):
             raise Unavailable(f"{where}: only {size} bytes came in time")
 
 

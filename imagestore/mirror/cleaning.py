@@ -42,20 +42,13 @@ def clean(path: Path) -> list[str]:
     """Clean the raw disk in a file that is nobody else's; the paths that went. Raises Invalid."""
     gone = list[str]()
     with open_disk(path, "raw") as disk:
-        table = read_partitions(disk)
-        if table.doubt:
-            raise Invalid(f"it cannot be cleaned: {table.doubt}")
-        for region in table.regions:
-            found = signs(read_range(disk, region.start, HEAD_BYTES))
-            if found == {"ext4"}:
+        for region in read_partitions(disk).regions:
+            if signs(read_range(disk, region.start, HEAD_BYTES)) == {"ext4"}:
                 gone += _clean(disk, path, region)
-            elif found - {"FAT"} or (not found and region.end - region.start > 4 << 20):
-                what = " and ".join(sorted(found)) or "something unknown"
-                hint = "sf image pull, clean it, and push"
-                raise Invalid(f"{region.name} holds {what}: only ext4 is cleaned", hint=hint)
     with open_disk(path, "raw") as disk, path.open("r+b") as file:  # as it is now
-        if left := [note for note in look(disk, sparsify=True).notes if "FAT" not in note]:
-            raise Invalid(f"what was deleted on it cannot be left out: {left[0]}")
+        if left := [note for note in look(disk, sparsify=True).notes if "it holds FAT;" not in note]:
+            hint = "sf image pull, clean it, and push"
+            raise Invalid(f"it cannot be cleaned for certain: {left[0]}", hint=hint)
         for region in read_partitions(disk).regions:
             system = Ext4.open(disk, region.start, min(region.end, disk.size_bytes))
             for start, end in free_bytes(disk, region, system).tolist() if system else ():

@@ -3,11 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
-import urllib3
-
-from imagestore.backends.web import PATIENCE_S, Web, body, paced, whole_of
+from imagestore.backends.web import PATIENCE_S, Response, Web, body, paced, whole_of
 from imagestore.errors import Invalid, Unavailable
 from imagestore.outside import decimal
 from imagestore.progress import Progress, Report, silent
@@ -16,30 +15,23 @@ _SLOWEST_BYTES_S = 4 << 10
 _TEXT_BYTES = 4 << 20
 
 
-class Downloader:
+class Downloader(Web):
     """Keeps connections; the caller closes it. `trusted`: the URLs come from this machine's administrator."""
-
-    def __init__(self, *, trusted: bool) -> None:
-        self._web = Web(trusted=trusted)
 
     def __enter__(self) -> "Downloader":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._web.close()
+        self.close()
 
     def small(self, url: str) -> bytes:
         """A checksum list, a signature, a directory's page. Raises StoreError."""
-        response = self._web.open("GET", url, {}, url[:200], (200,))
-        try:
+        with closing(self._get(url, {}, 200)) as response:
             return b"".join(_pieces(response, url, _TEXT_BYTES))
-        finally:
-            response.close()
 
     def size_bytes(self, url: str) -> int:
         """Of a file, as its server says; 0 if it does not. Raises StoreError."""
-        response = self._web.open("HEAD", url, {}, url[:200], (200,))
-        response.close()
+        response = self.open("HEAD", url, {}, url[:200], (200,))
         return decimal(response.headers.get("content-length", "")) or 0
 
     def fetch(
@@ -55,7 +47,7 @@ class Downloader:
 
         unless: ETag and Last-Modified of what is there already; an unchanged file is not sent again. Returns those of
         what came, None where the server said that nothing has changed.
-        Raises Invalid past `limit_bytes`, Denied for a forbidden address, NotFound, Unavailable.
+        Raises Invalid or Corrupt past `limit_bytes`, Denied for a forbidden address, NotFound, Unavailable.
         """
         part, note = destination.with_suffix(".part"), destination.with_suffix(".part.json")
         etag, changed = unless
@@ -64,17 +56,17 @@ class Downloader:
         start = part.stat().st_size if validator else 0
         if start:
             rest = {"Range": f"bytes={start}-", "If-Range": validator}
-            response = self._open(url, rest, 200, 206, 416)
+            response = self._get(url, rest, 200, 206, 416)
             goes_on = whole_of(response.headers.get("content-range", ""), start) is not None
             if response.status == 416 or (response.status == 206 and not goes_on):
                 # It was whole already, or another one stands there now, or this server cannot count: all of it anew.
                 response.close()
                 part.unlink()
-                response = self._open(url, {}, 200)
+                response = self._get(url, {}, 200)
             start *= response.status == 206
         else:
-            response = self._open(url, known, 200, *([304] if known else []))
-        try:
+            response = self._get(url, known, 200, *([304] if known else []))
+        with closing(response):
             if response.status == 304:
                 return None
             length = decimal(response.headers.get("content-length", ""))
@@ -94,23 +86,16 @@ class Downloader:
             note.unlink(missing_ok=True)
             said = response.headers
             return said.get("etag", ""), said.get("last-modified", "")
-        finally:
-            response.close()
 
-    def _open(self, url: str, headers: dict[str, str], *accepted: int) -> urllib3.BaseHTTPResponse:
-        return self._web.open("GET", url, headers, url[:200], accepted)
+    def _get(self, url: str, headers: dict[str, str], *accepted: int) -> Response:
+        return self.open("GET", url, headers, url[:200], accepted)
 
 
-def _pieces(response: urllib3.BaseHTTPResponse, url: str, limit_bytes: int) -> Iterator[bytes]:
-    done = 0
-    for piece in paced(body(response, url), limit_bytes, url, PATIENCE_S, _SLOWEST_BYTES_S):
-        done += len(piece)
-        if done > limit_bytes:
-            raise Invalid(f"{url}: it grew past the limit of {limit_bytes} bytes")
-        yield piece
+def _pieces(response: Response, url: str, most_bytes: int) -> Iterator[bytes]:
+    return paced(body(response, url), most_bytes, url, PATIENCE_S, _SLOWEST_BYTES_S)
 
 
-def _remember(note: Path, url: str, response: urllib3.BaseHTTPResponse) -> None:
+def _remember(note: Path, url: str, response: Response) -> None:
     etag = response.headers.get("etag", "")
     strong = "" if etag.startswith("W/") else etag
     validator = strong or response.headers.get("last-modified", "")

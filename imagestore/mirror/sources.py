@@ -36,7 +36,6 @@ _TAGGED = re.compile(r"([A-Z0-9a-z-]{2,16}) \((.+)\) = ([0-9a-fA-F]{32,128})")
 _HASH = re.compile(r"(?:md|sha|blake|b2|rmd|ripemd|whirlpool|sm3)[0-9a-z]{0,8}")
 _ALIASES = {"b2": "blake2b", "blake2b512": "blake2b"}
 _WEB = re.compile(r"https?://[^/?#\s][!-~]{0,2000}", re.IGNORECASE)
-_NUMBER = re.compile(r"[0-9]+")
 _BUILD_LENGTH = 100
 _MOST_BYTES = 1 << 40
 
@@ -107,12 +106,12 @@ def load(directory: Path) -> list[Source]:
             raise Invalid(f"{path}: {error}") from error
     if not sources:
         raise NotFound(f"no source lists in {directory}", hint=f"see those that come with sf: {SHIPPED}")
-    seen: dict[tuple[str, str, str], str] = {}
+    seen = set[tuple[str, str, str]]()
     for source in sources:
         for key in ((source.name, tag, arch) for tag in source.tags for arch in source.architectures):
             if key in seen:
                 raise Invalid(f"{source.name}:{key[1]} for {key[2]} has two sources")
-            seen[key] = source.url
+            seen.add(key)
     latest = {key[0] for key in seen if key[1] == "latest"}
     ordered = sorted(sources, key=lambda s: numbers(s.tags[0]))
     newest = {s.name: s.tags[0] for s in ordered if s.name not in latest}  # of every architecture
@@ -121,7 +120,7 @@ def load(directory: Path) -> list[Source]:
 
 def numbers(text: str) -> list[int]:
     """By which versions are told older from newer."""
-    return [int(number) for number in _NUMBER.findall(text)]
+    return [int(number) for number in re.findall("[0-9]+", text)]
 
 
 def lists(given: str = "") -> list[Source]:

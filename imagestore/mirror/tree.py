@@ -214,11 +214,9 @@ class Limits:
             await self._app(scope, receive, send)
             return
         if self._running >= self._most:
-            await refusal(503, "too many requests at once", retry_s=2)(scope, receive, send)
-            return
+            return await refusal(503, "too many requests at once", retry_s=2)(scope, receive, send)
         if self._buckets and not self._buckets.take(origin((scope.get("client") or ("",))[0])):
-            await refusal(429, "too many requests", retry_s=1)(scope, receive, send)
-            return
+            return await refusal(429, "too many requests", retry_s=1)(scope, receive, send)
         self._running += 1
         try:
             await self._app(scope, receive, send)

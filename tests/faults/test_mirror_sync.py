@@ -14,7 +14,7 @@ import pytest
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.web import is_public
-from imagestore.errors import Denied, Invalid, NotFound, Unavailable
+from imagestore.errors import Corrupt, Denied, NotFound, Unavailable
 from imagestore.mirror.download import Downloader
 from imagestore.mirror.sources import Source
 from imagestore.mirror.sync import check_signature, read_provenance, sync
@@ -223,9 +223,9 @@ def test_a_download_goes_on_where_it_was_cut_off_unless_the_file_changed(tmp_pat
 
 def test_a_file_that_grows_for_ever_is_cut_off(tmp_path: Path) -> None:
     with web.misbehaving({"/file": web.endless}) as url, Downloader(trusted=True) as downloader:
-        with pytest.raises(Invalid, match="limit"):
+        with pytest.raises(Corrupt, match="limit"):
             downloader.fetch(url + "/file", tmp_path / "file", limit_bytes=8 << 20)
-        with pytest.raises(Invalid, match="limit"):
+        with pytest.raises(Corrupt, match="limit"):
             downloader.small(url + "/file")
     assert not (tmp_path / "file").exists()
 
