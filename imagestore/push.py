@@ -107,7 +107,7 @@ def push(
     with ExitStack() as stack:
         disk = stack.enter_context(open_disk(path, format_, progress))
         if bounded:
-            check_work(disk, path.stat().st_size)
+            check_work(disk, str(path), path.stat().st_size)
         writer = _Writer(stack, store, disk, progress, cache)
         special = look(disk, sparsify=sparsify)
         done = replace(writer.push(name, tag, facts, special), notes=special.notes)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from imagestore.disks.filesystems import HEAD_BYTES, signs
 from imagestore.disks.lengths import check_whole, vhd_size
+from imagestore.disks.unpack import check_amount
 from imagestore.errors import Invalid, NoSpace
 from imagestore.formats.manifest import MAX_DISK_BYTES
 
@@ -69,7 +70,7 @@ def convert(image: int, path: Path, format_: str) -> Iterator[int]:
     """A descriptor of an unnamed raw copy of an open VMDK, VHDX or VDI image, made by a limited qemu-img.
 
     The descriptor that was judged is what qemu-img reads, whatever `path` leads to meanwhile.
-    Raises Invalid when the image is unsafe or broken, NoSpace when the temporary directory is full.
+    Raises Invalid when the image is unsafe, broken or means too much, NoSpace when the temporary directory is full.
     """
     _judge(image, path, format_)
     check_whole(image, str(path), format_)
@@ -81,6 +82,8 @@ def convert(image: int, path: Path, format_: str) -> Iterator[int]:
         raise Invalid(f"{path}: a disk of {size >> 40} TiB is larger than the 64 TiB allowed")
     if told.get("backing-filename") or told.get("encrypted"):
         raise Invalid(f"{path}: the image has a backing file or is encrypted")
+    amount = json.loads(_qemu_img(image, path, ["measure", "-O", "qcow2", "--output=json", *source], 1 << 20))
+    check_amount(str(path), amount["required"], os.fstat(image).st_size)
     with tempfile.TemporaryDirectory(prefix="sf-convert-") as directory:
         raw = Path(directory) / "disk.raw"
         _qemu_img(image, path, ["convert", "-O", "raw", "-S", "4096", *source, str(raw)], size + (1 << 20))

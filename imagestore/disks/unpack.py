@@ -22,7 +22,6 @@ from imagestore.errors import DISK_FULL, Invalid, NoSpace
 from imagestore.progress import Progress, Report, silent
 
 LEAST_DATA_BYTES, MOST_RATIO = 4 << 30, 64
-"""A disk may hold so much data, and so many times the file's size more."""
 _MOST_ZEROS = 16  # times as many bytes as data may come out: zeros are cheap, not free
 _LAYERS = 3
 _FED_BYTES = 4 << 10  # to a decompressor at once: even RLE blocks of zstd make 128 MiB of it at most
@@ -37,14 +36,20 @@ _PACKED: dict[bytes, Callable[[], Any]] = {
 }
 
 
-def check_work(disk: Disk, file_bytes: int) -> None:
+def check_amount(what: str, data_bytes: int, file_bytes: int) -> None:
     """A small file may stand for a disk full of data (one cluster, named again and again). Raises Invalid."""
-    at, left = 0, LEAST_DATA_BYTES + MOST_RATIO * file_bytes
+    most = LEAST_DATA_BYTES + MOST_RATIO * file_bytes
+    if data_bytes > most:
+        raise Invalid(f"{what}: {file_bytes} bytes that mean more than {most} bytes of data")
+
+
+def check_work(disk: Disk, what: str, file_bytes: int) -> None:
+    """That of a disk. Raises Invalid."""
+    at = data_bytes = 0
     while (stretch := disk.next_data(at)) is not None:
         at = stretch[1]
-        left -= stretch[1] - stretch[0]
-        if left < 0:
-            raise Invalid(f"a file of {file_bytes} bytes that means too many bytes of data")
+        data_bytes += stretch[1] - stretch[0]
+        check_amount(what, data_bytes, file_bytes)
 
 
 @contextlib.contextmanager
@@ -106,7 +111,7 @@ def _streams(make: Callable[[], Any], descriptor: int, what: str) -> Iterator[tu
 
 
 def _write(file: Any, parts: Iterator[tuple[int, bytes]], size: int, what: str, progress: Report) -> None:
-    most, data, whole = LEAST_DATA_BYTES + MOST_RATIO * size, 0, 0
+    data = whole = 0
     for done, part in parts:
         progress(Progress("unpack", done, size))
         whole += len(part)
@@ -116,8 +121,7 @@ def _write(file: Any, parts: Iterator[tuple[int, bytes]], size: int, what: str, 
                 file.seek(len(piece), os.SEEK_CUR)
             else:
                 data += file.write(piece)
-        if data > most or whole > _MOST_ZEROS * most:
-            raise Invalid(f"{what}: {size} bytes that mean more than {most} bytes of data")
+        check_amount(what, max(data, whole // _MOST_ZEROS), size)
     file.flush()
     file.truncate(whole)
 

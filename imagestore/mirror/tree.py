@@ -212,13 +212,13 @@ class Limits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        if self._running >= self._most:
-            return await refusal(503, "too many requests at once", retry_s=2)(scope, receive, send)
-        if self._buckets and not self._buckets.take(origin((scope.get("client") or ("",))[0])):
-            return await refusal(429, "too many requests", retry_s=1)(scope, receive, send)
-        self._running += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._running -= 1
+        elif self._running >= self._most:
+            await refusal(503, "too many requests at once", retry_s=2)(scope, receive, send)
+        elif self._buckets and not self._buckets.take(origin((scope.get("client") or ("",))[0])):
+            await refusal(429, "too many requests", retry_s=1)(scope, receive, send)
+        else:
+            self._running += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._running -= 1

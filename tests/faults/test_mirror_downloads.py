@@ -167,7 +167,7 @@ def test_a_small_file_that_means_days_of_work_is_given_up_and_the_next_source_ha
     for count, said in ((80, pytest.raises(Invalid, match="bytes of data")), (1, nullcontext())):
         path = bomb(tmp_path / "bomb.qcow2", count)
         with open_disk(path, "qcow2") as disk, said:
-            check_work(disk, path.stat().st_size)
+            check_work(disk, path.name, path.stat().st_size)
     with web.misbehaving({"/bomb": web.body(image), "/good": web.body(DATA)}) as url:
         wanted = [source(url + "/bomb", name="bomb", format="qcow2"), source(url + "/good", name="good")]
         first, second = sync(store, wanted, tmp_path / "work")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imagestore.disks import unpack
 from imagestore.disks.disk import read_range
 from imagestore.disks.open import open_disk
 from imagestore.errors import Invalid
@@ -179,6 +180,21 @@ def test_the_file_that_was_judged_is_the_one_that_qemu_reads(raw, tmp_path, monk
 
     monkeypatch.setattr(inspection, "_judge", swapped)
     assert content(path) == raw.read_bytes()
+
+
+def test_one_block_named_again_and_again_is_not_written_out(tmp_path, monkeypatch):
+    """A megabyte of VDI may say that a disk of terabytes is full of it."""
+    monkeypatch.setattr(unpack, "LEAST_DATA_BYTES", MIB)
+    path = tmp_path / "image.vdi"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vdi", path, "128M"], check=True)
+    write = ["qemu-io", "-f", "vdi", "-c", "write -P 7 0 1M", path]
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    assert content(path) == b"\7" * MIB + bytes(127 * MIB)
+    with path.open("r+b") as file:
+        file.seek(struct.unpack("<340xI", file.read(344))[0])
+        file.write(bytes(4 * 128))
+    with pytest.raises(Invalid, match="mean more than"):
+        content(path)
 
 
 def test_hostile_tables_of_a_vmdk_are_bounded(raw, tmp_path):
