@@ -5,7 +5,6 @@ its sender among their peers, as their filters would. Server, links, leases, the
 """
 
 import json
-import os
 import random
 import select
 import signal
@@ -168,7 +167,7 @@ def test_no_guest_counts_beside_its_former_self(tmp_path: Path) -> None:
             nodes.server.sf("instance", "create", f"g{number}", *words, "--on-node-loss", "restart")
         everyone = set(nodes.guests())
         nodes.until(90, lambda: set(nodes.boots) == everyone, "all count")
-        wanted = int(os.environ.get("SF_LOSSES") or rounds(50))
+        wanted = rounds(50, "SF_LOSSES")
         while lost < wanted:
             there = {u: str(i["node"]) for u, i in nodes.guests().items()}
             victims = sorted({*there.values()})[:3]  # those that have guests, and others

@@ -85,7 +85,7 @@ def kill(cluster: Cluster, what: str, here: str, there: str) -> None:
 )  # fmt: skip
 def test_a_guest_that_moves_outlives_whoever_dies_meanwhile(cluster: Cluster, what: str) -> None:
     server, moves, web = cluster.server, 0, cluster.server.instance("web")["uuid"]
-    for number in range(drills.rounds(10 if "libvirtd" in what else 20)):
+    for number in range(drills.rounds(20, "SF_KILLS")):
         rng, here, counted = (
             random.Random(drills.seed() + number),
             server.instance("web")["node"],

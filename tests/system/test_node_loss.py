@@ -4,7 +4,6 @@ Three machines in namespaces, with real libvirtd, qemu, filters and fences; n1 i
 in the world, once in a second, which boot of it this is: another boot's first word is the last of the former ones'.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -184,7 +183,7 @@ def test_a_guest_never_counts_twice_through_many_losses(lossy: Lossy) -> None:
     lossy.create("one", "n2", "--on-node-loss", "restart")
     counts(lossy, "one", 0)
     uuid = lossy.server.instance("one")["uuid"]
-    for number in range(int(os.environ.get("SF_LOSSES") or rounds(50))):
+    for number in range(rounds(50, "SF_LOSSES")):
         kind, victim = (*KINDS, *KINDS)[number % 5] if number < 5 else dice.choice(KINDS), lossy.node("one")
         within(90, lambda: lossy.server.instance("one")["power_state"] == "on", "it runs")
         if kind in ("frozen", "agent frozen"):
