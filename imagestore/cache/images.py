@@ -27,7 +27,8 @@ from imagestore.store.resolve import begins, resolve
 from imagestore.store.store import Store
 from imagestore.updates.using import Seed
 
-_SEEDS = 8
+_SEEDS_BYTES = 32 << 20
+"""Of manifests that are looked into for an image that is opened: half a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,14 @@ class ImageCache:
                     found.append((-changed_ns, digest))
         return [digest for _, digest in sorted(found)]
 
-    def seeds(self) -> tuple[Seed, ...]:
-        """Complete images to copy chunks from, the newest first."""
-        found = []
-        for digest in self.digests()[:_SEEDS]:
-            with suppress(NotFound, Corrupt):
-                found.append(Seed(self.manifest(digest), self.path(digest)))
+    def seeds(self, parent: Digest | None = None) -> tuple[Seed, ...]:
+        """Complete images to copy chunks from: what the image was made of, then the newest."""
+        found, looked_bytes = list[Seed](), 0
+        for digest in sorted(self.digests(), key=lambda one: one != parent):
+            if looked_bytes < _SEEDS_BYTES:
+                with suppress(NotFound, Corrupt):
+                    found.append(Seed(manifest := self.manifest(digest), self.path(digest)))
+                    looked_bytes += manifest.ids.nbytes
         return tuple(found)
 
     def verify(self, digest: Digest) -> None:

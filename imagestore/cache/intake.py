@@ -60,7 +60,11 @@ def bring(
                 with _KEEPING:
                     _keep(partial, batch, brought, missing)
                 if any(chunk in missing for chunk in batch.chunks):
-                    raise Corrupt(f"{origin.name} answered with wrong bytes")
+                    wrong = Corrupt(f"{origin.name} answered with wrong bytes")
+                    if origin.kind != "local":
+                        raise wrong
+                    # A bit of one image here: the others, and the rest of that one, are as good as before.
+                    brought.notes.append(f"{wrong}: `sf cache verify` says which image is damaged")
         except (StoreError, OSError) as error:
             brought.error = error if isinstance(error, StoreError) else Unavailable(str(error))
             down[origin] = time.monotonic() + DOWN_S

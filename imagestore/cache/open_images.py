@@ -31,7 +31,7 @@ from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin
-from imagestore.updates.using import UpdateOrigin
+from imagestore.updates.using import Seed, UpdateOrigin
 
 log = logging.getLogger(__name__)
 TRACE_S = 600.0
@@ -185,11 +185,11 @@ class OpenImages:
         layout: Layout | None = None
         if not whole:
             stored = self._stored(digest, manifest)
-            seeds = await asyncio.to_thread(self._cache.seeds)
+            seeds = await asyncio.to_thread(self._cache.seeds, manifest.parent)
             origins += [UpdateOrigin(origin.store, digest, manifest, seeds) for origin in stored]
             origins += stored
             layout = await asyncio.to_thread(_first_layout, stored)
-            await asyncio.to_thread(self._seed, local, digest)
+            await asyncio.to_thread(self._seed, local, seeds)
         image = Image(file, origins, layout, self._site, self._options.read_ahead)
         self._images[digest] = image
         if file.complete and not whole:
@@ -219,12 +219,11 @@ class OpenImages:
         durable.write(self._cache.path(digest).with_suffix(".manifest"), manifest.whole(), 0o666)
         return manifest
 
-    def _seed(self, local: LocalOrigin, digest: Digest) -> None:
-        for image in list(self._images.values()):
-            if image.digest != digest:
-                local.add(image.partial.path, image.partial.manifest, image.partial.present)
-        for seed in self._cache.seeds():
+    def _seed(self, local: LocalOrigin, seeds: Sequence[Seed]) -> None:
+        for seed in seeds:
             local.add(seed.path, seed.manifest, None)
+        for image in list(self._images.values()):
+            local.add(image.partial.path, image.partial.manifest, image.partial.present)
 
     def _happened(self, filling: Filling, line: str) -> None:
         if line:

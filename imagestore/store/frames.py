@@ -302,15 +302,18 @@ class LocalOrigin:
         self._source, self._rows, self._offsets = np.full((3, len(manifest.ids)), -1, np.int64)
 
     def add(self, path: Path, other: Manifest, present: bytearray | None) -> None:
-        """Use what `path`, an image with the manifest `other`, has. `present`: live flags per chunk, None for all."""
-        rows = columns.find(self._ids, other.ids)
-        taken = (rows >= 0) & ((self._source < 0) | (present is None))
-        if not taken.any():
-            return
+        """Use what `path`, an image with the manifest `other`, has and no one before it.
+
+        present: live flags per chunk, None for all. Fetches may be under way.
+        """
+        missing = np.flatnonzero(self._source < 0)
+        rows = columns.find(self._ids[missing], other.ids)
+        taken, rows = missing[rows >= 0], rows[rows >= 0]
         with contextlib.suppress(OSError):
-            self._sources.append((os.open(path, os.O_RDONLY | os.O_CLOEXEC), present))
-            self._rows[taken], self._offsets[taken] = rows[taken], other.offsets[rows[taken]]
-            self._source[taken] = len(self._sources) - 1
+            if len(taken):
+                self._sources.append((os.open(path, os.O_RDONLY | os.O_CLOEXEC), present))
+                self._rows[taken], self._offsets[taken] = rows, other.offsets[rows]
+                self._source[taken] = len(self._sources) - 1
 
     def fetch(self, chunks: Sequence[int] | Numbers) -> Iterator[Batch]:
         at = np.asarray(chunks, np.int64)

@@ -12,21 +12,25 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compute.agent import image_service
 from compute.agent.image_service import ServedImages, Settings
+from imagestore import Changes, open_store, push, push_changed
 from imagestore.backends.directory import Directory
-from imagestore.cache import open_images
+from imagestore.cache import images, open_images
 from imagestore.cache.control import Away, ControlClient
 from imagestore.cache.imaged import control_socket, unprivileged
 from imagestore.cache.images import ImageCache
 from imagestore.cache.open_images import Options
 from imagestore.cache.partial import PartialImage
 from imagestore.cache.service import ImageService
+from imagestore.disks.disk import RawDisk
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import TRACES
+from imagestore.formats.pack import MAX_FRAME_BYTES
 from imagestore.formats.trace import Trace
 from imagestore.store.store import Store
 from tests.drills import rounds, seed
@@ -429,6 +433,51 @@ async def in_process(place: Path, url: str) -> AsyncIterator[ImageService]:
     await service.start()
     yield service
     await service.close()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_of_an_image_made_of_one_that_is_here_only_what_is_new_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """A snapshot on the node that its guest moves to. Its base counts, however many images are newer."""
+    monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path / "home"))
+    monkeypatch.setattr(images, "_SEEDS_BYTES", 1)
+    url, path = (tmp_path / "store").as_uri(), tmp_path / "disk"
+    store, data = open_store(url, create=True), bytearray(random.Random(1).randbytes(16 << 20))
+    path.write_bytes(data)
+    base = push(store, path, "base", format_="raw")
+    path.write_bytes(DATA)
+    newer = push(store, path, "newer", format_="raw").digest
+    data[5 << 20 : 6 << 20] = random.Random(2).randbytes(1 << 20)
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        changes = Changes(base.digest, np.array([(5 << 20, 6 << 20)], np.int64))
+        made = push_changed(store, RawDisk(file.fileno(), "disk"), changes, {})
+
+    async def story() -> None:
+        async with in_process(tmp_path, url) as service:
+
+            async def whole(digest: Digest) -> Path:
+                await service.attach(str(digest), digest.hex()[:9])
+                while not (found := tmp_path / f"state/cache/{digest.hex()}.raw").exists():
+                    await asyncio.sleep(0.02)
+                return found
+
+            raw = await whole(base.digest)
+            await whole(newer)
+            for digest in (base.digest, newer):
+                await service.settle(digest.hex()[:9])
+            if damaged:
+                raw.chmod(0o644)
+                with raw.open("r+b") as file:
+                    file.seek(1 << 20)
+                    file.write(bytes([data[1 << 20] ^ 1]))
+            assert (await whole(made.digest)).read_bytes() == data
+            received = service.images.row(made.digest)["received"]
+            assert 0 < received["store"] <= made.written_bytes + damaged * MAX_FRAME_BYTES
+            assert received["local"] == len(data) - made.new_bytes
+
+    asyncio.run(asyncio.wait_for(story(), 60))
 
 
 def test_an_image_that_cannot_be_completed_now_is_completed_later(
