@@ -80,6 +80,8 @@ class Guarded(HttpToolsProtocol):
     _reading = True
     _since_s = _moved_s = 0.0
     _received = _left_bytes = 0
+    _apart_bytes = 0
+    """Received since a request began or the last piece of its body: of its head, or of what may follow a body."""
     _timer: asyncio.TimerHandle | None = None
 
     @property
@@ -117,7 +119,7 @@ class Guarded(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def _begin(self) -> None:
-        self._reading, self._received = True, 0
+        self._reading, self._received, self._apart_bytes = True, 0, 0
         self._since_s = self._moved_s = self.loop.time()
 
     def _look(self) -> None:
@@ -138,12 +140,14 @@ class Guarded(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
-        begun = self.cycle and self.cycle.scope is self.scope
-        in_head = self.headers is not None and self._reading and not begun
-        if in_head and self._received > HEAD_BYTES:
-            self.send_400_response("The head of the request is too long.")
-            return
+        self._apart_bytes += len(data)
         super().data_received(data)
+        if self._apart_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too long.")
+
+    def on_body(self, body: bytes) -> None:
+        self._apart_bytes = 0
+        super().on_body(body)
 
     def resume_writing(self) -> None:
         self._moved_s = self.loop.time()

@@ -142,6 +142,31 @@ def test_a_head_without_end_is_refused() -> None:
         assert closed(link)
 
 
+@pytest.mark.parametrize(
+    "begin", [b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"]
+)
+def test_a_head_without_end_is_refused_however_slowly_it_comes_and_so_is_what_follows_a_body(
+    begin: bytes,
+) -> None:
+    with serving(App(), Quick) as port, socket.create_connection(("127.0.0.1", port), _FOREVER) as link:
+        link.sendall(begin)
+        with pytest.raises(ConnectionError):
+            for _ in range(200):  # more than LEAST_BYTES in each PATIENCE_S
+                link.sendall(b"X: " + b"y" * 5000 + b"\r\n")
+                threading.Event().wait(0.05)
+
+
+def test_a_body_may_be_longer_than_a_head_and_so_may_many_requests_at_once() -> None:
+    chunks = b"".join(b"2000\r\n%s\r\n" % bytes(0x2000) for _ in range(100))
+    with serving(App(), Patient) as port, socket.create_connection(("127.0.0.1", port), _FOREVER) as link:
+        link.sendall(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+        link.sendall(GET % b"" * 2500)
+        said, answers = b"", 0
+        while answers < 2501:
+            said = said[-11:] + link.recv(65536)
+            answers += said.count(b"HTTP/1.1 200")
+
+
 def test_who_takes_nothing_of_an_answer_is_gone() -> None:
     """E1."""
     app = App()
