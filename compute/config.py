@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
-from imagestore import Fill, Options, Settings, duration_s, options_of, size_bytes
+from imagestore import Fill, Options, Settings, duration_s, options_of, size_bytes, switch
 
 
 def _told(parse: Callable[[str], Any], text: str = "", name: str = "") -> Any:
@@ -21,10 +21,6 @@ def _ratio(text: str) -> float:
     if not 0 <= (found := float(text)) <= 10_000:
         raise ValueError("not a number from 0 to 10,000")
     return found
-
-
-def _yes(text: str) -> bool:
-    return bool(("no", "yes").index(text))
 
 
 def _store_url(text: str) -> str:
@@ -40,7 +36,7 @@ class Config:
     """etcd://… that keeps the records; "" for a file in `state_dir`."""
     state_access: tuple[str, ...] = field(default=("",) * 4, repr=False)
     """For etcd: files of TLS (authority, certificate, key), then NAME:PASSWORD."""
-    guests: bool = _told(_yes, "yes")
+    guests: bool = _told(switch, "yes")
     """Whether the server's machine is a node, too."""
     instance_dir: Path | None = None
     """Guests' disks; None: instances/ under `state_dir`."""
@@ -91,7 +87,7 @@ class Config:
     """URL of the store that the state is backed up into, every so often; so many stay."""
     state_backup_every_s: float = _told(duration_s, "1d", "state_backup_every")
     state_backup_keep: int = _told(lambda text: max(1, int(text)), "14")
-    sync_names: bool = _told(_yes, "no")
+    sync_names: bool = _told(switch, "no")
     """Whether anybody may have images fetched that a source list names; those in `sources`, "" for the usual ones."""
     sources: str = _told(str)
     novnc: Path = _told(Path, "/usr/share/novnc")  # noqa: RUF009 - nobody changes it

@@ -59,6 +59,7 @@ from .store.trust import trusted_until as trusted_until
 from .units import duration_s as duration_s
 from .units import size_bytes as size_bytes
 from .units import size_text as size_text
+from .units import switch as switch
 from .updates.using import Seed as Seed
 from .updates.using import read_steps as read_steps
 from .verify import VerifyReport as VerifyReport

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imagestore.errors import Invalid
+from imagestore.units import switch
 
 T = TypeVar("T")
 _SYSTEM = Path("/etc/sf/config.toml")
@@ -34,8 +35,9 @@ class Settings:
 
     def get(self, name: str, default: str = "") -> str:
         """The setting `name`, a list's items with blanks between. Raises Invalid for a file that cannot be read."""
-        found = self.flags.get(name) or self.environment.get(f"SF_{name.upper()}") or self._file.get(name)
-        return (" ".join(map(str, found)) if isinstance(found, list) else str(found)) if found else default
+        told = self.flags.get(name) or self.environment.get(f"SF_{name.upper()}")
+        found = told or self._file.get(name, "")
+        return (" ".join(map(str, found)) if isinstance(found, list) else str(found)) or default
 
     def parsed(self, name: str, parse: Callable[[str], T], default: str = "") -> T:
         """The setting as a value. Raises Invalid, naming it, where `parse` raises ValueError or Invalid."""
@@ -71,7 +73,7 @@ class Settings:
         """Whether the API of this machine speaks TLS: by default everywhere but on loopback."""
         host = self.get("listen", "127.0.0.1:13000").rpartition(":")[0].strip("[]")
         here = host in ("", "localhost", "::1") or host.startswith("127.")
-        return bool(self.get("tls_cert")) or self.get("tls", "off" if here else "on") != "off"
+        return self.parsed("tls", switch, "off" if here else "on") or bool(self.get("tls_cert"))
 
     def table(self, name: str) -> dict[str, Any]:
         """A table of the files, `[name]`; {} if there is none. Raises Invalid."""

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them, one parser each, for commands and settings alike."""
+"""Sizes, durations and switches as people write them, one parser each, for commands and settings alike."""
 
 import re
 
@@ -7,6 +7,7 @@ from imagestore.errors import Invalid
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)([smhdw]?)", re.ASCII)
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SWITCH = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 
 def size_bytes(text: str, unit: str = "") -> int:
@@ -23,6 +24,13 @@ def duration_s(text: str) -> float:
     if match is None:
         raise Invalid(f"not a duration: {text[:40]!r}", hint="such as 90s, 30m, 2h, 1d or 4w")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def switch(text: str) -> bool:
+    """Of `yes` or `no`, `on` or `off`, and TOML's own words. Raises Invalid."""
+    if (found := _SWITCH.get(text.strip().lower())) is None:
+        raise Invalid("neither yes nor no")
+    return found
 
 
 def size_text(count: float) -> str:

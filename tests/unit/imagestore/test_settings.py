@@ -38,6 +38,17 @@ def test_every_reader_honours_xdg_config_home(files: tuple[Path, Path]) -> None:
     assert found.cache_dir == Path("~/hints").expanduser()
 
 
+def test_what_a_file_says_counts_where_it_is_nought_or_no(files: tuple[Path, Path]) -> None:
+    files[0].write_text("peer_port = 0\nmemory_reserve_mib = 0\nguests = false\ntls = true\nread_ahead = 7\n")
+    files[1].write_text("read_ahead = 0\n")
+    found = config.load(Settings())
+    assert (found.peer_port, found.memory_reserve_mib, found.images.read_ahead) == (0, 0, 0)
+    assert (found.guests, found.tls) == (False, True)
+    assert not config.load(Settings({"listen": "0.0.0.0:1", "tls": "no"})).tls
+    with pytest.raises(Invalid, match=r"tls is 'of': neither yes nor no"):
+        config.load(Settings({"tls": "of"}))
+
+
 def test_remotes_of_both_files_are_asked_by_commands_servers_and_services(files: tuple[Path, Path]) -> None:
     files[0].write_text('[remotes.office]\nurl = "https://a/"\n[remotes.lab]\nurl = "https://b/"\n')
     files[1].write_text(
