@@ -174,12 +174,11 @@ def memory(fingerprint: Digest) -> Path:
 
 
 def trusted_until(fingerprint: Digest) -> datetime | None:
-    """When the last word of a signer that this machine verified expires; None before it has seen any."""
-    try:
-        data = (memory(fingerprint) / "timestamp.json").read_bytes()
-    except FileNotFoundError:
-        return None
-    return Metadata[Timestamp].from_bytes(data).signed.expires
+    """When the last verified word of a signer expires; None before this machine has seen any. Raises Corrupt."""
+    with contextlib.suppress(NotFound):
+        seen: Metadata[Timestamp] = read_metadata(Directory(memory(fingerprint)), "timestamp.json")
+        return seen.signed.expires
+    return None
 
 
 def open_signed(backend: Backend, fingerprint: Digest) -> Store:

@@ -22,7 +22,7 @@ from imagestore.mirror import signing
 from imagestore.mirror.replicate import copy_tree
 from imagestore.mirror.signing import Publisher
 from imagestore.store.store import Store
-from imagestore.store.trust import SignedNames, Trust, open_signed, signed_targets, tree
+from imagestore.store.trust import SignedNames, Trust, open_signed, signed_targets, tree, trusted_until
 
 EMPTY_U4 = np.zeros(0, np.uint32)
 NO_IDS = np.zeros((0, 32), np.uint8)
@@ -368,6 +368,20 @@ def test_a_memory_that_was_never_finished_is_begun_again(
         store = open_signed(mirror.backend, mirror.fingerprint)
         assert store.names.get("debian").digest("amd64") == debian
         next((tmp_path / "memory").rglob("store.json")).unlink()
+
+
+def test_a_memory_that_was_damaged_is_an_error_of_ours(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SF_TRUST_DIR", str(tmp_path / "memory"))
+    assert trusted_until(mirror.fingerprint) is None
+    add_image(mirror.store, "debian", 1 << 20)
+    mirror.publisher.publish()
+    open_signed(mirror.backend, mirror.fingerprint).names.get("debian")
+    assert trusted_until(mirror.fingerprint) == mirror.publisher.published()[1]
+    next((tmp_path / "memory").rglob("timestamp.json")).write_bytes(b"{")
+    with pytest.raises(Corrupt):
+        trusted_until(mirror.fingerprint)
 
 
 def test_a_root_of_several_keys_keeps_their_number_and_threshold_when_it_is_rotated(tmp_path: Path) -> None:
