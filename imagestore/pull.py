@@ -9,8 +9,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,12 @@ def pull(
     return result
 
 
+def _readable(origin: LocalOrigin, chunks: Numbers) -> Iterator[Batch]:
+    """Of these chunks those before the first that cannot be read: a bad sector of a seed is no error of the pull."""
+    with suppress(OSError):
+        yield from origin.fetch(chunks)
+
+
 class _Filling:
     """Brings the chunks of one manifest into one file."""
 
@@ -108,7 +115,7 @@ class _Filling:
             for seed in seeds:
                 with closing(LocalOrigin(self._manifest)) as here:
                     here.add(seed.path, seed.manifest, None)
-                    self._seeded += self._take(pool, here.fetch)
+                    self._seeded += self._take(pool, partial(_readable, here))
             missing = np.flatnonzero(~self._have)
             self._file.allocate(self._offsets[missing], self._lengths[missing])
             with closing(UpdateOrigin(lambda: store, self._digest, self._manifest, seeds)) as update:

@@ -136,6 +136,15 @@ def test_chunks_come_from_seeds_first_and_are_hashed(store, tmp_path):
     assert 0 < result.fetched_bytes < 2 << 20
 
 
+def test_a_seed_with_a_bad_sector_costs_what_it_would_have_brought(store, tmp_path):
+    disk = make_raw(tmp_path / "disk.raw")
+    digest = push(store, disk, "debian").digest
+    seed = Seed(store.manifest(digest), Path("/proc/self/mem"))  # its beginning is EIO
+    result = pull(store, digest, tmp_path / "out", format_="raw", seeds=[seed])
+    assert (tmp_path / "out").read_bytes() == disk.read_bytes()
+    assert result.seeded_bytes == 0
+
+
 def test_a_flipped_bit_in_a_pack_is_never_written_out(store, tmp_path):
     digest = push(store, make_raw(tmp_path / "disk.raw"), "debian").digest
     pack = next(iter((tmp_path / "store" / "packs").rglob("*/*")))
