@@ -21,7 +21,7 @@ from imagestore.formats.update import decode_steps, verify_update
 from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
 from imagestore.store.frames import Frames, load
-from imagestore.store.inventory import Inventory, named, read_tail, reindex
+from imagestore.store.inventory import Inventory, check_pack, named, read_tail, reindex
 from imagestore.store.leases import Condemned
 from imagestore.store.names import NameRecord
 from imagestore.store.roots import can_be_read, find_roots
@@ -273,9 +273,9 @@ def _mend(store: Store, other: Store, key: str) -> bool:
     """Put one object right. Raises NotFound, Corrupt when the other store cannot help, returns False for no need."""
     match keys.kind_of(key):
         case keys.PACKS:
-            pack = Digest.parse(key[-64:])
-            _load_all(other, Frames.of_pack(pack, read_tail(other.backend, pack)[0]))
-            store.backend.put(key, other.backend.get(key).data)
+            pack, data = Digest.parse(key[-64:]), other.backend.get(key).data
+            check_pack(pack, data)
+            store.backend.put(key, data)
             condemned = Condemned.read(store)
             condemned.replace(store, damaged=condemned.damaged - {pack})
         case keys.MANIFESTS:

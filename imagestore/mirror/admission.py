@@ -9,9 +9,8 @@ from imagestore.formats import keys
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import IndexPart
 from imagestore.formats.sealed import decode
-from imagestore.store.frames import Frames
 from imagestore.store.index import publish_part
-from imagestore.store.inventory import open_tail
+from imagestore.store.inventory import check_pack
 from imagestore.store.leases import LEASE_S, lease_of
 from imagestore.store.names import NameRecord
 from imagestore.store.roots import can_be_read
@@ -47,13 +46,7 @@ def _check(store: Store, key: str, data: bytes) -> None:
         raise Corrupt(f"the bytes of {key} do not match its name")
     match keys.kind_of(key):
         case keys.PACKS:
-            pack, size = Digest.parse(key[-64:]), int.from_bytes(data[-12:-8], "little") + 12
-            frames, view = Frames.of_pack(pack, open_tail(data[-size:], pack, len(data))), memoryview(data)
-            for at, (start, length) in enumerate(frames.table[["offset", "size"]].tolist()):
-                stored = view[start : start + length]
-                if Digest.of(stored) != frames.table["hash"][at].tobytes():
-                    raise Corrupt(f"a frame of {key} does not match its hash")
-                frames.check(at, frames.cut(at, frames.expand(at, stored)))
+            check_pack(Digest.parse(key[-64:]), data)
         case keys.INDEX:
             publish_part(store, IndexPart.decode(data))
         case keys.MANIFESTS:

@@ -16,6 +16,7 @@ from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import INDEX, PACKS, Kind
 from imagestore.formats.layout import Layout
 from imagestore.formats.pack import MAX_FRAME_BYTES, TRAILER, Footer
+from imagestore.store.frames import Frames
 from imagestore.store.index import change_hooks, publish_part, read_part
 from imagestore.store.store import Store
 
@@ -180,6 +181,17 @@ def open_tail(tail: bytes, pack: Digest, size_bytes: int) -> Footer:
     if Digest.of(tail[:-12]) != pack or footer.data_bytes + len(tail) != size_bytes:
         raise Corrupt(f"pack {pack} has another footer or length than its name says")
     return footer
+
+
+def check_pack(pack: Digest, data: bytes) -> None:
+    """Whether these are the bytes of a pack, every frame and every chunk of it. Raises Corrupt."""
+    size_bytes, view = int.from_bytes(data[-12:-8], "little") + 12, memoryview(data)
+    frames = Frames.of_pack(pack, open_tail(data[-size_bytes:], pack, len(data)))
+    for at, (start, length) in enumerate(frames.table[["offset", "size"]].tolist()):
+        stored = view[start : start + length]
+        if Digest.of(stored) != frames.table["hash"][at].tobytes():
+            raise Corrupt(f"a frame of pack {pack} does not match its hash")
+        frames.check(at, frames.cut(at, frames.expand(at, stored)))
 
 
 def named(store: Store, kind: Kind) -> Iterator[tuple[Digest, ObjectStat]]:

@@ -1,8 +1,11 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from imagestore.backends.protocol import Object
+from imagestore.backends.wrappers import Wrapper
 from imagestore.copy import copy_image, copy_name
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.gc import collect
@@ -210,6 +213,29 @@ def test_a_copy_is_remembered_when_it_was_cut_off(world: World, tmp_path: Path) 
     copy_name(world.store, other.store, one)
     del other.memory.objects[name_key("one", "latest")]
     assert copy_name(world.store, other.store, one) == 0
+
+
+def test_a_pack_that_the_other_store_gives_otherwise_each_time_repairs_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    class Moody(Wrapper):
+        """Shows the pack whole in ranges, and damaged in one piece."""
+
+        def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
+            found = self.inner.get(key, start, length)
+            return (
+                found
+                if length or not key.startswith("packs/")
+                else replace(found, data=b"x" + found.data[1:])
+            )
+
+    other = Store(Moody(Memory()), world.store.info)
+    other.backend.inner.objects = dict(world.memory.objects)  # type: ignore[attr-defined]
+    key = next(key for key in world.memory.objects if key.startswith("packs/"))
+    flip(world.memory, key, 4096)
+    damaged = world.memory.objects[key].data
+    repair(world.store, verify_store(world.store, full=True), other)
+    assert world.memory.objects[key].data == damaged
 
 
 def test_stats_say_what_deleting_an_image_would_free(world: World) -> None:
