@@ -8,7 +8,7 @@ A pack that arrived is remembered on this machine before its index part is publi
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,9 +25,9 @@ from imagestore.disks.filesystems import look
 from imagestore.disks.open import open_disk
 from imagestore.disks.unpack import check_work
 from imagestore.disks.windows import Special, Window, Windows, in_order
-from imagestore.errors import Corrupt, Invalid, NotFound
+from imagestore.errors import Corrupt, Invalid, NotFound, StoreError
 from imagestore.formats import groups
-from imagestore.formats.columns import Numbers
+from imagestore.formats.columns import Numbers, first_of_each
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import GROUPS
 from imagestore.formats.layout import Layout
@@ -46,6 +46,8 @@ from imagestore.updates.making import make_update
 
 _PARTS_BYTES = 10 << 20
 """Most index parts that one push reads."""
+_READ_CHUNKS = 64
+"""Chunks that are read at once where they are stored again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class PushResult:
     """Whether the name points somewhere else now."""
     notes: tuple[str, ...] = ()
     """With `sparsify`: which parts of the disk are stored whole all the same, and why. Of a changed disk: why all of
-    it was looked at."""
+    it was looked at. With `update`: why there is none."""
     update_bytes: int = 0
     """With `update`: what this version costs who holds the former one, 0 where frames are as good."""
 
@@ -111,8 +113,16 @@ def push(
         writer = _Writer(stack, store, disk, progress, cache)
         special = look(disk, sparsify=sparsify)
         done = replace(writer.push(name, tag, facts, special), notes=special.notes)
-    step = make_update(store, writer.former, done.digest) if update and writer.former else None
-    return replace(done, update_bytes=step.size_bytes if step else 0)
+    if update and writer.former:
+        try:
+            step = make_update(store, writer.former, done.digest)
+            return replace(done, update_bytes=step.size_bytes if step else 0)
+        except (
+            StoreError,
+            OSError,
+        ) as err:  # the image is stored, and who holds the former one fetches frames
+            return replace(done, notes=(*done.notes, f"no update was made: {err}"))
+    return done
 
 
 def push_changed(store: Store, disk: Disk, changes: Changes, labels: Mapping[str, str]) -> PushResult:
@@ -262,7 +272,9 @@ class _Writer:
             rows = self._placement.find(window.ids)
             unknown = np.flatnonzero(rows < 0)
             if len(unknown):
-                rows[unknown] = yield from self._add(window, unknown)
+                self._add(window, unknown)
+                yield from self._framer.full()
+                rows = self._placement.find(window.ids)
             self._seen_bytes += int(window.lengths.sum())
             found.append((window.offset + window.starts, window.lengths, rows))
             self._report(window.done_bytes)
@@ -270,21 +282,13 @@ class _Writer:
         if found:
             self._offsets, self._lengths, self._rows = map(np.concatenate, zip(*found, strict=True))
 
-    def _add(self, window: Window, unknown: Numbers) -> Generator[OpenFrame, None, list[int]]:
-        """Put chunks of a window into frames, each once; yields the full ones, returns the row of each chunk."""
-        ids = [window.ids[at].tobytes() for at in unknown.tolist()]
-        fresh: dict[bytes, tuple[int, int, int]] = {}
-        view = window.data.data
-        for at, id_ in zip(unknown.tolist(), ids, strict=True):
-            if id_ not in fresh:
-                start, length = int(window.starts[at]), int(window.lengths[at])
-                fresh[id_] = at, *self._framer.add(view[start : start + length], id_)
-        yield from self._framer.full()
-        at, frames, offsets = np.array(list(fresh.values()), np.int64).T
-        first = self._placement.chunks.add(window.ids[at], frames, offsets)
-        row_of = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
-        self._new_bytes += int(window.lengths[at].sum())
-        return [row_of[id_] for id_ in ids]
+    def _add(self, window: Window, unknown: Numbers) -> None:
+        """Put chunks of a window into frames, each once."""
+        once = np.sort(unknown[first_of_each(window.ids[unknown])])
+        starts, lengths, view = window.starts[once].tolist(), window.lengths[once].tolist(), window.data.data
+        chunks = (view[start : start + length] for start, length in zip(starts, lengths, strict=True))
+        self._framer.add(chunks, window.ids[once])
+        self._new_bytes += sum(lengths)
 
     def _store_again(self) -> None:
         """Store again what lies in packs that are lost, or where a pull of this image would meet too little of it."""
@@ -293,24 +297,24 @@ class _Writer:
         chosen = np.flatnonzero(poor[placement.chunks.rows["frame"][rows]])
         if not len(chosen):
             return
-        old, firsts, which = np.unique(rows[chosen], return_index=True, return_inverse=True)
-        order = np.argsort(firsts)
-        placed: list[tuple[int, int]] = []
+        _, firsts, which = np.unique(rows[chosen], return_index=True, return_inverse=True)
+        order, first = np.argsort(firsts), len(placement.chunks.rows)
+        once = chosen[firsts[order]]
 
         def again() -> Iterator[OpenFrame]:
-            for at in chosen[firsts[order]].tolist():
-                data = read_range(self._disk, int(self._offsets[at]), int(self._lengths[at]))
-                id_ = placement.chunks.rows["id"][rows[at]].tobytes()
-                if Digest.of(data) != id_:
+            for some in np.split(once, range(_READ_CHUNKS, len(once), _READ_CHUNKS)):
+                places = zip(self._offsets[some].tolist(), self._lengths[some].tolist(), strict=True)
+                data = [read_range(self._disk, *place) for place in places]
+                ids = placement.chunks.rows["id"][rows[some]]
+                if b"".join(map(Digest.of, data)) != ids.tobytes():
                     hint = "push a copy or a snapshot of it"
                     raise Invalid("the disk changed while it was pushed", hint=hint)
-                placed.append(self._framer.add(data, id_))
-                self._new_bytes += len(data)
+                self._framer.add(data, ids)
+                self._new_bytes += sum(map(len, data))
                 yield from self._framer.full()
             yield from self._framer.full(last=True)
 
         self._pack(again())
-        first = placement.chunks.add(placement.chunks.rows["id"][old[order]], *np.array(placed, np.int64).T)
         self._rows = rows.copy()
         self._rows[chosen] = first + np.argsort(order)[which]
 

@@ -63,7 +63,7 @@ def put_image(store: Store, data: bytes, *, frame_chunks: int = 4) -> Digest:
         codec, packed = compress(compressor, plain)
         lengths = [len(pieces[i][1]) for i in members]
         packed_frames.append(
-            Frame(codec, packed, Digest.of(packed), len(plain), lengths, [ids[i] for i in members])
+            Frame(codec, packed, Digest.of(packed), lengths, b"".join(ids[i] for i in members))
         )
     name, footer, parts = make_pack(packed_frames)
     places = (footer.frame_of_chunk.astype(np.uint32), footer.offset_in_frame.astype(np.uint32))

@@ -51,7 +51,7 @@ PUSHED = (
     ("already there", lambda r: size(r["known_bytes"])),
     ("written", lambda r: size(r["written_bytes"])),
     ("from former", lambda r: size(r["update_bytes"]) if r["update_bytes"] else ""),
-    ("not sparsified", "notes"),
+    ("notes", "notes"),
 )
 
 

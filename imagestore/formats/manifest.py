@@ -8,7 +8,6 @@ name is then a head, which names the pages. Byte format: docs/formats.md.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -128,15 +127,10 @@ class Manifest:
         """What the head names, in its order."""
         if not self.page_bytes:
             return []
-        runs, chunks = self.page_rows
-        ends = [(0, 0), *zip(runs[1:].tolist(), chunks[1:].tolist(), strict=True)]
-        return [
-            b"".join(
-                column[start:end].tobytes()
-                for column, start, end in zip(self._columns, (a, a, c, c), (b, b, d, d), strict=True)
-            )
-            for (a, c), (b, d) in pairwise(ends)
-        ]
+        runs, chunks = (rows[1:-1] for rows in self.page_rows)
+        cuts = zip(self._columns, (runs, runs, chunks, chunks), strict=True)
+        pages = zip(*(np.split(*cut) for cut in cuts), strict=True)
+        return [b"".join(part.tobytes() for part in page) for page in pages]
 
     @property
     def _columns(self) -> tuple[npt.NDArray[Any], ...]:

@@ -47,9 +47,9 @@ class Frame:
     codec: Codec
     data: Buffer
     hash: Digest
-    plain_bytes: int
     lengths: Sequence[int]
-    ids: Sequence[bytes]
+    ids: bytes
+    """Of its chunks, one after the other."""
 
 
 class _Kept(local):
@@ -167,11 +167,11 @@ def make_pack(frames: Sequence[Frame], salt: str = "") -> tuple[Digest, Footer, 
     footer = Footer(
         codecs=np.array([f.codec for f in frames], np.uint8),
         sizes=np.array([len(f.data) for f in frames], np.uint32),
-        plain_sizes=np.array([f.plain_bytes for f in frames], np.uint32),
+        plain_sizes=np.array([sum(f.lengths) for f in frames], np.uint32),
         hashes=np.frombuffer(b"".join(f.hash for f in frames), np.uint8).reshape(-1, 32),
-        counts=np.array([len(f.ids) for f in frames], np.uint32),
+        counts=np.array([len(f.lengths) for f in frames], np.uint32),
         lengths=np.array([length for f in frames for length in f.lengths], np.uint32),
-        ids=np.frombuffer(b"".join(id_ for f in frames for id_ in f.ids), np.uint8).reshape(-1, 32),
+        ids=np.frombuffer(b"".join(f.ids for f in frames), np.uint8).reshape(-1, 32),
         salt=salt,
     )
     encoded = footer.encode()

@@ -125,16 +125,16 @@ class NameRecord:
             raise NotFound(f"{self.name}:{self.tag} has no image for {architecture}", hint=f"it has: {has}")
         return found
 
+    @property
+    def state(self) -> Change:
+        """As the history will have it."""
+        return Change(self.revision, self.images, self.removed, self.modified_s)
+
     def encode(self) -> bytes:
         """The sealed object; etag and time are the store's, not in it."""
-        body = {
-            "name": self.name,
-            "tag": self.tag,
-            "nonce": self.nonce,
-            **_state(Change(self.revision, self.images, self.removed, 0.0)),
-            "history": [_state(change) | {"at": round(change.at_s, 3)} for change in self.history],
-        }
-        return seal(body)
+        history = [_state(change) | {"at": round(change.at_s, 3)} for change in self.history]
+        body = {"name": self.name, "tag": self.tag, "nonce": self.nonce, "history": history}
+        return seal(body | _state(self.state))
 
     @classmethod
     def decode(cls, data: bytes, *, etag: str | None = None, modified_s: float = 0.0) -> "NameRecord":
@@ -244,7 +244,7 @@ class Names:
         record = self.read(name, tag)
         if record.revision == 0:
             return [*self.get(name, tag).history]
-        return [Change(record.revision, record.images, record.removed, record.modified_s), *record.history]
+        return [record.state, *record.history]
 
     def images(self) -> dict[tuple[str, str, str], Digest]:
         """Every image that has a name, by name, tag and architecture."""
@@ -272,11 +272,11 @@ class Names:
             old = self.read(name, tag)
             if old.nonce == nonce:
                 return old
-            history = (Change(old.revision, old.images, old.removed, old.modified_s), *old.history)
             new = change(replace(old, revision=old.revision + 1, nonce=nonce))
             if old.revision and (new.images, new.removed) == (old.images, old.removed):
                 return old
-            new = replace(new, history=history[:_HISTORY_LENGTH] if old.revision else ())
+            history = (old.state, *old.history) if old.revision else ()
+            new = replace(new, history=history[:_HISTORY_LENGTH])
             key, absent = name_key(name, tag), old.etag is None
             try:
                 stat = self._backend.put(key, new.encode(), if_match=old.etag, if_none_match=absent)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from imagestore.formats.columns import Ids
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import PACKS
@@ -41,7 +42,7 @@ class OpenFrame:
         plain: Buffer = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
         codec, data = compress(KEPT.compressor, plain)
         lengths = [len(chunk) for chunk in self.chunks]
-        return self.number, Frame(codec, bytes(data), Digest.of(data), self.plain_bytes, lengths, self.ids)
+        return self.number, Frame(codec, bytes(data), Digest.of(data), lengths, b"".join(self.ids))
 
 
 class Framer:
@@ -50,16 +51,19 @@ class Framer:
     def __init__(self, placement: Placement) -> None:
         self._placement, self._frames = placement, list[OpenFrame]()
 
-    def add(self, chunk: Buffer, id_: bytes) -> tuple[int, int]:
-        """The number of the frame that a chunk goes into, and where it starts in that."""
-        if not self._frames or self._frames[-1].plain_bytes + len(chunk) > FRAME_BYTES:
-            self._frames.append(OpenFrame(self._placement.add_frame()))
-        frame = self._frames[-1]
-        offset = frame.plain_bytes
-        frame.chunks.append(chunk)
-        frame.ids.append(id_)
-        frame.plain_bytes += len(chunk)
-        return frame.number, offset
+    def add(self, chunks: Iterable[Buffer], ids: Ids) -> None:
+        """Put chunks into frames, and what these are called and where they lie into the placement."""
+        places = list[tuple[int, int]]()
+        for chunk, id_ in zip(chunks, ids, strict=True):
+            if not self._frames or self._frames[-1].plain_bytes + len(chunk) > FRAME_BYTES:
+                self._frames.append(OpenFrame(self._placement.add_frame()))
+            frame = self._frames[-1]
+            places.append((frame.number, frame.plain_bytes))
+            frame.chunks.append(chunk)
+            frame.ids.append(id_.tobytes())
+            frame.plain_bytes += len(chunk)
+        if places:
+            self._placement.chunks.add(ids, *np.array(places, np.int64).T)
 
     def full(self, *, last: bool = False) -> list[OpenFrame]:
         """Frames to compress, each once; `last`: also the one that is being filled."""
@@ -152,17 +156,18 @@ def carry(parts: Iterable[Loaded], packer: Packer) -> None:
     for frames, request, stored, pieces in parts:
         numbers = range(request.start, request.stop)
         for frame, whole, data, chunks in zip(numbers, frames.whole(request), stored, pieces, strict=True):
-            rows = frames.ids[frames.rows(frame)]
-            ids = [row.tobytes() for row in rows]
+            rows, row = frames.rows(frame), frames.table[frame]
             if whole:
                 number, lengths = placement.add_frame(), [len(chunk) for chunk in chunks]
-                row = frames.table[frame]
-                codec, hash_ = Codec(row["codec"]), Digest(row["hash"].tobytes())
-                packer.add(number, Frame(codec, bytes(data), hash_, int(row["plain"]), lengths, ids))
-                placement.chunks.add(rows, number, frames.inner[frames.rows(frame)])
+                codec, hash_, ids = (
+                    Codec(row["codec"]),
+                    Digest(row["hash"].tobytes()),
+                    frames.ids[rows].tobytes(),
+                )
+                packer.add(number, Frame(codec, bytes(data), hash_, lengths, ids))
+                placement.chunks.add(frames.ids[rows], number, frames.inner[rows])
             else:
-                places = [framer.add(chunk, id_) for chunk, id_ in zip(chunks, ids, strict=True)]
-                placement.chunks.add(rows, *np.array(places, np.int64).T)
+                framer.add(chunks, frames.ids[rows])
             packer.pack(framer.full())
     packer.pack(framer.full(last=True))
     packer.flush()

@@ -49,11 +49,9 @@ def pack_pages(packer: Packer, bodies: list[bytes]) -> tuple[Pages, Numbers]:
     ids = np.frombuffer(b"".join(map(Digest.of, bodies)), np.uint8).reshape(-1, 32)
     first = columns.first_of_each(ids)
     new = np.sort(first[placement.find(ids[first]) < 0])
-    where = [framer.add(bodies[at], ids[at].tobytes()) for at in new.tolist()]
+    framer.add([bodies[at] for at in new.tolist()], ids[new])
     packer.pack(framer.full(last=True))
     packer.flush()
-    if len(new):
-        placement.chunks.add(ids[new], *np.array(where, np.int64).T)
     return Pages(ids, np.array([len(body) for body in bodies], np.int64)), placement.find(ids)
 
 

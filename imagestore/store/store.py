@@ -42,15 +42,7 @@ class StoreInfo:
 
     def encode(self) -> bytes:
         """The sealed object."""
-        return seal(
-            {
-                "id": self.id,
-                "chunker": asdict(self.chunker),
-                "requires": [],
-                "conditional": dict(self.conditional),
-                "private": self.private,
-            }
-        )
+        return seal(asdict(self) | {"requires": []})
 
     @classmethod
     def decode(cls, data: bytes) -> "StoreInfo":

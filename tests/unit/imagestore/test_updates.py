@@ -19,7 +19,7 @@ from imagestore.backends.wrappers import Wrapper
 from imagestore.cache.intake import Brought, bring
 from imagestore.cache.partial import PartialImage
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import DELTAS, MANIFESTS, UPDATES
+from imagestore.formats.keys import DELTAS, MANIFESTS, PACKS, UPDATES
 from imagestore.formats.pack import FRAME_BYTES
 from imagestore.formats.update import Step, Update, encode_steps
 from imagestore.mirror import signing
@@ -225,6 +225,21 @@ def test_a_push_makes_the_update_from_what_the_name_was(tmp_path: Path) -> None:
     second = push(world.store, path, "it", **options)  # type: ignore[arg-type]
     assert 0 < second.update_bytes < second.written_bytes / 2
     assert read_steps(world.store, second.digest)[first.digest].size_bytes == second.update_bytes
+
+
+def test_a_push_whose_update_cannot_be_made_is_a_push_that_says_so(tmp_path: Path) -> None:
+    world, path = World(tmp_path / "world"), tmp_path / "disk"
+    former = world.push("it", disk(1, 2))
+    for pack in world.store.layout(former).packs:
+        data = bytearray(world.memory.objects[PACKS.key(pack)].data)
+        data[100] ^= 1
+        world.memory.put(PACKS.key(pack), data)
+    path.write_bytes(disk(3, 4))
+    options = {"format_": "raw", "cache": tmp_path / "cache", "architecture": "x86_64", "update": True}
+    done = push(world.store, path, "it", **options)  # type: ignore[arg-type]
+    assert world.store.names.get("it").digest("x86_64") == done.digest
+    assert (done.changed, done.update_bytes) == (True, 0)
+    assert "no update" in done.notes[0]
 
 
 def test_who_signs_a_name_anew_makes_the_update_from_what_it_was(versions: Versions) -> None:

@@ -76,7 +76,7 @@ def pack(count=20, seed=1, salt=""):
         names = [Digest.of(part) for part in parts]
         chunks |= dict(zip(names, parts, strict=True))
         codec, data = compress(compressor, plain)
-        frames.append(Frame(codec, data, Digest.of(data), len(plain), [len(part) for part in parts], names))
+        frames.append(Frame(codec, data, Digest.of(data), [len(part) for part in parts], b"".join(names)))
     return *make_pack(frames, salt), chunks
 
 

@@ -255,9 +255,7 @@ def test_what_no_reader_would_take_is_in_several_packs_and_index_parts(
     with lease, Packer(world.store, lease, placement) as packer:
         for number in range(count):
             data = number.to_bytes(4, "little")
-            packer.add(
-                placement.add_frame(), Frame(Codec.RAW, data, Digest.of(data), 4, [4], [Digest.of(data)])
-            )
+            packer.add(placement.add_frame(), Frame(Codec.RAW, data, Digest.of(data), [4], Digest.of(data)))
         packer.flush()
         packer.publish_index()
     inventory = Inventory.read(world.store)
