@@ -14,6 +14,7 @@ and services all read by this.
 import os
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -114,14 +115,12 @@ class Settings:
 
 def _read(path: Path, *, named: bool = True) -> dict[str, Any]:
     """The file's tables; "remotes" is always there."""
+    # As git does: a service that gave up root still has root's home in its environment.
+    closed = () if named else (PermissionError,)
+    found = dict[str, Any]()
     try:
-        found = tomllib.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        found = {}
-    except PermissionError as err:
-        if named:
-            raise Invalid(f"cannot read {path}: {err.strerror}") from err
-        found = {}  # as git does: a service that gave up root still has root's home in its environment
+        with suppress(FileNotFoundError, NotADirectoryError, *closed):
+            found = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
         raise Invalid(f"cannot read {path}: {err}") from err
     if not isinstance(found.setdefault("remotes", {}), dict):

@@ -41,9 +41,8 @@ def store_stats(store: Store) -> StoreStats:
     """Reads every layout and index part once. Raises NotFound, Corrupt when an image is not whole."""
     inventory = Inventory.read(store)
     names: dict[Digest, list[str]] = {}
-    for record in store.names.list():
-        for digest in record.images.values():
-            names.setdefault(digest, []).append(f"{record.name}:{record.tag}")
+    for (name, tag, _), digest in store.names.images().items():
+        names.setdefault(digest, []).append(f"{name}:{tag}")
     uses: dict[Digest, list[tuple[Digest, npt.NDArray[np.int32], int]]] = {}
     counts: dict[Digest, npt.NDArray[np.int32]] = {}
     for digest, layout in read_layouts(store, find_roots(store, 0.0, float("inf")).must):

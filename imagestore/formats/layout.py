@@ -129,15 +129,12 @@ class Layout:
         ]
         parts.append(self)
         packs = list(dict.fromkeys(pack for part in parts for pack in part.packs))
-        number_of, frames, starts, first = {p: n for n, p in enumerate(packs)}, [], [], 0
-        for part in parts:
-            rows = part.frames.copy()
-            rows["pack"] = np.array([number_of[pack] for pack in part.packs], np.int64)[rows["pack"]]
-            frames.append(rows)
-            starts.append(part.chunk_frames.astype(np.int64) + first)
-            first += len(rows)
-        rows, places = np.concatenate(frames), np.concatenate([part.chunk_offsets for part in parts])
-        return self.of(self.manifest, packs, rows, np.concatenate(starts), places, self.pages)
+        number_of = {pack: number for number, pack in enumerate(packs)}
+        frames = [renumbered(part.frames, [number_of[pack] for pack in part.packs]) for part in parts]
+        firsts = np.repeat(np.cumsum([0, *map(len, frames[:-1])]), [len(part.chunk_frames) for part in parts])
+        lie = firsts + np.concatenate([part.chunk_frames for part in parts])
+        inner = np.concatenate([part.chunk_offsets for part in parts])
+        return self.of(self.manifest, packs, np.concatenate(frames), lie, inner, self.pages)
 
     def stored(self, manifest: Manifest) -> Pages:
         """What this places: the chunks of its manifest, then the pages."""
@@ -173,6 +170,13 @@ class Layout:
 
 
 Image = tuple[Manifest, Layout | None]  # and where it lies, if that is known
+
+
+def renumbered(frames: Rows, packs: Sequence[int] | Numbers) -> Rows:
+    """The same frames; their packs have these numbers."""
+    rows = frames.copy()
+    rows["pack"] = np.asarray(packs, np.int64)[rows["pack"]]
+    return rows
 
 
 def places(frames: Rows) -> Numbers:

@@ -112,14 +112,13 @@ class Frames:
             footer.offset_in_frame[rows], footer.lengths[rows].astype(np.int64), footer.ids[rows],
         )  # fmt: skip
 
-    def whole(self, request: slice) -> list[bool]:
+    def whole(self, request: slice) -> npt.NDArray[np.bool_]:
         """By frame of a request: whether its chunks, in their order, are all of it."""
         rows, counts = self.rows(request), np.diff(self.firsts[request.start : request.stop + 1])
         lengths, firsts = self.lengths[rows], np.cumsum(counts) - counts
         there = np.logical_and.reduceat(self.inner[rows] == columns.starts(lengths, counts), firsts)
-        return [
-            bool(one) for one in there & (np.add.reduceat(lengths, firsts) == self.table["plain"][request])
-        ]
+        whole: npt.NDArray[np.bool_] = np.add.reduceat(lengths, firsts) == self.table["plain"][request]
+        return whole & there
 
     def rows(self, frames: int | slice) -> slice:
         """Where the chunks of a frame, or of a request's, stand in the columns."""
@@ -156,11 +155,9 @@ class Frames:
 
     def check(self, frame: int, pieces: Sequence[Buffer]) -> None:
         """Raises Corrupt unless these are the wanted chunks."""
-        ids = self.ids[self.rows(frame)].tobytes()
-        for at, piece in enumerate(pieces):
-            if blake3(piece).digest() != ids[at * 32 : at * 32 + 32]:
-                pack = self.packs[self.table["pack"][frame]]
-                raise Corrupt(f"a chunk in pack {pack} is not what its id says")
+        if b"".join(blake3(piece).digest() for piece in pieces) != self.ids[self.rows(frame)].tobytes():
+            pack = self.packs[self.table["pack"][frame]]
+            raise Corrupt(f"a chunk in pack {pack} is not what its id says")
 
     def load(self, request: slice, store: Backend) -> "Loaded":
         """Read a request, expand it, check every wanted chunk. Raises Corrupt, NotFound, Unavailable."""

@@ -81,7 +81,7 @@ class Packer(AbstractContextManager["Packer"]):
         self._store, self._lease, self._local = store, lease, local
         self.placement = placement
         self._salt, self._repairs = lease.id, 0
-        self._frames, self._numbers, self._filled_bytes = list[Frame](), list[int](), 0
+        self._filling, self._filled_bytes = list[tuple[int, Frame]](), 0
         self._senders = ThreadPoolExecutor(_UPLOADS, "sf-upload")
         self._uploads: deque[Future[int]] = deque()
         self._unpublished: list[tuple[Digest, Footer]] = []
@@ -92,10 +92,9 @@ class Packer(AbstractContextManager["Packer"]):
 
     def add(self, number: int, frame: Frame) -> None:
         """Append the frame with this number in the placement."""
-        self._frames.append(frame)
-        self._numbers.append(number)
+        self._filling.append((number, frame))
         self._filled_bytes += len(frame.data)
-        if self._filled_bytes >= PACK_BYTES or len(self._frames) == _PACK_FRAMES:
+        if self._filled_bytes >= PACK_BYTES or len(self._filling) == _PACK_FRAMES:
             self._send()
 
     def pack(self, frames: Iterable[OpenFrame]) -> None:
@@ -105,17 +104,18 @@ class Packer(AbstractContextManager["Packer"]):
 
     def flush(self) -> None:
         """Send the last pack too; returns when all have arrived."""
-        if self._numbers:
+        if self._filling:
             self._send()
         while self._uploads:
             self.written_bytes += self._uploads.popleft().result()
 
     def _send(self) -> None:
-        digest, footer, pieces = make_pack(self._frames, self._salt)
+        numbers, frames = zip(*self._filling, strict=True)
+        digest, footer, pieces = make_pack(frames, self._salt)
         self._lease.made(digest)
-        self.placement.packed(self._numbers, digest, footer)
+        self.placement.packed(numbers, digest, footer)
         self._unpublished.append((digest, footer))
-        self._frames, self._numbers, self._filled_bytes = [], [], 0
+        self._filling, self._filled_bytes = [], 0
         while len(self._uploads) >= _UPLOADS:
             self.written_bytes += self._uploads.popleft().result()
         self._uploads.append(self._senders.submit(self._upload, digest, footer, pieces))

@@ -36,9 +36,9 @@ def lay_out(packer: Packer, digest: Digest, manifest: Manifest, rows: Numbers) -
     All packs have arrived when it returns; their index part is still to be published.
     """
     layout = packer.placement.layout(digest, rows)
-    bodies = [*manifest.pages(), *layout.own_pages(manifest.page_rows[1])] if manifest.page_bytes else []
-    if not bodies:
+    if not manifest.page_bytes:
         return layout
+    bodies = [*manifest.pages(), *layout.own_pages(manifest.page_rows[1])]
     pages, found = pack_pages(packer, bodies)
     return packer.placement.layout(digest, np.concatenate([rows, found]), pages)
 

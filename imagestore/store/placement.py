@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from imagestore.formats import columns
-from imagestore.formats.columns import FRAME, Ids, Numbers, Rows
+from imagestore.formats.columns import FRAME, Ids, Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.index import Keys
-from imagestore.formats.layout import NO_PAGES, Layout
+from imagestore.formats.layout import NO_PAGES, Layout, renumbered
 from imagestore.formats.manifest import Pages
 from imagestore.formats.pack import MAX_PACK_BYTES, Footer
 from imagestore.store.frames import BULK_BYTES
@@ -125,11 +125,11 @@ class Placement:
     def add_layout(self, layout: Layout, usable: Collection[Digest]) -> int:
         """The packs and frames of an image's layout; the number of the first frame."""
         numbers = [self.add_pack(pack, usable=pack in usable) for pack in layout.packs]
-        return self._frames.extend(_renumbered(layout.frames, np.array(numbers, np.int64)))
+        return self._frames.extend(renumbered(layout.frames, numbers))
 
     def packed(self, frames: Sequence[int], pack: Digest, footer: Footer) -> None:
         """Frames that were numbered before are in a pack now."""
-        self.frames[frames] = footer.frames(self.add_pack(pack))
+        self.frames[list(frames)] = footer.frames(self.add_pack(pack))
 
     def avoid(self, packs: Collection[Digest]) -> None:
         """Nothing in these counts any more."""
@@ -157,17 +157,10 @@ class Placement:
         chunks = self.chunks.rows[found]
         frames, offsets = old.chunk_frames.astype(np.int64) + len(self.frames), old.chunk_offsets.copy()
         frames[gone], offsets[gone] = chunks["frame"], chunks["offset"]
-        olds = _renumbered(old.frames, np.arange(len(old.packs)) + len(self.packs))
+        olds = renumbered(old.frames, np.arange(len(old.packs)) + len(self.packs))
         together = np.concatenate([self.frames, olds])
         pages = old.pages._replace(ids=ids[len(ids) - len(old.pages.ids) :])
         return Layout.of(old.manifest, [*self.packs, *old.packs], together, frames, offsets, pages)
-
-
-def _renumbered(frames: Rows, packs: Numbers) -> Rows:
-    """The same frames; their packs have these numbers."""
-    rows = frames.copy()
-    rows["pack"] = packs[rows["pack"]]
-    return rows
 
 
 def too_scattered(

@@ -133,10 +133,9 @@ class Trust:
     def names(self) -> dict[Target, Digest]:
         """Every name that was verified last; empty before the first refresh."""
         with self._locked():
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 return parse_targets(self._targets())
-            except FileNotFoundError:
-                return {}
+            return {}
 
     def _targets(self) -> Targets:
         # python-tuf writes this file only after its whole chain of signatures held.
@@ -192,7 +191,7 @@ def open_signed(backend: Backend, fingerprint: Digest) -> Store:
         if not (directory / "anchor.json").exists():
             Trust.bootstrap(backend, directory, fingerprint)
         info = Store.open(backend).info
-        if not kept.exists() or StoreInfo.decode(kept.read_bytes()) != info:
+        if not kept.exists() or kept.read_bytes() != info.encode():
             Directory(directory).put(kept.name, info.encode())
     except Unavailable:
         if not kept.exists():

@@ -379,7 +379,9 @@ def test_a_memory_that_was_damaged_is_an_error_of_ours(
     mirror.publisher.publish()
     open_signed(mirror.backend, mirror.fingerprint).names.get("debian")
     assert trusted_until(mirror.fingerprint) == mirror.publisher.published()[1]
-    next((tmp_path / "memory").rglob("timestamp.json")).write_bytes(b"{")
+    for name in ("timestamp.json", "store.json"):
+        next((tmp_path / "memory").rglob(name)).write_bytes(b"{")
+    open_signed(mirror.backend, mirror.fingerprint)
     with pytest.raises(Corrupt):
         trusted_until(mirror.fingerprint)
 
