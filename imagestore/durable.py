@@ -1,11 +1,16 @@
-"""What a crash of the machine must not undo: written beside its place, synced, renamed. And locks, which it does."""
+"""What a crash of the machine must not undo: written beside its place, synced, renamed. Locks and scratch go."""
 
 import contextlib
 import fcntl
 import os
 import secrets
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_FRESH_S = 60.0
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -58,3 +63,25 @@ def locked(path: Path, *, wait: bool = True, mode: int = 0o600) -> Iterator[int]
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield descriptor
+
+
+@contextlib.contextmanager
+def scratch(what: str) -> Iterator[Path]:
+    """An empty directory for large files until the block ends. Those that killed processes left go first."""
+    folder = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    for left in Path(tempfile.gettempdir()).glob(f"sf-{what}-*"):
+        with (
+            contextlib.suppress(OSError),
+            opened(left, folder) as descriptor,
+        ):  # one of another user, or in use
+            status = os.fstat(descriptor)
+            # A fresh one may not be locked yet.
+            if status.st_uid == os.geteuid() and status.st_mtime < time.time() - _FRESH_S:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=f"sf-{what}-") as place,
+        opened(Path(place), folder) as descriptor,
+    ):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield Path(place)

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -136,7 +135,7 @@ def pull(name: str, architecture: str, form: str, output: Path | None, force: bo
     confirm(f"overwrite what is on {output} with {name}?", force or not device)
     with found(name, architecture) as (store, full, digest), ExitStack() as stack:
         # What arrives in any order leaves in its own.
-        whole = Path(stack.enter_context(TemporaryDirectory()), "disk") if stream else output
+        whole = stack.enter_context(imagestore.durable.scratch("pull")) / "disk" if stream else output
         with progress(name) as tell:
             result = pull_image(store, digest, whole, format_=kind, progress=tell, seeds=seeds)
         if stream:

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import imagestore
@@ -55,8 +54,8 @@ def keep_clean(source: Any, digest: Any, store: Any, *name: str, built: bool = F
     imagestore.keep_buffers()
     say(f"from {source.url} to {store.url}")
     title = ":".join(name)
-    with TemporaryDirectory() as directory, progress(title) as tell:
-        raw, was = Path(directory, "disk.raw"), source.manifest(digest)
+    with imagestore.durable.scratch("clean") as directory, progress(title) as tell:
+        raw, was = directory / "disk.raw", source.manifest(digest)
         pull(source, digest, raw, format_="raw", durable=False, progress=tell)
         if built:
             imagestore.mirror.check_recipe(raw)

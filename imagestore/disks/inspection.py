@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from imagestore import durable
 from imagestore.disks.filesystems import HEAD_BYTES, signs
 from imagestore.disks.lengths import check_whole, vhd_size
 from imagestore.disks.unpack import check_amount
@@ -84,8 +85,8 @@ def convert(image: int, path: Path, format_: str) -> Iterator[int]:
         raise Invalid(f"{path}: the image has a backing file or is encrypted")
     amount = json.loads(_qemu_img(image, path, ["measure", "-O", "qcow2", "--output=json", *source], 1 << 20))
     check_amount(str(path), amount["required"], os.fstat(image).st_size)
-    with tempfile.TemporaryDirectory(prefix="sf-convert-") as directory:
-        raw = Path(directory) / "disk.raw"
+    with durable.scratch("convert") as directory:
+        raw = directory / "disk.raw"
         _qemu_img(image, path, ["convert", "-O", "raw", "-S", "4096", *source, str(raw)], size + (1 << 20))
         descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
     try:

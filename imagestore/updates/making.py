@@ -1,7 +1,6 @@
 """An update made: for each new chunk the old ones most like it are found, and it is compressed with these before it."""
 
 import os
-import tempfile
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from imagestore import durable
 from imagestore.disks.windows import in_order
 from imagestore.formats.columns import Numbers, find
 from imagestore.formats.digest import Digest
@@ -40,9 +40,9 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
     missing, gone = (np.flatnonzero(find(*ids) < 0) for ids in ((new.ids, old.ids), (old.ids, new.ids)))
     if not len(missing) or not len(gone):  # what both have was not changed: nothing became of it
         return None
-    with tempfile.TemporaryDirectory(prefix="sf-update-") as place, ThreadPoolExecutor(READERS) as pool:
-        olds = _spooled(ImageReader(lambda: store, base, old), gone, Path(place) / "old", pool)
-        news = _spooled(ImageReader(lambda: store, to, new), missing, Path(place) / "new", pool)
+    with durable.scratch("update") as place, ThreadPoolExecutor(READERS) as pool:
+        olds = _spooled(ImageReader(lambda: store, base, old), gone, place / "old", pool)
+        news = _spooled(ImageReader(lambda: store, to, new), missing, place / "new", pool)
         theirs, ours = pool.map(lambda spool: list(files(spool.data, spool.firsts)), (olds, news))
         alike, apart = most_alike(news.samples, olds.samples, len(missing)), dict[int, tuple[File, File]]()
         cuts = np.append(np.flatnonzero(np.diff(news.firsts[:-1] // FRAME_BYTES, prepend=-1)), len(missing))

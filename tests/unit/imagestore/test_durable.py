@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,35 @@ def test_where_files_without_a_name_are_missing_it_writes_all_the_same(
         durable.write(tmp_path / "file", data, 0o640)
         assert (tmp_path / "file").read_bytes() == data
     assert [(entry.name, entry.stat().st_mode & 0o777) for entry in tmp_path.iterdir()] == [("file", 0o640)]
+
+
+def test_what_a_killed_process_left_in_scratch_goes_and_what_another_uses_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    works = """
+import time
+from imagestore import durable
+with durable.scratch("test") as place:
+    (place / "disk").write_bytes(bytes(100))
+    print(place, flush=True)
+    time.sleep(600)
+"""
+    with ExitStack() as stack:
+        placed = list[Path]()
+        for _ in range(2):
+            one = stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", works], stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(one.kill)
+            assert one.stdout is not None
+            placed.append(Path(one.stdout.readline().strip()))
+            os.utime(placed[-1], (0, 0))  # as if it had begun long ago
+        one.kill()
+        one.wait()
+        (tmp_path / "sf-test-others").mkdir()  # has begun just now
+        with durable.scratch("test") as place:
+            assert place.is_dir() and [path.exists() for path in placed] == [True, False]
+            assert (placed[0] / "disk").stat().st_size == 100 and (tmp_path / "sf-test-others").exists()
+        assert not place.exists()
