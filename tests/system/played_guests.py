@@ -1,13 +1,17 @@
 """A node whose guests are processes that count, with the real link, lease and fence. DIR/peers says whom it speaks to.
 
-python -m tests.system.played_guests DIR NAME URLS TOKEN
+python -m tests.system.played_guests agent|watchdog DIR NAME URLS TOKEN
+
+The watchdog is systemd's part in sf-agent.service: WatchdogSec=15 with SIGKILL, Restart=, RestartSec=2.
 """
 
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -111,5 +115,25 @@ async def play(directory: Path, name: str, urls: str, token: str) -> None:
         group.create_task(acting())
 
 
+def watch(words: list[str]) -> None:
+    """Start the agent, and another one whenever it has ended or has said nothing for 15 s."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(address := f"\0sf-played-{os.getpid()}-{words[0]}")
+        heard.settimeout(0.1)
+        told = os.environ | {"NOTIFY_SOCKET": address.replace("\0", "@")}
+        while True:
+            agent = subprocess.Popen([sys.executable, "-m", __spec__.name, "agent", *words], env=told)
+            said = time.monotonic()
+            while agent.poll() is None:
+                with suppress(TimeoutError):
+                    heard.recv(100)
+                    said = time.monotonic()
+                if time.monotonic() > said + 15:
+                    agent.kill()
+            time.sleep(2)
+
+
 if __name__ == "__main__":
-    asyncio.run(play(Path(sys.argv[1]), *sys.argv[2:]))
+    if sys.argv[1] == "watchdog":
+        watch(sys.argv[2:])
+    asyncio.run(play(Path(sys.argv[2]), *sys.argv[3:]))
