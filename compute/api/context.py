@@ -92,14 +92,12 @@ class NamespaceBody(Body):
     namespace: str | None = None
 
 
-class ListBody(Body):
+class ListBody(NamespaceBody):
     all: bool = False
-    namespace: str | None = None
 
 
-class DeleteAllBody(Body):
+class DeleteAllBody(NamespaceBody):
     confirm: bool = False
-    namespace: str | None = None
 
 
 class Context:
@@ -164,12 +162,11 @@ class Context:
 
     def artifacts(self) -> Iterator[Artifact]:
         """What namespaces keep and the caller sees, and the stores' names."""
-        kept = (a for a in self.read().list(Artifact) if a.namespace)
-        seen = (a for a in kept if a.shared or self.sees(a))
+        seen = (a for a in self.read().list(Artifact) if a.namespace and self.sees(a))
         return chain(seen, named_images(self.services.resolver.stores.values()))
 
     def sees(self, item: Any) -> bool:
-        return self.caller.may(item.namespace)
+        return getattr(item, "shared", False) or self.caller.may(item.namespace)
 
     def listed(self, cls: type[O], query: ListBody | None) -> list[O]:
         """Of one's own namespace or the one asked for, the administrator's of all; the deleted if all are asked for."""

@@ -22,15 +22,14 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import Stored
+from compute.cluster.records.stored import Stored, check_metadata
 from compute.cluster.records.transaction import Event, Transaction
 from compute.cluster.state.protocol import Change
-from compute.errors import Compacted, Invalid, NotFound, Unauthenticated, Unavailable
+from compute.errors import Compacted, NotFound, Unauthenticated, Unavailable
 from imagestore import decimal
 
 router = APIRouter(tags=["events"], route_class=Route)
 
-METADATA_BYTES = 2**16
 _KEEPALIVE_S = 15.0
 _MOST_OF_ONE, _MOST = 512, 2048
 _followed: Counter[str] = Counter()  # streams of events, by namespace; each change has every one of them look
@@ -60,12 +59,14 @@ def add_metadata(router: APIRouter, path: str, find: Lookup) -> None:
         known = find(ctx, ref)
 
         def action(txn: Transaction) -> dict[str, Any]:
-            item = txn.find(type(known), known.id) or known
+            # What users add to a name of a store has no record at first; all else is there, or was deleted meanwhile.
+            item = (
+                txn.get(type(known), known.id) if known.revision else txn.find(type(known), known.id) or known
+            )
             ctx.check_match(item)
             metadata = dict(item.metadata)  # type: ignore[attr-defined]
             edit(metadata)
-            if len(json.dumps(metadata)) > METADATA_BYTES:
-                raise Invalid(f"an object has at most {METADATA_BYTES} bytes of metadata")
+            check_metadata(metadata)
             txn.update(replace(item, metadata=metadata))  # type: ignore[call-arg]
             txn.event(item.KIND, item.id, f"metadata {key} changed", type="audit")
             return metadata
@@ -100,10 +101,18 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
     def events(ctx: Ctx, ref: str, body: EventQuery | None = None, follow: bool = False) -> Response:
         item = find(ctx, ref)
         query = body or EventQuery()
-        if follow:  # an artifact is everybody's: its store need not be asked again
-            again = (lambda: item) if isinstance(item, Artifact) else partial(find, ctx, item.id)
-            return _streamed(ctx, _stream(ctx, again, query))
+        if follow:
+            return _streamed(ctx, _stream(ctx, partial(_again, ctx, find, item), query))
         return JSONResponse([views.event(e) for e in _read(ctx, item, query)])
+
+
+def _again(ctx: Context, find: Lookup, item: Stored) -> Stored:
+    """Raises NotFound once it is gone, or not the caller's to see. What a store has is everybody's: it is not asked."""
+    if not isinstance(item, Artifact):
+        return find(ctx, item.id)
+    if item.namespace and not item.store_url and not ctx.sees(ctx.read().get(Artifact, item.uuid)):
+        raise NotFound(f"artifact {item.uuid} not found")
+    return item
 
 
 def _streamed(ctx: Context, events: AsyncIterator[str]) -> Response:
@@ -180,7 +189,7 @@ def _seen(ctx: Context, records: Iterable[Change]) -> Iterator[tuple[str, Json]]
         about: Any = read.find(_KINDS[kind], identity) if kind in _KINDS else None
         if not about or not record.value:
             continue
-        if kind == Node.KIND or getattr(about, "shared", False) or ctx.sees(about):
+        if kind == Node.KIND or ctx.sees(about):
             what = {"object": kind, "uuid": about.uuid, "name": about.name}
             yield str(record.revision), views.event(Event.decode(record.value, 0)) | what
 

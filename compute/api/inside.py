@@ -21,12 +21,13 @@ from compute.api.images.artifacts import get_data, keep_file
 from compute.cluster.images.artifacts import BLOB, blob_of
 from compute.cluster.records.instances import Instance, created
 from compute.cluster.records.stored import new_uuid
-from compute.errors import ComputeError, Conflict, NotFound, NotReady, Unavailable
+from compute.errors import ComputeError, Conflict, Denied, NotFound, NotReady, Unavailable
 from imagestore import StoreError, read_json, whole
 
 router = APIRouter(tags=["instances"], route_class=Route)
 
-_MOST_S, _MOST, _MOST_OF_ALL, _TEXT_BYTES = 3600, 16, 1024, 1 << 14
+_MOST_S, _TEXT_BYTES = 3600, 1 << 14
+_MOST, _MOST_OF_ONE, _MOST_OF_ALL = 16, 128, 1024  # of a guest, a namespace, all
 _PIECE_BYTES, _FILE_BYTES, _FETCH_S = 1 << 16, 1 << 26, 600
 _PUT = """[ -d "$1" ] && exit 21; t=$(mktemp "$1.XXXXXX") && cat >"$t" && chmod "$2" "$t" && mv -f "$t" "$1" && exit
 rm -f "$t"; exit 1"""
@@ -96,10 +97,14 @@ async def _begin(ctx: Context, ref: str, do: Callable[[Instance], Awaitable[Json
     known = created(ctx.read(), ctx.find(Instance, ref).uuid)
     if not known.agent_state.startswith("ready"):
         raise NotReady("no agent answers in the guest", hint="is qemu-guest-agent installed, and up?")
-    for old in (_of(known)[: 1 - _MOST] or [*_operations.values()][: 1 - _MOST_OF_ALL])[:1]:
-        if not old[1].done():
-            raise NotReady("too many operations wait", hint="again when one has ended")
-        del _operations[old[0]["uuid"]]
+    every = [*_operations.values()]
+    own = [one for one in every if one[0]["namespace"] == known.namespace]
+    for among, most in ((_of(known), _MOST), (own, _MOST_OF_ONE), (every, _MOST_OF_ALL)):
+        if len(among) >= most:
+            oldest, task = next((one for one in among if one[1].done()), among[0])
+            if not task.done():
+                raise NotReady("too many operations wait", hint="again when one has ended")
+            _operations.pop(oldest["uuid"], None)
     made: Json = {"uuid": new_uuid(), "instance_uuid": known.uuid, "namespace": known.namespace, "version": 1}
     made |= {"state": "executing", "commands": [asked], "results": {}, "metadata": {}}
 
@@ -185,4 +190,6 @@ async def show_operation(ctx: Ctx, uuid: str) -> Response:
 @router.get("/instances/{ref}/screenshot")
 async def screenshot(ctx: Ctx, ref: str) -> Response:
     """What its screen shows, as a PNG: the blob's uuid."""
+    if ctx.caller.read_only:
+        raise Denied("a key that may only read keeps no pictures", hint="use another")
     return JSONResponse((await _fetch(ctx, ctx.find(Instance, ref), kind="screen"))["content_blob"])

@@ -9,13 +9,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, Services, address_of
+from compute.api.context import Body, Context, Ctx, Services, address_of, apart
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster import auth
 from compute.cluster.liveness import Server
 from compute.cluster.quotas import DEFAULTS, Quota, used
 from compute.cluster.records.namespaces import Namespace
+from compute.cluster.records.stored import check_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NotFound
 
@@ -85,7 +86,7 @@ def list_namespaces(ctx: Ctx) -> Response:
 @router.post("/auth/namespaces")
 def create_namespace(ctx: Ctx, body: CreateBody) -> Response:
     ctx.admin()
-    if body.namespace in {*_RESERVED, *dict(ctx.services.config.stores)}:
+    if body.namespace in {*_RESERVED, *ctx.services.controller.stores()}:
         raise Conflict(f"{body.namespace}/… means something else already", hint="sf remote ls; another name")
     keys = {body.key_name or "default": auth.hash_key(body.key)} if body.key else {}
     made = ctx.act(lambda txn: auth.create_namespace(txn, body.namespace, keys))
@@ -100,7 +101,8 @@ def get_namespace(ctx: Ctx, ref: str) -> Response:
 @router.delete("/auth/namespaces/{ref}")
 def delete_namespace(ctx: Ctx, ref: str) -> Response:
     ctx.admin()
-    ctx.act(lambda txn: auth.delete_namespace(txn, ref))
+    while ctx.act(lambda txn: auth.delete_namespace(txn, ref)):
+        pass
     return JSONResponse(None)
 
 
@@ -140,7 +142,7 @@ def delete_key(ctx: Ctx, ref: str, key_name: str) -> Response:
 
 @router.post("/auth/namespaces/{ref}/trust")
 def add_trust(ctx: Ctx, ref: str, body: TrustBody) -> Response:
-    return _trust(ctx, ref, body.external_namespace, trusted=True)
+    return _trust(ctx, ref, check_name(body.external_namespace, "namespace"), trusted=True)
 
 
 @router.delete("/auth/namespaces/{ref}/trust/{external}")
@@ -162,8 +164,13 @@ def _trust(ctx: Context, ref: str, other: str, *, trusted: bool) -> Response:
 
 
 @router.get("/auth/namespaces/{ref}/quota")
+@apart
 def get_quota(ctx: Ctx, ref: str) -> Response:
     """What of each it has, and may have at most."""
+    return _quota(ctx, ref)
+
+
+def _quota(ctx: Context, ref: str) -> Response:
     _find(ctx, ref)
     quota, has, store = Quota.of(ctx.read(), ref), used(ctx.read(), ref), ctx.services.namespaces.find(ref)
     has["stored_gb"] = sum(stat.size_bytes for stat in store.backend.list("")) >> 30 if store else 0
@@ -171,13 +178,14 @@ def get_quota(ctx: Ctx, ref: str) -> Response:
 
 
 @router.put("/auth/namespaces/{ref}/quota")
+@apart
 def set_quota(ctx: Ctx, ref: str, body: dict[str, Annotated[int, Field(ge=0, le=2**40)]]) -> Response:
     ctx.admin()
     if unknown := body.keys() - DEFAULTS.keys():
         raise Invalid(f"there is no quota of {min(unknown)[:40]}", hint=", ".join(DEFAULTS))
     _find(ctx, ref)
     ctx.act(lambda txn: txn.update(replace(known := Quota.of(txn, ref), limits=known.limits | body)))
-    return get_quota(ctx, ref)
+    return _quota(ctx, ref)
 
 
 add_metadata(router, "/auth/namespaces/{ref}", _find)

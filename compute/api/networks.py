@@ -204,13 +204,10 @@ def unplug_interface(ctx: Ctx, ref: str) -> Response:
 
 
 @router.post("/interfaces/{ref}/float")
-def float_interface(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), interfaces.float_interface)))
-
-
 @router.post("/interfaces/{ref}/defloat")
-def defloat_interface(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), interfaces.defloat_interface)))
+def float_interface(ctx: Ctx, ref: str) -> Response:
+    act = partial(interfaces.float_interface, on=ctx.request.url.path.endswith("/float"))
+    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), act)))
 
 
 @router.post("/interfaces/{ref}/publish")
@@ -259,9 +256,10 @@ class AttachBody(Body):
     rules: str
 
 
-def _allow(ctx: Context, body: AllowBody) -> tuple[Allow, ...]:
-    """A network stands for the netblocks that it has now."""
-    seen = [network for network in ctx.listed(Network, None) if network.netblock != str(ipam.ANY)]
+def _allow(ctx: Context, body: AllowBody, namespace: str) -> tuple[Allow, ...]:
+    """A network, one of the rules' own namespace, stands for the netblocks that it has now."""
+    own = ctx.listed(Network, ListBody(namespace=namespace))
+    seen = [network for network in own if network.netblock != str(ipam.ANY)]
     blocks = {n.name: n.netblock6 if n.six_alone else n.netblock for n in seen}
     six = {n.name: n.netblock6 for n in seen if n.netblock6 and not n.six_alone}
     also = (text for text in body.allow if text.partition("@")[2] in six)
@@ -276,7 +274,7 @@ def list_rules(ctx: Ctx, body: ListBody | None = None) -> Response:
 @router.post("/rules")
 def create_rules(ctx: Ctx, body: RulesBody) -> Response:
     namespace = ctx.namespace(body.namespace)
-    wanted = Rules(uuid=new_uuid(), name=body.name, namespace=namespace, allow=_allow(ctx, body))
+    wanted = Rules(uuid=new_uuid(), name=body.name, namespace=namespace, allow=_allow(ctx, body, namespace))
     made = ctx.act(lambda txn: ctx.once(txn, Rules, body, lambda t: rules.create_rules(t, wanted)))
     return JSONResponse(views.rules(made))
 
@@ -289,8 +287,9 @@ def get_rules(ctx: Ctx, ref: str) -> Response:
 @router.put("/rules/{ref}")
 def set_rules(ctx: Ctx, ref: str, body: AllowBody) -> Response:
     """Other rules under the name, at once wherever they are attached."""
-    allow = _allow(ctx, body)
-    ctx.change(ctx.find(Rules, ref), lambda txn, uuid: txn.update(replace(txn.get(Rules, uuid), allow=allow)))
+    found = ctx.find(Rules, ref)
+    allow = _allow(ctx, body, found.namespace)
+    ctx.change(found, lambda txn, uuid: txn.update(replace(txn.get(Rules, uuid), allow=allow)))
     return get_rules(ctx, ref)
 
 

@@ -21,12 +21,14 @@ from typing import Any
 import bcrypt
 import jwt
 
+from compute.cluster.images.artifacts import Artifact
 from compute.cluster.quotas import Quota
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import KeyHash, Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.rules import Rules, delete_rules
 from compute.cluster.records.secrets import secret
+from compute.cluster.records.snapshots import Backup
 from compute.cluster.records.stored import check_name
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
@@ -214,21 +216,36 @@ def _trust_nobody(txn: Transaction, name: str) -> None:
             txn.update(replace(other, trust=tuple(t for t in other.trust if t != name)))
 
 
-def delete_namespace(txn: Transaction, name: str) -> None:
-    """Raises Invalid while it has instances or networks (the interface's 400), or for `system`."""
+def delete_namespace(txn: Transaction, name: str) -> bool:
+    """With all that the next one of that name must not find. True: there is more, for another transaction.
+
+    Raises Invalid while it has instances or networks (the interface's 400), or for `system`.
+    """
     found = txn.get(Namespace, name)
     if name == SYSTEM:
         raise Invalid("the system namespace stays")
+    txn.find(Quota, name)  # before the lists: who takes anything meanwhile writes it
     living = (i for i in txn.list(Instance) if i.state != InstanceState.DELETED)
     used = any(name in (i.namespace, *(disk.store for disk in i.disks)) for i in living)
     if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
         raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
-    for rules in txn.list(Rules):
-        if rules.namespace == name:
-            delete_rules(txn, rules.uuid)
+    kinds: tuple[Any, ...] = (Rules, Backup, Artifact, Instance, Network)
+    for one in (one for kind in kinds for one in txn.list(kind) if one.namespace == name):
+        if txn.room < 5:
+            return True
+        if isinstance(one, Rules):
+            delete_rules(txn, one.uuid)
+        elif isinstance(
+            one, Instance | Network
+        ):  # deleted: the administrator's alone, for as long as they are read
+            txn.update(replace(one, namespace=""))
+        elif txn.purge(one):
+            return True
+    if txn.purge(found):
+        return True
     _trust_nobody(txn, name)
-    txn.purge(found)
     txn.delete(Quota, name)
+    return False
 
 
 def change_namespace(txn: Transaction, name: str, said: str, **changes: Any) -> Namespace:

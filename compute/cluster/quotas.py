@@ -12,14 +12,16 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
+from compute.cluster.records.rules import Rules
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.transaction import Transaction
 from compute.errors import NoCapacity
 
 DEFAULTS = {"instances": 200, "cpus": 1000, "memory_mib": 1 << 20, "disk_gb": 1 << 15, "stored_gb": 1024}
-DEFAULTS |= {"networks": 16, "floating": 8, "keys": 64}
+DEFAULTS |= {"networks": 16, "floating": 8, "published": 1024, "rules": 64, "keys": 64, "trusts": 64}
 """More than a home has, and less than all addresses, or a host full of dnsmasq. The administrator's has no limits."""
-_COUNTED: dict[str, type[Stored]] = {kind.KIND: kind for kind in (Instance, Network, Interface, Namespace)}
+_KINDS = Instance, Network, Interface, Rules, Namespace
+_COUNTED: dict[str, type[Stored]] = {kind.KIND: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,7 @@ def enforce(txn: Transaction) -> None:
     for owner, counts in more.items():
         quota = Quota.of(txn, owner)
         if (wanted := +counts) and (owner != "system" or quota.limits):
+            txn.get(Namespace, owner)  # nothing is made for one that is deleted meanwhile
             txn.update(quota)
             there = used(txn, owner)
             for what in wanted:
@@ -70,9 +73,11 @@ def _held(one: Any) -> tuple[str, Counter[str]]:
     """Whose it is, and what of."""
     held: dict[str, int] = {}
     if isinstance(one, Namespace):
-        return one.name, Counter(keys=len(one.keys))
+        return one.name, Counter(keys=len(one.keys), trusts=len(one.trust))
     if isinstance(one, Interface):
-        held = {"floating": int(bool(one.floating))}
+        held = {"floating": int(bool(one.floating)), "published": sum(each.count for each in one.published)}
+    elif isinstance(one, Rules):
+        held = {"rules": 1}
     elif isinstance(one, Network) and one.state != "deleted":
         held = {"networks": 1, "floating": len(one.routed)}
     elif isinstance(one, Instance) and one.state != "deleted":

@@ -215,6 +215,28 @@ def test_one_that_does_not_end_is_given_up_when_it_is_deleted_and_bounded_in_num
     assert not busy()
 
 
+def test_a_namespace_keeps_no_other_from_having_operations(
+    server: Running, plays: Callable[[Play], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(kind: str, options: dict[str, Any], end: Stream) -> None:
+        while await end.receive() is not None:
+            pass
+
+    plays(play)
+    within(10, lambda: not busy(), "nothing of other tests is left")
+    inside._operations.clear()
+    monkeypatch.setattr(inside, "_MOST_OF_ONE", 1)
+    made = server.instance("theirs", as_namespace="rival").body
+    server.wait_for(f"/instances/{made['uuid']}", "created")
+    asked = [execute(server)]
+    assert execute(server).status == 406
+    path, line = "/instances/theirs/agent/execute", {"command_line": "true"}
+    asked.append(server.call("POST", path, line, namespace="rival"))
+    for one, namespace in zip(asked, ("system", "rival"), strict=True):
+        path = f"/agentoperations/{one.body['uuid']}"
+        assert server.call("DELETE", path, namespace=namespace).status == 200
+
+
 def test_without_an_agent_nothing_is_begun_and_side_channels_say_so(server: Running) -> None:
     bodies = {"none": {"side_channels": []}, "both": {"side_channels": ["sf-agent", "sf-agent2"]}}
     for name, more in bodies.items():

@@ -72,7 +72,7 @@ def _find(ctx: Context, ref: str) -> Artifact:
 def _record(ctx: Context, ref: str) -> Artifact:
     """To be changed by whose it is; of a store's name, by the administrator, what users have added to it."""
     found = _find(ctx, ref)
-    if ctx.request.method != "GET" and (found.store_url or not ctx.sees(found)):
+    if ctx.request.method != "GET" and (found.store_url or not ctx.caller.may(found.namespace)):
         ctx.admin()
     return ctx.read().find(Artifact, found.uuid) or Artifact(uuid=found.uuid)
 
@@ -307,7 +307,7 @@ def label(ctx: Ctx, called: str, body: BlobBody | None = None) -> Response:
     url = f"sf://label/{home}/{check_name(name, 'label')}"
     if ctx.request.method == "DELETE":
         return delete_artifact(ctx, url)
-    if body:
+    if ctx.request.method == "POST" and body:
         space, blob = ctx.namespace(home), blob_of(ctx.artifacts(), BLOB + body.blob_uuid)[1]
         ctx.act(lambda txn: want(txn, space, url, blob, name=name, artifact_type="label"))
     return get_artifact(ctx, url)

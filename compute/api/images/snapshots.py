@@ -104,12 +104,14 @@ def set_rule(ctx: Ctx, ref: str, body: RuleBody) -> Response:
     instance = ctx.find(Instance, ref)
     if body.store:
         ctx.admin()
-    new = Backup(uuid=instance.uuid, namespace=instance.namespace, every_s=0, due_s=0)
     keep = body.model_dump(include={"daily", "weekly", "monthly"})
-    rule = ctx.read().find(Backup, instance.uuid) or new
-    rule = replace(rule, every_s=body.every, due_s=time.time(), keep=keep, store=body.store)
-    ctx.act(lambda txn: txn.update(rule))
-    return JSONResponse(to_plain(rule) | {"name": instance.name})
+    said: Any = {"every_s": body.every, "due_s": time.time(), "keep": keep, "store": body.store}
+
+    def change(txn: Transaction, uuid: str) -> Backup:
+        known = txn.find(Backup, uuid) or Backup(uuid=uuid, namespace=instance.namespace, **said)
+        return txn.update(replace(known, **said))
+
+    return JSONResponse(to_plain(ctx.change(instance, change)) | {"name": instance.name})
 
 
 @router.delete("/instances/{ref}/backup")

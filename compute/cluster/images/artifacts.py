@@ -245,9 +245,14 @@ def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
 
 
 def find(among: Iterable[Artifact], reference: str, namespace: str) -> Artifact:
-    """By UUID or name; of several the one that `namespace` keeps. Raises NotFound, Invalid where several fit."""
+    """By UUID or sf://…; or, of those that `namespace` keeps and those that are everybody's, by name or URL: its own.
+
+    Raises NotFound, Invalid where several fit.
+    """
     names = {reference, reference if ":" in reference else f"{reference}:latest"}
     found = [a for a in among if a.uuid == reference or names & {a.name, a.source_url}]
+    if not reference.startswith("sf://"):
+        found = [a for a in found if a.shared or reference == a.uuid or a.namespace == namespace]
     found = [a for a in found if a.namespace == namespace and not a.store_url] or found
     if not found:
         raise NotFound(f"artifact {reference[:80]} not found", hint="see: sf image ls")

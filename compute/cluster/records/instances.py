@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from compute.cluster.records import epochs
 from compute.cluster.records.interfaces import Interface, Want, attach, detach, interfaces_on
 from compute.cluster.records.networks import Network, find_network
-from compute.cluster.records.stored import Stored
+from compute.cluster.records.rules import Rules
+from compute.cluster.records.stored import Stored, check_metadata
 from compute.cluster.records.taken import Taken, claim, disk_bytes, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
@@ -134,6 +135,7 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
     `scheduler.create_instance` checks it and finds the node, in the same transaction.
     """
     epochs.check(txn)
+    check_metadata(instance.metadata)
     now = time.time()
     instance = leased(txn, replace(instance, created_s=now, updated_s=now))
     take_name(txn, Instance.KIND, instance.namespace, instance.name, instance.uuid)
@@ -149,6 +151,8 @@ def _attach(txn: Transaction, instance: Instance, order: int, want: Want) -> Int
     network = find_network(txn, want.network)
     _check_loss(instance, network)
     _check_dns(txn, network, instance)
+    for uuid in want.rules:  # written, too: they are not deleted meanwhile
+        txn.update(txn.get(Rules, uuid))
     return attach(txn, network, instance.uuid, instance.namespace, order, want)
 
 
@@ -184,9 +188,8 @@ def rename(txn: Transaction, found: Instance, name: str) -> None:
 
 
 def interfaces_of(txn: Transaction, instance_uuid: str) -> list[Interface]:
-    """Those that still exist, in order."""
-    found = [i for i in txn.list(Interface) if i.instance_uuid == instance_uuid and i.state == "created"]
-    return sorted(found, key=lambda i: i.order)
+    """In order."""
+    return sorted((i for i in txn.list(Interface) if i.instance_uuid == instance_uuid), key=lambda i: i.order)
 
 
 def delete_instance(txn: Transaction, uuid: str) -> Instance:

@@ -33,7 +33,6 @@ class Interface(Stored):
     rules: tuple[str, ...] = ()
     """UUIDs."""
     limits: Limits = field(default_factory=Limits)
-    state: str = "created"
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -114,19 +113,14 @@ def interfaces_on(txn: Transaction, network_uuid: str) -> list[Interface]:
     return [i for i in txn.list(Interface) if i.network_uuid == network_uuid]
 
 
-def float_interface(txn: Transaction, uuid: str) -> Interface:
-    """Give it an address of the floating pool. Raises Conflict when it has one."""
+def float_interface(txn: Transaction, uuid: str, *, on: bool) -> Interface:
+    """Give it an address of the floating pool, or take that away. Raises Conflict when it has one, or none."""
     found = txn.get(Interface, uuid)
-    if found.floating:
-        raise Conflict(f"interface {uuid} has the floating address {found.floating} already")
-    find_four(txn, found.network_uuid)
-    return txn.update(replace(found, floating=take_floating(txn, uuid)))
-
-
-def defloat_interface(txn: Transaction, uuid: str) -> Interface:
-    """Raises Conflict when it has none."""
-    found = txn.get(Interface, uuid)
-    if not found.floating:
-        raise Conflict(f"interface {uuid} has no floating address")
+    if bool(found.floating) == on:
+        has = f"has the floating address {found.floating} already" if on else "has no floating address"
+        raise Conflict(f"interface {uuid} {has}")
+    if on:
+        find_four(txn, found.network_uuid)
+        return txn.update(replace(found, floating=take_floating(txn, uuid)))
     give_back_floating(txn, found.floating)
     return txn.update(replace(found, floating=""))

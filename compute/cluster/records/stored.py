@@ -3,7 +3,7 @@
 import json
 import re
 import uuid as uuid_module
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -11,6 +11,7 @@ from compute.cluster.state.protocol import ABSENT
 from compute.errors import Invalid
 from compute.wire.codec import from_plain, to_plain
 
+METADATA_BYTES = 2**16
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
 
 
@@ -57,3 +58,9 @@ def check_name(name: str, what: str) -> str:
     if not _NAME.fullmatch(name):
         raise Invalid(f"not a {what}: {name[:80]!r}", hint="1 to 63 letters, digits, dots, dashes, or _")
     return name
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises Invalid: each node and each listing of its kind has all of it."""
+    if len(json.dumps(metadata)) > METADATA_BYTES:
+        raise Invalid(f"an object has at most {METADATA_BYTES} bytes of metadata")

@@ -25,7 +25,6 @@ from compute.cluster.records.instances import (
 from compute.cluster.records.interfaces import (
     Interface,
     Want,
-    defloat_interface,
     float_interface,
     interfaces_on,
 )
@@ -174,8 +173,7 @@ class Cluster(RuleBasedStateMachine):
         if held and last:
             self.refusable(lambda txn: remove_interface(txn, txn.get(Interface, held[-1].uuid)))
         elif held:
-            change = defloat_interface if held[0].floating else float_interface
-            self.refusable(lambda txn: change(txn, held[0].uuid))
+            self.refusable(lambda txn: float_interface(txn, held[0].uuid, on=not held[0].floating))
 
     @rule(
         uuid=instances,
