@@ -84,16 +84,17 @@ class Mailbox:
     """The orders for a node that fetches them: each waits for the node's answer."""
 
     def __init__(self, node: str) -> None:
-        self._node = node
-        self._numbers = itertools.count(1)
-        self._orders: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._node, self._numbers, self._given = node, itertools.count(1), asyncio.Event()
+        self._orders: dict[int, dict[str, Any]] = {}
+        """That nobody has fetched or given up on."""
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self.operations = client(self._ask)
 
     async def _ask(self, verb: str, arguments: Sequence[Any]) -> Any:
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._orders.put_nowait({"id": number, "verb": verb, "arguments": arguments})
+        self._orders[number] = {"id": number, "verb": verb, "arguments": arguments}
+        self._given.set()
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await answer
@@ -101,16 +102,16 @@ class Mailbox:
             raise Unavailable(f"node {self._node} did not answer within {_ANSWER_S:.0f} s") from err
         finally:
             del self._answers[number]
+            self._orders.pop(number, None)
 
     async def fetch(self, wait_s: float) -> list[dict[str, Any]]:
-        """Orders that nobody gave up on meanwhile."""
-        found = list[dict[str, Any]]()
+        """Orders, each once."""
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
-                found.append(await self._orders.get())
-        while not self._orders.empty():
-            found.append(self._orders.get_nowait())
-        return [order for order in found if order["id"] in self._answers]
+                await self._given.wait()
+        found, self._orders = list(self._orders.values()), {}
+        self._given.clear()
+        return found
 
     def answer(self, number: int, body: AnswerBody) -> None:
         waiting = self._answers.get(number)
@@ -132,15 +133,15 @@ def build(services: Services) -> FastAPI:
     controller, store = services.controller, services.store
     mailboxes: dict[str, Mailbox] = {}
 
-    async def caller(request: HTTPConnection) -> str:
+    def caller(request: HTTPConnection) -> str:
+        """In a thread: a state that answers slowly holds up nobody else."""
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
         name, _, identity = rest.partition(":")
         if scheme != "Node":
             raise Unauthenticated("no node identity")
         joining.check_identity(Transaction(store), name, identity)
         if name not in mailboxes:
-            mailboxes[name] = Mailbox(name)
-            controller.nodes.attach(name, mailboxes[name].operations)
+            controller.nodes.attach(name, mailboxes.setdefault(name, Mailbox(name)).operations)
         return name
 
     Caller = Annotated[str, Depends(caller)]

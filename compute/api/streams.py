@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, WebSocket
 from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocketDisconnect
 
 from compute.api.context import Context, Ctx
@@ -73,18 +74,20 @@ async def stream(socket: WebSocket, ref: str, kind: str) -> None:
         _open[namespace] += 1
         async with asyncio.timeout(_ASK_S):
             options = _asked(await ours.receive())
-        known = _find(ctx, ref)
-        node, target, options = _target(ctx, known, kind, options)
+        known, node, target, options = await asyncio.to_thread(_target, ctx, ref, kind, options)
         far = await ctx.services.controller.stream(node, kind, target, options)
         if kind in ("console", "vnc"):  # not what scripts open by the hundred
             event = Instance.KIND, known.uuid, f"{kind} opened"
             await asyncio.to_thread(ctx.act, lambda txn: txn.event(*event, type="audit"))
 
+        def look() -> None:
+            ctx.look_again()
+            _find(ctx, known.uuid)
+
         async def watch() -> None:
             while True:
                 await asyncio.sleep(_AGAIN_S)
-                ctx.look_again()
-                _find(ctx, known.uuid)
+                await run_in_threadpool(look)  # not the loop's own threads: leases are renewed there
 
         await first(carry(ours, far), carry(far, ours), watch())
     except (ComputeError, TimeoutError) as err:
@@ -130,10 +133,11 @@ def _find(ctx: Context, ref: str) -> Instance:
     return living(ctx.read(), ctx.find(Instance, ref).uuid)
 
 
-def _target(ctx: Context, known: Instance, kind: str, options: Options) -> tuple[str, str, Options]:
+def _target(ctx: Context, ref: str, kind: str, options: Options) -> tuple[Instance, str, str, Options]:
     """Which node is asked for a stream of what. A port is reached from the network's router, at the guest's address."""
+    known = _find(ctx, ref)
     if kind != "connect":
-        return known.node, known.uuid, options
+        return known, known.node, known.uuid, options
     port, links = options.get("port"), [i for i in interfaces_of(ctx.read(), known.uuid) if i.known]
     if not isinstance(port, int) or not 0 < port < 2**16:
         raise Invalid("a port is a number from 1 to 65535")
@@ -141,4 +145,4 @@ def _target(ctx: Context, known: Instance, kind: str, options: Options) -> tuple
         raise Invalid(f"{known.name} has no address", hint=f"sf instance show {known.name}")
     network = ctx.read().get(Network, links[0].network_uuid)
     ends = {"address": links[0].known, "also": links[0].address6}
-    return routing(network), network.uuid, {**ends, "port": port}
+    return known, routing(network), network.uuid, {**ends, "port": port}

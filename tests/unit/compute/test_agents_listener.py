@@ -1,0 +1,81 @@
+"""The agents' listener: what one node does, or leaves undone, costs no other anything."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from compute.api import agents
+from compute.api.agents import Mailbox
+from compute.api.context import Services
+from compute.cluster.auth import Authority
+from compute.cluster.controller import Controller
+from compute.cluster.images.stores import NamespaceStores
+from compute.cluster.state.sqlite import SqliteStore
+from compute.config import Config
+from compute.errors import Unavailable
+from imagestore import ImageCache
+
+
+@pytest.fixture
+def services(tmp_path: Path) -> Iterator[Services]:
+    with closing(SqliteStore(tmp_path / "sf.db")) as store:
+        config = Config(state_dir=tmp_path, guests=False)
+        own = NamespaceStores(store, lambda: "", tmp_path)
+        images = ImageCache(tmp_path / "cache", {})
+        yield Services(config, store, Controller(store, "0123abcd", config), Authority(store), images, own)
+
+
+def test_a_state_that_answers_one_node_slowly_holds_up_no_other(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, go_on = services.store, threading.Event()
+    get = store.get
+
+    def slow(key: str) -> Any:
+        assert key != "node/slow" or go_on.wait(20), "nobody else was answered meanwhile"
+        return get(key)
+
+    monkeypatch.setattr(store, "get", slow)
+
+    async def story() -> None:
+        app = httpx.ASGITransport(agents.build(services), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=app, base_url="http://server") as client:
+
+            async def ask(name: str) -> int:
+                told = {"Authorization": f"Node {name}:secret"}
+                return (await client.post("/agent/v1/renew", headers=told)).status_code
+
+            waits = asyncio.create_task(ask("slow"))
+            await asyncio.sleep(0)
+            assert await ask("other") == 401
+            go_on.set()
+            assert await waits == 401
+
+    asyncio.run(story())
+
+
+def test_what_a_node_never_fetches_is_not_kept_and_orders_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        box = Mailbox("n1")
+        monkeypatch.setattr(agents, "_ANSWER_S", 0.0)
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="n1"):
+                await box.operations.console("u", 1)
+        assert not box._orders and not box._answers
+        monkeypatch.setattr(agents, "_ANSWER_S", 20.0)
+        asked = [asyncio.create_task(box.operations.console("u", n)) for n in (1, 2)]
+        waits = asyncio.create_task(box.fetch(20))
+        orders = await waits
+        assert [order["arguments"] for order in orders] == [["u", 1], ["u", 2]]
+        assert await box.fetch(0) == []
+        for order in orders:
+            box.answer(order["id"], agents.AnswerBody(result="b2s="))
+        assert await asyncio.gather(*asked) == [b"ok", b"ok"]
+
+    asyncio.run(story())
