@@ -63,10 +63,10 @@ class _Objects(Collector):
             waited += [((one.uuid,), sum(figures.get("waited_s", 0) for figures in disks))] if disks else []
         yield _family("sf_boot_bytes", "Bytes of guests' images by origin", ["instance", "origin"], came)
         yield _family("sf_boot_waited_seconds", "What guests' reads waited for them", ["instance"], waited)
-        rules = read.list(Backup)
-        kept = [((r.uuid, "failures"), float(r.failures)) for r in rules]
-        kept += [((r.uuid, "last_seconds"), r.last_s) for r in rules]
-        kept += [((r.uuid, "due_seconds"), r.due_s) for r in rules]
+        kept = list[_Row]()
+        for r in read.list(Backup):
+            told = {"failures": r.failures, "last_seconds": r.last_s, "due_seconds": r.due_s}
+            kept += [((r.uuid, what), number) for what, number in told.items()]
         yield _family("sf_backup", "Failures in a row; the last; the next", ["instance", "what"], kept)
         cert = config.tls_cert or str(config.state_dir / "auth/api.crt") if config.tls else ""
         ends = [((), ends_s(cert))] if cert else []

@@ -38,7 +38,6 @@ router = APIRouter(tags=["instances"], route_class=Route)
 USER_DATA_BYTES = 2**16
 _MOST_S = 10 * 366 * 86400.0
 Loss = Literal["leave", "restart", "restore"]
-_VERBS = ("rebootsoft", "reboothard", "poweron", "pause", "unpause")
 
 
 class DiskBody(Body):
@@ -269,14 +268,14 @@ def delete_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Re
     return JSONResponse(_view(ctx, ctx.change(known, acts.delete_instance)))
 
 
-def _add_verb(verb: str) -> None:
-    @router.post(f"/instances/{{ref}}/{verb}", name=verb)
-    def act(ctx: Ctx, ref: str) -> Response:
-        return JSONResponse(_view(ctx, ctx.change(ctx.find(Instance, ref), partial(acts.power, verb=verb))))
-
-
-for _verb in _VERBS:
-    _add_verb(_verb)
+@router.post("/instances/{ref}/rebootsoft")
+@router.post("/instances/{ref}/reboothard")
+@router.post("/instances/{ref}/poweron")
+@router.post("/instances/{ref}/pause")
+@router.post("/instances/{ref}/unpause")
+def power(ctx: Ctx, ref: str) -> Response:
+    act = partial(acts.power, verb=ctx.request.url.path.rpartition("/")[2])
+    return JSONResponse(_view(ctx, ctx.change(ctx.find(Instance, ref), act)))
 
 
 @router.post("/instances/{ref}/poweroff")

@@ -101,8 +101,8 @@ class Controller:
 
     async def register(self, node: str, facts: NodeFacts, operations: NodeOperations) -> None:
         """Say what the machine is, at every start of its agent and when its images change. Raises Invalid."""
-        check_facts(facts)
-        last = ""
+        plain, last = to_plain(facts), ""
+        check_facts(plain)
 
         def action(txn: Transaction) -> str:
             known = txn.find(Node, node)
@@ -113,7 +113,6 @@ class Controller:
             if taken is not None and not IPv4Address(facts.address).is_loopback:
                 hint = f"if that one is gone: sf node remove {taken.name}"
                 raise Conflict(f"{facts.address} is the address of node {taken.name}", hint=hint)
-            plain = to_plain(facts)
             started = facts.boot and facts.boot != (known.facts.get("boot") or facts.boot)
             if started and (more := booted(txn, node, last)):
                 return more

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from compute.cluster.records.addresses import Ipam, parse_address
 from compute.cluster.records.instances import Instance
@@ -17,6 +17,7 @@ from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, claim, disk_bytes, take, take_name
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, NotFound
+from compute.wire.codec import alike
 from compute.wire.spec import AGENT_CHANNEL, InstanceState, InterfaceSpec, Orphan
 from net import NetError, ipam
 from net import Network as NetNetwork
@@ -147,16 +148,14 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
         want = Want(network.uuid, known, interface.mac, interface.model, uuid=interface.uuid)
         attach(txn, network, uuid, namespace, order, want)
     now = time.time()
-    made = Instance(
-        uuid=uuid, name=name, namespace=namespace, node=found.node, cpus=spec.cpus, memory_mib=spec.memory_mib,
-        disks=spec.disks, ssh_key="\n".join(spec.ssh_keys), user_data=spec.user_data, uefi=spec.uefi,
-        secure_boot=spec.secure_boot, tpm=spec.tpm, cpu_model=spec.cpu_model,
-        video={"model": spec.video or "none", "memory": spec.video_kib, "vdi": spec.vdi or None},
-        configdrive="openstack-disk" if spec.config_drive else "none",
-        side_channels=(AGENT_CHANNEL,) if spec.agent else (), state=InstanceState.CREATED, power=spec.power,
-        power_state=found.orphan.power, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard,
-        metadata=dict(spec.metadata), created_s=now, updated_s=now, revision=before.revision if before else 0,
-    )  # fmt: skip
+    said: dict[str, Any] = alike(Instance, spec) | {
+        "name": name, "namespace": namespace, "node": found.node, "state": InstanceState.CREATED,
+        "video": {"model": spec.video or "none", "memory": spec.video_kib, "vdi": spec.vdi or None},
+        "configdrive": "openstack-disk" if spec.config_drive else "none", "ssh_key": "\n".join(spec.ssh_keys),
+        "side_channels": (AGENT_CHANNEL,) if spec.agent else (), "metadata": dict(spec.metadata),
+        "power_state": found.orphan.power, "created_s": now, "updated_s": now, "arriving": False, "leased_s": 0,
+    }  # fmt: skip
+    made = Instance(**said, revision=before.revision if before else 0)
     claim(txn, made.node, made.cpus, made.memory_mib, disk_bytes(made.disks))
     txn.update(made)
     txn.delete(Quarantined, uuid)
@@ -173,14 +172,12 @@ def _network(txn: Transaction, network: NetNetwork, namespace: str, node: str) -
         raise Conflict(f"VNI {network.vni} of network {network.name} is another network's by now")
     if taken is None:
         take(txn, f"vni/{network.vni}", network.uuid)
-    made = Network(
-        uuid=network.uuid, name=_name(txn, Network.KIND, namespace, network.name, network.uuid),
-        namespace=namespace, netblock=str(network.netblock), vni=network.vni,
-        router_node="" if network.bridge else node, bridge=network.bridge, gateway=str(network.gateway),
-        provide_dhcp=network.provide_dhcp, provide_nat=network.provide_nat, provide_dns=network.provide_dns,
-        netblock6=str(network.netblock6 or ""), slaac=network.slaac,
-        created_s=time.time(), revision=known.revision if known else 0,
-    )  # fmt: skip
+    said: dict[str, Any] = alike(Network, network) | {
+        "name": _name(txn, Network.KIND, namespace, network.name, network.uuid), "namespace": namespace,
+        "netblock": str(network.netblock), "netblock6": str(network.netblock6 or ""), "gateway": str(network.gateway),
+        "router_node": "" if network.bridge else node, "router_floating": "", "routed": {}, "dns_entries": {},
+    }  # fmt: skip
+    made = Network(**said, created_s=time.time(), revision=known.revision if known else 0)
     if made.netblock6 and txn.find(Taken, f"netblock6/{made.netblock6}") is None:
         take(txn, f"netblock6/{made.netblock6}", network.uuid)
     txn.update(made)

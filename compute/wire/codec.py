@@ -7,6 +7,7 @@ read each other's values during a rolling upgrade.
 import base64
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -32,6 +33,11 @@ Base64 = Annotated[bytes, PlainValidator(_bytes), PlainSerializer(_text)]
 
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
+def alike(cls: type, of: object) -> dict[str, Any]:
+    """The fields of a dataclass that something else has under the same names, as it has them."""
+    return {field.name: getattr(of, field.name) for field in fields(cls) if hasattr(of, field.name)}
 
 
 def to_plain(value: Any, hint: Any = None) -> Any:

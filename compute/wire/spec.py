@@ -6,7 +6,9 @@ talk through a call, between machines over HTTPS as JSON; the agent cannot tell 
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from compute.wire.codec import Base64
 from net import Network, NodeNetworks
@@ -271,27 +273,32 @@ class CachedImage:
     data_bytes: int = 0
 
 
+_Text = Annotated[str, Field(max_length=1000)]
+
+
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What an agent says of its machine when it registers."""
+    """What an agent says of its machine when it registers, within what a machine can be."""
 
-    cpus: int
-    memory_mib: int
+    cpus: Annotated[int, Field(ge=1, le=2**14)]
+    memory_mib: Annotated[int, Field(ge=1, le=2**30)]
     address: str = "127.0.0.1"
     """Its VXLAN endpoint."""
-    architecture: str = "x86_64"
-    release: str = ""
+    architecture: _Text = "x86_64"
+    release: _Text = ""
     """Version of the program."""
-    accel: str = ""
-    mtu_bytes: int = 1450
+    accel: _Text = ""
+    mtu_bytes: Annotated[int, Field(ge=1200, le=2**16)] = 1450
     """What fits into VXLAN on its underlay: the underlay's MTU less 50."""
-    images: tuple[str, ...] = ()
+    images: Annotated[
+        tuple[Annotated[str, Field(pattern="^b3:[0-9a-f]{64}$")], ...], Field(max_length=5000)
+    ] = ()
     """Digests of the images that its cache holds completely."""
     peer_address: str = ""
     """host:port where its image service can serve other nodes; "" if it is not to."""
-    stores: tuple[str, ...] | None = None
+    stores: Annotated[tuple[_Text, ...], Field(max_length=5000)] | None = None
     """Identities of the image stores that it reads (sorted): only nodes with the same share. None: it will tell."""
-    boot: str = ""
+    boot: _Text = ""
     """Another after each start of the machine; "" of a version that does not say."""
-    disk_bytes: int = 0
+    disk_bytes: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the file system that has guests' disks; 0 of a version that does not say."""

@@ -69,12 +69,10 @@ class Network(Stored):
 
 
 def find_network(txn: Transaction, uuid: str) -> Network:
-    """A network that is not deleted. Raises NotFound, NotReady."""
+    """A network that is not deleted. Raises NotFound."""
     found = txn.get(Network, uuid)
     if found.state == "deleted":
         raise NotFound(f"network {uuid} not found", hint="see: sf network ls")
-    if found.state != "created":
-        raise NotReady(f"network {found.name} is {found.state}")
     return found
 
 

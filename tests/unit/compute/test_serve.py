@@ -2,17 +2,18 @@
 
 import json
 import socket
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
-from compute.cluster import certificates, joining
+from compute.cluster import certificates, desired, joining
 from compute.cluster.auth import Authority, ensure_local_key
-from compute.cluster.desired import build
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config, host_port, load
 from compute.errors import Conflict, Denied, Unauthenticated, Unavailable
@@ -124,7 +125,7 @@ def facts(number: int, mtu_bytes: int) -> dict[str, Any]:
     return {"cpus": 1, "memory_mib": 512, "address": f"192.0.2.{number}", "mtu_bytes": mtu_bytes}
 
 
-def test_a_node_hears_only_of_networks_that_it_has_to_do_with() -> None:
+def test_a_node_hears_only_of_networks_that_it_has_to_do_with(tmp_path: Path) -> None:
     networks = [
         Network(uuid=f"u{n}", name=f"n{n}", namespace="s", netblock="10.0.0.0/24", vni=n, router_node=node)
         for n, node in ((1, "here"), (2, "there"), (3, ""))
@@ -135,7 +136,9 @@ def test_a_node_hears_only_of_networks_that_it_has_to_do_with() -> None:
         Node(uuid="3", name="silent"),
         Node(uuid="4", name="gone", state="deleted", facts=facts(4, 1280)),
     ]
-    found = build("here", "0123abcd", instances=[], interfaces=[], networks=networks, nodes=nodes).networks
+    with closing(SqliteStore(tmp_path / "sf.db")) as store:
+        transact(store, lambda txn: [txn.create(one) for one in (*networks, *nodes)])
+        found = desired.read(Transaction(store), "here", "0123abcd", ["here"]).networks
     assert [n.name for n in found.networks] == ["n1"]
     assert found.networks[0].mtu_bytes == 1450
     assert [(p.node, str(p.address)) for p in found.peers] == [("there", "192.0.2.2")]
