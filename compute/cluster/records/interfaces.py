@@ -33,6 +33,7 @@ class Interface(Stored):
     rules: tuple[str, ...] = ()
     """UUIDs."""
     limits: Limits = field(default_factory=Limits)
+    state: str = "created"  # always; version 0.1 looks at it
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
