@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from imagestore.disks.chunker import runs
 from imagestore.disks.disk import Disk, Doubt, read_range
-from imagestore.disks.extents import FILE, LARGE, OTHER, Numbers, Walk
+from imagestore.disks.extents import FILE, LARGE, MAX_ROWS, OTHER, Numbers, Walk
 
-_MAX_TABLE_BYTES = 2 << 30
+_MAX_TABLE_BYTES, _STRETCH_BYTES = 2 << 30, 4 << 20
 _MAX_GROUPS = 1 << 19
-_MAX_ROWS = 1 << 24
 _AT_ONCE = 1024
 _JOURNAL = 0x4
 _RECOVER, _META_BG, _64BIT, _CSUM_SEED = 0x4, 0x10, 0x80, 0x2000
@@ -207,20 +206,23 @@ class Ext4:
             if not self._summed and (flag & 3 or unused):
                 walk.whole = False  # the kernel would not look at either
             inodes = 0 if flag & 1 else self._group_inodes - min(unused, self._group_inodes)
-            read += inodes * self._inode_bytes
-            if read > _MAX_TABLE_BYTES or walk.count > _MAX_ROWS:
+            length = inodes * self._inode_bytes
+            read += length
+            if read > _MAX_TABLE_BYTES or walk.count > MAX_ROWS:
                 walk.whole = False
                 break
             if not inodes:
                 continue
-            length = inodes * self._inode_bytes
             if not (0 < table <= self._blocks - -(-length // self.block_bytes) and 0 < bitmap < self._blocks):
                 walk.whole = False
                 continue
-            raw = read_range(self._disk, self._start + table * self.block_bytes, length)
             bits = np.frombuffer(self._read(bitmap), np.uint8)
             used = np.unpackbits(bits, count=inodes, bitorder="little").astype(np.bool_)
-            walk.table(raw, group * self._group_inodes + 1, used)
+            step = _STRETCH_BYTES // self._inode_bytes
+            for at in range(0, inodes, step):
+                place, some = table * self.block_bytes + at * self._inode_bytes, used[at : at + step]
+                raw = read_range(self._disk, self._start + place, len(some) * self._inode_bytes)
+                walk.table(raw, group * self._group_inodes + 1 + at, some)
         return walk
 
     def _walk(self) -> Walk:

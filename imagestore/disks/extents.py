@@ -4,7 +4,7 @@ Source: Linux, Documentation/filesystems/ext4 (inodes, ifork). Nothing here trus
 and `whole` says that something was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ FILE_BYTES = 32 << 10
 """Files from this size on start and end a chunk."""
 OTHER, FILE, LARGE = 0, 1, 2
 """What an extent is of: no file's bytes (or not written), a file's, a large file's."""
-_MAX_NODES = 1 << 17
+_AT_ONCE_BYTES, _MAX_BYTES, MAX_ROWS = 4 << 20, 4 << 30, 1 << 24
+"""Of nodes, and of extents: of a file system that has more not all is known."""
 _RESERVED = 11
 _EXTENTS, _INLINE = 0x80000, 0x10000000
 _FILE, _DIRECTORY, _LINK = 0x8000, 0x4000, 0xA000
@@ -31,7 +32,7 @@ class Walk:
         self._read, self._blocks, self._block_bytes = read, blocks, block_bytes
         self._inode_bytes = inode_bytes
         self._found = [np.zeros((0, 3), np.int64)]
-        self.count = 0
+        self.count = self._read_bytes = 0
         self.whole = True
         """Whether nothing was odd or left out."""
 
@@ -61,61 +62,56 @@ class Walk:
         kind = np.where(file, np.where(size >= FILE_BYTES, LARGE, FILE), OTHER)
         trees = holds & (flags & _EXTENTS != 0)
         self._trees(forks[trees], kind[trees])
-        self._maps(forks[holds & mapped & ~trees])
-
-    def _trees(self, nodes: npt.NDArray[np.uint8], kinds: Numbers) -> None:
-        seen: set[int] = set()
-        while len(nodes):
-            header = nodes[:, :8].copy().view("<u2")
-            entries = (nodes.shape[1] - 12) // 12
-            good = (header[:, 0] == 0xF30A) & (header[:, 1] <= entries) & (header[:, 3] <= 5)
-            self.whole &= bool(good.all())
-            body = np.ascontiguousarray(nodes[:, 12 : 12 + entries * 12])
-            present = np.arange(entries) < header[:, 1:2]
-            chosen = present & (good & (header[:, 3] == 0))[:, None]
-            leaves, kind = body.view(_LEAF)[chosen], np.broadcast_to(kinds[:, None], chosen.shape)[chosen]
-            length = leaves["length"].astype(np.int64)
-            # Longer than 32768 means allocated, not written: nothing of the file is there.
-            written = length <= 32768
-            length = np.where(written, length, length - 32768)
-            first = leaves["low"].astype(np.int64) | leaves["high"].astype(np.int64) << 32
-            kind = np.where(written, kind, OTHER)
-            kind = np.where(length * self._block_bytes >= FILE_BYTES, kind, np.minimum(kind, FILE))
-            self._add(first, length, kind)
-            chosen = present & (good & (header[:, 3] > 0))[:, None]
-            inner = body.view(_NODE)[chosen]
-            below = inner["low"].astype(np.int64) | inner["high"].astype(np.int64) << 32
-            self._add_blocks(below)
-            below, first_use = np.unique(below, return_index=True)
-            kinds = np.broadcast_to(kinds[:, None], chosen.shape)[chosen][first_use]
-            fresh = np.array([0 < at < self._blocks and at not in seen for at in below.tolist()], np.bool_)
-            below, kinds = below[fresh], kinds[fresh]
-            seen.update(below.tolist())
-            if len(seen) > _MAX_NODES:
-                self.whole = False
-                break
-            nodes = self._read_all(below)
-
-    def _maps(self, forks: npt.NDArray[np.uint8]) -> None:
-        """Twelve blocks, and one block each of numbers of blocks, of such blocks, and of such blocks again."""
-        pointers = forks.view("<u4").astype(np.int64)
+        pointers = forks[holds & mapped & ~trees].view("<u4").astype(np.int64)
         self._add_blocks(pointers[:, :12].ravel())
-        read = 0
         for level in (1, 2, 3):
-            inner = pointers[:, 11 + level].ravel()
-            for _ in range(level):
-                self._add_blocks(inner)
-                inner = np.unique(inner[(inner > 0) & (inner < self._blocks)])
-                read += len(inner)
-                if read > _MAX_NODES:
-                    self.whole = False
-                    return
-                inner = self._read_all(inner).view("<u4").astype(np.int64).ravel()
-            self._add_blocks(inner)
+            self._maps(pointers[:, 11 + level], level)
 
-    def _read_all(self, blocks: Numbers) -> npt.NDArray[np.uint8]:
-        pages = b"".join(self._read(at) for at in blocks.tolist())
-        return np.frombuffer(pages, np.uint8).reshape(-1, self._block_bytes)
+    def _trees(self, nodes: npt.NDArray[np.uint8], kinds: Numbers, depths: Numbers | None = None) -> None:
+        """depths: of each node, as its parent's says; None: these are roots."""
+        header = nodes[:, :8].copy().view("<u2").astype(np.int64)
+        entries, depth = (nodes.shape[1] - 12) // 12, header[:, 3]
+        good = (header[:, 0] == 0xF30A) & (header[:, 1] <= entries)
+        good &= depth <= 5 if depths is None else depth == depths
+        self.whole &= bool(good.all())
+        body = np.ascontiguousarray(nodes[:, 12 : 12 + entries * 12])
+        present = np.arange(entries) < header[:, 1:2]
+        chosen = present & (good & (depth == 0))[:, None]
+        leaves, kind = body.view(_LEAF)[chosen], np.broadcast_to(kinds[:, None], chosen.shape)[chosen]
+        length = leaves["length"].astype(np.int64)
+        # Longer than 32768 means allocated, not written: nothing of the file is there.
+        written = length <= 32768
+        length = np.where(written, length, length - 32768)
+        first = leaves["low"].astype(np.int64) | leaves["high"].astype(np.int64) << 32
+        kind = np.where(written, kind, OTHER)
+        kind = np.where(length * self._block_bytes >= FILE_BYTES, kind, np.minimum(kind, FILE))
+        self._add(first, length, kind)
+        chosen = present & (good & (depth > 0))[:, None]
+        inner = body.view(_NODE)[chosen]
+        below = inner["low"].astype(np.int64) | inner["high"].astype(np.int64) << 32
+        self._add_blocks(below)
+        kinds, depths = (np.broadcast_to(of[:, None], chosen.shape)[chosen] for of in (kinds, depth - 1))
+        for some, raw in self._nodes(below):
+            self._trees(raw, kinds[some], depths[some])
+
+    def _maps(self, blocks: Numbers, level: int) -> None:
+        """Blocks of numbers of blocks, `level` deep; those of level 0 are the file's."""
+        self._add_blocks(blocks)
+        for _, raw in self._nodes(blocks) if level else ():
+            self._maps(raw.view("<u4").astype(np.int64).ravel(), level - 1)
+
+    def _nodes(self, blocks: Numbers) -> Iterator[tuple[Numbers, npt.NDArray[np.uint8]]]:
+        """Which of these blocks, and what is in them: some at a time, until they are too many."""
+        (inside,) = np.nonzero((blocks > 0) & (blocks < self._blocks))
+        step = _AT_ONCE_BYTES // self._block_bytes
+        for at in range(0, len(inside), step):
+            some = inside[at : at + step]
+            self._read_bytes += len(some) * self._block_bytes
+            if self._read_bytes > _MAX_BYTES or self.count > MAX_ROWS:
+                self.whole = False
+                return
+            raw = b"".join(self._read(block) for block in blocks[some].tolist())
+            yield some, np.frombuffer(raw, np.uint8).reshape(-1, self._block_bytes)
 
     def _add_blocks(self, blocks: Numbers) -> None:
         """Single blocks that are no file's; 0 is a hole."""

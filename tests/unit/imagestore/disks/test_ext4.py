@@ -1,5 +1,7 @@
 import random
+import struct
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -85,6 +87,41 @@ def test_the_same_file_elsewhere_on_another_disk_is_the_same_chunks(tmp_path):
     push(store, one, "one", format_="raw", cache=tmp_path / "cache")
     result = push(store, two, "two", format_="raw", cache=tmp_path / "cache")
     assert result.new_bytes < MIB
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from imagestore.disks.filesystems import look
+from imagestore.disks.open import open_disk
+used = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
+with open_disk(Path(sys.argv[1]), "raw") as disk:
+    before = used()
+    look(disk, sparsify=False)
+print(used() - before)
+"""
+
+
+def test_tables_and_trees_of_gigabytes_take_little_memory(tmp_path):
+    """A small file may say that it has them, as holes: a server would look at it when a user uploads it."""
+    path, block, size = tmp_path / "disk", 65536, 4096
+    with path.open("wb") as file:
+        file.truncate(20 << 30)
+    options = ["-O", "^metadata_csum,^uninit_bg,^has_journal,^resize_inode,^64bit", "-I", str(size)]
+    more = ["-b", str(block), "-N", "65536", "-G", "1", "-E", "lazy_itable_init=1,nodiscard"]
+    command = ["mkfs.ext4", "-q", "-F", *options, *more, str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    with path.open("r+b") as file:
+        file.seek(block + 8)
+        table = int.from_bytes(file.read(4), "little") * block
+        for number in range(100, 5000):  # each is a file with a tree of four nodes, which are holes
+            roots = b"".join(struct.pack("<IIHH", 0, 1000 + 4 * number + at, 0, 0) for at in range(4))
+            file.seek(table + number * size)
+            file.write(struct.pack("<HHI18xHII", 0x8000, 0, 1 << 20, 1, 0, 0x80000))
+            file.seek(table + number * size + 40)
+            file.write(struct.pack("<HHHHI", 0xF30A, 4, 4, 1, 0) + roots)
+    done = subprocess.run([sys.executable, "-c", MEASURED, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300  # it was 2,767
 
 
 @pytest.mark.drill
