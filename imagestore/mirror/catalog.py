@@ -6,6 +6,7 @@ Format of the streams: https://git.launchpad.net/simplestreams/tree/doc and, for
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -86,9 +87,10 @@ class Catalog:
         named = self.store.names.images()
         signed: dict[Target, dict[Digest, Digest]] = {}
         for owner in self._signers():
-            for key, digests in signed_targets(self.store.backend, tree(owner)).items():
-                for digest in digests:
-                    signed.setdefault(key, {}).setdefault(digest, owner)
+            with suppress(NotFound, Corrupt):  # one who brought nonsense hides nobody else's images
+                for key, digests in signed_targets(self.store.backend, tree(owner)).items():
+                    for digest in digests:
+                        signed.setdefault(key, {}).setdefault(digest, owner)
         if signed:
             # Of several signers' images the one that our own name has, if any.
             named = {

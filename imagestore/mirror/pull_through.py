@@ -102,7 +102,8 @@ class PullThrough(ReadOnly):
                 return kept
             if not matches(key, found.data):
                 raise Corrupt(f"{self.url}/{key}: the bytes do not match the name")
-            self._kept.put(key, found.data)
+            if kept is None or kept.data != found.data:
+                self._kept.put(key, found.data)
             return found
 
     # Packs

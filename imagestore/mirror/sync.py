@@ -5,18 +5,21 @@ download, compare, push, set its tags. The former version keeps a tag with its b
 moment, the names in the store are those before or after, and the rerun goes on with what was downloaded.
 """
 
+import fcntl
 import json
+import os
 import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from imagestore.errors import Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
+from imagestore.durable import opened
+from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, StoreError, Unavailable
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import PROVENANCE
 from imagestore.mirror import sources
@@ -32,6 +35,7 @@ from imagestore.updates.making import make_update
 ATTEMPTS = 3
 LONGEST_S = 6 * 3600.0
 """What one image may take; then the next has its turn."""
+_LEFT_S = 7 * 86400.0
 _ODD = {"BADSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "NODATA", "UNEXPECTED", "FAILURE", "ERROR", "BADARMOR"}
 """What gpgv says where it is not only a key that is missing (gnupg's doc/DETAILS)."""
 
@@ -72,10 +76,11 @@ def sync(
 
     dry_run: only look what is new, and how large the files are (`new_bytes`).
     progress: given "name:tag arch", the report for that image. Errors are in the outcomes.
+    Raises Conflict while another one downloads to `work`.
     """
     store.check_writable()
     outcomes = []
-    with Downloader(trusted=True) as web:
+    with nullcontext() if dry_run else _alone(work), Downloader(trusted=True) as web:
         for source in wanted:
             for architecture in source.architectures:
                 started = time.monotonic()
@@ -83,11 +88,26 @@ def sync(
                     image = _Image(store, web, source, architecture, work)
                     with progress(f"{source.title} {architecture}") as report:
                         outcome = image.preview() if dry_run else image.sync(_bounded(report, started))
-                except StoreError as error:
-                    words = f"{error} ({error.hint})" if error.hint else str(error)
+                except (StoreError, OSError) as error:  # a full disk, too
+                    words = f"{error} ({getattr(error, 'hint', '')})".removesuffix(" ()")
                     outcome = Outcome(f"{source.title} {architecture}", "failed", words)
                 outcomes.append(replace(outcome, seconds=round(time.monotonic() - started, 1)))
     return outcomes
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Two would write to one file. What an interrupted run left of a build that nobody asks for any more is removed."""
+    work.mkdir(parents=True, exist_ok=True)
+    with opened(work, os.O_RDONLY) as directory:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"another sync downloads to {work}", hint="wait for its end") from error
+        for path in work.iterdir():
+            if time.time() - path.lstat().st_mtime > _LEFT_S:
+                path.unlink()
+        yield
 
 
 def bring(

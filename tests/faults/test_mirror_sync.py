@@ -1,5 +1,6 @@
 """`sf mirror sync` against stand-ins for upstreams: every layout they use, and all that can be wrong with them."""
 
+import fcntl
 import hashlib
 import http.server
 import os
@@ -14,7 +15,9 @@ import pytest
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.web import is_public
-from imagestore.errors import Corrupt, Denied, NotFound, Unavailable
+from imagestore.durable import opened
+from imagestore.errors import Conflict, Corrupt, Denied, NotFound, Unavailable
+from imagestore.formats.digest import Digest
 from imagestore.mirror.download import Downloader
 from imagestore.mirror.sources import Source
 from imagestore.mirror.sync import check_signature, read_provenance, sync
@@ -152,6 +155,36 @@ def test_a_bad_source_stops_no_other(store: Store, upstream: tuple[Path, str], t
     ]  # fmt: skip
     assert "404" in results["missing:12"].message
     assert {record.name for record in store.names.list()} == {"good"}
+
+
+def test_a_file_that_cannot_be_written_stops_no_other(
+    store: Store, upstream: tuple[Path, str], tmp_path: Path
+) -> None:
+    root, url = upstream
+    wanted = [source(f"{url}/{name}.img", name=name) for name in ("stuck", "good")]
+    qcow2(root / "stuck.img", 1), qcow2(root / "good.img", 2)
+    part = tmp_path / "work" / f"{Digest.of(wanted[0].url.encode()).hex()[:24]}.part"
+    part.mkdir(parents=True)
+    first, second = sync(store, wanted, tmp_path / "work")
+    assert (first.result, second.result) == ("failed", "new") and "Is a directory" in first.message
+
+
+def test_one_sync_at_a_time_downloads_and_what_was_left_long_ago_goes(
+    store: Store, upstream: tuple[Path, str], tmp_path: Path
+) -> None:
+    root, url = upstream
+    qcow2(root / "good.img", 1)
+    work, old = tmp_path / "work", time.time() - 30 * 86400
+    work.mkdir()
+    (work / "new.part").touch(), (work / "old.part").touch()
+    os.utime(work / "old.part", (old, old))
+    with opened(work, os.O_RDONLY) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(Conflict, match="another sync"):
+            sync(store, [source(url + "/good.img")], work)
+        assert sync(store, [source(url + "/good.img")], work, dry_run=True)[0].result == "new"
+    assert sync(store, [source(url + "/good.img")], work)[0].result == "new"
+    assert [path.name for path in work.iterdir()] == ["new.part"]
 
 
 def test_a_damaged_name_stops_no_other(store: Store, upstream: tuple[Path, str], tmp_path: Path) -> None:

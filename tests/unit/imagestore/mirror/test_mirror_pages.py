@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from imagestore.backends.directory import Directory
+from imagestore.formats.digest import Digest
 from imagestore.formats.keys import KINDS, Check
+from imagestore.mirror import signing
 from imagestore.mirror.content import compute_sums
 from imagestore.mirror.serve import make_app
 from imagestore.push import push
 from imagestore.store.store import Store
+from imagestore.store.trust import tree
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -138,6 +141,18 @@ def test_the_command_on_an_images_page_makes_a_guest_that_can_be_reached(store: 
         assert words in page.decode()
     nonce = headers["content-security-policy"].partition("'nonce-")[2].partition("'")[0]
     assert nonce and f'nonce="{nonce}"' in page.decode() and "unsafe-inline'; script" not in str(headers)
+
+
+def test_a_signer_who_brought_nonsense_hides_nobody_elses_images(store: Store, tmp_path: Path) -> None:
+    keys = signing.Keyring(tmp_path / "keys")
+    signing.init(store, keys)
+    signing.Publisher(store, keys).publish()
+    for data in (b"nonsense", b"{}"):
+        other = tree(Digest.of(data))
+        store.backend.put(f"{other}timestamp.json", data)
+        store.backend.put(f"{other}1.targets.json", data)
+    status, _, page = ask(store, "/")
+    assert status == 200 and b"debian" in page
 
 
 def test_many_images_come_in_pages_that_keep_the_search(store: Store) -> None:
