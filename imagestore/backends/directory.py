@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISREG
 
 from imagestore.backends.protocol import Data, Etag, Object, ObjectStat, check_key, end_of, pieces
 from imagestore.durable import locked, opened, sync
@@ -55,7 +56,7 @@ class Directory:
     def stat(self, key: str) -> ObjectStat:
         with self._errors(key):
             status = self._path(key).lstat()
-            if not os.path.isfile(self._path(key)):  # noqa: PTH113 - one call fewer than Path's
+            if not S_ISREG(status.st_mode):
                 raise NotFound(f"{self.url}/{key}: no such object")
             return _stat(key, status)
 
@@ -75,12 +76,11 @@ class Directory:
             return
         for name, entry in found:
             key = f"{parent}/{name}" if parent else name
-            if name.startswith("."):
+            if name.startswith(".") or not key.startswith(prefix):
                 continue
             if name.endswith("/"):
-                if key.startswith(prefix) or prefix.startswith(key):
-                    yield from self._walk(key[:-1], prefix)
-            elif key.startswith(prefix) and entry.is_file(follow_symlinks=False):
+                yield from self._walk(key[:-1], prefix)
+            elif entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):
                     yield _stat(key, entry.stat(follow_symlinks=False))
 

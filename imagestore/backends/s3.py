@@ -165,8 +165,7 @@ class S3:
     def delete(self, key: str, *, if_match: Etag = None) -> None:
         if if_match is not None and self.conditions == "put":
             raise Unsupported(f"{self.url} has no conditional deletes")
-        held = if_match and self.conditions == "delete"
-        condition: dict[str, Any] = {"IfMatch": f'"{if_match}"'} if held else {}
+        condition: dict[str, Any] = {"IfMatch": f'"{if_match}"'} if if_match and self.conditional else {}
         try:
             with contextlib.suppress(NotFound), self._errors(key):
                 self._client.delete_object(**self._at(key), **condition)

@@ -75,10 +75,7 @@ class Content:
 
     def read(self, format_: str, start: int, length: int, ahead: int = 0) -> Iterator[Buffer]:
         """Bytes `start` to `start + length` of the file, in pieces; `ahead` groups after them are begun as well."""
-        if format_ == "raw":
-            yield from self._disk(start, length, ahead)
-            return
-        for segment in self.qcow2.segments(start, length):
+        for segment in [(start, length)] if format_ == "raw" else self.qcow2.segments(start, length):
             if isinstance(segment, bytes):
                 yield segment
             else:

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -56,8 +55,6 @@ class PullThrough(ReadOnly):
         self._packs: dict[str, _Pack] = {}
         self._lock = threading.Lock()
         self._away_until_s = 0.0
-        self._running: dict[tuple[str, int], Future[None]] = {}
-        """Frames that are on their way."""
         self._at_work = WeakValueDictionary[str, threading.Lock]()
         self._room_bytes = -1
         """How much more may be kept before files are counted again."""
@@ -147,25 +144,13 @@ class PullThrough(ReadOnly):
         with opened(path, os.O_RDWR | os.O_CREAT, 0o644) as descriptor:
             os.utime(descriptor)
             found = _kept(descriptor, pack, numbers)
-            complete = len(found) == len(numbers)
-            while missing := [frame for frame in numbers if frame not in found]:
-                with self._lock:
-                    others = [self._running[key, at] for at in missing if (key, at) in self._running]
-                    ours = {(key, at): Future[None]() for at in missing if (key, at) not in self._running}
-                    self._running |= ours
-                try:
-                    mine = [frame for _, frame in ours]
-                    found |= _kept(descriptor, pack, mine)  # brought since we looked
-                    found |= self._fetch(descriptor, pack, [frame for frame in mine if frame not in found])
-                finally:
-                    with self._lock:
-                        for claim, future in ours.items():
-                            del self._running[claim]
-                            future.set_result(None)
-                for future in others:
-                    future.result()
-                found |= _kept(descriptor, pack, [frame for frame in missing if frame not in found])
-        if not complete:
+            missing = [frame for frame in numbers if frame not in found]
+            with contextlib.ExitStack() as alone:
+                for frame in missing:  # all in one order: no two wait for each other
+                    alone.enter_context(self._alone(f"{key}:{frame}"))
+                found |= _kept(descriptor, pack, missing)  # brought since we looked
+                found |= self._fetch(descriptor, pack, [frame for frame in missing if frame not in found])
+        if missing:
             self._make_room(path)
         return [found[frame] for frame in numbers]
 
@@ -198,7 +183,7 @@ class PullThrough(ReadOnly):
             self._room_bytes = self._limit_bytes - kept_bytes
 
     def _alone(self, key: str) -> threading.Lock:
-        """Lets one thread at a time do the work for a key; it goes with the last of them."""
+        """Lets one thread at a time do the work for an object, or a frame of one; it goes with the last of them."""
         with self._lock:
             return self._at_work.setdefault(key, threading.Lock())
 

@@ -29,13 +29,13 @@ from imagestore.store.trust import Target, make_target, newest, parse_targets, r
 from imagestore.updates.making import make_update
 from imagestore.updates.using import read_steps
 
-ROLES = ("root", "targets", "snapshot", "timestamp")
 LIFETIMES = {
     "root": timedelta(days=730),
     "targets": timedelta(days=365),
     "snapshot": timedelta(days=30),
     "timestamp": timedelta(days=7),
 }
+ROLES = tuple(LIFETIMES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,9 +185,8 @@ def parse(body: Mapping[str, Any]) -> Source:
         raise Invalid(f"{name}: the pattern has one group, the build's name")
     if ("{build}" in source.url + source.checksums) != bool(source.build_pattern):
         raise Invalid(f"{name}: {{build}} in the URL and a build table go together")
-    if (source.signature or source.keyring) and not (
-        source.signature and source.keyring and source.checksums
-    ):
+    signed = (source.signature, source.keyring)
+    if any(signed) and not all((*signed, source.checksums)):
         raise Invalid(f"{name}: signature, keyring and checksums go together")
     return source
 
