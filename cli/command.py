@@ -84,7 +84,10 @@ DURATION = _Unit("duration", "s")
 
 
 def pairs(texts: Iterable[str]) -> dict[str, str]:
-    """Of options KEY=VALUE."""
+    """Of options KEY=VALUE. Raises UsageError."""
+    texts = list(texts)
+    if wrong := [text for text in texts if "=" not in text]:
+        raise click.UsageError(f"{wrong[0]} is not KEY=VALUE")
     return dict(text.partition("=")[::2] for text in texts)
 
 

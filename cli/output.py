@@ -45,7 +45,7 @@ def show_one(row: Row, columns: Sequence[Column], form: str, *, name: str = "nam
     if form == "name":
         print(clean(row[name]))
         return
-    cells = {title: text for title, key in columns if (text := _cell(row, key))}
+    cells = {clean(title): text for title, key in columns if (text := _cell(row, key))}
     width = max(map(len, cells), default=0)
     bold = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
     for title, text in cells.items():

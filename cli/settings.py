@@ -19,7 +19,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import tomlkit
 import tomlkit.items
@@ -113,10 +113,19 @@ def own_store(settings: Settings, namespace: str) -> tuple[str, str]:
     return f"sf+{scheme}://{me}:{key}@{rest}/stores/{of}", authority(settings, url)
 
 
+def parted(url: str) -> SplitResult:
+    """The parts of an API's URL. Raises Problem."""
+    with suppress(ValueError):  # of a port, too
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    raise Problem(f"not the URL of an API: {url!r}", hint="http://HOST:PORT", code=USAGE)
+
+
 def living(urls: list[str]) -> str:
     """The first of several servers that answers; the first of all where none does."""
     for url in urls if urls[1:] else ():
-        parts = urlsplit(url)
+        parts = parted(url)
         with suppress(OSError), socket.create_connection((parts.hostname, parts.port or 443), 3):
             return url
     return urls[0]

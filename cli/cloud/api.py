@@ -10,12 +10,13 @@ import secrets
 import ssl
 import time
 from collections.abc import Iterator, Mapping
+from select import select
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from cli.command import settings
-from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
-from cli.settings import access, authority, check_key, is_local, living
+from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, Problem
+from cli.settings import access, authority, check_key, is_local, living, parted
 
 ANSWER_S = 40.0
 """No request of the API may take 30 s."""
@@ -35,18 +36,16 @@ class Api:
 
     def _open(self) -> None:
         self.url = living(self._urls)
-        parts = urlsplit(self.url)
+        parts = parted(self.url)
         self.local = is_local(settings(), self.url)
         """Whether the server is this machine's."""
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Problem(f"not the URL of an API: {self.url!r}", hint="http://HOST:PORT", code=USAGE)
         self._path = parts.path.rstrip("/")
         safe = parts.scheme == "https"
         self.tls = self._tls or trusting(authority(settings(), self.url)) if safe else None
         self._connection = (
-            http.client.HTTPSConnection(parts.hostname, parts.port, timeout=ANSWER_S, context=self.tls)
+            http.client.HTTPSConnection(str(parts.hostname), parts.port, timeout=ANSWER_S, context=self.tls)
             if self.tls
-            else http.client.HTTPConnection(parts.hostname, parts.port, timeout=ANSWER_S)
+            else http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=ANSWER_S)
         )
 
     def follow(self, path: str) -> Iterator[Object]:
@@ -102,6 +101,8 @@ class Api:
         body = {"namespace": self.namespace, "key": self._key}
         self._token, self._until_s = "", time.monotonic() + 600  # of the 900 s that it holds
         said = _answer(*self._send("POST", ("auth",), body))
+        if not isinstance(said, dict) or "access_token" not in said:
+            raise Problem(f"what answers at {self.url} is no API of sf", hint="is the URL right?", code=AUTH)
         self._token, self.servers = str(said["access_token"]), said.get("servers", [])
 
     def _send(self, method: str, path: tuple[str, ...], body: Object) -> tuple[int, Mapping[str, str], bytes]:
@@ -112,6 +113,8 @@ class Api:
         given = {name: value for name, value in body.items() if value is not None}
         left, safe = len(self._urls) - 1, method != "POST" or path in _ONCE
         while True:
+            if (idle := self._connection.sock) and select([idle], [], [], 0)[0]:
+                self._connection.close()  # the server has ended it meanwhile
             kept = self._connection.sock is not None
             try:
                 self._connection.request(method, where, json.dumps(given) if given else None, sent)
@@ -155,7 +158,7 @@ def _answer(status: int, headers: Mapping[str, str], data: bytes) -> Any:
             found = json.loads(data) if data else None
         except (ValueError, RecursionError) as error:
             raise Problem(f"the API answered {status} with broken JSON", code=UNREACHABLE) from error
-    if status < 400:
+    if status < 300:
         return found
     said = found if isinstance(found, dict) else {}
     raise Problem(

@@ -1,5 +1,7 @@
 """What a guest writes to its serial console, and how one sees there that it is up."""
 
+import codecs
+import functools
 import re
 from typing import TextIO
 
@@ -10,8 +12,8 @@ _UP = re.compile(rb"SF-GUEST-READY [^\r\n]+|^[^\r\n]*\blogin: ?$", re.MULTILINE)
 """What a guest's serial console says when it is up."""
 
 _ESCAPES = re.compile(
-    rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]"
-    rb"|\xc2[\x80-\x9f]"  # the same controls as UTF-8 has them
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.?"
+    r"|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 )
 
 
@@ -32,7 +34,7 @@ def last_line(api: Api, found: Row) -> str:
     """What the guest said last, for whoever waits for it; "" before it is there."""
     if found["state"] != "created":
         return ""
-    lines = _ESCAPES.sub(b"", read(api, str(found["uuid"]), 2_000)).decode(errors="replace").split("\n")
+    lines = _ESCAPES.sub("", read(api, str(found["uuid"]), 2_000).decode(errors="replace")).split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
@@ -41,7 +43,14 @@ def read(api: Api, name: str, length: int) -> bytes:
     return bytes(api("GET", "instances", name, "consoledata", length=length))
 
 
+@functools.cache
+def _decoder(_: TextIO) -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")
+
+
 def emit(data: bytes, out: TextIO) -> None:
-    """A guest may write anything: its escape sequences do not reach a terminal."""
-    out.buffer.write(_ESCAPES.sub(b"", data) if out.isatty() else data)
+    """A guest may write anything, in any pieces: its escape sequences do not reach a terminal."""
+    if out.isatty():
+        data = _ESCAPES.sub("", _decoder(out).decode(data)).encode()
+    out.buffer.write(data)
     out.flush()

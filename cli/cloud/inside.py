@@ -6,7 +6,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import click
@@ -23,7 +23,7 @@ from cli.output import say, show_one
 _PIECE_BYTES = 1 << 16  # an emulated guest's agent takes seconds for a megabyte
 _UNPACK = """d=$(mktemp -d) && tar -xz -C "$d" && case $1 in */) mkdir -p "$1";; esac && t=$1 &&
 if [ -d "$t" ]; then t="$t/$2"; fi && mv "$d/x" "$t"; r=$?; rm -rf "$d"; exit $r"""
-_PACK = '[ -e "$1" ] || exit 3; tar -c -C "${1%/*}/" -f - "${1##*/}"'
+_PACK = '[ -e "$1/$2" ] || exit 3; tar -c -C "$1" -f - "$2"'
 _SH = ("/bin/sh", "-c")
 _OPTIONS: dict[str, Any] = {"ignore_unknown_options": True}
 
@@ -57,6 +57,10 @@ def exec_(name: str, take: bool, command: tuple[str, ...]) -> int:
 def cp(sources: tuple[str, ...], target: str) -> None:
     """Copy files and directories into a guest or out of it, by its agent and its tar: one side is NAME:PATH."""
     api, (guest, path) = Api(), _place(target)
+    if sources[1:] and guest:
+        path += "/"  # a directory
+    elif sources[1:] and not Path(target).is_dir():
+        raise Problem(f"{target} is no directory", hint="of several sources, each goes into one", code=USAGE)
     for source in sources:
         other, there = _place(source)
         if bool(guest) == bool(other):
@@ -84,16 +88,17 @@ def put(api: Api, name: str, source: Path, path: str) -> None:
 
 def _get(api: Api, name: str, path: str, target: Path) -> None:
     """What a guest packed is unpacked beside, then put in its place."""
-    target = target / (Path(path).name or "root") if target.is_dir() else target
+    place = PurePosixPath(path)
+    target = target / (place.name or "root") if target.is_dir() else target
     with tempfile.TemporaryFile() as packed, tempfile.TemporaryDirectory(dir=target.parent) as beside:
-        if code := run(api, name, *_SH, _PACK, "sh", path, out=packed):
+        if code := run(api, name, *_SH, _PACK, "sh", str(place.parent), place.name or ".", out=packed):
             why = f"there is no {path} in {name}" if code == MISSING else f"tar in {name} ended with {code}"
             raise Problem(why, code=code)
         packed.seek(0)
         try:
             with tarfile.open(fileobj=packed) as archive:
                 archive.extractall(beside, _taken(archive))  # noqa: S202
-            Path(beside, Path(path).name).rename(target)
+            Path(beside, place.name).rename(target)
         except (tarfile.TarError, OSError) as error:
             raise Problem(f"what {name} packed as {path} is not taken: {error}") from error
 
@@ -101,7 +106,8 @@ def _get(api: Api, name: str, path: str, target: Path) -> None:
 def _taken(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Files and directories below. A guest packs what it likes: links, devices, ways out are left out."""
     for one in archive:
-        if (one.isreg() or one.isdir()) and not {"..", "/"} & set(Path(one.name).parts):
+        path = Path(one.name)
+        if (one.isreg() or one.isdir()) and not path.is_absolute() and ".." not in path.parts:
             one.mode, one.uid, one.gid = one.mode & 0o777, os.getuid(), os.getgid()
             one.uname = one.gname = ""
             yield one
@@ -119,8 +125,9 @@ def console(name: str, follow: bool, only: bool) -> None:
         if follow:
             for data in stream.data():
                 emit(data, sys.stdout)
-        say(f"{name}'s console; ^] leaves")
-        interact(stream)
+        else:
+            say(f"{name}'s console; ^] leaves")
+            interact(stream)
 
 
 @instance.add(context_settings=_OPTIONS, examples="sf instance ssh web\nsf instance ssh web -l debian uptime")
@@ -139,11 +146,11 @@ def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -
     options = (
         f"ProxyCommand={proxy.replace('%', '%%')} %p",
         f"HostKeyAlias={found['uuid']}",
-        f"UserKnownHostsFile={known}",
+        f'UserKnownHostsFile="{known}"',
         "StrictHostKeyChecking=accept-new",
     )
     argv = ["ssh", *(word for o in options for word in ("-o", o))]
-    argv += [*(("-i", str(identity)) if identity else ()), "-l", user, found["uuid"], *command]
+    argv += [*(("-i", str(identity)) if identity else ()), "-l", user, "--", found["uuid"], *command]
     os.execvp("ssh", argv)  # noqa: S606 - replaces this process; an argument list, no shell
 
 

@@ -3,7 +3,6 @@
 import os
 import ssl
 import sys
-from urllib.parse import urlsplit
 
 import click
 
@@ -12,7 +11,7 @@ from cli.cloud.api import Api, trusting
 from cli.command import Command, Group, settings
 from cli.errors import AUTH, MISSING, USAGE, Problem
 from cli.output import say, show_list
-from cli.settings import access, contexts, forget, is_loopback, keep_context
+from cli.settings import access, contexts, forget, is_loopback, keep_context, parted
 
 context = Group("context", help="Servers that you logged in to; one is in use.")
 
@@ -29,7 +28,7 @@ context = Group("context", help="Servers that you logged in to; one is in use.")
 def login(url: str, fingerprint: str | None, name: str | None) -> None:
     """Keep a key for a server elsewhere (of several: U1,U2), and use it. It is asked for, or SF_KEY, or the input."""
     urls = [one.rstrip("/") for one in url.split(",")]
-    if not all(urlsplit(one).hostname and (one.startswith("https:") or is_loopback(one)) for one in urls):
+    if not all(parted(one) and (one.startswith("https:") or is_loopback(one)) for one in urls):
         raise Problem(f"not the URL of a server: {url!r}", hint="https://HOST:PORT", code=USAGE)
     url = ",".join(urls)
     ca = _authority(url, fingerprint) if fingerprint else ""
@@ -43,7 +42,7 @@ def login(url: str, fingerprint: str | None, name: str | None) -> None:
     api("GET", "auth", "namespaces", namespace)
     # Without an authority of their own, each has a certificate for the name that people know it by.
     url = ",".join(dict.fromkeys([*urls, *(api.servers if ca else ())]))
-    name = name or urlsplit(urls[0]).hostname or ""
+    name = name or parted(urls[0]).hostname or ""
     path = keep_context(name, {"url": url, "namespace": namespace, "key": key, "ca": ca})
     say(f"{name} is in {path} and in use: {url} as {namespace}, key {api.known_as[1]}")
 
@@ -67,7 +66,8 @@ def ls(form: str) -> None:
     """List the servers that you logged in to."""
     used = access(settings())[:2]
     rows = [
-        {"name": n, "url": c["url"], "namespace": c["namespace"]} for n, c in contexts(settings()).items()
+        {"name": n, "url": c["url"], "namespace": c.get("namespace", "system")}
+        for n, c in contexts(settings()).items()
     ]
     in_use = "", lambda c: "in use" if (c["url"], c["namespace"]) == used else ""
     columns = (("name", "name"), ("url", "url"), ("as", "namespace"), in_use)

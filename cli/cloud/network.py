@@ -6,7 +6,7 @@ import click
 
 from cli.cloud.api import Api, poll
 from cli.command import API, Group
-from cli.errors import USAGE, Problem
+from cli.errors import USAGE, Problem, clean
 from cli.output import Row, ago, confirm, say, show_list, show_one
 
 COLUMNS = (
@@ -63,14 +63,12 @@ def _interface(interface: Row) -> str:
 @click.option("--slaac", is_flag=True, help="Guests may choose IPv6 addresses for themselves, too.")
 @click.option("--isolated", is_flag=True, help="Nobody may speak to its guests but who their rules allow.")
 @click.option("--bridge", metavar="DEVICE", help="The nodes' own: guests get addresses of its LAN's DHCP.")
-@click.option(
-    "--range", "chosen", metavar="A-B", help="What of the LAN's NETBLOCK is for guests, without DHCP."
-)
+@click.option("--range", metavar="A-B", help="What of the LAN's NETBLOCK is for guests, without DHCP.")
 @click.option("--gateway", metavar="ADDRESS", help="The LAN's router, if not the first address of NETBLOCK.")
 @click.option("--dhcp/--no-dhcp", default=True, show_default=True, help="Hand out addresses.")
 @click.option("--nat/--no-nat", default=True, show_default=True, help="Let guests reach the world.")
 @click.option("--dns/--no-dns", default=True, show_default=True, help="Answer for guests' names.")
-def create(name: str, netblock: str | None, form: str, chosen: str | None, **given: Any) -> None:
+def create(name: str, netblock: str | None, form: str, **given: Any) -> None:
     """Make a network with the IPv4 addresses of NETBLOCK, a /29 or larger; or one on the nodes' own LAN.
 
     Guests get the IPv6 address that goes with their IPv4 one; without NETBLOCK, IPv6 alone. An administrator's PREFIX
@@ -81,10 +79,11 @@ def create(name: str, netblock: str | None, form: str, chosen: str | None, **giv
     """
     if not (netblock or given["bridge"] or given["ipv6"]):
         raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
-    api, wanted = Api(), {key: given[key] for key in ("isolated", "ipv6", "slaac")}
+    api, wanted = (
+        Api(),
+        {key: given[key] for key in ("isolated", "ipv6", "slaac", "bridge", "gateway", "range")},
+    )
     wanted |= {f"provide_{key}": given[key] for key in ("dhcp", "nat", "dns")}
-    if given["bridge"]:
-        wanted |= {"bridge": given["bridge"], "gateway": given["gateway"], "range": chosen}
     show_one(api("POST", "networks", name=name, netblock=netblock or "", **wanted), MADE, form)
     if given["bridge"]:  # the nodes look while we wait
         for row in next((rows for _ in poll(3, 0.5) if (rows := api("GET", "networks", name, "doctor"))), ()):
@@ -136,7 +135,7 @@ def dns(name: str, entry: str, address: str | None, undo: bool) -> None:
 def ping(name: str, address: str) -> None:
     """Ping ADDRESS from the router of a network; exit 1 when nothing answers."""
     answer = Api()("GET", "networks", name, "ping", address)
-    print("\n".join(answer["stdout"]))
+    print("\n".join(map(clean, answer["stdout"])))
     if not any("bytes from" in line for line in answer["stdout"]):
         raise Problem(f"{address} does not answer on {name}", hint=" ".join(answer["stderr"]))
 

@@ -102,7 +102,7 @@ def top(interval_s: float) -> None:
     from rich.live import Live
     from rich.table import Table
 
-    last: dict[str, int] = {}
+    last, interval_s = dict[str, int](), max(interval_s, 0.1)
     with Live(auto_refresh=False) as live:
         while True:
             table = Table(*_TOP, box=None, pad_edge=False)

@@ -31,6 +31,7 @@ STATUS = (
     ("signers carried", "signers"),
     ("upstreams", lambda s: [_upstream(url, seen) for url, seen in s["upstreams"].items()]),
 )
+_SOME, _ANY = click.IntRange(1), click.FloatRange(0)
 directory = click.Path(file_okay=False, path_type=Path)
 keys_option = click.option("--keys", type=directory, help="Default: mirror/keys in the state directory.")
 
@@ -254,9 +255,11 @@ def _upstream(url: str, seen: dict[str, Any]) -> str:
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--upstream", metavar="URL", help="Be a cache of this mirror instead of serving the store.")
 @click.option("--keep", "--keep-gib", type=GIBIBYTES, default="20G", show_default=True, help="Of it.")
-@click.option("--requests", default=512, show_default=True, help="Requests at once, in each process.")
-@click.option("--rate", default=0.0, show_default=True, help="Of an address, a second and process; 0: any.")
-@click.option("--workers", default=min(4, os.cpu_count() or 1), show_default=True, help="Processes.")
+@click.option("--requests", type=_SOME, default=512, show_default=True, help="At once, in each process.")
+@click.option("--rate", type=_ANY, default=0, show_default=True, help="Of an address a second; 0: any.")
+@click.option(
+    "--workers", type=_SOME, default=min(4, os.cpu_count() or 1), show_default=True, help="Processes."
+)
 def serve(host: str, port: int, upstream: str | None, workers: int, **limits: Any) -> None:
     """Serve the store to sf, to curl, qemu, LXD and Incus, and to people with a browser."""
     from imagestore.mirror import serve as serve_mirror

@@ -92,8 +92,6 @@ def drain(name: str, form: str, undo: bool, move: bool, timeout: float) -> None:
 @click.option("--label", "labels", multiple=True, required=True, metavar="KEY=VALUE", help="KEY=: removed.")
 def node_set(name: str, labels: tuple[str, ...]) -> None:
     """Label a node, for guests that ask for such a one (sf instance create --node-label)."""
-    if wrong := [text for text in labels if "=" not in text]:
-        raise click.UsageError(f"--label {wrong[0]}: KEY=VALUE, or {wrong[0]}= to remove it")
     api, known = Api(), ("nodes", name, "metadata")
     for key, value in pairs(labels).items():
         api("POST", *known, key=key, value=value) if value else api("DELETE", *known, key)

@@ -8,7 +8,7 @@ import click
 
 import compute
 from cli.command import Group, settings
-from cli.errors import Problem
+from cli.errors import MISSING, Problem
 from cli.output import confirm, say, show_list, show_one, size, status, when
 
 COLUMNS = (
@@ -55,6 +55,8 @@ def check(where: str, form: str) -> None:
         tell(f"reading {where or 'the state'}")
         rows = [asdict(made) for made, _ in compute.state_backups(where or _back_up(f"{place}/now").name)]
     show_list(rows, COLUMNS, form)
+    if not rows:
+        raise Problem(f"no backup of a state is in {where}", hint="sf state backup", code=MISSING)
     if wrong := sum(bool(row["trouble"]) for row in rows):
         raise Problem(f"{wrong} of {len(rows)} are no backups")
 

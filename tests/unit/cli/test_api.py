@@ -4,14 +4,17 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from select import select
 from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from cli.cloud.api import Api
 from cli.errors import Problem
 from cli.main import sf
+from cli.settings import living
 
 SEEN: list[tuple[str, str, Any, str]] = []
 TOKENS = ["first", "second", "third"]
@@ -121,11 +124,50 @@ def test_nobody_there_is_unreachable_with_or_without_a_key() -> None:
         assert caught.value.code == 8
 
 
-@pytest.mark.parametrize("bad", ["127.0.0.1:13000", "ftp://x", "http://"])
+@pytest.mark.parametrize(
+    "bad", ["127.0.0.1:13000", "ftp://x", "http://", "http://x:99999", "http://x:y", "http://[::1"]
+)
 def test_what_is_no_http_url_is_a_usage_error(bad: str) -> None:
     with click.Context(sf, obj={"api_url": bad}), pytest.raises(Problem) as caught:
         Api()
     assert caught.value.code == 2
+    with pytest.raises(Problem, match="not the URL"):
+        living([bad, "http://127.0.0.1:9"])
+
+
+def test_where_another_server_answers_nothing_is_a_success(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    api("GET", "x")
+    with pytest.raises(Problem, match="broke"):
+        api("DELETE", "fail", "302")
+    monkeypatch.setattr(Handler, "route", lambda *_: (200, ["It works!"]))
+    api._token = ""
+    with pytest.raises(Problem, match="no API of sf") as caught:
+        api("DELETE", "x")
+    assert caught.value.code == 4
+
+
+def test_a_request_that_may_not_be_repeated_is_sent_after_the_server_closed_an_idle_connection(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "timeout", 0.05)  # of an idle connection, as every server has one
+    api("GET", "x")
+    assert select([api._connection.sock], [], [], 20)[0]  # type: ignore[list-item]
+    assert api("POST", "instances", "web", "restore")["path"] == "/instances/web/restore"
+
+
+def test_what_a_ping_prints_commands_no_terminal(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"stdout": ["64 bytes from\x1b[2J 10.0.0.9"], "stderr": []}
+    plain = Handler.route
+    monkeypatch.setattr(Handler, "route", lambda h, b: (200, said) if "ping" in h.path else plain(h, b))
+    done = CliRunner().invoke(sf, ["network", "ping", "lan", "10.0.0.9"], obj=click.get_current_context().obj)
+    assert (done.exit_code, done.stdout) == (0, "64 bytes from [2J 10.0.0.9\n")
+
+
+def test_a_range_and_a_gateway_are_never_left_out(api: Api) -> None:
+    words = "network create home 192.168.1.0/24 --range 192.168.1.9-192.168.1.20 --gateway 192.168.1.2"
+    CliRunner().invoke(sf, words.split(), obj=click.get_current_context().obj)
+    (sent,) = [body for method, path, body, _ in SEEN if (method, path) == ("POST", "/networks")]
+    assert (sent["range"], sent["gateway"]) == ("192.168.1.9-192.168.1.20", "192.168.1.2")
 
 
 def test_events_are_followed_over_the_end_of_a_server_from_where_they_were(

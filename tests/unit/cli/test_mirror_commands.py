@@ -83,3 +83,8 @@ def test_a_port_that_is_taken_is_a_conflict_and_an_address_of_others_bad_input()
         run("mirror", "serve", "--port", taken.getsockname()[1], code=5)
     run("mirror", "serve", "--host", "192.0.2.1", code=2)
     run("mirror", "serve", "--port", 70000, code=2)
+
+
+@pytest.mark.parametrize("option", ["--workers=0", "--requests=0", "--rate=-1"])
+def test_a_mirror_that_would_answer_nobody_is_not_served(option: str) -> None:
+    run("mirror", "serve", option, code=2)

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import click
 import pytest
 
+from cli.command import pairs
 from cli.errors import Problem, exit_code
 from cli.settings import access, add_remote, forget
 from imagestore import Invalid, Settings
+from tests.unit.cli.test_mirror_commands import run
 
 VARIABLES = (
     "SF_STORE",
@@ -43,6 +46,24 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(
 def test_the_default_store_is_under_the_state_directory(home: Path) -> None:
     assert Settings().store_url == f"file://{home}/state/store"
     assert Settings().store_is_default
+
+
+def test_a_context_that_somebody_wrote_by_hand_is_listed(home: Path) -> None:
+    Settings().user_file.write_text('[contexts.lab]\nurl = "https://lab:1"\n')
+    (row,) = json.loads(run("context", "ls", "--format", "json").stdout)
+    assert row == {"name": "lab", "url": "https://lab:1", "namespace": "system"}
+
+
+@pytest.mark.parametrize("text", ["rack", ""])
+def test_what_is_not_key_and_value_is_said_instead_of_taken_for_an_empty_value(text: str) -> None:
+    assert pairs(["a=b", "c="]) == {"a": "b", "c": ""}
+    with pytest.raises(click.UsageError, match="KEY=VALUE"):
+        pairs(["a=b", text])
+
+
+def test_a_store_without_a_backup_of_the_state_is_no_success(home: Path) -> None:
+    run("store", "init", home / "backups")
+    run("state", "check", home / "backups", code=3)
 
 
 def test_a_broken_file_is_a_usage_error_that_names_it(home: Path) -> None:
