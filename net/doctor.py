@@ -9,7 +9,7 @@ from net.plan import names
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Kind, Link, Observed
 from net.plan.model import NodeNetworks
 from net.plan.plan import Action, Space, Transaction, Verb, plan
-from net.plan.target import VXLAN_OVERHEAD_BYTES, has_uplink, is_meshed, published, tap_name, too_large
+from net.plan.target import has_uplink, is_meshed, published, tap_name, unfit
 
 _Rules = dict[tuple[str, ...], list[dict[str, Any]]]  # by family, table and chain
 
@@ -34,9 +34,8 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
     for network in desired.networks:
         space = HOST if network.bridge else names.namespace(desired.installation, network.vni)
         facts = observed.namespaces.get(space)
-        if network.bridge and network.bridge not in observed.bridges:
-            text = f"there is no bridge {network.bridge} here: no guest of it can run on this node"
-            findings.append(Finding(network.name, text, "make the bridge; sf never does"))
+        text, fix = unfit(desired, observed, network)
+        findings += [Finding(network.name, text, fix)] if text else []
         for port in network.ports if facts else ():
             if facts and port.node == desired.node and tap_name(desired, port) not in facts.links:
                 text = f"{port.hostname or port.uuid} has no tap here: its guest is off, or not started yet"
@@ -46,11 +45,6 @@ def examine(desired: NodeNetworks, observed: Observed, ruleset: str) -> list[Fin
         findings.append(Finding("", text, "sysctl -w net.ipv6.conf.all.forwarding=1 (and accept_ra=2)"))
     told = published(desired, observed)[1]
     findings += [Finding("", text, "stop that server, or publish another port") for text in told]
-    for network in too_large(desired, observed):
-        room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
-        text = f"packets of {network.mtu_bytes} bytes do not fit the mesh, which carries {room}"
-        fix = f"raise the MTU of the device with {desired.underlay} to {network.mtu_bytes + 50}"
-        findings.append(Finding(network.name, text, fix))
     return findings + list(_firewall(desired, observed, ruleset))
 
 

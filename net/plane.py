@@ -13,7 +13,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from net.doctor import Finding, examine
+from net.doctor import Finding, describe, examine
 from net.errors import Conflict, Failed, Invalid, NetError
 from net.kernel import dnsmasq, netns, taps
 from net.kernel.netns import NetlinkError, Netns
@@ -22,7 +22,7 @@ from net.plan import names, nft, ruleset
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
-from net.plan.target import VXLAN_OVERHEAD_BYTES, cannot, port_link, tap_name, too_large, without_routers
+from net.plan.target import VXLAN_OVERHEAD_BYTES, on_lan, port_link, tap_name, unfit, without_routers
 
 
 class Plane:
@@ -57,13 +57,15 @@ class Plane:
                 observed = self._look(desired.underlay, self._running())
             if any(network.led() for network in desired.networks):  # 10 ms, which many nodes need not spend
                 observed = replace(observed, listening=netns.listening())
-            large = too_large(desired, observed)  # one that is here already stays
-            refused = [n for n in large if self.namespace(n) not in observed.namespaces]
-            kept = tuple(network for network in desired.networks if network not in refused)
+            odd = {n.uuid for n in desired.networks if unfit(desired, observed, n)[0]}
+            there = observed.namespaces  # what is here already stays
+            kept = tuple(n for n in desired.networks if n.uuid not in odd or self.namespace(n) in there)
             actions = plan(replace(desired, networks=kept), observed)
             self._carry_out(actions)
-            if trouble := cannot(desired, observed, refused):
-                raise trouble
+            refused = [n for n in desired.networks if n not in kept]
+            for network in (*refused, *(n for n, _ in on_lan(desired).values() if n.uuid in odd)):
+                text, hint = unfit(desired, observed, network)
+                raise Failed(f"{network.name}: {text}", hint=hint)
             return [Action(Verb.ADD, HOST, Link(name, "tun", "", 0)) for name in back] + actions
 
     def drop_routers(self) -> list[Action]:
@@ -170,18 +172,21 @@ class Plane:
         failed: dict[str, NetError] = {}
         with Netns(HOST) as host:
             for name, group in itertools.groupby(actions, key=lambda action: action.namespace):
-                if name not in failed and (error := self._carry_out_in(name, group, host)):
-                    failed[name] = error
+                if name not in failed:
+                    try:
+                        self._carry_out_in(name, group, host)
+                    except NetError as error:
+                        failed[name] = error
         if failed:
             first = next(iter(failed.values()))
             said = "; ".join(f"{name or 'host'}: {error}" for name, error in failed.items())
             raise Failed(said, hint=first.hint) from first
 
-    def _carry_out_in(self, name: str, actions: Iterable[Action], host: Netns) -> NetError | None:
+    def _carry_out_in(self, name: str, actions: Iterable[Action], host: Netns) -> None:
         with ExitStack() as opened:
             space = host if name == HOST else None
             for action in actions:
-                try:
+                with _refusals(describe(action)):
                     if isinstance(action.item, Space) and action.verb is Verb.DELETE:
                         netns.remove_namespace(name)
                         dnsmasq.Daemon(self._directory, name).forget()
@@ -192,9 +197,6 @@ class Plane:
                     if space is None:
                         space = opened.enter_context(Netns(name))
                     self._do(action, space, host)
-                except (NetError, NetlinkError, OSError) as error:
-                    return _explained(action, error)
-        return None
 
     def _do(self, action: Action, space: Netns, host: Netns) -> None:
         add = action.verb is not Verb.DELETE
@@ -302,14 +304,3 @@ def _refusals(what: str) -> Iterator[None]:
         yield
     except (NetlinkError, OSError) as error:
         raise Failed(f"{what}: {error}") from error
-
-
-def _explained(action: Action, error: NetError | NetlinkError | OSError) -> NetError:
-    if isinstance(error, NetError):
-        return error
-    what = getattr(action.item, "name", type(action.item).__name__.lower())
-    said = str(error)
-    hint = ""
-    if isinstance(action.item, Link) and action.item.kind == "vxlan" and "exists" in said.lower():
-        hint = f"another device on this host uses VNI {action.item.vni}"
-    return Failed(f"{action.verb} {what}: {said}", hint=hint)

@@ -229,8 +229,11 @@ class Netns:
                     host._ip.link("add", **device)
                     return
                 except NetlinkError as error:
-                    if error.code != errno.EEXIST or not tries_left:
+                    if error.code != errno.EEXIST:
                         raise
+                    if not tries_left:
+                        hint = f"another device on this host uses VNI {link.vni}"
+                        raise Failed(f"{link.name} cannot be made: {error}", hint=hint) from error
                     # A namespace that lost its name frees its devices some time after its last process.
                     time.sleep(0.1)
         elif self.name:  # the host's end of a veth pair comes with the other

@@ -9,7 +9,7 @@ from net.errors import Failed
 from net.kernel import dnsmasq, netns
 from net.kernel.netns import Netns
 from net.plan import names, nft, ruleset
-from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed
+from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Hook, Kind, Link, Observed
 from net.plan.target import BRIDGED, FORWARD, FORWARD6, SYSCTLS, sysctls6
 
 _OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE, Kind.SYSCTL)
@@ -73,12 +73,7 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     own = {e for e in entries if e.key == FORWARD or (e.dev in links and e.kind in _OURS_ON_HOST)}
     own |= {e for e in entries if e.kind is Kind.PROXY and e.key in answered}
     foreign, admissions = _foreign(installation, host)
-    found[HOST] = Facts(
-        links=links,
-        entries=frozenset(own),
-        tables=tables,
-        admissions=frozenset(admissions),
-    )
+    found[HOST] = Facts(links, frozenset(own), tables, admissions)
     own4 = (e for e in entries if e.kind is Kind.ADDRESS and ":" not in e.key)
     addresses = {IPv4Interface(e.key).ip: e.dev for e in own4}
     carrier = every.get(addresses.get(underlay, ""))
@@ -93,28 +88,27 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
         idle6=default6 and not forwards6,
         mtu_bytes=carrier.mtu_bytes if carrier else 0,
         resolvers=dnsmasq.upstream(),
-        foreign=tuple(foreign),
+        foreign=foreign,
         bridges={link.name: link.mtu_bytes for link in every.values() if link.kind == "bridge"},
         bridged_meets_firewall=Entry(Kind.SYSCTL, "", BRIDGED, "1") in entries,
     )
 
 
-def _foreign(installation: str, host: Netns) -> tuple[list[ForeignChain], list[Admission]]:
+def _foreign(installation: str, host: Netns) -> tuple[dict[tuple[str, str, str], Hook], frozenset[Admission]]:
     """Others' base chains that drop by policy and lie in the way of forwarded or mesh packets, with our rules in
     them. (Chains that drop by a rule are the doctor's business.)"""
     own = names.table(installation)
-    chains: list[ForeignChain] = []
-    admissions: list[Admission] = []
+    chains, admissions = dict[tuple[str, str, str], Hook](), set[Admission]()
     for (family, table), listed in ruleset.parse(host.nft("list chains", json=True)).items():
         if table.startswith("sf-") or family not in ("ip", "ip6", "inet"):
             continue  # ours, or another installation's, which knows its own uplinks only
         for name, hook in ((chain.name, chain.hook) for chain in listed.chains.values()):
             if hook is None or hook.hook not in ("forward", "input"):
                 continue
-            chains.append(ForeignChain(family, table, name, hook.hook, hook.policy))
+            chains[family, table, name] = hook
             with suppress(Failed):  # it was removed since
                 text = host.nft(f"list chain {family} {table} {name}", json=True)
                 rules = ruleset.parse(text)[family, table].chains[name].rules
                 ours = (rule for rule in rules if rule.mark.startswith(f"{own}:"))
-                admissions += [Admission(family, table, name, rule) for rule in ours]
-    return chains, admissions
+                admissions |= {Admission(family, table, name, rule) for rule in ours}
+    return chains, frozenset(admissions)

@@ -155,17 +155,6 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignChain:
-    """Another's base chain in the host's namespace that packets of ours pass."""
-
-    family: str
-    table: str
-    name: str
-    hook: str
-    policy: str
-
-
-@dataclass(frozen=True, slots=True)
 class Observed:
     """The kernel of one node as far as it concerns an installation."""
 
@@ -183,7 +172,8 @@ class Observed:
     """Of the device that carries the underlay address; 0 where there is none."""
     resolvers: tuple[IPv4Address, ...] = ()
     """The host's upstream DNS servers without loopback."""
-    foreign: tuple[ForeignChain, ...] = ()
+    foreign: Mapping[tuple[str, str, str], Hook] = field(default_factory=dict)
+    """Others' base chains in the host's namespace that packets of ours pass, by family, table and name."""
     listening: frozenset[tuple[str, int]] = frozenset()
     """(protocol, port) of the host's own servers."""
     bridges: Mapping[str, int] = field(default_factory=dict)

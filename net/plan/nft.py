@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 from net.ipam import LOCAL6, UNKNOWN
 from net.plan import guards, names, rules
-from net.plan.facts import Admission, Chain, Elements, ForeignChain, Hook, Rule, Table
+from net.plan.facts import Admission, Chain, Elements, Hook, Rule, Table
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.names import VXLAN_PORT
 
@@ -318,7 +318,10 @@ def host_table(
 
 
 def admissions(
-    installation: str, foreign: Iterable[ForeignChain], nodes: Sequence[IPv4Address], uplinks: Collection[str]
+    installation: str,
+    foreign: Mapping[tuple[str, str, str], Hook],
+    nodes: Sequence[IPv4Address],
+    uplinks: Collection[str],
 ) -> frozenset[Admission]:
     """Rules of ours for host firewalls whose last word is to drop.
 
@@ -328,13 +331,13 @@ def admissions(
     """
     ours = f'"{names.host_uplink_prefix(installation)}*"'
     wanted = []
-    for chain in foreign:
+    for (family, table, name), chain in foreign.items():
         rules = []
-        if chain.policy == "drop" and chain.hook == "forward" and chain.family in uplinks:
+        if chain.policy == "drop" and chain.hook == "forward" and family in uplinks:
             rules = [f"iifname {ours} accept", f"oifname {ours} accept"]
-        elif chain.policy == "drop" and chain.hook == "input" and nodes and chain.family != "ip6":
+        elif chain.policy == "drop" and chain.hook == "input" and nodes and family != "ip6":
             rules = [f"udp dport {VXLAN_PORT} ip saddr {braces(nodes)} accept"]
         for text in rules:
             rule = Rule(f"{names.table(installation)}:{Rule.of(text).mark}", text)
-            wanted.append(Admission(chain.family, chain.table, chain.name, rule))
+            wanted.append(Admission(family, table, name, rule))
     return frozenset(wanted)

@@ -1,11 +1,9 @@
 """What each namespace of a node must hold: pure functions from desired state to facts."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Network
 
-from net.errors import Failed, Invalid, NetError
 from net.ipam import TRANSIT
 from net.plan import dhcp, guards, names, nft
 from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed, sysctl
@@ -267,23 +265,17 @@ def without_routers(observed: Observed) -> dict[str, Facts]:
     return found
 
 
-def too_large(desired: NodeNetworks, observed: Observed) -> list[Network]:
-    """Networks whose packets the mesh's underlay cannot carry."""
-    if not observed.mtu_bytes or not is_meshed(desired):
-        return []
-    limit = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
-    return [network for network in desired.networks if network.mtu_bytes > limit and not network.bridge]
-
-
-def cannot(desired: NodeNetworks, observed: Observed, refused: Sequence[Network]) -> NetError | None:
-    """What this node was asked for and cannot be: `refused` are too large."""
-    if refused:
-        return Invalid(
-            f"{', '.join(network.name for network in refused)}: packets of {refused[0].mtu_bytes} bytes do"
-            f" not fit through a mesh over {desired.underlay}, whose device carries {observed.mtu_bytes}",
-            hint=f"the largest MTU there is {observed.mtu_bytes - VXLAN_OVERHEAD_BYTES}",
-        )
-    lost = {n.bridge: n.name for n, _ in on_lan(desired).values() if n.bridge not in observed.bridges}
-    for bridge, name in sorted(lost.items()):
-        return Failed(f"this node has no bridge {bridge}: guests of {name} are unplugged", hint="make it")
-    return None
+def unfit(desired: NodeNetworks, observed: Observed, network: Network) -> tuple[str, str]:
+    """Why this node cannot be what it should be for a network, and what to do; "" where it can."""
+    if network.bridge in observed.bridges:
+        return "", ""
+    if network.bridge:
+        text = f"there is no bridge {network.bridge} here: guests of {network.name} are unplugged"
+        return text, "make the bridge; sf never does"
+    room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
+    if not observed.mtu_bytes or not is_meshed(desired) or network.mtu_bytes <= room:
+        return "", ""
+    larger = (
+        f"raise the MTU of the device with {desired.underlay} to {network.mtu_bytes + VXLAN_OVERHEAD_BYTES}"
+    )
+    return f"packets of {network.mtu_bytes} bytes do not fit the mesh, which carries {room}", larger

@@ -180,7 +180,7 @@ def test_the_bridge_stays_as_it_was_and_its_loss_unplugs_guests_until_it_is_back
         assert guest.pings("192.168.77.3")
         assert node.sh(look) == before
         node.sh("ip link del br0")
-        with pytest.raises(Failed, match="no bridge br0: guests of home are unplugged"):
+        with pytest.raises(Failed, match="no bridge br0 here: guests of home are unplugged"):
             lan.node.apply(desired)
         assert "home" in [f.network for f in node.call(lan.node.plane.doctor, desired)]
         node.sh("ip link add br0 type bridge; ip link set nb master br0; ip link set br0 up")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from net.errors import Invalid
+from net.errors import Failed
 from net.plan import names
 from tests.net.machines import OUTSIDE, Cluster, make_network, make_port
 
@@ -165,9 +165,9 @@ def test_a_network_whose_packets_do_not_fit_the_underlay_is_refused_with_the_siz
     with Cluster(tmp_path, 2, mtu=1400) as cluster:
         large, small = make_network(mtu_bytes=1450), make_network(name="small", mtu_bytes=1350)
         node = cluster.nodes[0]
-        with pytest.raises(Invalid, match="1400") as refused:
+        with pytest.raises(Failed, match="which carries 1350") as refused:
             node.apply(cluster.desired(large, small))
-        assert "1350" in refused.value.hint
+        assert "1500" in refused.value.hint
         assert node.space.sh("ls /run/netns").split() == [node.plane.namespace(small)]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from net.ipam import UNKNOWN
 from net.plan import names, nft
-from net.plan.facts import HOST, Dnsmasq, Entry, Facts, ForeignChain, Kind, Link, Observed
+from net.plan.facts import HOST, Dnsmasq, Entry, Facts, Hook, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Peer, Port, Published
 from net.plan.plan import Space, Transaction, Verb, diff, plan
 from net.plan.target import target, transits, without_routers
@@ -182,11 +182,11 @@ def test_a_dead_tap_goes_and_one_that_waits_for_its_guest_stays() -> None:
 
 
 def test_only_a_firewall_that_drops_by_policy_gets_a_rule_of_ours() -> None:
-    chains = [
-        ForeignChain("ip", "filter", "FORWARD", "forward", "drop"),
-        ForeignChain("inet", "filter", "forward", "forward", "accept"),
-        ForeignChain("inet", "filter", "input", "input", "drop"),
-    ]
+    chains = {
+        ("ip", "filter", "FORWARD"): Hook("filter", "forward", 0, "drop"),
+        ("inet", "filter", "forward"): Hook("filter", "forward", 0, "accept"),
+        ("inet", "filter", "input"): Hook("filter", "input", 0, "drop"),
+    }
     made = nft.admissions(INSTALLATION, chains, [IPv4Address("172.16.0.2")], ("ip", "inet"))
     assert sorted((a.table, a.chain) for a in made) == [
         ("filter", "FORWARD"),
@@ -195,7 +195,7 @@ def test_only_a_firewall_that_drops_by_policy_gets_a_rule_of_ours() -> None:
     ]
     assert all(a.rule.mark.startswith("sf-1a2b3c4d:") for a in made)
     assert nft.admissions(INSTALLATION, chains, [], ()) == frozenset()
-    six = [ForeignChain("ip6", "filter", hook, hook, "drop") for hook in ("forward", "input")]
+    six = {("ip6", "filter", hook): Hook("filter", hook, 0, "drop") for hook in ("forward", "input")}
     assert nft.admissions(INSTALLATION, six, [IPv4Address("172.16.0.2")], ("ip", "inet")) == frozenset()
     texts = [made.rule.text for made in nft.admissions(INSTALLATION, six, [], ("ip", "inet", "ip6"))]
     assert sorted(text.split()[0] for text in texts) == ["iifname", "oifname"]
