@@ -30,7 +30,7 @@ MEMBERS = {
     "state": ("cli.operate.state:state", "The server's own records, kept elsewhere and put back."),
     "serve": ("cli.operate.serve:serve", "Run the API and this machine's agent."),
     "agent": ("cli.operate.serve:agent", "Run this machine as a node of a server elsewhere."),
-    "imaged": ("cli.image.cache:imaged", "Run this node's image service."),
+    "imaged": ("cli.operate.caches:imaged", "Run this node's image service."),
     "doctor": ("cli.operate.doctor:doctor", "Say what is well here and what is not."),
     "completion": ("cli.operate.serve:completion", "Print the shell's completion script."),
 }

@@ -103,7 +103,7 @@ def image_of(api: Api, file: Path) -> str:
         raise Problem(f"{api.url} cannot see {file}", hint=hint, code=USAGE)
     name = re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:60] or "disk"
     name += time.strftime(":%Y%m%d-%H%M%S", time.localtime(file.stat().st_mtime))
-    keep(str(file), name, platform.machine(), alone=False)
+    keep(str(file), name, platform.machine())
     say(f"{file} is {name} from now on")
     return name
 

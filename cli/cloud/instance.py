@@ -10,7 +10,7 @@ import click
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.console import answers, up
 from cli.cloud.create import LOSS, asked, follow_start, gigabytes, guest, power, wait
-from cli.cloud.network import EVENTS
+from cli.cloud.network import EVENTS, link_text
 from cli.cloud.snapshots import moved, take
 from cli.command import API, DURATION, GIBIBYTES, MEBIBYTES, Group
 from cli.errors import CAPACITY, MISSING, TIMEOUT, Problem
@@ -31,7 +31,7 @@ FIELDS = (
     *COLUMNS[2:],
     ("uuid", "uuid"),
     ("namespace", "namespace"),
-    ("interfaces", lambda i: [_interface(link) for link in i.get("interfaces") or []]),
+    ("interfaces", lambda i: [link_text(link) for link in i.get("interfaces") or []]),
     ("disks", lambda i: [_disk(disk) for disk in i.get("disks") or []]),
     ("labels", lambda i: [f"{key}={value}" for key, value in (i.get("metadata") or {}).items()]),
     ("autostart", lambda i: f"{i.get('autostart')}, order {i.get('order')}, delay {i.get('delay_s')} s"),
@@ -54,12 +54,6 @@ def _ends(found: Row) -> str:
     """When it is deleted by itself."""
     how = (("ephemeral", "when off"), ("held_until", "with its maker"))
     return ", ".join(filter(None, (left(found.get("until")), *(text for key, text in how if found.get(key)))))
-
-
-def _interface(link: Row) -> str:
-    outside = [*filter(None, [link.get("floating")]), *(link.get("published") or ())]
-    known = " ".join(filter(None, map(link.get, ("ipv4", "ipv6")))) or "by DHCP"
-    return f"{known} {link.get('macaddr')}{', from outside ' if outside else ''}{' '.join(outside)}"
 
 
 def _disk(disk: Row) -> str:

@@ -24,7 +24,7 @@ FIELDS = (
     ("floating gateway", "floating_gateway"),
     ("namespace", "namespace"),
     ("dns", lambda n: [f"{entry} {address}" for entry, address in sorted(n["dns"].items())]),
-    ("addresses", lambda n: [_interface(i) for i in n.get("interfaces", [])]),
+    ("addresses", lambda n: [link_text(i, i.get("instance_uuid") or "") for i in n.get("interfaces", [])]),
 )
 FINDINGS = (("node", "node"), ("problem", "problem"), ("fix", "fix"))
 EVENTS = (
@@ -38,12 +38,12 @@ EVENTS = (
 network = Group("network", needs=API, help="Virtual networks for guests.")
 
 
-def _interface(interface: Row) -> str:
-    floating = f" floating {interface['floating']}" if interface.get("floating") else ""
-    ports = f" published {' '.join(interface['published'])}" if interface.get("published") else ""
-    guest = interface.get("instance_uuid") or ""
-    known = " ".join(filter(None, map(interface.get, ("ipv4", "ipv6")))) or "by DHCP"
-    return f"{known} {interface.get('macaddr')} {guest}{floating}{ports}"
+def link_text(link: Row, whose: str = "") -> str:
+    """An interface: its addresses, its MAC, whose it is, what leads to it from outside."""
+    known = " ".join(filter(None, map(link.get, ("ipv4", "ipv6")))) or "by DHCP"
+    floating = f"floating {link['floating']}" if link.get("floating") else ""
+    ports = " ".join(["published", *link["published"]]) if link.get("published") else ""
+    return " ".join(filter(None, (known, link.get("macaddr"), whose, floating, ports)))
 
 
 @network.add(

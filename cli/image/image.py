@@ -14,7 +14,7 @@ import imagestore
 from cli.command import DURATION, STORE, Group, pairs, settings
 from cli.errors import MISSING, USAGE, Problem
 from cli.image.push import keep, keep_clean
-from cli.image.stores import found, home, judge, opened, written
+from cli.image.stores import found, held_images, home, judge, opened, present, written
 from cli.output import ago, confirm, progress, say, show_list, show_one, size, when
 
 COLUMNS = (
@@ -90,7 +90,7 @@ path = click.Path(dir_okay=False, path_type=Path)
 @click.argument("name")
 @click.option("--checksum", default="", metavar="sha256:…", help="What FILE must have.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
-@click.option("--input-format", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]))
+@click.option("--input-format", "format_", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]))
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
 @click.option("--update", is_flag=True, help="Also make what takes holders of the former version here.")
 def push(file: str, name: str, architecture: str, single_writer: bool, form: str, **given: Any) -> None:
@@ -165,9 +165,7 @@ def ls(remote: str | None, form: str, removed: bool) -> None:
     """List images of the local store, of a remote, or what a namespace keeps (`my`: the current one)."""
     here = dict[str, str]()  # what part of which image this node holds
     if (settings().state_dir / "cache").is_dir():
-        from cli.image import cache
-
-        here = {row["digest"]: cache.present(row) for row in cache.rows()}
+        here = {row["digest"]: present(row) for row in held_images()}
     place = (remote or home() or "local").rstrip("/")
     url = settings().stores.get(place, "")
     name, make = "" if url else f"{place}/any", not remote and settings().store_is_default

@@ -12,19 +12,18 @@ from cli.image.stores import opened, written
 from cli.output import Row, progress, say
 
 
-def keep(file: str, text: str, architecture: str, alone: bool, **given: Any) -> Row:
+def keep(
+    file: str, text: str, machine: str, alone: bool = False, checksum: str = "", labels: Any = (), **how: Any
+) -> Row:
     """Bring it into the store of the settings; the row that says what came. Raises Corrupt, Problem.
 
-    given: checksum, labels, input_format, sparsify, update.
+    how: format_, sparsify, update of a push.
     """
     from imagestore import push
 
     imagestore.keep_buffers()
-    (name, tag), machine = written(text), imagestore.check_architecture(architecture)
-    title = f"{name}:{tag}"
-    labels, checksum = given.get("labels") or {}, given.get("checksum", "")
-    how: dict[str, Any] = {key: given.get(key, False) for key in ("sparsify", "update")}
-    how["format_"] = given.get("input_format")
+    (name, tag), machine = written(text), imagestore.check_architecture(machine)
+    title, labels = f"{name}:{tag}", dict(labels)
     if "://" in file:
         if any(how.values()):
             what = "--input-format, --sparsify and --update are for files"

@@ -1,8 +1,9 @@
-"""From what a person typed to an open store, an image in it, a name to write."""
+"""From what a person typed to an open store, an image in it, a name to write; and what this node holds of images."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import imagestore
 from cli.command import settings
@@ -68,3 +69,28 @@ def judge(report: "imagestore.VerifyReport", what: str, good: str) -> None:
         hint = "sf store verify --repair-from URL|FILE"
         raise Problem(f"{what}: {len(report.problems)} problems", hint=hint)
     print(f"{what}: {good}")
+
+
+def present(row: dict[str, Any]) -> str:
+    """What part of an image is on a node."""
+    if row["complete"]:
+        return "100%"
+    data = row.get("data_bytes")
+    return f"{100 * row['present_bytes'] / data:.0f}%" if data else "a part"
+
+
+def ask(op: str, **arguments: Any) -> Any:
+    """Of this node's image service. Raises Unavailable."""
+    import asyncio
+
+    client = imagestore.ControlClient(imagestore.control_socket(settings().state_dir))
+    return asyncio.run(client.ask(op, **arguments))
+
+
+def held_images() -> list[dict[str, Any]]:
+    """What the service says, or without one what its directory says."""
+    try:
+        told: list[dict[str, Any]] = ask("ls")["images"]
+    except imagestore.Unavailable:
+        told = imagestore.list_images(settings().state_dir / "cache")
+    return told

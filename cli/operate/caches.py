@@ -1,14 +1,39 @@
-"""`sf cache` where it may be about other nodes: their services are asked through the API."""
+"""`sf imaged`, the node's image service, and `sf cache`: this node's is asked by itself, others' through the API."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
+import imagestore
 from cli.cloud.api import Api
+from cli.command import DURATION, SIZE, Command, Group, kept, settings
 from cli.errors import Problem
-from cli.image.cache import ROWS, ask, cache, digest_of, rows
-from cli.output import say, show_list
+from cli.image.stores import ask, found, held_images, present
+from cli.output import ago, say, show_list, size, status
+
+ROWS = (
+    ("digest", "digest"),
+    ("disk", lambda row: size(row["size_bytes"])),
+    ("held", lambda row: size(row["used_bytes"])),
+    ("present", present),
+    ("pinned", lambda row: "yes" if row["pinned"] else ""),
+    ("used by", lambda row: len(row["readers"]) or ""),
+    ("last used", lambda row: ago(row["used_s"])),
+)
+
+_TOP = ("image", "present", "clients", "from", "a second", "waited")
+
+cache = Group("cache", help="Images that nodes hold.")
+
+
+def digest_of(name: str, architecture: str) -> str:
+    """What a name stands for: in a store, or (a digest) in this node's cache."""
+    if digest := imagestore.parse_reference(name).digest:
+        return str(digest)
+    with found(name, architecture) as (_, _, digest):
+        return str(digest)
+
 
 _on = click.option(
     "--on", metavar="NODE|all", default="", help="A node by the server's records, or all of them."
@@ -34,7 +59,7 @@ def _each(on: str, method: str, **body: Any) -> Iterator[tuple[str, Any]]:
 @_on
 def ls(on: str, form: str) -> None:
     """List the images on this node, or on others, and what part of each is present."""
-    told = [{"node": node, **row} for node, held in _each(on, "GET") for row in held] if on else rows()
+    told = [{"node": node, **row} for node, held in _each(on, "GET") for row in held] if on else held_images()
     show_list(told, (("node", "node"), *ROWS) if on else ROWS, form, name="digest")
 
 
@@ -46,3 +71,79 @@ def prefetch(name: str, architecture: str, on: str) -> None:
         ask("prefetch", image=digest_of(name, architecture))
     for node, _ in _each(on, "POST", image=name, architecture=architecture) if on else ():
         say(f"{node} brings {name}")
+
+
+@cache.add(examples="sf cache verify")
+def verify() -> None:
+    """Hash every image on this node again; what is damaged is removed, and fetched anew when it is used."""
+    held = imagestore.ImageCache(settings().state_dir / "cache", {})
+    images, bad = held.digests(), 0
+    with status() as tell:
+        for one in images:
+            tell(f"verify {one}")
+            try:
+                held.verify(one)
+            except imagestore.Corrupt as error:
+                bad += 1
+                print(error)
+    if bad:
+        raise Problem(f"{bad} of {len(images)} images were damaged")
+    print(f"{len(images)} images, every byte is right")
+
+
+def _about(word: str, text: str) -> None:
+    """Make a command that asks the service for the operation of its name."""
+
+    @cache.add(word, help=text, examples=f"sf cache {word} debian:12")
+    def run(name: str, architecture: str) -> None:
+        ask(word, image=digest_of(name, architecture))
+
+
+_about("pin", "Keep an image on this node although nothing uses it.")
+_about("unpin", "Let an image be forgotten when it is unused and room is needed.")
+
+
+@cache.add(examples="sf cache prune\nsf cache prune --to 20G")
+@click.option("--to", "limit", type=SIZE, default="0", help="What may stay beside what is in use or pinned.")
+def prune(limit: int) -> None:
+    """Forget unused images, least recently used first."""
+    for digest in ask("prune", limit_bytes=limit):
+        print(digest)
+
+
+@cache.add(examples="sf cache top")
+@click.option("--every", "interval_s", type=DURATION, default="1s", show_default=True)
+def top(interval_s: float) -> None:
+    """Watch images arrive, until Ctrl-C."""
+    import time
+
+    from rich.live import Live
+    from rich.table import Table
+
+    last, interval_s = dict[str, int](), max(interval_s, 0.1)
+    with Live(auto_refresh=False) as live:
+        while True:
+            table = Table(*_TOP, box=None, pad_edge=False)
+            for row in held_images():
+                received = row.get("received", {})
+                total = sum(received.values())
+                rate = (total - last.get(row["digest"], total)) / interval_s
+                last[row["digest"]] = total
+                clients = str(sum(e["clients"] for e in row.get("exports", {}).values()))
+                came = " ".join(f"{kind} {size(count)}" for kind, count in sorted(received.items()))
+                pace = (size(rate) if rate else "", f"{row.get('waited_s', 0):.1f} s")
+                table.add_row(row["digest"][:15], present(row), clients, came, *pace)
+            live.update(table, refresh=True)
+            time.sleep(interval_s)
+
+
+@click.command(cls=Command, examples="sf imaged\nsf imaged --fill-rate 20M --cache-size 100G")
+@kept("--fill-rate", metavar="SIZE", help="Bytes a second for what nobody waits for; 0: no limit.")
+@kept("--cache-size", metavar="SIZE", help="Forget unused images above this; 0: no limit.")
+@click.option("--user", default="", metavar="NAME", help="Give up root and become this user.")
+@click.option("--group", default="", metavar="NAME", help="Who may connect besides: qemu's, such as kvm.")
+def imaged(user: str, group: str) -> None:
+    """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
+    told = settings()
+    stores, options = tuple(told.stores.values()), imagestore.options_of(told)
+    imagestore.run_service(told.state_dir, stores, options, user=user, group=group)

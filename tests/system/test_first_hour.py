@@ -27,9 +27,9 @@ from cli.cloud.api import Api
 from cli.cloud.console import last_line
 from cli.cloud.instance import COLUMNS as GUESTS
 from cli.errors import Problem, exit_code
-from cli.image.cache import ROWS as CACHED
 from cli.image.image import COLUMNS as IMAGES
 from cli.main import sf
+from cli.operate.caches import ROWS as CACHED
 from cli.output import ago, show_list
 from tests.api_server import Running, running
 

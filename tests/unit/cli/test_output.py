@@ -12,8 +12,8 @@ from cli.cloud.console import emit
 from cli.cloud.create import gigabytes
 from cli.command import GIBIBYTES
 from cli.errors import Problem
-from cli.image import cache
 from cli.main import sf
+from cli.operate import caches
 from cli.output import progress, show_list, show_one, size, status, when
 
 ROWS = [{"name": "a", "size": 1536, "tags": ["x", "y"]}, {"name": "evil\x1b[2J", "size": None, "tags": []}]
@@ -88,7 +88,7 @@ def test_images_that_arrive_are_watched_at_any_pace(monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
 
     monkeypatch.setattr("time.sleep", pause)
-    monkeypatch.setattr(cache, "rows", lambda: [{"digest": "b3:1", "complete": True}])
+    monkeypatch.setattr(caches, "held_images", lambda: [{"digest": "b3:1", "complete": True}])
     with pytest.raises(click.Abort):
         sf.main(["cache", "top", "--every", "0"], standalone_mode=False, obj={})
     assert min(paces) > 0
