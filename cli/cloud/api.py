@@ -8,6 +8,7 @@ import http.client
 import json
 import secrets
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from select import select
@@ -30,7 +31,7 @@ class Api:
 
     def __init__(self, told: tuple[str, str, str] | None = None, tls: ssl.SSLContext | None = None) -> None:
         url, self.namespace, self._key = told or access(settings())
-        self._urls, self._tls, self._token = url.split(","), tls, ""
+        self._urls, self._tls, self._token, self._turn = url.split(","), tls, "", threading.Lock()
         self.servers: list[str] = []  # as one of them said at the login
         self._open()
 
@@ -89,10 +90,11 @@ class Api:
         return _answer(*self._send("GET", path, {}))
 
     def token(self) -> str:
-        """With which this client is logged in."""
-        if not self._token or time.monotonic() > self._until_s:
-            self._login()
-        return self._token
+        """With which this client is logged in. Several threads may ask: streams are opened by any."""
+        with self._turn:
+            if not self._token or time.monotonic() > self._until_s:
+                self._login()
+            return self._token
 
     def _login(self) -> None:
         if not self._key:

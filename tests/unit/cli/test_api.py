@@ -3,6 +3,8 @@
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from select import select
 from typing import Any
@@ -93,6 +95,29 @@ def test_it_authenticates_once_more_when_the_token_has_ended(api: Api) -> None:
     Handler.valid = "another"
     assert api("DELETE", "x")["path"] == "/x"
     assert [path for _, path, _, _ in SEEN] == ["/auth", "/x", "/x", "/auth", "/x"]
+
+
+def test_streams_that_are_opened_at_once_when_the_token_has_ended_share_one_login(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser's connections to a forwarded port, after ten minutes."""
+    plain, asked, go = Handler.route, threading.Event(), threading.Event()
+
+    def route(handler: Handler, body: Any) -> tuple[int, Any]:
+        asked.set()
+        assert go.wait(20)
+        return plain(handler, body)
+
+    monkeypatch.setattr(Handler, "route", route)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(api.token)
+        assert asked.wait(20)
+        second = pool.submit(api.token)
+        with suppress(TimeoutError):  # the other one fails at once, or waits
+            second.exception(0.2)
+        go.set()
+        assert [first.result(20), second.result(20)] == ["first", "first"]
+    assert len(SEEN) == 1
 
 
 def test_a_wrong_key_is_an_authentication_error_and_tried_once(url: str) -> None:
