@@ -82,7 +82,7 @@ def attachment(api: Api, text: str) -> Object:
     found: Object = {"network_uuid": api("GET", "networks", name)["uuid"]}
     for option in options:
         key, _, value = option.partition("=")
-        if key not in (*keys, "float"):
+        if key not in (*keys, "float") or bool(value) != (key in keys):
             hint = f"{name},address=ADDRESS,mac=MAC,model=MODEL,rules=NAME,float"
             raise Problem(f"not an option of --network: {option!r}", hint=hint, code=USAGE)
         found[keys.get(key, key)] = value if key in keys else True

@@ -119,11 +119,12 @@ def pull(name: str, architecture: str, form: str, output: Path | None, force: bo
 
     imagestore.keep_buffers()
     if output is None:
+        if given["kind"] or given["seeds"]:
+            raise click.UsageError("--as and --seed are of an --output")
         _bring(name, architecture, form)
         return
     seeds: list[imagestore.Seed] = []
-    for text in given["seeds"]:
-        image_name, _, file = text.partition("=")
+    for image_name, file in pairs(given["seeds"]).items():
         with found(image_name, architecture) as (store, _, digest):
             seeds.append(imagestore.Seed(store.manifest(digest), Path(file)))
     stream, device = str(output) == "-", output.is_block_device()

@@ -85,9 +85,9 @@ def sync(
     patterns: tuple[str, ...], origin: str | None, dry_run: bool, force: bool, form: str, **given: Any
 ) -> None:
     """Bring the newest images of upstreams, or names of another mirror, into the store."""
-    if dry_run and origin:
-        raise click.UsageError("--dry-run looks at source lists, not at another mirror")
     sources, ring = given["sources"], _keyring(given["keys"])
+    if origin and (dry_run or sources):
+        raise click.UsageError("--dry-run and --sources are of source lists, not of another mirror")
     with opened(create=True) as store:
         if origin:
             rows = _replicate(origin, store, patterns)

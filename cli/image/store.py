@@ -127,7 +127,12 @@ def _state(default: str, url: str) -> str:
 def add(name: str, url: str, fingerprint: str | None, root: Path | None, unsigned: bool) -> None:
     """Ask the store at URL too, after those that are there."""
     if root:
-        fingerprint = str(imagestore.Digest.of(root.read_bytes()))
+        of_root = str(imagestore.Digest.of(root.read_bytes()))
+        if fingerprint not in (None, of_root):
+            raise Problem(
+                f"{root} is not of {fingerprint}, but of {of_root}", hint="whose is right?", code=USAGE
+            )
+        fingerprint = of_root
     if fingerprint:
         url = f"{url}#{imagestore.Digest.parse(fingerprint)}"
         imagestore.open_store(url).backend.close()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cli.errors import exit_code
+from cli.cloud.create import attachment
+from cli.errors import Problem, exit_code
 from cli.main import sf
 from imagestore.mirror import sources
 from tests import web
@@ -88,3 +89,19 @@ def test_a_port_that_is_taken_is_a_conflict_and_an_address_of_others_bad_input()
 @pytest.mark.parametrize("option", ["--workers=0", "--requests=0", "--rate=-1"])
 def test_a_mirror_that_would_answer_nobody_is_not_served(option: str) -> None:
     run("mirror", "serve", option, code=2)
+
+
+def test_an_option_that_would_count_for_nothing_is_refused(home: Path) -> None:
+    root = home / "1.root.json"
+    root.write_text("{}")
+    run("mirror", "sync", "--from", "/srv/other", "--sources", home, code=2)
+    run("image", "pull", "x", "--as", "raw", code=2)
+    run("image", "pull", "x", "-o", home / "x.raw", "--seed", "x", code=2)
+    other = f"b3:{'0' * 64}"
+    run("remote", "add", "x", "https://images.example/", "--root", root, "--fingerprint", other, code=2)
+    for text in ("lan,float=no", "lan,address", "lan,mac=", "lan,color=red"):
+        with pytest.raises(Problem, match="not an option of --network"):
+            attachment(lambda *_: {"uuid": "u"}, text)  # type: ignore[arg-type]
+    assert attachment(lambda *_: {"uuid": "u"}, "lan,float,rules=web") == {  # type: ignore[arg-type]
+        "network_uuid": "u", "float": True, "rules": "web",
+    }  # fmt: skip
