@@ -119,7 +119,7 @@ def _allowed(network: Network, port: Port) -> list[IPv4Address]:
     return [port.address, *(address for address, via in network.routed if via == port.address)]
 
 
-def _sent(tap: str, port: Port, router_mac: str) -> Iterator[str]:
+def _sent(tap: str, network: Network, port: Port, router_mac: str) -> Iterator[str]:
     """What is done with frames that go to a guest. An answer's type is its first option (RFC 2132) in all servers.
     Router advertisements of `router_mac` pass."""
     yield from _limited(tap, port.limits.bytes_in, port.limits.packets_in)
@@ -130,7 +130,8 @@ def _sent(tap: str, port: Port, router_mac: str) -> Iterator[str]:
     # Guests have no IPv6 address that a filter could know but their link-local one.
     yield f"{f'ether saddr != {router_mac} ' if router_mac else ''}icmpv6 type nd-router-advert drop"
     if port.allowed is not None:
-        yield from rules.admitted(tap, port, six=bool(router_mac))
+        server = "" if network.bridge else f"ip saddr {network.gateway} "
+        yield from rules.admitted(tap, port, server, six=bool(router_mac))
 
 
 def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) -> Table:
@@ -144,7 +145,7 @@ def ports_table(installation: str, local: Mapping[str, tuple[Network, Port]]) ->
     chains.append(_chain("to", Hook("filter", "postrouting", 0), [f"oifname vmap @{TO}"]))
     chains += [_chain(f"p-{tap}", None, _pinned(tap, *at)) for tap, at in local.items()]
     chains += [
-        _chain(f"t-{tap}", None, _sent(tap, port, macs.get(n.vni, ""))) for tap, (n, port) in local.items()
+        _chain(f"t-{tap}", None, _sent(tap, n, port, macs.get(n.vni, ""))) for tap, (n, port) in local.items()
     ]
     held = {tap: port for tap, (_, port) in local.items() if port.allowed is not None}
     chains.append(_chain("from", Hook("filter", "prerouting", -250), [f"iifname vmap @{FROM}"]))

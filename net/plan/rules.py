@@ -45,8 +45,8 @@ def tracked(tap: str, port: Port, *, six: bool) -> Iterator[str]:
         yield f"{icmp} type echo-request {opens} . @nh,{at + 32},16 . @nh,{at + 32},16 }}"
 
 
-def admitted(tap: str, port: Port, *, six: bool) -> Iterator[str]:
-    """Of what comes to a guest: first what most of it is."""
+def admitted(tap: str, port: Port, server: str, *, six: bool) -> Iterator[str]:
+    """Of what comes to a guest: first what most of it is. `server` matches whose DHCP answers are taken."""
     drop = f'counter name "{tap}-rules" drop'
     yield f"ether type ip ip hdrlength != 5 {drop}"
     yield f"ether type ip ip frag-off & 0x3fff != 0 {drop}"
@@ -62,7 +62,7 @@ def admitted(tap: str, port: Port, *, six: bool) -> Iterator[str]:
         # What IPv6 does not work without (RFC 4890); advertisements of routers were judged before.
         yield f"ip6 nexthdr ipv6-icmp icmpv6 type {_NEEDED6} accept"
     yield "ether type arp accept"
-    yield "udp sport 67 udp dport 68 accept"
+    yield f"{server}udp sport 67 udp dport 68 accept"
     yield "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
     yield f"icmp type echo-reply @nh,72,8 . @nh,96,32 . @nh,192,16 . @nh,192,16 @f-{tap} accept"
     # An error holds the packet that it is about, with a header of its own.

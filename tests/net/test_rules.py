@@ -1,12 +1,13 @@
 """Rules: who may begin to speak to a guest, what a stranger tries, and what a change leaves alone."""
 
+import shlex
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
@@ -130,6 +131,23 @@ ATTEMPTS = {
     "a later fragment of IPv6": six(44, b"\6\0\0\x10\0\0\0\7" + MARK),
     "an echo over IPv6": six(58, b"\x80\0\0\0\0\1\0\1" + MARK),
 }
+
+
+def test_nobody_from_outside_speaks_to_a_guests_dhcp_client(
+    cluster: Cluster, guests: tuple[Guest, Guest, Guest]
+) -> None:
+    one, floating, node = guests[0], IPv4Address("10.9.9.100"), guests[0].node
+    network = replace(one.network, ports=(replace(ONE, floating=floating), TWO, FOUR))
+    node.apply(cluster.desired(network))
+    before = node.counters(network)[one.name]["rules"]
+    send = f's.sendto({MARK!r}, ("{floating}", 68))'
+    program = f'import socket; s = socket.socket(2, 2); s.bind(("", 67)); [{send} for _ in range(3)]'
+    cluster.world.sh(f"python3 -c {shlex.quote(program)}")
+    assert ask(cluster.world, floating, 80) == "tcp80 10.9.9.254"
+    assert not [frame for frame in one.received if MARK in frame]
+    assert node.counters(network)[one.name]["rules"] == before + 3
+    one.dhcp()
+    node.apply(cluster.desired(one.network))
 
 
 DROPPED_BEFORE = "a later fragment of IPv6"
