@@ -2,6 +2,7 @@
 
 import errno
 import re
+from typing import Any
 
 import click
 
@@ -62,6 +63,12 @@ def one_line(error: BaseException) -> str:
     request = getattr(error, "request_id", "")
     text = clean(cause).rstrip(".") + (f" ({clean(hint)})" if hint else "")
     return text + (f" [request {clean(request)}]" if request else "")
+
+
+def cleaned(record: Any) -> bool:
+    """What is logged as one line, too, whoever said it: a filter of logging."""
+    record.msg, record.args = clean(record.getMessage()), ()
+    return True
 
 
 def clean(text: object) -> str:

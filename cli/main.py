@@ -7,7 +7,7 @@ import sys
 import click
 
 from cli.command import Group, shared
-from cli.errors import INTERRUPTED, OK, USAGE, exit_code, one_line
+from cli.errors import INTERRUPTED, OK, USAGE, cleaned, exit_code, one_line
 
 MEMBERS = {
     "image": ("cli.image.image:image", "Push, pull and manage disk images."),
@@ -67,6 +67,7 @@ sf.lazy |= MEMBERS
 def _log() -> None:
     """What our libraries warn of is said; what others log is for --debug only."""
     handler = logging.StreamHandler()
+    handler.addFilter(cleaned)
     handler.addFilter(lambda record: record.name.partition(".")[0] in ("imagestore", "compute", "net"))
     logging.basicConfig(format="sf: %(message)s", level=logging.WARNING, handlers=[handler])
 

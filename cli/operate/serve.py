@@ -4,6 +4,7 @@ import click
 
 import compute
 from cli.command import Command, flag, kept, settings
+from cli.errors import cleaned
 from cli.output import say
 
 
@@ -13,6 +14,7 @@ def _log() -> None:
 
     level = logging.DEBUG if flag("debug") else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger().handlers[0].addFilter(cleaned)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

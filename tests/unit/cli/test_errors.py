@@ -1,6 +1,8 @@
 """Errors are one line with a cause, a hint and an exit code."""
 
 import errno
+import subprocess
+import sys
 
 import click
 import pytest
@@ -59,3 +61,13 @@ def test_nothing_in_a_message_reaches_the_terminal_as_an_escape() -> None:
     assert line.isprintable()
     assert "\n" not in line
     assert clean("plain ü ✓") == "plain ü ✓"
+
+
+@pytest.mark.parametrize("module", ["cli.main", "cli.operate.serve"])
+def test_what_is_logged_is_one_line_and_commands_no_terminal(module: str) -> None:
+    said = "logging.getLogger('imagestore.x').warning('%s is late', 'evil\\x1b[2J\\nsf: all is well')"
+    program = (
+        f"import logging, click, {module} as m\nwith click.Context(click.Command('x')): m._log(); {said}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("evil [2J sf: all is well is late\n")
