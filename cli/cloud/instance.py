@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cli.cloud.api import Api, Object, poll
+from cli.cloud.api import Api, poll
 from cli.cloud.console import answers, up
 from cli.cloud.create import LOSS, asked, follow_start, gigabytes, guest, power, wait
 from cli.cloud.network import EVENTS, link_text
@@ -19,7 +19,7 @@ from cli.output import Row, confirm, left, say, show_list, show_one, size, when
 COLUMNS = (
     ("name", "name"),
     ("state", lambda i: i["power_state"] if i["state"] == "created" else i["state"]),
-    ("addresses", lambda i: " ".join(link["ipv4"] or link["ipv6"] for link in links_of(i))),
+    ("addresses", lambda i: " ".join(filter(None, (n["ipv4"] or n["ipv6"] for n in i["interfaces"])))),
     ("cpus", "cpus"),
     ("memory", lambda i: size((i.get("memory") or 0) * 2**20)),
     ("node", "node"),
@@ -86,14 +86,6 @@ JUDGED = (
 )
 _SIGNS: dict[str, Any] = {"created": None, "boot": up, "agent": answers}
 instance = Group("instance", needs=API, help="Create, watch and control guests.")
-
-
-def links_of(row: Row) -> list[Object]:
-    return [
-        link
-        for link in row.get("interfaces") or []
-        if isinstance(link, dict) and (link.get("ipv4") or link.get("ipv6"))
-    ]
 
 
 @instance.add(
