@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cli.command import settings
-from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, Problem
+from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
 from cli.settings import access, authority, check_key, is_local, living, parted
 
 ANSWER_S = 40.0
@@ -70,6 +70,8 @@ class Api:
 
     def __call__(self, method: str, *path: str, **body: Any) -> Any:
         """The answer's JSON, or its bytes if it is none. Raises Problem with the exit code of its status."""
+        if {"", ".", ".."} & {*path}:  # such a path leads to all objects of a kind, which DELETE would take
+            raise Problem("a name is missing", hint="is a variable empty?", code=USAGE)
         for _ in range(2):
             self.token()
             status, headers, data = self._send(method, path, body)

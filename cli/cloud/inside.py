@@ -24,6 +24,7 @@ _PIECE_BYTES = 1 << 16  # an emulated guest's agent takes seconds for a megabyte
 _UNPACK = """d=$(mktemp -d) && tar -xz -C "$d" && case $1 in */) mkdir -p "$1";; esac && t=$1 &&
 if [ -d "$t" ]; then t="$t/$2"; fi && mv "$d/x" "$t"; r=$?; rm -rf "$d"; exit $r"""
 _PACK = '[ -e "$1/$2" ] || exit 3; tar -c -C "$1" -f - "$2"'
+_PORT = click.IntRange(1, 65535)
 _SH = ("/bin/sh", "-c")
 _OPTIONS: dict[str, Any] = {"ignore_unknown_options": True}
 
@@ -155,7 +156,7 @@ def ssh(name: str, user: str, identity: Path | None, command: tuple[str, ...]) -
 
 
 @instance.add(examples="ssh -o 'ProxyCommand sf instance connect %h %p' debian@web")
-@click.argument("port", type=click.IntRange(1, 65535))
+@click.argument("port", type=_PORT)
 def connect(name: str, port: int) -> None:
     """Standard input and output are a connection to a guest's port."""
     with Stream(Api(), name, "connect", port=port) as stream, open(1, "wb", 0, closefd=False) as out:
@@ -167,11 +168,10 @@ def connect(name: str, port: int) -> None:
 def forward_(name: str, ports: str) -> None:
     """Make a guest's port one of this machine's, on loopback, until Ctrl-C."""
     here, _, port = ports.rpartition(":")
-    if not port.isdigit() or not (here or port).isdigit():
-        raise Problem(f"not ports: {ports!r}", hint="8080:80", code=USAGE)
+    there, local = _PORT.convert(port, None, None), click.IntRange(0, 65535).convert(here or port, None, None)
     api = Api()
     uuid = api("GET", "instances", name)["uuid"]
-    forward(int(here or port), lambda: Stream(api, uuid, "connect", port=int(port)))
+    forward(local, lambda: Stream(api, uuid, "connect", port=there))
 
 
 @instance.add(examples="sf instance vnc web\nsf instance vnc web --listen 5901")

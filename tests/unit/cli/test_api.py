@@ -188,6 +188,13 @@ def test_what_a_ping_prints_commands_no_terminal(api: Api, monkeypatch: pytest.M
     assert (done.exit_code, done.stdout) == (0, "64 bytes from [2J 10.0.0.9\n")
 
 
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_no_name_is_never_a_request_about_all(api: Api, name: str) -> None:
+    with pytest.raises(Problem) as caught:
+        api("DELETE", "networks", name)
+    assert (caught.value.code, SEEN) == (2, [])
+
+
 def test_a_range_and_a_gateway_are_never_left_out(api: Api) -> None:
     words = "network create home 192.168.1.0/24 --range 192.168.1.9-192.168.1.20 --gateway 192.168.1.2"
     CliRunner().invoke(sf, words.split(), obj=click.get_current_context().obj)

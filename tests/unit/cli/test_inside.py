@@ -111,3 +111,8 @@ def test_what_a_server_calls_a_guest_is_no_option_of_ssh(
     monkeypatch.setattr(os, "execvp", lambda _, argv: given.extend(argv))
     run("instance", "ssh", "web", "uptime")
     assert given[-3:] == ["--", "-oLocalCommand=evil", "uptime"]
+
+
+@pytest.mark.parametrize("ports", ["8080:99999", "99999", "80:0", "x", "80:", "²", ""])
+def test_what_is_no_port_is_refused_before_anything_is_forwarded(ports: str) -> None:
+    run("instance", "forward", "web", ports, code=2)
