@@ -168,7 +168,7 @@ def connect(name: str, port: int) -> None:
 def forward_(name: str, ports: str) -> None:
     """Make a guest's port one of this machine's, on loopback, until Ctrl-C."""
     here, _, port = ports.rpartition(":")
-    there, local = _PORT.convert(port, None, None), click.IntRange(0, 65535).convert(here or port, None, None)
+    there, local = _PORT(port), click.IntRange(0, 65535)(here or port)
     api = Api()
     uuid = api("GET", "instances", name)["uuid"]
     forward(local, lambda: Stream(api, uuid, "connect", port=there))
