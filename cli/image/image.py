@@ -125,6 +125,8 @@ def pull(name: str, architecture: str, form: str, output: Path | None, force: bo
         return
     seeds: list[imagestore.Seed] = []
     for image_name, file in pairs(given["seeds"]).items():
+        if not (Path(file).is_file() or Path(file).is_block_device()):
+            raise Problem(f"no raw disk to take parts from: {file}", hint="--seed NAME=FILE", code=USAGE)
         with found(image_name, architecture) as (store, _, digest):
             seeds.append(imagestore.Seed(store.manifest(digest), Path(file)))
     stream, device = str(output) == "-", output.is_block_device()

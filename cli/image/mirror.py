@@ -50,7 +50,7 @@ def _publish(store: "imagestore.Store", keys: Path | None) -> None:
     """Checksums for all names, then their signatures; says what changed."""
     digests = sorted(set(store.names.images().values()))
     for number, digest in enumerate(digests, 1):
-        with progress(f"checksums {number}/{len(digests)}") as tell:
+        with progress(f"{number}/{len(digests)}") as tell:
             imagestore.mirror.compute_sums(store, digest, tell)
     done = _publisher(store, keys).publish()
     counts = f"{len(done.added)} new, {len(done.changed)} changed, {len(done.removed)} gone"

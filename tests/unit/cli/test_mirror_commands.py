@@ -96,7 +96,8 @@ def test_an_option_that_would_count_for_nothing_is_refused(home: Path) -> None:
     root.write_text("{}")
     run("mirror", "sync", "--from", "/srv/other", "--sources", home, code=2)
     run("image", "pull", "x", "--as", "raw", code=2)
-    run("image", "pull", "x", "-o", home / "x.raw", "--seed", "x", code=2)
+    for seed in ("x", "x=nothing", "x=."):
+        run("image", "pull", "x", "-o", home / "x.raw", "--seed", seed, code=2)
     other = f"b3:{'0' * 64}"
     run("remote", "add", "x", "https://images.example/", "--root", root, "--fingerprint", other, code=2)
     for text in ("lan,float=no", "lan,address", "lan,mac=", "lan,color=red"):
