@@ -115,11 +115,10 @@ class Api:
         if self._token:
             sent["Authorization"] = f"Bearer {self._token}"
         given = {name: value for name, value in body.items() if value is not None}
-        left, safe = len(self._urls) - 1, method != "POST" or path in _ONCE
+        left = len(self._urls) if method != "POST" or path in _ONCE else 0
         while True:
             if (idle := self._connection.sock) and select([idle], [], [], 0)[0]:
                 self._connection.close()  # the server has ended it meanwhile
-            kept = self._connection.sock is not None
             try:
                 self._connection.request(method, where, json.dumps(given) if given else None, sent)
                 response = self._connection.getresponse()
@@ -133,16 +132,12 @@ class Api:
                 raise Problem(f"no answer from {self.url} in {ANSWER_S:.0f} s", code=TIMEOUT) from error
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
-                # That the server closed a kept connection meanwhile is no news; and another may answer.
-                if safe and not kept and left:
-                    left -= 1
-                    self._open()
-                elif not safe or not kept:
+                if not left:
                     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                    hint = "is sf serve running there?"
-                    raise Problem(
-                        f"cannot reach {self.url}: {reason}", hint=hint, code=UNREACHABLE
-                    ) from error
+                    why, hint = f"cannot reach {self.url}: {reason}", "is sf serve running there?"
+                    raise Problem(why, hint=hint, code=UNREACHABLE) from error
+                left -= 1
+                self._open()  # another may answer
 
 
 def trusting(ca: str) -> ssl.SSLContext:
