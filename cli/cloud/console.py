@@ -3,9 +3,11 @@
 import codecs
 import functools
 import re
+from contextlib import suppress
 from typing import TextIO
 
 from cli.cloud.api import Api
+from cli.errors import Problem
 from cli.output import Row
 
 _UP = re.compile(rb"SF-GUEST-READY [^\r\n]+|^[^\r\n]*\blogin: ?$", re.MULTILINE)
@@ -31,11 +33,12 @@ def up(api: Api, found: Row) -> str:
 
 
 def last_line(api: Api, found: Row) -> str:
-    """What the guest said last, for whoever waits for it; "" before it is there."""
-    if found["state"] != "created":
-        return ""
-    lines = _ESCAPES.sub("", read(api, str(found["uuid"]), 2_000).decode(errors="replace")).split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    """What the guest said last, for whoever waits for it; "" where its node has not begun with it, or is silent."""
+    with suppress(Problem):
+        said = read(api, str(found["uuid"]), 2_000) if found["state"] == "created" else b""
+        lines = _ESCAPES.sub("", said.decode(errors="replace")).split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""
 
 
 def read(api: Api, name: str, length: int) -> bytes:

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from cli.cloud.snapshots import moved, take
-from cli.errors import CONFLICT, Problem
+from cli.errors import CONFLICT, MISSING, Problem
 
 
 class Server:
@@ -33,6 +33,25 @@ def test_a_move_that_was_ended_is_no_move() -> None:
     with pytest.raises(Problem, match="web is on n1: its move was ended") as error:
         moved(ended, "web", 9)
     assert error.value.code == CONFLICT
+
+
+def test_a_node_that_does_not_know_the_guest_yet_ends_no_wait_for_it() -> None:
+    class Arriving(Server):
+        """Until its console was asked for."""
+
+        arriving = True
+
+        def __call__(self, method: str, *path: str, **body: Any) -> Any:
+            if path[-1] == "consoledata":
+                self.arriving = False
+                raise Problem("no instance i on node n2", code=MISSING)
+            found = super().__call__(method, *path, **body)
+            return found | {"uuid": "i", "arriving": self.arriving} if isinstance(found, dict) else found
+
+    there: Any = Arriving("n2", to="n2")
+    with click.Context(click.Command("sf"), obj={}):
+        assert moved(there, "web", 9)["node"] == "n2"
+    assert not there.arriving
 
 
 def test_a_snapshot_that_was_taken_away_is_none() -> None:
