@@ -20,7 +20,7 @@ import numpy as np
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, Object, ObjectStat, ReadOnly, end_of
 from imagestore.durable import opened
-from imagestore.errors import Corrupt, NotFound, Unavailable
+from imagestore.errors import Corrupt, NoSpace, NotFound, Unavailable
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import DELTAS, PACKS, Check, kind_of, matches
 from imagestore.formats.pack import Footer
@@ -100,8 +100,12 @@ class PullThrough(ReadOnly):
             if not matches(key, found.data):
                 raise Corrupt(f"{self.url}/{key}: the bytes do not match the name")
             if kept is None or kept.data != found.data:
-                self._kept.put(key, found.data)
+                self._keep(key, found.data)
             return found
+
+    def _keep(self, key: str, data: bytes) -> None:
+        with contextlib.suppress(NoSpace):  # on a full disk all is served as before
+            self._kept.put(key, data)
 
     # Packs
 
@@ -117,7 +121,7 @@ class PullThrough(ReadOnly):
             except (NotFound, Corrupt):
                 footer, tail = read_tail(self._upstream, name)
                 size_bytes = footer.data_bytes + len(tail)
-                self._kept.put(tail_key, size_bytes.to_bytes(8, "little") + tail)
+                self._keep(tail_key, size_bytes.to_bytes(8, "little") + tail)
             stat = ObjectStat(key, size_bytes, key[-64:], 0.0)
             pack = _Pack(stat, footer, Frames.of_pack(name, footer), tail)
             with self._lock:
@@ -163,7 +167,8 @@ class PullThrough(ReadOnly):
             for number, place, data in zip(
                 numbers[request], frames.table["offset"][request].tolist(), stored, strict=True
             ):
-                os.pwrite(descriptor, data, place)
+                with contextlib.suppress(OSError):  # what could not be written is fetched again
+                    os.pwrite(descriptor, data, place)
                 with self._lock:
                     self._room_bytes -= len(data)
                 found[number] = data

@@ -1,6 +1,7 @@
 """A pull-through mirror: each frame crosses once however many ask, is verified, kept, and let go when room is short."""
 
 import os
+import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +158,17 @@ def test_what_upstream_has_not_or_cannot_give_is_that_for_all_who_ask_at_once(
         asked = [pool.submit(backend.get, key) for _ in range(4)]
         away.go.set()
         assert [type(one.exception(60)) for one in asked] == [error] * 4
+
+
+def test_on_a_full_disk_it_serves_what_it_cannot_keep(origin: Store, tmp_path: Path) -> None:
+    _, mirror = through(origin, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        for stat in origin.backend.list(""):
+            assert mirror.backend.get(stat.key).data == origin.backend.get(stat.key).data
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_footer_that_a_bad_disk_changed_is_fetched_again(origin: Store, tmp_path: Path) -> None:
