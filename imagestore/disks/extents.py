@@ -15,7 +15,7 @@ FILE_BYTES = 32 << 10
 """Files from this size on start and end a chunk."""
 OTHER, FILE, LARGE = 0, 1, 2
 """What an extent is of: no file's bytes (or not written), a file's, a large file's."""
-_AT_ONCE_BYTES, _MAX_BYTES, MAX_ROWS = 4 << 20, 4 << 30, 1 << 24
+_AT_ONCE_BYTES, _MAX_BYTES, MAX_ROWS = 4 << 20, 1 << 30, 1 << 24
 """Of nodes, and of extents: of a file system that has more not all is known."""
 _RESERVED = 11
 _EXTENTS, _INLINE = 0x80000, 0x10000000

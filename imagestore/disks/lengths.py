@@ -13,7 +13,7 @@ import numpy.typing as npt
 from imagestore.errors import Invalid
 
 _SECTOR = 512
-_MAX_TABLE_BYTES = 64 << 20
+_MAX_TABLE_BYTES, _MAX_PER_TABLE = 64 << 20, 512  # the second is qemu's of a VMDK
 _AT_END = (1 << 64) - 1
 _COMPRESSED = 1 << 16
 _FIXED = 2
@@ -58,6 +58,8 @@ def _vmdk(descriptor: int, what: str) -> int:
             raise Invalid(f"{what} is cut short: it has no footer")
     flags, capacity, grain = struct.unpack_from("<IQQ", head, 8)
     per_table, directory_at = struct.unpack_from("<I8xQ", head, 44)
+    if per_table > _MAX_PER_TABLE:
+        raise Invalid(f"{what} has tables that are too large")
     directory = _numbers(descriptor, what, directory_at * _SECTOR, -(-capacity // max(grain * per_table, 1)))
     tables = np.unique(directory[directory > 0]).tolist()
     grains = [_numbers(descriptor, what, table * _SECTOR, per_table).max(initial=0) for table in tables]

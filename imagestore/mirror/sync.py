@@ -272,7 +272,7 @@ class _Image:
     def _keep(self, digest: Digest, known: Provenance) -> None:
         """A tag for the version that is about to be replaced; versions past `keep` lose theirs."""
         name, tag, names = self._source.name, self._source.tags[0], self._store.names
-        fetched = time.strftime("%Y%m%d-%H%M%S", time.gmtime(known.fetched_at_s))
+        fetched = time.strftime("%Y%m%d", time.gmtime(known.fetched_at_s))  # of all architectures
         old = sources.old_tag(tag, (self._source.build_pattern and known.build) or fetched)
         names.set(name, old, self._architecture, digest)
         present = [record.tag for record in names.list() if record.name == name]

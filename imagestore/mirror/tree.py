@@ -5,6 +5,7 @@ ever; everything else is to be asked for again. The table of kinds says which ke
 """
 
 import asyncio
+import logging
 import os
 import re
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from imagestore.formats.keys import PACKS, Kind, kind_of
 from imagestore.listening import Buckets, origin
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PIECE_BYTES = 256 << 10
 _FAR_PIECE_BYTES = 512 << 10
@@ -155,6 +157,7 @@ class Tree:
             await refusal(404, "no such object")(scope, receive, send)
         except StoreError as error:
             # What went wrong behind us is our log's business; the client may come again.
+            log.error("%s: %s", scope["path"], error)
             status = 502 if isinstance(error, Corrupt) else 503
             await refusal(status, "the store did not give it", retry_s=5)(scope, receive, send)
 

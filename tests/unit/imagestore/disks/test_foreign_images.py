@@ -205,3 +205,7 @@ def test_hostile_tables_of_a_vmdk_are_bounded(raw, tmp_path):
         path.write_bytes(good[:at] + struct.pack("<Q", value) + good[at + 8 :])
         with pytest.raises(Invalid):
             content(path)
+    # A file of 128 MiB could have a quarter of a million of such tables, of 64 MiB each.
+    path.write_bytes(good[:44] + struct.pack("<I", 4096) + good[48:] + bytes(MIB))
+    with pytest.raises(Invalid, match="tables that are too large"):
+        content(path)

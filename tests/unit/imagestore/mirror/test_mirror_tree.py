@@ -4,7 +4,10 @@ import asyncio
 import threading
 from typing import Any
 
+import pytest
+
 from imagestore.backends.protocol import ObjectStat
+from imagestore.errors import Unavailable
 from imagestore.mirror.tree import Tree
 from tests.counted import Counted
 from tests.memory import Memory
@@ -51,6 +54,25 @@ def test_nothing_more_is_read_for_a_client_that_has_hung_up() -> None:
     backend, messages = ask(4)
     assert backend.received_bytes < len(DATA) / 2
     assert messages[-1]["more_body"]
+
+
+def test_what_a_client_is_not_told_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Gone(Memory):
+        def stat(self, key: str) -> ObjectStat:
+            raise Unavailable("the bucket's server is away")
+
+    sent: list[Any] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "GET", "path": f"/{PACK}", "headers": []}
+    asyncio.run(Tree(Gone())(scope, receive, send))
+    assert sent[0]["status"] == 503 and b"bucket" not in sent[1]["body"]
+    assert "the bucket's server is away" in caplog.text
 
 
 def test_a_store_that_does_not_answer_takes_no_thread_of_the_loops_own() -> None:
