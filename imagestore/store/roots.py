@@ -16,7 +16,7 @@ from imagestore.formats.layout import Image, Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import decode, seal
 from imagestore.store.leases import LEASE_S, Condemned, Lease, lease_of
-from imagestore.store.names import LATEST, NameRecord
+from imagestore.store.names import LATEST, NameRecord, check_architecture
 from imagestore.store.store import Store
 
 _ATTEMPTS = 5
@@ -88,17 +88,19 @@ def tag(store: Store, digest: Digest, name: str, tag: str, architecture: str) ->
     """Give an image that is in the store one more name. Raises NotFound when it is not whole."""
     store.check_writable()
     check_present(store, digest)
-    return _checked(store, store.names.set(name, tag, architecture, digest))
+    before = store.names.read(name, tag)
+    record = store.names.set(name, tag, architecture, digest)
+    former = None if before.removed else before.images.get(check_architecture(architecture))
+    set_back = partial(store.names.set, name, tag, architecture, former) if former else None
+    _check_all(store, [digest], set_back or partial(store.names.remove, name, tag, architecture))
+    return record
 
 
 def undelete(store: Store, name: str, tag: str = LATEST) -> NameRecord:
     """Bring a removed name back. Raises NotFound when the grace period was over."""
     store.check_writable()
-    return _checked(store, store.names.undelete(name, tag))
-
-
-def _checked(store: Store, record: NameRecord) -> NameRecord:
-    _check_all(store, record.images.values(), partial(store.names.remove, record.name, record.tag))
+    record = store.names.undelete(name, tag)
+    _check_all(store, record.images.values(), partial(store.names.remove, name, tag))
     return record
 
 
@@ -158,11 +160,23 @@ def _restore(store: Store, key: str) -> None:
 def hold(store: Store, holder: str, images: Iterable[Digest]) -> str:
     """Keep images for as long as something uses them (an instance, under its uuid), whatever their names do.
 
-    Returns the etag of what says so. Raises NotFound when one of them is not whole (any more); then nothing is held.
+    Returns the etag of what says so. Raises NotFound when one of them is not whole (any more); the others are held.
     """
     digests = sorted(set(images))
     stat = store.backend.put(REFS.key(holder), seal({"images": [digest.hex() for digest in digests]}))
-    _check_all(store, digests, partial(release, store, holder))
+
+    def hold_others() -> None:
+        whole = list[Digest]()
+        for digest in digests:
+            with suppress(NotFound):
+                check_present(store, digest)
+                whole.append(digest)
+        if whole:
+            hold(store, holder, whole)
+        else:
+            release(store, holder)
+
+    _check_all(store, digests, hold_others)
     return stat.etag
 
 

@@ -1,16 +1,17 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imagestore.errors import Conflict, Corrupt, NotFound, Unsupported
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import CONDEMNED_KEY, MANIFESTS
+from imagestore.formats.keys import CONDEMNED_KEY, LAYOUTS, MANIFESTS
 from imagestore.formats.sealed import seal
 from imagestore.gc import collect
 from imagestore.mirror import signing
 from imagestore.store.leases import Condemned, Lease
-from imagestore.store.names import NameRecord
-from imagestore.store.roots import hold, release, tag, undelete
+from imagestore.store.names import NameRecord, Names
+from imagestore.store.roots import held, hold, release, tag, undelete
 from imagestore.store.store import Store
 from tests.memory import Memory
 from tests.world import HOUR, World, disk
@@ -119,6 +120,43 @@ def test_an_instances_image_outlives_its_name(world: World) -> None:
     with pytest.raises(NotFound):
         hold(world.store, "7b8d", [digest])
     assert world.stored("refs/") == 0
+
+
+def test_an_image_that_is_not_whole_takes_no_hold_from_the_others_of_an_instance(world: World) -> None:
+    whole, lost = world.push("a", disk(1)), world.push("b", disk(2))
+    hold(world.store, "7b8d", [whole])
+    del world.memory.objects[LAYOUTS.key(lost)]
+    with pytest.raises(NotFound):
+        hold(world.store, "7b8d", [whole, lost])
+    assert list(held(world.store)) == [whole]
+    with pytest.raises(NotFound):
+        hold(world.store, "7b8d", [lost])
+    assert list(held(world.store)) == []
+
+
+def test_an_image_that_is_not_whole_takes_no_name_from_those_of_other_architectures(world: World) -> None:
+    digest, other, lost = world.push("a", disk(1)), world.push("b", disk(2)), world.push("c", disk(3))
+    world.store.names.set("a", "latest", "aarch64", lost)
+    del world.memory.objects[LAYOUTS.key(lost)]
+    assert tag(world.store, other, "a", "latest", "x86_64").images == {"x86_64": other, "aarch64": lost}
+    tag(world.store, digest, "a", "latest", "x86_64")
+    world.check("a")
+
+
+@pytest.mark.parametrize("name", ["a", "new"])
+def test_a_tag_for_what_is_collected_meanwhile_leaves_the_name_as_it_was(world: World, name: str) -> None:
+    digest, other = world.push("a", disk(1)), world.push("b", disk(2))
+
+    class Late(Names):
+        def set(self, *told: Any) -> NameRecord:
+            set_ = super().set(*told)
+            world.memory.objects.pop(LAYOUTS.key(other), None)
+            return set_
+
+    store = Store(world.memory, world.store.info, names=Late(world.memory))
+    with pytest.raises(NotFound):
+        tag(store, other, name, "latest", "x86_64")
+    assert world.store.names.images() == {("a", "latest", "x86_64"): digest, ("b", "latest", "x86_64"): other}
 
 
 def test_a_push_that_meets_condemned_packs_stores_them_anew(world: World) -> None:
