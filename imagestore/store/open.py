@@ -51,7 +51,8 @@ def open_store(
     if fingerprint or not isinstance(backend, Directory):
         from imagestore.store.index import LocalIndex
 
-        store.names.local = LocalIndex(store.info.id)
+        # Not by its id alone: that is what any store says of itself, and names are believed where etags agree.
+        store.names.local = LocalIndex(f"{store.info.id} {store.url}")
     return store
 
 

@@ -10,6 +10,7 @@ from imagestore.formats.keys import INFO, PACKS
 from imagestore.formats.sealed import seal, unseal
 from imagestore.store.open import open_store
 from imagestore.store.store import Store
+from tests import web
 from tests.memory import Memory
 
 
@@ -19,6 +20,21 @@ def test_a_store_is_made_once_and_opened_again() -> None:
     assert Store.open(memory).info == made.info
     with pytest.raises(Conflict):
         Store.init(memory)
+
+
+def test_what_is_remembered_of_a_store_is_no_other_ones_that_has_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SF_CACHE_DIR", str(tmp_path))
+    said = web.body(Store.init(Memory()).info.encode())
+    with web.misbehaving({"/one/store.json": said, "/two/store.json": said}) as url:
+        stores = [open_store(f"{url}/{name}") for name in ("one", "two", "one")]
+        one, two, again = (store.names.local for store in stores)
+        assert one and two and again
+        one.remember("names", {"names/debian/12": ["etag", "record"]})
+        assert (two.recall("names"), again.recall("names")) == ({}, one.recall("names")) != ({}, {})
+        for store in stores:
+            store.backend.close()
 
 
 def test_where_there_is_none_it_says_so() -> None:
