@@ -23,31 +23,27 @@ def read_json(data: bytes, *, most_bytes: int = 64 << 20) -> Any:
     try:
         text = data.decode()
         found = json.loads(text, parse_constant=_constant, parse_float=_float, parse_int=_int)
-    except UnicodeDecodeError as error:
+        if text.count("[") + text.count("{") > DEPTH:
+            _check_depth(found)
+        if "\\u" in text:  # half a surrogate pair cannot be encoded
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeError as error:
         raise ValueError("not UTF-8") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if text.count("[") + text.count("{") > DEPTH or "\\u" in text:
-        _check(found)
     return found
 
 
-def _check(found: Any) -> None:
+def _check_depth(found: Any) -> None:
     level = [found]
     for _ in range(DEPTH + 1):
-        level = [item for outer in level for item in _items(outer)]
+        inner = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        ]
+        level = [item for items in inner for item in items]
         if not level:
             return
     raise ValueError("nested too deeply")
-
-
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("half a surrogate pair in a text") from error
-    return [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _constant(word: str) -> float:
