@@ -185,8 +185,9 @@ def plan(seen: Seen, threshold: float) -> Plan:
     def old(stat: ObjectStat) -> bool:
         return stat.modified_s <= seen.before_s or (seen.mend_times and stat.modified_s > seen.ahead_s)
 
-    def unused(kind: keys.Kind) -> list[ObjectStat]:
-        return [stat for name, stat in seen.objects[kind].items() if name not in roots.images and old(stat)]
+    def unused(kind: keys.Kind) -> dict[Digest, ObjectStat]:
+        objects = seen.objects[kind].items()
+        return {name: stat for name, stat in objects if name not in roots.images and old(stat)}
 
     live = {pack: table for pack, table in seen.inventory.tables.items() if table.live.any()}
     used = live.keys() | roots.packs
@@ -214,19 +215,14 @@ def plan(seen: Seen, threshold: float) -> Plan:
     late = [s for of in (packs, *seen.objects.values()) for s in of.values() if s.modified_s > seen.ahead_s]
     waiting = (condemn | condemned.keys()) & left
     manifests, layouts = unused(keys.MANIFESTS), unused(keys.LAYOUTS)
-    gone = {stat.key for stat in manifests} & seen.trash
-    beside = [
-        stat
-        for kind in keys.BESIDE
-        for name, stat in seen.objects[kind].items()
-        if name not in roots.images
-        and old(stat)
-        and (name not in seen.objects[keys.MANIFESTS] or keys.MANIFESTS.key(name) in gone)
-    ]
+    gone = {name for name, stat in manifests.items() if stat.key in seen.trash}
+    kept = seen.objects[keys.MANIFESTS].keys() - gone
+    beside = [stat for kind in keys.BESIDE for name, stat in unused(kind).items() if name not in kept]
     deltas = seen.objects[keys.DELTAS].items()
     beside += [stat for name, stat in deltas if name not in seen.updates and old(stat)]
-    delete = [*(stat for stat in (*manifests, *layouts) if stat.key in seen.trash), *beside]
-    mark = [stat for stat in (*manifests, *layouts) if stat.key not in seen.trash and stat.size_bytes]
+    both = [*manifests.values(), *layouts.values()]
+    delete = [*(stat for stat in both if stat.key in seen.trash), *beside]
+    mark = [stat for stat in both if stat.key not in seen.trash and stat.size_bytes]
     report = GcReport(
         False,
         images=len(seen.packs_of),
@@ -237,7 +233,7 @@ def plan(seen: Seen, threshold: float) -> Plan:
         waiting_bytes=sum(packs[pack].size_bytes for pack in waiting),
         repacked_packs=len(repack),
         copied_bytes=round(sum(table.stored_bytes(table.live) for table in repack.values())),
-        trashed_images=sum(stat in mark for stat in manifests),
+        trashed_images=sum(keys.kind_of(stat.key) is keys.MANIFESTS for stat in mark),
         deleted_images=len(gone),
         deleted_names=len(roots.tombstones),
         doubtful_times=len(odd) + len(late) + len(roots.odd_names) + len(roots.odd_leases),
@@ -289,14 +285,13 @@ def _carry_out(store: Store, seen: Seen, todo: Plan, report: GcReport, threshold
 
 def _remove(store: Store, key: str, etag: str | None) -> bool:
     """Delete it if it is still what was seen; where there are no conditional deletes it is emptied instead."""
-    try:
+    with suppress(Conflict):
         try:
             store.backend.delete(key, if_match=etag)
         except Unsupported:
             store.backend.put(key, b"", if_match=etag)
-    except Conflict:
-        return False
-    return True
+        return True
+    return False
 
 
 def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold: float) -> None:

@@ -39,8 +39,8 @@ def replicate(
     """
     target.check_writable()
     source.check_public()
-    if isinstance(source.names, SignedNames):
-        source.names.require_fresh()
+    if reason := source.names.doubt():
+        raise reason
     failed = False
     for record in choose(source.names.list(), patterns, lambda record: [f"{record.name}:{record.tag}"]):
         text = f"{record.name}:{record.tag}"

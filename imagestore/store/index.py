@@ -27,13 +27,12 @@ _ATTEMPTS = 5
 
 def read_hooks(store: Store) -> tuple[Hooks, str | None]:
     """The published hooks and their etag; none when there are none, or none that can be read."""
-    try:
+    hooks, etag = Hooks(), None
+    with contextlib.suppress(NotFound, Corrupt):
         found = store.backend.get(HOOKS_KEY)
-        return Hooks.decode(found.data), found.stat.etag
-    except NotFound:
-        return Hooks(), None
-    except Corrupt:
-        return Hooks(), found.stat.etag
+        etag = found.stat.etag
+        hooks = Hooks.decode(found.data)
+    return hooks, etag
 
 
 def read_part(store: Store, name: Digest) -> IndexPart | None:
@@ -120,9 +119,10 @@ class LocalIndex:
 
     def _write(self, name: str, data: bytes) -> None:
         """A hint that cannot be written, or is lost in a crash, is no error."""
-        with contextlib.suppress(OSError):
+        beside = self._directory / f".{secrets.token_hex(8)}"
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
             self._directory.mkdir(parents=True, exist_ok=True)
-            beside = self._directory / f".{secrets.token_hex(8)}"
+            undo.callback(beside.unlink, missing_ok=True)
             beside.write_bytes(data)
             beside.rename(self._directory / name)
             self._shrink()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from imagestore.backends.protocol import Backend, ObjectStat
-from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, Unsupported
+from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError, Unsupported
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import NAMES, kind_of
 from imagestore.formats.sealed import decode, seal
@@ -250,8 +250,9 @@ class Names:
         """Every image that has a name, by name, tag and architecture."""
         return {(r.name, r.tag, arch): digest for r in self.list() for arch, digest in r.images.items()}
 
-    def warn(self, digest: Digest) -> None:
-        """Log why names cannot be believed now, for whom a digest is enough; a store's own always can."""
+    def doubt(self) -> StoreError | None:
+        """Why names cannot be believed now, as they were read; a store's own always can."""
+        return None
 
     def nearest(self, name: str) -> list[str]:
         """Existing `name:tag`s that resemble this one, for error messages; none where nothing can be listed."""

@@ -4,6 +4,7 @@ Stores are asked in their order, and only "not found" moves on to the next: whoe
 not choose the image. A part of a digest means an image that is here: in a node's cache, or in the first store.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from imagestore.errors import NotFound
 from imagestore.formats.digest import Digest
 from imagestore.store.names import Reference, parse_reference
 from imagestore.store.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ def digest_of(store: Store, wanted: Reference, architecture: str) -> Digest:
     """The manifest that a reference stands for in one store. Raises NotFound."""
     if whole := wanted.digest:
         store.manifest(whole)
-        store.names.warn(whole)
+        if reason := store.names.doubt():
+            log.warning("%s; %s needs no name", reason, whole)
         return whole
     if not wanted.digest_prefix:
         return store.names.get(wanted.name, wanted.tag).digest(architecture)

@@ -171,10 +171,7 @@ def hold(store: Store, holder: str, images: Iterable[Digest]) -> str:
             with suppress(NotFound):
                 check_present(store, digest)
                 whole.append(digest)
-        if whole:
-            hold(store, holder, whole)
-        else:
-            release(store, holder)
+        hold(store, holder, whole)
 
     _check_all(store, digests, hold_others)
     return stat.etag

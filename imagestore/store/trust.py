@@ -217,7 +217,7 @@ class SignedNames(Names):
 
     def _believed(self, doing: str, *only: str) -> dict[Target, Digest]:
         """The names, or those of one, as they are signed now, or were when the store could last be believed."""
-        reason, known = self._refresh(), self._trust.names()
+        reason, known = self.doubt(), self._trust.names()
         known = {target: digest for target, digest in known.items() if not only or target[:2] == only}
         if reason and not known:
             raise reason
@@ -236,16 +236,7 @@ class SignedNames(Names):
         for name_tag, images in sorted(every.items()):
             yield NameRecord(*name_tag, revision=1, images=images)
 
-    def warn(self, digest: Digest) -> None:
-        if reason := self._refresh():
-            log.warning("%s; %s needs no name", reason, digest)
-
-    def require_fresh(self) -> None:
-        """Raises the StoreError for which names would be answered from memory."""
-        if reason := self._refresh():
-            raise reason
-
-    def _refresh(self) -> StoreError | None:
+    def doubt(self) -> StoreError | None:
         if time.monotonic() - self._refreshed_at_s < _FRESH_S:
             return None
         try:

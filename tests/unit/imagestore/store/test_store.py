@@ -1,17 +1,22 @@
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from imagestore.backends.protocol import ObjectStat
+from imagestore.backends.protocol import Object, ObjectStat
+from imagestore.backends.wrappers import Wrapper
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unsupported
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import INFO, PACKS
+from imagestore.formats.keys import HOOKS_KEY, INFO, PACKS
 from imagestore.formats.sealed import seal, unseal
+from imagestore.push import push
+from imagestore.store.index import LocalIndex
 from imagestore.store.open import open_store
 from imagestore.store.store import Store
 from tests import web
 from tests.memory import Memory
+from tests.world import disk
 
 
 def test_a_store_is_made_once_and_opened_again() -> None:
@@ -35,6 +40,32 @@ def test_what_is_remembered_of_a_store_is_no_other_ones_that_has_its_id(
         assert (two.recall("names"), again.recall("names")) == ({}, one.recall("names")) != ({}, {})
         for store in stores:
             store.backend.close()
+
+
+def test_a_hint_that_finds_no_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    local, limits = LocalIndex("store", tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    local.remember("names", {"a": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        local.remember("names", {"a": "b" * 100_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["names.json"]
+    assert local.recall("names") == {"a": 1}
+
+
+def test_hooks_that_come_cut_short_are_a_hint_that_is_missing(tmp_path: Path) -> None:
+    class Short(Wrapper):
+        def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
+            if key == HOOKS_KEY:
+                raise Corrupt(f"{key}: the answer ended early")
+            return super().get(key, start, length)
+
+    path = tmp_path / "disk"
+    path.write_bytes(disk(1))
+    store = Store.init(Short(Memory()))
+    digest = push(store, path, "name", format_="raw", architecture="x86_64", cache=tmp_path).digest
+    assert store.names.get("name").digest("x86_64") == digest
 
 
 def test_where_there_is_none_it_says_so() -> None:
