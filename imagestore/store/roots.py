@@ -171,7 +171,10 @@ def hold(store: Store, holder: str, images: Iterable[Digest]) -> str:
             with suppress(NotFound):
                 check_present(store, digest)
                 whole.append(digest)
-        hold(store, holder, whole)
+        if whole:
+            hold(store, holder, whole)
+        else:
+            release(store, holder)
 
     _check_all(store, digests, hold_others)
     return stat.etag
