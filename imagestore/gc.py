@@ -181,9 +181,10 @@ class Plan:
 def plan(seen: Seen, threshold: float) -> Plan:
     """What to do about what was seen: a pure function."""
     condemned, packs, roots = seen.condemned.packs, seen.inventory.packs, seen.roots
+    ahead_s = seen.ahead_s
 
     def old(stat: ObjectStat) -> bool:
-        return stat.modified_s <= seen.before_s or (seen.mend_times and stat.modified_s > seen.ahead_s)
+        return stat.modified_s <= seen.before_s or (seen.mend_times and stat.modified_s > ahead_s)
 
     def unused(kind: keys.Kind) -> dict[Digest, ObjectStat]:
         objects = seen.objects[kind].items()
@@ -195,24 +196,17 @@ def plan(seen: Seen, threshold: float) -> Plan:
     odd = {
         pack
         for pack, since in condemned.items()
-        if since > seen.ahead_s
-        or (pack in packs and since + AHEAD_S < packs[pack].modified_s <= seen.ahead_s)
+        if since > ahead_s or (pack in packs and since + AHEAD_S < packs[pack].modified_s <= ahead_s)
     }
     doomed = {pack for pack, since in condemned.items() if since <= seen.before_s} - used - odd
     left = packs.keys() - doomed
-    sound = left - seen.condemned.damaged
-    repack = {
-        pack: table
-        for pack, table in live.items()
-        if pack in sound
-        and (
-            pack in condemned
-            or (pack not in roots.packs and old(packs[pack]) and table.dead_share > threshold + 1e-9)
-        )
-    }
+    sound = (left - seen.condemned.damaged) & live.keys()
+    nobodys = {pack for pack in sound - roots.packs if old(packs[pack])}
+    sparse = {pack for pack in nobodys if live[pack].dead_share > threshold + 1e-9}
+    repack = {pack: live[pack] for pack in sound & (sparse | condemned.keys())}
     condemn = ({pack for pack in left - used if old(packs[pack])} - condemned.keys()) | repack.keys()
     condemn |= odd & left if seen.mend_times else set()
-    late = [s for of in (packs, *seen.objects.values()) for s in of.values() if s.modified_s > seen.ahead_s]
+    late = [s for of in (packs, *seen.objects.values()) for s in of.values() if s.modified_s > ahead_s]
     waiting = (condemn | condemned.keys()) & left
     manifests, layouts = unused(keys.MANIFESTS), unused(keys.LAYOUTS)
     gone = {name for name, stat in manifests.items() if stat.key in seen.trash}

@@ -37,10 +37,8 @@ def read_json(data: bytes, *, most_bytes: int = 64 << 20) -> Any:
 def _check_depth(found: Any) -> None:
     level = [found]
     for _ in range(DEPTH + 1):
-        inner = [
-            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
-        ]
-        level = [item for items in inner for item in items]
+        nested = [one for one in level if isinstance(one, dict | list)]
+        level = [item for one in nested for item in (one.values() if isinstance(one, dict) else one)]
         if not level:
             return
     raise ValueError("nested too deeply")

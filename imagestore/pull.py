@@ -180,9 +180,8 @@ class _Filling:
                 self._file.put(int(self._offsets[chunk]), memoryview(piece))
             return [chunk for chunk, _ in every], sum(batch.received_bytes for batch in batches)
 
-        self._came(
-            in_order(pool, work, update.requests(np.flatnonzero(~self._have), MAX_FRAME_BYTES), READERS)
-        )
+        small = update.requests(np.flatnonzero(~self._have), MAX_FRAME_BYTES)
+        self._came(in_order(pool, work, small, READERS))
         missing = np.flatnonzero(~self._have)
         files = update.requests(missing)
         if files:
@@ -211,7 +210,7 @@ class _Filling:
                 stored = frames.read(request, store.backend)
             except Corrupt:  # on its way, perhaps
                 stored = frames.read(request, store.backend)
-            for frame, data in zip(range(request.start, request.stop), stored, strict=True):
+            for frame, data in enumerate(stored, request.start):
                 self._unpack(frames, frame, data)
             return frames.chunks[frames.rows(request)], sum(map(len, stored))
 

@@ -117,10 +117,7 @@ def push(
         try:
             step = make_update(store, writer.former, done.digest)
             return replace(done, update_bytes=step.size_bytes if step else 0)
-        except (
-            StoreError,
-            OSError,
-        ) as err:  # the image is stored, and who holds the former one fetches frames
+        except (StoreError, OSError) as err:  # the image is stored all the same
             return replace(done, notes=(*done.notes, f"no update was made: {err}"))
     return done
 

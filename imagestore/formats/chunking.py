@@ -30,11 +30,9 @@ class ChunkerParams:
     @classmethod
     def from_dict(cls, data: object) -> Self:
         """Out of the JSON form, which `asdict` makes. Raises Invalid."""
-        sizes = {"min_bytes", "average_bytes", "max_bytes"}
-        if (
-            not isinstance(data, dict)
-            or data.keys() != {"name", *sizes}
-            or {type(data[s]) for s in sizes} != {int}
-        ):
-            raise Invalid("chunker parameters are missing, unknown or no integers")
+        keys = {"name", "min_bytes", "average_bytes", "max_bytes"}
+        if not isinstance(data, dict) or set(data) != keys:
+            raise Invalid("chunker parameters are missing or unknown")
+        if not isinstance(data["name"], str) or not all(type(data[k]) is int for k in keys - {"name"}):
+            raise Invalid("chunker parameters have the wrong type")
         return cls(**data)

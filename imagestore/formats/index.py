@@ -69,9 +69,8 @@ class Hooks:
         """The object's bytes."""
         header = {"hooks": len(self.keys), "parts": len(self.parts)}
         parts, sizes = np.frombuffer(b"".join(self.parts), np.uint8), np.array(self.sizes, "<u4")
-        return columns.encode(
-            HOOKS_MAGIC, header, parts, sizes, self.part_of_hook.astype("<u4"), self.keys.astype("<u8")
-        )
+        hooks = self.part_of_hook.astype("<u4"), self.keys.astype("<u8")
+        return columns.encode(HOOKS_MAGIC, header, parts, sizes, *hooks)
 
     @classmethod
     def decode(cls, data: bytes) -> Self:

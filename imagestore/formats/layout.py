@@ -123,10 +123,8 @@ class Layout:
 
     def whole(self, own_pages: Sequence[Buffer]) -> Self:
         """With the chunks that its pages place. Raises Corrupt."""
-        parts = [
-            Layout._decode(columns.Reader(bytes(page), _PAGE_MAGIC, "a layout's page", _KEYS), self.manifest)
-            for page in own_pages
-        ]
+        pages = (columns.Reader(bytes(page), _PAGE_MAGIC, "a layout's page", _KEYS) for page in own_pages)
+        parts = [Layout._decode(page, self.manifest) for page in pages]
         parts.append(self)
         packs = list(dict.fromkeys(pack for part in parts for pack in part.packs))
         number_of = {pack: number for number, pack in enumerate(packs)}

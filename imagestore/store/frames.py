@@ -162,7 +162,7 @@ class Frames:
     def load(self, request: slice, store: Backend) -> "Loaded":
         """Read a request, expand it, check every wanted chunk. Raises Corrupt, NotFound, Unavailable."""
         loaded = Loaded(self, request, self.read(request, store), [])
-        for frame, stored in zip(range(request.start, request.stop), loaded.stored, strict=True):
+        for frame, stored in enumerate(loaded.stored, request.start):
             pieces = self.cut(frame, self.expand(frame, stored))
             self.check(frame, pieces)
             loaded.pieces.append(pieces)
@@ -278,11 +278,8 @@ class StoreOrigin(ImageReader):
 
     def _batch(self, frames: Frames, request: slice) -> Batch:
         stored = frames.read(request, self.store().backend)
-        found = [
-            piece
-            for frame, data in zip(range(request.start, request.stop), stored, strict=True)
-            for piece in frames.cut(frame, frames.expand(frame, data))
-        ]
+        cut = (frames.cut(at, frames.expand(at, data)) for at, data in enumerate(stored, request.start))
+        found = [piece for pieces in cut for piece in pieces]
         chunks = frames.chunks[frames.rows(request)]
         order = np.argsort(chunks).tolist()
         return Batch(chunks[order].tolist(), [found[at] for at in order], sum(map(len, stored)))

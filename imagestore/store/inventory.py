@@ -82,9 +82,8 @@ class Inventory:
             for name, part in zip(names, pool.map(lambda name: read_part(store, name), names), strict=True):
                 if part is not None:
                     found.parts[name] = [pack for pack, _ in part.footers]
-                    found.tables |= {
-                        pack: Table(footer) for pack, footer in part.footers if pack in found.packs
-                    }
+                    there = (one for one in part.footers if one[0] in found.packs)
+                    found.tables |= {pack: Table(footer) for pack, footer in there}
         return found
 
     def table(self, pack: Digest) -> Table:

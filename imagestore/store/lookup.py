@@ -78,9 +78,7 @@ class Lookup(AbstractContextManager["Lookup"]):
         granted = self._lease.begin(sizes)
         self._engaged = True
         usable = self._store.has_packs({pack: sizes[pack] for pack in granted})
-        if digest and len(usable) < len(
-            sizes
-        ):  # before the lease began a repack has moved what was read, perhaps
+        if digest and len(usable) < len(sizes):  # a repack has moved what was read, perhaps
             _, layout = self._image(digest) or (None, None)
             moved = layout.pack_sizes() if layout else {}
             usable |= self._there({pack: size for pack, size in moved.items() if pack not in usable})

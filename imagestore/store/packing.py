@@ -157,17 +157,14 @@ def carry(parts: Iterable[Loaded], packer: Packer) -> None:
         numbers = range(request.start, request.stop)
         for frame, whole, data, chunks in zip(numbers, frames.whole(request), stored, pieces, strict=True):
             rows, row = frames.rows(frame), frames.table[frame]
+            ids = frames.ids[rows]
             if whole:
                 number, lengths = placement.add_frame(), [len(chunk) for chunk in chunks]
-                codec, hash_, ids = (
-                    Codec(row["codec"]),
-                    Digest(row["hash"].tobytes()),
-                    frames.ids[rows].tobytes(),
-                )
-                packer.add(number, Frame(codec, bytes(data), hash_, lengths, ids))
-                placement.chunks.add(frames.ids[rows], number, frames.inner[rows])
+                codec, hash_ = Codec(row["codec"]), Digest(row["hash"].tobytes())
+                packer.add(number, Frame(codec, bytes(data), hash_, lengths, ids.tobytes()))
+                placement.chunks.add(ids, number, frames.inner[rows])
             else:
-                framer.add(chunks, frames.ids[rows])
+                framer.add(chunks, ids)
             packer.pack(framer.full())
     packer.pack(framer.full(last=True))
     packer.flush()

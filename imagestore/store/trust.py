@@ -155,9 +155,8 @@ class Trust:
             with durable.locked(self._directory / ".tuf.lock"):
                 yield
         except tuf.RepositoryError as error:
-            raise Corrupt(
-                f"{self._directory}: {error}", hint="delete it: sf then starts from the fingerprint again"
-            ) from error
+            hint = "delete it: sf then starts from the fingerprint again"
+            raise Corrupt(f"{self._directory}: {error}", hint=hint) from error
 
 
 def trust_memories() -> Path:
