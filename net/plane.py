@@ -57,14 +57,16 @@ class Plane:
                 observed = self._look(desired.underlay, self._running())
             if any(network.led() for network in desired.networks):  # 10 ms, which many nodes need not spend
                 observed = replace(observed, listening=netns.listening())
-            odd = {n.uuid for n in desired.networks if unfit(desired, observed, n)[0]}
-            there = observed.namespaces  # what is here already stays
-            kept = tuple(n for n in desired.networks if n.uuid not in odd or self.namespace(n) in there)
+            told = {n.uuid: why for n in desired.networks if (why := unfit(desired, observed, n))[0]}
+            odd = (n for n in desired.networks if n.uuid in told)
+            refused = [
+                n for n in odd if self.namespace(n) not in observed.namespaces
+            ]  # others stay as they are
+            kept = tuple(n for n in desired.networks if n not in refused)
             actions = plan(replace(desired, networks=kept), observed)
             self._carry_out(actions)
-            refused = [n for n in desired.networks if n not in kept]
-            for network in (*refused, *(n for n, _ in on_lan(desired).values() if n.uuid in odd)):
-                text, hint = unfit(desired, observed, network)
+            for network in (*refused, *(n for n, _ in on_lan(desired).values() if n.uuid in told)):
+                text, hint = told[network.uuid]
                 raise Failed(f"{network.name}: {text}", hint=hint)
             return [Action(Verb.ADD, HOST, Link(name, "tun", "", 0)) for name in back] + actions
 

@@ -51,16 +51,19 @@ class Api:
 
     def follow(self, path: str) -> Iterator[Object]:
         """Server-sent events for ever: a server that goes away is asked again, from where it was. Raises Problem."""
-        last, _ = "", self.token()
+        last, at, _ = "", "", self.token()
         for _gone_s in poll(float("inf"), 2.0):
             try:
                 told = {"Authorization": f"Bearer {self.token()}", "Last-Event-ID": last}
                 self._connection.request("GET", f"{self._path}/{path}?follow=true", headers=told)
                 if (response := self._connection.getresponse()).status != 200:
                     _answer(response.status, dict(response.headers), response.read())
-                for what, _, text in (line.decode().rstrip().partition(": ") for line in response):
-                    last = text if what == "id" else last
-                    if what == "data":
+                for line in response:
+                    what, _, text = line.decode().rstrip().partition(": ")
+                    if what == "id":
+                        at = text
+                    if what == "data" and line.endswith(b"\n"):  # else the server ended in the middle of it
+                        last = at
                         yield json.loads(text)
             except (OSError, http.client.HTTPException, Problem) as error:
                 if isinstance(error, Problem) and error.code not in (UNREACHABLE, TIMEOUT):

@@ -157,7 +157,7 @@ def _guests(api: Api) -> Iterator[Line]:
         if one["state"].endswith("error") or one["power_state"] == "crashed" or halted:
             what = f"guest {name}: {one['error_message'] or 'it crashed'}"
             yield WARNING, what, f"sf instance events {name}"
-    for one in api("GET", "networks"):
+    for one in api("GET", "networks") if api.namespace == "system" else ():
         name, found = f"{one['namespace']}/{one['name']}", api("GET", "networks", one["uuid"], "doctor")
         for finding in found:
             yield WRONG, f"network {name} on {finding['node']}: {finding['problem']}", finding["fix"]

@@ -58,6 +58,17 @@ def test_a_machine_without_anything_is_well_and_hears_that_no_server_is_there() 
     assert [one["what"] for one in found if one["part"] == "store"] == ["local: none yet"]
 
 
+def test_a_tenant_is_told_of_what_is_its_own(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are examined on the nodes, which only the system namespace may ask for."""
+    server.call("POST", "/auth/namespaces", {"namespace": "shop"})
+    server.call("POST", "/auth/namespaces/shop/keys", {"key_name": "k", "key": "k" * 20})
+    server.call("POST", "/networks", {"name": "lan", "netblock": "10.42.0.0/24", "namespace": "shop"})
+    monkeypatch.setenv("SF_NAMESPACE", "shop")
+    monkeypatch.setenv("SF_KEY", "k" * 20)
+    found = [one for one in examined()[1] if one["part"] == "server"]
+    assert [one["level"] for one in found] == ["ok", "ok"], found
+
+
 def test_a_state_that_is_empty_damaged_or_incomplete_is_wrong(state: Path) -> None:
     state.mkdir()
     (state / "installation.json").write_text('{"id": "0123abcd"}')

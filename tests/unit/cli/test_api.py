@@ -222,7 +222,8 @@ def test_events_are_followed_over_the_end_of_a_server_from_where_they_were(
         handler.send_response(200)
         handler.end_headers()
         number = len(asked)
-        handler.wfile.write(f': still here\n\nid: {number}\ndata: {{"n": {number}}}\n\n'.encode())
+        cut = f'id: {number + 1}\ndata: {{"n": {number + 1}'  # it is killed
+        handler.wfile.write(f': still here\n\nid: {number}\ndata: {{"n": {number}}}\n\n{cut}'.encode())
 
     monkeypatch.setattr(Handler, "do_GET", answer)
     monkeypatch.setattr("time.sleep", lambda _: None)
