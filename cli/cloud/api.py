@@ -60,8 +60,7 @@ class Api:
                     _answer(response.status, dict(response.headers), response.read())
                 for line in response:
                     what, _, text = line.decode().rstrip().partition(": ")
-                    if what == "id":
-                        at = text
+                    at = text if what == "id" else at
                     if what == "data" and line.endswith(b"\n"):  # else the server ended in the middle of it
                         last = at
                         yield json.loads(text)

@@ -168,7 +168,7 @@ def delete(names: tuple[str, ...], wait: bool, force: bool) -> None:
 @LOSS
 @click.option("--autostart", type=click.Choice(["yes", "no", "last"]), help="With its machine; last: if on.")
 @click.option("--order", type=click.IntRange(0, 9), help="A namespace's lower ones start first, end last.")
-@click.option("--delay", "delay_s", type=DURATION, metavar="DURATION", help="Before the next order starts.")
+@click.option("--delay", "delay_s", type=DURATION, help="Before the next order starts.")
 def set_(names: tuple[str, ...], cpus: int | None, memory: int | None, **given: Any) -> None:
     """Change guests: disks of one that runs grow at once, the rest counts from its next start on."""
     disks, start = given.pop("disks"), given

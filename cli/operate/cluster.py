@@ -190,9 +190,7 @@ def key_ls(of: str, form: str) -> None:
 
 @key.add("add", examples="sf key add shop laptop\nsf key add shop monitoring --ttl 30d --read-only")
 @of
-@click.option(
-    "--ttl", type=DURATION, metavar="DURATION", help="Until when it holds: 12h, 30d; default: for ever."
-)
+@click.option("--ttl", type=DURATION, help="Until when it holds: 12h, 30d; default: for ever.")
 @click.option("--read-only", is_flag=True, help="It sees everything and changes nothing; no streams.")
 def key_add(of: str, name: str, ttl: float | None, read_only: bool) -> None:
     """Make a new key and print it; it is not shown again. What is logged in with it ends when it does."""

@@ -12,11 +12,9 @@ from net.plan.nft import braces
 
 def admission(a: Admission, *, add: bool) -> str:
     where = f"rule {a.family} {a.table} {a.chain}"
-    return (
-        f'add {where} {a.rule.text} comment "{a.rule.mark}"'
-        if add
-        else f"delete {where} handle {a.rule.handle}"
-    )
+    if add:
+        return f'add {where} {a.rule.text} comment "{a.rule.mark}"'
+    return f"delete {where} handle {a.rule.handle}"
 
 
 def script(want: Table | None, have: Table | None) -> str:

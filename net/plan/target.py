@@ -267,11 +267,9 @@ def without_routers(observed: Observed) -> dict[str, Facts]:
 
 def unfit(desired: NodeNetworks, observed: Observed, network: Network) -> tuple[str, str]:
     """Why this node cannot be what it should be for a network, and what to do; "" where it can."""
-    if network.bridge in observed.bridges:
-        return "", ""
     if network.bridge:
         text = f"there is no bridge {network.bridge} here: guests of {network.name} are unplugged"
-        return text, "make the bridge; sf never does"
+        return ("", "") if network.bridge in observed.bridges else (text, "make the bridge; sf never does")
     room = observed.mtu_bytes - VXLAN_OVERHEAD_BYTES
     if not observed.mtu_bytes or not is_meshed(desired) or network.mtu_bytes <= room:
         return "", ""
