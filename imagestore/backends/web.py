@@ -109,8 +109,7 @@ class Web:
         if not host or not port:
             raise ValueError("not a web address")
         how: dict[str, Any] = {"headers": headers, "timeout": self._timeout, "redirect": False}
-        how |= {"retries": False, "preload_content": verb == "HEAD"}
-        how |= {} if sent is None else {"body": iter(sent)}
+        how |= {"retries": False, "preload_content": verb == "HEAD", "body": sent and iter(sent)}
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all") or ""
         if proxy and not proxy_bypass(parts.netloc.rpartition("@")[2]):
             return self._pool(proxy).request(verb, url, **how)
@@ -132,15 +131,13 @@ class Web:
     def _pool(self, proxy: str) -> urllib3.PoolManager:
         """The connections through one proxy, or through none."""
         if proxy not in self._pools:
-            context = ssl.create_default_context()
+            context = ssl.create_default_context(cadata=self._ca or None)
             more: dict[str, Any] = {"maxsize": _KEPT, "ssl_context": context}
             if self._pin:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
                 more["assert_fingerprint"] = self._pin
             if self._ca:
-                context = more["ssl_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 context.check_hostname = more["assert_hostname"] = False
-                context.load_verify_locations(cadata=self._ca)
             if proxy:
                 at = proxy if "://" in proxy else f"http://{proxy}"
                 headers = urllib3.make_headers(proxy_basic_auth=_credentials(at))

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -137,8 +137,7 @@ class Windows:
         return Window(part.offset, part.data, starts, ends - starts, rows, part.done)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Read:
+class _Read(NamedTuple):
     offset: int
     final: bool
     buffer: npt.NDArray[np.uint8]
@@ -148,8 +147,7 @@ class _Read:
     hash: bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Cut:
+class _Cut(NamedTuple):
     offset: int
     data: npt.NDArray[np.uint8]
     chunks: npt.NDArray[np.int64]

@@ -89,8 +89,8 @@ def make_app(store: Store, *, most_requests: int = 512, per_second: float = 0.0)
         return await site.page(str(request.base_url), await site.find(name, tag, arch))
 
     @get("/images/{name}/{tag}/{arch}/{file}")
-    async def file(request: Request, name: str, tag: str, arch: str, file: str) -> Response:
-        return await site.file(request, await site.find(name, tag, arch), file)
+    async def file(name: str, tag: str, arch: str, file: str) -> Response:
+        return await site.file(await site.find(name, tag, arch), file)
 
     @app.exception_handler(StoreError)
     async def failed(request: Request, error: Exception) -> PlainTextResponse:
@@ -165,7 +165,7 @@ class _Site:
         values = {"image": image, "files": files, "steps": steps, "provenance": provenance}
         return self._render("image.html", base, image.signer, **values)
 
-    async def file(self, request: Request, image: Image, file: str) -> Response:
+    async def file(self, image: Image, file: str) -> Response:
         sums = image.sums
         if file == "SHA256SUMS" and sums:
             return PlainTextResponse(f"{sums.qcow2}  disk.qcow2\n{sums.raw}  disk.raw\n")

@@ -41,15 +41,11 @@ def span(header: str | None, size_bytes: int) -> tuple[int, int, int]:
     Several ranges at once are answered with the whole.
     """
     match = _RANGE.fullmatch(header or "")
-    if match is None or match[1] == match[2] == "":
+    first, last = match.groups() if match else ("", "")
+    if first == last == "" or (first and last and int(last) < int(first)):
         return 200, 0, size_bytes
-    if match[1] == "":
-        start, end = max(0, size_bytes - int(match[2])), size_bytes
-    else:
-        start = int(match[1])
-        end = min(int(match[2]) + 1, size_bytes) if match[2] else size_bytes
-        if match[2] and int(match[2]) < start:
-            return 200, 0, size_bytes
+    start = int(first) if first else max(0, size_bytes - int(last))
+    end = min(int(last) + 1, size_bytes) if first and last else size_bytes
     return (206, start, end - start) if start < end else (416, 0, 0)
 
 
