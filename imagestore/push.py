@@ -271,7 +271,7 @@ class _Writer:
             if len(unknown):
                 self._add(window, unknown)
                 yield from self._framer.full()
-                rows = self._placement.find(window.ids)
+                rows[unknown] = self._placement.find(window.ids[unknown])
             self._seen_bytes += int(window.lengths.sum())
             found.append((window.offset + window.starts, window.lengths, rows))
             self._report(window.done_bytes)

@@ -192,9 +192,10 @@ def open_signed(backend: Backend, fingerprint: Digest) -> Store:
         info = Store.open(backend).info
         if not kept.exists() or kept.read_bytes() != info.encode():
             Directory(directory).put(kept.name, info.encode())
-    except Unavailable:
+    except (NotFound, Unavailable) as error:
         if not kept.exists():
-            raise
+            # Not NotFound, for which names would be looked up in the next remote.
+            raise error if isinstance(error, Unavailable) else Denied(str(error)) from error
         info = StoreInfo.decode(kept.read_bytes())
     return Store(backend, info, names=SignedNames(backend, Trust(backend, directory), fingerprint))
 

@@ -15,14 +15,16 @@ from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NotFound, Unav
 from imagestore.formats.chunking import ChunkerParams
 from imagestore.formats.columns import FRAME
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import LAYOUTS, MANIFESTS
+from imagestore.formats.keys import INFO, LAYOUTS, MANIFESTS
 from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.mirror import signing
 from imagestore.mirror.replicate import copy_tree
 from imagestore.mirror.signing import Publisher
+from imagestore.store.resolve import resolve
 from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Trust, open_signed, signed_targets, tree, trusted_until
+from tests.memory import Memory
 
 EMPTY_U4 = np.zeros(0, np.uint32)
 NO_IDS = np.zeros((0, 32), np.uint8)
@@ -368,6 +370,24 @@ def test_a_memory_that_was_never_finished_is_begun_again(
         store = open_signed(mirror.backend, mirror.fingerprint)
         assert store.names.get("debian").digest("amd64") == debian
         next((tmp_path / "memory").rglob("store.json")).unlink()
+
+
+def test_who_hides_a_signed_store_does_not_make_the_next_one_choose_the_image(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    debian, other = add_image(mirror.store, "debian", 1 << 20), Store.init(Memory())
+    add_image(other, "debian", 2 << 20)
+    mirror.publisher.publish()
+    data = mirror.backend.get(INFO.tree).data
+    mirror.backend.delete(INFO.tree)
+    stores = {"signed": lambda: open_signed(mirror.backend, mirror.fingerprint), "next": other}
+    monkeypatch.setenv("SF_TRUST_DIR", str(tmp_path / "memory"))
+    with pytest.raises(Denied):
+        resolve("debian", "x86_64", stores)
+    mirror.backend.put(INFO.tree, data)
+    assert resolve("debian", "x86_64", stores).digest == debian
+    mirror.backend.delete(INFO.tree)
+    assert resolve("debian", "x86_64", stores).digest == debian
 
 
 def test_a_memory_that_was_damaged_is_an_error_of_ours(
