@@ -158,7 +158,9 @@ def parse(body: Mapping[str, Any]) -> Source:
     architectures = body.get("architectures", {"x86_64": "x86_64"})
     if not isinstance(architectures, dict) or not architectures:
         raise Invalid(f"{name}: architectures is a table of ours to upstream's")
-    build = body.get("build", {})
+    build, labels = body.get("build", {}), body.get("labels", {})
+    if not isinstance(labels, dict):
+        raise Invalid(f"{name}: labels is a table of words")
     if not isinstance(build, dict) or set(build) not in (set(), {"page", "pattern"}):
         raise Invalid(f"{name}: build has page and pattern")
     source = Source(
@@ -171,7 +173,7 @@ def parse(body: Mapping[str, Any]) -> Source:
         keep=_number(body, "keep", 3, 1000),
         format=_text(body, "format", "qcow2"),
         limit_bytes=_number(body, "limit_bytes", 20 << 30, _MOST_BYTES),
-        labels={str(key): str(value) for key, value in dict(body.get("labels", {})).items()},
+        labels={str(key): str(value) for key, value in labels.items()},
         **{key: _text(body, key, "") for key in ("checksums", "signature", "keyring", "os")},
     )
     for url in (source.url, source.checksums, source.build_page, source.signature):

@@ -34,6 +34,7 @@ def test_every_list_that_comes_with_the_project_loads() -> None:
         ({"build": {"page": "https://example.org/", "pattern": "(a)"}}, "go together"),
         ({"signature": "inline"}, "go together"),
         ({"keep": 0}, "keep"),
+        ({"labels": 3}, "labels"),
         ({"architectures": {"X!": "amd64"}}, "architecture"),
     ],
 )
