@@ -22,7 +22,7 @@ from net.plan import names, nft, ruleset
 from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.model import Network, NodeNetworks, Port
 from net.plan.plan import Action, Space, Transaction, Verb, diff, plan
-from net.plan.target import VXLAN_OVERHEAD_BYTES, on_lan, port_link, tap_name, unfit, without_routers
+from net.plan.target import VXLAN_OVERHEAD_BYTES, on_lan, port_link, unfit, without_routers
 
 
 class Plane:
@@ -53,7 +53,10 @@ class Plane:
         with self._lock:
             self._announce_again()
             observed = self._look(desired.underlay, self._end_strays())
-            if back := self._holders.put_back(_local_taps(desired), observed):
+            here = (
+                port_link(desired, n, p) for n in desired.networks for p in n.ports if p.node == desired.node
+            )
+            if back := self._holders.put_back({link.name: link.alias for link in here}, observed):
                 observed = self._look(desired.underlay, self._running())
             if any(network.led() for network in desired.networks):  # 10 ms, which many nodes need not spend
                 observed = replace(observed, listening=netns.listening())
@@ -291,12 +294,6 @@ class Plane:
             self._announce[proxy] -= 1
             if not self._announce[proxy]:
                 del self._announce[proxy]
-
-
-def _local_taps(desired: NodeNetworks) -> dict[str, str]:
-    """Name and alias of the taps that this node's guests have."""
-    here = (port for n in desired.networks for port in n.ports if port.node == desired.node)
-    return {tap_name(desired, port): f"{names.owned(desired.installation)}port {port.uuid}" for port in here}
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class Api:
     def _open(self) -> None:
         self.url = living(self._urls)
         parts = parted(self.url)
+        if self._key:  # what it is exchanged for is as good, and goes to every server
+            check_key(self.url, self.namespace, self._key)
         self.local = is_local(settings(), self.url)
         """Whether the server is this machine's."""
         self._path = parts.path.rstrip("/")

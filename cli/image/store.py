@@ -52,7 +52,7 @@ def stats(form: str) -> None:
         told = imagestore.store_stats(found)
     row = {**asdict(told), "name": found.url}
     row["images"] = [{**i, "digest": str(i["digest"]), "name": " ".join(i["names"])} for i in row["images"]]
-    show_one({**row, "images": row["images"] if form == "json" else None}, STATS, form)
+    show_one(row, STATS, form)
     if form == "table":
         show_list(row["images"], IMAGES, form)
 

@@ -97,6 +97,16 @@ def test_it_authenticates_once_more_when_the_token_has_ended(api: Api) -> None:
     assert [path for _, path, _, _ in SEEN] == ["/auth", "/x", "/x", "/auth", "/x"]
 
 
+def test_nothing_secret_goes_over_plain_http_when_another_server_is_asked(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api("GET", "x")
+    monkeypatch.setattr("cli.cloud.api.living", lambda _: "http://192.0.2.1:13000")
+    with pytest.raises(Problem, match="plain HTTP") as caught:
+        api._open()
+    assert caught.value.code == 4
+
+
 def test_streams_that_are_opened_at_once_when_the_token_has_ended_share_one_login(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
