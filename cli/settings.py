@@ -36,8 +36,11 @@ def access(settings: Settings) -> tuple[str, str, str]:
     """URL of the API, namespace, key ("" if none). A key that stands beside a URL goes to that URL only."""
     names = ("api_url", "namespace", "key")
     told = {n: settings.flags.get(n) or settings.environment.get(f"SF_{n.upper()}") for n in names}
-    sources = [
-        {name: settings.get(name) for name in names},
+    places = ("SF_CONFIG", "XDG_CONFIG_HOME")
+    filed = Settings(environment={n: t for n, t in settings.environment.items() if n in places})
+    sources: list[dict[str, Any]] = [
+        told | {"namespace": settings.get("namespace")},
+        {name: filed.get(name) for name in names} | {"namespace": settings.get("namespace")},
         {name: os.environ.get(f"SHAKENFIST_{name.upper()}", "") for name in names},
         *map(_client_file, (Path.home() / ".shakenfist", Path("/etc/sf/shakenfist.json"))),
     ]
@@ -45,7 +48,8 @@ def access(settings: Settings) -> tuple[str, str, str]:
         sources.insert(0, found | {"api_url": found["url"]} | {n: t for n, t in told.items() if t})
     url = next((s["api_url"] for s in sources if s.get("api_url")), _own(settings)).rstrip("/")
     for source in sources:
-        if source.get("key") and (source.get("api_url") or url).rstrip("/") == url:
+        beside = (source.get("api_url") or url).rstrip("/")
+        if source.get("key") and url in (beside, *beside.split(",")):
             return url, source.get("namespace") or "system", source["key"]
     namespace = next((s["namespace"] for s in sources if s.get("namespace")), "system")
     local = settings.state_dir / "auth" / "local-key"

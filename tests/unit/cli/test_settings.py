@@ -100,10 +100,22 @@ def test_the_configuration_of_shaken_fists_clients_is_honoured(
     assert access(Settings()) == ("http://c.example:3", "ours", "k3")
 
 
-def test_a_key_that_stands_beside_one_url_is_not_sent_to_another(home: Path) -> None:
+def test_a_key_that_stands_beside_one_url_is_not_sent_to_another(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = {"apiurl": "http://a.example:1", "namespace": "file", "key": "k1"}
     (home / ".shakenfist").write_text(json.dumps(file))
     assert access(Settings({"api_url": "http://b.example:2"})) == ("http://b.example:2", "file", "")
+    urls = "https://c.example:3,https://d.example:4"
+    Settings().user_file.write_text(f'api_url = "{urls}"\nnamespace = "shop"\nkey = "k2"\n')
+    assert access(Settings()) == (urls, "shop", "k2")
+    assert access(Settings({"namespace": "x"})) == (urls, "x", "k2")
+    assert access(Settings({"api_url": "https://d.example:4"})) == ("https://d.example:4", "shop", "k2")
+    assert access(Settings({"api_url": "https://e.example:5"})) == ("https://e.example:5", "shop", "")
+    monkeypatch.setenv("SF_API_URL", "https://e.example:5")
+    assert access(Settings())[2] == ""
+    monkeypatch.setenv("SF_KEY", "k3")
+    assert access(Settings()) == ("https://e.example:5", "shop", "k3")
 
 
 def test_the_port_that_serve_listens_on_is_where_commands_go(monkeypatch: pytest.MonkeyPatch) -> None:
