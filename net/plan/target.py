@@ -109,12 +109,10 @@ def transits(desired: NodeNetworks, observed: Observed) -> dict[int, IPv4Address
     count = TRANSIT.num_addresses // 2
     for vni in sorted(set(wanting) - set(chosen)):
         seed = hashlib.blake2b(names.namespace(desired.installation, vni).encode(), digest_size=4).digest()
-        for step in range(count):
-            address = TRANSIT[2 * ((int.from_bytes(seed, "big") + step) % count)]
-            if address not in taken:
-                break
-        taken.add(address)
-        chosen[vni] = address
+        first = int.from_bytes(seed, "big")
+        ends = (TRANSIT[2 * ((first + step) % count)] for step in range(count))
+        chosen[vni] = next((address for address in ends if address not in taken), TRANSIT[0])
+        taken.add(chosen[vni])
     return chosen
 
 
