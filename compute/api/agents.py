@@ -209,7 +209,7 @@ class NodesStores:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         node, token = basic(Request(scope).headers.get("authorization", ""))
-        joining.check_reader(Transaction(self._services.store), node, token)
+        await asyncio.to_thread(joining.check_reader, Transaction(self._services.store), node, token)
         name, _, key = scope["path"].removeprefix("/agent/v1/stores/").partition("/")
         if own := await asyncio.to_thread(self._own, node, name):
             await self._own_stores.serve(own, name.rpartition(SLASH)[2], key, scope, receive, send)

@@ -22,6 +22,7 @@ from compute.cluster.controller import Controller
 from compute.cluster.images.artifacts import Artifact, Sight, named_images
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.quotas import enforce
+from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take
@@ -250,3 +251,15 @@ def etag(item: Stored) -> str:
 
 
 Ctx = Annotated[Context, Depends(Context)]
+
+
+def at(cls: type[O]) -> Any:
+    """The object of a path with {ref}; found in a thread, so that the event loop never waits for the state."""
+
+    def find(ctx: Ctx, ref: str) -> O:
+        return ctx.find(cls, ref)
+
+    return Depends(find)
+
+
+Guest = Annotated[Instance, at(Instance)]

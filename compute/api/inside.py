@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from compute.api.context import Body, Context, Ctx, ListBody, ask_stores
+from compute.api.context import Body, Context, Ctx, Guest, ListBody, ask_stores
 from compute.api.edge import Route
 from compute.api.images.artifacts import get_data, keep_file
 from compute.cluster.images.artifacts import BLOB, blob_of
@@ -92,9 +92,9 @@ def _of(known: Instance) -> list[tuple[Json, asyncio.Task[None]]]:
     return [one for one in _operations.values() if one[0]["instance_uuid"] == known.uuid]
 
 
-async def _begin(ctx: Context, ref: str, do: Callable[[Instance], Awaitable[Json]], **asked: Any) -> Response:
+async def _begin(ctx: Context, known: Instance, do: Callable[[], Awaitable[Json]], **asked: Any) -> Response:
     """Have `do` done, and answer with the operation. Raises NotReady."""
-    known = created(ctx.read(), ctx.find(Instance, ref).uuid)
+    await asyncio.to_thread(created, ctx.read(), known.uuid)
     if not known.agent_state.startswith("ready"):
         raise NotReady("no agent answers in the guest", hint="is qemu-guest-agent installed, and up?")
     every = [*_operations.values()]
@@ -111,7 +111,7 @@ async def _begin(ctx: Context, ref: str, do: Callable[[Instance], Awaitable[Json
     async def carry_out() -> None:
         try:
             async with asyncio.timeout(_MOST_S):
-                result = await do(known)
+                result = await do()
         except (ComputeError, StoreError, OSError, ValueError) as err:
             why = str(err) or f"it did not end within {_MOST_S} s"
             result = {"return-code": -1, "stdout": "", "stderr": why, "error": why}
@@ -126,10 +126,10 @@ class ExecuteBody(Body):
 
 
 @router.post("/instances/{ref}/agent/execute")
-async def execute(ctx: Ctx, ref: str, body: ExecuteBody) -> Response:
+async def execute(ctx: Ctx, known: Guest, body: ExecuteBody) -> Response:
     """Have the guest's shell run a command. Poll the operation until it is `complete`; 16 KiB of each text are kept."""
-    do = partial(_run, ctx, argv=["/bin/sh", "-c", body.command_line])
-    return await _begin(ctx, ref, do, command="execute", commandline=body.command_line)
+    do = partial(_run, ctx, known, argv=["/bin/sh", "-c", body.command_line])
+    return await _begin(ctx, known, do, command="execute", commandline=body.command_line)
 
 
 class GetBody(Body):
@@ -142,33 +142,33 @@ class PutBody(GetBody):
 
 
 @router.post("/instances/{ref}/agent/put")
-async def put(ctx: Ctx, ref: str, body: PutBody) -> Response:
+async def put(ctx: Ctx, known: Guest, body: PutBody) -> Response:
     """Write a blob to a file of the guest, in its place once all of it is there."""
     argv = ["/bin/sh", "-c", _PUT, "sh", body.path, f"{body.mode & 0o7777:o}"]
 
     def stored() -> bool:
         return not blob_of(ctx.artifacts(), BLOB + body.blob_uuid)[1].upload
 
-    async def do(known: Instance) -> Json:
+    async def do() -> Json:
         while not await ask_stores(stored):
             await asyncio.sleep(0.2)
         return await _run(ctx, known, argv, (await ask_stores(get_data, ctx, body.blob_uuid)).body_iterator)
 
     await ask_stores(stored)
-    return await _begin(ctx, ref, do, command="put-blob", **body.model_dump())
+    return await _begin(ctx, known, do, command="put-blob", **body.model_dump())
 
 
 @router.post("/instances/{ref}/agent/get")
-async def get(ctx: Ctx, ref: str, body: GetBody) -> Response:
+async def get(ctx: Ctx, known: Guest, body: GetBody) -> Response:
     """Keep a file of the guest as a blob: `content_blob` of the result."""
-    do = partial(_fetch, ctx, argv=["cat", "--", body.path])
-    return await _begin(ctx, ref, do, command="get-file", path=body.path)
+    do = partial(_fetch, ctx, known, argv=["cat", "--", body.path])
+    return await _begin(ctx, known, do, command="get-file", path=body.path)
 
 
 @router.get("/instances/{ref}/agentoperations")
-async def list_operations(ctx: Ctx, ref: str, body: ListBody | None = None) -> Response:
+async def list_operations(known: Guest, body: ListBody | None = None) -> Response:
     """Those that have not ended, or all that are remembered."""
-    found = [one for one, _ in _of(ctx.find(Instance, ref))]
+    found = [one for one, _ in _of(known)]
     return JSONResponse([one for one in found if (body and body.all) or not one["results"]])
 
 
@@ -180,7 +180,7 @@ async def show_operation(ctx: Ctx, uuid: str) -> Response:
         hint = "they end with the server that took them"
         raise NotFound(f"agent operation {uuid[:80]} not found", hint=hint)
     found, task = _operations[uuid]
-    ctx.find(Instance, found["instance_uuid"])
+    await asyncio.to_thread(ctx.find, Instance, found["instance_uuid"])
     if ctx.request.method == "DELETE":
         task.cancel()
         del _operations[uuid]
@@ -188,8 +188,8 @@ async def show_operation(ctx: Ctx, uuid: str) -> Response:
 
 
 @router.get("/instances/{ref}/screenshot")
-async def screenshot(ctx: Ctx, ref: str) -> Response:
+async def screenshot(ctx: Ctx, known: Guest) -> Response:
     """What its screen shows, as a PNG: the blob's uuid."""
     if ctx.caller.read_only:
         raise Denied("a key that may only read keeps no pictures", hint="use another")
-    return JSONResponse((await _fetch(ctx, ctx.find(Instance, ref), kind="screen"))["content_blob"])
+    return JSONResponse((await _fetch(ctx, known, kind="screen"))["content_blob"])

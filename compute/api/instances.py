@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, apart
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, Guest, ListBody, NamespaceBody, apart
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images.artifacts import resolve_disks, want
@@ -233,10 +233,8 @@ def _want(ctx: Context, body: NetworkBody, namespace: str) -> Want:
 @router.delete("/instances")
 def delete_instances(ctx: Ctx, body: DeleteAllBody) -> Response:
     """Every instance of a namespace; answers with their UUIDs."""
-    doomed = [instance.uuid for instance in ctx.doomed(Instance, body)]
-    for uuid in doomed:
-        ctx.act(partial(acts.delete_instance, uuid=uuid))
-    return JSONResponse(doomed)
+    doomed = ctx.doomed(Instance, body)
+    return JSONResponse([ctx.act(partial(acts.delete_instance, uuid=one.uuid)).uuid for one in doomed])
 
 
 @router.get("/instances/{ref}")
@@ -245,20 +243,20 @@ def get_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Respo
 
 
 @router.patch("/instances/{ref}")
-def set_instance(ctx: Ctx, ref: str, body: SetBody) -> Response:
+def set_instance(ctx: Ctx, known: Guest, body: SetBody) -> Response:
     """Change what is given, leave the rest. Disks grow at once, the rest counts from the next start on."""
     changes = body.model_dump(exclude_none=True, by_alias=True)
     if body.ttl is not None:
         changes["until_s"] = _after(changes.pop("ttl"))
     usable, used = ctx.services.controller.nodes.usable(), ctx.services.controller.usage.of
     act = partial(change, changes=changes, limits=ctx.services.config, usable=usable, used=used)
-    return JSONResponse(_view(ctx, ctx.change(ctx.find(Instance, ref), act)))
+    return JSONResponse(_view(ctx, ctx.change(known, act)))
 
 
 @router.post("/instances/{ref}/lease")
-def renew_lease(ctx: Ctx, ref: str, body: LeaseBody) -> Response:
+def renew_lease(ctx: Ctx, known: Guest, body: LeaseBody) -> Response:
     """Its maker is there, and says so again within these seconds; 0: it needs nobody from now on."""
-    changed = ctx.change(ctx.find(Instance, ref), partial(acts.hold, seconds=body.seconds))
+    changed = ctx.change(known, partial(acts.hold, seconds=body.seconds))
     return JSONResponse({"held_until": changed.held_s or None})
 
 
@@ -273,58 +271,53 @@ def delete_instance(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Re
 @router.post("/instances/{ref}/poweron")
 @router.post("/instances/{ref}/pause")
 @router.post("/instances/{ref}/unpause")
-def power(ctx: Ctx, ref: str) -> Response:
+def power(ctx: Ctx, known: Guest) -> Response:
     act = partial(acts.power, verb=ctx.request.url.path.rpartition("/")[2])
-    return JSONResponse(_view(ctx, ctx.change(ctx.find(Instance, ref), act)))
+    return JSONResponse(_view(ctx, ctx.change(known, act)))
 
 
 @router.post("/instances/{ref}/poweroff")
-def poweroff(ctx: Ctx, ref: str, body: PowerOffBody | None = None) -> Response:
+def poweroff(ctx: Ctx, known: Guest, body: PowerOffBody | None = None) -> Response:
     """Takes its power: at once, or once the guest was asked to end for `timeout_s`. Poll `power_state`."""
-    grace_s = body.timeout_s if body else 0
-    changed = ctx.change(ctx.find(Instance, ref), partial(acts.power, verb="poweroff", grace_s=grace_s))
-    return JSONResponse(_view(ctx, changed))
+    act = partial(acts.power, verb="poweroff", grace_s=body.timeout_s if body else 0)
+    return JSONResponse(_view(ctx, ctx.change(known, act)))
 
 
 @router.get("/instances/{ref}/interfaces")
-def get_interfaces(ctx: Ctx, ref: str) -> Response:
-    known = ctx.find(Instance, ref)
+def get_interfaces(ctx: Ctx, known: Guest) -> Response:
     return JSONResponse([views.interface(i) for i in acts.interfaces_of(ctx.read(), known.uuid)])
 
 
 @router.post("/instances/{ref}/interfaces")
-def plug_interface(ctx: Ctx, ref: str, body: PlugBody) -> Response:
-    known = ctx.find(Instance, ref)
+def plug_interface(ctx: Ctx, known: Guest, body: PlugBody) -> Response:
     want = _want(ctx, body.network, known.namespace)
     add = partial(acts.add_interface, uuid=known.uuid, want=want)
     return JSONResponse(views.interface(ctx.act(lambda txn: ctx.once(txn, Interface, body, add))))
 
 
 @router.get("/instances/{ref}/snapshot")
-def list_snapshots(ctx: Ctx, ref: str) -> Response:
+def list_snapshots(ctx: Ctx, known: Guest) -> Response:
     """The newest first."""
-    known = ctx.find(Instance, ref)
     return JSONResponse([views.snapshot(one) for one in snapshots_of(ctx.read(), known.uuid)])
 
 
 @router.post("/instances/{ref}/snapshot")
-def take_snapshot(ctx: Ctx, ref: str) -> Response:
+def take_snapshot(ctx: Ctx, known: Guest) -> Response:
     """Of all its disks at one moment, into the namespace's own store. Poll the list for its `state`."""
-    return JSONResponse(views.snapshot(ctx.change(ctx.find(Instance, ref), take)))
+    return JSONResponse(views.snapshot(ctx.change(known, take)))
 
 
 @router.get("/instances/{ref}/consoledata")
-async def get_console(ctx: Ctx, ref: str, body: ConsoleBody | None = None) -> Response:
+async def get_console(ctx: Ctx, known: Guest, body: ConsoleBody | None = None) -> Response:
     """What the guest wrote on its serial console: raw bytes."""
-    known = ctx.find(Instance, ref)
-    node, length = ctx.services.controller.nodes.operations(known.node), (body or ConsoleBody()).length
-    return Response(await node.console(known.uuid, length), media_type="text/plain; charset=utf-8")
+    node = await ctx.services.controller.nodes.operations(known.node)
+    said = await node.console(known.uuid, (body or ConsoleBody()).length)
+    return Response(said, media_type="text/plain; charset=utf-8")
 
 
 @router.delete("/instances/{ref}/consoledata")
-async def clear_console(ctx: Ctx, ref: str) -> Response:
-    known = ctx.find(Instance, ref)
-    await ctx.services.controller.nodes.operations(known.node).clear_console(known.uuid)
+async def clear_console(ctx: Ctx, known: Guest) -> Response:
+    await (await ctx.services.controller.nodes.operations(known.node)).clear_console(known.uuid)
     return JSONResponse(None)
 
 

@@ -136,8 +136,7 @@ def delete_key(ctx: Ctx, ref: str, key_name: str) -> Response:
         auth.change_namespace(txn, ref, f"key {key_name} removed", keys=keys)
 
     _own(ctx, ref)
-    ctx.act(action)
-    return JSONResponse(None)
+    return JSONResponse(ctx.act(action))
 
 
 @router.post("/auth/namespaces/{ref}/trust")
@@ -163,18 +162,15 @@ def _trust(ctx: Context, ref: str, other: str, *, trusted: bool) -> Response:
     return JSONResponse(views.namespace(ctx.act(action)))
 
 
-@router.get("/auth/namespaces/{ref}/quota")
-@apart
 def get_quota(ctx: Ctx, ref: str) -> Response:
     """What of each it has, and may have at most."""
-    return _quota(ctx, ref)
-
-
-def _quota(ctx: Context, ref: str) -> Response:
     _find(ctx, ref)
     quota, has, store = Quota.of(ctx.read(), ref), used(ctx.read(), ref), ctx.services.namespaces.find(ref)
     has["stored_gb"] = sum(stat.size_bytes for stat in store.backend.list("")) >> 30 if store else 0
     return JSONResponse([{"name": what, "used": has[what], "most": quota.most(what)} for what in DEFAULTS])
+
+
+router.get("/auth/namespaces/{ref}/quota")(apart(get_quota))
 
 
 @router.put("/auth/namespaces/{ref}/quota")
@@ -185,7 +181,7 @@ def set_quota(ctx: Ctx, ref: str, body: dict[str, Annotated[int, Field(ge=0, le=
         raise Invalid(f"there is no quota of {min(unknown)[:40]}", hint=", ".join(DEFAULTS))
     _find(ctx, ref)
     ctx.act(lambda txn: txn.update(replace(known := Quota.of(txn, ref), limits=known.limits | body)))
-    return _quota(ctx, ref)
+    return get_quota(ctx, ref)
 
 
 add_metadata(router, "/auth/namespaces/{ref}", _find)

@@ -7,12 +7,12 @@ from functools import partial
 from ipaddress import IPv4Network
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody
+from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, at
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.records import interfaces, published, rules
@@ -72,13 +72,18 @@ class PublishBody(Body):
     ports: str
 
 
-def _interface(ctx: Context, uuid: str) -> Interface:
+def _interface(ctx: Ctx, ref: str) -> Interface:
     """Seen by its instance's namespace and by its network's, which may have to unplug it."""
     read = ctx.read()
-    found = read.find(Interface, uuid)
+    found = read.find(Interface, ref)
     if found is None or not (ctx.sees(found) or ctx.sees(read.get(Network, found.network_uuid))):
-        raise NotFound(f"interface {uuid[:80]} not found", hint="see: sf network show")
+        raise NotFound(f"interface {ref[:80]} not found", hint="see: sf network show")
     return found
+
+
+Link = Annotated[Interface, Depends(_interface)]
+Lan = Annotated[Network, at(Network)]
+Found = Annotated[Rules, at(Rules)]
 
 
 @router.get("/networks")
@@ -137,94 +142,90 @@ def delete_network(ctx: Ctx, ref: str, body: NamespaceBody | None = None) -> Res
 
 
 @router.get("/networks/{ref}/interfaces")
-def network_interfaces(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse([views.interface(i) for i in interfaces_on(ctx.read(), ctx.find(Network, ref).uuid)])
+def network_interfaces(ctx: Ctx, known: Lan) -> Response:
+    return JSONResponse([views.interface(i) for i in interfaces_on(ctx.read(), known.uuid)])
 
 
 @router.get("/networks/{ref}/addresses")
-def network_addresses(ctx: Ctx, ref: str) -> Response:
-    known = ctx.find(Network, ref)
+def network_addresses(ctx: Ctx, known: Lan) -> Response:
     return JSONResponse([] if known.state == "deleted" else acts.addresses(ctx.read(), known))
 
 
 @router.get("/networks/{ref}/ping/{address}")
-async def ping(ctx: Ctx, ref: str, address: str) -> Response:
+async def ping(ctx: Ctx, known: Lan, address: str) -> Response:
     """Ping from inside the network, on the node that routes it."""
-    known = ctx.find(Network, ref)
     six = known.block6 if ":" in address or known.six_alone else None
     target = parse_within(address, six or IPv4Network(known.netblock))
-    router = acts.routing(acts.find_routed(ctx.read(), known.uuid))
-    node = ctx.services.controller.nodes.operations(router)
+    network = await asyncio.to_thread(acts.find_routed, ctx.read(), known.uuid)
+    node = await ctx.services.controller.nodes.operations(acts.routing(network))
     stdout, stderr = await node.ping(known.uuid, target)
     return JSONResponse({"stdout": stdout, "stderr": stderr})
 
 
 @router.get("/networks/{ref}/doctor")
-async def doctor(ctx: Ctx, ref: str) -> Response:
+async def doctor(ctx: Ctx, known: Lan) -> Response:
     """What is not as it should be, on every node: `[{node, problem, fix}]`. It tells of the hosts: not for tenants."""
     ctx.admin()
-    return JSONResponse(await ctx.services.controller.examine(ctx.find(Network, ref).name))
+    return JSONResponse(await ctx.services.controller.examine(known.name))
 
 
 @router.post("/networks/{ref}/route")
-def route(ctx: Ctx, ref: str, body: RouteBody | None = None) -> Response:
+def route(ctx: Ctx, known: Lan, body: RouteBody | None = None) -> Response:
     """An address that is routed to `next_hop`, or to the network's only guest."""
-    found = ctx.find(Network, ref)
-    hops = [body.next_hop] if body else [i.address for i in interfaces_on(ctx.read(), found.uuid)]
+    hops = [body.next_hop] if body else [i.address for i in interfaces_on(ctx.read(), known.uuid)]
     if len(hops) != 1:
-        raise Invalid(f"{len(hops)} guests are on network {found.name}", hint="next_hop: the address of one")
-    return JSONResponse(ctx.change(found, lambda txn, uuid: acts.route(txn, uuid, hops[0])))
+        raise Invalid(f"{len(hops)} guests are on network {known.name}", hint="next_hop: the address of one")
+    return JSONResponse(ctx.change(known, lambda txn, uuid: acts.route(txn, uuid, hops[0])))
 
 
 @router.delete("/networks/{ref}/route/{address}")
-def unroute(ctx: Ctx, ref: str, address: str) -> Response:
-    return JSONResponse(ctx.change(ctx.find(Network, ref), partial(acts.unroute, address=address)))
+def unroute(ctx: Ctx, known: Lan, address: str) -> Response:
+    return JSONResponse(ctx.change(known, partial(acts.unroute, address=address)))
 
 
 @router.post("/networks/{ref}/dns")
-def set_dns(ctx: Ctx, ref: str, body: DnsBody) -> Response:
-    return JSONResponse(ctx.change(ctx.find(Network, ref), partial(acts.set_dns, **body.model_dump())))
+def set_dns(ctx: Ctx, known: Lan, body: DnsBody) -> Response:
+    return JSONResponse(ctx.change(known, partial(acts.set_dns, **body.model_dump())))
 
 
 @router.delete("/networks/{ref}/dns")
-def remove_dns(ctx: Ctx, ref: str, body: DnsNameBody) -> Response:
-    return JSONResponse(ctx.change(ctx.find(Network, ref), partial(acts.set_dns, name=body.name, value=None)))
+def remove_dns(ctx: Ctx, known: Lan, body: DnsNameBody) -> Response:
+    return JSONResponse(ctx.change(known, partial(acts.set_dns, name=body.name, value=None)))
 
 
 @router.get("/interfaces/{ref}")
-def get_interface(ctx: Ctx, ref: str) -> Response:
-    return ctx.show(_interface(ctx, ref), views.interface)
+def get_interface(ctx: Ctx, known: Link) -> Response:
+    return ctx.show(known, views.interface)
 
 
 @router.delete("/interfaces/{ref}")
-def unplug_interface(ctx: Ctx, ref: str) -> Response:
+def unplug_interface(ctx: Ctx, known: Link) -> Response:
     """Take it out of its running instance."""
-    found = _interface(ctx, ref)
-    return JSONResponse(ctx.change(found, lambda txn, uuid: remove_interface(txn, txn.get(Interface, uuid))))
+    return JSONResponse(ctx.change(known, lambda txn, uuid: remove_interface(txn, txn.get(Interface, uuid))))
 
 
 @router.post("/interfaces/{ref}/float")
 @router.post("/interfaces/{ref}/defloat")
-def float_interface(ctx: Ctx, ref: str) -> Response:
+def float_interface(ctx: Ctx, known: Link) -> Response:
     act = partial(interfaces.float_interface, on=ctx.request.url.path.endswith("/float"))
-    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), act)))
+    return JSONResponse(views.interface(ctx.change(known, act)))
 
 
 @router.post("/interfaces/{ref}/publish")
-async def publish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
+async def publish(ctx: Ctx, known: Link, body: PublishBody) -> Response:
     """Lead ports of the router node's own addresses to it: `8080:80`, `53:53/udp`, `9000-9009:9000-9009`."""
-    wanted, found = published.parse(body.ports), _interface(ctx, ref)
-    node = acts.routing(acts.find_routed(ctx.read(), found.network_uuid))
-    used = await ctx.services.controller.nodes.operations(node).listening()
+    wanted = published.parse(body.ports)
+    network = await asyncio.to_thread(acts.find_routed, ctx.read(), known.network_uuid)
+    node = await ctx.services.controller.nodes.operations(acts.routing(network))
+    used = await node.listening()
     act = partial(published.publish, wanted=wanted, listening=used, admin=ctx.caller.admin)
-    return JSONResponse(views.interface(await asyncio.to_thread(ctx.change, found, act)))
+    return JSONResponse(views.interface(await asyncio.to_thread(ctx.change, known, act)))
 
 
 @router.delete("/interfaces/{ref}/publish")
-def unpublish(ctx: Ctx, ref: str, body: PublishBody) -> Response:
-    wanted = published.parse(body.ports)
-    changed = ctx.change(_interface(ctx, ref), lambda txn, uuid: published.unpublish(txn, uuid, wanted))
-    return JSONResponse(views.interface(changed))
+def unpublish(ctx: Ctx, known: Link, body: PublishBody) -> Response:
+    act = partial(published.unpublish, wanted=published.parse(body.ports))
+    return JSONResponse(views.interface(ctx.change(known, act)))
 
 
 class LimitsBody(Body):
@@ -235,11 +236,11 @@ class LimitsBody(Body):
 
 
 @router.put("/interfaces/{ref}/limits")
-def limit(ctx: Ctx, ref: str, body: LimitsBody) -> Response:
+def limit(ctx: Ctx, known: Link, body: LimitsBody) -> Response:
     """How much passes in a second, to the guest (in) and from it (out); 0 is without limit."""
-    found, limits = _interface(ctx, ref), Limits(**body.model_dump())
-    ctx.change(found, lambda txn, uuid: txn.update(replace(txn.get(Interface, uuid), limits=limits)))
-    return get_interface(ctx, ref)
+    limits = Limits(**body.model_dump())
+    ctx.change(known, lambda txn, uuid: txn.update(replace(txn.get(Interface, uuid), limits=limits)))
+    return get_interface(ctx, _interface(ctx, known.uuid))
 
 
 class AllowBody(Body):
@@ -280,31 +281,30 @@ def create_rules(ctx: Ctx, body: RulesBody) -> Response:
 
 
 @router.get("/rules/{ref}")
-def get_rules(ctx: Ctx, ref: str) -> Response:
-    return ctx.show(ctx.find(Rules, ref), views.rules)
+def get_rules(ctx: Ctx, found: Found) -> Response:
+    return ctx.show(found, views.rules)
 
 
 @router.put("/rules/{ref}")
-def set_rules(ctx: Ctx, ref: str, body: AllowBody) -> Response:
+def set_rules(ctx: Ctx, found: Found, body: AllowBody) -> Response:
     """Other rules under the name, at once wherever they are attached."""
-    found = ctx.find(Rules, ref)
     allow = _allow(ctx, body, found.namespace)
     ctx.change(found, lambda txn, uuid: txn.update(replace(txn.get(Rules, uuid), allow=allow)))
-    return get_rules(ctx, ref)
+    return get_rules(ctx, ctx.find(Rules, found.uuid))
 
 
 @router.delete("/rules/{ref}")
-def delete_rules(ctx: Ctx, ref: str) -> Response:
-    return JSONResponse(views.rules(ctx.change(ctx.find(Rules, ref), rules.delete_rules)))
+def delete_rules(ctx: Ctx, found: Found) -> Response:
+    return JSONResponse(views.rules(ctx.change(found, rules.delete_rules)))
 
 
 @router.post("/interfaces/{ref}/rules")
 @router.delete("/interfaces/{ref}/rules")
-def attach_rules(ctx: Ctx, ref: str, body: AttachBody) -> Response:
+def attach_rules(ctx: Ctx, known: Link, body: AttachBody) -> Response:
     """POST attaches them, DELETE takes them away; twice is once."""
     wanted, on = ctx.find(Rules, body.rules).uuid, ctx.request.method == "POST"
     act = partial(rules.attach_rules, rules_uuid=wanted, on=on)
-    return JSONResponse(views.interface(ctx.change(_interface(ctx, ref), act)))
+    return JSONResponse(views.interface(ctx.change(known, act)))
 
 
 add_metadata(router, "/networks/{ref}", lambda ctx, ref: ctx.find(Network, ref))

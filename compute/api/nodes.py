@@ -1,8 +1,9 @@
 """/nodes and /admin."""
 
 from functools import partial
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
@@ -31,12 +32,15 @@ class CacheBody(Body):
     architecture: str = ""
 
 
-def _find(ctx: Context, ref: str) -> Node:
+def _find(ctx: Ctx, ref: str) -> Node:
     """By name or UUID."""
     for node in ctx.read().list(Node):
         if ref in (node.name, node.uuid) and node.state != "deleted":
             return node
     raise NotFound(f"node {ref[:80]} not found", hint="see: sf node ls")
+
+
+Known = Annotated[Node, Depends(_find)]
 
 
 def _find_to_change(ctx: Context, ref: str) -> Stored:
@@ -97,33 +101,32 @@ def delete_orphan(ctx: Ctx, uuid: str) -> Response:
 
 
 @router.get("/nodes/{ref}")
-def get_node(ctx: Ctx, ref: str) -> Response:
-    return ctx.show(_find(ctx, ref), partial(_view, ctx))
+def get_node(ctx: Ctx, known: Known) -> Response:
+    return ctx.show(known, partial(_view, ctx))
 
 
 @router.get("/nodes/{ref}/cache")
-async def cached_images(ctx: Ctx, ref: str) -> Response:
+async def cached_images(ctx: Ctx, known: Known) -> Response:
     """What its cache holds, complete or not."""
     ctx.admin()
-    held = await ctx.services.controller.nodes.operations(_find(ctx, ref).name).cached("")
+    held = await (await ctx.services.controller.nodes.operations(known.name)).cached("")
     return JSONResponse(to_plain(held, list[CachedImage]))
 
 
 @router.post("/nodes/{ref}/cache")
-async def prefetch_image(ctx: Ctx, ref: str, body: CacheBody) -> Response:
+async def prefetch_image(ctx: Ctx, known: Known, body: CacheBody) -> Response:
     """Have it bring the whole of an image, in the background."""
     ctx.admin()
-    node = ctx.services.controller.nodes.operations(_find(ctx, ref).name)
+    node = await ctx.services.controller.nodes.operations(known.name)
     architecture = body.architecture or ctx.services.config.architecture
     found = await ask_stores(ctx.images(ctx.caller.namespace).resolve, body.image, architecture)
     return JSONResponse(to_plain(await node.cached(str(found.digest)), list[CachedImage]))
 
 
 @router.delete("/nodes/{ref}")
-def remove_node(ctx: Ctx, ref: str) -> Response:
+def remove_node(ctx: Ctx, known: Known) -> Response:
     """Forget a node and what ran on it; its routers go to others."""
     ctx.admin()
-    known = _find(ctx, ref)
     server, others = ctx.services.controller.server, _living(ctx)
     alive = known.name in others
     remove = partial(acts.remove, name=known.name, server=server, alive=alive, router_nodes=others)
@@ -134,10 +137,10 @@ def remove_node(ctx: Ctx, ref: str) -> Response:
 
 @router.post("/nodes/{ref}/drain")
 @router.post("/nodes/{ref}/undrain")
-def drain(ctx: Ctx, ref: str) -> Response:
+def drain(ctx: Ctx, known: Known) -> Response:
     """Place nothing new there and route elsewhere; what runs goes on. Undrained, it is used again."""
     ctx.admin()
-    known, others, drained = _find(ctx, ref), _living(ctx), ctx.request.url.path.endswith("/drain")
+    others, drained = _living(ctx), ctx.request.url.path.endswith("/drain")
     changed = ctx.act(lambda txn: acts.drain(txn, known.name, drained=drained, router_nodes=others))
     return JSONResponse(_view(ctx, changed))
 

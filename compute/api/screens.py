@@ -10,10 +10,9 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 
-from compute.api.context import Ctx
+from compute.api.context import Ctx, Guest
 from compute.api.edge import Route
 from compute.api.ui.session import HEADERS
-from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
 from compute.errors import Conflict, Denied, NotFound, Unavailable
 
@@ -39,9 +38,8 @@ def page(request: Request, name: str = "") -> Response:
 
 
 @router.get("/instances/{ref}/vdiconsolehelper")
-def viewer(ctx: Ctx, ref: str) -> Response:
+def viewer(ctx: Ctx, known: Guest) -> Response:
     """What virt-viewer reads, with the password, where it can reach the node: for SPICE."""
-    known = ctx.find(Instance, ref)
     if ctx.caller.read_only:
         raise Denied("a key that may only read sees no screen's password")
     if not known.vdi_port:

@@ -197,7 +197,7 @@ class Controller:
 
     async def stream(self, node: str, kind: str, target: str, options: dict[str, Any]) -> Stream:
         """A stream of a node's. Raises Unavailable, and what the node raises."""
-        operations = self.nodes.operations(node)
+        operations = await self.nodes.operations(node)
         return await self.arrivals.ask(node, lambda t: operations.stream(kind, target, options, t))
 
     async def examine(self, network: str) -> list[dict[str, str]]:
@@ -205,7 +205,7 @@ class Controller:
 
         async def ask(node: str) -> list[dict[str, str]]:
             try:
-                found = await self.nodes.operations(node).doctor()
+                found = await (await self.nodes.operations(node)).doctor()
             except Unavailable as err:
                 found = [("", str(err), err.hint)]
             return [
@@ -214,7 +214,8 @@ class Controller:
                 if name in ("", network)
             ]
 
-        return [row for rows in await asyncio.gather(*map(ask, self.nodes.usable())) for row in rows]
+        nodes = await asyncio.to_thread(self.nodes.usable)
+        return [row for rows in await asyncio.gather(*map(ask, nodes)) for row in rows]
 
     async def _act(self, action: Callable[[Transaction], T], node: str) -> T:
         return await asyncio.to_thread(transact, self.store, action, node)

@@ -104,10 +104,10 @@ class Liveness:
         lost = {n.name: "was lost, and has not said what is off" for n in nodes if n.fence}
         return {n.name: lost.get(n.name, "") if n.name in living else "does not answer" for n in nodes}
 
-    def operations(self, node: str) -> NodeOperations:
+    async def operations(self, node: str) -> NodeOperations:
         """The way to ask the node directly. Raises Unavailable while its agent is away."""
         found = self._ways.get(node)
-        if found is None or not self.alive(node):
+        if found is None or not await asyncio.to_thread(self.alive, node):
             raise Unavailable(f"node {node} does not answer", hint=f"does its agent run? sf node show {node}")
         return found
 
@@ -141,7 +141,7 @@ class Usage:
 
     async def _ask(self, node: str) -> None:
         try:
-            said = await self._nodes.operations(node).usage()
+            said = await (await self._nodes.operations(node)).usage()
         except ComputeError:  # it is silent, or of a version that does not count
             said = {}
         self._said[node] = [*self._said.get(node, [])[-1:], (time.monotonic(), said)]

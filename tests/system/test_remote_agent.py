@@ -103,7 +103,7 @@ def test_a_node_registers_reports_answers_and_may_route(
                     await far.desired("node2", 0, 0)
                     await asyncio.sleep(0.05)
             await far.report("node2", [InstanceStatus("nobody", InstanceState.CREATED)], [])
-            asked = server.services.controller.nodes.operations("node2")
+            asked = await server.services.controller.nodes.operations("node2")
             loop = server.loop
             calls = (asked.console("i", 10), asked.ping("n", "10.0.0.2"), asked.doctor())
             answers = [
@@ -130,7 +130,7 @@ def test_what_a_node_cannot_do_yet_may_be_asked_again(
             async with asyncio.timeout(30):  # and that it lives, once it has a lease
                 while not server.services.controller.nodes.alive("node2"):
                     await asyncio.sleep(0.05)
-            asked = server.services.controller.nodes.operations("node2").listening()
+            asked = (await server.services.controller.nodes.operations("node2")).listening()
             with pytest.raises(Unavailable, match="not ready"):
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asked, server.loop))
 

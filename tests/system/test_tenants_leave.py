@@ -201,10 +201,26 @@ def test_rules_trust_ports_and_metadata_are_bounded(server: Running) -> None:
     assert server.call("POST", "/auth/namespaces", {"namespace": "mirror"}).status == 409
 
 
-def test_a_store_that_is_away_keeps_no_other_waiting_than_who_asks_it(
+def test_a_store_or_state_that_is_away_keeps_no_other_waiting_than_who_asks_it(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    back = threading.Event()
+    back, began, state, in_time = threading.Event(), threading.Event(), server.services.store, list[bool]()
+    get = state.get
+
+    def slow(key: str) -> Any:
+        if key.endswith("/slow"):
+            began.set()
+            in_time.append(back.wait(10))
+        return get(key)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(state, "get", slow)
+        paths = "/instances/slow/consoledata", "/networks/slow/ping/10.0.0.2"
+        asked = [pool.submit(server.call, "GET", path) for path in paths]
+        assert began.wait(20) and server.call("GET", "/livez").status == 200
+        back.set()
+        assert {one.result().status for one in asked} == {404} and all(in_time), "the event loop waited"
+    back.clear()
 
     def away(namespace: str, **_: Any) -> None:
         back.wait(20)

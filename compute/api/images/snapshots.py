@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Ctx, StoreRoute
+from compute.api.context import Body, Ctx, Guest, StoreRoute
 from compute.cluster.images.snapshots import remove
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
@@ -42,9 +43,8 @@ class RuleBody(Body):
 
 
 @router.post("/instances/{ref}/restore")
-def restore(ctx: Ctx, ref: str, body: ImageBody) -> Response:
+def restore(ctx: Ctx, instance: Guest, body: ImageBody) -> Response:
     """Give an instance the disks of a snapshot of it, or its first disk an image; what it has is kept first."""
-    instance = ctx.find(Instance, ref)
     found = ctx.images(instance.namespace).resolve(body.image, ctx.services.config.architecture)
     whole, first = dict[str, tuple[str, str]](), instance.disks[0].device
     for one in snapshots_of(ctx.read(), instance.uuid):
@@ -99,9 +99,8 @@ def list_rules(ctx: Ctx) -> Response:
 
 
 @router.put("/instances/{ref}/backup")
-def set_rule(ctx: Ctx, ref: str, body: RuleBody) -> Response:
+def set_rule(ctx: Ctx, instance: Guest, body: RuleBody) -> Response:
     """The first is due at once. Another store is opened with the server's keys, so the administrator names it."""
-    instance = ctx.find(Instance, ref)
     if body.store:
         ctx.admin()
     keep = body.model_dump(include={"daily", "weekly", "monthly"})
@@ -115,23 +114,20 @@ def set_rule(ctx: Ctx, ref: str, body: RuleBody) -> Response:
 
 
 @router.delete("/instances/{ref}/backup")
-def unset_rule(ctx: Ctx, ref: str) -> Response:
-    ctx.change(ctx.find(Instance, ref), lambda txn, uuid: txn.delete(Backup, uuid))
-    return JSONResponse(None)
+def unset_rule(ctx: Ctx, instance: Guest) -> Response:
+    return JSONResponse(ctx.change(instance, lambda txn, uuid: txn.delete(Backup, uuid)))
 
 
 @router.post("/instances/{ref}/backup")
-def run_backup(ctx: Ctx, ref: str) -> Response:
-    made = ctx.change(ctx.find(Instance, ref), lambda txn, uuid: take(txn, uuid, backup=True))
-    return JSONResponse(views.snapshot(made))
+def run_backup(ctx: Ctx, instance: Guest) -> Response:
+    return JSONResponse(views.snapshot(ctx.change(instance, partial(take, backup=True))))
 
 
 @router.delete("/instances/{ref}/snapshot/{tag}")
-def delete_snapshot(ctx: Ctx, ref: str, tag: str) -> Response:
-    read, instance = ctx.read(), ctx.find(Instance, ref)
-    one = next((one for one in snapshots_of(read, instance.uuid) if one.tag == tag), None)
+def delete_snapshot(ctx: Ctx, instance: Guest, tag: str) -> Response:
+    one = next((one for one in snapshots_of(ctx.read(), instance.uuid) if one.tag == tag), None)
     if one is None:
         raise NotFound(f"no snapshot {tag[:80]}", hint=f"see: sf instance snapshots {instance.name}")
-    rule = read.find(Backup, instance.uuid)
+    rule = ctx.read().find(Backup, instance.uuid)
     remove(ctx.store, ctx.services.namespaces, one, rule.store if rule and one.backup else "")
     return JSONResponse(None)

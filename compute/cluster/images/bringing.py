@@ -47,7 +47,7 @@ class Bringing:
             seen = feed.revision
             with suppress(OSError):  # what it looks at is taken over meanwhile
                 await asyncio.to_thread(self.sweep)
-            for one in Transaction(self._records).list(Artifact):
+            for one in await asyncio.to_thread(Transaction(self._records).list, Artifact):
                 uploads = [self._file(blob) for blob in one.blobs.values() if blob.upload]
                 mine = any(path.exists() for path in uploads) if sent else not uploads
                 if one.wanted and mine and one.uuid not in self._running and len(self._running) < _MOST:
