@@ -14,7 +14,6 @@ from .plan.model import Peer as Peer
 from .plan.model import Port as Port
 from .plan.model import Published as Published
 from .plan.names import VXLAN_PORT as VXLAN_PORT
-from .plan.names import namespace as namespace
 from .plan.names import own_macs as own_macs
 from .plan.names import port_mac as port_mac
 from .plan.names import tap as tap
