@@ -119,6 +119,8 @@ def _taken(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 @click.option("--log", "only", is_flag=True, help="Print what it wrote, and end.")
 def console(name: str, follow: bool, only: bool) -> None:
     """A guest's serial console: on a terminal to type in, until ^]; elsewhere what the guest wrote."""
+    if follow and only:
+        raise click.UsageError("-f or --log")
     if not follow and (only or not (sys.stdin.isatty() and sys.stdout.isatty())):
         emit(read(Api(), name, -1), sys.stdout)
         return
@@ -185,6 +187,8 @@ def vnc(name: str, listen: int | None, form: str) -> None:
     found = api("GET", "instances", name)
     kind, uuid = (found["video"] or {}).get("vdi"), found["uuid"]
     row = {"name": name, "kind": kind, "password": found["vdi_password"]}
+    if listen is not None and kind == "spice":
+        raise click.UsageError(f"{name}'s screen is SPICE, at a port of its node: without --listen")
     if found.get("vdi_port"):
         row["address"] = f"{api('GET', 'nodes', found['node'])['ip']}:{found['vdi_port']}"
     elif kind != "vnc" or found["power_state"] not in ("on", "paused"):

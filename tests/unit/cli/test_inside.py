@@ -116,3 +116,13 @@ def test_what_a_server_calls_a_guest_is_no_option_of_ssh(
 @pytest.mark.parametrize("ports", ["8080:99999", "99999", "80:0", "x", "80:", "²", ""])
 def test_what_is_no_port_is_refused_before_anything_is_forwarded(ports: str) -> None:
     run("instance", "forward", "web", ports, code=2)
+
+
+def test_options_of_a_console_or_screen_that_would_count_for_nothing_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = {"uuid": "u", "video": {"vdi": "spice"}, "vdi_port": 5900, "vdi_password": "p", "node": "n"}
+    monkeypatch.setattr(inside, "Api", lambda: lambda *_: seen | {"ip": "10.0.0.1"})
+    assert "10.0.0.1:5900" in run("instance", "vnc", "web").output
+    run("instance", "vnc", "web", "--listen", 5901, code=2)
+    run("instance", "console", "web", "-f", "--log", code=2)
