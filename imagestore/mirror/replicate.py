@@ -6,9 +6,10 @@ publication, whose images are all here. `adopt` puts one's own signature on what
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from typing import Any
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Snapshot, Timestamp
+from tuf.api.metadata import Metadata, Root
 
 from imagestore.backends.protocol import Backend
 from imagestore.copy import copy_image
@@ -19,7 +20,7 @@ from imagestore.mirror.signing import Publisher, check_complete
 from imagestore.mirror.sources import Outcome, choose
 from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
-from imagestore.store.trust import SignedNames, Target, read_metadata, signed_targets, tree
+from imagestore.store.trust import SignedNames, Target, parse_targets, read_metadata, signed_targets, tree
 from imagestore.updates.using import read_steps
 
 _MOST_ROOTS = 1024
@@ -90,37 +91,52 @@ def signers(store: Store) -> list[Digest]:
 def copy_tree(source: Backend, target: Backend, fingerprint: Digest) -> None:
     """One signer's metadata, what is referred to before what refers to it. Files that are there already stay.
 
-    So does a later publication: what comes on a disk or from a mirror of ours may be older than what is here.
+    So does a later publication: what comes on a disk or from a mirror of ours may be older than what is here. Dates do
+    not matter, signatures do: what was forged would stay for ever, and what the collector keeps goes by it.
     """
-    base = tree(fingerprint)
-    for version in range(1, _MOST_ROOTS):
-        try:
-            _copy_once(source, target, f"{base}{version}.root.json")
-        except NotFound:
-            if version == 1:
-                raise
-            break
-    stamp = source.get(f"{base}timestamp.json").data
+    base, files = tree(fingerprint), dict[str, bytes]()
+
+    def read(name: str, root: Root | None) -> Any:
+        """What is signed in a file, by the keys that a root, and each further root itself, has for its role."""
+        data = files[name] = source.get(base + name).data
+        metadata, role = Metadata[Any].from_bytes(data), name.removesuffix(".json").rpartition(".")[2]
+        signed = metadata.signed
+        for by in filter(None, (root, signed if role == "root" else None)):
+            by.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        if signed.type != role or name not in (f"{role}.json", f"{signed.version}.{role}.json"):
+            raise ValueError(f"{name} is no such file")
+        return signed
+
+    root: Root | None = None
     try:
-        signed = Metadata[Timestamp].from_bytes(stamp).signed
-        number = signed.snapshot_meta.version
-        snapshot = source.get(f"{base}{number}.snapshot.json").data
-        targets = Metadata[Snapshot].from_bytes(snapshot).signed.meta["targets.json"].version
-    except (RepositoryError, ValueError, KeyError) as error:
+        for version in range(1, _MOST_ROOTS):
+            try:
+                root = read(f"{version}.root.json", root)
+            except NotFound:
+                if root is None:
+                    raise
+                break
+        if Digest.of(files["1.root.json"]) != fingerprint:
+            raise ValueError("it begins with another root")
+        first, stamp = list(files), read("timestamp.json", root)
+        snapshot = read(f"{stamp.snapshot_meta.version}.snapshot.json", root)
+        parse_targets(read(f"{snapshot.meta['targets.json'].version}.targets.json", root))
+    except (RepositoryError, ValueError, KeyError, AttributeError) as error:
         raise Corrupt(f"{source.url}/{base}: {error}") from error
-    _copy_once(source, target, f"{base}{targets}.targets.json")
-    _copy_once(source, target, f"{base}{number}.snapshot.json")
+    latest, *others = list(files)[len(first) :]
+    for name in (*first, *reversed(others)):
+        _copy_once(source, target, base + name, files[name])
     with suppress(NotFound, Corrupt):
-        if read_metadata(target, f"{base}timestamp.json").signed.version > signed.version:
+        if read_metadata(target, base + latest).signed.version > stamp.version:
             return
-    target.put(f"{base}timestamp.json", stamp)
+    target.put(base + latest, files[latest])
 
 
-def _copy_once(source: Backend, target: Backend, key: str) -> None:
+def _copy_once(source: Backend, target: Backend, key: str, data: bytes | None = None) -> None:
     try:
         target.stat(key)
     except NotFound:
-        target.put(key, source.get(key).data)
+        target.put(key, source.get(key).data if data is None else data)
 
 
 def adopt(store: Store, publisher: Publisher, fingerprint: Digest) -> Mapping[Target, Digest]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tuf.api.metadata import Metadata
 
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import ObjectStat
@@ -291,6 +292,27 @@ def test_an_older_copy_of_a_publication_replaces_no_newer_one(mirror: Mirror, tm
     assert mirror.resolve("debian") == (newer, "")
     copy_tree(mirror.backend, copy, mirror.fingerprint)
     assert signed_targets(copy)["debian", "latest", "x86_64"] == {newer}
+
+
+@pytest.mark.parametrize("file", ["1.root.json", "timestamp.json", "1.snapshot.json", "1.targets.json"])
+def test_what_nobody_signed_comes_into_no_mirror_of_a_mirror(
+    mirror: Mirror, tmp_path: Path, file: str
+) -> None:
+    """It would stay there: what has a later version is replaced by nothing that the signer publishes."""
+    add_image(mirror.store, "debian", 1 << 20)
+    mirror.publisher.publish()
+    shown, copy = mirror.backend.get(mirror.base + file).data, Directory(tmp_path / "copy")
+    forged = Metadata[Any].from_bytes(shown)
+    forged.signed.version = 10**6
+    other = {"timestamp.json": "1.targets.json"}.get(file, "timestamp.json")
+    for data in (forged.to_bytes(), b"{", b"", mirror.backend.get(mirror.base + other).data):
+        mirror.backend.put(mirror.base + file, data)
+        with pytest.raises(Corrupt):
+            copy_tree(mirror.backend, copy, mirror.fingerprint)
+        assert list(copy.list("")) == []
+    mirror.backend.put(mirror.base + file, shown)
+    copy_tree(mirror.backend, copy, mirror.fingerprint)
+    assert {stat.key: copy.get(stat.key).data for stat in copy.list("")} == mirror.files()
 
 
 def test_two_signers_live_side_by_side_in_one_store(mirror: Mirror, tmp_path: Path) -> None:
