@@ -5,6 +5,8 @@ import http.server
 import json
 import lzma
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -27,9 +29,15 @@ def shown(name: str) -> dict[str, object]:
     return json.loads(run("image", "show", name, "--format", "json").stdout)
 
 
-def asked(tmp_path: Path) -> list[str]:
-    lines = (tmp_path / "nginx" / "access.log").read_text().splitlines()
-    return [" ".join(line.split()[:3]) for line in lines]
+def asked(url: str, home: Path) -> list[str]:
+    """What was asked of nginx. It writes that down some time after its answer, so a question of ours comes last."""
+    log = home / "nginx" / "access.log"
+    ours = (before := log.read_text()).count("/ours")
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(f"{url}/ours", timeout=30)
+    while (text := log.read_text()).count("/ours") == ours:
+        assert text.startswith(before)
+    return [" ".join(line.split()[:3]) for line in text.splitlines() if "/ours" not in line]
 
 
 def test_a_url_is_the_disk_in_it_and_is_fetched_again_only_when_it_changed(home: Path) -> None:
@@ -42,7 +50,7 @@ def test_a_url_is_the_disk_in_it_and_is_fetched_again_only_when_it_changed(home:
         push(home / "disk.raw", "y:1")
         assert made["result"] == "new" and shown("x:1")["disk_id"] == shown("y:1")["disk_id"]
         assert push(f"{url}/x.img.xz", "x:1")["result"] == "unchanged"
-        assert asked(home)[-1] == "GET /x.img.xz 304"
+        assert asked(url, home)[-1] == "GET /x.img.xz 304"
         (root / "x.img.xz").write_bytes(lzma.compress(DATA + DATA))
         assert push(f"{url}/x.img.xz", "x:1")["digest"] != made["digest"]
     assert "sha256" in shown("x:1")["source"] and not list((home / "hints" / "downloads").iterdir())
@@ -58,9 +66,9 @@ def test_a_checksum_that_is_given_or_lies_beside_is_compared(
     with web.nginx(root, home / "nginx") as url:
         assert push(f"{url}/x.xz", "x:1", "--checksum", f"sha256:{SHA256}")["result"] == "new"
         assert push(f"{url}/x.xz", "x:1", "--checksum", SHA256.upper())["result"] == "unchanged"
-        before = asked(home)
+        before = asked(url, home)
         push(f"{url}/x.xz", "z:1", "--checksum", f"sha256:{'0' * 64}", code=1)
-        assert asked(home)[len(before) :] == ["GET /x.xz 200"] * 3
+        assert asked(url, home)[len(before) :] == ["GET /x.xz 200"] * 3
         (root / "SHA256SUMS").write_text(f"{'0' * 64}  x.xz\n{SHA256}  y.xz\n")
         push(f"{url}/x.xz", "z:1", code=1)
         (root / "SHA256SUMS").write_text(f"{SHA256} *x.xz\n")
