@@ -13,6 +13,7 @@ from net.errors import Failed
 from net.plan.facts import Entry, Kind, Link
 
 _REQUEST, _REQUEST_DUMP, _ERROR, _DONE = 1, 0x301, 2, 3
+_INTERRUPTED, _TRIES = 0x10, 9
 _GETLINK, _GETADDR, _GETROUTE, _GETNEIGH = 18, 22, 26, 30
 _MAIN_TABLE, _PROTO_KERNEL = 254, 2
 _NOARP, _PERMANENT = 0x40, 0x80
@@ -31,21 +32,31 @@ def _attributes(data: bytes, at: int, end: int) -> Attributes:
     return found
 
 
-def _dump(asking: socket.socket, request: int, header: bytes) -> Iterator[tuple[bytes, Attributes]]:
-    """Each message's fixed header (as long as the request's) and its attributes."""
-    asking.send(struct.pack("=LHHLL", 16 + len(header), request, _REQUEST_DUMP, 1, 0) + header)
+def _dump(asking: socket.socket, request: int, header: bytes) -> list[tuple[bytes, Attributes]]:
+    """Each message's fixed header (as long as the request's) and its attributes.
+
+    A dump that a change came between may lack what is there (netlink(7), NLM_F_DUMP_INTR): it is asked for again.
+    """
     fixed = {_GETLINK: 16, _GETADDR: 8, _GETROUTE: 12, _GETNEIGH: 12}[request]
-    while True:
-        answer, at = asking.recv(1 << 18), 0
-        while at < len(answer):
-            length, kind = struct.unpack_from("=LH", answer, at)
-            if kind == _DONE:
-                return
-            if kind == _ERROR:
-                raise Failed(f"the kernel does not list its tables: error {answer[at + 16 : at + 20].hex()}")
-            body = at + 16
-            yield answer[body : body + fixed], _attributes(answer, body + fixed, at + length)
-            at += (length + 3) & ~3
+    for _ in range(_TRIES):
+        asking.send(struct.pack("=LHHLL", 16 + len(header), request, _REQUEST_DUMP, 1, 0) + header)
+        found, torn, kind = [], 0, 0
+        while kind != _DONE:
+            answer, at = asking.recv(1 << 18), 0
+            while at < len(answer):
+                length, kind, flags = struct.unpack_from("=LHH", answer, at)
+                torn |= flags & _INTERRUPTED
+                if kind == _ERROR:
+                    why = answer[at + 16 : at + 20].hex()
+                    raise Failed(f"the kernel does not list its tables: error {why}")
+                if kind != _DONE:
+                    body = at + 16
+                    about = _attributes(answer, body + fixed, at + length)
+                    found.append((answer[body : body + fixed], about))
+                at += (length + 3) & ~3
+        if not torn:
+            break
+    return found
 
 
 def _both(asking: socket.socket, request: int, header: str) -> Iterator[tuple[int, bytes, Attributes]]:
