@@ -136,15 +136,11 @@ def _check_fixed(pool: Pool, wanted: IPv4Address, holder: str, said: object) -> 
 
 
 def _lowest_free(pool: Pool, now_s: float) -> IPv4Address:
+    taken = {pool.gateway, *pool.reserved, *pool.held}
     first, last = int(pool.first or pool.netblock[1]), int(pool.last or pool.netblock[-2])
     for number in range(first, last + 1):
         address = IPv4Address(number)
-        if (
-            address != pool.gateway
-            and address not in pool.reserved
-            and address not in pool.held
-            and pool.quarantined.get(address, now_s) <= now_s
-        ):
+        if address not in taken and pool.quarantined.get(address, now_s) <= now_s:
             return address
     if waiting := [address for address in pool.quarantined if address not in pool.held]:
         return min(waiting, key=lambda address: (pool.quarantined[address], address))
@@ -160,11 +156,9 @@ def allocate(
     Asking again for what the holder has already is no change. `said`: what errors call the wanted one.
     Raises Invalid, Conflict or Exhausted.
     """
-    if wanted is None:
-        address = _lowest_free(pool, now_s)
-    else:
+    if wanted is not None:
         _check_fixed(pool, wanted, holder, said or wanted)
-        address = wanted
+    address = wanted or _lowest_free(pool, now_s)
     quarantined = {a: until for a, until in pool.quarantined.items() if until > now_s and a != address}
     return replace(pool, held={**pool.held, address: holder}, quarantined=quarantined), address
 

@@ -46,13 +46,14 @@ def _dump(asking: socket.socket, request: int, header: bytes) -> list[tuple[byte
             while at < len(answer):
                 length, kind, flags = struct.unpack_from("=LHH", answer, at)
                 torn |= flags & _INTERRUPTED
+                body = at + 16
                 if kind == _ERROR:
-                    why = answer[at + 16 : at + 20].hex()
-                    raise Failed(f"the kernel does not list its tables: error {why}")
+                    raise Failed(
+                        f"the kernel does not list its tables: error {answer[body : body + 4].hex()}"
+                    )
                 if kind != _DONE:
-                    body = at + 16
-                    about = _attributes(answer, body + fixed, at + length)
-                    found.append((answer[body : body + fixed], about))
+                    head = answer[body : body + fixed]
+                    found.append((head, _attributes(answer, body + fixed, at + length)))
                 at += (length + 3) & ~3
         if not torn:
             break
