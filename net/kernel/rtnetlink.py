@@ -48,9 +48,7 @@ def _dump(asking: socket.socket, request: int, header: bytes) -> list[tuple[byte
                 torn |= flags & _INTERRUPTED
                 body = at + 16
                 if kind == _ERROR:
-                    raise Failed(
-                        f"the kernel does not list its tables: error {answer[body : body + 4].hex()}"
-                    )
+                    raise Failed(f"the kernel lists no tables: error {answer[body : body + 4].hex()}")
                 if kind != _DONE:
                     head = answer[body : body + fixed]
                     found.append((head, _attributes(answer, body + fixed, at + length)))
