@@ -18,7 +18,8 @@ those of the API; 401 means: join again.
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -45,6 +46,8 @@ from compute.wire.spec import InstanceState, InstanceStatus, Inventory, NodeEven
 from imagestore import Store
 from imagestore.mirror import Tree
 
+_LEASES = ThreadPoolExecutor(8, "sf-leases")
+"""For who a node is and that it lives: what tenants ask, or one node says at length, fills none of these threads."""
 _ANSWER_S = 15.0
 _USED_S = 10.0
 _LONGEST_WAIT_S = 25.0  # first in min(): NaN is not less than it
@@ -84,16 +87,14 @@ class Mailbox:
     """The orders for a node that fetches them: each waits for the node's answer."""
 
     def __init__(self, node: str) -> None:
-        self._node, self._numbers, self._given = node, itertools.count(1), asyncio.Event()
-        self._orders: dict[int, dict[str, Any]] = {}
-        """That nobody has fetched or given up on."""
-        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self.speaking = asyncio.Lock()  # a node says one long thing at a time
+        self._node, self._numbers, self._given, self._told = node, itertools.count(1), asyncio.Event(), 0
+        self._asked: dict[int, tuple[dict[str, Any], asyncio.Future[Any]]] = {}
         self.operations = client(self._ask)
 
     async def _ask(self, verb: str, arguments: Sequence[Any]) -> Any:
-        number = next(self._numbers)
-        answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._orders[number] = {"id": number, "verb": verb, "arguments": arguments}
+        number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._asked[number] = {"id": number, "verb": verb, "arguments": arguments}, answer
         self._given.set()
         try:
             async with asyncio.timeout(_ANSWER_S):
@@ -101,20 +102,20 @@ class Mailbox:
         except TimeoutError as err:
             raise Unavailable(f"node {self._node} did not answer within {_ANSWER_S:.0f} s") from err
         finally:
-            del self._answers[number]
-            self._orders.pop(number, None)
+            del self._asked[number]
 
     async def fetch(self, wait_s: float) -> list[dict[str, Any]]:
         """Orders, each once."""
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._given.wait()
-        found, self._orders = list(self._orders.values()), {}
+        found = [order for number, (order, _) in self._asked.items() if number > self._told]
+        self._told = max([self._told, *self._asked])
         self._given.clear()
         return found
 
     def answer(self, number: int, body: AnswerBody) -> None:
-        waiting = self._answers.get(number)
+        _, waiting = self._asked.get(number, (None, None))
         if waiting is None or waiting.done():
             return
         if body.error:
@@ -133,13 +134,15 @@ def build(services: Services) -> FastAPI:
     controller, store = services.controller, services.store
     mailboxes: dict[str, Mailbox] = {}
 
-    def caller(request: HTTPConnection) -> str:
-        """In a thread: a state that answers slowly holds up nobody else."""
+    async def soon(call: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(_LEASES, call, *arguments)
+
+    async def caller(request: HTTPConnection) -> str:
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
         name, _, identity = rest.partition(":")
         if scheme != "Node":
             raise Unauthenticated("no node identity")
-        joining.check_identity(Transaction(store), name, identity)
+        await soon(joining.check_identity, Transaction(store), name, identity)
         if name not in mailboxes:
             controller.nodes.attach(name, mailboxes.setdefault(name, Mailbox(name)).operations)
         return name
@@ -155,7 +158,7 @@ def build(services: Services) -> FastAPI:
     @app.post("/agent/v1/register")
     async def register(node: Caller, body: RegisterBody) -> Response:
         await controller.register(node, from_plain(NodeFacts, body.facts), mailboxes[node].operations)
-        await asyncio.to_thread(controller.nodes.renew, node)
+        await soon(controller.nodes.renew, node)
         return JSONResponse(None)
 
     @app.get("/agent/v1/desired")
@@ -166,17 +169,19 @@ def build(services: Services) -> FastAPI:
     @app.post("/agent/v1/report")
     async def report(node: Caller, body: ReportBody) -> Response:
         statuses = [from_plain(InstanceStatus, one) for one in body.statuses]
-        await controller.report(node, statuses, [from_plain(NodeEvent, one) for one in body.events])
+        async with mailboxes[node].speaking:
+            await controller.report(node, statuses, [from_plain(NodeEvent, one) for one in body.events])
         return JSONResponse(None)
 
     @app.post("/agent/v1/inventory")
     async def inventory(node: Caller, body: InventoryBody) -> Response:
-        await controller.inventory(node, from_plain(Inventory, body.seen))
+        async with mailboxes[node].speaking:
+            await controller.inventory(node, from_plain(Inventory, body.seen))
         return JSONResponse(None)
 
     @app.post("/agent/v1/renew")
     async def renew(node: Caller) -> Response:
-        return JSONResponse(await asyncio.to_thread(controller.nodes.renew, node))
+        return JSONResponse(await soon(controller.nodes.renew, node))
 
     @app.get("/agent/v1/operations")
     async def operations(node: Caller, wait: Wait = 0) -> Response:

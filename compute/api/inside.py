@@ -97,9 +97,8 @@ async def _begin(ctx: Context, known: Instance, do: Callable[[], Awaitable[Json]
     await asyncio.to_thread(created, ctx.read(), known.uuid)
     if not known.agent_state.startswith("ready"):
         raise NotReady("no agent answers in the guest", hint="is qemu-guest-agent installed, and up?")
-    every = [*_operations.values()]
-    own = [one for one in every if one[0]["namespace"] == known.namespace]
-    for among, most in ((_of(known), _MOST), (own, _MOST_OF_ONE), (every, _MOST_OF_ALL)):
+    own = [one for one in _operations.values() if one[0]["namespace"] == known.namespace]
+    for among, most in ((_of(known), _MOST), (own, _MOST_OF_ONE), ([*_operations.values()], _MOST_OF_ALL)):
         if len(among) >= most:
             oldest, task = next((one for one in among if one[1].done()), among[0])
             if not task.done():

@@ -126,9 +126,7 @@ def rooms(txn: Transaction, usable: Mapping[str, str], used: Used, labels: Label
     uncounted, disks = any(claims.disk_bytes is None for claims in held.values()), Counter[str]()
     for one in txn.list(Instance) if uncounted else ():
         disks[one.node] += disk_bytes(one.disks) if one.state != InstanceState.DELETED else 0
-    for node in txn.list(Node):
-        if node.state == "deleted":
-            continue
+    for node in (node for node in txn.list(Node) if node.state != "deleted"):
         claims, facts = held.get(node.name) or Claims(name=node.name), facts_of(node) or NodeFacts(0, 0)
         if claims.disk_bytes is None:
             claims = replace(claims, disk_bytes=disks[node.name])

@@ -274,6 +274,7 @@ class CachedImage:
 
 
 _Text = Annotated[str, Field(max_length=1000)]
+_Digest = Annotated[str, Field(pattern="^b3:[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +291,7 @@ class NodeFacts:
     accel: _Text = ""
     mtu_bytes: Annotated[int, Field(ge=1200, le=2**16)] = 1450
     """What fits into VXLAN on its underlay: the underlay's MTU less 50."""
-    images: Annotated[
-        tuple[Annotated[str, Field(pattern="^b3:[0-9a-f]{64}$")], ...], Field(max_length=5000)
-    ] = ()
+    images: Annotated[tuple[_Digest, ...], Field(max_length=5000)] = ()
     """Digests of the images that its cache holds completely."""
     peer_address: str = ""
     """host:port where its image service can serve other nodes; "" if it is not to."""

@@ -55,8 +55,7 @@ def create_rules(txn: Transaction, rules: Rules) -> Rules:
 def delete_rules(txn: Transaction, uuid: str) -> Rules:
     """Raises Conflict while they are attached; whoever attaches them writes them, too."""
     found = txn.get(Rules, uuid)
-    used = [i for i in txn.list(Interface) if uuid in i.rules]
-    if used:
+    if used := [i for i in txn.list(Interface) if uuid in i.rules]:
         raise Conflict(f"rules {found.name} are attached to {len(used)} interfaces", hint="sf rules detach")
     txn.delete(Taken, f"{Rules.KIND}/{found.namespace}/{found.name}")
     txn.delete(Rules, uuid)

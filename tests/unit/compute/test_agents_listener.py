@@ -7,15 +7,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
 from compute.api import agents
 from compute.api.agents import Mailbox
 from compute.api.context import Services
+from compute.cluster import joining
 from compute.cluster.auth import Authority
 from compute.cluster.controller import Controller
 from compute.cluster.images.stores import NamespaceStores
+from compute.cluster.records.nodes import Node
+from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.errors import Unavailable
@@ -60,6 +64,42 @@ def test_a_state_that_answers_one_node_slowly_holds_up_no_other(
     asyncio.run(story())
 
 
+def test_a_lease_is_renewed_whatever_fills_all_other_threads_and_a_node_says_one_thing_at_a_time(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def joined(txn: Transaction) -> tuple[Node, str]:
+        return joining.join(txn, joining.make_token(txn, b"x" * 32).secret, "n1")
+
+    _, identity = transact(services.store, joined)
+    go_on, here, at_once = threading.Event(), 0, list[int]()
+
+    async def said(*_: Any) -> None:
+        nonlocal here
+        here += 1
+        at_once.append(here)
+        await asyncio.sleep(0.05)
+        here -= 1
+
+    monkeypatch.setattr(services.controller, "inventory", said)
+
+    async def story() -> None:
+        app = httpx.ASGITransport(agents.build(services), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=app, base_url="http://server") as client:
+            busy = [asyncio.create_task(asyncio.to_thread(go_on.wait, 20)) for _ in range(64)]
+            busy += [asyncio.create_task(anyio.to_thread.run_sync(go_on.wait, 20)) for _ in range(64)]
+            await asyncio.sleep(0)
+            told = {"Authorization": f"Node n1:{identity}"}
+            assert (await client.post("/agent/v1/renew", headers=told)).status_code == 200
+            go_on.set()
+            assert all(await asyncio.gather(*busy)), "it waited for them"
+            seen = {"seen": {"machine": "m", "epoch": "", "reached": 0}}
+            asked = (client.post("/agent/v1/inventory", headers=told, json=seen) for _ in range(3))
+            assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 3
+            assert at_once == [1, 1, 1]
+
+    asyncio.run(story())
+
+
 def test_what_a_node_never_fetches_is_not_kept_and_orders_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         box = Mailbox("n1")
@@ -67,7 +107,7 @@ def test_what_a_node_never_fetches_is_not_kept_and_orders_come_once(monkeypatch:
         for _ in range(3):
             with pytest.raises(Unavailable, match="n1"):
                 await box.operations.console("u", 1)
-        assert not box._orders and not box._answers
+        assert not box._asked
         monkeypatch.setattr(agents, "_ANSWER_S", 20.0)
         asked = [asyncio.create_task(box.operations.console("u", n)) for n in (1, 2)]
         waits = asyncio.create_task(box.fetch(20))
