@@ -150,8 +150,8 @@ class S3:
     def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         body = b"".join(pieces(data))
         conditions: dict[str, Any] = {}
-        if (if_match or if_none_match) and self.conditional:
-            conditions = {"IfMatch": f'"{if_match}"'} if if_match else {"IfNoneMatch": "*"}
+        if (if_match is not None or if_none_match) and self.conditional:
+            conditions = {"IfNoneMatch": "*"} if if_match is None else {"IfMatch": f'"{if_match}"'}
         with self._errors(key):
             try:
                 answer = self._client.put_object(**self._at(key), Body=body, **conditions)
@@ -165,7 +165,8 @@ class S3:
     def delete(self, key: str, *, if_match: Etag = None) -> None:
         if if_match is not None and self.conditions == "put":
             raise Unsupported(f"{self.url} has no conditional deletes")
-        condition: dict[str, Any] = {"IfMatch": f'"{if_match}"'} if if_match and self.conditional else {}
+        conditional = if_match is not None and self.conditional
+        condition: dict[str, Any] = {"IfMatch": f'"{if_match}"'} if conditional else {}
         try:
             with contextlib.suppress(NotFound), self._errors(key):
                 self._client.delete_object(**self._at(key), **condition)

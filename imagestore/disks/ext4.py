@@ -152,7 +152,7 @@ class Ext4:
         bitmaps, flags = self._column(*_BITMAP), self._column(0x12)
         told, sums = self._column(0xC, 0x2C), self._column(0x18, 0x38)
         wide = self._descriptor_bytes == 64
-        found = [np.zeros((0, 2), np.int64)]
+        found, count = [np.zeros((0, 2), np.int64)], 0
         # A group whose bitmap was never written is all free but for metadata: nothing of it is worth leaving out.
         (groups,) = np.nonzero(flags & 2 == 0)
         for some in np.split(groups, range(_AT_ONCE, len(groups), _AT_ONCE)):
@@ -167,12 +167,15 @@ class Ext4:
             for group, bits in zip(some.tolist(), raw, strict=True):
                 first = self._first + group * self._group_blocks
                 blocks = min(self._group_blocks, self._blocks - first)
-                count = -(-blocks // (1 << self._ratio_bits))
-                unused = np.unpackbits(bits, count=count, bitorder="little") == 0
+                clusters = -(-blocks // (1 << self._ratio_bits))
+                unused = np.unpackbits(bits, count=clusters, bitorder="little") == 0
                 if int(unused.sum()) != told[group]:
                     raise Doubt("a group counts other blocks as free than its bitmap: run e2fsck on it")
                 ends = np.array(runs(unused), np.int64).reshape(-1, 2) << self._ratio_bits
                 found.append(np.minimum(ends, blocks) + first)
+                count += len(ends)
+                if count > MAX_ROWS:  # bitmaps that groups share cost a stranger nothing
+                    raise Doubt("its free blocks lie in too many pieces")
         return np.concatenate(found)
 
     @functools.cached_property

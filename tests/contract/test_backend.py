@@ -240,6 +240,15 @@ def test_a_conditional_delete_removes_only_what_was_seen_or_says_that_it_cannot(
         conditional.stat("names/a/b")
 
 
+def test_a_condition_that_names_no_etag_is_one_that_nothing_meets(conditional: Backend) -> None:
+    conditional.put("names/a/b", b"first")
+    with pytest.raises(Conflict):
+        conditional.put("names/a/b", b"second", if_match="")
+    with pytest.raises((Conflict, Unsupported)):
+        conditional.delete("names/a/b", if_match="")
+    assert conditional.get("names/a/b").data == b"first"
+
+
 def test_a_listing_goes_on_past_a_page(backend: Backend) -> None:
     if backend.url.startswith("s3:") and not backend.conditional:
         pytest.skip("slow, and the same code")

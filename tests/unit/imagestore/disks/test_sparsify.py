@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imagestore.backends.directory import Directory
+from imagestore.disks import ext4
 from imagestore.disks.disk import RawDisk, read_range
 from imagestore.disks.filesystems import look as look_at
 from imagestore.disks.open import open_disk
@@ -243,6 +244,15 @@ def test_bitmaps_without_sums_are_believed_only_where_files_and_metadata_agree(t
         wrong[free] = 0
         patched(path, bitmap * BLOCK, np.packbits(wrong, bitorder="little").tobytes())
         assert "counts" in look(path, sparsify=True).notes[0]
+
+
+def test_free_blocks_in_more_pieces_than_anybody_has_are_a_doubt(tmp_path, monkeypatch):
+    """Groups that share one bitmap cost a stranger nothing; each of its runs would cost a reader memory."""
+    path, _ = filesystem(tmp_path / "disk")
+    assert len(look(path, sparsify=True).free)
+    monkeypatch.setattr(ext4, "MAX_ROWS", 0)
+    special = look(path, sparsify=True)
+    assert len(special.free) == 0 and "pieces" in special.notes[0]
 
 
 @pytest.fixture(scope="module")
