@@ -11,7 +11,7 @@ A group says which options all its commands have: `Group(needs=API)`.
 import importlib
 import inspect
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -83,9 +83,8 @@ DURATION = _Unit("duration", "s")
 """Seconds."""
 
 
-def pairs(texts: Iterable[str]) -> dict[str, str]:
+def pairs(texts: Sequence[str]) -> dict[str, str]:
     """Of options KEY=VALUE. Raises UsageError."""
-    texts = list(texts)
     if wrong := [text for text in texts if "=" not in text]:
         raise click.UsageError(f"{wrong[0]} is not KEY=VALUE")
     return dict(text.partition("=")[::2] for text in texts)

@@ -113,7 +113,7 @@ class Plane:
         One that a stopped guest left in its network is made anew; Conflict where a process still holds it.
         """
         name = port.tap or names.tap(self.installation, port.uuid)
-        alias = f"{names.owned(self.installation)}port {port.uuid}"
+        alias = f"{names.table(self.installation)} port {port.uuid}"
         with self._lock, _refusals(f"the tap {name} cannot be made"):
             self._clear(name, alias)
             taps.create_tap(name, alias)
@@ -276,7 +276,7 @@ class Plane:
                     raise Conflict(f"there is a device {name} which is not this port's: {held.alias!r}")
                 if alias and held.carrier:
                     raise Conflict(f"{name} is held by a running guest", hint="stop the guest first")
-                if not alias and not held.alias.startswith(names.owned(self.installation)):
+                if not alias and not held.alias.startswith(f"{names.table(self.installation)} "):
                     raise Conflict(f"the device {name} is not ours: alias {held.alias!r}")
                 space.delete_link(name)
 

@@ -34,7 +34,7 @@ def observe(
 
 
 def _ours(installation: str, links: Iterable[Link], more: Iterable[str] = ()) -> dict[str, Link]:
-    mark, known = names.owned(installation), set(more)
+    mark, known = f"{names.table(installation)} ", set(more)
     return {link.name: link for link in links if link.alias.startswith(mark) or link.name in known}
 
 

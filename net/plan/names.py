@@ -20,13 +20,8 @@ def _base36(number: int, width: int) -> str:
     return digits
 
 
-def owned(installation: str) -> str:
-    """What every link alias of ours starts with, and the name of our nft tables without the last blank."""
-    return f"sf-{installation} "
-
-
 def table(installation: str) -> str:
-    """Our nft table, in the host's namespace and in each of ours."""
+    """Our nft tables; each link alias of ours begins with it and a blank."""
     return f"sf-{installation}"
 
 

@@ -131,7 +131,7 @@ def _namespace(
 ) -> Facts:
     vni, routes = network.vni, routes_here(desired, network)
     br, vx, up = names.bridge(vni), names.vxlan(vni), names.uplink(vni)
-    alias = f"{names.owned(desired.installation)}network {network.uuid}"
+    alias = f"{names.table(desired.installation)} network {network.uuid}"
     router_mac = names.router_mac(desired.installation, vni)
     mac = router_mac if routes else names.bridge_mac(desired.installation, vni, desired.node)
     # Records of version 0.1 may have a port with a MAC of the network's own: it gets nothing.
@@ -200,7 +200,7 @@ def _namespace(
 
 def port_link(desired: NodeNetworks, network: Network, port: Port) -> Link:
     """The tap of a port once it is in the network's namespace."""
-    alias = f"{names.owned(desired.installation)}port {port.uuid}"
+    alias = f"{names.table(desired.installation)} port {port.uuid}"
     name = tap_name(desired, port)
     if network.bridge:
         # A bridge without a MAC of its own has the lowest of its ports': never ours.
@@ -230,7 +230,7 @@ def _host(desired: NodeNetworks, outside: dict[int, IPv4Address], observed: Obse
     entries, floating, blocks6 = set[Entry](), set[IPv4Address](), dict[int, IPv6Network]()
     for network in (network for network in desired.networks if network.vni in outside):
         name, end = names.host_uplink(desired.installation, network.vni), outside[network.vni]
-        alias = f"{names.owned(desired.installation)}network {network.uuid}"
+        alias = f"{names.table(desired.installation)} network {network.uuid}"
         links[name] = Link(name, "veth", alias, _UPLINK_MTU_BYTES)
         entries.add(Entry(Kind.ADDRESS, name, f"{end}/31"))
         if block := network.netblock6:

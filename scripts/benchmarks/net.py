@@ -70,7 +70,7 @@ def _veth_guest(node: Node, network: Network, port: Port) -> Iterator[Space]:
             f"ip link add eth0 address {port.mac} mtu 1450 type veth peer name {name} netns {node.space.tid}"
         )
         guest.sh(f"ip addr add {port.address}/24 dev eth0 && ip link set eth0 up")
-        node.space.sh(f"ip link set {name} alias '{names.owned(node.plane.installation)}port {port.uuid}'")
+        node.space.sh(f"ip link set {name} alias '{names.table(node.plane.installation)} port {port.uuid}'")
         node.space.call(node.plane.adopt_tap, network, port)
         yield guest
 
