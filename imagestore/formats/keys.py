@@ -14,6 +14,7 @@ TRASH = b"sf-trash 1 "
 _TRASH_BYTES = len(TRASH) + 33
 _DIGEST = r"([0-9a-f]{2})/\1[0-9a-f]{62}"
 _HOLDER = r"[a-z0-9][a-z0-9-]{0,199}"
+_SIGNED = r"[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json"
 _WORD = r"[a-z0-9][a-z0-9._-]{0,99}"
 
 
@@ -88,9 +89,7 @@ SUMS = Kind("sums", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "mirrors")
 GROUPS = Kind("groups", _DIGEST, True, Check.SHAPE, End.IMAGE, True, "writers", "put")
 UPDATES = Kind("updates", _DIGEST, True, Check.SEAL, End.IMAGE, True, "writers, mirrors")
 DELTAS = Kind("deltas", _DIGEST, False, Check.HEAD, End.LISTED, True, "writers, mirrors")
-TUF = Kind(
-    "tuf", r"[0-9a-f]{64}/[a-z0-9]{1,20}(?:\.[a-z]{1,20})?\.json", True, Check.SIGNATURE, End.OWNER, True, "signers"
-)  # fmt: skip
+TUF = Kind("tuf", _SIGNED, True, Check.SIGNATURE, End.OWNER, True, "signers")
 LEASES = Kind("leases", r"[0-9a-f]{32}", True, Check.SEAL, End.EXPIRY, False, "writers, collector", "own")
 REFS = Kind("refs", _HOLDER, True, Check.SEAL, End.OWNER, False, "servers", "")
 STATES = Kind("state", r"[0-9a-f]{8}-\d{8}t\d{6}z", True, Check.SEAL, End.OWNER, False, "servers", "")

@@ -16,9 +16,9 @@ from imagestore.copy import copy_image
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import BESIDE, DELTAS, TUF
-from imagestore.mirror.signing import Publisher, check_complete
+from imagestore.mirror.signing import Publisher
 from imagestore.mirror.sources import Outcome, choose
-from imagestore.store.roots import can_be_read
+from imagestore.store.roots import can_be_read, tag
 from imagestore.store.store import Store
 from imagestore.store.trust import SignedNames, Target, parse_targets, read_metadata, signed_targets, tree
 from imagestore.updates.using import read_steps
@@ -56,7 +56,7 @@ def replicate(
                 report(title)
                 new_bytes = copy_image(source, target, digest)
                 _copy_beside(source, target, digest)
-                target.names.set(record.name, record.tag, architecture, digest)
+                tag(target, digest, record.name, record.tag, architecture)
                 yield Outcome(title, "new", new_bytes=new_bytes)
             except StoreError as error:
                 failed = True
@@ -147,13 +147,9 @@ def adopt(store: Store, publisher: Publisher, fingerprint: Digest) -> Mapping[Ta
     """
     adopted = {}
     for target, digests in sorted(signed_targets(store.backend, tree(fingerprint)).items()):
-        digest = min(digests)
-        try:
-            check_complete(store, {digest})
-        except NotFound:
-            continue
-        store.names.set(*target, digest)
-        adopted[target] = digest
+        with suppress(NotFound):
+            tag(store, min(digests), *target)
+            adopted[target] = min(digests)
     if not adopted:
         raise NotFound(f"{store.url} has no whole image that {fingerprint} signed", hint="sync from it first")
     publisher.publish()

@@ -1,5 +1,6 @@
 """Finding out which chunks a store holds: the name's last image, this machine's memory, and the published hooks."""
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -28,7 +29,7 @@ Footers = Collection[tuple[Digest, Footer]]
 class Lookup(AbstractContextManager["Lookup"]):
     """Puts what the store holds into a placement. A context manager: from `engage` on it holds a lease.
 
-    parts_bytes: most bytes of index parts to read, None for all that are met.
+    parts_bytes: most bytes of index parts to read.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Lookup(AbstractContextManager["Lookup"]):
         placement: Placement,
         local: index.LocalIndex | None = None,
         *,
-        parts_bytes: int | None = None,
+        parts_bytes: float = math.inf,
     ) -> None:
         self._store, self._lease, self._placement, self._local = store, lease, placement, local
         self._followed: tuple[Digest, Manifest, Layout | None] | None = None
@@ -71,7 +72,7 @@ class Lookup(AbstractContextManager["Lookup"]):
         """Take a lease, then find out where chunks lie: before anything is relied on or written."""
         if self._engaged:
             return
-        unfinished = self._local.unfinished() if self._local is not None else []
+        unfinished = self._local.unfinished() if self._local else []
         sizes = {pack: footer.data_bytes for pack, footer in unfinished}
         digest, manifest, layout = self._followed or (None, None, None)
         sizes |= layout.pack_sizes() if layout else {}
@@ -93,7 +94,7 @@ class Lookup(AbstractContextManager["Lookup"]):
                 chunks["frame"], chunks["offset"] = (column[:count] for column in places)
                 self._placement.chunks.add(layout.pages.ids, *(column[count:] for column in places))
         self._load(unfinished, usable)
-        if self._local is not None:
+        if self._local:
             self._local.forget_packs(pack for pack, _ in unfinished if pack not in usable)
         self.hooks = index.read_hooks(self._store)
 
@@ -123,8 +124,8 @@ class Lookup(AbstractContextManager["Lookup"]):
         for name, size_bytes in self.hooks[0].matching(unknown) if len(unknown) else ():
             if name not in self._asked:
                 self._asked.add(name)
-                part = self._part(name, size_bytes)
-                footers += part.footers if part is not None else ()
+                if part := self._part(name, size_bytes):
+                    footers += part.footers
         self.know(footers)
 
     def know(self, footers: Footers) -> None:
@@ -133,15 +134,13 @@ class Lookup(AbstractContextManager["Lookup"]):
         self._load(footers, self._there({p: footer.data_bytes for p, footer in footers if p not in known}))
 
     def _part(self, name: Digest, size_bytes: int) -> IndexPart | None:
-        part = self._local.get(name) if self._local is not None else None
-        if part is not None:
+        if self._local and (part := self._local.get(name)):
             return part
-        if self._parts_bytes is not None:
-            if size_bytes > self._parts_bytes:
-                return None
-            self._parts_bytes -= size_bytes
+        if size_bytes > self._parts_bytes:
+            return None
+        self._parts_bytes -= size_bytes
         part = index.read_part(self._store, name)
-        if part is not None and self._local is not None:
+        if part and self._local:
             self._local.keep(name, part)
         return part
 
