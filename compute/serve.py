@@ -120,7 +120,9 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
 
         holds, feed = Holds(store, installation), controller.feed
         seen: Any = {"limits": config, "usable": controller.nodes.usable, "used": controller.usage.of}
-        taking = Snapshots(store, own, lambda: stores.images.stores, feed, partial(destination, **seen))
+        passing = partial(controller.pass_on, asyncio.get_running_loop())
+        fits = partial(destination, **seen)
+        taking = Snapshots(store, own, lambda: stores.images.stores, feed, fits, passing)
 
         async def holding() -> None:
             made = own.made

@@ -269,9 +269,10 @@ def snapshot(name: str, form: str, timeout: float) -> None:
 @instance.add(examples="sf instance migrate web --on server2")
 @click.option("--on", "node", metavar="NODE", help="Default: the best other one.")
 @click.option("--timeout", type=DURATION, default="60s", show_default=True, help="Then its power is taken.")
-def migrate(name: str, form: str, node: str | None, timeout: float) -> None:
-    """Move a guest to another node: it is asked to end, and starts there with its disks. Meanwhile it is off."""
-    show_one(moved(Api(), name, timeout, node), COLUMNS, form)
+@click.option("--cold", is_flag=True, help="It is off meanwhile.")
+def migrate(name: str, form: str, node: str | None, timeout: float, cold: bool) -> None:
+    """Move a guest to another node while it runs; where that cannot be (it says why), it ends and starts there anew."""
+    show_one(moved(Api(), name, timeout, node, cold=cold), COLUMNS, form)
 
 
 @instance.add(examples="sf instance restore web\nsf instance restore web my/web:20261224-180000 --wait")

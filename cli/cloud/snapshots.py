@@ -6,7 +6,7 @@ from typing import Any
 from cli.cloud.api import Api, Object, poll
 from cli.cloud.create import wait
 from cli.errors import CONFLICT, TIMEOUT, Problem
-from cli.output import status
+from cli.output import say, status
 
 
 def take(api: Api, name: str, verb: str, timeout: float, **asked: Any) -> Object:
@@ -27,6 +27,9 @@ def take(api: Api, name: str, verb: str, timeout: float, **asked: Any) -> Object
             found: Object = next(mine, made | over)
             if found["state"] in ("created", "error"):
                 break
+            if found["note"] and found["note"] != made["note"]:  # it moves cold, and why
+                say(f"{name}: {found['note']}")
+                made["note"] = found["note"]
             tell(f"{found['name']}: {found['state']}", f"{gone_s:.0f} s")
         else:
             raise Problem(f"{name}: not stored yet", hint=f"sf instance snapshots {name}", code=TIMEOUT)
@@ -35,9 +38,10 @@ def take(api: Api, name: str, verb: str, timeout: float, **asked: Any) -> Object
     return found
 
 
-def moved(api: Api, name: str, timeout: float, node: str | None = None) -> Object:
+def moved(api: Api, name: str, timeout: float, node: str | None = None, *, cold: bool = False) -> Object:
     """A guest, once it is on another node, and up there unless it is to be off. Raises Problem."""
-    made = take(api, name, "migrate", limit_s := timeout + 3600, placed_on=node, timeout_s=math.ceil(timeout))
+    told: Object = {"placed_on": node, "timeout_s": math.ceil(timeout), **({"live": False} if cold else {})}
+    made = take(api, name, "migrate", limit_s := timeout + 3600, **told)
 
     def there(_: Api, seen: Object) -> str:
         if seen["node"] != made["to"]:

@@ -62,7 +62,7 @@ def token(form: str) -> None:
 
 @node.add(examples="sf node drain server1\nsf node drain server1 --move\nsf node drain server1 --undo")
 @click.option("--undo", is_flag=True, help="Use the node again; guests that were moved stay where they are.")
-@click.option("--move", is_flag=True, help="Move its guests away, one by one; each is off while it moves.")
+@click.option("--move", is_flag=True, help="Move its guests away, one by one, as sf instance migrate does.")
 @click.option("--timeout", type=DURATION, default="60s", help="For a guest to end.  [default: 60s]")
 def drain(name: str, form: str, undo: bool, move: bool, timeout: float) -> None:
     """Place nothing new on a node and route elsewhere; guests that run there go on, or are moved.

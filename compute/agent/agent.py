@@ -329,4 +329,5 @@ class Agent:
             stores=self._images.stores,
             boot=boot(),
             disk_bytes=self._disk_bytes,
+            live=True,
         )

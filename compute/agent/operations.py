@@ -90,6 +90,9 @@ class Operations(NodeOperations):
             to = str(options.get("address")), also, int(options["port"])
             await self.streams.begin(ticket, partial(connect, space, *to))
         else:
+            async with asyncio.timeout(10):  # who moves here is asked for before this node was told of it
+                while kind == "arrive" and target not in self._guests:
+                    await asyncio.sleep(0.05)
             await self.streams.open(self._guest(target), kind, options, ticket)
 
     def _network(self, uuid: str) -> Network:

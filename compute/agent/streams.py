@@ -15,7 +15,7 @@ from compute.agent.guest.guest import Guest
 from compute.agent.guest.terminal import Terminal
 from compute.agent.hypervisor.domain import screen
 from compute.errors import ComputeError, Conflict, Invalid, Unavailable
-from compute.wire.streams import PIECE_BYTES, Stream, failure, first
+from compute.wire.streams import PIECE_BYTES, Stream, carry_socket, failure, first
 from net import NetError, tcp_socket
 
 Dial = Callable[[str], Awaitable[Stream]]  # brings the stream of a ticket to the server
@@ -32,7 +32,9 @@ class Streams:
 
     async def open(self, guest: Guest, kind: str, options: dict[str, Any], ticket: str) -> None:
         """Serve one in the background. Raises Invalid for an unknown kind."""
+        known: dict[str, Callable[..., Awaitable[None]]]
         known = {"console": self._console, "exec": self._exec, "vnc": self._vnc, "screen": self._screen}
+        known |= {"arrive": guest.passage.arrive, "leave": guest.passage.leave}
         if (do := known.get(kind)) is None:
             raise Invalid(f"this node's agent knows no stream {kind[:80]}")
         await self.begin(ticket, lambda stream: do(guest, options, stream))
@@ -67,7 +69,7 @@ class Streams:
         if not path:
             hint = "create --vdi vnc and start it; one that runs since an older sf: sf instance reboot --hard"
             raise Conflict(f"{guest.spec.name} shows no screen now", hint=hint)
-        await _carry(*await asyncio.open_unix_connection(path), stream)
+        await carry_socket(*await asyncio.open_unix_connection(path), stream)
 
     async def _screen(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
         """A PNG, as `_exec` hands out output."""
@@ -120,27 +122,4 @@ async def connect(namespace: str, address: str, also: str, port: int, stream: St
             await connect(namespace, also, "", port, stream)
             return
         raise Unavailable(f"{address} port {port}: {os.strerror(err.errno or errno.ETIMEDOUT)}") from err
-    await _carry(*await asyncio.open_connection(sock=socket), stream)
-
-
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: Stream) -> None:
-    """A TCP connection as a stream, with the end of each direction by itself; who connected closes it."""
-
-    async def there() -> None:
-        while (message := await stream.receive()) is not None:
-            if isinstance(message, str):
-                writer.write_eof()
-            else:
-                writer.write(message)
-                await writer.drain()
-
-    async def back() -> None:
-        while data := await reader.read(PIECE_BYTES):
-            await stream.send(data)
-        await stream.send('{"eof": true}')
-        await asyncio.Event().wait()
-
-    try:
-        await first(there(), back())
-    finally:
-        writer.close()
+    await carry_socket(*await asyncio.open_connection(sock=socket), stream)

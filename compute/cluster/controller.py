@@ -5,9 +5,11 @@ the same verbs. Reports are facts about the past and may arrive late or twice: w
 """
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address
@@ -21,6 +23,7 @@ from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine, rename
 from compute.cluster.records.secrets import site_secret
+from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, pieces, transact
@@ -31,10 +34,11 @@ from compute.errors import Conflict, Invalid, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.operations import NodeOperations
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts, Remembered
-from compute.wire.streams import Arrivals, Stream, pair
+from compute.wire.streams import Arrivals, Stream, carry, first, pair
+from imagestore import read_json
 
 T = TypeVar("T")
-_MOST_ORPHANS, _EVENTS = 4096, 25
+_MOST_ORPHANS, _EVENTS, _MOVE_S, _SAID_BYTES = 4096, 25, 3000, 1 << 16
 
 
 class Controller:
@@ -200,6 +204,37 @@ class Controller:
         operations = await self.nodes.operations(node)
         return await self.arrivals.ask(node, lambda t: operations.stream(kind, target, options, t))
 
+    def pass_on(self, loop: asyncio.AbstractEventLoop, one: Snapshot, node: str) -> None:
+        """Carry a guest's disks and memory from `node` to `one.to`; whose it is, the caller's transaction says.
+
+        From any thread. Raises Conflict where it must move cold, Unavailable.
+
+            arrive: what it finds there ─▶ leave: that is alike ─▶ go ─▶ all is sent ─▶ it is there
+        """
+
+        async def passing(stack: AsyncExitStack) -> None:
+            async def opened(at: str, kind: str, **more: Any) -> Stream:
+                stream = await self.stream(at, kind, one.instance_uuid, {"move": one.uuid, **more})
+                stack.push_async_callback(stream.aclose)
+                return stream
+
+            async with stack, asyncio.timeout(_MOVE_S):
+                there = await opened(one.to, "arrive")
+                like = dict((await _heard(there, one.to, may=True))["like"])
+                here = await opened(node, "leave", like={str(k): str(v) for k, v in like.items()})
+                for name in map(str, (await _heard(here, node, may=True))["channels"]):
+                    far = await opened(one.to, "arrive", channel=name)
+                    near = await opened(node, "leave", channel=name)
+                    stack.callback(asyncio.create_task(first(carry(far, near), carry(near, far))).cancel)
+                await here.send("{}")
+                await there.send(json.dumps(await _heard(here, node)))
+                await _heard(there, one.to)
+
+        try:
+            asyncio.run_coroutine_threadsafe(passing(AsyncExitStack()), loop).result()
+        except (TimeoutError, ValueError, TypeError, KeyError) as err:
+            raise Unavailable(f"a node fell silent, or said nonsense: {err!r}") from err
+
     async def examine(self, network: str) -> list[dict[str, str]]:
         """Every node's findings about a network and about the node itself; a silent node is one."""
 
@@ -219,3 +254,13 @@ class Controller:
 
     async def _act(self, action: Callable[[Transaction], T], node: str) -> T:
         return await asyncio.to_thread(transact, self.store, action, node)
+
+
+async def _heard(stream: Stream, node: str, *, may: bool = False) -> dict[str, Any]:
+    """What a node says next. Raises Unavailable, but Conflict where it `may` say that it cannot."""
+    said: dict[str, Any] = {**read_json(str(await stream.receive()).encode(), most_bytes=_SAID_BYTES)}
+    if error := said.get("error"):
+        raise (Conflict if may and said.get("kind") == "Conflict" else Unavailable)(
+            f"{node}: {str(error)[:500]}"
+        )
+    return said

@@ -69,9 +69,9 @@ def read(
     for link in links:
         nics[link.instance_uuid].append(link)
     guests = [
-        replace(spec(one, nics[uuid], installation), snapshots=wanted[uuid])
+        replace(spec(one, nics[uuid], installation, node), snapshots=wanted[uuid])
         for uuid, one in there.items()
-        if one.node == node and (one.state in LEAVING or not any(disk.pending for disk in one.disks))
+        if one.at(node) and (one.state in LEAVING or not any(disk.pending for disk in one.disks))
     ]
     removed = (i for i in instances if node in i.left or (i.unconfirmed and i.node == node))
     guests += [replace(spec(one, (), installation), delete=True) for one in removed]
@@ -115,7 +115,7 @@ def _networks(
     fenced = {n.name for n in nodes if n.fence}
     machines = {n.name: facts_of(n) for n in nodes if n.state != "deleted"}
     mtu_bytes = min((facts.mtu_bytes if facts else 1450 for facts in machines.values()), default=1450)
-    needed = {link.network_uuid for link in links if there[link.instance_uuid].node == node} | also
+    needed = {link.network_uuid for link in links if there[link.instance_uuid].at(node)} | also
     ports = defaultdict[str, list[Interface]](list)
     for link in links:
         ports[link.network_uuid].append(link)
@@ -191,12 +191,13 @@ def _port(
     return Port(**said)
 
 
-def spec(instance: Instance, interfaces: Iterable[Interface], installation: str) -> InstanceSpec:
-    """What an agent needs to run this instance."""
+def spec(instance: Instance, links: Iterable[Interface], installation: str, node: str = "") -> InstanceSpec:
+    """What an agent needs to run this instance, or to take it over."""
+    coming = instance.passing if node == instance.moving else ""
     said: dict[str, Any] = alike(InstanceSpec, instance) | {
         "interfaces": tuple(
             InterfaceSpec(i.uuid, i.network_uuid, i.mac, i.address, i.model, tap(installation, i.uuid))
-            for i in sorted(interfaces, key=lambda i: i.order)
+            for i in sorted(links, key=lambda i: i.order)
         ),
         "ssh_keys": tuple(line for line in instance.ssh_key.splitlines() if line.strip()),
         "metadata": tuple((key, str(value)) for key, value in sorted(instance.metadata.items())),
@@ -205,7 +206,9 @@ def spec(instance: Instance, interfaces: Iterable[Interface], installation: str)
         "vdi": instance.video.get("vdi") or "",
         "video": "" if instance.video["model"] == "none" else instance.video["model"],
         "video_kib": instance.video["memory"],
-        "power": Power.OFF if instance.moving else instance.power,
+        "power": Power.OFF if instance.moving and not instance.passing else instance.power,
+        "leaving": "" if coming else instance.passing,
+        "coming": coming,
         "delete": instance.state in LEAVING,
         "made": instance.state == InstanceState.CREATED and not instance.arriving,
         "failed": instance.state == InstanceState.ERROR,

@@ -146,6 +146,10 @@ class InstanceSpec:
     """When its machine starts, those of its namespace with a lower order start first; when it ends, they end last."""
     delay_s: int = 0
     """So much later than it do those of a higher order start."""
+    leaving: str = ""
+    """The live move by which it goes to another node: until this is not here any more, that may have it."""
+    coming: str = ""
+    """It is another node's, and takes its memory by this live move: it runs only once this is not here any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,3 +305,4 @@ class NodeFacts:
     """Another after each start of the machine; "" of a version that does not say."""
     disk_bytes: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the file system that has guests' disks; 0 of a version that does not say."""
+    live: bool = False  # it knows live moves; an older one would start what comes

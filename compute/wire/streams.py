@@ -93,6 +93,29 @@ async def carry(source: Stream, target: Stream) -> None:
             await target.send(message)
 
 
+async def carry_socket(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: Stream) -> None:
+    """A TCP connection as a stream, with the end of each direction by itself; who connected closes it."""
+
+    async def there() -> None:
+        while (message := await stream.receive()) is not None:
+            if isinstance(message, str):
+                writer.write_eof()
+            else:
+                writer.write(message)
+                await writer.drain()
+
+    async def back() -> None:
+        while data := await reader.read(PIECE_BYTES):
+            await stream.send(data)
+        await stream.send('{"eof": true}')
+        await asyncio.Event().wait()
+
+    try:
+        await first(there(), back())
+    finally:
+        writer.close()
+
+
 def failure(error: Exception) -> str:
     """How a stream says that it cannot go on: the class is what the client's exit code is made from."""
     said = {"error": str(error)[:1000] or repr(error), "hint": getattr(error, "hint", "")}

@@ -1,4 +1,4 @@
-"""Guests that move to another node, cold: two machines with real libvirtd, qemu and image services."""
+"""Guests that move to another node, live and cold: two machines with real libvirtd, qemu and image services."""
 
 import json
 import re
@@ -87,22 +87,28 @@ def test_a_guest_moves_with_its_disk_its_address_and_its_port(cluster: Cluster) 
         return cluster.world.run(["timeout", "5", "bash", "-c", words], check=False).stdout
 
     within(60, lambda: banner().startswith("SSH-2.0"), "the world reaches its port")
-    counted = counts(server, "web")
-    moved = server.sf("instance", "migrate", "web", "--on", "n1", "--timeout", "20s", "--format", "json")
-    now = json.loads(moved.stdout)
-    assert (now["uuid"], now["node"], now["power_state"]) == (before["uuid"], "n1", "on")
-    within(150, lambda: counts(server, "web") > 0, "web counts again")
-    assert counts(server, "web", "BEGAN") >= counted
-    assert runs_on(cluster, now["uuid"]) == ["n1"]
-    within(60, lambda: server.instance("web")["left"] == [], "n2 has said that it removed it")
-    assert nothing_left(cluster, "n2", now["uuid"])
-    within(60, lambda: banner().startswith("SSH-2.0"), "the world reaches its port where it is now")
+    for there, *how in (("n1",), ("n2", "--cold")):
+        here, counted = server.instance("web")["node"], counts(server, "web")
+        moved = server.sf(
+            "instance", "migrate", "web", "--on", there, *how, "--timeout", "20s", "--format", "json"
+        )
+        now = json.loads(moved.stdout)
+        assert (now["uuid"], now["node"], now["power_state"]) == (before["uuid"], there, "on")
+        within(150, lambda c=counted: counts(server, "web") > c, "web counts on")  # type: ignore[misc]
+        began = counts(server, "web", "BEGAN")
+        assert began >= counted if how else began == -1, "it lives on, and only what moved cold began anew"
+        assert runs_on(cluster, now["uuid"]) == [there]
+        within(60, lambda: server.instance("web")["left"] == [], "the other node has said that it removed it")
+        assert nothing_left(cluster, here, now["uuid"])
+        within(60, lambda: banner().startswith("SSH-2.0"), "the world reaches its port where it is now")
     after = server.instance("web")
     for same in ("interfaces", "name", "created", "disk_spec", "power"):
         assert after[same] == before[same], same
     assert server.listed("instance", "snapshots", "web") == []
-    assert any(line.startswith("moved from n2 to n1") for line in events(server, "web"))
-    assert server.sf("instance", "migrate", "web", "--on", "n1", check=False).returncode == 6, "it is there"
+    assert {"moved from n2 to n1: asked for, while it runs", "moved from n1 to n2: asked for"} <= {
+        *events(server, "web")
+    }
+    assert server.sf("instance", "migrate", "web", "--on", "n2", check=False).returncode == 6, "it is there"
     server.sf("instance", "delete", "web", "--force", "--wait")
 
 

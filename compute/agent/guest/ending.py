@@ -71,3 +71,10 @@ class Ending:
             channel.POOL.submit(hypervisor.ask_agent_to_end, self._uuid)
         asyncio.get_running_loop().call_later(min(left_s, _AGAIN_S), self._wake)
         return False
+
+    async def take_power(self) -> None:
+        """It is off, as it is to be."""
+        await self._host.do(self._host.hypervisor.destroy, self._uuid)
+        await self._taps.remove()
+        await self._course.save(phase=Phase.OFF, created=True, message="", crashed=False)
+        self._voice.event("powered off")

@@ -24,6 +24,7 @@ from compute.agent.guest.console import ConsoleLog
 from compute.agent.guest.disks import Disks, Leaving
 from compute.agent.guest.ending import Ending
 from compute.agent.guest.host import Host, Voice
+from compute.agent.guest.passage import Passage
 from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld, rebuilt
 from compute.agent.guest.taps import Taps
 from compute.agent.hypervisor import domain
@@ -55,6 +56,8 @@ class Guest:
         self._ending = Ending(host, spec.uuid, self._course, self._taps, self._voice, self.wake)
         self._captures = Captures(host, spec.uuid, self._journal.part, self._disks, self._voice, self.wake)
         self.console = ConsoleLog(self.directory / "console.log")
+        parts = self._course, self._taps, self._disks, self.console, self._voice, self.wake
+        self.passage = Passage(host, *parts)
         self._leaving, self._wake = asyncio.Event(), asyncio.Event()
         self._up, self.gone = False, False  # its console said so; nothing of it is left
         self.known, self._recorded, self._damage, self._trouble = True, False, "", ""
@@ -118,7 +121,8 @@ class Guest:
             await self._wake.wait()
             self._wake.clear()
             try:
-                await self._attempt()
+                async with self.passage.turn:
+                    await self._attempt()
                 self._voice.waits(None)
                 self.host.turns.settled(self.spec)
             except (ComputeError, StoreError, NetError, OSError) as err:
@@ -150,6 +154,9 @@ class Guest:
         if not self.known:
             await self._watch()
             return
+        if await self.passage.rules(spec, self.networks, self._leaving):
+            self._recorded = True
+            return
         if self.record.phase is Phase.FAILED or spec.failed:
             self._voice.fail(self.record.message)
             return
@@ -174,7 +181,8 @@ class Guest:
         if spec.power is Power.OFF:
             done = state.power == "off" and self.record.phase is Phase.OFF
             if not done and await self._ending.come(spec, state):
-                await self._power_off()
+                self._voice.publish(self._stage_now(), "transition-to-off")
+                await self._ending.take_power()
                 self._wake.set()  # a snapshot may wait for that
         elif self.record.phase in (Phase.STARTING, Phase.OFF) and not self._captures.at_rest:
             self.host.check_lease(spec)
@@ -276,18 +284,12 @@ class Guest:
                 await host.do(hypervisor.resume, uuid)
             undo.pop_all()
 
-    async def _power_off(self) -> None:
-        self._voice.publish(self._stage_now(), "transition-to-off")
-        await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
-        await self._taps.remove()
-        await self._course.save(phase=Phase.OFF, created=True, message="", crashed=False)
-        self._voice.event("powered off")
-
     async def _delete(self) -> None:
         """Remove everything; what was begun is begun again after a crash until the directory is gone."""
         await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
         await self.host.do(self.host.hypervisor.undefine, self.spec.uuid)
         await self._captures.stop()
+        await self.host.do(self.passage.clear)
         await self._taps.remove()
         await self._disks.give_up(self.record.spec)
         if self.directory.exists():

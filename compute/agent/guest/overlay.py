@@ -44,6 +44,14 @@ def virtual_size(path: Path) -> int:
         return int(QCOW2_HEADER.unpack(file.read(QCOW2_HEADER.size))[5])
 
 
+def backing(path: Path) -> str:
+    """What a qcow2 file names as its backing; "" for none."""
+    with path.open("rb") as file:
+        _, _, place, length = struct.unpack(">4sIQI", file.read(20))
+        file.seek(place)
+        return file.read(length).decode(errors="replace") if place else ""
+
+
 def snapshots(path: Path) -> int:
     """How many internal snapshots a qcow2 file has."""
     with path.open("rb") as file:

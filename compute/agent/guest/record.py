@@ -49,6 +49,9 @@ class Course:
     reboot_hard: int = 0
     asked_s: float = 0
     """When it was asked to end, the last time it was to; 0 if it was not."""
+    leaving: str = ""
+    coming: str = ""
+    """Live moves, until the server has said whose the guest is."""
     vdi_password: str = field(default_factory=lambda: secrets.token_hex(4))
 
 
@@ -170,5 +173,6 @@ def rebuilt(
         if i.uuid in live
     )
     course = Course(spec, Phase.UP, True, why, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
+    course = replace(course, leaving=spec.leaving)
     captures = CapturesHeld("unknown", frozen=True)
     return course, TapsHeld(taps), DisksHeld(served=domain.served(xml) if xml else (), moved=moved), captures

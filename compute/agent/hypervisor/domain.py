@@ -266,6 +266,20 @@ def spec_of(xml: str) -> InstanceSpec | None:
     return InstanceSpec(uuid, called, namespace, int(root.findtext("vcpu") or 1), memory_mib, tuple(disks))
 
 
+_SEEN = ("memory", "vcpu", "os", "features", "cpu", "clock", "devices")
+_NODES_OWN = ("source", "backingStore", "alias", "log", "graphics", "seclabel")
+
+
+def shape(xml: str) -> dict[str, str]:
+    """What a running domain's guest sees of its machine, by names for people."""
+    root = _read(xml)
+    for one in list(root.iter())[::-1]:  # from inside outwards: each is sorted as it will be
+        one.text, one.tail = (one.text or "").strip(), None
+        one.attrib = {name: value for name, value in one.attrib.items() if name not in ("state", "tty")}
+        one[:] = sorted((child for child in one if child.tag not in _NODES_OWN), key=ET.tostring)
+    return {tag: ET.tostring(found, "unicode") for tag in _SEEN if (found := root.find(tag)) is not None}
+
+
 def served(xml: str) -> tuple[str, ...]:
     """Devices whose image is read from an NBD export."""
     disks = _read(xml).iterfind("devices/disk/backingStore[@type='network']/../target")

@@ -8,10 +8,11 @@ snapshot alone. Putting back a node that is there already would abort qemu, so e
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from compute.agent.hypervisor.libvirt import Hypervisor, Refused
 from compute.errors import Conflict, NotFound
@@ -21,11 +22,16 @@ _SLOW_S, _END_S = 4, 10.0
 """What a guest's write waits for the copy of what it overwrites, before the snapshot is given up; and its end."""
 
 
+def overlays(call: Callable[..., Any]) -> dict[str, str]:
+    """File → the node of the overlay that it holds."""
+    nodes = (n for n in call("query-named-block-nodes", flat=True) if n["drv"] == "file")
+    return {n["file"]: n["node-name"].replace("storage", "format") for n in nodes}
+
+
 def begin(hypervisor: Hypervisor, uuid: str, disks: Mapping[str, tuple[Path, Path]], socket: Path) -> None:
     """disks: device → overlay, scratch (an empty qcow2 whose size is all that it may use). Raises Refused."""
     call = partial(hypervisor.qmp, uuid)
-    nodes = call("query-named-block-nodes", flat=True)
-    node_of = {n["file"]: n["node-name"].replace("storage", "format") for n in nodes if n["drv"] == "file"}
+    node_of = overlays(call)
     devices = {b["inserted"]["node-name"]: b["qdev"] for b in call("query-block") if b.get("inserted")}
     on = {device: node_of[str(overlay)] for device, (overlay, _) in disks.items()}
     for device, (_, scratch) in disks.items():

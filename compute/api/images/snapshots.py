@@ -13,7 +13,7 @@ from compute.api import views
 from compute.api.context import Body, Ctx, Guest, StoreRoute
 from compute.cluster.images.snapshots import remove
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.nodes import Node
+from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.snapshots import Backup, Snapshot, snapshots_of, take
 from compute.cluster.records.transaction import Transaction
 from compute.cluster.scheduler import destination, unreadable
@@ -31,7 +31,8 @@ class ImageBody(Body):
 class MoveBody(Body):
     placed_on: str = ""
     timeout_s: int = Field(default=60, ge=0, le=86400)
-    """How long the guest is asked to end before its power is taken."""
+    """How long the guest is asked to end before its power is taken, where it does not move while it runs."""
+    live: bool = True
 
 
 class RuleBody(Body):
@@ -69,10 +70,11 @@ def restore(ctx: Ctx, instance: Guest, body: ImageBody) -> Response:
 
 @router.post("/instances/{ref}/migrate")
 def migrate(ctx: Ctx, ref: str, body: MoveBody) -> Response:
-    """Move an instance to the node named, or to the best other; the administrator's. It is off until it is there.
+    """Move an instance to the node named, or to the best other; the administrator's: while it runs, where it can be.
 
-    It is asked to end, its disks are stored as a snapshot, the other node starts it with these. This one is gone from
-    the list of snapshots once the instance is the other node's, and stays in state error where it was not moved.
+    Else (`live` false, it is off, the nodes are unlike: its events say why) it is asked to end, its disks are stored as
+    a snapshot, the other node starts it with these. This one is gone from the list of snapshots once the instance is
+    the other node's, and stays in state error where it was not moved.
     """
     ctx.admin()
     instance, controller, config = ctx.find(Instance, ref), ctx.services.controller, ctx.services.config
@@ -86,7 +88,9 @@ def migrate(ctx: Ctx, ref: str, body: MoveBody) -> Response:
         to = destination(txn, uuid, body.placed_on, usable=lambda: controller.nodes.usable() | closed, **seen)
         if (found := txn.get(Instance, uuid)).power != Power.OFF:
             txn.update(replace(found, grace_s=body.timeout_s))
-        return take(txn, uuid, to=to)
+        facts = [facts_of(txn.get(Node, name)) for name in (found.node, to)]
+        live = body.live and found.power_state in ("on", "paused") and all(one and one.live for one in facts)
+        return take(txn, uuid, to=to, running=live)
 
     return JSONResponse(views.snapshot(ctx.change(instance, change)))
 

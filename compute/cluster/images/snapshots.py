@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any
 
 from compute.cluster.feed import Feed
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.snapshots import Backup, Snapshot, due, finish, kept, order, snapshots_of
+from compute.cluster.records.snapshots import Backup, Snapshot, cool, due, finish, kept, order, snapshots_of
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict
@@ -32,9 +33,10 @@ class Snapshots:
         stores: Callable[[], Mapping[str, Store]],
         feed: Feed,
         fits: Callable[..., Any],
+        pass_on: Callable[[Snapshot, str], None],
     ) -> None:
         self._records, self._own, self._stores, self._feed, self._fits = records, own, stores, feed, fits
-        self._pool, self._busy = ThreadPoolExecutor(4, "sf-snapshots"), set[str]()
+        self._pool, self._busy, self._pass_on = ThreadPoolExecutor(6, "sf-snapshots"), set[str](), pass_on
 
     async def keep(self) -> None:
         """For ever. An error is said and tried again: a full disk, or a rule that goes now, must not end the server."""
@@ -48,7 +50,7 @@ class Snapshots:
             await self._feed.moved((Snapshot.KIND, Backup.KIND), seen, _LOOK_S)
 
     def _look(self) -> None:
-        read = Transaction(self._records)
+        busy, read = set(self._busy), Transaction(self._records)  # in this order: what is over is seen to be
         for rule in (rule for rule in read.list(Backup) if rule.due_s <= time.time()):
             transact(self._records, lambda txn, uuid=rule.uuid: due(txn, uuid))  # type: ignore[misc]
         for one in read.list(Snapshot):
@@ -60,7 +62,9 @@ class Snapshots:
             gone = instance is not None and instance.state == InstanceState.DELETED and instance.held_s > 0
             # One that was given to another node meanwhile moves no more.
             waits = one.state == "ordered" and instance is not None and here and instance.moving == one.to
-            if (one.live or gone) and one.uuid not in self._busy and not waits:
+            # What a live move that came to nothing left is removed there first.
+            waits = waits or (one.live and instance is not None and one.to in instance.left)
+            if (one.live or gone) and one.uuid not in busy and not waits:
                 self._busy.add(one.uuid)
                 self._pool.submit(self._advance, one, instance if here else None)
 
@@ -71,8 +75,17 @@ class Snapshots:
                 return
             if instance is None or one.order.error:
                 raise Conflict(one.order.error or "its instance is gone")
+            if one.state == "passing":
+                raise Conflict("the server that carried it ended")
             target = self._own.of(one.namespace)
-            if one.state == "initial":
+            if one.running:
+                transact(self._records, lambda txn: order(txn, one))
+                try:
+                    self._pass_on(one, instance.node)
+                except Conflict as err:
+                    transact(self._records, partial(cool, uuid=one.uuid, why=str(err)))
+                    return
+            elif one.state == "initial":
                 # A store is complete in itself.
                 for disk in instance.disks:
                     if disk.image and disk.store != one.namespace and not disk.cdrom:

@@ -97,12 +97,18 @@ class Instance(Stored):
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
     moving: str = ""
     """The node that it goes to. Until it is there it is to be off, whatever `power` says; then that counts again."""
+    passing: str = (
+        ""  # the live move (its snapshot) by which it goes there, and runs on where it is meanwhile
+    )
     arriving: bool = False
     """It was given to its node, which has not said yet that it has made the disks."""
     left: tuple[str, ...] = ()
     """Nodes that it was on: each is ordered to remove what it has, until it has said that nothing of it is left."""
-    node_labels: dict[str, str] = field(default_factory=dict)
-    """Only nodes with these labels (their metadata) are asked to take it."""
+    node_labels: dict[str, str] = field(default_factory=dict)  # only nodes with these are asked to take it
+
+    def at(self, node: str) -> bool:
+        """Whether it is that node's, or passes to it."""
+        return node in (self.node, self.passing and self.moving)
 
 
 def check(instance: Instance, wants: Sequence[Want]) -> None:
@@ -192,12 +198,19 @@ def interfaces_of(txn: Transaction, instance_uuid: str) -> list[Interface]:
     return sorted((i for i in txn.list(Interface) if i.instance_uuid == instance_uuid), key=lambda i: i.order)
 
 
+def stays(found: Instance) -> Instance:
+    """It moves nowhere; what another node has of it by a live move is ordered away."""
+    left = (*found.left, found.moving) if found.passing else found.left
+    return replace(found, moving="", passing="", left=left)
+
+
 def delete_instance(txn: Transaction, uuid: str) -> Instance:
     """Ask its node to remove it. Deleting again is success."""
     found = txn.get(Instance, uuid)
     if found.state in (InstanceState.DELETED, InstanceState.DELETE_WAIT):
         return found
-    found = txn.update(replace(found, state=InstanceState.DELETE_WAIT, updated_s=time.time(), progress=""))
+    found = replace(stays(found), state=InstanceState.DELETE_WAIT, updated_s=time.time(), progress="")
+    txn.update(found)
     txn.event(Instance.KIND, uuid, "deletion asked for", type="audit")
     return found
 
@@ -250,31 +263,26 @@ def finish_delete(txn: Transaction, found: Instance, *, unconfirmed: bool = Fals
 
 
 def rehome(
-    txn: Transaction,
-    uuid: str,
-    node: str,
-    why: str,
-    disks: tuple[DiskSpec, ...] | None = None,
-    *,
-    gone: bool = False,
-) -> Instance:
+    txn: Transaction, uuid: str, node: str, why: str, disks: tuple[DiskSpec, ...] | None = None,
+    *, gone: bool = False, live: bool = False,
+) -> Instance:  # fmt: skip
     """Give an instance to another node, which makes its disks anew: these, or those that it has, of their images.
 
     Interfaces, addresses, what is floating or published and the rule of its backups hang on the instance, and go along.
     The node that it was on is ordered to remove its copy; `gone`: it is not, since nobody knows what runs there: what
-    a lost node still has is found and left as it is (quarantine) when it comes back. Whoever calls has chosen a node
-    with room (`scheduler.weigh`, `place`, `take`). Raises NotReady, Conflict, Unavailable.
+    a lost node still has is found and left as it is (quarantine) when it comes back; `live`: the other node has all of
+    it already. Whoever calls has chosen a node with room (`scheduler.weigh`, `place`, `take`). Raises NotReady,
+    Conflict, Unavailable.
     """
-    found = created(txn, uuid)
+    found = created(txn, uuid) if live else stays(created(txn, uuid))
     if node in (found.node, *found.left):
         why_not = "is there" if node == found.node else "was there, and what it left is not removed yet"
         raise Conflict(f"instance {found.name} {why_not}: {node}", hint=f"see: sf instance show {found.name}")
     left = found.left if gone else (*found.left, found.node)
-    now = replace(
-        found, node=node, disks=disks or found.disks, left=left, arriving=True, moving="", heard_s=0
-    )
+    now = replace(found, node=node, disks=disks or found.disks, left=left, arriving=not live, heard_s=0)
     power = "off" if found.power == Power.OFF else "transition-to-on"
-    now = replace(now, power_state=power, error_message="", progress="", agent_state="", console_port=0)
+    now = replace(now, moving="", passing="", power_state=found.power_state if live else power, progress="")
+    now = replace(now, error_message="", agent_state="", console_port=0)
     claim(txn, found.node, -found.cpus, -found.memory_mib, -disk_bytes(found.disks))
     claim(txn, node, now.cpus, now.memory_mib, disk_bytes(now.disks))
     txn.update(now := replace(now, vdi_port=0, updated_s=time.time()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from compute.cluster.records.instances import Instance, created, rehome
+from compute.cluster.records.instances import Instance, created, rehome, stays
 from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict
@@ -34,6 +34,9 @@ class Snapshot(Stored):
     """What the instance's disks become when this one of its former disks is kept."""
     to: str = ""
     """The node to which the instance moves, off, with the disks that this stores: then it is over, and had no names."""
+    running: bool = (
+        False  # it moves while it runs: state `passing` instead of `ordered`, and nothing is stored
+    )
 
     @property
     def live(self) -> bool:
@@ -101,8 +104,9 @@ def snapshots_of(txn: Transaction, instance: str) -> list[Snapshot]:
 
 
 def take(
-    txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup: bool = False, to: str = ""
-) -> Snapshot:
+    txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup: bool = False, to: str = "",
+    running: bool = False,
+) -> Snapshot:  # fmt: skip
     """A snapshot of an instance is wanted now. Raises NotFound, Conflict."""
     found, others = txn.get(Instance, uuid), snapshots_of(txn, uuid)
     if found.state != InstanceState.CREATED or all(disk.cdrom for disk in found.disks):
@@ -116,7 +120,7 @@ def take(
     order = Capture(number, {"instance": found.name, "instance-uuid": uuid, "taken": tag}, at_rest=bool(to))
     made = Snapshot(
         uuid=number, instance_uuid=uuid, instance=found.name, namespace=found.namespace, tag=tag, order=order,
-        then=then, backup=backup, to=to,
+        then=then, backup=backup, to=to, running=running,
     )  # fmt: skip
     txn.create(made)
     what = f"move to {to}" if to else f"snapshot {tag}"
@@ -125,12 +129,22 @@ def take(
 
 
 def order(txn: Transaction, one: Snapshot) -> None:
-    """Its node is told to take it; a guest that moves is off for that from now on. Raises Conflict and the like."""
-    txn.update(replace(one, state="ordered"))
+    """Its node is told to take it; a guest that moves is off for that, or passes, from now on. Raises Conflict…"""
+    txn.update(replace(one, state="passing" if one.running else "ordered"))
     if one.to:
         found = created(txn, one.instance_uuid)
         ended = found.power_state in ("off", "crashed")  # by itself: it is not started by its move
-        txn.update(replace(found, moving=one.to, power=Power.OFF if ended else found.power))
+        now = replace(found, moving=one.to, passing=one.uuid if one.running else "")
+        txn.update(replace(now, power=Power.OFF if ended else found.power))
+
+
+def cool(txn: Transaction, uuid: str, why: str) -> None:
+    """It cannot move while it runs: what the other node has of it is ordered away, then it moves off."""
+    if (one := txn.get(Snapshot, uuid)).live:
+        txn.update(stays(txn.get(Instance, one.instance_uuid)))
+        order = replace(one.order, note=f"it moves cold, off meanwhile: {why}"[:_TEXT])
+        txn.update(replace(one, state="initial", running=False, order=order))
+        txn.event(Instance.KIND, one.instance_uuid, order.note, type="status")
 
 
 def settle_snapshot(txn: Transaction, instance: Instance, said: Capture) -> None:
@@ -152,7 +166,7 @@ def finish(txn: Transaction, uuid: str, error: str = "", fits: Callable[..., Any
         order = replace(one.order, error=error[:_TEXT])
         txn.update(replace(one, state="error" if error else "created", order=order))
         costs = ", ".join(f"{name} {count}" for name, count in order.costs.items())
-        done = f"move to {one.to}: stored" if one.to else f"snapshot is {one.instance.lower()}:{one.tag}"
+        done = f"move to {one.to}: there" if one.to else f"snapshot is {one.instance.lower()}:{one.tag}"
         said = f"{done.split()[0]} failed: {order.error}" if error else f"{done}; bytes: {costs}"
         txn.event(Instance.KIND, one.instance_uuid, said, type="status", extra=order.costs)
         if one.backup:
@@ -166,12 +180,13 @@ def finish(txn: Transaction, uuid: str, error: str = "", fits: Callable[..., Any
             said = f"its disks become {one.then[0].image_name}"
             txn.event(Instance.KIND, instance.uuid, said, type="audit")
         if one.to and error:
-            txn.update(replace(instance, moving=""))
-        elif one.to and instance.moving != one.to:
+            txn.update(stays(instance) if instance.passing in ("", uuid) else instance)
+        elif one.to and (instance.moving != one.to or (one.running and instance.passing != uuid)):
             raise Conflict(f"instance {instance.name} was given to {instance.node} meanwhile")
         elif one.to:
             fits(txn, instance.uuid, one.to)
             new: dict[str, Any] = {d: {"image": i, "store": one.namespace} for d, i in order.digests.items()}
             disks = (replace(disk, **new.get(disk.device, {})) for disk in instance.disks)  # a CD-ROM stays
-            rehome(txn, instance.uuid, one.to, "asked for", tuple(disks))
+            why = "asked for" + ", while it runs" * one.running
+            rehome(txn, instance.uuid, one.to, why, tuple(disks), live=one.running)
             txn.delete(Snapshot, uuid)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance, delete_instance, finish_delete, rehome
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.nodes import Node, drain
-from compute.cluster.records.snapshots import Snapshot, snapshots_of, take
+from compute.cluster.records.snapshots import Snapshot, finish, snapshots_of, take
 from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
 from compute.cluster.records.transaction import Transaction, transact
@@ -24,7 +25,7 @@ from compute.cluster.reports import settle
 from compute.cluster.scheduler import create_instance, destination
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
-from compute.errors import ComputeError, Conflict, NoCapacity, NotFound
+from compute.errors import ComputeError, Conflict, NoCapacity, NotFound, Unavailable
 from compute.wire.codec import to_plain
 from compute.wire.spec import DiskSpec, InstanceSpec, InstanceState, InstanceStatus, NodeFacts, Power
 from imagestore import Digest, open_store, push
@@ -54,7 +55,8 @@ class Cloud:
         own = NamespaceStores(self.records, lambda: str(directory / "store"), directory)
         self.fits = partial(destination, limits=Config(), usable=lambda: self.usable, used=nobody)
         stores = lambda: {"local": self.images}  # noqa: E731
-        self.worker = Snapshots(self.records, own, stores, Feed(self.records), self.fits)
+        self.worker = Snapshots(self.records, own, stores, Feed(self.records), self.fits, self.pass_on)
+        self.passes: Callable[[], None] = lambda: None
         cdrom = DiskSpec("sda", "b3:" + 64 * "1", bus="sata", cdrom=True)
         disks = DiskSpec("vda", str(self.base), size_bytes=1 << 20), cdrom
         made = Instance(
@@ -83,9 +85,17 @@ class Cloud:
     def told(self, node: str) -> InstanceSpec | None:
         return next(iter(desired.read(Transaction(self.records), node, "0" * 8, list("abc")).instances), None)
 
-    def begin(self, to: str = "b") -> None:
+    def pass_on(self, one: Snapshot, node: str) -> None:
+        """What both nodes are told while it passes; and what happens meanwhile."""
+        source, destination = self.told("a"), self.told("b")
+        assert (node, one.state) == ("a", "initial") and source and destination
+        assert (source.leaving, source.coming, source.power) == (one.uuid, "", Power.ON)
+        assert (destination.leaving, destination.coming, destination.delete) == ("", one.uuid, False)
+        self.passes()
+
+    def begin(self, to: str = "b", *, running: bool = False) -> None:
         def action(txn: Transaction) -> None:
-            take(txn, WEB, to=self.fits(txn, WEB, to))
+            take(txn, WEB, to=self.fits(txn, WEB, to), running=running)
 
         self.act(action)
 
@@ -288,3 +298,75 @@ def test_a_digest_that_its_store_does_not_have_moves_nothing(cloud: Cloud) -> No
     cloud.act(lambda txn: settle(txn, "a", InstanceStatus(WEB, S.CREATED, "off", snapshots=(order,))))
     cloud.step()
     cloud.stays("")
+
+
+def test_one_that_passes_while_it_runs_is_the_others_in_one_transaction(cloud: Cloud) -> None:
+    cloud.begin(running=True)
+    cloud.step()
+    assert (cloud.web.node, cloud.web.left, cloud.web.arriving, cloud.web.power_state) == (
+        "b",
+        ("a",),
+        False,
+        "on",
+    )
+    assert (cloud.web.passing, cloud.web.moving, cloud.taken) == ("", "", None)
+    source, destination = cloud.told("a"), cloud.told("b")
+    assert source and source.delete and destination and not destination.delete and destination.made
+    assert (source.leaving, destination.coming) == ("", "") and cloud.claimed() == {"a": 0, "b": 512, "c": 0}
+
+
+def raises(error: ComputeError) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("who", ["a node", "the server", "somebody"])
+def test_one_that_did_not_pass_runs_on_where_it_was_and_what_came_is_removed(cloud: Cloud, who: str) -> None:
+    cloud.begin(running=True)
+    assert cloud.taken is not None
+    one = cloud.taken
+    if who == "a node":
+        cloud.passes = lambda: raises(Unavailable("b fell silent"))
+        cloud.step()
+    else:
+        cloud.passes = lambda: raises(ZeroDivisionError())
+        with pytest.raises(ZeroDivisionError):  # killed meanwhile
+            cloud.step()
+        assert cloud.taken and cloud.taken.state == "passing"
+        cloud.step() if who == "the server" else remove(cloud.records, cloud.worker._own, cloud.taken)
+    assert (cloud.web.node, cloud.web.left, cloud.web.passing, cloud.web.moving) == ("a", ("b",), "", "")
+    assert (source := cloud.told("a")) and (source.leaving, source.power) == ("", Power.ON)
+    assert (left := cloud.told("b")) and left.delete and cloud.claimed() == {"a": 512, "b": 0, "c": 0}
+    with suppress(NotFound):  # whoever carried it and did not hear of that
+        cloud.act(partial(finish, uuid=one.uuid, fits=cloud.fits))
+    assert cloud.web.node == "a"
+
+
+def test_one_that_cannot_pass_moves_cold_once_what_came_is_removed(cloud: Cloud) -> None:
+    cloud.passes = lambda: raises(Conflict("b: unlike on the other node: machine"))
+    cloud.begin(running=True)
+    cloud.step()
+    assert cloud.taken and (cloud.taken.state, cloud.taken.running) == ("initial", False)
+    assert (cloud.web.node, cloud.web.left, cloud.web.moving) == ("a", ("b",), "")
+    cloud.worker._look()
+    assert not cloud.worker._busy, "b has not removed it yet"
+    cloud.act(lambda txn: settle(txn, "b", InstanceStatus(WEB, S.DELETED)))
+    cloud.step()
+    assert cloud.taken.state == "ordered" and (told := cloud.told("a")) and told.power is Power.OFF
+
+
+@pytest.mark.parametrize("meanwhile", ["it is deleted", "its node is lost"])
+def test_what_happens_while_it_passes_comes_first(cloud: Cloud, meanwhile: str) -> None:
+    def happens() -> None:
+        if meanwhile == "it is deleted":
+            cloud.act(lambda txn: delete_instance(txn, WEB))
+        else:
+            with pytest.raises(Conflict):
+                cloud.act(lambda txn: rehome(txn, WEB, "b", "a is lost", gone=True))
+            cloud.act(lambda txn: rehome(txn, WEB, "c", "a is lost", gone=True))
+
+    cloud.begin(running=True)
+    cloud.passes = happens
+    cloud.step()
+    assert (web := cloud.web).left == ("b",) and not web.passing and not web.moving
+    assert (web.node, web.state) == (("a", S.DELETE_WAIT) if "deleted" in meanwhile else ("c", S.CREATED))
+    assert (left := cloud.told("b")) and left.delete

@@ -60,7 +60,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 def worker(store: SqliteStore, images: Store, tmp_path: Path) -> Iterator[Snapshots]:
     transact(store, lambda txn: txn.create(Namespace(name="shop")))
     own = NamespaceStores(store, lambda: str(tmp_path / "store"), tmp_path)
-    yield Snapshots(store, own, lambda: {"local": images}, Feed(store), lambda *_: None)
+    yield Snapshots(store, own, lambda: {"local": images}, Feed(store), lambda *_: None, lambda *_: None)
     own.close()
 
 
