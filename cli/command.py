@@ -52,8 +52,7 @@ _SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "api_url": ("--api-url", {"metavar": "URL", "help": "Default: http://127.0.0.1:13000.", **_KEPT}),
     "quiet": ("-q --quiet", {"is_flag": True, "help": "No progress, only results and errors.", **_KEPT}),
     "debug": ("--debug", {"is_flag": True, "help": "Show the traceback of an error.", **_KEPT}),
-}
-"""What many commands have: an argument of that name, or the option whose flags stand here."""
+}  # what many commands have: an argument of that name, or the option whose flags stand here
 
 
 def shared(name: str) -> click.Parameter:
@@ -77,10 +76,8 @@ class _Unit(click.ParamType[Any]):
             self.fail(f"{error}: {error.hint}", param, ctx)
 
 
-SIZE, MEBIBYTES, GIBIBYTES = (_Unit("size", bare) for bare in ("", "M", "G"))
-"""Bytes."""
-DURATION = _Unit("duration", "s")
-"""Seconds."""
+SIZE, MEBIBYTES, GIBIBYTES = (_Unit("size", bare) for bare in ("", "M", "G"))  # bytes
+DURATION = _Unit("duration", "s")  # seconds
 
 
 def pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -119,8 +116,7 @@ class Group(click.Group):
     def __init__(self, *args: Any, needs: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.needs = needs
-        self.lazy: dict[str, tuple[str, str]] = {}
-        """name -> ("module:attribute", short help)"""
+        self.lazy: dict[str, tuple[str, str]] = {}  # name -> ("module:attribute", short help)
 
     def add(self, name: str | None = None, **attributes: Any) -> Callable[[_Function], click.Command]:
         """Decorates the function of a new command."""

@@ -195,8 +195,7 @@ def _bar(what: str) -> Iterator["imagestore.Report"]:
 
 
 def _lines(what: str, every_s: float = 5.0) -> "imagestore.Report":
-    last: dict[str, float] = {}
-    """The stage that was printed last, and when."""
+    last: dict[str, float] = {}  # the stage that was printed last, and when
 
     def tell(p: "imagestore.Progress") -> None:
         if time.monotonic() - last.get(p.stage, -every_s) < every_s:

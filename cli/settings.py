@@ -28,8 +28,7 @@ from cli.errors import AUTH, CONFLICT, MISSING, USAGE, Problem
 from imagestore import Settings, durable
 
 _LOOPBACK = re.compile(r"https?://(127\.\d+\.\d+\.\d+|localhost|\[::1\])(:\d+)?(/|$)")
-RESERVED = ("all", "local", "my")
-"""What no remote and no namespace may be called."""
+RESERVED = ("all", "local", "my")  # what no remote and no namespace may be called
 
 
 def access(settings: Settings) -> tuple[str, str, str]:

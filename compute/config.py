@@ -32,14 +32,11 @@ class Config:
     """Everything that one server is configured by."""
 
     state_dir: Path = Path("/var/lib/sf")
-    state: str = _told(str)
-    """etcd://… that keeps the records; "" for a file in `state_dir`."""
+    state: str = _told(str)  # etcd://… that keeps the records; "" for a file in `state_dir`
     state_access: tuple[str, ...] = field(default=("",) * 4, repr=False)
     """For etcd: files of TLS (authority, certificate, key), then NAME:PASSWORD."""
-    guests: bool = _told(switch, "yes")
-    """Whether the server's machine is a node, too."""
-    instance_dir: Path | None = None
-    """Guests' disks; None: instances/ under `state_dir`."""
+    guests: bool = _told(switch, "yes")  # whether the server's machine is a node, too
+    instance_dir: Path | None = None  # guests' disks; None: instances/ under `state_dir`
     stores: tuple[tuple[str, str], ...] = ()
     """(name, URL) of the image stores that names are looked up in, in order; () is the one under `state_dir`."""
     stores_again: Callable[[], Mapping[str, str]] = field(default=dict, compare=False)
@@ -52,23 +49,19 @@ class Config:
     tls_key: str = _told(str)
     node_name: str = "localhost"
     libvirt_uri: str = _told(str, "qemu:///system")
-    mesh_address: IPv4Address = _told(IPv4Address, "127.0.0.1")
-    """This node's VXLAN endpoint."""
+    mesh_address: IPv4Address = _told(IPv4Address, "127.0.0.1")  # this node's VXLAN endpoint
     agent_listen: str = ""
     """host:port of the TLS endpoint for agents; "" for none. With an etcd, the server's own uses it, too."""
     floating_pool: IPv4Network | None = _told(lambda text: IPv4Network(text) if text else None)
-    uplink: str = _told(str)
-    """The host's interface towards the floating pool."""
+    uplink: str = _told(str)  # the host's interface towards the floating pool
     resolvers: tuple[IPv4Address, ...] = _told(lambda text: tuple(map(IPv4Address, text.split())))
     """Upstream DNS servers of virtual networks; () is the host's own, without loopback."""
     excluded: tuple[IPv4Network, ...] = _told(
         lambda text: tuple(map(IPv4Network, text.split())), name="excluded_networks"
-    )
-    """Ranges that no virtual network may overlap."""
+    )  # ranges that no virtual network may overlap
     fill: str = _told(lambda text: str(Fill(text)), "now")
     """When the rest of an image that a guest already runs from is fetched: now, idle or never."""
-    images: Options = field(default_factory=Options)
-    """How the node's image service fetches and keeps images."""
+    images: Options = field(default_factory=Options)  # how the node's image service fetches and keeps images
     read_timeout_s: float = _told(duration_s, "120", "read_timeout")
     """A guest's read that no store can serve for so long ends in an I/O error."""
     peer_port: int = _told(int, "13002")

@@ -28,8 +28,7 @@ Say = Callable[[str], None]
 _LOOK_S, _FIRST_S = 3.0, 5.0
 _AGAIN_S, _END_S = 5.0, 6.0
 _UNSET = Config().mesh_address
-_MTU_BYTES = 1450
-"""Inside a VXLAN over Ethernet."""
+_MTU_BYTES = 1450  # inside a VXLAN over Ethernet
 
 
 @contextlib.contextmanager

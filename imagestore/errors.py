@@ -6,8 +6,7 @@ Adapters only say what *kind* of error it was; retrying lives in one wrapper and
 
 import errno
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of an OSError that mean: no room."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of an OSError that mean: no room
 
 
 class StoreError(Exception):

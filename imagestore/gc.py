@@ -41,20 +41,17 @@ class GcReport:
     """What a run did, or with `dry_run` would do. Bytes as stored."""
 
     dry_run: bool
-    images: int = 0
-    """Manifests in use."""
+    images: int = 0  # manifests in use
     used_bytes: float = 0
     deleted_packs: int = 0
     freed_bytes: int = 0
-    waiting_packs: int = 0
-    """Condemned, and deleted by a run after the grace."""
+    waiting_packs: int = 0  # condemned, and deleted by a run after the grace
     waiting_bytes: int = 0
     repacked_packs: int = 0
     copied_bytes: int = 0
     trashed_images: int = 0
     deleted_images: int = 0
-    deleted_names: int = 0
-    """Tombstones whose grace is over."""
+    deleted_names: int = 0  # tombstones whose grace is over
     doubtful_times: int = 0
     """Times that cannot be right, because the store's clock was wrong once: what bears them stays for too long."""
 
@@ -101,15 +98,11 @@ class Seen:
     condemned: Condemned
     objects: Mapping[keys.Kind, Mapping[Digest, ObjectStat]]
     """Manifests, layouts and what is kept beside them."""
-    inventory: Inventory
-    """With the chunks in use marked live."""
+    inventory: Inventory  # with the chunks in use marked live
     roots: Roots
-    packs_of: Mapping[Digest, tuple[Digest, ...]]
-    """Images in use, and the packs of their layouts."""
-    trash: frozenset[str]
-    """Keys of old manifests and layouts in no use that a run marked before."""
-    updates: frozenset[Digest]
-    """What the lists of images in use name."""
+    packs_of: Mapping[Digest, tuple[Digest, ...]]  # images in use, and the packs of their layouts
+    trash: frozenset[str]  # keys of old manifests and layouts in no use that a run marked before
+    updates: frozenset[Digest]  # what the lists of images in use name
 
 
 def look(store: Store, grace_s: float, *, mend_times: bool = False) -> Seen:
@@ -174,8 +167,7 @@ class Plan:
     """Live data in a condemned pack is copied out, however little is dead; so is that of nearly dead packs."""
     mark: Sequence[ObjectStat]
     condemn: Collection[Digest]
-    report: GcReport
-    """As if nobody came between."""
+    report: GcReport  # as if nobody came between
 
 
 def plan(seen: Seen, threshold: float) -> Plan:

@@ -72,8 +72,7 @@ class Guarded(HttpToolsProtocol):
 
     PATIENCE_S: ClassVar[float] = 10.0
     STALLED_S: ClassVar[float] = 60.0
-    MOST: ClassVar[int] = 4096
-    """Of one server; never more than a quarter of the process's descriptors."""
+    MOST: ClassVar[int] = 4096  # of one server; never more than a quarter of the process's descriptors
     MOST_OF_ONE: ClassVar[int] = 512
 
     _origin = ""

@@ -8,12 +8,10 @@ import json
 import math
 from typing import Any
 
-DEPTH = 32
-"""More than any of our formats nests."""
+DEPTH = 32  # more than any of our formats nests
 
 MOST = 2**63 - 1
-YEAR_9999_S = 253_402_300_799.0
-"""Seconds since 1970 of the last day that calendars here can name."""
+YEAR_9999_S = 253_402_300_799.0  # seconds since 1970 of the last day that calendars here can name
 
 
 def read_json(data: bytes, *, most_bytes: int = 64 << 20) -> Any:

@@ -44,10 +44,8 @@ from imagestore.store.roots import can_be_read, offer
 from imagestore.store.store import Store
 from imagestore.updates.making import make_update
 
-_PARTS_BYTES = 10 << 20
-"""Most index parts that one push reads."""
-_READ_CHUNKS = 64
-"""Chunks that are read at once where they are stored again."""
+_PARTS_BYTES = 10 << 20  # most index parts that one push reads
+_READ_CHUNKS = 64  # chunks that are read at once where they are stored again
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +53,11 @@ class PushResult:
     """What a push did. All figures but `digest` are bytes or counts of this push alone."""
 
     digest: Digest
-    read_bytes: int
-    """Bytes of the disk that are not holes."""
-    new_bytes: int
-    """Plain bytes of chunks that the store did not hold (or held too scattered)."""
+    read_bytes: int  # bytes of the disk that are not holes
+    new_bytes: int  # plain bytes of chunks that the store did not hold (or held too scattered)
     known_bytes: int
-    written_bytes: int
-    """Stored bytes of new packs."""
-    changed: bool
-    """Whether the name points somewhere else now."""
+    written_bytes: int  # stored bytes of new packs
+    changed: bool  # whether the name points somewhere else now
     notes: tuple[str, ...] = ()
     """With `sparsify`: which parts of the disk are stored whole all the same, and why. Of a changed disk: why all of
     it was looked at. With `update`: why there is none."""
@@ -151,8 +145,7 @@ class _Writer:
         self._framer = Framer(self._placement)
         self._offsets, self._lengths, self._rows = (np.zeros(0, np.int64) for _ in range(3))
         self._seen_bytes = self._new_bytes = 0
-        self.former: Digest | None = None
-        """What the name pointed at before."""
+        self.former: Digest | None = None  # what the name pointed at before
 
     def push(self, name: str | None, tag: str, facts: dict[str, Any], special: Special) -> PushResult:
         """The whole of it."""

@@ -18,8 +18,7 @@ _Rules = dict[tuple[str, ...], list[dict[str, Any]]]  # by family, table and cha
 class Finding:
     """One thing that is not as it should be; `fix` is what to do, "" where the next reconcile does it."""
 
-    network: str
-    """Its name, or "" for the host."""
+    network: str  # its name, or "" for the host
     text: str
     fix: str = ""
 

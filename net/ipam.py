@@ -18,16 +18,14 @@ from typing import Self
 from net.errors import Conflict, Exhausted, Invalid
 
 QUARANTINE_S = 300.0
-LARGEST_PREFIX = 29
-"""The smallest network: five guests and a router."""
+LARGEST_PREFIX = 29  # the smallest network: five guests and a router
 TRANSIT = IPv4Network("169.254.64.0/18")
 """Where the uplinks between a namespace and its host take their /31s from; no network may overlap it."""
 
 UNKNOWN = IPv4Network("0.0.0.0/8")
 """What stands, in a block of all addresses, for one that the LAN's own DHCP server will give; and the whole block of a
 network without IPv4, where it counts who is who."""
-ANY = IPv4Network("0.0.0.0/0")
-"""The block of a network on a LAN of which we know nothing."""
+ANY = IPv4Network("0.0.0.0/0")  # the block of a network on a LAN of which we know nothing
 
 LOCAL6 = IPv6Network("fc00::/7")
 """Unique local addresses (RFC 4193): not the world's, so they are translated on their way there."""
@@ -104,15 +102,12 @@ class Pool:
 
     netblock: IPv4Network
     gateway: IPv4Address
-    reserved: frozenset[IPv4Address] = frozenset()
-    """Never given out, not even on request."""
-    held: Mapping[IPv4Address, str] = field(default_factory=dict)
-    """Address to holder (a port's uuid)."""
+    reserved: frozenset[IPv4Address] = frozenset()  # never given out, not even on request
+    held: Mapping[IPv4Address, str] = field(default_factory=dict)  # address to holder (a port's uuid)
     quarantined: Mapping[IPv4Address, float] = field(default_factory=dict)
     """Address to the time (seconds) when its quarantine ends."""
     first: IPv4Address | None = None
-    last: IPv4Address | None = None
-    """What is chosen from, where that is less than the block."""
+    last: IPv4Address | None = None  # what is chosen from, where that is less than the block
 
     @classmethod
     def of(cls, netblock: IPv4Network, reserved: Iterable[IPv4Address] = ()) -> Self:

@@ -19,8 +19,7 @@ from cli.command import settings
 from cli.errors import AUTH, HTTP_CODES, TIMEOUT, UNREACHABLE, USAGE, Problem
 from cli.settings import access, authority, check_key, is_local, living, parted
 
-ANSWER_S = 40.0
-"""No request of the API may take 30 s."""
+ANSWER_S = 40.0  # no request of the API may take 30 s
 _ONCE = ("auth",), ("instances",), ("networks",), ("rules",)  # for an Idempotency-Key
 
 Object = dict[str, Any]
@@ -40,8 +39,7 @@ class Api:
         parts = parted(self.url)
         if self._key:  # what it is exchanged for is as good, and goes to every server
             check_key(self.url, self.namespace, self._key)
-        self.local = is_local(settings(), self.url)
-        """Whether the server is this machine's."""
+        self.local = is_local(settings(), self.url)  # whether the server is this machine's
         self._path = parts.path.rstrip("/")
         safe = parts.scheme == "https"
         self.tls = self._tls or trusting(authority(settings(), self.url)) if safe else None

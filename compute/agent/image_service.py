@@ -53,14 +53,11 @@ class Backing:
 class Settings:
     """How guests boot from images that are not there yet."""
 
-    stores: Callable[[], Sequence[str]]
-    """URLs as this machine's settings have them now."""
+    stores: Callable[[], Sequence[str]]  # URLs as this machine's settings have them now
     fill: str = "now"
     patience_s: float = 120.0
-    arguments: tuple[str, ...] = ()
-    """More for the service's command line."""
-    peer_address: str = ""
-    """host:port where other nodes may be served."""
+    arguments: tuple[str, ...] = ()  # more for the service's command line
+    peer_address: str = ""  # host:port where other nodes may be served
 
 
 class ServedImages:
@@ -75,13 +72,11 @@ class ServedImages:
         self._pause_s = _PAUSE_S
         self.peer_address = settings.peer_address
         self._handed: dict[str, str] = {}
-        self._identities: dict[str, str] | None = None
-        """URL → the store's identity, once it was opened."""
+        self._identities: dict[str, str] | None = None  # URL → the store's identity, once it was opened
         self._site: ImageSite | None = None
         self._trouble = ""
         self._missed: dict[str, str] = {}
-        self._away: dict[str, float] = {}
-        """Reader → since when the store of its image has been away."""
+        self._away: dict[str, float] = {}  # reader → since when the store of its image has been away
         self._closed: Path | None = None
 
     async def use(self, handed: Mapping[str, str]) -> None:

@@ -51,13 +51,11 @@ _LIMITS: dict[str, Any] = {"open_timeout": 5, "ping_timeout": 60, "compression":
 class Identity:
     """Who this node is and whom it belongs to: `agent.json`, mode 0600."""
 
-    url: str
-    """Of a server; of several of them with commas between."""
+    url: str  # of a server; of several of them with commas between
     node: str
     secret: str
     installation: str
-    certificate: str
-    """The server's, in PEM: trusted alone."""
+    certificate: str  # the server's, in PEM: trusted alone
 
     def local_address(self) -> IPv4Address:
         """Our address towards the server (no packet is sent). Raises Unavailable."""

@@ -19,8 +19,7 @@ from compute.wire.spec import CachedImage
 from compute.wire.streams import Stream
 from net import NetError, Network, NodeNetworks, Plane, listening, traffic
 
-_PINGS = 8
-"""At once: each is a process, and tenants ask for them."""
+_PINGS = 8  # at once: each is a process, and tenants ask for them
 
 
 class Operations(NodeOperations):

@@ -53,13 +53,11 @@ _USED_S = 10.0
 _LONGEST_WAIT_S = 25.0  # first in min(): NaN is not less than it
 
 
-Wait = Annotated[float, Query(ge=0)]
-"""Seconds; no NaN, which would confuse the loop's timers."""
+Wait = Annotated[float, Query(ge=0)]  # seconds; no NaN, which would confuse the loop's timers
 
 
 class JoinBody(Body):
-    token: str
-    """The token's secret part."""
+    token: str  # the token's secret part
     name: str
 
 

@@ -47,8 +47,7 @@ class Services:
     controller: Controller
     authority: Authority
     resolver: ImageCache
-    namespaces: NamespaceStores
-    """Their own image stores: `namespaces.of("shop")`."""
+    namespaces: NamespaceStores  # their own image stores: `namespaces.of("shop")`
 
 
 def apart(handler: Callable[..., Response]) -> Callable[..., Awaitable[Response]]:

@@ -41,8 +41,7 @@ Loss = Literal["leave", "restart", "restore"]
 
 
 class DiskBody(Body):
-    size: int | None = Field(default=None, ge=0, le=2**20)
-    """GB."""
+    size: int | None = Field(default=None, ge=0, le=2**20)  # GB
     base: str | None = None
     bus: str | None = None
     type: str | None = None
@@ -59,8 +58,7 @@ class NetworkBody(Body):
 
 class VideoBody(Body):
     model: Literal["cirrus", "virtio", "vga", "qxl", "bochs", "none"] = "cirrus"
-    memory: int = Field(default=16384, ge=0, le=2**18)
-    """KiB."""
+    memory: int = Field(default=16384, ge=0, le=2**18)  # KiB
     vdi: Literal["vnc", "spice", "none", ""] | None = None
 
     def given(self) -> dict[str, Any]:
@@ -77,8 +75,7 @@ class VideoBody(Body):
 class CreateBody(Body):
     name: str
     cpus: int
-    memory: int
-    """MB."""
+    memory: int  # MB
     disk: list[DiskBody]
     network: list[NetworkBody] | None = None
     ssh_key: str | None = Field(default=None, max_length=USER_DATA_BYTES)
@@ -94,12 +91,10 @@ class CreateBody(Body):
     configdrive: Literal["openstack-disk", "none"] | None = None
     metadata: dict[str, Any] | None = None
     side_channels: list[str] | None = None
-    ttl: float | None = Field(default=None, gt=0, le=_MOST_S)
-    """Seconds, after which it is deleted."""
+    ttl: float | None = Field(default=None, gt=0, le=_MOST_S)  # seconds, after which it is deleted
     lease: float | None = Field(default=None, ge=5, le=3600)
     """Seconds, after which it is deleted unless its maker renews that: POST /instances/R/lease."""
-    ephemeral: bool = False
-    """It is deleted once it is off."""
+    ephemeral: bool = False  # it is deleted once it is off
     on_node_loss: Loss | None = None
     sync: bool = False
     """Fetch an image that no store has, where a source list names it: the administrator's word."""
@@ -112,10 +107,8 @@ class CreateBody(Body):
 class SetBody(Body):
     name: str | None = None
     cpus: int | None = None
-    memory: int | None = Field(default=None, serialization_alias="memory_mib")
-    """MB."""
-    disks: dict[str, Annotated[int, Field(ge=1, le=2**20)]] | None = None
-    """Device: GB."""
+    memory: int | None = Field(default=None, serialization_alias="memory_mib")  # MB
+    disks: dict[str, Annotated[int, Field(ge=1, le=2**20)]] | None = None  # device: GB
     autostart: Literal["yes", "no", "last"] | None = None
     order: int | None = Field(default=None, ge=0, le=9)
     delay_s: int | None = Field(default=None, ge=0, le=600)

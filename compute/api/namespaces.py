@@ -23,8 +23,7 @@ from compute.errors import Conflict, Invalid, NotFound
 router = APIRouter(tags=["auth"], route_class=Route)
 
 
-_RESERVED = ("all", "local", "my")
-"""Before the slash of a name they mean something else."""
+_RESERVED = ("all", "local", "my")  # before the slash of a name they mean something else
 
 
 class LoginBody(Body):

@@ -39,13 +39,11 @@ class CreateBody(Body):
     """Of the nodes: its guests are on that LAN. The administrator's alone."""
     range: str | None = None
     """`A-B`: what may be handed out of a LAN's netblock; without both, the LAN's own DHCP server gives addresses."""
-    gateway: str | None = None
-    """Of a LAN."""
+    gateway: str | None = None  # of a LAN
     ipv6: str | None = None
     """`auto`, or a /64 of the site's that is led to its router: the administrator's alone. The netblock may be ""."""
     slaac: bool | None = None
-    isolated: bool | None = None
-    """Nobody may begin to speak to its guests but who their rules allow."""
+    isolated: bool | None = None  # nobody may begin to speak to its guests but who their rules allow
     provide_dhcp: bool | None = None
     provide_nat: bool | None = None
     provide_dns: bool | None = None

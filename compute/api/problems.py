@@ -41,8 +41,7 @@ STATUSES: dict[type[Exception], int] = {
 }
 
 
-_MESSAGE_LENGTH = 1000
-"""What is said back of a request's own words has an end."""
+_MESSAGE_LENGTH = 1000  # what is said back of a request's own words has an end
 
 
 def answer(request: Request, status: int, message: str, hint: str = "") -> JSONResponse:

@@ -36,15 +36,13 @@ from compute.errors import ComputeError, Conflict, Denied, Invalid, NotFound, Un
 from compute.wire.spec import InstanceState
 from imagestore import durable, listening
 
-SYSTEM = "system"
-"""The administrator's namespace: it sees and may do everything."""
+SYSTEM = "system"  # the administrator's namespace: it sees and may do everything
 
 TOKEN_S = 900
 
 _BCRYPT_ROUNDS = 10
 _LINE = 16
-_TRIES = 32
-"""Wrong keys from one address for one namespace at once; then one a second."""
+_TRIES = 32  # wrong keys from one address for one namespace at once; then one a second
 _ISSUER = "sf"
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 """All else is a change, streams too, and no key's that only reads; it logs in, for which nobody is asked."""
@@ -57,8 +55,7 @@ class Caller:
     namespace: str
     key_name: str
     sees: frozenset[str]
-    claims: dict[str, str]
-    """Of its token; `meant` says what alone that is good for, once."""
+    claims: dict[str, str]  # of its token; `meant` says what alone that is good for, once
     read_only: bool = False
 
     @property

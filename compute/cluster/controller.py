@@ -52,8 +52,7 @@ class Controller:
         stores: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._config = config
-        self.stores = stores
-        """Names and URLs of the image stores, as they are now."""
+        self.stores = stores  # names and URLs of the image stores, as they are now
         self.store = store
         self.installation = installation
         self.server = config.node_name if config.guests else ""

@@ -37,8 +37,7 @@ from net import Network as NetNetwork
 from net import NodeNetworks, Peer, Port, tap
 
 _KINDS = Instance, Interface, Network, Rules, Node, Epoch, Quarantined, Server, Snapshot, Namespace
-KINDS = frozenset((*(kind.KIND for kind in _KINDS), liveness.KIND))
-"""Of what `read` is made."""
+KINDS = frozenset((*(kind.KIND for kind in _KINDS), liveness.KIND))  # of what `read` is made
 
 LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR, InstanceState.DELETED)
 

@@ -19,14 +19,12 @@ from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, LeaseLost, Unavailable
 from compute.wire.operations import COUNTED, HELD, Figures, NodeOperations
 
-LEASE_S = 12.0
-"""A node that has not renewed for so long is missing, and its routers move."""
+LEASE_S = 12.0  # a node that has not renewed for so long is missing, and its routers move
 
 FENCE_S = 8.0
 """A node that could not renew for so long removes its own routers: before anybody else may take them."""
 
-GUESTS_S = 20.0
-"""A node that could not renew for so long takes the power of guests that others may be given."""
+GUESTS_S = 20.0  # a node that could not renew for so long takes the power of guests that others may be given
 
 LOST_S = 20.0
 """One that is missing for so long is lost, and guests are given away: 12 s after it has stopped them."""
@@ -42,8 +40,7 @@ class Server(Stored):
 
     KIND: ClassVar[str] = "server"
     name: str
-    url: str = ""
-    """Of its API; "" on loopback."""
+    url: str = ""  # of its API; "" on loopback
     seen_s: float = 0
 
 

@@ -32,8 +32,7 @@ class Quarantined(Stored):
     node: str
     orphan: Orphan
     since_s: float
-    delete: bool = False
-    """Ordered: it stays here until its node has nothing of it any more."""
+    delete: bool = False  # ordered: it stays here until its node has nothing of it any more
 
 
 def note(txn: Transaction, node: str, orphans: Iterable[Orphan]) -> bool:

@@ -28,8 +28,7 @@ from imagestore import Digest, Store, StoreError, size_text
 
 _ORDER = "suits its affinity", "is less busy", "holds the image", "has more memory free", "is first by name"
 """What is better about a node that comes before another, the weightiest first."""
-_LOAD_STEP = 0.5
-"""Of a node's processors: that it is busier than the idlest one counts from here on."""
+_LOAD_STEP = 0.5  # of a node's processors: that it is busier than the idlest one counts from here on
 
 Used = Callable[[Node], Mapping[str, Any] | None]
 """What is measured of a node: `liveness.Usage.of`; None where nobody knows."""
@@ -43,8 +42,7 @@ class Room:
     node: str
     facts: NodeFacts
     claims: Claims
-    why_not: str = ""
-    """Why it takes nothing: it is drained or missing, or cannot have the image."""
+    why_not: str = ""  # why it takes nothing: it is drained or missing, or cannot have the image
     used: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -21,8 +21,7 @@ Ask = Callable[[str, Sequence[Any]], Awaitable[Any]]
 
 COUNTED = ("cpu_s", "read_bytes", "written_bytes", "in_bytes", "out_bytes")
 """Of processors, disks and networks, since the start of the guest or the machine."""
-HELD = ("memory_bytes", "disk_bytes", "memory_total_bytes", "disk_total_bytes")
-"""Now; totals are a node's."""
+HELD = ("memory_bytes", "disk_bytes", "memory_total_bytes", "disk_total_bytes")  # now; totals are a node's
 Figures = dict[str, Annotated[float, Field(ge=0, lt=2**63)]]
 
 

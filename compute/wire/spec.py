@@ -13,8 +13,7 @@ from pydantic import Field
 from compute.wire.codec import Base64
 from net import Network, NodeNetworks
 
-AGENT_CHANNEL = "org.qemu.guest_agent.0"
-"""The virtio port that qemu-guest-agent in a guest answers on."""
+AGENT_CHANNEL = "org.qemu.guest_agent.0"  # the virtio port that qemu-guest-agent in a guest answers on
 
 
 class InstanceState(StrEnum):
@@ -46,17 +45,12 @@ class Power(StrEnum):
 class DiskSpec:
     """One disk of a guest."""
 
-    device: str
-    """vda, vdb, …"""
-    image: str = ""
-    """Full digest of the image's manifest (b3:…), or "" for a blank disk."""
-    image_name: str = ""
-    """What the user typed, for people."""
-    size_bytes: int = 0
-    """Virtual size; 0 means as large as the image."""
+    device: str  # vda, vdb, …
+    image: str = ""  # full digest of the image's manifest (b3:…), or "" for a blank disk
+    image_name: str = ""  # what the user typed, for people
+    size_bytes: int = 0  # virtual size; 0 means as large as the image
     bus: str = "virtio"
-    store: str = ""
-    """The namespace whose own store has the image; "" for the server's stores."""
+    store: str = ""  # the namespace whose own store has the image; "" for the server's stores
     cdrom: bool = False  # the guest only reads it, and snapshots leave it out
 
     @property
@@ -114,26 +108,18 @@ class InstanceSpec:
     secure_boot: bool = False
     """By UEFI firmware that knows Microsoft's keys, and starts nothing that these did not sign."""
     tpm: bool = False
-    cpu_model: str = ""
-    """By libvirt's name; "" is what the node gives."""
+    cpu_model: str = ""  # by libvirt's name; "" is what the node gives
     config_drive: bool = True
-    agent: bool = True
-    """Whether the guest has AGENT_CHANNEL."""
-    vdi: str = ""
-    """"" (serial console only), "vnc" or "spice"."""
-    video: str = ""
-    """The graphics card, by qemu's name; "" is virtio where there is a `vdi`, else none."""
-    video_kib: int = 0
-    """Its memory; 0 is what qemu gives it."""
+    agent: bool = True  # whether the guest has AGENT_CHANNEL
+    vdi: str = ""  # "" (serial console only), "vnc" or "spice"
+    video: str = ""  # the graphics card, by qemu's name; "" is virtio where there is a `vdi`, else none
+    video_kib: int = 0  # its memory; 0 is what qemu gives it
     power: Power = Power.ON
-    grace_s: int = 0
-    """How long it is asked to end before its power is taken, if it is to be off."""
-    reboot_soft: int = 0
-    """Counters: the agent reboots when they grew since it last looked."""
+    grace_s: int = 0  # how long it is asked to end before its power is taken, if it is to be off
+    reboot_soft: int = 0  # counters: the agent reboots when they grew since it last looked
     reboot_hard: int = 0
     delete: bool = False
-    made: bool = False
-    """Its disks were made once: where they are not, they are never made anew."""
+    made: bool = False  # its disks were made once: where they are not, they are never made anew
     arriving: bool = False
     """It was created elsewhere and given to this node: what fails is tried again, and is no error for good."""
     snapshots: tuple[Capture, ...] = ()
@@ -144,8 +130,7 @@ class InstanceSpec:
     """Another node may be given it once this one is silent: it runs only under a lease. When that was chosen; 0: no."""
     order: int = 0
     """When its machine starts, those of its namespace with a lower order start first; when it ends, they end last."""
-    delay_s: int = 0
-    """So much later than it do those of a higher order start."""
+    delay_s: int = 0  # so much later than it do those of a higher order start
     leaving: str = ""
     """The live move by which it goes to another node: until this is not here any more, that may have it."""
     coming: str = ""
@@ -157,8 +142,7 @@ class ImageSite:
     """With whom a node's image service shares what it holds (`peers`); without peers it does not listen."""
 
     me: str = ""
-    listen: str = ""
-    """host:port"""
+    listen: str = ""  # host:port
     peers: dict[str, str] = field(default_factory=dict)
     """Node → host:port, of those that live and have the same stores."""
     secret: Base64 = field(default=b"", repr=False)
@@ -177,15 +161,12 @@ class NodeDesired:
 
     `my/NAMESPACE` is that namespace's own store, for the nodes that have guests of it or with images out of it.
     """
-    store_token: str = field(default="", repr=False)
-    """With which it does."""
+    store_token: str = field(default="", repr=False)  # with which it does
     epoch: str = ""
     """Which history of the state this is part of, and how far that is: a node remembers both, and says them."""
-    former: tuple[str, ...] = ()
-    """Histories that this one follows."""
+    former: tuple[str, ...] = ()  # histories that this one follows
     reached: int = 0
-    servers: tuple[str, ...] = ()
-    """Where agents reach each of the servers; () where there is one only."""
+    servers: tuple[str, ...] = ()  # where agents reach each of the servers; () where there is one only
     given: tuple[str, ...] = ()  # guests of this node that others were given: what is here of them is off
     fence: str = ""  # random: until the node has said, with it, that they are off, it is nobody's peer
     hold: bool = False
@@ -197,22 +178,18 @@ class Orphan:
     """A guest of ours, or the disks of one, that a node has and the desired state does not know. It is left alone."""
 
     uuid: str
-    power: str
-    """As in InstanceStatus."""
+    power: str  # as in InstanceStatus
     spec: InstanceSpec | None = None
     """What it was made from, out of its record or its domain; None if nobody can tell."""
-    networks: tuple[Network, ...] = ()
-    """Those that its interfaces are on, as they were then, without ports."""
-    trouble: str = ""
-    """What is wrong: a damaged record, an address that somebody else has by now."""
+    networks: tuple[Network, ...] = ()  # those that its interfaces are on, as they were then, without ports
+    trouble: str = ""  # what is wrong: a damaged record, an address that somebody else has by now
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
     """What a node knows of itself, and how far it followed which history of the state."""
 
-    machine: str
-    """The random id in its state directory: the node itself, whatever its name is."""
+    machine: str  # the random id in its state directory: the node itself, whatever its name is
     epoch: str
     reached: int
 
@@ -231,19 +208,15 @@ class InstanceStatus:
 
     uuid: str
     state: InstanceState
-    power_state: str = "off"
-    """on, off, paused, crashed or transition-to-X."""
+    power_state: str = "off"  # on, off, paused, crashed or transition-to-X
     error_message: str = ""
-    progress: str = ""
-    """For people, while an image is fetched: "fetching 43%"."""
-    accel: str = ""
-    """kvm or tcg, with the reason."""
+    progress: str = ""  # for people, while an image is fetched: "fetching 43%"
+    accel: str = ""  # kvm or tcg, with the reason
     console_port: int = 0
     vdi_port: int = 0
     agent_state: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
-    snapshots: tuple[Capture, ...] = ()
-    """Those that ended and are still ordered."""
+    snapshots: tuple[Capture, ...] = ()  # those that ended and are still ordered
     leased_s: float = 0  # as its node was told, and acts on from then on
 
 
@@ -251,12 +224,10 @@ class InstanceStatus:
 class NodeEvent:
     """A line of an object's history."""
 
-    object_type: str
-    """instance, network or node."""
+    object_type: str  # instance, network or node
     object_uuid: str
     timestamp_s: float
-    type: str
-    """audit, mutate, status, resources or usage."""
+    type: str  # audit, mutate, status, resources or usage
     message: str
     duration_s: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -287,22 +258,18 @@ class NodeFacts:
 
     cpus: Annotated[int, Field(ge=1, le=2**14)]
     memory_mib: Annotated[int, Field(ge=1, le=2**30)]
-    address: str = "127.0.0.1"
-    """Its VXLAN endpoint."""
+    address: str = "127.0.0.1"  # its VXLAN endpoint
     architecture: _Text = "x86_64"
-    release: _Text = ""
-    """Version of the program."""
+    release: _Text = ""  # version of the program
     accel: _Text = ""
     mtu_bytes: Annotated[int, Field(ge=1200, le=2**16)] = 1450
     """What fits into VXLAN on its underlay: the underlay's MTU less 50."""
     images: Annotated[tuple[_Digest, ...], Field(max_length=5000)] = ()
     """Digests of the images that its cache holds completely."""
-    peer_address: str = ""
-    """host:port where its image service can serve other nodes; "" if it is not to."""
+    peer_address: str = ""  # host:port where its image service can serve other nodes; "" if it is not to
     stores: Annotated[tuple[_Text, ...], Field(max_length=5000)] | None = None
     """Identities of the image stores that it reads (sorted): only nodes with the same share. None: it will tell."""
-    boot: _Text = ""
-    """Another after each start of the machine; "" of a version that does not say."""
+    boot: _Text = ""  # another after each start of the machine; "" of a version that does not say
     disk_bytes: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the file system that has guests' disks; 0 of a version that does not say."""
     live: bool = False  # it knows live moves; an older one would start what comes

@@ -16,8 +16,7 @@ from imagestore.formats.digest import Buffer
 Data = Buffer | Sequence[Buffer]
 Etag = str | None
 
-MAX_BYTES = 1 << 30
-"""No object is larger; a server that announces more is not believed."""
+MAX_BYTES = 1 << 30  # no object is larger; a server that announces more is not believed
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
 
@@ -49,8 +48,7 @@ class ObjectStat:
     size_bytes: int
     etag: str
     """Opaque; changes whenever the content changes. Never compared between backends."""
-    modified_s: float
-    """Seconds since the epoch by the *store's* clock."""
+    modified_s: float  # seconds since the epoch by the *store's* clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,9 @@ Response = urllib3.BaseHTTPResponse
 REDIRECTS = 8
 PATIENCE_S = 30.0
 _CONNECT_S = 10.0
-_SLOWEST_BYTES_S = 32 << 10
-"""An answer that comes slower after its patience is given up."""
-_KEPT = 64
-"""Connections: more than any process of ours has threads that read from one store."""
-_PART_BYTES = 64 << 10
-"""As much as a socket mostly has, and little enough for malloc to keep."""
+_SLOWEST_BYTES_S = 32 << 10  # an answer that comes slower after its patience is given up
+_KEPT = 64  # connections: more than any process of ours has threads that read from one store
+_PART_BYTES = 64 << 10  # as much as a socket mostly has, and little enough for malloc to keep
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
@@ -57,8 +54,7 @@ class Web:
         self._trusted, self._pin, self._ca = trusted, pin, ca
         self._timeout = urllib3.Timeout(connect=_CONNECT_S, read=PATIENCE_S)
         self._proxies = getproxies() if trusted and not pin and not ca else {}
-        self._pools: dict[str, urllib3.PoolManager] = {}
-        """By proxy; "" is none."""
+        self._pools: dict[str, urllib3.PoolManager] = {}  # by proxy; "" is none
 
     def open(
         self,

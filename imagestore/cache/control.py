@@ -29,8 +29,7 @@ class ControlServer:
         self._service, self._path = service, path
         self._clients: dict[asyncio.Task[None], asyncio.StreamReader] = {}
         self._heard_s = time.monotonic()
-        self.alone = False
-        """The agent has said that it leaves."""
+        self.alone = False  # the agent has said that it leaves
 
     @property
     def silent_s(self) -> float:

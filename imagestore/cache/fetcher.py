@@ -26,14 +26,11 @@ from imagestore.store.frames import Origin
 log = logging.getLogger(__name__)
 FLUSH_S = 2.0
 _CONNECTIONS = 16
-_RESERVED = 2
-"""Connections that only demand may use."""
-_FILLING = 4
-"""Connections that fill may use at most: a demand read shares the link with this many requests."""
+_RESERVED = 2  # connections that only demand may use
+_FILLING = 4  # connections that fill may use at most: a demand read shares the link with this many requests
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _FULL_S = 5.0
-_SAID_S = 60.0
-"""For so long a line about an image is not said again."""
+_SAID_S = 60.0  # for so long a line about an image is not said again
 
 
 class Filling:
@@ -50,8 +47,7 @@ class Filling:
         self.digest, self.partial, self.origins, self.site = partial.digest, partial, list(origins), site
         self.wanted = Wanted(partial, layout, read_ahead, self._owner)
         self.down: dict[Origin, float] = {}
-        self.received: collections.Counter[str] = collections.Counter()
-        """Bytes by kind of origin."""
+        self.received: collections.Counter[str] = collections.Counter()  # bytes by kind of origin
         self.running = 0
         self.failing, self.last_error = False, ""
         self.said: dict[str, float] = {}
@@ -74,13 +70,11 @@ class Fetcher:
         self._pool = ThreadPoolExecutor(_CONNECTIONS, "fetch")
         self._askers = ThreadPoolExecutor(_CONNECTIONS, "peers")
         self._asking = 0
-        self._fill_bytes_s = fill_bytes_s
-        """0 for no limit."""
+        self._fill_bytes_s = fill_bytes_s  # 0 for no limit
         self._fill_from_s = 0.0
         self._running = collections.Counter[Kind]()
         self._images: list[Filling] = []
-        self._done: dict[Job, asyncio.Future[Brought]] = {}
-        """Jobs that somebody waits for."""
+        self._done: dict[Job, asyncio.Future[Brought]] = {}  # jobs that somebody waits for
         self._tasks: set[asyncio.Task[None]] = set()
         self._tick = asyncio.get_running_loop().create_task(self._ticking())
 

@@ -27,8 +27,7 @@ from imagestore.store.resolve import begins, resolve
 from imagestore.store.store import Store
 from imagestore.updates.using import Seed
 
-_SEEDS_BYTES = 32 << 20
-"""Of manifests that are looked into for an image that is opened: half a second."""
+_SEEDS_BYTES = 32 << 20  # of manifests that are looked into for an image that is opened: half a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +36,7 @@ class Resolved:
 
     digest: Digest
     size_bytes: int
-    namespace: str = ""
-    """In whose own store it is, if it is in none of the server's."""
+    namespace: str = ""  # in whose own store it is, if it is in none of the server's
 
 
 class ImageCache:

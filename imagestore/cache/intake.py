@@ -15,8 +15,7 @@ from imagestore.errors import DISK_FULL, Corrupt, StoreError, Unavailable
 from imagestore.formats.digest import Buffer
 from imagestore.store.frames import Batch, Origin
 
-DOWN_S = 5.0
-"""For so long an origin that failed is asked last."""
+DOWN_S = 5.0  # for so long an origin that failed is asked last
 _KEEPING = threading.Lock()
 """One thread at a time verifies and writes, at 1.5 GB/s. Two would let the interpreter go to each other after every
 chunk, for longer than they hash, and the event loop, which answers the guests, would wait for both."""
@@ -27,12 +26,9 @@ class Brought:
     """What one job came to."""
 
     kept: list[int] = field(default_factory=list)
-    loose: dict[int, Buffer] = field(default_factory=dict)
-    """Verified chunks that the disk had no room for."""
-    received: Counter[str] = field(default_factory=Counter)
-    """Bytes by kind of origin."""
-    error: StoreError | None = None
-    """Why some chunks are in neither."""
+    loose: dict[int, Buffer] = field(default_factory=dict)  # verified chunks that the disk had no room for
+    received: Counter[str] = field(default_factory=Counter)  # bytes by kind of origin
+    error: StoreError | None = None  # why some chunks are in neither
     notes: list[str] = field(default_factory=list)
     """What people should know of: failing origins, a failing disk."""
 

@@ -34,25 +34,20 @@ from imagestore.store.frames import LocalOrigin, Origin, StoreOrigin
 from imagestore.updates.using import Seed, UpdateOrigin
 
 log = logging.getLogger(__name__)
-TRACE_S = 600.0
-"""A boot that nobody reported as over ends its trace after this time."""
+TRACE_S = 600.0  # a boot that nobody reported as over ends its trace after this time
 SETTLE_S = 20.0
 """A trace goes on for so long after the guest is up: what starts beside the login prompt belongs to the boot."""
 _SEAL_S = 30.0
-_RELAY_S = 60.0
-"""An image that is open for peers alone is closed when they have asked nothing for so long."""
+_RELAY_S = 60.0  # an image that is open for peers alone is closed when they have asked nothing for so long
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How a service behaves; the control socket can change none of it."""
 
-    fill_bytes_s: float = 0.0
-    """0 for no limit."""
-    cache_bytes: int = 0
-    """Size on disk above which unused images are forgotten; 0 for no limit."""
-    read_ahead: int = 2
-    """Frames after a missed one at most, where nothing else fills."""
+    fill_bytes_s: float = 0.0  # 0 for no limit
+    cache_bytes: int = 0  # size on disk above which unused images are forgotten; 0 for no limit
+    read_ahead: int = 2  # frames after a missed one at most, where nothing else fills
     socket_group: int = -1
     """Group id that may connect to the sockets; -1: the directory's if that is setgid, else the process's own."""
 
@@ -63,10 +58,8 @@ class Image(Filling):
     def __init__(self, *filling: Any) -> None:
         super().__init__(*filling)
         self.exports: dict[str, tuple[NbdServer, Reader]] = {}
-        self.asked_s = 0.0
-        """When a peer last wanted something of it."""
-        self.chunks: dict[bytes, int] = {}
-        """Chunk by id, made when a peer asks for the first time."""
+        self.asked_s = 0.0  # when a peer last wanted something of it
+        self.chunks: dict[bytes, int] = {}  # chunk by id, made when a peer asks for the first time
 
     def chunk_of(self, id_: bytes) -> int | None:
         """The (first) chunk with this id."""

@@ -32,13 +32,10 @@ from imagestore.store.frames import Batch
 OWNED_CHUNKS = 256
 PATIENCE_S = 20.0
 _MAX_CHUNKS = 4096
-_KEPT = 16
-"""Connections to one peer: as many as threads fetch."""
-_CLIENTS = 256
-"""Connections at once; one more ends the oldest, for strangers may hold many."""
+_KEPT = 16  # connections to one peer: as many as threads fetch
+_CLIENTS = 256  # connections at once; one more ends the oldest, for strangers may hold many
 _HEAD_S = 10.0
-_AWAY_S = 15.0
-"""For so long a node that did not answer is not asked again."""
+_AWAY_S = 15.0  # for so long a node that did not answer is not asked again
 _ID = 32
 
 Give = Callable[[Digest, bytes], Awaitable[Sequence[Buffer] | None]]

@@ -20,12 +20,10 @@ class Reader:
 
     def __init__(self, fetcher: Fetcher, filling: Filling, *, patience_s: float) -> None:
         self.size_bytes = filling.partial.size_bytes
-        self.patience_s = patience_s
-        """A read that cannot be served for so long ends in an I/O error."""
+        self.patience_s = patience_s  # a read that cannot be served for so long ends in an I/O error
         self.recorder: Recorder | None = Recorder(len(filling.partial.starts))
         self.reads = self.waits = self.failures = 0
-        self.waited_s = 0.0
-        """Sum over the reads: two that wait at once count twice."""
+        self.waited_s = 0.0  # sum over the reads: two that wait at once count twice
         self._fetcher, self._filling, self._partial = fetcher, filling, filling.partial
 
     def read_now(self, offset: int, length: int) -> Buffer | None:

@@ -12,8 +12,7 @@ from imagestore.formats.manifest import Manifest
 from imagestore.formats.trace import Recorder, Trace
 from imagestore.store.store import Store
 
-_RELATED = 0.5
-"""Share of another image's trace that must be chunks of this one before it is used."""
+_RELATED = 0.5  # share of another image's trace that must be chunks of this one before it is used
 
 
 class Traces:

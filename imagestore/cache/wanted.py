@@ -16,10 +16,8 @@ from imagestore.formats.columns import Numbers
 from imagestore.formats.layout import Layout
 from imagestore.store.frames import REQUEST_BYTES, plan_requests
 
-_BLIND = 8
-"""Chunks that are fetched together where no layout is known yet."""
-_NEIGHBOURS = 16
-"""So many groups before and behind one are looked at for its request."""
+_BLIND = 8  # chunks that are fetched together where no layout is known yet
+_NEIGHBOURS = 16  # so many groups before and behind one are looked at for its request
 _NEAR_BYTES = 192 << 10
 
 
@@ -27,8 +25,7 @@ class Fill(StrEnum):
     """When what nobody asked for is fetched, the soonest first."""
 
     NOW = "now"
-    IDLE = "idle"
-    """Only while no guest of the image has waited for a second."""
+    IDLE = "idle"  # only while no guest of the image has waited for a second
     NEVER = "never"
 
 
@@ -46,8 +43,7 @@ class Job:
 
     kind: Kind
     chunks: list[int]
-    owner: str
-    """The other node that fetches them for the whole site; "" for ourselves."""
+    owner: str  # the other node that fetches them for the whole site; "" for ourselves
 
 
 class Wanted:
@@ -76,10 +72,8 @@ class Wanted:
         self.ahead: set[int] = set()
         """Groups that were fetched ahead of a reader who has not come to them yet."""
         self._cursor = self._prefetching = 0
-        self._demanded_s = self.paused_until_s = 0.0
-        """Until then nothing but demand is fetched."""
-        self._settled = bytearray(len(self._groups))
-        """1 where a group is present or under way."""
+        self._demanded_s = self.paused_until_s = 0.0  # until then nothing but demand is fetched
+        self._settled = bytearray(len(self._groups))  # 1 where a group is present or under way
         self.settle()
 
     # -- wanting

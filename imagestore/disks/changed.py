@@ -17,10 +17,8 @@ from imagestore.formats.manifest import Manifest
 class Changes:
     """What a disk was made from, and where it may have other bytes now."""
 
-    base: Digest | None
-    """None: nothing, so all of it is to be looked at."""
-    stretches: Numbers
-    """(start, end) rows in bytes."""
+    base: Digest | None  # none: nothing, so all of it is to be looked at
+    stretches: Numbers  # (start, end) rows in bytes
 
 
 class ChangedDisk:

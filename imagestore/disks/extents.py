@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 Numbers = npt.NDArray[np.int64]
 
-FILE_BYTES = 32 << 10
-"""Files from this size on start and end a chunk."""
+FILE_BYTES = 32 << 10  # files from this size on start and end a chunk
 OTHER, FILE, LARGE = 0, 1, 2
 """What an extent is of: no file's bytes (or not written), a file's, a large file's."""
 _AT_ONCE_BYTES, _MAX_BYTES, MAX_ROWS = 4 << 20, 1 << 30, 1 << 24
@@ -33,8 +32,7 @@ class Walk:
         self._inode_bytes = inode_bytes
         self._found = [np.zeros((0, 3), np.int64)]
         self.count = self._read_bytes = 0
-        self.whole = True
-        """Whether nothing was odd or left out."""
+        self.whole = True  # whether nothing was odd or left out
 
     @property
     def rows(self) -> Numbers:

@@ -29,10 +29,8 @@ SIGNS = {
     "squashfs": ((0, b"hsqs"),),
     "ISO 9660": ((0x8001, b"CD001"),),
 }
-HEAD_BYTES = 0x10078
-"""So much from the start on holds every one of SIGNS, and btrfs' size."""
-_SMALL_BYTES = 4 << 20
-"""What is smaller and unknown (a boot loader's partition) is not worth a word."""
+HEAD_BYTES = 0x10078  # so much from the start on holds every one of SIGNS, and btrfs' size
+_SMALL_BYTES = 4 << 20  # what is smaller and unknown (a boot loader's partition) is not worth a word
 
 
 def signs(head: bytes) -> set[str]:

@@ -18,8 +18,7 @@ _AT_END = (1 << 64) - 1
 _COMPRESSED = 1 << 16
 _FIXED = 2
 _ZERO_GRAIN = 1
-_NO_BLOCK = 0xFFFFFFFE
-"""From here on: never written, or discarded."""
+_NO_BLOCK = 0xFFFFFFFE  # from here on: never written, or discarded
 
 
 def vhd_size(descriptor: int, what: str) -> int | None:

@@ -31,8 +31,7 @@ class Target:
     """Where a pull goes: a block device, or a file that has a name which nobody foresees until it is whole."""
 
     descriptor: int
-    before: os.stat_result | None
-    """What is there already."""
+    before: os.stat_result | None  # what is there already
     directory: int = -1
     """Open, as is all that is named here: nothing is looked at twice by its path. -1: a device."""
     name: str = ""
@@ -108,8 +107,7 @@ class Output:
     def __init__(self, target: Target, size_bytes: int, qcow2: Qcow2 | None, *, durable: bool) -> None:
         descriptor = self._descriptor = target.descriptor
         self._device, self._qcow2, self._durable = target.directory < 0, qcow2, durable
-        self.resumed = os.fstat(descriptor).st_size > 0
-        """Whether something was in it before."""
+        self.resumed = os.fstat(descriptor).st_size > 0  # whether something was in it before
         self._syncer = ThreadPoolExecutor(1, "sf-sync")
         self._sync: Future[None] | None = None
         self._unsynced = 0

@@ -32,10 +32,8 @@ class Partitions:
     """The regions in the order of their places."""
 
     regions: tuple[Region, ...]
-    needs_bytes: int = 0
-    """How large the disk is by the table's word; 0 without a table."""
-    doubt: str = ""
-    """Why the regions might not be those in use, or ""."""
+    needs_bytes: int = 0  # how large the disk is by the table's word; 0 without a table
+    doubt: str = ""  # why the regions might not be those in use, or ""
 
 
 def read_partitions(disk: Disk) -> Partitions:

@@ -25,29 +25,22 @@ _R = TypeVar("_R")
 class Window:
     """Some chunks of a disk with their bytes."""
 
-    offset: int
-    """Where `data` starts on the disk."""
+    offset: int  # where `data` starts on the disk
     data: npt.NDArray[np.uint8]
-    starts: npt.NDArray[np.int64]
-    """Where each chunk starts in `data`."""
+    starts: npt.NDArray[np.int64]  # where each chunk starts in `data`
     lengths: npt.NDArray[np.int64]
     ids: Ids
-    done_bytes: int
-    """Everything on the disk before this has been read."""
+    done_bytes: int  # everything on the disk before this has been read
 
 
 @dataclass(frozen=True, slots=True)
 class Special:
     """What the file system on a disk tells the chunker, in blocks of 4 KiB of the disk."""
 
-    cuts: npt.NDArray[np.int64]
-    """Sorted: where large files start and end."""
-    hints: npt.NDArray[np.int64]
-    """Sorted: where any file starts and ends."""
-    free: npt.NDArray[np.int64]
-    """Sorted (start, end) rows that are to be read as zeros."""
-    notes: tuple[str, ...] = ()
-    """Where free blocks are read all the same, and why."""
+    cuts: npt.NDArray[np.int64]  # sorted: where large files start and end
+    hints: npt.NDArray[np.int64]  # sorted: where any file starts and ends
+    free: npt.NDArray[np.int64]  # sorted (start, end) rows that are to be read as zeros
+    notes: tuple[str, ...] = ()  # where free blocks are read all the same, and why
 
 
 def in_order(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:
@@ -70,8 +63,7 @@ class Windows:
 
     def __init__(self, disk: Disk, params: ChunkerParams, pool: Executor, special: Special) -> None:
         self._disk, self._params, self._pool, self._special = disk, params, pool, special
-        self.groups: dict[int, bytes] = {}
-        """`formats.groups.Groups`"""
+        self.groups: dict[int, bytes] = {}  # `formats.groups.Groups`
 
     def __iter__(self) -> Iterator[Window]:
         read = in_order(self._pool, self._read, self._offsets(), ahead=3)
@@ -140,8 +132,7 @@ class Windows:
 class _Read(NamedTuple):
     offset: int
     final: bool
-    buffer: npt.NDArray[np.uint8]
-    """Room for what the window before left over, then the window's bytes."""
+    buffer: npt.NDArray[np.uint8]  # room for what the window before left over, then the window's bytes
     sums: U64
     zero: npt.NDArray[np.bool_]
     hash: bytes

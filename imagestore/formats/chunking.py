@@ -5,8 +5,7 @@ from typing import Self
 
 from imagestore.errors import Invalid
 
-BLOCK = 4096
-"""Chunks start and end at multiples of this many bytes, but at the end of a disk."""
+BLOCK = 4096  # chunks start and end at multiples of this many bytes, but at the end of a disk
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,9 @@ from imagestore.formats.digest import SIZE_BYTES, Buffer
 from imagestore.outside import read_json
 
 MAX_HEADER_BYTES = 1 << 20
-Ids = npt.NDArray[np.uint8]
-"""Digests, one per row: shape (n, 32)."""
+Ids = npt.NDArray[np.uint8]  # digests, one per row: shape (n, 32)
 Numbers = npt.NDArray[np.int64]
-Rows = npt.NDArray[Any]
-"""Of a structured type, as `FRAME`."""
+Rows = npt.NDArray[Any]  # of a structured type, as `FRAME`
 _NUMBERS = [(name, "<i8") for name in ("pack", "offset", "size", "plain")]
 FRAME = np.dtype([*_NUMBERS, ("codec", "u1"), ("hash", "u1", 32)])
 """A frame: the number of its pack, its place in that, stored and plain bytes, codec, BLAKE3 of the stored bytes."""

@@ -12,8 +12,7 @@ from imagestore.errors import Corrupt
 from imagestore.formats import columns
 from imagestore.formats.digest import Digest
 
-GROUP_BYTES = 4 << 20
-"""Changing it changes every disk id."""
+GROUP_BYTES = 4 << 20  # changing it changes every disk id
 MAGIC = b"sf-groups 1\n"
 
 Groups = Mapping[int, bytes]

@@ -35,14 +35,11 @@ class Layout:
 
     manifest: Digest
     packs: tuple[Digest, ...]
-    frames: Rows
-    """Of `columns.FRAME`; a pack's number is its place in `packs`."""
+    frames: Rows  # of `columns.FRAME`; a pack's number is its place in `packs`
     chunk_frames: npt.NDArray[np.uint32]
     """The frame of each chunk of the manifest, in its order, then of each page."""
-    chunk_offsets: npt.NDArray[np.uint32]
-    """Where each starts in its frame's plain bytes."""
-    pages: Pages = field(default=NO_PAGES)
-    """The manifest's, then the layout's own."""
+    chunk_offsets: npt.NDArray[np.uint32]  # where each starts in its frame's plain bytes
+    pages: Pages = field(default=NO_PAGES)  # the manifest's, then the layout's own
 
     @classmethod
     def of(

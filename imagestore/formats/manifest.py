@@ -21,12 +21,10 @@ from imagestore.formats.digest import Buffer, Digest
 
 MAGIC = b"sf-manifest 1\n"
 PAGED_MAGIC = b"sf-manifest 2\n"
-PAGED_CHUNKS = 1 << 15
-"""From so many chunks on, about 1 GiB, a writer puts the columns into pages."""
+PAGED_CHUNKS = 1 << 15  # from so many chunks on, about 1 GiB, a writer puts the columns into pages
 PAGE_BYTES = 16 << 20
 """Of the disk: the chunks that start in these are a page. Borders by address: a change stays in its page."""
-MAX_DISK_BYTES = 64 << 40
-"""Larger disks are refused everywhere: 64 TiB."""
+MAX_DISK_BYTES = 64 << 40  # larger disks are refused everywhere: 64 TiB
 MAX_CHUNKS = 1 << 28
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 1 << 16, 1 << 26
 _ARCHITECTURE = re.compile(r"[a-z0-9_]{1,32}")
@@ -61,23 +59,18 @@ class Manifest:
     size_bytes: int
     architecture: str
     chunker: ChunkerParams
-    disk_id: Digest
-    """Hash of the non-zero blocks and their offsets: the same under any chunker."""
+    disk_id: Digest  # hash of the non-zero blocks and their offsets: the same under any chunker
     run_offsets: npt.NDArray[np.uint64]
     """Where each run of adjoining chunks starts on the disk, in bytes, ascending. It ends at a page's end."""
-    run_chunks: npt.NDArray[np.uint32]
-    """How many chunks each run has."""
-    lengths: npt.NDArray[np.uint32]
-    """Plain length of each chunk in bytes, in disk order."""
-    ids: Ids
-    """BLAKE3 of each chunk's plain bytes, shape (chunks, 32)."""
+    run_chunks: npt.NDArray[np.uint32]  # how many chunks each run has
+    lengths: npt.NDArray[np.uint32]  # plain length of each chunk in bytes, in disk order
+    ids: Ids  # BLAKE3 of each chunk's plain bytes, shape (chunks, 32)
     os: str = ""
     parent: Digest | None = None
     labels: tuple[tuple[str, str], ...] = ()
     source: tuple[tuple[str, str], ...] = field(default=())
     """What the image was made from: upstream's checksum, format, URL."""
-    page_bytes: int = 0
-    """How much of the disk one page is about; 0 where there are none."""
+    page_bytes: int = 0  # how much of the disk one page is about; 0 where there are none
 
     @property
     def data_bytes(self) -> int:

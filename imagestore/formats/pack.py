@@ -24,8 +24,7 @@ from imagestore.formats.digest import Buffer, Digest
 
 MAGIC = b"sf-footer 1\n"
 TRAILER = b"sf-pack1"
-FRAME_BYTES = 640 << 10
-"""A frame is closed before it would grow past this many plain bytes."""
+FRAME_BYTES = 640 << 10  # a frame is closed before it would grow past this many plain bytes
 MAX_FRAME_BYTES = 4 << 20
 MAX_PACK_BYTES = 256 << 20
 MAX_FRAMES = 1 << 16
@@ -48,8 +47,7 @@ class Frame:
     data: Buffer
     hash: Digest
     lengths: Sequence[int]
-    ids: bytes
-    """Of its chunks, one after the other."""
+    ids: bytes  # of its chunks, one after the other
 
 
 class _Kept(local):
@@ -58,8 +56,7 @@ class _Kept(local):
         self.decompressor = zstandard.ZstdDecompressor()
 
 
-KEPT = _Kept()
-"""Each thread's own."""
+KEPT = _Kept()  # each thread's own
 
 
 def compress(compressor: zstandard.ZstdCompressor, plain: Buffer) -> tuple[Codec, Buffer]:
@@ -93,17 +90,13 @@ class Footer:
     """The table of contents of a pack: columns over its frames and over its chunks."""
 
     codecs: npt.NDArray[np.uint8]
-    sizes: npt.NDArray[np.uint32]
-    """Stored bytes of each frame; frames follow each other from offset 0."""
+    sizes: npt.NDArray[np.uint32]  # stored bytes of each frame; frames follow each other from offset 0
     plain_sizes: npt.NDArray[np.uint32]
-    hashes: Ids
-    """BLAKE3 of each frame's stored bytes."""
-    counts: npt.NDArray[np.uint32]
-    """Chunks of each frame."""
+    hashes: Ids  # BLAKE3 of each frame's stored bytes
+    counts: npt.NDArray[np.uint32]  # chunks of each frame
     lengths: npt.NDArray[np.uint32]
     ids: Ids
-    salt: str = ""
-    """Makes the name new: a pack may not get a name that was, or will be, deleted."""
+    salt: str = ""  # makes the name new: a pack may not get a name that was, or will be, deleted
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:

@@ -21,8 +21,7 @@ from imagestore.formats.columns import Ids
 MAGIC = b"sf-trace 1\n"
 MAX_CHUNKS = 1 << 18
 _MAX_BOOTS = 64
-_RARE = 4
-"""A chunk that fewer than one boot in so many touched is dropped."""
+_RARE = 4  # a chunk that fewer than one boot in so many touched is dropped
 
 
 @dataclass(frozen=True, slots=True, eq=False)

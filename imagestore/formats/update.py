@@ -59,16 +59,11 @@ class Update:
     to: Digest
     sizes: npt.NDArray[np.uint32]
     """Stored bytes of each frame; the first begins behind the head, each next where the last one ends."""
-    counts: npt.NDArray[np.uint32]
-    """Chunks of each frame."""
-    base_counts: npt.NDArray[np.uint32]
-    """Chunks in each frame's dictionary."""
-    chunks: npt.NDArray[np.uint32]
-    """Rows of the manifest `to`, ascending."""
-    base_chunks: npt.NDArray[np.uint32]
-    """Rows of the manifest `base`."""
-    hashes: Ids
-    """BLAKE3 of each frame's stored bytes."""
+    counts: npt.NDArray[np.uint32]  # chunks of each frame
+    base_counts: npt.NDArray[np.uint32]  # chunks in each frame's dictionary
+    chunks: npt.NDArray[np.uint32]  # rows of the manifest `to`, ascending
+    base_chunks: npt.NDArray[np.uint32]  # rows of the manifest `base`
+    hashes: Ids  # BLAKE3 of each frame's stored bytes
 
     def encode(self) -> bytes:
         """The head's bytes."""

@@ -41,8 +41,7 @@ class Image:
     os: str
     labels: tuple[tuple[str, str], ...]
     sums: Sums | None
-    signer: Digest | None
-    """Fingerprint of who signed it; of several who showed a sign of life last."""
+    signer: Digest | None  # fingerprint of who signed it; of several who showed a sign of life last
 
     @property
     def arch(self) -> str:

@@ -23,13 +23,11 @@ _FILES = re.compile(
     r"|/var/(?:lib/(?:dbus/machine-id|systemd/random-seed)|cache/apt/[a-z]*\.bin)"
     r"|/(?:root|home/[^/]*)/(?:\.[a-z_]*history|\.ssh/.*)"
     r"|/(?:tmp|var/(?:tmp|log|crash|lib/(?:cloud|dhcp|dhcpcd|NetworkManager)))/.*"
-)
-"""What goes, by its path."""
+)  # what goes, by its path
 _WAYS = re.compile(
     r"|/etc(?:/ssh|/systemd(?:/network)?|/netplan)?|/var|/var/cache(?:/apt)?|/var/lib(?:/dbus|/systemd)?|/root(?:/\.ssh.*)?|/home(?:/[^/]*(?:/\.ssh.*)?)?"
     r"|/(?:tmp|var/(?:tmp|log|crash|lib/(?:cloud|dhcp|dhcpcd|NetworkManager)))(?:/.*)?"
-)
-"""Directories on the way to those."""
+)  # directories on the way to those
 _OF_ONE = re.compile(r"/var/(?:log/journal/[0-9a-f]{32}|lib/cloud/instances/.*)")
 """Such of them as go too: they are called after a machine."""
 _ENTRY = re.compile(r"/(\d+)/(\d+)/\d+/\d+/([^/]+)/\d*/")

@@ -129,10 +129,8 @@ class Sums:
 
     raw: str
     qcow2: str
-    combined: str
-    """Of the metadata archive and the qcow2 after it, as simplestreams wants it."""
-    created_s: int
-    """When it was computed, by the store's clock: a version's date in simplestreams."""
+    combined: str  # of the metadata archive and the qcow2 after it, as simplestreams wants it
+    created_s: int  # when it was computed, by the store's clock: a version's date in simplestreams
     writer: int = WRITER
 
 

@@ -56,8 +56,7 @@ class PullThrough(ReadOnly):
         self._lock = threading.Lock()
         self._away_until_s = 0.0
         self._at_work = WeakValueDictionary[str, threading.Lock]()
-        self._room_bytes = -1
-        """How much more may be kept before files are counted again."""
+        self._room_bytes = -1  # how much more may be kept before files are counted again
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
         if kind_of(key) is PACKS:

@@ -47,8 +47,7 @@ _KERNEL_BYTES = 16 << 20
 _STREAMS_AHEAD = 12
 """While there are no more of them the cache of groups has room for what each will want next."""
 _OPTIONS = "SF_MIRROR_OPTIONS"
-_ROWS = 100
-"""Images on one page."""
+_ROWS = 100  # images on one page
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'"
 _SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 

@@ -28,8 +28,7 @@ from imagestore.store.names import check_architecture, check_name
 T = TypeVar("T")
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 _DIGITS = {name: digits for digits, name in ALGORITHMS.items()} | {"blake2b": 128}
-SHIPPED = Path(__file__).with_name("sources.d")
-"""The lists that come with sf, in a wheel as well."""
+SHIPPED = Path(__file__).with_name("sources.d")  # the lists that come with sf, in a wheel as well
 
 _HEX = re.compile(r"[0-9a-fA-F]{32,128}")
 _TAGGED = re.compile(r"([A-Z0-9a-z-]{2,16}) \((.+)\) = ([0-9a-fA-F]{32,128})")
@@ -47,21 +46,17 @@ class Source:
     name: str
     tags: tuple[str, ...]
     url: str
-    architectures: Mapping[str, str]
-    """Ours (as `uname -m` says it) to the upstream's."""
+    architectures: Mapping[str, str]  # ours (as `uname -m` says it) to the upstream's
     checksums: str = ""
-    checksum: str = ""
-    """`sha256:…`, of a single URL; no source list has it."""
+    checksum: str = ""  # `sha256:…`, of a single URL; no source list has it
     signature: str = ""
     """URL of a detached signature on the checksum file, or "inline" where the file is clear-signed."""
-    keyring: str = ""
-    """File of public keys for gpgv."""
+    keyring: str = ""  # file of public keys for gpgv
     build_page: str = ""
     build_pattern: str = ""
     keep: int = 3
     """How many versions keep a name: the newest by its tags, older ones by `TAG-BUILD`; 0: the newest alone."""
-    format: str = "qcow2"
-    """"" is whatever it turns out to be."""
+    format: str = "qcow2"  # "" is whatever it turns out to be
     os: str = ""
     limit_bytes: int = 20 << 30
     labels: Mapping[str, str] = field(default_factory=dict)

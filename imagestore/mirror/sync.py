@@ -33,8 +33,7 @@ from imagestore.store.store import Store
 from imagestore.updates.making import make_update
 
 ATTEMPTS = 3
-LONGEST_S = 6 * 3600.0
-"""What one image may take; then the next has its turn."""
+LONGEST_S = 6 * 3600.0  # what one image may take; then the next has its turn
 _LEFT_S = 7 * 86400.0
 _ODD = {"BADSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "NODATA", "UNEXPECTED", "FAILURE", "ERROR", "BADARMOR"}
 """What gpgv says where it is not only a key that is missing (gnupg's doc/DETAILS)."""

@@ -29,8 +29,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PIECE_BYTES = 256 << 10
-_FAR_PIECE_BYTES = 512 << 10
-"""Of what is not in a directory here: each piece is a request to somebody."""
+_FAR_PIECE_BYTES = 512 << 10  # of what is not in a directory here: each piece is a request to somebody
 _OPEN_FILES = 256
 _FOREVER = "public, max-age=31536000, immutable"
 
@@ -58,8 +57,7 @@ class Ranged(Response):
     hands. Nothing more is read for one that has hung up.
     """
 
-    running = 0
-    """Bodies under way in this process, of each class."""
+    running = 0  # bodies under way in this process, of each class
 
     def __init__(
         self,
@@ -139,8 +137,7 @@ class Tree:
         self._backend = backend
         self._threads = ThreadPoolExecutor(16, "sf-tree")
         """Its own: a store that does not answer takes none of what else the process does."""
-        self._stats: OrderedDict[str, ObjectStat] = OrderedDict()
-        """Of what never changes."""
+        self._stats: OrderedDict[str, ObjectStat] = OrderedDict()  # of what never changes
         inner = innermost(backend)
         self._root = inner.root if isinstance(inner, Directory) else None
         self._files: OrderedDict[str, int] = OrderedDict()

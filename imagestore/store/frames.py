@@ -30,12 +30,9 @@ from imagestore.formats.pack import Footer, expand
 from imagestore.store.store import Store
 
 T = TypeVar("T")
-REQUEST_BYTES = 1 << 20
-"""Stored bytes of one request that a guest waits for."""
-BULK_BYTES = 8 << 20
-"""Stored bytes of one request where all is wanted."""
-READERS = 4
-"""Requests under way at once where all is wanted."""
+REQUEST_BYTES = 1 << 20  # stored bytes of one request that a guest waits for
+BULK_BYTES = 8 << 20  # stored bytes of one request where all is wanted
+READERS = 4  # requests under way at once where all is wanted
 _READ_OVER, _REQUESTS = 0.12, 1.3
 """Gaps are read over while requests are more than so many times the fewest, up to this share of the bytes."""
 
@@ -66,14 +63,11 @@ class Frames:
     """Frames in the order of their places in packs, and the chunks that are wanted of each: columns over both."""
 
     packs: Sequence[Digest]
-    table: Rows
-    """Of `columns.FRAME`."""
+    table: Rows  # of `columns.FRAME`
     firsts: Numbers
     """Where the chunks of each frame begin in the columns below, and, last, where those of all end."""
-    chunks: Numbers
-    """Which chunks of the image (rows of the footer) these are."""
-    inner: Numbers
-    """Where each starts in the frame's plain bytes."""
+    chunks: Numbers  # which chunks of the image (rows of the footer) these are
+    inner: Numbers  # where each starts in the frame's plain bytes
     lengths: Numbers
     ids: Ids
 
@@ -256,8 +250,7 @@ class Origin(Protocol):
     """
 
     name: str
-    kind: str
-    """local, peer or store: the label in figures."""
+    kind: str  # local, peer or store: the label in figures
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
         """What it has of these chunks (ascending); it may leave some out."""

@@ -20,8 +20,7 @@ from imagestore.store.leases import Lease
 from imagestore.store.placement import Placement
 from imagestore.store.store import Store
 
-_AHEAD_WINDOWS = 10
-"""How far unknown chunks are looked up in the hooks before they count as new."""
+_AHEAD_WINDOWS = 10  # how far unknown chunks are looked up in the hooks before they count as new
 
 Footers = Collection[tuple[Digest, Footer]]
 
@@ -44,8 +43,7 @@ class Lookup(AbstractContextManager["Lookup"]):
         self._store, self._lease, self._placement, self._local = store, lease, placement, local
         self._followed: tuple[Digest, Manifest, Layout | None] | None = None
         self._engaged = False
-        self.hooks: tuple[Hooks, str | None] = Hooks(), None
-        """As they were when it engaged, and their etag."""
+        self.hooks: tuple[Hooks, str | None] = Hooks(), None  # as they were when it engaged, and their etag
         self._asked: set[Digest] = set()
         self._parts_bytes = parts_bytes
 

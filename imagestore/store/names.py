@@ -168,8 +168,7 @@ class Names:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.local: LocalIndex | None = None
-        """Where a list remembers the records that it read, if anywhere."""
+        self.local: LocalIndex | None = None  # where a list remembers the records that it read, if anywhere
 
     def get(self, name: str, tag: str = LATEST) -> NameRecord:
         """Raises NotFound, with the nearest names as the hint, also for a removed one."""

@@ -19,8 +19,7 @@ from imagestore.store.leases import Lease
 from imagestore.store.placement import Placement
 from imagestore.store.store import Store
 
-PACK_BYTES = 16 << 20
-"""A pack is sent when it has so many stored bytes."""
+PACK_BYTES = 16 << 20  # a pack is sent when it has so many stored bytes
 _PACK_FRAMES = 1 << 12
 """Or so many frames, where they compress to next to nothing: readers take no larger footer (`Footer.decode`)."""
 _PART_PACKS = 1 << 10

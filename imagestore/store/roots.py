@@ -20,8 +20,7 @@ from imagestore.store.names import LATEST, NameRecord, check_architecture
 from imagestore.store.store import Store
 
 _ATTEMPTS = 5
-AHEAD_S = 3600.0
-"""A time that is so far ahead of the store's clock was written by a clock that was wrong."""
+AHEAD_S = 3600.0  # a time that is so far ahead of the store's clock was written by a clock that was wrong
 
 
 def offer(
@@ -200,8 +199,7 @@ class Roots:
     must: set[Digest] = field(default_factory=set)
     may: set[Digest] = field(default_factory=set)
     packs: set[Digest] = field(default_factory=set)
-    tombstones: list[NameRecord] = field(default_factory=list)
-    """Whose grace is over."""
+    tombstones: list[NameRecord] = field(default_factory=list)  # whose grace is over
     dead_leases: list[str] = field(default_factory=list)
     odd_names: list[NameRecord] = field(default_factory=list)
     """Of a time that is yet to come or before its history's, as are odd leases: the store's clock was wrong once."""

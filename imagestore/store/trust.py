@@ -35,12 +35,10 @@ from imagestore.store.store import Store, StoreInfo
 HASH = "blake3"
 _PIECE_BYTES = 64 << 10
 _ROOT_BYTES = 512_000
-_FRESH_S = 30.0
-"""How long a program that keeps a store open takes its word before it asks again."""
+_FRESH_S = 30.0  # how long a program that keeps a store open takes its word before it asks again
 log = logging.getLogger(__name__)
 
-Target = tuple[str, str, str]
-"""Name, tag, architecture."""
+Target = tuple[str, str, str]  # name, tag, architecture
 
 
 def tree(fingerprint: Digest) -> str:

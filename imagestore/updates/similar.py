@@ -13,8 +13,7 @@ _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
 _TIMES, _SUM, _SAMPLED = np.uint8(5), np.uint8(77), np.uint64(1 << 62)
 """One place in 256 is hashed, not zeros, and one hash in 4 is a sample."""
 Hashes = npt.NDArray[np.uint64]
-Samples = tuple[Hashes, Numbers]
-"""Hashes, and the chunk that each is of."""
+Samples = tuple[Hashes, Numbers]  # hashes, and the chunk that each is of
 
 
 def samples(data: npt.NDArray[np.uint8]) -> tuple[Hashes, Numbers]:

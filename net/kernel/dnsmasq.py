@@ -29,8 +29,7 @@ class Running:
 
     pid: int
     namespace: str
-    netns: int
-    """Inode of the namespace it stands in."""
+    netns: int  # inode of the namespace it stands in
 
 
 def running(prefix: str) -> list[Running]:

@@ -16,8 +16,7 @@ from net.plan.facts import Dnsmasq
 from net.plan.model import Network
 
 _LEASE = "24h"
-_OUT = "out"
-"""The tag of guests whose packets the router takes elsewhere."""
+_OUT = "out"  # the tag of guests whose packets the router takes elsewhere
 _NAME = re.compile(r"[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63}){0,126}\.?")
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Final, NamedTuple
 
-HOST = ""
-"""The key of the host's own namespace, of which we look at what is ours only."""
+HOST = ""  # the key of the host's own namespace, of which we look at what is ours only
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,20 +15,16 @@ class Link:
     """A network device. Where a desired link has no MAC, any will do."""
 
     name: str
-    kind: str
-    """bridge, vxlan, veth or tun (a tap)."""
+    kind: str  # bridge, vxlan, veth or tun (a tap)
     alias: str
     mtu_bytes: int
     up: bool = True
     mac: str = ""
     master: str = ""
-    suppress: bool = False
-    """A bridge port that gets no ARP request which the bridge can answer itself."""
-    learning: bool = False
-    """Of a bridge port; never wanted: the FDB comes from desired state."""
+    suppress: bool = False  # a bridge port that gets no ARP request which the bridge can answer itself
+    learning: bool = False  # of a bridge port; never wanted: the FDB comes from desired state
     vni: int = 0
-    local: str = ""
-    """A VXLAN device's own endpoint."""
+    local: str = ""  # a VXLAN device's own endpoint
     peer: str = ""
     """The host's end of a veth pair. Not observed."""
     carrier: bool = True
@@ -39,18 +34,13 @@ class Link:
 class Kind:
     """What an entry is; in brackets its key and value. Plain strings: an enum's hash is computed in Python."""
 
-    SYSCTL: Final = "sysctl"
-    """(path under /proc/sys, text), of a device where the path is."""
-    ADDRESS: Final = "address"
-    """(address with prefix length, "")"""
-    ROUTE: Final = "route"
-    """(destination with prefix length, gateway)"""
+    SYSCTL: Final = "sysctl"  # (path under /proc/sys, text), of a device where the path is
+    ADDRESS: Final = "address"  # (address with prefix length, "")
+    ROUTE: Final = "route"  # (destination with prefix length, gateway)
     FDB: Final = "forwarding entry"
     """(MAC, where the VXLAN device sends it; "": behind which bridge port it is)"""
-    NEIGHBOUR: Final = "neighbour"
-    """(address, MAC)"""
-    PROXY: Final = "ARP proxy"
-    """(address for which the host answers on its uplink, "")"""
+    NEIGHBOUR: Final = "neighbour"  # (address, MAC)
+    PROXY: Final = "ARP proxy"  # (address for which the host answers on its uplink, "")
 
 
 class Entry(NamedTuple):
@@ -134,10 +124,8 @@ class Dnsmasq:
     """What a network's DHCP and DNS server reads."""
 
     config: str
-    hosts: str
-    """dhcp-hostsfile: MAC to address."""
-    names: str
-    """addn-hosts: address to names."""
+    hosts: str  # dhcp-hostsfile: MAC to address
+    names: str  # addn-hosts: address to names
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +134,7 @@ class Facts:
 
     links: Mapping[str, Link] = field(default_factory=dict)
     entries: frozenset[Entry] = frozenset()
-    tables: Mapping[str, Table] = field(default_factory=dict)
-    """By family; only the table with our name."""
+    tables: Mapping[str, Table] = field(default_factory=dict)  # by family; only the table with our name
     admissions: frozenset[Admission] = frozenset()
     dnsmasq: Dnsmasq | None = None
     broken: bool = False
@@ -158,25 +145,17 @@ class Facts:
 class Observed:
     """The kernel of one node as far as it concerns an installation."""
 
-    namespaces: Mapping[str, Facts]
-    """By namespace name; HOST is always there."""
-    host_addresses: frozenset[IPv4Address] = frozenset()
-    """Every address of the host, whoever set it."""
-    uplink: str = ""
-    """The device of the host's default route."""
+    namespaces: Mapping[str, Facts]  # by namespace name; HOST is always there
+    host_addresses: frozenset[IPv4Address] = frozenset()  # every address of the host, whoever set it
+    uplink: str = ""  # the device of the host's default route
     uplink6: bool = False
     """Whether it has an IPv6 default route, and its administrator lets it forward (`FORWARD6`): we never do."""
-    idle6: bool = False
-    """Whether it has the route, but does not forward."""
-    mtu_bytes: int = 0
-    """Of the device that carries the underlay address; 0 where there is none."""
-    resolvers: tuple[IPv4Address, ...] = ()
-    """The host's upstream DNS servers without loopback."""
+    idle6: bool = False  # whether it has the route, but does not forward
+    mtu_bytes: int = 0  # of the device that carries the underlay address; 0 where there is none
+    resolvers: tuple[IPv4Address, ...] = ()  # the host's upstream DNS servers without loopback
     foreign: Mapping[tuple[str, str, str], Hook] = field(default_factory=dict)
     """Others' base chains in the host's namespace that packets of ours pass, by family, table and name."""
-    listening: frozenset[tuple[str, int]] = frozenset()
-    """(protocol, port) of the host's own servers."""
-    bridges: Mapping[str, int] = field(default_factory=dict)
-    """The host's own, with their MTU."""
+    listening: frozenset[tuple[str, int]] = frozenset()  # (protocol, port) of the host's own servers
+    bridges: Mapping[str, int] = field(default_factory=dict)  # the host's own, with their MTU
     bridged_meets_firewall: bool = False
     """Whether packets between ports of a bridge go by the host's IP firewall, too (br_netfilter)."""

@@ -17,12 +17,9 @@ from net.plan.names import VXLAN_PORT
 
 ROUTER, INSIDE = IPv6Address("fe80::1"), IPv6Address("fe80::2")
 """The router's address on its network and the host's on an uplink; the router's own end of that."""
-OWNERS, CLAIMED = "owners6", "claimed6"
-"""Sets of (link-local address, MAC), and of those addresses."""
-MOST = 256
-"""Chosen addresses of one interface at once."""
-CHAINED = "{ 0, 43, 44, 51, 60, 135, 139, 140 }"
-"""Headers behind which another may come."""
+OWNERS, CLAIMED = "owners6", "claimed6"  # sets of (link-local address, MAC), and of those addresses
+MOST = 256  # chosen addresses of one interface at once
+CHAINED = "{ 0, 43, 44, 51, 60, 135, 139, 140 }"  # headers behind which another may come
 
 
 def sets(at: str, taps: Iterable[str]) -> dict[str, Elements]:

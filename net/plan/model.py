@@ -10,8 +10,7 @@ from net import ipam
 class Published:
     """`count` ports of the router node's own addresses, from `port` on, that lead to a guest's from `to_port` on."""
 
-    protocol: str
-    """tcp or udp."""
+    protocol: str  # tcp or udp
     port: int
     to_port: int
     count: int = 1
@@ -26,12 +25,9 @@ class Published:
 class Allow:
     """What may begin to speak to a guest."""
 
-    protocol: str
-    """tcp, udp, icmp (echo) or any."""
-    ports: tuple[tuple[int, int], ...] = ()
-    """Ranges, sorted and apart; () is every port."""
-    source: IPv4Network | IPv6Network = ipam.ANY
-    """ANY is everybody, by IPv6 as well."""
+    protocol: str  # tcp, udp, icmp (echo) or any
+    ports: tuple[tuple[int, int], ...] = ()  # ranges, sorted and apart; () is every port
+    source: IPv4Network | IPv6Network = ipam.ANY  # ANY is everybody, by IPv6 as well
 
     def __str__(self) -> str:
         ports = ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in self.ports)
@@ -54,21 +50,15 @@ class Port:
     """One NIC of one guest on a network, wherever in the cluster it is."""
 
     uuid: str
-    mac: str
-    """Lower case, colons."""
-    address: IPv4Address
-    """One of ipam.UNKNOWN until the LAN's DHCP server has given another."""
-    hostname: str
-    """Checked by the caller to be a DNS label; the name under which DNS answers."""
-    node: str = ""
-    """Name of the node that hosts the guest; "" while it is nowhere."""
-    tap: str = ""
-    """Name of the tap device (at most 15 characters) when the port is on this node, else ""."""
+    mac: str  # lower case, colons
+    address: IPv4Address  # one of ipam.UNKNOWN until the LAN's DHCP server has given another
+    hostname: str  # checked by the caller to be a DNS label; the name under which DNS answers
+    node: str = ""  # name of the node that hosts the guest; "" while it is nowhere
+    tap: str = ""  # name of the tap device (at most 15 characters) when the port is on this node, else ""
     floating: IPv4Address | None = None
     """The 1:1 address from the floating pool, applied on the network's router."""
     published: tuple[Published, ...] = ()
-    allowed: tuple[Allow, ...] | None = None
-    """Who may begin to speak to it; None: everybody who reaches it."""
+    allowed: tuple[Allow, ...] | None = None  # who may begin to speak to it; None: everybody who reaches it
     limits: Limits = Limits()
 
 
@@ -77,21 +67,17 @@ class Network:
     """A virtual network as a node must realise it."""
 
     uuid: str
-    vni: int
-    """VXLAN network identifier, 1 to 2**24-1; device names are made from it."""
+    vni: int  # VXLAN network identifier, 1 to 2**24-1; device names are made from it
     name: str
-    netblock: IPv4Network
-    """ipam.UNKNOWN where there is no IPv4."""
-    gateway: IPv4Address
-    """The router's inside address: the first host of the netblock."""
+    netblock: IPv4Network  # ipam.UNKNOWN where there is no IPv4
+    gateway: IPv4Address  # the router's inside address: the first host of the netblock
     mtu_bytes: int = 1450
     provide_dhcp: bool = True
     provide_nat: bool = True
     provide_dns: bool = True
     domain: str = "sf.internal"
     """Of its names: `.internal` is reserved for this (ICANN, 2024), `.local` belongs to mDNS (RFC 6762)."""
-    router_node: str = ""
-    """The node that routes for this network and runs its DHCP/DNS."""
+    router_node: str = ""  # the node that routes for this network and runs its DHCP/DNS
     router_floating: IPv4Address | None = None
     """The router's own address on the uplink where a floating pool is configured."""
     ports: tuple[Port, ...] = ()
@@ -104,8 +90,7 @@ class Network:
     """The node's own bridge that its guests are on; then there is no router of ours, no tunnel and no server."""
     netblock6: IPv6Network | None = None
     """A /64, out of which everybody has the address that goes with the IPv4 one; None without IPv6."""
-    slaac: bool = False
-    """Guests make themselves addresses out of it, too (RFC 4862)."""
+    slaac: bool = False  # guests make themselves addresses out of it, too (RFC 4862)
 
     @property
     def four(self) -> bool:
@@ -148,9 +133,7 @@ class NodeNetworks:
     node: str
     networks: tuple[Network, ...] = ()
     peers: tuple[Peer, ...] = field(default=())
-    underlay: IPv4Address = IPv4Address("127.0.0.1")
-    """This node's own VXLAN endpoint."""
+    underlay: IPv4Address = IPv4Address("127.0.0.1")  # this node's own VXLAN endpoint
     uplink: str = ""
     """The host's device on which floating IPs are answered; "" means that of the default route."""
-    resolvers: tuple[IPv4Address, ...] = ()
-    """Upstream DNS servers; () means the host's own, without loopback."""
+    resolvers: tuple[IPv4Address, ...] = ()  # upstream DNS servers; () means the host's own, without loopback

@@ -21,8 +21,7 @@ REASONS = ("mac", "arp", "ipv4", "ipv6", "dhcp", "ra", "vxlan", "other", "rules"
 
 TAPS, FROM, TO = "taps", "from", "to"
 """Maps of a tap to the chains that its guest's frames go through, and to the one for frames that go to the guest."""
-LEARNED = "learned"
-"""(MAC, address) that a LAN's DHCP server was seen to give."""
+LEARNED = "learned"  # (MAC, address) that a LAN's DHCP server was seen to give
 FLOATING = "floating"
 PUBLISHED = "published"
 _IP, _ARP = "@nh,96,32", "@nh,112,32"

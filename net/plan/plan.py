@@ -19,8 +19,7 @@ class Verb(StrEnum):
     ADD = "add"
     CHANGE = "change"
     DELETE = "delete"
-    ADOPT = "adopt"
-    """Of a tap: its guest holds it, but nobody moved it into its network yet."""
+    ADOPT = "adopt"  # of a tap: its guest holds it, but nobody moved it into its network yet
 
 
 @dataclass(frozen=True, slots=True)

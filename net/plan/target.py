@@ -9,8 +9,7 @@ from net.plan import dhcp, guards, names, nft
 from net.plan.facts import HOST, Entry, Facts, Kind, Link, Observed, sysctl
 from net.plan.model import Network, NodeNetworks, Port
 
-VXLAN_OVERHEAD_BYTES = 50
-"""Outer IPv4, UDP, VXLAN and inner Ethernet headers (RFC 7348)."""
+VXLAN_OVERHEAD_BYTES = 50  # outer IPv4, UDP, VXLAN and inner Ethernet headers (RFC 7348)
 _UPLINK_MTU_BYTES = 1500
 _FLOOD = "00:00:00:00:00:00"
 FORWARD = "net/ipv4/ip_forward"

@@ -28,8 +28,7 @@ from compute.errors import ComputeError, Conflict, NotFound
 from compute.wire.spec import Capture, InstanceSpec
 from imagestore import Changes, Digest, NbdDisk, StoreError, open_store, push_changed
 
-_AGENT_S = 2
-"""For each answer of the agent in the guest: its file systems are frozen for less than 5 s."""
+_AGENT_S = 2  # for each answer of the agent in the guest: its file systems are frozen for less than 5 s
 _SCRATCH_SHARE = 4  # a snapshot may use one part in so many of the room that is free
 _Make = Callable[[CapturesHeld], Part[CapturesHeld]]
 

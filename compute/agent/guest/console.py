@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LIMIT_BYTES = 4 << 20
-_UP = (b"login:", b"SF-GUEST-READY")
-"""A getty, and the tiny guest."""
+_UP = (b"login:", b"SF-GUEST-READY")  # a getty, and the tiny guest
 _LOOKED_AT_BYTES = 64 << 10
 
 

@@ -21,8 +21,7 @@ _MOVE_BYTES = 256 << 20
 
 _ROOM_BYTES = 64 << 20
 
-_RECONNECT_S = 3600
-"""For how long a guest waits for an image service that is away."""
+_RECONNECT_S = 3600  # for how long a guest waits for an image service that is away
 
 
 class Leaving(Exception):

@@ -29,13 +29,10 @@ class Host:
     """What the guests of one agent share."""
 
     node: str
-    machine: str
-    """The node's own id."""
+    machine: str  # the node's own id
     installation: str
-    directory: Path
-    """`instances/` of the state directory."""
-    address: IPv4Address
-    """Where VNC and SPICE listen."""
+    directory: Path  # `instances/` of the state directory
+    address: IPv4Address  # where VNC and SPICE listen
     hypervisor: Hypervisor
     plane: Plane
     plane_lock: asyncio.Lock
@@ -44,8 +41,7 @@ class Host:
     pool: ThreadPoolExecutor
     publish: Callable[[InstanceStatus], None]
     note: Callable[[NodeEvent], None]
-    shown: Callable[[], None]
-    """A guest that nobody knows is seen otherwise than before."""
+    shown: Callable[[], None]  # a guest that nobody knows is seen otherwise than before
     leased_s: Callable[[], float] = lambda: 0.0  # since when it may run what others may be given
     turns: Turns = field(default_factory=Turns)
 

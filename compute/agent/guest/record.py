@@ -42,16 +42,13 @@ class Course:
     phase: Phase = Phase.NEW
     created: bool = False
     """It was up (or off as asked) once: later failures are no longer failures of its creation."""
-    message: str = ""
-    """Why it ended or failed."""
+    message: str = ""  # why it ended or failed
     crashed: bool = False
     reboot_soft: int = 0
     reboot_hard: int = 0
-    asked_s: float = 0
-    """When it was asked to end, the last time it was to; 0 if it was not."""
+    asked_s: float = 0  # when it was asked to end, the last time it was to; 0 if it was not
     leaving: str = ""
-    coming: str = ""
-    """Live moves, until the server has said whose the guest is."""
+    coming: str = ""  # live moves, until the server has said whose the guest is
     vdi_password: str = field(default_factory=lambda: secrets.token_hex(4))
 
 
@@ -75,14 +72,10 @@ class TapsHeld:
 class DisksHeld:
     """On what the disks are."""
 
-    served: tuple[str, ...] = ()
-    """Devices that were started on the image service's export."""
-    moving: str = ""
-    """The device that is being moved to its second overlay: written before the move begins."""
-    moved: tuple[str, ...] = ()
-    """Devices that are on their second overlay."""
-    deferred: tuple[str, ...] = ()
-    """Devices whose move waits for the next stop, said once."""
+    served: tuple[str, ...] = ()  # devices that were started on the image service's export
+    moving: str = ""  # the device that is being moved to its second overlay: written before the move begins
+    moved: tuple[str, ...] = ()  # devices that are on their second overlay
+    deferred: tuple[str, ...] = ()  # devices whose move waits for the next stop, said once
     arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
     """From where the bytes of each device's image came during the newest boot."""
 

@@ -34,8 +34,7 @@ class Verdict:
 
     accel: str
     reason: str
-    cpu: str = ""
-    """A CPU model to use in place of the host's own."""
+    cpu: str = ""  # a CPU model to use in place of the host's own
 
     def __str__(self) -> str:
         return f"{self.accel} ({self.reason})"

@@ -16,8 +16,7 @@ from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceSpec, InterfaceSp
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
 _QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 _BUS = {"ide": "sata"}  # q35 has no IDE
-SPARE_PORTS = 8
-"""pcie-root-ports kept free for hot-plug: q35 cannot add a port to a running guest."""
+SPARE_PORTS = 8  # pcie-root-ports kept free for hot-plug: q35 cannot add a port to a running guest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,7 @@ class Disk:
     device: str
     path: Path
     backing: Path | None = None
-    socket: Path | None = None
-    """An NBD export that stands in for `backing` until that is complete."""
+    socket: Path | None = None  # an NBD export that stands in for `backing` until that is complete
     bus: str = "virtio"
     cdrom: bool = False
 
@@ -42,22 +40,17 @@ class Domain:
     """Everything that goes into the XML."""
 
     installation: str
-    machine: str
-    """The node's own id."""
+    machine: str  # the node's own id
     spec: InstanceSpec
-    directory: Path
-    """Where its config.iso, its console.log and (with UEFI) its nvram.fd are."""
-    accel: str
-    """kvm or tcg."""
-    cpu: str
-    """A named model; "" is all that the accelerator can do."""
+    directory: Path  # where its config.iso, its console.log and (with UEFI) its nvram.fd are
+    accel: str  # kvm or tcg
+    cpu: str  # a named model; "" is all that the accelerator can do
     disks: tuple[Disk, ...]
     nics: tuple[Nic, ...]
     listen: str = ""
     """The node's address for SPICE, which never comes without a password. VNC is a socket, reached by streams."""
     password: str = ""
-    incoming: bool = False
-    """It takes its memory from a stream (`hypervisor.passing`), instead of booting."""
+    incoming: bool = False  # it takes its memory from a stream (`hypervisor.passing`), instead of booting
 
 
 def name(installation: str, uuid: str) -> str:

@@ -28,8 +28,7 @@ from imagestore import ObjectStat, Store, decimal
 from imagestore.mirror import Ranged, admit, shown
 
 _MOST_BYTES, _PIECE_BYTES, _AT_ONCE, _LOOK_S = 320 << 20, 1 << 20, 8, 60.0
-_IN_MEMORY = 2
-"""Bodies that are checked at once, of all stores: each is in memory as a whole meanwhile."""
+_IN_MEMORY = 2  # bodies that are checked at once, of all stores: each is in memory as a whole meanwhile
 _STORED: dict[str, tuple[int, float]] = {}  # URL of a store → bytes there or on their way, and when counted
 
 

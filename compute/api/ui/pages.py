@@ -29,8 +29,7 @@ _PAGES: dict[str, tuple[str, dict[str, str]]] = {
     "/networks/{ref}": ("network", {"network": "networks/{ref}", "findings": "networks/{ref}/doctor"}),
     "/nodes": ("nodes", {"nodes": "nodes", "orphans": "nodes/orphans"}),
     "/quotas": ("quotas", {"spaces": "auth/namespaces", "rows": "auth/namespaces/{namespace}/quota"}),
-}
-"""Path: its template, and the words in it with what the API is asked for each."""
+}  # path: its template, and the words in it with what the API is asked for each
 _PAGES["/instances/{ref}"][1]["rules"] = "backups"
 _POSTS = "poweron poweroff rebootsoft reboothard pause unpause snapshot restore backup".split()
 _ACTS = {verb: ("POST", verb) for verb in _POSTS} | {
@@ -38,8 +37,7 @@ _ACTS = {verb: ("POST", verb) for verb in _POSTS} | {
     "unschedule": ("DELETE", "backup"),
     "delete": ("DELETE",),
     "screen": ("POST", "streams", "vnc"),
-}
-"""A button of an instance: its request, whose body are the form's fields."""
+}  # a button of an instance: its request, whose body are the form's fields
 
 
 @router.api_route("/login", methods=["GET", "POST"])

@@ -26,8 +26,7 @@ _ARTIFACTS = uuid_module.UUID("4b1f3f0e-6a3c-5f0b-9d4e-5f7a52f3c0de")
 
 _DEVICES = "abcdefghijklmnop"
 WEB, BLOB = ("https://", "http://"), "sf://blob/"
-_MOST, _MOST_WANTED = 1000, 3
-"""Artifacts of one namespace; those that are on their way."""
+_MOST, _MOST_WANTED = 1000, 3  # artifacts of one namespace; those that are on their way
 
 
 def resolve_disks(

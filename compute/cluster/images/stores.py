@@ -19,8 +19,7 @@ from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from imagestore import Store, StoreError, collect, open_store
 
-MINE = "my"
-"""Before the slash: the current namespace."""
+MINE = "my"  # before the slash: the current namespace
 
 
 def beside(url: str, name: str, otherwise: Path) -> str:

@@ -16,8 +16,7 @@ from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid, NoCapacity
 from net import ipam
 
-FLOATING = "floating"
-"""Name of the floating pool's Ipam record."""
+FLOATING = "floating"  # name of the floating pool's Ipam record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,12 +25,9 @@ AGAIN_S = 3600.0
 class Epoch(Stored):
     KIND: ClassVar[str] = "epoch"
     name: str = "state"
-    number: str = ""
-    """Random."""
-    former: tuple[str, ...] = ()
-    """Those before it, the newest first."""
-    waiting: tuple[str, ...] = ()
-    """Nodes that have not said yet what runs there."""
+    number: str = ""  # random
+    former: tuple[str, ...] = ()  # those before it, the newest first
+    waiting: tuple[str, ...] = ()  # nodes that have not said yet what runs there
     why: str = ""
     begun_by: str = ""
     begun_s: float = 0

@@ -48,8 +48,7 @@ class Instance(Stored):
     cpus: int
     memory_mib: int
     disks: tuple[DiskSpec, ...]
-    disk_spec: tuple[dict[str, Any], ...] = ()
-    """What the user asked for, word for word."""
+    disk_spec: tuple[dict[str, Any], ...] = ()  # what the user asked for, word for word
     ssh_key: str = ""
     user_data: Base64 = b""
     video: dict[str, Any] = field(default_factory=lambda: dict(NO_VIDEO))
@@ -63,8 +62,7 @@ class Instance(Stored):
     side_channels: tuple[str, ...] = ()
     state: InstanceState = InstanceState.INITIAL
     power: Power = Power.ON
-    grace_s: int = 0
-    """With power off: how long the guest is asked to end before its power is taken."""
+    grace_s: int = 0  # with power off: how long the guest is asked to end before its power is taken
     power_state: str = "off"
     reboot_soft: int = 0
     reboot_hard: int = 0
@@ -82,17 +80,13 @@ class Instance(Stored):
     """Whether it runs once its node's machine has started: yes, no, or last: if it did before."""
     order: int = 0
     delay_s: int = 0
-    until_s: float = 0
-    """When it is deleted by itself; 0: never."""
-    held_s: float = 0
-    """Until when whoever made it holds it, who says so again and again; 0: it needs nobody."""
-    ephemeral: bool = False
-    """It is deleted once it is off."""
+    until_s: float = 0  # when it is deleted by itself; 0: never
+    held_s: float = 0  # until when whoever made it holds it, who says so again and again; 0: it needs nobody
+    ephemeral: bool = False  # it is deleted once it is off
     on_node_loss: str = "leave"
     """What becomes of it when its node is lost: leave, restart (of its images), restore (of its newest backup)."""
     leased_s: float = 0  # when that was chosen; 0 for leave
-    heard_s: float = 0
-    """What its node said that it knows of `leased_s`: before that, it would not stop it."""
+    heard_s: float = 0  # what its node said that it knows of `leased_s`: before that, it would not stop it
     unconfirmed: bool = False
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
     moving: str = ""
@@ -100,8 +94,7 @@ class Instance(Stored):
     passing: str = (
         ""  # the live move (its snapshot) by which it goes there, and runs on where it is meanwhile
     )
-    arriving: bool = False
-    """It was given to its node, which has not said yet that it has made the disks."""
+    arriving: bool = False  # it was given to its node, which has not said yet that it has made the disks
     left: tuple[str, ...] = ()
     """Nodes that it was on: each is ordered to remove what it has, until it has said that nothing of it is left."""
     node_labels: dict[str, str] = field(default_factory=dict)  # only nodes with these are asked to take it

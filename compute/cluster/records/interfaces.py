@@ -30,8 +30,7 @@ class Interface(Stored):
     model: str = "virtio"
     floating: str = ""
     published: tuple[Published, ...] = ()
-    rules: tuple[str, ...] = ()
-    """UUIDs."""
+    rules: tuple[str, ...] = ()  # UUIDs
     limits: Limits = field(default_factory=Limits)
     state: str = "created"  # always; version 0.1 looks at it
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -46,15 +45,13 @@ class Interface(Stored):
 class Want:
     """An interface as asked for."""
 
-    network: str
-    """UUID."""
+    network: str  # UUID
     address: str = ""
     mac: str = ""
     model: str = "virtio"
     float: bool = False
     rules: tuple[str, ...] = ()
-    uuid: str = ""
-    """Of one that was before."""
+    uuid: str = ""  # of one that was before
 
 
 def attach(

@@ -15,8 +15,7 @@ class KeyHash:
     nonce: str
     lookup: str = ""
     """Two bytes of SHA-256 over nonce and key: they refuse a wrong key before bcrypt has to. Version 0.1 had none."""
-    expires_s: int = 0
-    """When it ends, in seconds since the epoch; 0: never."""
+    expires_s: int = 0  # when it ends, in seconds since the epoch; 0: never
     read_only: bool = False
 
     @property
@@ -29,8 +28,7 @@ class Namespace(Stored):
     KIND: ClassVar[str] = "namespace"
     name: str
     keys: dict[str, KeyHash] = field(default_factory=dict)
-    trust: tuple[str, ...] = ()
-    """Namespaces whose callers may see and change this one's objects."""
+    trust: tuple[str, ...] = ()  # namespaces whose callers may see and change this one's objects
     store: str = field(default="", repr=False)
     """URL of its own image store; "" until it keeps something (`images/stores`)."""
     metadata: dict[str, Any] = field(default_factory=dict)

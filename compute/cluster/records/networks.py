@@ -34,26 +34,20 @@ class Network(Stored):
     uuid: str
     name: str
     namespace: str
-    netblock: str
-    """That of ipam.UNKNOWN where it has IPv6 alone."""
+    netblock: str  # that of ipam.UNKNOWN where it has IPv6 alone
     vni: int
     provide_dhcp: bool = True
     provide_nat: bool = True
     provide_dns: bool = True
     router_node: str = ""
     router_floating: str = ""
-    routed: dict[str, str] = field(default_factory=dict)
-    """Routed address → next hop inside the network."""
+    routed: dict[str, str] = field(default_factory=dict)  # routed address → next hop inside the network
     dns_entries: dict[str, str] = field(default_factory=dict)
-    bridge: str = ""
-    """The nodes' own bridge that its guests are on: no router, no tunnel, no server of ours."""
-    gateway: str = ""
-    """The router of the LAN; "" is the first address of the block."""
+    bridge: str = ""  # the nodes' own bridge that its guests are on: no router, no tunnel, no server of ours
+    gateway: str = ""  # the router of the LAN; "" is the first address of the block
     isolated: bool = False
-    netblock6: str = ""
-    """Its /64, which no other network has; "" without IPv6."""
-    slaac: bool = False
-    """Guests choose addresses out of it, too; who has one first keeps it."""
+    netblock6: str = ""  # its /64, which no other network has; "" without IPv6
+    slaac: bool = False  # guests choose addresses out of it, too; who has one first keeps it
     state: str = "created"
     created_s: float = 0
     deleted_s: float = 0

@@ -19,8 +19,7 @@ from compute.errors import Conflict, Invalid
 from compute.wire.codec import from_plain
 from compute.wire.spec import InstanceState, NodeFacts, Power
 
-_DELETED = 60
-"""Records that go, or change, with one instance, at most."""
+_DELETED = 60  # records that go, or change, with one instance, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,16 +31,14 @@ class Node(Stored):
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
     state: str = "created"
-    identity: str = ""
-    """SHA-256 of the secret that its agent shows; "" for the server's own agent."""
+    identity: str = ""  # SHA-256 of the secret that its agent shows; "" for the server's own agent
     machine: str = ""
     """The random id in its state directory: the node, whatever its name is. "" until it has said it."""
     drained: bool = False
     lastseen_s: float = 0
     fence: str = ""
     """Random: it was lost, and until it says with this that what is `given` is off there, it is nobody's peer."""
-    given: tuple[str, ...] = ()
-    """Guests that others were given, and of which it may have what was there then."""
+    given: tuple[str, ...] = ()  # guests that others were given, and of which it may have what was there then
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property

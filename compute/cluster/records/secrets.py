@@ -14,8 +14,7 @@ from compute.cluster.records.transaction import Transaction
 class Secret(Stored):
     KIND: ClassVar[str] = "secret"
     name: str
-    value: str = field(repr=False)
-    """256 random bits, in hex."""
+    value: str = field(repr=False)  # 256 random bits, in hex
 
 
 def secret(txn: Transaction, name: str, *, renew: bool = False, first: str = "") -> str:

@@ -25,8 +25,7 @@ class Snapshot(Stored):
     instance_uuid: str
     instance: str
     namespace: str
-    tag: str
-    """Its time: of the names `my/INSTANCE:TAG` and, of further disks, `my/INSTANCE-DEVICE:TAG`."""
+    tag: str  # its time: of the names `my/INSTANCE:TAG` and, of further disks, `my/INSTANCE-DEVICE:TAG`
     state: str = "initial"
     order: Capture
     backup: bool = False

@@ -26,19 +26,16 @@ class Event(Stored):
     """A line of an object's history; `Transaction.event` writes it."""
 
     KIND: ClassVar[str] = "event"
-    LIMIT: ClassVar[int] = 256
-    """Events kept per object; up to TRIM more may wait for the broom."""
+    LIMIT: ClassVar[int] = 256  # events kept per object; up to TRIM more may wait for the broom
     TRIM: ClassVar[int] = 32
-    name: str
-    """`<type>/<object's uuid>/<microseconds, 20 digits>-<random>`: key order is time order."""
+    name: str  # `<type>/<object's uuid>/<microseconds, 20 digits>-<random>`: key order is time order
     timestamp_s: float
     type: str
     message: str
     node: str = ""
     duration_s: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    by: tuple[str, str] = ("", "")
-    """Whose key (NAMESPACE/KEY) asked for it through the API, and from where."""
+    by: tuple[str, str] = ("", "")  # whose key (NAMESPACE/KEY) asked for it through the API, and from where
 
 
 _known: dict[str, tuple[bytes, Stored]] = {}
@@ -65,8 +62,7 @@ class Transaction:
 
     def __init__(self, store: StateStore, node: str = "", by: tuple[str, str] = ("", "")) -> None:
         self.store = store
-        self.node = node
-        """Who writes: the `fqdn` of its events."""
+        self.node = node  # who writes: the `fqdn` of its events
         self.by = by
         self.expect: dict[str, int] = {}
         self.writes: dict[str, bytes | None] = {}

@@ -24,8 +24,7 @@ from compute.errors import Compacted, LeaseLost, NoSpace, Stale, Unavailable
 
 log = logging.getLogger(__name__)
 
-HISTORY = 4096
-"""Revisions that a watch can look back on."""
+HISTORY = 4096  # revisions that a watch can look back on
 
 _ATTEMPTS, _KEPT_S, _LEAST_S = 20, 86400.0, 0.2
 _PIECES, _PIECE = 4, bytes(256 << 10)
@@ -36,8 +35,7 @@ class EtcdStore:
 
     def __init__(self, url: str, *access: str, history: int = HISTORY) -> None:
         self.gateway, self._history = Gateway(url, *access), history
-        self._listed: dict[str, tuple[int, dict[str, Record]]] = {}
-        """Prefix → what it had at a revision."""
+        self._listed: dict[str, tuple[int, dict[str, Record]]] = {}  # prefix → what it had at a revision
         self._ask = self.gateway.ask
         self._full, self._mine, self._trimmed = threading.Lock(), threading.local(), self.revision()
         for kv in self._ask("kv/range", prefix(self._name("nonce/"))).get("kvs", []):

@@ -17,8 +17,7 @@ from etcd3gw.exceptions import Etcd3Exception
 from compute.errors import Compacted, ComputeError, Denied, Invalid, LeaseLost, NoSpace, Unavailable
 
 CONNECT_S, ANSWER_S = 1.0, 3.0
-PATIENCE_S = 12.0
-"""An election takes a second or two; who still gets no answer is told so."""
+PATIENCE_S = 12.0  # an election takes a second or two; who still gets no answer is told so
 _URL = re.compile(r"(etcds?)://((?:[\w.-]+|\[[\da-f:]+\]):\d+(?:,[^/,]+:\d+)*)(/[\w./-]*)?")
 
 

@@ -11,15 +11,12 @@ from typing import Protocol
 
 from compute.errors import ComputeError
 
-ABSENT = 0
-"""The revision of a key that does not exist."""
+ABSENT = 0  # the revision of a key that does not exist
 
 _MOST_LISTED = 1 << 14
 Keys = Collection[str]
-Writes = Mapping[str, bytes | None]
-"""By key what is written, None: it is deleted."""
-Seen = Mapping[str, int]
-"""By key the revision that it must have still."""
+Writes = Mapping[str, bytes | None]  # by key what is written, None: it is deleted
+Seen = Mapping[str, int]  # by key the revision that it must have still
 
 MOST_KEYS, MOST_BYTES = 100, 1 << 20
 """What one commit may write, and compare. etcd takes 128 operations and 1.5 MiB, of which an engine needs some."""

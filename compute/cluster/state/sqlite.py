@@ -40,11 +40,9 @@ create table if not exists meta(revision integer not null, compacted integer not
 insert into meta select 1, 1, 1 where not exists (select 1 from meta);
 """
 
-HISTORY = 1024
-"""Changes that a watch can look back on."""
+HISTORY = 1024  # changes that a watch can look back on
 
-_SWEEP_S = 0.25
-"""How late an expired lease may be noticed."""
+_SWEEP_S = 0.25  # how late an expired lease may be noticed
 
 
 @dataclass(slots=True)
@@ -68,8 +66,7 @@ class SqliteStore:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._moved = threading.Condition()
         self._reading = threading.Lock()
-        self._leases: dict[int, tuple[float, float]] = {}
-        """id → (ttl_s, monotonic time at which it dies)"""
+        self._leases: dict[int, tuple[float, float]] = {}  # id → (ttl_s, monotonic time at which it dies)
         self._reserve = Reserve(path.with_suffix(".reserve"))
         try:
             self._open()

@@ -6,11 +6,9 @@ Protocol: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md (fi
 
 import struct
 
-MAX_REQUEST_BYTES = 32 << 20
-"""What the protocol lets a client expect without asking (and qemu's own limit)."""
+MAX_REQUEST_BYTES = 32 << 20  # what the protocol lets a client expect without asking (and qemu's own limit)
 OPTIONS_MAX = 64
-OPTION_MAX_BYTES = 8192
-"""A name has up to 4,096 bytes; queries of meta contexts add some."""
+OPTION_MAX_BYTES = 8192  # a name has up to 4,096 bytes; queries of meta contexts add some
 CONTEXT_ID = 1
 
 _NBDMAGIC = 0x4E42444D41474943
@@ -44,8 +42,7 @@ class Handshake:
         self.structured = self.context = False
         """What was agreed on: structured replies, `base:allocation` in them."""
         self._size_bytes = size_bytes
-        self._no_zeroes: bool | None = None
-        """None before the client's flags."""
+        self._no_zeroes: bool | None = None  # none before the client's flags
         self._options = 0
         self._skip_bytes = 0
 

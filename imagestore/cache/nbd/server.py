@@ -239,8 +239,7 @@ class NbdServer:
 
     def __init__(self, source: Source, path: Path, *, group: int = -1) -> None:
         self.source, self.path, self._group = source, path, group
-        self.connections: set[Connection] = set()
-        """Clients at this moment."""
+        self.connections: set[Connection] = set()  # clients at this moment
 
     async def start(self) -> None:
         """Listen. The socket appears under its name only when it accepts, in place of a stale one."""

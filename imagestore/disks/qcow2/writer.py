@@ -31,8 +31,7 @@ class Qcow2:
     """What a qcow2 of one manifest looks like: `metadata`, then the guest's clusters `clusters` in order."""
 
     metadata: bytes
-    clusters: npt.NDArray[np.int64]
-    """Numbers of the guest's clusters that hold data, ascending."""
+    clusters: npt.NDArray[np.int64]  # numbers of the guest's clusters that hold data, ascending
 
     @property
     def size_bytes(self) -> int:
