@@ -38,7 +38,8 @@ from compute.wire.streams import Arrivals, Stream, carry, first, pair
 from imagestore import read_json
 
 T = TypeVar("T")
-_MOST_ORPHANS, _EVENTS, _MOVE_S, _SAID_BYTES = 4096, 25, 3000, 1 << 16
+_MOST_ORPHANS, _EVENTS = 4096, 25
+_MOVE_S, _SAID_BYTES, _MOST_CHANNELS = 3000, 1 << 16, 64
 
 
 class Controller:
@@ -221,7 +222,7 @@ class Controller:
                 there = await opened(one.to, "arrive")
                 like = dict((await _heard(there, one.to, may=True))["like"])
                 here = await opened(node, "leave", like={str(k): str(v) for k, v in like.items()})
-                for name in map(str, (await _heard(here, node, may=True))["channels"]):
+                for name in map(str, (await _heard(here, node, may=True))["channels"][:_MOST_CHANNELS]):
                     far = await opened(one.to, "arrive", channel=name)
                     near = await opened(node, "leave", channel=name)
                     stack.callback(asyncio.create_task(first(carry(far, near), carry(near, far))).cancel)
@@ -259,7 +260,6 @@ async def _heard(stream: Stream, node: str, *, may: bool = False) -> dict[str, A
     """What a node says next. Raises Unavailable, but Conflict where it `may` say that it cannot."""
     said: dict[str, Any] = {**read_json(str(await stream.receive()).encode(), most_bytes=_SAID_BYTES)}
     if error := said.get("error"):
-        raise (Conflict if may and said.get("kind") == "Conflict" else Unavailable)(
-            f"{node}: {str(error)[:500]}"
-        )
+        kind = Conflict if may and said.get("kind") == "Conflict" else Unavailable
+        raise kind(f"{node}: {str(error)[:500]}")
     return said

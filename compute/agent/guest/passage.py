@@ -79,18 +79,14 @@ class Passage:
 
     def _finds(self) -> dict[str, str]:
         """What the guest finds on this node, by names for people."""
-        call, drive = (
-            partial(self._host.hypervisor.qmp, self._spec.uuid),
-            self._disks.overlay("").with_name("config.iso"),
+        call = partial(self._host.hypervisor.qmp, self._spec.uuid)
+        drive = self._disks.overlay("").with_name("config.iso")
+        disks = (
+            (d, overlay.virtual_size(f), Path(overlay.backing(f)).name) for d, f in self._files().items()
         )
-        found = {
-            d: f"{overlay.virtual_size(f)} on {Path(overlay.backing(f)).name}"
-            for d, f in self._files().items()
-        }
-        found |= {
-            "config drive": str(drive.stat().st_size) if drive.exists() else "",
-            "qemu": str(call("query-version")),
-        }
+        found = {device: f"{size} on {image}" for device, size, image in disks}
+        found["config drive"] = str(drive.stat().st_size) if drive.exists() else ""
+        found["qemu"] = str(call("query-version"))
         most = call("query-cpu-model-expansion", type="full", model={"name": "max"})
         return found | {"processor": str(most), **domain.shape(self._host.hypervisor.xml(self._spec.uuid))}
 
@@ -113,13 +109,8 @@ class Passage:
                 images = await self._disks.images(spec, leaving)
             await self._disks.make(spec, images)
             nics = [await self._taps.make(spec, interface, networks) for interface in spec.interfaces]
-            made = (
-                spec,
-                dict(networks),
-                await self._disks.begin(spec, images),
-                tuple(nics),
-                course.now.vdi_password,
-            )
+            disks, password = await self._disks.begin(spec, images), course.now.vdi_password
+            made = spec, dict(networks), disks, tuple(nics), password
             await host.do(partial(host.define, *made, incoming=True))
             await host.do(self._console.begin)
             await host.do(host.hypervisor.start_paused, spec.uuid)

@@ -19,6 +19,7 @@ from compute.agent.hypervisor.nodes import overlays
 from compute.errors import Conflict, NotFound
 
 _OUT, _LOOKS, _LOOK_S = "sf-out-", 2000, 0.005
+_OVER = ("none", "failed", "cancelled", "completed")
 _FASTEST_BYTES, _STALL_MS = 1 << 28, 100
 
 
@@ -42,9 +43,7 @@ def arrived(hypervisor: Hypervisor, uuid: str) -> bool:
     if done := bool(said.get("status") == "completed"):
         with suppress(Refused):  # there are no disks
             call("nbd-server-stop")
-        call(
-            "stop"
-        )  # of one that stands still it is a flush, without which a guest's own would not outlive qemu
+        call("stop")  # a flush, of one that stands still: a guest's own would not outlive qemu
     return done
 
 
@@ -114,12 +113,7 @@ def withdraw(hypervisor: Hypervisor, uuid: str, stays: bool) -> bool:
     call = partial(hypervisor.qmp, uuid)
     with suppress(NotFound, Conflict):
         for _ in range(_LOOKS):
-            if (state := call("query-migrate").get("status", "none")) in (
-                "none",
-                "failed",
-                "cancelled",
-                "completed",
-            ):
+            if (state := call("query-migrate").get("status", "none")) in _OVER:
                 break
             call("migrate_cancel")
             time.sleep(_LOOK_S)

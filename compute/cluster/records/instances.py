@@ -91,9 +91,7 @@ class Instance(Stored):
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
     moving: str = ""
     """The node that it goes to. Until it is there it is to be off, whatever `power` says; then that counts again."""
-    passing: str = (
-        ""  # the live move (its snapshot) by which it goes there, and runs on where it is meanwhile
-    )
+    passing: str = ""  # the live move (its snapshot) by which it goes there, and runs on meanwhile
     arriving: bool = False  # it was given to its node, which has not said yet that it has made the disks
     left: tuple[str, ...] = ()
     """Nodes that it was on: each is ordered to remove what it has, until it has said that nothing of it is left."""

@@ -33,9 +33,7 @@ class Snapshot(Stored):
     """What the instance's disks become when this one of its former disks is kept."""
     to: str = ""
     """The node to which the instance moves, off, with the disks that this stores: then it is over, and had no names."""
-    running: bool = (
-        False  # it moves while it runs: state `passing` instead of `ordered`, and nothing is stored
-    )
+    running: bool = False  # it moves while it runs: state `passing`, not `ordered`; nothing is stored
 
     @property
     def live(self) -> bool:
