@@ -218,6 +218,11 @@ class Controller:
                 stack.push_async_callback(stream.aclose)
                 return stream
 
+            async def joined(*ends: Stream) -> None:
+                await first(carry(*ends), carry(*ends[::-1]))
+                for end in ends:  # the other qemu hears of it at once
+                    await end.aclose()
+
             async with stack, asyncio.timeout(_MOVE_S):
                 there = await opened(one.to, "arrive")
                 like = dict((await _heard(there, one.to, may=True))["like"])
@@ -225,7 +230,7 @@ class Controller:
                 for name in map(str, (await _heard(here, node, may=True))["channels"][:_MOST_CHANNELS]):
                     far = await opened(one.to, "arrive", channel=name)
                     near = await opened(node, "leave", channel=name)
-                    stack.callback(asyncio.create_task(first(carry(far, near), carry(near, far))).cancel)
+                    stack.callback(asyncio.create_task(joined(far, near)).cancel)
                 await here.send("{}")
                 await there.send(json.dumps(await _heard(here, node)))
                 await _heard(there, one.to)
