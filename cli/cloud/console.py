@@ -28,17 +28,22 @@ def up(api: Api, found: Row) -> str:
     """How one sees that the guest is up; "" while it is not."""
     if sign := answers(api, found):
         return sign
-    match = _UP.search(read(api, str(found["uuid"]), 20_000))
+    match = _UP.search(_said(api, found, 20_000))
     return match[0].decode(errors="replace").strip() if match else ""
 
 
 def last_line(api: Api, found: Row) -> str:
-    """What the guest said last, for whoever waits for it; "" where its node has not begun with it, or is silent."""
+    """What the guest said last, for whoever waits for it."""
+    said = _said(api, found, 2_000) if found["state"] == "created" else b""
+    lines = _ESCAPES.sub("", said.decode(errors="replace")).split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _said(api: Api, found: Row, length: int) -> bytes:
+    """Nothing where its node has not begun with it, or is silent for a moment: that ends nobody's wait."""
     with suppress(Problem):
-        said = read(api, str(found["uuid"]), 2_000) if found["state"] == "created" else b""
-        lines = _ESCAPES.sub("", said.decode(errors="replace")).split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return ""
+        return read(api, str(found["uuid"]), length)
+    return b""
 
 
 def read(api: Api, name: str, length: int) -> bytes:

@@ -5,6 +5,7 @@ from typing import Any
 import click
 import pytest
 
+from cli.cloud.console import up
 from cli.cloud.snapshots import moved, take
 from cli.errors import CONFLICT, MISSING, Problem
 
@@ -51,7 +52,7 @@ def test_a_node_that_does_not_know_the_guest_yet_ends_no_wait_for_it() -> None:
     there: Any = Arriving("n2", to="n2")
     with click.Context(click.Command("sf"), obj={}):
         assert moved(there, "web", 9)["node"] == "n2"
-    assert not there.arriving
+    assert not there.arriving and up(there, {"uuid": "i"}) == ""
 
 
 def test_a_snapshot_that_was_taken_away_is_none() -> None:
