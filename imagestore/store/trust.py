@@ -205,7 +205,8 @@ class SignedNames(Names):
         super().__init__(backend)
         self.fingerprint = fingerprint
         self._url, self._trust = backend.url, trust
-        self._refreshed_at_s = -_FRESH_S
+        self._asked_at_s = -_FRESH_S
+        self._reason: StoreError | None = None
 
     def read(self, name: str, tag: str) -> NameRecord:
         """The signed images of a name; each architecture that was verified."""
@@ -235,14 +236,14 @@ class SignedNames(Names):
             yield NameRecord(*name_tag, revision=1, images=images)
 
     def doubt(self) -> StoreError | None:
-        if time.monotonic() - self._refreshed_at_s < _FRESH_S:
-            return None
-        try:
-            self._trust.refresh()
-        except StoreError as error:
-            return error
-        self._refreshed_at_s = time.monotonic()
-        return None
+        if time.monotonic() - self._asked_at_s >= _FRESH_S:
+            try:
+                self._trust.refresh()
+                self._reason = None
+            except StoreError as error:  # kept as long: of a mirror that is away each name would cost a minute
+                self._reason = error
+            self._asked_at_s = time.monotonic()
+        return self._reason
 
     def _change(self, name: str, tag: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
         hint = "push to the store itself, then `sf mirror publish`"

@@ -315,6 +315,29 @@ def test_what_nobody_signed_comes_into_no_mirror_of_a_mirror(
     assert {stat.key: copy.get(stat.key).data for stat in copy.list("")} == mirror.files()
 
 
+def test_a_mirror_that_is_away_is_not_asked_again_for_each_name(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    debian, asked = add_image(mirror.store, "debian", 1 << 20), list[str]()
+    mirror.publisher.publish()
+    mirror.resolve("debian")
+    refresh = Trust.refresh
+
+    def away(trust: Trust) -> None:
+        asked.append("away")
+        raise Unavailable("the mirror is away")
+
+    monkeypatch.setattr(Trust, "refresh", away)
+    names = SignedNames(mirror.backend, mirror.client, mirror.fingerprint)
+    for _ in range(3):
+        assert names.get("debian").digest("x86_64") == debian
+        assert isinstance(names.doubt(), Unavailable)
+    assert asked == ["away"] and caplog.text.count("the mirror is away") == 3
+    monkeypatch.setattr(Trust, "refresh", refresh)
+    monkeypatch.setattr(names, "_asked_at_s", -60.0)
+    assert names.doubt() is None and names.doubt() is None
+
+
 def test_two_signers_live_side_by_side_in_one_store(mirror: Mirror, tmp_path: Path) -> None:
     debian = add_image(mirror.store, "debian", 1 << 20)
     mirror.publisher.publish()
