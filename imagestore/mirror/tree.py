@@ -107,6 +107,10 @@ class Ranged(Response):
                     gone = asyncio.create_task(_hung_up(receive)) if size < length else None
                 done += size
                 await send({"type": "http.response.body", "body": data, "more_body": done < length})
+        except StoreError as error:
+            if not done:
+                raise
+            log.error("%s: %s", scope["path"], error)  # no second answer: the server ends the connection
         finally:
             kind.running -= 1
             if gone:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from imagestore.backends.protocol import ObjectStat
+from imagestore.backends.protocol import Object, ObjectStat
 from imagestore.errors import Unavailable
 from imagestore.mirror.tree import Tree
 from tests.counted import Counted
@@ -72,6 +72,32 @@ def test_what_a_client_is_not_told_is_in_the_log(caplog: pytest.LogCaptureFixtur
     scope = {"type": "http", "method": "GET", "path": f"/{PACK}", "headers": []}
     asyncio.run(Tree(Gone())(scope, receive, send))
     assert sent[0]["status"] == 503 and b"bucket" not in sent[1]["body"]
+    assert "the bucket's server is away" in caplog.text
+
+
+def test_a_store_that_fails_in_the_middle_of_an_answer_begins_no_second_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Short(Memory):
+        def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
+            if start:
+                raise Unavailable("the bucket's server is away")
+            return super().get(key, start, length)
+
+    backend, sent = Short(), list[dict[str, Any]]()
+    backend.put(PACK, DATA)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    scope = {"type": "http", "method": "GET", "path": f"/{PACK}", "headers": []}
+    asyncio.run(Tree(backend)(scope, receive, send))
+    assert [message["status"] for message in sent if message["type"] == "http.response.start"] == [200]
+    assert all(message.get("more_body", True) for message in sent), "a client would take it for whole"
     assert "the bucket's server is away" in caplog.text
 
 
