@@ -173,7 +173,7 @@ def ls(remote: str | None, form: str, removed: bool) -> None:
     url = settings().stores.get(place, "")
     name, make = "" if url else f"{place}/any", not remote and settings().store_is_default
     with opened(url, name=name, create=make) as store:
-        records = list(store.names.list(removed=removed))
+        records = list(store.names.list(removed=removed, lenient=True))
         wanted = {digest for record in records for digest in record.images.values()}
         sizes = store.sizes(wanted) if form != "name" else {}
         rows = [

@@ -83,7 +83,7 @@ class Catalog:
         return self._images
 
     def _read(self) -> list[Image]:
-        named = self.store.names.images()
+        named = self.store.names.images(lenient=True)
         signed: dict[Target, dict[Digest, Digest]] = {}
         for owner in self._signers():
             with suppress(NotFound, Corrupt):  # one who brought nonsense hides nobody else's images

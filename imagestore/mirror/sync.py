@@ -274,7 +274,7 @@ class _Image:
         fetched = time.strftime("%Y%m%d", time.gmtime(known.fetched_at_s))  # of all architectures
         old = sources.old_tag(tag, (self._source.build_pattern and known.build) or fetched)
         names.set(name, old, self._architecture, digest)
-        present = [record.tag for record in names.list() if record.name == name]
+        present = [record.tag for record in names.list(lenient=True) if record.name == name]
         for gone in sources.tags_to_drop(present, tag, self._source.keep - 1):
             names.remove(name, gone)
 

@@ -6,6 +6,7 @@ its own nonce if it was its own write that arrived.
 """
 
 import difflib
+import logging
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from imagestore.outside import YEAR_9999_S, real, whole
 if TYPE_CHECKING:
     from imagestore.store.index import LocalIndex
 
+log = logging.getLogger(__name__)
 LATEST = "latest"
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 PREFIX_DIGITS = 12
@@ -245,9 +247,10 @@ class Names:
             return [*self.get(name, tag).history]
         return [record.state, *record.history]
 
-    def images(self) -> dict[tuple[str, str, str], Digest]:
+    def images(self, *, lenient: bool = False) -> dict[tuple[str, str, str], Digest]:
         """Every image that has a name, by name, tag and architecture."""
-        return {(r.name, r.tag, arch): digest for r in self.list() for arch, digest in r.images.items()}
+        records = self.list(lenient=lenient)
+        return {(r.name, r.tag, arch): digest for r in records for arch, digest in r.images.items()}
 
     def doubt(self) -> StoreError | None:
         """Why names cannot be believed now, as they were read; a store's own always can."""
@@ -290,10 +293,11 @@ class Names:
             return replace(new, etag=stat.etag, modified_s=stat.modified_s)
         raise Conflict(f"{name}:{tag} is being changed by too many writers at once", hint="try again")
 
-    def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
+    def list(self, *, removed: bool = False, lenient: bool = False) -> Iterator[NameRecord]:
         """All names, in order; with `removed` the tombstones too. What is no name's key is passed over.
 
-        A record that was copied to another name's key counts as that name. Raises Corrupt.
+        A record that was copied to another name's key counts as that name. Raises Corrupt, Unsupported for one that
+        cannot be read; `lenient`, where names are only shown, leaves it out and logs it.
         """
         stats = [s for s in self._backend.list(NAMES.prefix) if s.size_bytes and kind_of(s.key) is NAMES]
         known, seen = self.local.recall("names") if self.local else {}, dict[str, list[str | None]]()
@@ -303,7 +307,13 @@ class Names:
                 case [stat.etag, str(text)]:
                     with suppress(Corrupt, Unsupported):
                         return NameRecord.decode(text.encode(), etag=stat.etag, modified_s=stat.modified_s)
-            return self._read(*stat.key.split("/")[1:])
+            try:
+                return self._read(*stat.key.split("/")[1:])
+            except (Corrupt, Unsupported) as err:
+                if not lenient:
+                    raise
+                log.warning("%s/%s is left out: %s", self._backend.url, stat.key, err)
+                return NameRecord("", "")
 
         with ThreadPoolExecutor(8, "names") as pool:
             for stat, record in zip(stats, pool.map(read, stats), strict=True):

@@ -227,7 +227,7 @@ class SignedNames(Names):
     def _known(self) -> list[str]:
         return sorted({f"{name}:{tag}" for name, tag, _ in self._trust.names()})
 
-    def list(self, *, removed: bool = False) -> Iterator[NameRecord]:
+    def list(self, *, removed: bool = False, lenient: bool = False) -> Iterator[NameRecord]:
         """What is signed now, or was when the store could last be believed."""
         every: dict[tuple[str, str], dict[str, Digest]] = {}
         for (name, tag, architecture), digest in self._believed("showing what").items():
@@ -240,7 +240,7 @@ class SignedNames(Names):
             try:
                 self._trust.refresh()
                 self._reason = None
-            except StoreError as error:  # kept as long: of a mirror that is away each name would cost a minute
+            except StoreError as error:  # of a mirror that is away each name would cost a minute
                 self._reason = error
             self._asked_at_s = time.monotonic()
         return self._reason

@@ -229,7 +229,7 @@ def named_images(stores: Iterable[Store]) -> Iterator[Artifact]:
     """Every name of every store that can be listed; what one of them does not give is a line in the log."""
     for store in stores:
         try:
-            records = list(store.names.list())
+            records = list(store.names.list(lenient=True))
             sizes = store.sizes({digest for record in records for digest in record.images.values()})
             for record in records:
                 name, blobs = f"{record.name}:{record.tag}", {}

@@ -2,10 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compute.cluster.images.artifacts import named_images
 from imagestore.errors import Conflict, Corrupt, Invalid, NotFound, StoreError, Unavailable, Unsupported
 from imagestore.formats.digest import Digest
 from imagestore.formats.sealed import seal
 from imagestore.store.names import NameRecord, Names, Reference, name_key, parse_reference
+from imagestore.store.store import Store
 from tests.memory import Memory
 
 ONE, TWO = Digest.of(b"one"), Digest.of(b"two")
@@ -194,6 +196,26 @@ def test_a_name_under_another_ones_key_is_corrupt() -> None:
     memory.put("names/debian/13", memory.get("names/debian/12").data)
     with pytest.raises(Corrupt):
         Names(memory).get("debian", "13")
+
+
+@pytest.mark.parametrize("data", [b"damaged", seal({"requires": ["more"]}), seal({"images": 1})])
+def test_one_name_that_cannot_be_read_hides_no_other_from_who_only_shows_them(
+    data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who deletes or signs by them is told."""
+    memory = Memory()
+    store = Store.init(memory)
+    for tag in ("11", "13"):
+        store.names.set("debian", tag, "x86_64", ONE)
+    memory.put(name_key("debian", "12"), data)
+    for strict in (store.names.list, store.names.images):
+        with pytest.raises((Corrupt, Unsupported)):
+            list(strict())
+    assert not caplog.text
+    assert [record.tag for record in store.names.list(lenient=True)] == ["11", "13"]
+    assert caplog.text.count("names/debian/12 is left out") == 1
+    assert len(store.names.images(lenient=True)) == 2
+    assert [artifact.name for artifact in named_images([store])] == ["debian:11", "debian:13"]
 
 
 def test_a_later_format_is_refused() -> None:
