@@ -138,11 +138,10 @@ class Directory:
 
     def spend_reserve(self) -> bool:
         """Give that space free; false if there was none."""
-        try:
+        with contextlib.suppress(OSError):
             (self.root / _RESERVE).unlink()
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -107,11 +107,10 @@ class LocalIndex:
 
     def recall(self, what: str) -> dict[str, Any]:
         """What `remember` kept last of it."""
-        try:
-            found = read_json((self._directory / f"{what}.json").read_bytes())
-        except (OSError, ValueError):
-            found = None
-        return found if isinstance(found, dict) else {}
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(found := read_json((self._directory / f"{what}.json").read_bytes()), dict):
+                return found
+        return {}
 
     def remember(self, what: str, facts: Mapping[str, Any]) -> None:
         """Keep facts that spare requests to a store that is far away."""

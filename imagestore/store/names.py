@@ -249,8 +249,7 @@ class Names:
 
     def images(self, *, lenient: bool = False) -> dict[tuple[str, str, str], Digest]:
         """Every image that has a name, by name, tag and architecture."""
-        records = self.list(lenient=lenient)
-        return {(r.name, r.tag, arch): digest for r in records for arch, digest in r.images.items()}
+        return {(r.name, r.tag, a): d for r in self.list(lenient=lenient) for a, d in r.images.items()}
 
     def doubt(self) -> StoreError | None:
         """Why names cannot be believed now, as they were read; a store's own always can."""
@@ -296,8 +295,8 @@ class Names:
     def list(self, *, removed: bool = False, lenient: bool = False) -> Iterator[NameRecord]:
         """All names, in order; with `removed` the tombstones too. What is no name's key is passed over.
 
-        A record that was copied to another name's key counts as that name. Raises Corrupt, Unsupported for one that
-        cannot be read; `lenient`, where names are only shown, leaves it out and logs it.
+        A record that was copied to another name's key counts as that name. Raises Corrupt, Unsupported.
+        lenient: names are only shown; one that cannot be read is left out, and logged.
         """
         stats = [s for s in self._backend.list(NAMES.prefix) if s.size_bytes and kind_of(s.key) is NAMES]
         known, seen = self.local.recall("names") if self.local else {}, dict[str, list[str | None]]()

@@ -130,10 +130,9 @@ class Trust:
 
     def names(self) -> dict[Target, Digest]:
         """Every name that was verified last; empty before the first refresh."""
-        with self._locked():
-            with contextlib.suppress(FileNotFoundError):
-                return parse_targets(self._targets())
-            return {}
+        with self._locked(), contextlib.suppress(FileNotFoundError):
+            return parse_targets(self._targets())
+        return {}
 
     def _targets(self) -> Targets:
         # python-tuf writes this file only after its whole chain of signatures held.
