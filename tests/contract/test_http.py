@@ -9,9 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from compute.cluster import certificates
 from imagestore.backends.directory import Directory
 from imagestore.backends.http import Http
 from imagestore.backends.s3 import S3
@@ -366,22 +368,11 @@ def test_a_password_goes_to_the_server_that_it_is_for_and_not_where_that_one_sen
     assert b"authorization" not in second
 
 
-def test_a_private_authority_is_believed_only_when_it_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
+@contextlib.contextmanager
+def encrypted(certificate: Path, key: Path) -> Iterator[str]:
+    """A server that answers everything with "hi", over TLS alone."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
-
-    def answer(connection: socket.socket, _: bytes) -> None:
-        raise AssertionError("not without TLS")
-
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -396,12 +387,42 @@ def test_a_private_authority_is_believed_only_when_it_is_named(
                     return
 
         threading.Thread(target=serve, daemon=True).start()
-        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        yield f"https://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_private_authority_is_believed_only_when_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    with encrypted(certificate, key) as url:
         with pytest.raises(Denied, match="certificate"):
             Http(url).get("store.json")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert Http(url).get("store.json").data == b"hi"
-        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_authority_of_ours_is_believed_by_every_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 3.13 on what a default context wants of authorities is more than ours say."""
+
+    def strict(**options: Any) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(**options)
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_STRICT
+        return context
+
+    authority, _ = certificates.authority(tmp_path)
+    with encrypted(*certificates.shown(tmp_path, ["elsewhere"])) as url:
+        monkeypatch.setattr(ssl, "create_default_context", strict)
+        assert Http(url, ca=authority.read_text()).get("store.json").data == b"hi"
 
 
 def test_credentials_in_a_url_are_not_shown(served: tuple[Directory, str]) -> None:
