@@ -218,7 +218,7 @@ class SignedNames(Names):
         reason, known = self.doubt(), self._trust.names()
         known = {target: digest for target, digest in known.items() if not only or target[:2] == only}
         if reason and not known:
-            raise reason
+            raise reason.with_traceback(None)  # it may be said again
         if reason:
             log.warning("%s; %s was verified before", reason, doing)
         return known
