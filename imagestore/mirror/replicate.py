@@ -70,12 +70,11 @@ def replicate(
 
 
 def _copy_beside(source: Store, target: Store, digest: Digest) -> None:
-    for step in read_steps(source, digest).values():
+    """Nothing shows that it is right, so it replaces nothing: of an image that has another name here, perhaps."""
+    steps = [DELTAS.key(step.name) for step in read_steps(source, digest).values()]
+    for key in (*steps, *(kind.key(digest) for kind in BESIDE)):
         with suppress(NotFound):
-            _copy_once(source.backend, target.backend, DELTAS.key(step.name))
-    for kind in BESIDE:
-        with suppress(NotFound):
-            target.backend.put(kind.key(digest), source.backend.get(kind.key(digest)).data)
+            _copy_once(source.backend, target.backend, key)
 
 
 def signers(store: Store) -> list[Digest]:

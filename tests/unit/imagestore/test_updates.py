@@ -18,11 +18,13 @@ from imagestore.backends.protocol import Object
 from imagestore.backends.wrappers import Wrapper
 from imagestore.cache.intake import Brought, bring
 from imagestore.cache.partial import PartialImage
+from imagestore.copy import copy_image
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import DELTAS, MANIFESTS, PACKS, UPDATES
+from imagestore.formats.keys import DELTAS, MANIFESTS, PACKS, SUMS, UPDATES
 from imagestore.formats.pack import FRAME_BYTES
 from imagestore.formats.update import Step, Update, encode_steps
 from imagestore.mirror import signing
+from imagestore.mirror.content import compute_sums, read_sums
 from imagestore.mirror.replicate import replicate
 from imagestore.pull import PullResult, Seed, pull
 from imagestore.push import push
@@ -200,6 +202,20 @@ def test_mirrors_carry_updates_and_collectors_take_them_with_their_image(version
     world.collect_for(200)
     assert not any(key.startswith(("deltas/", "updates/")) for key in world.memory.objects)
     world.check_all()
+
+
+def test_what_a_mirror_says_beside_an_image_replaces_nothing_of_ours(versions: Versions) -> None:
+    """Nothing shows that it is right, and an image may be here by another name."""
+    world, target = versions.world, Store.init(Memory(), single_writer=True)
+    copy_image(world.store, target, versions.digest)
+    sums = compute_sums(target, versions.digest)
+    keys = [SUMS.key(digest) for digest in (versions.digest, versions.former)]
+    for key in keys:
+        world.memory.put(key, b"another's")
+    world.store.names.set("former", "latest", "x86_64", versions.former)
+    assert {done.result for done in replicate(world.store, target)} == {"new"}
+    assert read_sums(target, versions.digest) == sums
+    assert target.backend.get(keys[1]).data == b"another's"
 
 
 def test_an_update_that_saves_nothing_is_not_kept(tmp_path: Path) -> None:
