@@ -38,6 +38,10 @@ def settings(network: Network, upstream: Sequence[IPv4Address], *, uplink: bool,
     if network.provide_dns:
         lines += [f"local=/{domain}/", "expand-hosts", "domain-needed", "bogus-priv"]
         lines += [f"server={address}" for address in upstream]
+        # What is said here of a name of the world's is all there is of it, in both families; names below it stay.
+        for name in (name.rstrip(".") for name, _ in network.dns_entries if _NAME.fullmatch(name)):
+            if "." in name and not f".{name}".lower().endswith(f".{domain}".lower()):
+                lines += [f"local=/{name}/", f"server=/*.{name}/#"]
     else:
         lines.append("port=0")
     hosts = []

@@ -1,7 +1,14 @@
 """What dnsmasq is told, and where its upstream servers come from."""
 
+import os
+import select
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 
 import pytest
@@ -10,6 +17,8 @@ from net.kernel import dnsmasq
 from net.plan import dhcp
 from net.plan.facts import Dnsmasq
 from net.plan.model import Network, Port
+from tests.ending import killed
+from tests.servers import free_ports
 
 BLOCK = IPv4Network("10.42.0.0/24")
 PORT = Port("p", "02:00:00:00:00:01", BLOCK[2], "web", "n1")
@@ -98,3 +107,52 @@ def test_upstream_servers_come_from_the_first_file_that_names_one_which_is_not_l
     resolved.write_text("nameserver 127.0.0.1\n")
     plain.write_text("")
     assert dnsmasq.upstream((resolved, plain)) == ()
+
+
+PROGRAM = shutil.which("dnsmasq", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+def _query(name: str, kind: int) -> bytes:
+    words = b"".join(bytes([len(word)]) + word.encode() for word in name.split("."))
+    return b"ab" + bytes([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]) + words + bytes([0, 0, kind, 0, 1])
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="needs dnsmasq")
+def test_what_is_said_of_a_name_of_the_worlds_is_all_that_guests_hear_of_it(tmp_path: Path) -> None:
+    """One that gets the IPv6 address of the world's goes there, past the IPv4 one that it was to have."""
+    entries = (
+        ("db.example.net", BLOCK[9]), ("example.net", BLOCK[8]), ("Six.example.org.", IPv6Address("fd00::6")),
+        ("in.sf.internal", BLOCK[7]), ("printer", BLOCK[6]),
+    )  # fmt: skip
+    made, names = _settings(dns_entries=entries), tmp_path / "names"
+    names.write_text(made.names)
+    words = ("local=", "server=/", "domain", "expand-hosts")
+    told = [f"--{line}" for line in made.config.splitlines() if line.startswith(words)]
+    world, guest = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+    with world, guest:
+        world.bind(("127.0.0.1", 0))
+        guest.connect(("127.0.0.1", port := free_ports()))
+        argv = [str(PROGRAM), "-d", "--conf-file=/dev/null", f"--port={port}", f"--addn-hosts={names}", *told]
+        argv += ["--listen-address=127.0.0.1", "--bind-interfaces", "--no-hosts", "--no-resolv"]
+        argv.append(f"--server=127.0.0.1#{world.getsockname()[1]}")
+
+        def hears(name: str, kind: int) -> str | int:
+            guest.send(_query(name, kind))
+            ready, _, _ = select.select([world, guest], [], [], 20)
+            answer = ready[0].recv(999)
+            return "the world's" if ready[0] is world else answer[7]
+
+        with killed(subprocess.Popen(argv, stderr=subprocess.DEVNULL)):
+            until = time.monotonic() + 20
+            while time.monotonic() < until:
+                with suppress(ConnectionRefusedError):  # it has not begun
+                    guest.send(_query("printer", 1))
+                    guest.recv(999)
+                    break
+            for name, of_kind in {
+                "db.example.net": (1, 0), "DB.example.net": (1, 0), "example.net": (1, 0),
+                "six.example.org": (0, 1), "in.sf.internal": (1, 0), "printer": (1, 0),
+                "www.example.net": ("the world's",) * 2, "x.db.example.net": ("the world's",) * 2,
+                "dbexample.net": ("the world's",) * 2, "x.in.sf.internal": (0, 0), "x.printer": ("the world's",) * 2,
+            }.items():  # fmt: skip
+                assert (hears(name, 1), hears(name, 28)) == of_kind, name
