@@ -62,9 +62,8 @@ class Plane:
                 observed = replace(observed, listening=netns.listening())
             told = {n.uuid: why for n in desired.networks if (why := unfit(desired, observed, n))[0]}
             odd = (n for n in desired.networks if n.uuid in told)
-            refused = [
-                n for n in odd if self.namespace(n) not in observed.namespaces
-            ]  # others stay as they are
+            # Those that are here stay as they are.
+            refused = [n for n in odd if self.namespace(n) not in observed.namespaces]
             kept = tuple(n for n in desired.networks if n not in refused)
             actions = plan(replace(desired, networks=kept), observed)
             self._carry_out(actions)

@@ -59,7 +59,7 @@ class Api:
                 if (response := self._connection.getresponse()).status != 200:
                     _answer(response.status, dict(response.headers), response.read())
                 for line in response:
-                    what, _, text = line.decode().rstrip().partition(": ")
+                    what, _, text = line.decode(errors="replace").rstrip().partition(": ")
                     at = text if what == "id" else at
                     if what == "data" and line.endswith(b"\n"):  # else the server ended in the middle of it
                         last = at

@@ -176,6 +176,8 @@ def set_(names: tuple[str, ...], cpus: int | None, memory: int | None, **given: 
         raise click.UsageError("nothing to set")
     pairs, api = [text.rpartition("=") for text in disks], Api()
     sizes = {device or "vda": gigabytes(GIBIBYTES.convert(each, None, None)) for device, _, each in pairs}
+    if len(sizes) < len(disks):
+        raise click.UsageError("--disk: one size for a device")
     for name in names:
         memory_mib = memory and memory // 2**20
         found = api("PATCH", "instances", name, cpus=cpus, memory=memory_mib, disks=sizes or None, **start)

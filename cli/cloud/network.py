@@ -79,10 +79,8 @@ def create(name: str, netblock: str | None, form: str, **given: Any) -> None:
     """
     if not (netblock or given["bridge"] or given["ipv6"]):
         raise Problem("no NETBLOCK", hint=f"sf network create {name} 10.42.0.0/24", code=USAGE)
-    api, wanted = (
-        Api(),
-        {key: given[key] for key in ("isolated", "ipv6", "slaac", "bridge", "gateway", "range")},
-    )
+    plain = ("isolated", "ipv6", "slaac", "bridge", "gateway", "range")
+    api, wanted = Api(), {key: given[key] for key in plain}
     wanted |= {f"provide_{key}": given[key] for key in ("dhcp", "nat", "dns")}
     show_one(api("POST", "networks", name=name, netblock=netblock or "", **wanted), MADE, form)
     if given["bridge"]:  # the nodes look while we wait

@@ -51,13 +51,15 @@ class Stream(ExitStack):
             message = self._socket.recv()
         except ConnectionClosed as error:
             raise Problem("the connection ended", hint="try again", code=UNREACHABLE) from error
-        if isinstance(message, bytes):
-            return message
-        said = json.loads(message)
-        if "error" in said:
+        said: Any = None
+        with suppress(ValueError, RecursionError):
+            said = message if isinstance(message, bytes) else json.loads(message)
+        if not isinstance(said, bytes | dict):
+            raise Problem("what answers is no stream of sf", hint="is the URL right?", code=UNREACHABLE)
+        if isinstance(said, dict) and "error" in said:
             code = EXIT_CODES.get(str(said.get("kind")), ERROR)
             raise Problem(str(said["error"]), hint=str(said.get("hint") or ""), code=code)
-        return dict(said)
+        return said
 
     def data(self) -> Iterator[bytes]:
         """What comes until its end."""

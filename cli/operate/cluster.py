@@ -63,14 +63,14 @@ def token(form: str) -> None:
 @node.add(examples="sf node drain server1\nsf node drain server1 --move\nsf node drain server1 --undo")
 @click.option("--undo", is_flag=True, help="Use the node again; guests that were moved stay where they are.")
 @click.option("--move", is_flag=True, help="Move its guests away, one by one, as sf instance migrate does.")
-@click.option("--timeout", type=DURATION, default="60s", help="For a guest to end.  [default: 60s]")
-def drain(name: str, form: str, undo: bool, move: bool, timeout: float) -> None:
+@click.option("--timeout", type=DURATION, help="For a guest to end, with --move.  [default: 60s]")
+def drain(name: str, form: str, undo: bool, move: bool, timeout: float | None) -> None:
     """Place nothing new on a node and route elsewhere; guests that run there go on, or are moved.
 
     A guest that cannot be moved runs on; killed, this command is begun again and does the rest.
     """
-    if undo and move:
-        raise click.UsageError("--move or --undo")
+    if (undo and move) or (timeout is not None and not move):
+        raise click.UsageError("--move, with its --timeout, or --undo")
     api, rows, failed = Api(), dict[str, Object](), list[Problem]()
     name = api("POST", "nodes", name, "undrain" if undo else "drain")["name"]
     while move:
@@ -78,7 +78,7 @@ def drain(name: str, form: str, undo: bool, move: bool, timeout: float) -> None:
         if not (one := next((one for one in here if one["state"] != "delete-wait"), None)):
             break
         try:
-            rows[one["uuid"]] = moved(api, one["uuid"], timeout)
+            rows[one["uuid"]] = moved(api, one["uuid"], 60 if timeout is None else timeout)
         except Problem as error:
             rows[one["uuid"]] = one | {"error_message": str(error)}
             failed.append(error)

@@ -212,6 +212,19 @@ def test_a_range_and_a_gateway_are_never_left_out(api: Api) -> None:
     assert (sent["range"], sent["gateway"]) == ("192.168.1.9-192.168.1.20", "192.168.1.2")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "instance set web --disk 100G --disk vda=200G",
+        "node drain n1 --timeout 1s",
+        "node drain n1 --move --undo",
+    ],
+)
+def test_no_option_counts_for_nothing(api: Api, words: str) -> None:
+    done = CliRunner().invoke(sf, words.split(), obj=click.get_current_context().obj)
+    assert (done.exit_code, SEEN) == (2, []), done.output
+
+
 def test_events_are_followed_over_the_end_of_a_server_from_where_they_were(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,8 +245,8 @@ def test_events_are_followed_over_the_end_of_a_server_from_where_they_were(
         handler.send_response(200)
         handler.end_headers()
         number = len(asked)
-        cut = f'id: {number + 1}\ndata: {{"n": {number + 1}'  # it is killed
-        handler.wfile.write(f': still here\n\nid: {number}\ndata: {{"n": {number}}}\n\n{cut}'.encode())
+        cut = f'id: {number + 1}\ndata: {{"n": {number + 1}, "what": "ü'.encode()[:-1]  # it is killed
+        handler.wfile.write(f': still here\n\nid: {number}\ndata: {{"n": {number}}}\n\n'.encode() + cut)
 
     monkeypatch.setattr(Handler, "do_GET", answer)
     monkeypatch.setattr("time.sleep", lambda _: None)

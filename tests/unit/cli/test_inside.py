@@ -4,15 +4,20 @@ import io
 import os
 import subprocess
 import tarfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from websockets.sync.server import serve
 
 from cli.cloud import inside
 from cli.cloud.inside import _place, _taken
+from cli.cloud.stream import Stream
+from cli.errors import Problem
 from tests.unit.cli.test_mirror_commands import run
 
 
@@ -126,3 +131,17 @@ def test_options_of_a_console_or_screen_that_would_count_for_nothing_are_refused
     assert "10.0.0.1:5900" in run("instance", "vnc", "web").output
     run("instance", "vnc", "web", "--listen", 5901, code=2)
     run("instance", "console", "web", "-f", "--log", code=2)
+
+
+@pytest.mark.parametrize("said", ["[1]", "1", "null", "what?", "[" * 100_000])
+def test_what_no_server_of_ours_says_ends_a_stream_with_an_error(said: str) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serve(lambda socket: socket.send(said), "127.0.0.1", 0))
+        stack.callback(server.shutdown)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+        api: Any = SimpleNamespace(url=url, tls=None, token=lambda: "t")
+        stream = stack.enter_context(Stream(api, "web", "console"))
+        with pytest.raises(Problem, match="no stream of sf"):
+            stream.receive()
