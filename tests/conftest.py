@@ -138,7 +138,7 @@ def _command(pid: str) -> str:
 
 
 def _state() -> set[str]:
-    return _namespaces() | _links() | _mounts()
+    return _namespaces() | _links() | _mounts() | _domains()
 
 
 def _strict() -> bool:
@@ -149,31 +149,22 @@ def _strict() -> bool:
 
 _of_failed: set[str] = set()
 _ended: list[str] = []
+_began: list[tuple[int, float]] = [(0, 0.0)]  # of the test that runs: how many had failed, and when it began
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Remember what appeared while a test ran that failed: some of it is of fixtures that end later."""
-    failed, before, began_s = item.session.testsfailed, _state(), time.clock_gettime(time.CLOCK_BOOTTIME)
+    """Remember the processes of a test that failed: some are of fixtures that end later."""
+    _began[:] = [(item.session.testsfailed, time.clock_gettime(time.CLOCK_BOOTTIME))]
     done = yield
-    if item.session.testsfailed > failed:
-        _of_failed.update(_state() - before, _processes(began_s))
+    _remember(item.session)
     return done
 
 
-def _end(thing: str) -> None:
-    """Take away what a test left that failed. Its fixtures should have: this is for the run, not for the test."""
-    kind, _, name = thing.partition(" ")
-    if kind == "process":
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(name), signal.SIGKILL)
-        return
-    how = {
-        "namespace": ["ip", "netns", "delete"],
-        "link": ["ip", "link", "delete"],
-        "mount": ["umount", "-l"],
-    }
-    subprocess.run([*how[kind], name], capture_output=True, timeout=60)
+def _remember(session: pytest.Session) -> None:
+    failed, began_s = _began[0]
+    if session.testsfailed > failed:
+        _of_failed.update(_processes(began_s))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -183,18 +174,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_is_left_behind() -> Iterator[None]:
+def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Ends the session as interrupted if a namespace, link, mount, domain or process of ours outlives it: no second run
-    of what failed makes that good. What a test left that failed is ended instead: alone it may pass, and leave nothing.
+    of what failed makes that good. A process that a test left that failed is ended instead: alone it may pass, and
+    leave nothing. Of namespaces, links and mounts nobody knows whose they are, so none is taken away.
     """
-    before = _state() | _domains()
+    before = _state()
     yield
+    _remember(request.session)  # of the last one
     for _ in range(
         200
     ):  # what ends by its parent's end (multiprocessing's resource tracker) ends a moment after it
         left = _processes()
         if _strict():
-            left |= (_state() | _domains()) - before
+            left |= _state() - before
         if not left:
             return
         time.sleep(0.1)
@@ -202,10 +195,9 @@ def _nothing_is_left_behind() -> Iterator[None]:
     for thing in left:
         with contextlib.suppress(OSError):
             said[thing] = f"{thing}: {_command(thing[8:])[:200]}" if thing.startswith("process ") else thing
-    for thing in sorted(
-        said.keys() & _of_failed, reverse=True
-    ):  # processes first: a mount may be in use by them
-        _end(thing)
+    for thing in sorted(said.keys() & _of_failed):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(thing[8:]), signal.SIGKILL)
         _ended.append(said.pop(thing))
     if said:
         pytest.exit("left behind by the tests:\n  " + "\n  ".join(sorted(said.values())), returncode=2)
