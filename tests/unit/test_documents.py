@@ -41,6 +41,14 @@ def test_a_document_names_only_modules_that_are_there(document: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_names_only_commands_that_there_are(document: Path) -> None:
+    there = set(re.findall(r"^### sf (\S+ \S+)$", (ROOT / "docs/reference/commands.md").read_text(), re.M))
+    groups = "|".join({name.split()[0] for name in there})
+    named = re.findall(rf"\bsf ((?:{groups}) [a-z][a-z-]+)", document.read_text())
+    assert [name for name in named if name not in there] == []
+
+
 def test_the_answers_name_only_commands_and_options_that_there_are() -> None:
     from cli.main import sf
 
