@@ -159,7 +159,9 @@ class RemoteController:
         self._identity, self._kept = identity, state_dir / "desired.json"
         self._client, self._urls = _client(identity), list[str]()
         self._lease, self._power, self._drop = plane.lease, plane.power, plane.drop_routers
-        self._cutting = ThreadPoolExecutor(1, "cut")  # its own: no work that hangs elsewhere holds it up
+        self._apart = ThreadPoolExecutor(
+            8, "lease"
+        )  # no work that hangs elsewhere holds up what ends with a lease
         self._facts: NodeFacts | None = None
         self._operations: NodeOperations | None = None
         self._last: NodeDesired | None = None
@@ -219,7 +221,7 @@ class RemoteController:
         """Whether nothing ran here that another node was, or may have been, given: its power is taken."""
         doomed = {*given, *(() if self._power.firm() else self._bound)}
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._cutting, cut, doomed) if doomed else ()
+        found = await loop.run_in_executor(self._apart, cut, doomed) if doomed else ()
         for uuid in found:
             log.warning("the power of guest %s is taken: another node may have been given it", uuid)
         return not found
@@ -276,7 +278,7 @@ class RemoteController:
                 self._lease.renewed(asked, float(answer["fence_s"]))
                 if safe:
                     self._power.renewed(asked, float(answer.get("guests_s", 0)))
-                    await asyncio.to_thread(self._power.keep)
+                    await asyncio.get_running_loop().run_in_executor(self._apart, self._power.keep)
                 known = True
             except ComputeError as err:
                 log.warning("%s%s", err, f" ({err.hint})" if err.hint else "")
@@ -303,7 +305,7 @@ class RemoteController:
             elif not dropped:
                 log.warning("no lease: this node's routers are dropped")
                 try:
-                    await asyncio.to_thread(self._drop)
+                    await asyncio.get_running_loop().run_in_executor(self._apart, self._drop)
                     dropped = True
                 except Exception as err:  # noqa: BLE001 - whatever it was, two routers would be worse
                     log.error("routers could not be dropped: %s", err)

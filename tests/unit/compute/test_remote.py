@@ -1,6 +1,7 @@
 """When a node on another machine may route: its lease, and the Plane behind it."""
 
 import asyncio
+import threading
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
@@ -124,5 +125,36 @@ def test_what_needs_the_lease_starts_once_the_agent_has_acted_on_what_is_still_i
         assert [await poll(), await poll()] == [False, False]  # a state that may be older says nothing
         told = NodeDesired(2, DESIRED)
         assert [await poll(), await poll()] == [False, True]
+
+    asyncio.run(story())
+
+
+def test_what_ends_with_a_lease_waits_for_no_work_that_fills_the_loops_own_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's own node shares them with all that the server does at length."""
+    kept, go_on, plane = threading.Event(), threading.Event(), Wires()
+
+    async def ask(*_: object, **__: object) -> Any:
+        return {"fence_s": 0.5, "guests_s": 60}
+
+    monkeypatch.setattr(remote, "_ask", ask)
+    monkeypatch.setattr(remote, "_client", lambda _: None)
+    monkeypatch.setattr(plane.power, "keep", kept.set)
+    far = remote.RemoteController(remote.Identity("https://s:1", "n2", "", "", ""), tmp_path, plane)  # type: ignore[arg-type]
+
+    async def story() -> None:
+        busy = [asyncio.create_task(asyncio.to_thread(go_on.wait, 20)) for _ in range(64)]
+        await asyncio.sleep(0)
+        parts = [asyncio.create_task(part) for part in (far._fencing(), far._renewing())]
+        try:
+            async with asyncio.timeout(10):
+                while not (kept.is_set() and plane.dropped):
+                    await asyncio.sleep(0.01)
+        finally:
+            for part in parts:
+                part.cancel()
+            go_on.set()
+        assert all(await asyncio.gather(*busy))
 
     asyncio.run(story())
