@@ -113,9 +113,9 @@ def _context(socket: WebSocket, ref: str, kind: str) -> Context:
     ctx = Context(cast(Request, WebSocket({**socket.scope, "headers": heads}, socket.receive, socket.send)))
 
     def use(txn: Transaction) -> None:
-        if not meant.startswith(f"{_find(ctx, ref).uuid}/{kind}/") or txn.find(Taken, f"request/{meant}"):
+        if not meant.startswith(f"{_find(ctx, ref).uuid}/{kind}/") or txn.find(Taken, f"ticket/{meant}"):
             raise Unauthenticated("a ticket opens one stream, once, within a minute", hint="ask for another")
-        take(txn, f"request/{meant}", meant)
+        take(txn, f"ticket/{meant}", meant)
 
     if meant := ctx.caller.claims.get("meant", ""):
         ctx.act(use)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -34,19 +35,20 @@ _LOOK_S, _RENEW_S = 0.5, 2.0
 _LEASE_S = 6.0  # over before that of a node which ended with the server that had it
 _FENCE_S, _FENCE_AGAIN_S, _FENCE_TOLD = 60.0, 5.0, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _KEEP_DELETED_S = 3600.0
-_KEEP_REQUEST_S = 86400.0
+_KEEP_S = {"request/": 86400.0, "ticket/": 3600.0, "join/": 3600.0}  # the last two are good for minutes
+_LEADING = ThreadPoolExecutor(2, "sf-leader")  # what nodes say at length may fill the loop's own threads
 
 
 async def alone(store: StateStore, *parts: Callable[[], Awaitable[None]]) -> None:
     """All of them, for as long as no other server does: each change proves the lease. Raises LeaseLost, Unavailable."""
-    lease, key = await asyncio.to_thread(store.grant, _LEASE_S), "upkeep/leader"
-    PROVEN.set(lease)
+    apart, key = partial(asyncio.get_running_loop().run_in_executor, _LEADING), "upkeep/leader"
+    PROVEN.set(lease := await apart(store.grant, _LEASE_S))
     take = partial(store.commit, {key: b""}, expect={key: ABSENT}, lease=lease, ephemeral=(key,))
     async with asyncio.TaskGroup() as group:
         while True:
-            await asyncio.to_thread(store.refresh, lease)
+            await apart(store.refresh, lease)
             with suppress(Stale):  # another one has it, or we do
-                await asyncio.to_thread(take)
+                await apart(take)
                 for part in parts:
                     group.create_task(part())  # type: ignore[arg-type]
             await asyncio.sleep(_RENEW_S)
@@ -220,7 +222,7 @@ def _give(txn: Transaction, one: Instance, nodes: Liveness, limits: Config, used
 
 
 def _sweep(txn: Transaction) -> bool:
-    """Records of the deleted stay an hour for those who poll, request keys a day, events as long as their object."""
+    """Records of the deleted stay an hour for those who poll, of what is good once as above, events as their object."""
     now, more = time.time(), False
     for instance in txn.list(Instance):
         done = instance.state == InstanceState.DELETED and not (instance.unconfirmed or instance.left)
@@ -229,7 +231,8 @@ def _sweep(txn: Transaction) -> bool:
     for network in txn.list(Network):
         if network.state == "deleted" and network.deleted_s < now - _KEEP_DELETED_S:
             more = more or txn.purge(network)
-    for taken in txn.list(Taken, "request/"):
-        if taken.created_s < now - _KEEP_REQUEST_S and txn.room > 0:
-            txn.delete(Taken, taken.name)
+    for kind, keep_s in _KEEP_S.items():
+        for taken in txn.list(Taken, kind):
+            if taken.created_s < now - keep_s and txn.room > 0:
+                txn.delete(Taken, taken.name)
     return more or txn.room <= 0

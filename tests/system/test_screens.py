@@ -139,7 +139,7 @@ def test_of_many_that_show_one_ticket_at_once_one_gets_in_on_any_server(server: 
         assert sum(pool.map(get_in, range(8))) == 1
     services = server.services
     assert Authority(services.store).caller(f"Bearer {server.tokens['shop']}"), "another server's authority"
-    used = [t.name for t in Transaction(services.store).list(Taken, f"request/{uuid}/vnc/")]
+    used = [t.name for t in Transaction(services.store).list(Taken, f"ticket/{uuid}/vnc/")]
     assert used and not any(made in name for name in used), "what is kept opens nothing"
 
 
