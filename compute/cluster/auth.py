@@ -28,7 +28,7 @@ from compute.cluster.records.namespaces import KeyHash, Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.rules import Rules, delete_rules
 from compute.cluster.records.secrets import secret
-from compute.cluster.records.snapshots import Backup
+from compute.cluster.records.snapshots import Backup, Snapshot
 from compute.cluster.records.stored import check_name
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
@@ -226,7 +226,7 @@ def delete_namespace(txn: Transaction, name: str) -> bool:
     used = any(name in (i.namespace, *(disk.store for disk in i.disks)) for i in living)
     if used or any(n.namespace == name and n.state != "deleted" for n in txn.list(Network)):
         raise Invalid(f"namespace {name} still has instances or networks", hint="delete them first")
-    kinds: tuple[Any, ...] = (Rules, Backup, Artifact, Instance, Network)
+    kinds: tuple[Any, ...] = (Rules, Backup, Snapshot, Artifact, Instance, Network)
     for one in (one for kind in kinds for one in txn.list(kind) if one.namespace == name):
         if txn.room < 5:
             return True
@@ -234,7 +234,7 @@ def delete_namespace(txn: Transaction, name: str) -> bool:
             delete_rules(txn, one.uuid)
         elif isinstance(
             one, Instance | Network
-        ):  # deleted: the administrator's alone, for as long as they are read
+        ):  # deleted: the administrator's alone, as long as they are read
             txn.update(replace(one, namespace=""))
         elif txn.purge(one):
             return True

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from compute.cluster import desired
+from compute.cluster.auth import delete_namespace
 from compute.cluster.feed import Feed
 from compute.cluster.images.snapshots import Snapshots
 from compute.cluster.images.stores import NamespaceStores
@@ -27,7 +28,7 @@ from compute.cluster.records.snapshots import (
     snapshots_of,
     take,
 )
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, NoCapacity, NotFound
@@ -269,3 +270,17 @@ def test_an_error_in_one_look_ends_no_server(worker: Snapshots, monkeypatch: pyt
     monkeypatch.setattr("compute.cluster.images.snapshots._LOOK_S", 0.01)
     with pytest.raises(Enough):
         asyncio.run(worker.keep())
+
+
+def test_of_a_held_guest_whose_namespace_is_gone_no_snapshot_is_left_to_be_removed(
+    store: SqliteStore, worker: Snapshots
+) -> None:
+    """Its store went with the namespace: who is called so next has another, in which nothing is looked for."""
+    guest(store, WEB, held_s=1.0)
+    transact(store, lambda txn: take(txn, WEB))
+    transact(store, lambda txn: finish(txn, taken(store, WEB).uuid))
+    transact(store, lambda txn: txn.update(replace(txn.get(Instance, WEB), state=InstanceState.DELETED)))
+    pieces(store, lambda txn: delete_namespace(txn, "shop"))
+    assert Transaction(store).find(Instance, WEB) and not Transaction(store).list(Snapshot)
+    worker._look()
+    assert not worker._busy
