@@ -182,7 +182,7 @@ async def show_operation(ctx: Ctx, uuid: str) -> Response:
     await asyncio.to_thread(ctx.find, Instance, found["instance_uuid"])
     if ctx.request.method == "DELETE":
         task.cancel()
-        del _operations[uuid]
+        _operations.pop(uuid, None)
     return JSONResponse(found)
 
 
