@@ -51,6 +51,7 @@ GOOD = to_plain(NodeFacts(cpus=8, memory_mib=16384, address="192.0.2.2", mtu_byt
         {"stores": [1]},
         {"peer_address": "192.0.2.9:13002"},
         {"peer_address": "192.0.2.2:99999999999"},
+        {"peer_address": "192.0.2.2:13002 and more"},
         {"release": "r" * 10**5},
     ],
     ids=str,

@@ -18,6 +18,7 @@ from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Invalid
 from compute.wire.codec import from_plain
 from compute.wire.spec import InstanceState, NodeFacts, Power
+from imagestore import decimal
 
 _DELETED = 60  # records that go, or change, with one instance, at most
 
@@ -52,7 +53,7 @@ def check_facts(plain: Any) -> NodeFacts:
     try:
         address, (host, _, port) = IPv4Address(facts.address), facts.peer_address.rpartition(":")
         fits = not (address.is_multicast or address.is_unspecified or address.is_reserved)
-        fits = fits and (not port or (IPv4Address(host) == address and 0 < int(port[:6]) < 2**16))
+        fits = fits and (not port or (IPv4Address(host) == address and 0 < (decimal(port) or 0) < 2**16))
     except ValueError as err:
         raise Invalid(f"a node cannot be like that: {err}") from err
     if not fits:

@@ -52,6 +52,12 @@ def test_nodes_with_other_stores_are_no_peers_and_have_another_key() -> None:
     assert site("n1", *known).secret != site("n3", *known).secret
 
 
+def test_a_port_is_a_number_and_nothing_more() -> None:
+    assert nodes.facts_of(node("n2"))
+    for port in ("13002 and more", "13002/x?y", "-1", "0", "65536", "9" * 30, "١٣"):
+        assert nodes.facts_of(node("n2", f"192.0.2.2:{port}")) is None, port
+
+
 @pytest.mark.parametrize(
     "known",
     [
