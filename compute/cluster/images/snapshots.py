@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,8 @@ class Snapshots:
         pass_on: Callable[[Snapshot, str], None],
     ) -> None:
         self._records, self._own, self._stores, self._feed, self._fits = records, own, stores, feed, fits
-        self._pool, self._busy, self._pass_on = ThreadPoolExecutor(6, "sf-snapshots"), set[str](), pass_on
+        self._pool, self._busy, self._pass_on = ThreadPoolExecutor(4, "sf-snapshots"), set[str](), pass_on
+        self._moves = ThreadPoolExecutor(4, "sf-moves")  # for what passes: that takes long
 
     async def keep(self) -> None:
         """For ever. An error is said and tried again: a full disk, or a rule that goes now, must not end the server."""
@@ -66,7 +68,9 @@ class Snapshots:
             waits = waits or (one.live and instance is not None and one.to in instance.left)
             if (one.live or gone) and one.uuid not in busy and not waits:
                 self._busy.add(one.uuid)
-                self._pool.submit(self._advance, one, instance if here else None)
+                # What passes outlives a lease: who ends it looks whether it is still to.
+                pool, told = (self._moves, Context()) if one.running else (self._pool, copy_context())
+                pool.submit(told.run, self._advance, one, instance if here else None)
 
     def _advance(self, one: Snapshot, instance: Instance | None) -> None:
         try:

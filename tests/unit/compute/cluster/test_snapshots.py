@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,7 @@ from compute.cluster.records.snapshots import (
     snapshots_of,
     take,
 )
-from compute.cluster.records.transaction import Transaction, pieces, transact
+from compute.cluster.records.transaction import PROVEN, Transaction, pieces, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, NoCapacity, NotFound
@@ -284,3 +285,43 @@ def test_of_a_held_guest_whose_namespace_is_gone_no_snapshot_is_left_to_be_remov
     assert Transaction(store).find(Instance, WEB) and not Transaction(store).list(Snapshot)
     worker._look()
     assert not worker._busy
+
+
+def test_guests_that_pass_to_another_node_keep_no_snapshot_waiting(
+    store: SqliteStore, worker: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(worker, "_pass_on", lambda *_: go_on.wait(20))
+    for number in range(8):
+        uuid = f"33333333-0000-4000-8000-00000000000{number}"
+        guest(store, uuid, name=f"moves{number}")
+        transact(store, lambda txn, uuid=uuid: take(txn, uuid, to="there", running=True))  # type: ignore[misc]
+    worker._look()
+    guest(store, WEB)
+    transact(store, lambda txn: take(txn, WEB))
+    worker._look()
+    until = time.monotonic() + 15
+    while taken(store, WEB).state == "initial" and time.monotonic() < until:
+        time.sleep(0.01)
+    state = taken(store, WEB).state
+    go_on.set()
+    worker._pool.shutdown()
+    worker._moves.shutdown()
+    assert state == "ordered", "it waited for all of them"
+
+
+def test_each_step_of_a_snapshot_proves_the_lease_of_the_one_server_that_does_it(
+    store: SqliteStore, worker: Snapshots
+) -> None:
+    """Who was paused for too long ends nothing that another server has taken up."""
+    guest(store, WEB)
+    transact(store, lambda txn: take(txn, WEB))
+
+    async def look() -> None:
+        PROVEN.set(lease := store.grant(60))
+        store.revoke(lease)
+        await asyncio.to_thread(worker._look)
+
+    asyncio.run(look())
+    worker._pool.shutdown()
+    assert taken(store, WEB).state == "initial" and not taken(store, WEB).order.error
