@@ -159,9 +159,7 @@ class RemoteController:
         self._identity, self._kept = identity, state_dir / "desired.json"
         self._client, self._urls = _client(identity), list[str]()
         self._lease, self._power, self._drop = plane.lease, plane.power, plane.drop_routers
-        self._apart = ThreadPoolExecutor(
-            8, "lease"
-        )  # no work that hangs elsewhere holds up what ends with a lease
+        self._apart = ThreadPoolExecutor(8, "lease")  # its own: no work that hangs elsewhere holds it up
         self._facts: NodeFacts | None = None
         self._operations: NodeOperations | None = None
         self._last: NodeDesired | None = None

@@ -232,9 +232,7 @@ def delete_namespace(txn: Transaction, name: str) -> bool:
             return True
         if isinstance(one, Rules):
             delete_rules(txn, one.uuid)
-        elif isinstance(
-            one, Instance | Network
-        ):  # deleted: the administrator's alone, as long as they are read
+        elif isinstance(one, Instance | Network):  # deleted: as long as they are read, the administrator's
             txn.update(replace(one, namespace=""))
         elif txn.purge(one):
             return True
