@@ -30,7 +30,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from compute.api import problems
-from compute.api.context import Body, Services
+from compute.api.context import Body, Services, ask_stores
 from compute.api.edge import SLASH, Edge, Metrics, Route
 from compute.api.images.stores import OwnStores
 from compute.api.streams import of_socket
@@ -214,7 +214,7 @@ class NodesStores:
         node, token = basic(Request(scope).headers.get("authorization", ""))
         await asyncio.to_thread(joining.check_reader, Transaction(self._services.store), node, token)
         name, _, key = scope["path"].removeprefix("/agent/v1/stores/").partition("/")
-        if own := await asyncio.to_thread(self._own, node, name):
+        if own := await ask_stores(self._own, node, name):
             await self._own_stores.serve(own, name.rpartition(SLASH)[2], key, scope, receive, send)
             return
         store = self._services.resolver.stores.get(name)

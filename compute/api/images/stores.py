@@ -44,7 +44,7 @@ class OwnStores:
         rest = scope["path"].removeprefix("/stores/")
         namespace, _, key = rest.replace(SLASH, "/").partition("/")
         # In a thread: the first use of a key costs a bcrypt, that of a store a few requests.
-        store = await asyncio.to_thread(self._store, Request(scope), namespace)
+        store = await ask_stores(self._store, Request(scope), namespace)
         await self.serve(store, namespace, key, scope, receive, send)
 
     def _store(self, request: Request, namespace: str) -> Store:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from compute.cluster import joining
 from compute.cluster.auth import Authority
 from compute.cluster.controller import Controller
 from compute.cluster.images.stores import NamespaceStores
+from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
+from compute.cluster.records.secrets import store_token
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
-from compute.errors import Unavailable
+from compute.errors import NotFound, Unavailable
 from imagestore import ImageCache
 
 
@@ -96,6 +99,40 @@ def test_a_lease_is_renewed_whatever_fills_all_other_threads_and_a_node_says_one
             asked = (client.post("/agent/v1/inventory", headers=told, json=seen) for _ in range(3))
             assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 3
             assert at_once == [1, 1, 1]
+
+    asyncio.run(story())
+
+
+def test_a_namespaces_store_that_is_away_fills_none_of_the_threads_that_nodes_are_led_by(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def joined(txn: Transaction) -> str:
+        joining.join(txn, joining.make_token(txn, b"x" * 32).secret, "n1")
+        disks: Any = {"cpus": 1, "memory_mib": 64, "disks": ()}
+        txn.create(Instance(uuid="u", name="web", namespace="shop", node="n1", **disks))
+        return store_token(txn, "n1")
+
+    told, go_on, asked = ("n1", transact(services.store, joined)), threading.Event(), threading.Semaphore(0)
+
+    def away(_: str) -> None:
+        asked.release()
+        go_on.wait(20)
+        raise NotFound("it is away")
+
+    monkeypatch.setattr(services.namespaces, "find", away)
+
+    async def story() -> None:
+        app = httpx.ASGITransport(agents.build(services), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=app, base_url="http://server", auth=told) as client:
+            get = partial(client.get, "/agent/v1/stores/my%2Fshop/store.json", timeout=60)
+            waits = [asyncio.create_task(get()) for _ in range(64)]
+            while not asked.acquire(blocking=False):
+                await asyncio.sleep(0.01)
+            try:
+                await asyncio.wait_for(asyncio.gather(*(asyncio.to_thread(int) for _ in range(64))), 10)
+            finally:
+                go_on.set()
+            assert {answer.status_code for answer in await asyncio.gather(*waits)} == {404}
 
     asyncio.run(story())
 
