@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 DEPTH = 32  # more than any of our formats nests
-
 MOST = 2**63 - 1
 YEAR_9999_S = 253_402_300_799.0  # seconds since 1970 of the last day that calendars here can name
 

@@ -26,7 +26,6 @@ UNKNOWN = IPv4Network("0.0.0.0/8")
 """What stands, in a block of all addresses, for one that the LAN's own DHCP server will give; and the whole block of a
 network without IPv4, where it counts who is who."""
 ANY = IPv4Network("0.0.0.0/0")  # the block of a network on a LAN of which we know nothing
-
 LOCAL6 = IPv6Network("fc00::/7")
 """Unique local addresses (RFC 4193): not the world's, so they are translated on their way there."""
 _USABLE6 = (LOCAL6, IPv6Network("2000::/3"))

@@ -21,7 +21,6 @@ from cli.settings import access, authority, check_key, is_local, living, parted
 
 ANSWER_S = 40.0  # no request of the API may take 30 s
 _ONCE = ("auth",), ("instances",), ("networks",), ("rules",)  # for an Idempotency-Key
-
 Object = dict[str, Any]
 
 

@@ -34,7 +34,6 @@ from net import NetError, NodeNetworks, Plane
 P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
 _WAIT_S = 8.0  # what an outsider removes from a network is put back within ten seconds
 _CUT_S = 1.0
 _RETRY_S = 1.0

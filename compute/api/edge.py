@@ -18,14 +18,11 @@ from compute.errors import Invalid
 from imagestore import decimal, read_json
 
 BODY_BYTES = 2**20  # more than any JSON body needs: user data is at most 64 KiB
-
 DRAINED_BYTES = 2**26
 _OBJECTS = ("/stores/", "/agent/v1/stores/", "/upload/")  # below these, bodies have bounds of their own
-
 _TOO_LARGE = f"the body has more than {BODY_BYTES} bytes"
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"})
 SLASH = "%2F"  # how a slash inside one part of a path reaches the handlers, as in /instances/shop%2Fweb
-
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 

@@ -33,7 +33,6 @@ router = APIRouter(tags=["events"], route_class=Route)
 _KEEPALIVE_S = 15.0
 _MOST_OF_ONE, _MOST = 512, 2048
 _followed: Counter[str] = Counter()  # streams of events, by namespace; each change has every one of them look
-
 Lookup = Callable[[Context, str], Stored]
 Json = views.Json
 

@@ -37,7 +37,6 @@ from compute.wire.spec import InstanceState
 from imagestore import durable, listening
 
 SYSTEM = "system"  # the administrator's namespace: it sees and may do everything
-
 TOKEN_S = 900
 
 _BCRYPT_ROUNDS = 10

@@ -38,7 +38,6 @@ from net import NodeNetworks, Peer, Port, tap
 
 _KINDS = Instance, Interface, Network, Rules, Node, Epoch, Quarantined, Server, Snapshot, Namespace
 KINDS = frozenset((*(kind.KIND for kind in _KINDS), liveness.KIND))  # of what `read` is made
-
 LEAVING = (InstanceState.DELETE_WAIT, InstanceState.DELETE_WAIT_ERROR, InstanceState.DELETED)
 
 

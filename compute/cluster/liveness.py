@@ -20,12 +20,10 @@ from compute.errors import ComputeError, LeaseLost, Unavailable
 from compute.wire.operations import COUNTED, HELD, Figures, NodeOperations
 
 LEASE_S = 12.0  # a node that has not renewed for so long is missing, and its routers move
-
 FENCE_S = 8.0
 """A node that could not renew for so long removes its own routers: before anybody else may take them."""
 
 GUESTS_S = 20.0  # a node that could not renew for so long takes the power of guests that others may be given
-
 LOST_S = 20.0
 """One that is missing for so long is lost, and guests are given away: 12 s after it has stopped them."""
 

@@ -29,7 +29,6 @@ from imagestore import Digest, Store, StoreError, size_text
 _ORDER = "suits its affinity", "is less busy", "holds the image", "has more memory free", "is first by name"
 """What is better about a node that comes before another, the weightiest first."""
 _LOAD_STEP = 0.5  # of a node's processors: that it is busier than the idlest one counts from here on
-
 Used = Callable[[Node], Mapping[str, Any] | None]
 """What is measured of a node: `liveness.Usage.of`; None where nobody knows."""
 Labels = Collection[tuple[str, str]]

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.int64]
-
 FILE_BYTES = 32 << 10  # files from this size on start and end a chunk
 OTHER, FILE, LARGE = 0, 1, 2
 """What an extent is of: no file's bytes (or not written), a file's, a large file's."""

@@ -29,7 +29,6 @@ T = TypeVar("T")
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 _DIGITS = {name: digits for digits, name in ALGORITHMS.items()} | {"blake2b": 128}
 SHIPPED = Path(__file__).with_name("sources.d")  # the lists that come with sf, in a wheel as well
-
 _HEX = re.compile(r"[0-9a-fA-F]{32,128}")
 _TAGGED = re.compile(r"([A-Z0-9a-z-]{2,16}) \((.+)\) = ([0-9a-fA-F]{32,128})")
 _HASH = re.compile(r"(?:md|sha|blake|b2|rmd|ripemd|whirlpool|sm3)[0-9a-z]{0,8}")

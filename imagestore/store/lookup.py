@@ -21,7 +21,6 @@ from imagestore.store.placement import Placement
 from imagestore.store.store import Store
 
 _AHEAD_WINDOWS = 10  # how far unknown chunks are looked up in the hooks before they count as new
-
 Footers = Collection[tuple[Digest, Footer]]
 
 

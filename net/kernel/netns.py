@@ -30,7 +30,6 @@ from net.plan.facts import Entry, Kind, Link, Table, sysctl
 from net.plan.names import VXLAN_PORT
 
 DIRECTORY = Path("/run/netns")  # where ip-netns(8) looks for them
-
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
 _MS_BIND, _MNT_DETACH = 0x1000, 2

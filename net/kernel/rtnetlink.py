@@ -19,7 +19,6 @@ _MAIN_TABLE, _PROTO_KERNEL = 254, 2
 _NOARP, _PERMANENT = 0x40, 0x80
 _PROXY = 8
 _SKIP_STATS = struct.pack("=HHL", 8, 29, 8)  # IFLA_EXT_MASK: RTEXT_FILTER_SKIP_STATS
-
 Attributes = dict[int, bytes]
 
 

@@ -38,7 +38,6 @@ _KILL = (
     'p=$(cat "$1.p"); kill -TERM -$p 2>&- || kill $p 2>&-; '  # with all that it began, where it leads a group
 )
 _END = 'rm -f "$1.o" "$1.e" "$1.p" "$1.i" "$1.l"'
-
 Output = Callable[[bytes, bytes], Awaitable[None]]  # takes pieces of what a command wrote: output, errors
 Given = AsyncIterator[bytes] | None
 Ended = tuple[int, bytes, bytes]  # exit code, output, errors

@@ -20,7 +20,6 @@ _MOVE_BYTES = 256 << 20
 """A disk is moved while its guest runs only if its overlay holds less: the move copies it."""
 
 _ROOM_BYTES = 64 << 20
-
 _RECONNECT_S = 3600  # for how long a guest waits for an image service that is away
 
 

@@ -20,7 +20,6 @@ from imagestore import Settings, durable
 _TIME_LIMIT_S = 5
 _SAYS = b"K"
 _EXIT = 33  # isa-debug-exit: (0x10 << 1) | 1
-
 _CODE = bytes.fromhex(
     "".join(re.findall(r"(?m)^[^#\n]*", Path(__file__).with_name("longmode.hex").read_text()))
 )

@@ -23,7 +23,6 @@ from compute.cluster.state.protocol import ABSENT, Change, Keys, Record, Seen, W
 from compute.errors import Compacted, LeaseLost, NoSpace, Stale, Unavailable
 
 log = logging.getLogger(__name__)
-
 HISTORY = 4096  # revisions that a watch can look back on
 
 _ATTEMPTS, _KEPT_S, _LEAST_S = 20, 86400.0, 0.2

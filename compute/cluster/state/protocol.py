@@ -12,7 +12,6 @@ from typing import Protocol
 from compute.errors import ComputeError
 
 ABSENT = 0  # the revision of a key that does not exist
-
 _MOST_LISTED = 1 << 14
 Keys = Collection[str]
 Writes = Mapping[str, bytes | None]  # by key what is written, None: it is deleted

@@ -41,7 +41,6 @@ insert into meta select 1, 1, 1 where not exists (select 1 from meta);
 """
 
 HISTORY = 1024  # changes that a watch can look back on
-
 _SWEEP_S = 0.25  # how late an expired lease may be noticed
 
 
