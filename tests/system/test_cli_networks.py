@@ -44,7 +44,7 @@ def test_what_is_typed_about_networks_does_what_it_says(tmp_path: Path) -> None:
         assert "--network" in sf("instance create z --image debian:12 --publish 1:1", 2)
         assert "by DHCP" in sf("instance create tv --image debian:12 --network home") + sf("instance show tv")
         assert "published 8080:80/tcp 53:53/udp" in sf("network show lan")
-        assert "from outside 8080:80/tcp 53:53/udp" in sf("instance show w")
+        assert "published 8080:80/tcp 53:53/udp" in sf("instance show w")
         assert "8080:80" not in sf("instance publish w 8080:80 --undo")
         sf("instance publish w 8080:80 --undo", 3)
         sf("instance limit w --in 10M --packets-out 50")
