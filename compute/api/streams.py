@@ -34,6 +34,7 @@ _AGAIN_S = 5.0
 _MOST, _MOST_OF_ONE = 512, 128
 _open: Counter[str] = Counter()  # by namespace; all servers of one process count together
 _TICKET_S = 60
+_KINDS = "console", "exec", "vnc", "screen"  # a node's others, by which guests move, are the server's
 
 
 def of_socket(socket: WebSocket, closed: asyncio.Event | None = None) -> Stream:
@@ -136,8 +137,10 @@ def _find(ctx: Context, ref: str) -> Instance:
 def _target(ctx: Context, ref: str, kind: str, options: Options) -> tuple[Instance, str, str, Options]:
     """Which node is asked for a stream of what. A port is reached from the network's router, at the guest's address."""
     known = _find(ctx, ref)
-    if kind != "connect":
+    if kind in _KINDS:
         return known, known.node, known.uuid, options
+    if kind != "connect":
+        raise Invalid(f"there is no stream {kind[:80]}", hint=", ".join((*_KINDS, "connect")))
     port, links = options.get("port"), [i for i in interfaces_of(ctx.read(), known.uuid) if i.known]
     if not isinstance(port, int) or not 0 < port < 2**16:
         raise Invalid("a port is a number from 1 to 65535")
