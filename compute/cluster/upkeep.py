@@ -15,7 +15,7 @@ from compute.cluster import liveness
 from compute.cluster.feed import Feed
 from compute.cluster.liveness import LOST_S, Liveness
 from compute.cluster.records.epochs import Epoch, epoch
-from compute.cluster.records.instances import Instance, end, rehome, why_over
+from compute.cluster.records.instances import Instance, end, rehome, stays, why_over
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, fence, move_routers, router_candidates
 from compute.cluster.records.snapshots import snapshots_of
@@ -211,7 +211,7 @@ def _give(txn: Transaction, one: Instance, nodes: Liveness, limits: Config, used
         more: Any = {"store": newest.namespace, "image_name": name}
         disks = tuple(replace(d, image=own[d.device], **more) if d.device in own else d for d in disks)
     limits = replace(limits, restart_reserve=0)  # it is kept for such
-    there, found = weigh(txn, replace(one, node="", disks=disks), limits, nodes.usable(), used)
+    there, found = weigh(txn, replace(stays(one), node="", disks=disks), limits, nodes.usable(), used)
     try:
         node = place(found)
         txn.expect[one.key] = one.revision

@@ -151,6 +151,15 @@ def test_guests_with_restart_go_and_those_with_leave_stay_and_both_are_told(play
     assert {c.name: c.cpus for c in Transaction(played.store).list(Claims)} == {"n1": 0, "n2": 1, "n3": 1}
 
 
+def test_one_that_was_passing_to_a_node_goes_to_one_that_has_nothing_of_it(played: Played) -> None:
+    """Of nodes with room that one is the best, and must first remove what had come."""
+    web = played.guest("web", on_node_loss="restart")
+    change = lambda txn: txn.update(replace(txn.get(Instance, web), moving="n3", passing="move"))  # noqa: E731
+    transact(played.store, change)
+    played.lose("n2")
+    assert (played.one(web).node, played.one(web).left, played.one(web).passing) == ("n1", ("n3",), "")
+
+
 def test_the_node_is_refused_by_all_others_before_its_guests_go(played: Played) -> None:
     web = played.guest("web", on_node_loss="restart")
     assert [p.node for p in played.told("n3").networks.peers] == ["n1", "n2"]
