@@ -20,7 +20,7 @@ from compute.cluster.feed import Feed
 from compute.cluster.joining import hashed
 from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
-from compute.cluster.records.instances import Instance
+from compute.cluster.records.instances import Instance, stays
 from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine, rename
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.snapshots import Snapshot
@@ -178,9 +178,9 @@ class Controller:
             if quarantine.note(txn, node, seen.orphans):
                 return True
             if not began and seen.epoch == epoch(txn).number:
-                # What left it by a state that was put back may have come back since: then that order is an old one.
-                left = [i for i in txn.list(Instance) if node in i.left and i.state not in desired.LEAVING]
-                left = left if node in epoch(txn).waiting else []
+                # What left it by a state that was put back may be back by now, what passed to it may have come.
+                there = map(stays, txn.list(Instance)) if node in epoch(txn).waiting else []
+                left = [i for i in there if node in i.left and i.state not in desired.LEAVING]
                 for one in left[:20]:
                     txn.update(replace(one, left=tuple(name for name in one.left if name != node)))
                 if left[20:]:

@@ -13,7 +13,7 @@ from compute.cluster import desired, upkeep
 from compute.cluster.controller import Controller
 from compute.cluster.records import nodes
 from compute.cluster.records.epochs import begin
-from compute.cluster.records.instances import Instance, delete_instance, interfaces_of, rehome
+from compute.cluster.records.instances import Instance, delete_instance, interfaces_of, rehome, stays
 from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network, create_network
 from compute.cluster.records.nodes import Node
@@ -278,3 +278,23 @@ def test_a_state_that_was_put_back_has_nothing_removed_that_may_be_back_by_now(s
     move(store, "c", many[1])
     asyncio.run(controller.inventory("b", Inventory("m", now.epoch, 0)))  # of that epoch: it is removed there
     assert [one.uuid for one in told(store, "b") if one.delete] == [many[0], many[1]]
+
+
+@pytest.mark.parametrize("first", ["the node speaks", "the move is ended"])
+def test_a_state_that_was_put_back_has_nothing_removed_that_has_passed_since(
+    store: SqliteStore, first: str
+) -> None:
+    """It is of the middle of a live move, which came to its end later: what is on b is the only copy, and runs."""
+    guest(store)
+    transact(store, lambda txn: txn.update(replace(web(store), moving="b", passing="move")))
+    transact(store, lambda txn: begin(txn, ["a", "b"], "for a test"))
+    end = lambda: transact(store, lambda txn: txn.update(stays(web(store))))  # noqa: E731
+    if first == "the move is ended":
+        end()
+    controller = Controller(store, "0badcafe", Config(node_name="z", guests=False))
+    now = desired.read(Transaction(store), "b", "0" * 8, [])
+    for node in "ba":
+        asyncio.run(controller.inventory(node, Inventory(f"m-{node}", now.epoch, 0)))
+    end()
+    assert told(store, "b") == [] and not desired.read(Transaction(store), "b", "0" * 8, []).hold
+    assert (web(store).node, web(store).left, web(store).moving) == ("a", (), "")
