@@ -31,15 +31,15 @@ from compute.cluster.reports import keep_events, settle
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import Conflict, Invalid, NotFound, Unavailable
-from compute.wire.codec import to_plain
-from compute.wire.operations import NodeOperations
+from compute.wire.codec import from_plain, to_plain
+from compute.wire.operations import Figures, NodeOperations
 from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts, Remembered
 from compute.wire.streams import Arrivals, Stream, carry, first, pair
 from imagestore import read_json
 
 T = TypeVar("T")
 _MOST_ORPHANS, _EVENTS = 4096, 25
-_MOVE_S, _SAID_BYTES, _MOST_CHANNELS = 3000, 1 << 16, 64
+_MOVE_S, _LAST_S, _SAID_BYTES, _MOST_CHANNELS = 3000, 90, 1 << 16, 64
 
 
 class Controller:
@@ -232,13 +232,15 @@ class Controller:
                     near = await opened(node, "leave", channel=name)
                     stack.callback(asyncio.create_task(joined(far, near)).cancel)
                 await here.send("{}")
-                await there.send(json.dumps(await _heard(here, node)))
-                await _heard(there, one.to)
+                sent = from_plain(Figures, await _heard(here, node))["memory_bytes"]
+                async with asyncio.timeout(_LAST_S):  # it stands still
+                    await there.send(json.dumps({"memory_bytes": sent}))
+                    await _heard(there, one.to)
 
         try:
             asyncio.run_coroutine_threadsafe(passing(AsyncExitStack()), loop).result()
         except (TimeoutError, ValueError, TypeError, KeyError) as err:
-            raise Unavailable(f"a node fell silent, or said nonsense: {err!r}") from err
+            raise Unavailable(f"a node took too long, or said nonsense: {err!r}") from err
 
     async def examine(self, network: str) -> list[dict[str, str]]:
         """Every node's findings about a network and about the node itself; a silent node is one."""
