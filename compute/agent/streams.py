@@ -32,9 +32,8 @@ class Streams:
 
     async def open(self, guest: Guest, kind: str, options: dict[str, Any], ticket: str) -> None:
         """Serve one in the background. Raises Invalid for an unknown kind."""
-        known: dict[str, Callable[..., Awaitable[None]]]
-        known = {"console": self._console, "exec": self._exec, "vnc": self._vnc, "screen": self._screen}
-        known |= {"arrive": guest.passage.arrive, "leave": guest.passage.leave}
+        known: dict[str, Any] = {"console": self._console, "exec": self._exec, "vnc": self._vnc}
+        known |= {"screen": self._screen, "arrive": guest.passage.arrive, "leave": guest.passage.leave}
         if (do := known.get(kind)) is None:
             raise Invalid(f"this node's agent knows no stream {kind[:80]}")
         await self.begin(ticket, lambda stream: do(guest, options, stream))

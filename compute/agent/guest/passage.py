@@ -30,7 +30,7 @@ from compute.wire.streams import Stream, carry_socket, failure, first
 from imagestore import StoreError
 from net import NetError
 
-_TOLD_S, _ARRIVED_S, _LOOK_S, _LAST_S = 10.0, 60.0, 0.1, 0.01
+_TOLD_S, _ARRIVED_S, _STILL_S, _LOOK_S, _LAST_S = 10.0, 60.0, 60.0, 0.1, 0.01
 _MEMORY, _ANNOUNCED = "memory", {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
 
@@ -65,7 +65,12 @@ class Passage:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _do(self, call: Callable[..., Any], *more: Any, **named: Any) -> Any:
-        return await self._host.do(call, self._host.hypervisor, self._spec.uuid, *more, **named)
+        """Raises Unavailable where qemu waits for the other node, and its guest with it."""
+        doing = self._host.do(call, self._host.hypervisor, self._spec.uuid, *more, **named)
+        try:
+            return await asyncio.wait_for(doing, _STILL_S)
+        except TimeoutError as err:
+            raise Unavailable(f"qemu has not answered for {_STILL_S:.0f} s") from err
 
     def _files(self) -> dict[str, Path]:
         return {disk.device: self._disks.overlay(disk.device) for disk in self._spec.disks if not disk.cdrom}
@@ -99,9 +104,8 @@ class Passage:
 
     async def _receive(self, networks: Networks, leaving: asyncio.Event) -> None:
         """Its disks, taps and domain, for memory to come. What goes wrong the source is told; the server decides."""
-        spec, host, course = self._spec, self._host, self._course
-        self._receives = True
-        await course.save(coming=spec.coming)
+        spec, host, course, self._receives = self._spec, self._host, self._course, True
+        await course.save(coming=spec.coming, created=True)  # elsewhere: what fails here is tried again
         try:
             images = await self._disks.images(spec, leaving)
             while any(one.socket for one in images.values()):
@@ -129,7 +133,7 @@ class Passage:
             return
         if self._course.now.coming and not self._receives:
             raise Unavailable("its agent was started anew meanwhile")
-        await stream.send(await self._here.get())
+        await stream.send(await first(self._here.get(), self._gone(stream)))
         if sent := await stream.receive():
             self._sent = json.loads(sent)
             async with asyncio.timeout(_ARRIVED_S):
@@ -141,8 +145,9 @@ class Passage:
     async def _take_over(self, networks: Networks) -> None:
         """It is ours, and not the other node's any more; that it has ended meanwhile is seen next."""
         self._host.check_lease(self._spec)
-        await self._taps.adopt(networks)
         with suppress(Refused, NotFound, Conflict):
+            await self._host.do(self._host.hypervisor.qmp, self._spec.uuid, "query-status")
+            await self._taps.adopt(networks)  # they may have gone with it
             if self._spec.power is Power.ON:
                 await self._host.do(self._host.hypervisor.resume, self._spec.uuid)
             await self._host.do(self._host.hypervisor.qmp, self._spec.uuid, "announce-self", **_ANNOUNCED)
@@ -204,7 +209,8 @@ class Passage:
         await self._do(passing.send, out(_MEMORY), pause=True)
         while (await self._do(passing.sending))[0] != "pre-switchover":
             await asyncio.sleep(_LAST_S)
-        await self._do(passing.go_on, len(files))
-        while (said := await self._do(passing.sending))[0] != "completed":
-            await asyncio.sleep(_LAST_S)
+        async with asyncio.timeout(_STILL_S):
+            await self._do(passing.go_on, len(files))
+            while (said := await self._do(passing.sending))[0] != "completed":
+                await asyncio.sleep(_LAST_S)
         return int(said[1])
