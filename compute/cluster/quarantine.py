@@ -156,10 +156,9 @@ def adopt(txn: Transaction, uuid: str) -> Instance:
     }  # fmt: skip
     made = Instance(**said, revision=before.revision if before else 0)
     claim(txn, made.node, made.cpus, made.memory_mib, disk_bytes(made.disks))
-    txn.update(made)
     txn.delete(Quarantined, uuid)
     txn.event(Instance.KIND, uuid, f"adopted on {found.node}", type="audit")
-    return made
+    return txn.update(made)
 
 
 def _network(txn: Transaction, network: NetNetwork, namespace: str, node: str) -> Network:

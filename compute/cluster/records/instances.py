@@ -139,9 +139,8 @@ def create_instance(txn: Transaction, instance: Instance, wants: Sequence[Want])
     for order, want in enumerate(wants):
         _attach(txn, instance, order, want)
     claim(txn, instance.node, instance.cpus, instance.memory_mib, disk_bytes(instance.disks))
-    txn.create(instance)
     txn.event(Instance.KIND, instance.uuid, f"asked for; placed on {instance.node}", type="audit")
-    return instance
+    return txn.create(instance)
 
 
 def _attach(txn: Transaction, instance: Instance, order: int, want: Want) -> Interface:
@@ -201,9 +200,8 @@ def delete_instance(txn: Transaction, uuid: str) -> Instance:
     if found.state in (InstanceState.DELETED, InstanceState.DELETE_WAIT):
         return found
     found = replace(stays(found), state=InstanceState.DELETE_WAIT, updated_s=time.time(), progress="")
-    txn.update(found)
     txn.event(Instance.KIND, uuid, "deletion asked for", type="audit")
-    return found
+    return txn.update(found)
 
 
 def why_over(found: Instance, now_s: float) -> str:
@@ -276,9 +274,8 @@ def rehome(
     now = replace(now, error_message="", agent_state="", console_port=0)
     claim(txn, found.node, -found.cpus, -found.memory_mib, -disk_bytes(found.disks))
     claim(txn, node, now.cpus, now.memory_mib, disk_bytes(now.disks))
-    txn.update(now := replace(now, vdi_port=0, updated_s=time.time()))
     txn.event(Instance.KIND, uuid, f"moved from {found.node} to {node}: {why}", type="audit")
-    return now
+    return txn.update(replace(now, vdi_port=0, updated_s=time.time()))
 
 
 def created(txn: Transaction, uuid: str) -> Instance:

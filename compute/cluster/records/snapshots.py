@@ -119,10 +119,9 @@ def take(
         uuid=number, instance_uuid=uuid, instance=found.name, namespace=found.namespace, tag=tag, order=order,
         then=then, backup=backup, to=to, running=running,
     )  # fmt: skip
-    txn.create(made)
     what = f"move to {to}" if to else f"snapshot {tag}"
     txn.event(Instance.KIND, uuid, f"{what} asked for", type="audit")
-    return made
+    return txn.create(made)
 
 
 def order(txn: Transaction, one: Snapshot) -> None:
