@@ -163,12 +163,13 @@ def pinged(cluster: Cluster, name: str, moves: int) -> None:
         said = server.listed("instance", "events", name)
         return [int(e["extra"]["memory_bytes"]) for e in said if e["message"] == "goes on here"]
 
-    stalls = list[float]()
+    stalls, heard = list[float](), cluster.key.with_name("pings")
     for number in range(moves):
         node = "n3" if number % 2 == 0 else "n2"
         there = cluster.nodes[node]
         argv = ["ip", "netns", "exec", space, "ping", "-n", "-D", "-i", "0.01", address]
-        pinging = router.host.popen(argv, stdout=subprocess.PIPE, text=True)
+        with heard.open("w") as out:  # a pipe that nobody reads would hold it up
+            pinging = router.host.popen(argv, stdout=out)
         time.sleep(1)
         count = "cat /sys/class/net/eth0/statistics/rx_bytes"
         before = int(there.host.run(["sh", "-c", count]).stdout)
@@ -176,7 +177,8 @@ def pinged(cluster: Cluster, name: str, moves: int) -> None:
         received = int(there.host.run(["sh", "-c", count]).stdout) - before
         time.sleep(1)
         router.host.run(["pkill", "-INT", "-f", f"ping -n -D -i 0.01 {address}"])
-        answers = re.findall(r"\[([\d.]+)\] \d+ bytes from", pinging.communicate(timeout=30)[0])
+        pinging.wait(30)
+        answers = re.findall(r"\[([\d.]+)\] \d+ bytes from", heard.read_text())
         uuid = server.instance(name)["uuid"]
         assert runs_on(cluster, uuid) == [node]
         within(60, lambda: server.instance(name)["left"] == [], "it is gone where it was")

@@ -86,10 +86,8 @@ class Passage:
         """What the guest finds on this node, by names for people."""
         call = partial(self._host.hypervisor.qmp, self._spec.uuid)
         drive = self._disks.overlay("").with_name("config.iso")
-        disks = (
-            (d, overlay.virtual_size(f), Path(overlay.backing(f)).name) for d, f in self._files().items()
-        )
-        found = {device: f"{size} on {image}" for device, size, image in disks}
+        disks = ((d, overlay.virtual_size(f), overlay.backing(f)) for d, f in self._files().items())
+        found = {device: f"{size} on {Path(image).name}" for device, size, image in disks}
         found["config drive"] = str(drive.stat().st_size) if drive.exists() else ""
         found["qemu"] = str(call("query-version"))
         most = call("query-cpu-model-expansion", type="full", model={"name": "max"})
@@ -206,7 +204,7 @@ class Passage:
         await self._do(passing.mirror, {device: (path, out(device)) for device, path in files.items()})
         while not await self._do(passing.settled, len(files)):
             await asyncio.sleep(_LOOK_S)
-        await self._do(passing.send, out(_MEMORY), pause=True)
+        await self._do(passing.send, out(_MEMORY), still=self._host.verdict.accel == "tcg")
         while (await self._do(passing.sending))[0] != "pre-switchover":
             await asyncio.sleep(_LAST_S)
         async with asyncio.timeout(_STILL_S):

@@ -69,9 +69,14 @@ def settled(hypervisor: Hypervisor, uuid: str, disks: int) -> bool:
     return all(job["status"] == "ready" for job in jobs)
 
 
-def send(hypervisor: Hypervisor, uuid: str, memory: Path, *, pause: bool) -> None:
-    """Begin to send its memory to who listens on this socket; `pause`: before the last of it wait for `go_on`."""
-    call, on = partial(hypervisor.qmp, uuid), {"pause-before-switchover": pause, "auto-converge": True}
+def send(hypervisor: Hypervisor, uuid: str, memory: Path, *, still: bool) -> None:
+    """Begin to send its memory to who listens on this socket; before the last of it that waits for `go_on`.
+
+    still: stands still meanwhile, as TCG may lose that a page was written (kvm-unit-tests, migration.c).
+    """
+    call, on = partial(hypervisor.qmp, uuid), {"pause-before-switchover": True, "auto-converge": True}
+    if still:
+        call("stop")
     call("migrate-set-capabilities", capabilities=[{"capability": k, "state": v} for k, v in on.items()])
     call("migrate-set-parameters", **{"max-bandwidth": _FASTEST_BYTES, "downtime-limit": _STALL_MS})
     call("migrate", uri=f"unix:{memory}")
