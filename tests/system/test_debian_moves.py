@@ -47,7 +47,7 @@ def test_a_debian_at_work_moves_and_its_database_counts_on(tmp_path: Path) -> No
         pinged(cluster, "db", drills.rounds(10, "SF_MOVES"))
         assert inside("cat", "/proc/sys/kernel/random/boot_id") == boot
         within(300, lambda: int(inside("python3", "-c", COUNT)) > before, "it counts on")
-        assert inside("sh", "-c", "pkill -f w.py; cat /var/tmp/log") == ""
+        assert inside("sh", "-c", "pkill -f [w].py; cat /var/tmp/log") == ""
         assert inside("python3", "-c", CHECK) == "ok"
         print("it counted from", before, "to", inside("python3", "-c", COUNT))
         server.sf("instance", "delete", "db", "--force", "--wait")
