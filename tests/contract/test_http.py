@@ -391,16 +391,22 @@ def encrypted(certificate: Path, key: Path) -> Iterator[str]:
         server.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_private_authority_is_believed_only_when_it_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+def self_signed(directory: Path, names: str) -> tuple[Path, Path]:
+    """A certificate that says who it is of, and its key."""
+    certificate, key = directory / "certificate.pem", directory / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=here"]
+        + ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(certificate)],
         check=True,
         capture_output=True,
     )
+    return certificate, key
+
+
+def test_a_private_authority_is_believed_only_when_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = self_signed(tmp_path, "IP:127.0.0.1")
     with encrypted(certificate, key) as url:
         with pytest.raises(Denied, match="certificate"):
             Http(url).get("store.json")
@@ -437,14 +443,7 @@ def test_a_foreign_server_is_known_by_the_name_that_the_redirect_gives_though_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both of its kind: a certificate for that name is believed, one for another is not."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=here"]
-        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-        + ["-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
+    certificate, key = self_signed(tmp_path, "DNS:localhost,IP:127.0.0.1")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))

@@ -226,6 +226,11 @@ class Bench:
         spec = InstanceSpec(str(uuid.uuid4()), "web", "system", 1, 32, (DiskSpec("vda", str(image)),))
         return replace(spec, **changes)  # type: ignore[arg-type]
 
+    async def becomes(self, power: str, spec: InstanceSpec) -> None:
+        """Want this of a guest, until its power is that."""
+        self.desk.want(spec)
+        await self.desk.seen(lambda s: s.power_state == power, spec.uuid)
+
     def end(self, passed: bool) -> None:
         """Nothing of its guests and its image service stays; where the test has passed, nothing was left."""
         left = self.domains()
@@ -617,8 +622,7 @@ def test_a_guest_that_is_asked_to_end_and_does_not_hear_loses_its_power_in_time_
             bench.desk.want(replace(ending, grace_s=1))
             await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
             assert (said("asked the guest to end"), said("did not end within 1 s")) == (2, 1)
-            bench.desk.want(spec)
-            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            await bench.becomes("on", spec)
             bench.desk.want(replace(spec, power=Power.OFF))
             await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
             assert (said("asked the guest to end"), said("powered off")) == (2, 2)

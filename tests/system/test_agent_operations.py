@@ -194,14 +194,16 @@ def test_a_screenshot_is_a_blob_that_its_namespace_sees(
     assert server.call("GET", "/instances/system%2Fweb/screenshot", namespace="rival").status == 404
 
 
+async def for_ever(kind: str, options: dict[str, Any], end: Stream) -> None:
+    """Until whoever asked has left."""
+    while await end.receive() is not None:
+        pass
+
+
 def test_one_that_does_not_end_is_given_up_when_it_is_deleted_and_bounded_in_number(
     server: Running, plays: Callable[[Play], None]
 ) -> None:
-    async def play(kind: str, options: dict[str, Any], end: Stream) -> None:
-        while await end.receive() is not None:
-            pass
-
-    plays(play)
+    plays(for_ever)
     within(10, lambda: not busy(), "nothing of other tests is left")
     made = [execute(server).body["uuid"] for _ in range(16)]
     refused = execute(server)
@@ -218,11 +220,7 @@ def test_one_that_does_not_end_is_given_up_when_it_is_deleted_and_bounded_in_num
 def test_a_namespace_keeps_no_other_from_having_operations(
     server: Running, plays: Callable[[Play], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def play(kind: str, options: dict[str, Any], end: Stream) -> None:
-        while await end.receive() is not None:
-            pass
-
-    plays(play)
+    plays(for_ever)
     within(10, lambda: not busy(), "nothing of other tests is left")
     inside._operations.clear()
     monkeypatch.setattr(inside, "_MOST_OF_ONE", 1)

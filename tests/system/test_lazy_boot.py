@@ -143,8 +143,7 @@ def test_a_linux_guest_reads_on_while_it_is_moved_to_the_complete_file(
     async def story() -> None:
         spec = _with(bench.spec(bench.push(tiny_image)), memory_mib=192)
         async with bench.agent() as agent:
-            bench.desk.want(spec)
-            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            await bench.becomes("on", spec)
             assert bench.live_disk(spec).endswith("/vda.qcow2")
             await bench.event("the image is complete and read directly now")
             directory = bench.directory / "instances" / spec.uuid
@@ -191,8 +190,7 @@ def test_a_guest_with_a_blank_disk_boots_from_a_cd_rom_that_is_still_arriving(be
             bench.desk.want(_with(spec, snapshots=(Capture("0" * 32),)))
             ended = await bench.desk.seen(lambda s: bool(s.snapshots), spec.uuid)
             assert ended.snapshots[0].digests.keys() == {"vda"}, ended
-            bench.desk.want(_with(spec, power=Power.OFF))
-            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            await bench.becomes("off", _with(spec, power=Power.OFF))
             await bench.boot(agent, spec)
             await remove(bench, spec)
         await bench.service_is_gone()
@@ -209,10 +207,8 @@ def test_a_moved_disk_stays_where_it_is_when_its_guest_starts_again(bench: LazyB
         async with bench.agent():
             bench.desk.want(spec)
             await bench.event("the image is complete and read directly now")
-            bench.desk.want(_with(spec, power=Power.OFF))
-            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
-            bench.desk.want(spec)
-            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            await bench.becomes("off", _with(spec, power=Power.OFF))
+            await bench.becomes("on", spec)
             assert bench.live_disk(spec) == str(directory / "vda.2.qcow2")
             await remove(bench, spec)
         await bench.service_is_gone()
@@ -230,8 +226,7 @@ def test_guests_agent_and_service_end_and_come_back_in_any_order(bench: LazyBenc
     async def story() -> None:
         spec = bench.sector()
         async with bench.agent():
-            bench.desk.want(spec)
-            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            await bench.becomes("on", spec)
             first = await bench.pid()
         assert await bench.pid() == first  # it stays for its guest
         os.kill(first, signal.SIGKILL)
@@ -257,8 +252,7 @@ def test_a_guest_that_is_deleted_while_the_service_is_away_does_not_keep_the_nex
     async def story() -> None:
         spec = bench.sector()
         async with bench.agent():
-            bench.desk.want(spec)
-            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+            await bench.becomes("on", spec)
             os.kill(await bench.pid(), signal.SIGKILL)
             await remove(bench, spec)  # sooner than the service is started again
             async with asyncio.timeout(60):
@@ -410,10 +404,8 @@ def test_a_disk_with_a_snapshot_is_moved_at_the_next_start_and_keeps_it(bench: L
 
 
 async def restart(bench: LazyBench, spec: InstanceSpec) -> None:
-    bench.desk.want(_with(spec, power=Power.OFF))
-    await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
-    bench.desk.want(spec)
-    await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
+    await bench.becomes("off", _with(spec, power=Power.OFF))
+    await bench.becomes("on", spec)
 
 
 def reads_the_raw_file(bench: LazyBench, spec: InstanceSpec) -> bool:

@@ -109,8 +109,8 @@ def test_all_disks_of_a_running_guest_are_stored_as_they_were_at_one_moment(
                 )
             assert "sf-" not in nodes(bench, spec).replace(f"sf-{bench.installation}", "")
             assert not list((bench.directory / "run").glob("snapshot*"))
-            bench.desk.want(spec := replace(spec, power=Power.OFF))
-            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            spec = replace(spec, power=Power.OFF)
+            await bench.becomes("off", spec)
             off = await snapshot(bench, spec, "off")
             first, second = numbers(store, off, bench.directory)
             assert off.error == "" and first in (second, second + 1) and first > last
@@ -132,10 +132,9 @@ def test_a_guest_that_is_off_is_stored_while_its_image_is_still_arriving(bench: 
     async def story() -> None:
         spec = bench.sector()
         async with bench.agent():
-            bench.desk.want(spec)
-            await bench.desk.seen(lambda s: s.power_state == "on", spec.uuid)
-            bench.desk.want(spec := replace(spec, power=Power.OFF))
-            await bench.desk.seen(lambda s: s.power_state == "off", spec.uuid)
+            await bench.becomes("on", spec)
+            spec = replace(spec, power=Power.OFF)
+            await bench.becomes("off", spec)
             taken = await snapshot(bench, spec, "off")
             figures = await bench.client.ask("figures", reader=f"{spec.uuid}-vda")
             assert figures["present_bytes"] < figures["data_bytes"] and taken.error == ""
