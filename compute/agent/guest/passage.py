@@ -204,11 +204,16 @@ class Passage:
         await self._do(passing.mirror, {device: (path, out(device)) for device, path in files.items()})
         while not await self._do(passing.settled, len(files)):
             await asyncio.sleep(_LOOK_S)
-        await self._do(passing.send, out(_MEMORY), still=self._host.verdict.accel == "tcg")
-        while (await self._do(passing.sending))[0] != "pre-switchover":
-            await asyncio.sleep(_LAST_S)
-        async with asyncio.timeout(_STILL_S):
-            await self._do(passing.go_on, len(files))
-            while (said := await self._do(passing.sending))[0] != "completed":
-                await asyncio.sleep(_LAST_S)
+        still = self._host.verdict.accel == "tcg"  # qemu may lose there that a page was written meanwhile
+        try:
+            async with asyncio.timeout(_STILL_S if still else None) as limit:
+                await self._do(passing.send, out(_MEMORY), still=still)
+                while (await self._do(passing.sending))[0] != "pre-switchover":
+                    await asyncio.sleep(_LAST_S)
+                limit.reschedule(asyncio.get_running_loop().time() + _STILL_S)
+                await self._do(passing.go_on, len(files))
+                while (said := await self._do(passing.sending))[0] != "completed":
+                    await asyncio.sleep(_LAST_S)
+        except TimeoutError as err:
+            raise Unavailable(f"it stood still for {_STILL_S:.0f} s already", hint="--cold") from err
         return int(said[1])

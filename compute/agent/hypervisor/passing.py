@@ -70,9 +70,9 @@ def settled(hypervisor: Hypervisor, uuid: str, disks: int) -> bool:
 
 
 def send(hypervisor: Hypervisor, uuid: str, memory: Path, *, still: bool) -> None:
-    """Begin to send its memory to who listens on this socket; before the last of it that waits for `go_on`.
+    """Begin to send its memory to this socket; before the last of it that waits for `go_on`.
 
-    still: stands still meanwhile, as TCG may lose that a page was written (kvm-unit-tests, migration.c).
+    still: meanwhile it stands still, as it must under TCG, whose dirty bits are lost now and then (kvm-unit-tests).
     """
     call, on = partial(hypervisor.qmp, uuid), {"pause-before-switchover": True, "auto-converge": True}
     if still:

@@ -10,28 +10,31 @@ import pytest
 from compute.agent.guest import passage
 from compute.agent.guest.record import Phase
 from compute.agent.hypervisor import passing
+from compute.agent.hypervisor.accel import Verdict
 from compute.errors import NotFound, Unavailable
 from compute.wire.streams import pair
 from net import NetError
 from tests.unit.compute.agent.test_guest_start import SPEC, guest
 
 
+@pytest.mark.parametrize("accel, reached", [("kvm", "pre-switchover"), ("tcg", "active")])
 def test_what_stands_still_for_the_other_node_is_given_up_soon(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accel: str, reached: str
 ) -> None:
-    """A node that lives and takes nothing: a disk of it that hangs, or malice."""
-    said = iter([("active", 0), ("pre-switchover", 0)])
-    for name, done in (("mirror", None), ("settled", True), ("send", None), ("go_on", None)):
+    """A node that lives and takes nothing: a disk that hangs, or malice. An emulated guest stands from the start."""
+    said, asked = iter([("active", 0), (reached, 0)]), list[bool]()
+    for name, done in (("mirror", None), ("settled", True), ("go_on", None)):
         monkeypatch.setattr(passing, name, lambda *_, done=done, **__: done)
+    monkeypatch.setattr(passing, "send", lambda *_, still: asked.append(still))
     monkeypatch.setattr(passing, "sending", lambda *_: next(said, ("device", 0)))
     monkeypatch.setattr(passage, "_STILL_S", 0.05)
     made, _, _ = guest(tmp_path)
+    made.passage._host.verdict = Verdict(accel, "for a test")
 
     async def story() -> None:
-        sending = asyncio.create_task(made.passage._send())
-        done, _ = await asyncio.wait({sending}, timeout=10)
-        sending.cancel()
-        assert done and isinstance(sending.exception(), TimeoutError) and next(said, None) is None
+        with pytest.raises(Unavailable, match="stood still"):
+            await asyncio.wait_for(made.passage._send(), 10)
+        assert next(said, None) is None and asked == [accel == "tcg"]
 
     asyncio.run(story())
 
