@@ -204,7 +204,7 @@ class Passage:
         await self._do(passing.mirror, {device: (path, out(device)) for device, path in files.items()})
         while not await self._do(passing.settled, len(files)):
             await asyncio.sleep(_LOOK_S)
-        still = self._host.verdict.accel == "tcg"  # qemu may lose there that a page was written meanwhile
+        still = self._host.verdict.accel == "tcg"  # whose dirty bits are lost now and then (kvm-unit-tests)
         try:
             async with asyncio.timeout(_STILL_S if still else None) as limit:
                 await self._do(passing.send, out(_MEMORY), still=still)

@@ -70,10 +70,7 @@ def settled(hypervisor: Hypervisor, uuid: str, disks: int) -> bool:
 
 
 def send(hypervisor: Hypervisor, uuid: str, memory: Path, *, still: bool) -> None:
-    """Begin to send its memory to this socket; before the last of it that waits for `go_on`.
-
-    still: meanwhile it stands still, as it must under TCG, whose dirty bits are lost now and then (kvm-unit-tests).
-    """
+    """Begin to send its memory to this socket, `still` or running; before the last of it that waits for `go_on`."""
     call, on = partial(hypervisor.qmp, uuid), {"pause-before-switchover": True, "auto-converge": True}
     if still:
         call("stop")
