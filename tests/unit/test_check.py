@@ -75,8 +75,9 @@ def test_an_attribute_past_a_face_is_refused_and_one_of_it_is_not(tree: Path) ->
         "imagestore.formats",
     )
     (tree / "cli/past.py").write_text("".join(f"{line}\n" for line in lines))
-    said = "cli/past.py:4: formats of imagestore is not in the face of imagestore (its __init__.pyi)\n"
-    assert checked(tree).stderr == said
+    said = "cli/past.py:4: formats of imagestore is not in the face of imagestore (its __init__.pyi)"
+    # Of this file alone: a tree that has almost as many lines as it may would be over it by these four.
+    assert [line for line in checked(tree).stderr.splitlines() if "past.py" in line] == [said]
 
 
 def test_an_upward_import_is_refused(tree: Path) -> None:
