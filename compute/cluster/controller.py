@@ -21,7 +21,7 @@ from compute.cluster.joining import hashed
 from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.instances import Instance, stays
-from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine, rename
+from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.stored import new_uuid
@@ -66,8 +66,8 @@ class Controller:
     async def start(self, seen: Remembered | None = None, identity: str = "") -> str:
         """Make the server's own node known, so that the API can place on it before its agent has probed the machine.
 
-        `seen`: who this machine is and what it remembers. The name that this node has follows the configured one,
-        unless another has that: then it keeps its own. Returns it.
+        `seen`: who this machine is and what it remembers. Returns this node's name: the one that was configured when it
+        was new, as a joined node has the one that it joined by.
         identity: what its agent shows us; then it is a node like all others, and not the server's own.
         """
         self.feed.start()
@@ -86,8 +86,6 @@ class Controller:
                 known = Node(uuid=new_uuid(), name=self.server, facts=facts, machine=seen.machine)
             elif known is None:
                 raise Conflict(f"node {self.server} is another machine", hint="give this another node_name")
-            elif self.server not in (known.name, *names.values()):
-                known = rename(txn, known, self.server)
             known = replace(known, identity=identity and hashed(identity), state="created")
             txn.update(replace(known, machine=seen.machine))
             if txn.find(Claims, known.name) is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from typing import Any, ClassVar
 
-from compute.cluster.records.epochs import epoch, heard
+from compute.cluster.records.epochs import heard
 from compute.cluster.records.instances import Instance, end, finish_delete
 from compute.cluster.records.networks import Network
 from compute.cluster.records.secrets import site_secret
@@ -150,29 +150,6 @@ def find_machine(nodes: Iterable[Node], machine: str, name: str) -> Node | None:
     own = [n for n in nodes if not n.identity and not n.machine and n.state != "deleted"]
     found = [n for n in nodes if n.machine == machine and machine] or [n for n in own if n.name == name]
     return next(iter(found or (own if len(own) == 1 else [])), None)
-
-
-def rename(txn: Transaction, known: Node, name: str) -> Node:
-    """Another label for the same node: whatever is recorded under its name follows."""
-    taken, claims = txn.find(Node, name), txn.get(Claims, known.name)  # before the list, as in `remove`
-    for instance in txn.list(Instance):
-        if known.name in (instance.node, *instance.left):
-            at, *left = (name if n == known.name else n for n in (instance.node, *instance.left))
-            txn.update(replace(instance, node=at, left=tuple(left)))
-    for network in txn.list(Network):
-        if network.router_node == known.name:
-            txn.update(replace(network, router_node=name))
-    before = txn.find(Claims, name)
-    txn.update(replace(claims, name=name, revision=before.revision if before else 0))
-    txn.delete(Claims, known.name)
-    txn.delete(Node, known.name)
-    present = epoch(txn)
-    if known.name in present.waiting:
-        waiting = {*present.waiting, name} - {known.name}
-        txn.update(replace(present, waiting=tuple(sorted(waiting))))
-    made = txn.update(replace(known, name=name, revision=taken.revision if taken else 0))
-    txn.event(Node.KIND, name, f"was called {known.name}", type="audit")
-    return made
 
 
 def move_routers(txn: Transaction, away_from: str, router_nodes: Sequence[str]) -> list[str]:
