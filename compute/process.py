@@ -109,11 +109,10 @@ async def agent(
     address = address or config.mesh_address
     # Loopback would carry more than any uplink does.
     mtu_bytes = 0 if address.is_loopback else await asyncio.to_thread(plane.largest_mtu, address)
-    told = config.images
-    numbers = {"fill-rate": told.fill_bytes_s, "cache-size": told.cache_bytes, "read-ahead": told.read_ahead}
-    limits = tuple(word for name, number in numbers.items() for word in (f"--{name}", f"{number:.0f}"))
     peers = f"{address}:{config.peer_port}" if config.peer_port and not address.is_loopback else ""
-    settings = Settings(lambda: list(stores.urls.values()), config.fill, config.read_timeout_s, limits, peers)
+    settings = Settings(
+        lambda: list(stores.urls.values()), config.fill, config.read_timeout_s, config.images, peers
+    )
     return Agent(
         controller,
         node,

@@ -140,10 +140,7 @@ def top(interval_s: float) -> None:
 @click.command(cls=Command, examples="sf imaged\nsf imaged --fill-rate 20M --cache-size 100G")
 @kept("--fill-rate", metavar="SIZE", help="Bytes a second for what nobody waits for; 0: no limit.")
 @kept("--cache-size", metavar="SIZE", help="Forget unused images above this; 0: no limit.")
-@click.option("--user", default="", metavar="NAME", help="Give up root and become this user.")
-@click.option("--group", default="", metavar="NAME", help="Who may connect besides: qemu's, such as kvm.")
-def imaged(user: str, group: str) -> None:
+def imaged() -> None:
     """Run this node's image service in the foreground (`sf serve` and `sf agent` start their own)."""
     told = settings()
-    stores, options = tuple(told.stores.values()), imagestore.options_of(told)
-    imagestore.run_service(told.state_dir, stores, options, user=user, group=group)
+    imagestore.run_service(told.state_dir, tuple(told.stores.values()), imagestore.options_of(told))

@@ -5,13 +5,14 @@ that read through it, and the next agent finds it by its socket.
 """
 
 import asyncio
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from imagestore import (
     Digest,
     ImageCache,
     Invalid,
+    Options,
     StoreError,
     control_socket,
     trust_memories,
@@ -56,7 +58,7 @@ class Settings:
     stores: Callable[[], Sequence[str]]  # URLs as this machine's settings have them now
     fill: str = "now"
     patience_s: float = 120.0
-    arguments: tuple[str, ...] = ()  # more for the service's command line
+    options: Options = field(default_factory=Options)
     peer_address: str = ""  # host:port where other nodes may be served
 
 
@@ -283,9 +285,10 @@ class ServedImages:
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "imagestore.cache.imaged", "--while-needed", *self._settings.arguments]
+        options, stores = json.dumps(asdict(self._settings.options)), self._settings.stores()
+        argv = [sys.executable, "-m", "imagestore.cache.imaged", str(self._state_dir), options, *stores]
         if os.geteuid() == 0:
-            prefix, closed = unprivileged(self._state_dir, self._settings.stores())
+            prefix, closed = unprivileged(self._state_dir, stores)
             if closed and not self._closed:
                 log.warning("%s is closed to other users: the image service keeps the right to read", closed)
             argv, self._closed = [*prefix, *argv], closed
@@ -295,7 +298,7 @@ class ServedImages:
         # Begun anew each time, so that it stays small.
         with self._log.open("wb") as log_file:
             return subprocess.Popen(
-                [*argv, str(self._state_dir), *self._settings.stores()],
+                argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,

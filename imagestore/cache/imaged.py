@@ -1,21 +1,18 @@
-"""The image service's process: `python -m imagestore.cache.imaged STATE_DIR STORE…`, or `sf imaged`.
+"""The image service's process: `sf imaged`; an agent's: `python -m imagestore.cache.imaged STATE_DIR OPTIONS STORE…`.
 
 It leaves SIGTERM and SIGINT with everything flushed. Started by an agent (`while_needed`) it also ends by itself once
-no guest reads through it, nothing is being filled and no agent has asked anything for a while.
+no guest reads through it, nothing is being filled and no agent has asked anything for a while. OPTIONS are JSON.
 """
 
-import argparse
 import asyncio
 import contextlib
-import grp
+import json
 import os
-import pwd
 import signal
 import sys
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +20,7 @@ from imagestore.cache.control import ControlServer
 from imagestore.cache.open_images import Options
 from imagestore.cache.service import ImageService
 from imagestore.durable import locked, opened
-from imagestore.errors import Conflict, Invalid
+from imagestore.errors import Conflict
 from imagestore.settings import Settings
 from imagestore.units import size_bytes
 
@@ -35,16 +32,14 @@ def control_socket(state: Path) -> Path:
     return state / "run" / "imaged" / "sock"
 
 
-def prepare(state: Path, uid: int = -1, group: int = -1) -> None:
+def prepare(state: Path, uid: int = -1) -> None:
     """Make the service's directories; give them, and what another user's service left there, to this user.
 
-    Nothing here follows a link: the directories may have been the user's before. The group of run/nbd and of the cache,
-    which is closed to others, is qemu's.
+    Nothing here follows a link: the directories may have been the user's before. The cache is closed to others.
     """
     for name in ("cache", "cache/readers", "cache/traces", "run/imaged", "run/nbd"):
         (state / name).mkdir(mode=0o711, parents=True, exist_ok=True)
         if name == "cache":
-            os.chown(state / name, -1, group)
             (state / name).chmod(0o710)
         if uid >= 0:
             with opened(state / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) as directory:
@@ -89,26 +84,9 @@ def options_of(settings: Settings) -> Options:
     )
 
 
-def run_service(
-    state: Path,
-    stores: Sequence[str],
-    options: Options,
-    *,
-    user: str = "",
-    group: str = "",
-    while_needed: bool = False,
-) -> None:
-    """Serve until told to end. Raises Conflict when another one serves this state directory, Invalid."""
-    try:
-        options = replace(options, socket_group=grp.getgrnam(group).gr_gid) if group else options
-        entry = pwd.getpwnam(user) if user else None
-    except KeyError as error:
-        raise Invalid(f"there is no user {user!r} or no group {group!r}") from error
-    prepare(state, entry.pw_uid if entry else -1, options.socket_group)
-    if entry:
-        os.setgroups([options.socket_group] if group else [])
-        os.setgid(entry.pw_gid)
-        os.setuid(entry.pw_uid)
+def run_service(state: Path, stores: Sequence[str], options: Options, *, while_needed: bool = False) -> None:
+    """Serve until told to end. Raises Conflict when another one serves this state directory."""
+    prepare(state)
     # Plain asyncio copies what it sends once more and answers half as many small reads.
     with contextlib.suppress(ImportError):
         import uvloop
@@ -144,15 +122,8 @@ async def _serve(state: Path, stores: Sequence[str], options: Options, while_nee
 
 def main() -> None:
     """Entry point of the module."""
-    parser = argparse.ArgumentParser(prog="imagestore.cache.imaged", description=__doc__)
-    parser.add_argument("state", type=Path)
-    parser.add_argument("store", nargs="*")
-    for name in ("--fill-rate", "--cache-size", "--read-ahead"):
-        parser.add_argument(name, default="")
-    parser.add_argument("--while-needed", action="store_true")
-    told = vars(parser.parse_args())
-    options = options_of(Settings(told))
-    run_service(told["state"], told["store"], options, while_needed=told["while_needed"])
+    state, options, *stores = sys.argv[1:]
+    run_service(Path(state), stores, Options(**json.loads(options)), while_needed=True)
 
 
 if __name__ == "__main__":

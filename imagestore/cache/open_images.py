@@ -48,8 +48,6 @@ class Options:
     fill_bytes_s: float = 0.0  # 0 for no limit
     cache_bytes: int = 0  # size on disk above which unused images are forgotten; 0 for no limit
     read_ahead: int = 2  # frames after a missed one at most, where nothing else fills
-    socket_group: int = -1
-    """Group id that may connect to the sockets; -1: the directory's if that is setgid, else the process's own."""
 
 
 class Image(Filling):
@@ -118,7 +116,7 @@ class OpenImages:
             if reader not in image.exports:
                 source = Reader(self._fetcher, image, patience_s=patience_s)
                 name = Digest.of(reader.encode()).hex()[:12]
-                server = NbdServer(source, self._run / name, group=self._options.socket_group)
+                server = NbdServer(source, self._run / name)
                 await server.start()
                 image.exports[reader] = (server, source)
                 asyncio.get_running_loop().call_later(TRACE_S, self._end_trace, image, source)

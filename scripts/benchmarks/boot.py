@@ -105,8 +105,9 @@ class Service:
 @contextlib.contextmanager
 def service(bench: Bench, state: Path, store: str) -> Iterator[Service]:
     with (bench.dir("log") / "imaged").open("ab") as log:
-        argv = [sys.executable, "-m", "imagestore.cache.imaged", str(state), store]
-        process = subprocess.Popen(argv, stdout=log, stderr=log)
+        argv = [sys.executable, "-c", "from cli.main import main; main()", "imaged"]
+        told = os.environ | {"SF_STATE_DIR": str(state), "SF_STORE": store}
+        process = subprocess.Popen(argv, stdout=log, stderr=log, env=told)
     found = Service(state, process)
     try:
         deadline = time.monotonic() + 60

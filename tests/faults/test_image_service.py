@@ -560,7 +560,7 @@ def test_a_service_of_an_earlier_version_is_replaced_by_the_next_agent(tmp_path:
             await asyncio.sleep(0.05)
 
     async def story() -> None:
-        process = subprocess.Popen([sys.executable, "-c", older, "--while-needed", state, "file:///nowhere"])
+        process = subprocess.Popen([sys.executable, "-c", older, state, "{}", "file:///nowhere"])
         assert await pid() == process.pid
         images = ServedImages(ImageCache(state / "cache", {}), state, Settings(lambda: (url,), "never"))
         assert (await images.backing("a", str(digest))).socket

@@ -32,6 +32,7 @@ from compute.wire.spec import Capture, DiskSpec, InstanceSpec, Power
 from imagestore.cache.control import ControlClient
 from imagestore.cache.imaged import control_socket
 from imagestore.cache.images import ImageCache
+from imagestore.cache.open_images import Options
 from imagestore.errors import StoreError
 from imagestore.formats.digest import Digest
 from imagestore.push import push
@@ -63,12 +64,12 @@ class LazyBench(Bench):
         disk.write_bytes(boot_sector("HELLO\r\n").ljust(65536, b"\0") + random.Random(1).randbytes(12 << 20))
         self.digest = self.push(disk)
         self.client = ControlClient(control_socket(directory))
-        self.arguments: tuple[str, ...] = ()
+        self.options = Options()
         self.fill = "now"
 
     @contextlib.asynccontextmanager
     async def agent(self) -> AsyncIterator[Agent]:
-        settings = Settings(lambda: (self.url,), self.fill, 60.0, self.arguments)
+        settings = Settings(lambda: (self.url,), self.fill, 60.0, self.options)
         images = ServedImages(ImageCache(self.directory / "cache", {}), self.directory, settings)
         agent = Agent(self.desk, "here", self.directory, NoNetworks(), images, self.host.uri)
         running = asyncio.create_task(agent.run())
@@ -138,7 +139,7 @@ def bench(
 def test_a_linux_guest_reads_on_while_it_is_moved_to_the_complete_file(
     bench: LazyBench, tiny_image: Path
 ) -> None:
-    bench.arguments = ("--fill-rate", "4M")
+    bench.options = Options(fill_bytes_s=4 << 20)
 
     async def story() -> None:
         spec = _with(bench.spec(bench.push(tiny_image)), memory_mib=192)
@@ -199,7 +200,7 @@ def test_a_guest_with_a_blank_disk_boots_from_a_cd_rom_that_is_still_arriving(be
 
 
 def test_a_moved_disk_stays_where_it_is_when_its_guest_starts_again(bench: LazyBench) -> None:
-    bench.arguments = ("--fill-rate", "8M")
+    bench.options = Options(fill_bytes_s=8 << 20)
 
     async def story() -> None:
         spec = bench.sector()
@@ -501,7 +502,7 @@ def test_a_boots_trace_ends_when_the_console_says_that_the_guest_is_up(
 def test_an_agent_that_dies_around_the_move_leaves_one_overlay_the_right_one(
     bench: LazyBench, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    bench.arguments = ("--fill-rate", "4M")
+    bench.options = Options(fill_bytes_s=4 << 20)
     real = libvirt_adapter.Hypervisor.move_disk
 
     class Died(BaseException):

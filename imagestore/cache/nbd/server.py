@@ -8,7 +8,6 @@ HANDSHAKE_S. A client that breaks the protocol loses its connection and nothing 
 
 import asyncio
 import errno
-import os
 import struct
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -232,13 +231,10 @@ class Connection(asyncio.Protocol):
 
 
 class NbdServer:
-    """Serves `source` on the Unix socket `path` until `close`; for its owner and its group.
+    """Serves `source` on the Unix socket `path` until `close`; for its owner and its group (a setgid directory's)."""
 
-    group: which; -1 is the directory's if that is setgid, else the process's own.
-    """
-
-    def __init__(self, source: Source, path: Path, *, group: int = -1) -> None:
-        self.source, self.path, self._group = source, path, group
+    def __init__(self, source: Source, path: Path) -> None:
+        self.source, self.path = source, path
         self.connections: set[Connection] = set()  # clients at this moment
 
     async def start(self) -> None:
@@ -248,7 +244,6 @@ class NbdServer:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: Connection(self), str(fresh))
         fresh.chmod(0o660)
-        os.chown(fresh, -1, self._group)
         fresh.rename(self.path)
 
     async def close(self) -> None:
