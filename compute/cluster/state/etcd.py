@@ -184,10 +184,6 @@ class EtcdStore:
         if not int(found.get("result", {}).get("TTL", 0)) > 0:
             raise LeaseLost(f"lease {lease} has expired")
 
-    def revoke(self, lease: int) -> None:
-        with suppress(LeaseLost):
-            self._ask("lease/revoke", {"ID": str(lease)})
-
     def watch(self, prefix_: str, after_revision: int, timeout_s: float) -> Sequence[Change]:
         deadline = time.monotonic() + timeout_s
         while True:

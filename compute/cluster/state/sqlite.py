@@ -10,20 +10,20 @@ watches read is in memory: a restart forgets it.
 
 import contextlib
 import logging
+import os
 import queue
 import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from compute.cluster.state.protocol import ABSENT, Change, Keys, Record, Seen, Writes, bounded, kept
-from compute.cluster.state.reserve import Reserve
 from compute.errors import Compacted, ComputeError, Conflict, LeaseLost, NoSpace, Stale, Unavailable
 from imagestore import durable
 
@@ -42,19 +42,12 @@ insert into meta select 1, 1, 1 where not exists (select 1 from meta);
 
 HISTORY = 1024  # changes that a watch can look back on
 _SWEEP_S = 0.25  # how late an expired lease may be noticed
+_RESERVE_BYTES, _PIECES, _EVERY_S = 4 << 20, 8, 60.0
 
 
-@dataclass(slots=True)
-class _Job:
-    """What the writer thread is asked to do: one commit, or one statement about a lease."""
-
-    writes: Writes = field(default_factory=dict)
-    expect: Seen = field(default_factory=dict)
-    lease: int | None = None
-    ephemeral: Keys = ()
-    done: Future[int] = field(default_factory=Future)
-    grant_ttl_s: float | None = None
-    revoke: int | None = None
+_Rows = Sequence[tuple[str, bytes | None, int | None]]  # key, value, and the lease that it lives with
+_Act = Callable[[], tuple[_Rows, int | None]]
+"""What the writer thread is asked: what it writes, and the answer, None for the revision. Raises LeaseLost, Stale."""
 
 
 class SqliteStore:
@@ -62,11 +55,11 @@ class SqliteStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[_Act, Future[int]] | None] = queue.SimpleQueue()
         self._moved = threading.Condition()
         self._reading = threading.Lock()
         self._leases: dict[int, tuple[float, float]] = {}  # id → (ttl_s, monotonic time at which it dies)
-        self._reserve = Reserve(path.with_suffix(".reserve"))
+        self._reserve = _Reserve(path.with_suffix(".reserve"))
         try:
             self._open()
         except (sqlite3.Error, OSError) as err:
@@ -184,19 +177,14 @@ class SqliteStore:
 
     def commit(self, writes: Writes, *, expect: Seen, lease: int | None = None, ephemeral: Keys = ()) -> int:
         bounded(writes, expect)
-        return self._submit(_Job(writes, expect, lease, ephemeral))
+        return self._submit(partial(self._compared, writes, expect, lease, ephemeral))
 
     def grant(self, ttl_s: float) -> int:
-        return self._submit(_Job(grant_ttl_s=ttl_s))
+        return self._submit(partial(self._granted, ttl_s))
 
     def refresh(self, lease: int) -> None:
-        known = self._leases.get(lease)
-        if known is None or known[1] <= time.monotonic():
-            raise LeaseLost(f"lease {lease} has expired")
-        self._leases[lease] = (known[0], time.monotonic() + known[0])
-
-    def revoke(self, lease: int) -> None:
-        self._submit(_Job(revoke=lease))
+        ttl_s = self._living(lease)
+        self._leases[lease] = ttl_s, time.monotonic() + ttl_s
 
     def close(self) -> None:
         """Finish what was submitted, then close. A second call does nothing."""
@@ -211,16 +199,17 @@ class SqliteStore:
             self._read.close()
         self._write.close()
 
-    def _submit(self, job: _Job) -> int:
+    def _submit(self, act: _Act) -> int:
         if self._closed:
             raise Unavailable("the state store is closed")
-        self._jobs.put(job)
-        return job.done.result()
+        done = Future[int]()
+        self._jobs.put((act, done))
+        return done.result()
 
     def _run(self) -> None:
         stop = False
         while not stop:
-            batch: list[_Job] = []
+            batch = list[tuple[_Act, Future[int]]]()
             try:
                 first = self._jobs.get(timeout=_SWEEP_S if self._leases else None)
                 while first is not None:
@@ -230,42 +219,37 @@ class SqliteStore:
             except queue.Empty:
                 pass
             now = time.monotonic()
-            batch += [_Job(revoke=i) for i, (_, end) in list(self._leases.items()) if end <= now]
+            over = [lease for lease, (_, end) in list(self._leases.items()) if end <= now]
+            batch += [(partial(self._expired, lease), Future()) for lease in over]
             if batch:
                 self._apply(batch)
         while not self._jobs.empty():  # submitted in the same instant as the close
             late = self._jobs.get_nowait()
             if late is not None:
-                late.done.set_exception(Unavailable("the state store is closed"))
+                late[1].set_exception(Unavailable("the state store is closed"))
 
-    def _apply(self, batch: Sequence[_Job]) -> None:
+    def _apply(self, batch: Sequence[tuple[_Act, Future[int]]]) -> None:
         """One SQLite transaction, one fsync, for all of them; each job succeeds or fails by itself."""
-        outcome: list[tuple[_Job, int | Exception]] = []
+        outcome: list[int | Exception] = []
         revision, changes = self._revision, list[Change]()
         leases = dict(self._leases)
         try:
             self._write.execute("begin immediate")
-            for job in batch:
+            for act, _ in batch:
                 try:
-                    if job.grant_ttl_s is not None:
-                        row = self._write.execute("insert into lease(ttl_s) values (?)", (job.grant_ttl_s,))
-                        lease = int(row.lastrowid or 0)
-                        self._leases[lease] = (job.grant_ttl_s, time.monotonic() + job.grant_ttl_s)
-                        outcome.append((job, lease))
-                        continue
-                    writes = self._checked(job)
+                    rows, answer = act()
                 except (Stale, LeaseLost) as err:
-                    outcome.append((job, err))
+                    outcome.append(err)
                     continue
-                revision += bool(writes)
-                for key, value in writes.items():
-                    written = key, value, revision, job.lease if key in job.ephemeral else None
+                revision += bool(rows)
+                for key, value, lease in rows:
                     if value is None:
-                        self._write.execute("delete from kv where key=?", written[:1])
+                        self._write.execute("delete from kv where key=?", (key,))
                     else:
+                        written = key, value, revision, lease
                         self._write.execute("insert or replace into kv values (?,?,?,?)", written)
                     changes.append(Change(key, value, revision))
-                outcome.append((job, revision))
+                outcome.append(revision if answer is None else answer)
             self._write.execute("update meta set revision=?", (revision,))
             with self._moved:  # whom `get` shows a change, `list` shows it too
                 self._write.execute("commit")
@@ -284,28 +268,72 @@ class SqliteStore:
                 return
             hint = "check free space on its filesystem"
             failure = (NoSpace if full else Unavailable)(f"cannot write {self._path}: {err}", hint=hint)
-            outcome = [(job, failure) for job in batch]
+            outcome = [failure for _ in batch]
         else:
             self._reserve.keep()
-        for job, result in outcome:
+        for (_, done), result in zip(batch, outcome, strict=True):
             if isinstance(result, Exception):
-                job.done.set_exception(result)
+                done.set_exception(result)
             else:
-                job.done.set_result(result)
+                done.set_result(result)
 
-    def _checked(self, job: _Job) -> Writes:
-        """What the job writes. Raises Stale or LeaseLost."""
-        if job.revoke is not None:
-            self._leases.pop(job.revoke, None)
-            self._write.execute("delete from lease where id=?", (job.revoke,))
-            rows = self._write.execute("select key from kv where lease=?", (job.revoke,))
-            return {key: None for (key,) in rows.fetchall()}
-        if job.lease is not None:
-            known = self._leases.get(job.lease)
-            if known is None or known[1] <= time.monotonic():
-                raise LeaseLost(f"lease {job.lease} has expired")
-        for key, revision in job.expect.items():
+    def _compared(
+        self, writes: Writes, expect: Seen, lease: int | None, ephemeral: Keys
+    ) -> tuple[_Rows, None]:
+        if lease is not None:
+            self._living(lease)
+        for key, revision in expect.items():
             row = self._write.execute("select revision from kv where key=?", (key,)).fetchone()
             if (row[0] if row else ABSENT) != revision:
                 raise Stale(f"{key} changed meanwhile")
-        return job.writes
+        return [(key, value, lease if key in ephemeral else None) for key, value in writes.items()], None
+
+    def _granted(self, ttl_s: float) -> tuple[_Rows, int]:
+        lease = int(self._write.execute("insert into lease(ttl_s) values (?)", (ttl_s,)).lastrowid or 0)
+        self._leases[lease] = ttl_s, time.monotonic() + ttl_s
+        return (), lease
+
+    def _expired(self, lease: int) -> tuple[_Rows, None]:
+        self._leases.pop(lease, None)
+        self._write.execute("delete from lease where id=?", (lease,))
+        rows = self._write.execute("select key from kv where lease=?", (lease,))
+        return [(key, None, None) for (key,) in rows.fetchall()], None
+
+    def _living(self, lease: int) -> float:
+        """How long it lives from each refresh on. Raises LeaseLost."""
+        ttl_s, end_s = self._leases.get(lease, (0.0, 0.0))
+        if end_s <= time.monotonic():
+            raise LeaseLost(f"lease {lease} has expired")
+        return ttl_s
+
+
+class _Reserve:
+    """Blocks that nobody else can take, so that guests can be deleted on a full disk, and the server starts.
+
+    Whoever filled the disk would take all at once, hence the pieces.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.next_s = path, 0.0
+
+    def keep(self) -> None:
+        """Fill it up again, if there is room by now."""
+        if time.monotonic() < self.next_s:
+            return
+        self.next_s = time.monotonic() + _EVERY_S
+        with contextlib.suppress(OSError):
+            self._path.touch(mode=0o600)
+            with self._path.open("r+b") as file:
+                kept = os.fstat(file.fileno()).st_size
+                try:
+                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+                except OSError:
+                    file.truncate(kept)
+
+    def spend(self) -> bool:
+        """Give a piece away; False if there is none left."""
+        left = self._path.stat().st_size if self._path.exists() else 0
+        if left:
+            log.error("the disk is full; %s has %d KiB left", self._path, left >> 10)
+            os.truncate(self._path, max(0, left - _RESERVE_BYTES // _PIECES))
+        return left > 0

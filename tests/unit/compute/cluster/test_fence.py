@@ -23,6 +23,7 @@ from compute.config import Config, load
 from compute.errors import Stale
 from imagestore import Settings
 from imagestore.errors import Invalid
+from tests.unit.compute.cluster.leases import lapse
 from tests.unit.compute.cluster.test_losses import Played
 
 COMMAND = """#!/bin/sh
@@ -63,7 +64,7 @@ class Fenced(Played):
     def silence(self, name: str) -> None:
         lease = self.store.get(f"alive/{name}")
         assert lease is not None
-        self.store.revoke(int(lease.value))
+        lapse(self.store, int(lease.value))
 
     @asynccontextmanager
     async def upkept(self) -> AsyncIterator[None]:

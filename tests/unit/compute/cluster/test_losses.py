@@ -40,6 +40,7 @@ from compute.wire.spec import (
     Orphan,
     Power,
 )
+from tests.unit.compute.cluster.leases import lapse
 
 IMAGE, BACKUP = "b3:" + 64 * "1", "b3:" + 64 * "2"
 NODES = ("n1", "n2", "n3")
@@ -100,7 +101,7 @@ class Played:
         """It has not renewed; upkeep sees it as missing for so long."""
         lease = self.store.get(f"alive/{name}")
         if lease is not None:
-            self.store.revoke(int(lease.value))
+            lapse(self.store, int(lease.value))
         for s in (LOST_S / 2, LOST_S) if silent_s == LOST_S else (silent_s,):
             self.silent[name] = time.monotonic() - s
             self.look()
@@ -365,7 +366,7 @@ def test_a_lease_that_came_and_went_while_nobody_looked_counts(
     monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: now_s, time=time.time))
     nodes, lease = played.controller.nodes, played.store.get("alive/n2")
     assert lease is not None
-    played.store.revoke(int(lease.value))
+    lapse(played.store, int(lease.value))
     began_s = now_s
     for pause_s, since_s in ((0, 0), (LEASE_S - 1, 0), (LEASE_S - 1, 0), (LEASE_S + 1, 35.0), (1, 35.0)):
         now_s += pause_s
@@ -388,7 +389,7 @@ def test_what_was_renewed_while_the_state_was_slow_to_answer_counts(
     monkeypatch.setattr(liveness.Liveness, "among", slow)
     lease = played.store.get("alive/n2")
     assert lease is not None
-    played.store.revoke(int(lease.value))
+    lapse(played.store, int(lease.value))
     began_s = now_s
     transact(played.store, nodes.note)
     assert nodes.silent == {"n2": pytest.approx(began_s + 5)}
@@ -408,6 +409,6 @@ def test_a_node_that_answers_while_the_guests_of_many_are_given_keeps_its_own_fo
     played.look()
     lease = played.store.get("alive/n2")
     assert lease is not None
-    played.store.revoke(int(lease.value))
+    lapse(played.store, int(lease.value))
     played.look()
     assert played.one(web).node == "n2"

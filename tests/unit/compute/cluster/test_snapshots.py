@@ -35,6 +35,7 @@ from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, NoCapacity, NotFound
 from compute.wire.spec import Capture, DiskSpec, InstanceState, InstanceStatus
 from imagestore import Digest, Store, open_store, push, verify_store
+from tests.unit.compute.cluster.leases import lapse
 from tests.unit.imagestore.images import make_raw
 
 WEB, DB = "11111111-0000-4000-8000-000000000001", "22222222-0000-4000-8000-000000000002"
@@ -319,7 +320,7 @@ def test_each_step_of_a_snapshot_proves_the_lease_of_the_one_server_that_does_it
 
     async def look() -> None:
         PROVEN.set(lease := store.grant(60))
-        store.revoke(lease)
+        lapse(store, lease)
         await asyncio.to_thread(worker._look)
 
     asyncio.run(look())
