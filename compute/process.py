@@ -1,7 +1,11 @@
-"""What `sf serve` and `sf agent` have in common: one process per state directory, its stores, its agent, its end."""
+"""What `sf serve` and `sf agent` have in common: one process per state directory, its stores, its agent, its end.
+
+And `sf agent` itself, which has nothing else.
+"""
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import signal
@@ -12,13 +16,14 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from compute.agent import link as remote
 from compute.agent.agent import Agent, Controller
 from compute.agent.image_service import ServedImages, Settings
 from compute.agent.link import Fenced, Identity, RemoteController
 from compute.agent.memory import Memory
 from compute.config import Config
-from compute.errors import Conflict, brief
-from imagestore import ImageCache, Store, StoreError, durable, open_store
+from compute.errors import Conflict, Invalid, brief
+from imagestore import ImageCache, Store, StoreError, durable, listening, open_store
 from net import Plane
 
 log = logging.getLogger(__name__)
@@ -212,3 +217,31 @@ def release() -> str:
         return version("sf-cloud")
     except PackageNotFoundError:
         return "0"
+
+
+async def serve_agent(config: Config, url: str = "", token: str = "", say: Say = log.info) -> None:
+    """Join if a token is given, then run until SIGINT or SIGTERM. Guests and networks outlive it.
+
+    Raises Conflict (it joined another server already), Invalid (it never joined), Denied, Unavailable.
+    """
+    with contextlib.ExitStack() as stack:
+        state_dir = config.state_dir
+        stack.enter_context(only_one(state_dir))
+        listening.raise_limits()
+        identity = remote.load(state_dir)
+        if identity is None:
+            if not (url and token):
+                hint = "sf node token on the server, then here: sf agent --join URL --token T"
+                raise Invalid(f"this machine has not joined a server ({state_dir})", hint=hint)
+            identity = await remote.join(state_dir, url, token, config.node_name)
+            say(f"joined {identity.url} as {identity.node}")
+        elif url and url != identity.url:
+            hint = f"sf node remove {identity.node} there, then remove {state_dir}/agent.json here"
+            raise Conflict(f"this machine belongs to {identity.url} already", hint=hint)
+        memory = Memory(state_dir, proof=hashlib.sha256(identity.secret.encode()).hexdigest()[:32])
+        stack.enter_context(memory.alone(identity.installation))
+        stores = stack.enter_context(contextlib.closing(NodeStores(config, default=False)))
+        agent, link = joined(config, identity, stores, memory, say)
+        say(f"sf agent {release()}: node {identity.node} of {identity.url}")
+        await run(agent, link, stores.keep)
+        say("stopped; guests and their networks go on running")

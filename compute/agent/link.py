@@ -32,9 +32,8 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from compute.agent.memory import Lease, cut, now_s
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.join_token import JoinToken
 from compute.wire.operations import NodeOperations, answer
-from compute.wire.spec import InstanceStatus, Inventory, NodeDesired, NodeEvent, NodeFacts
+from compute.wire.spec import InstanceStatus, Inventory, JoinToken, NodeDesired, NodeEvent, NodeFacts
 from compute.wire.streams import MESSAGE_BYTES, Stream
 from imagestore import durable
 from net import Action, Finding, NodeNetworks, Plane

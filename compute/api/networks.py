@@ -15,7 +15,7 @@ from compute.api import views
 from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, at
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
-from compute.cluster.records import interfaces, published, rules
+from compute.cluster.records import interfaces, rules
 from compute.cluster.records import networks as acts
 from compute.cluster.records.addresses import parse_within
 from compute.cluster.records.instances import remove_interface
@@ -212,17 +212,17 @@ def float_interface(ctx: Ctx, known: Link) -> Response:
 @router.post("/interfaces/{ref}/publish")
 async def publish(ctx: Ctx, known: Link, body: PublishBody) -> Response:
     """Lead ports of the router node's own addresses to it: `8080:80`, `53:53/udp`, `9000-9009:9000-9009`."""
-    wanted = published.parse(body.ports)
+    wanted = interfaces.parse_published(body.ports)
     network = await asyncio.to_thread(acts.find_routed, ctx.read(), known.network_uuid)
     node = await ctx.services.controller.nodes.operations(acts.routing(network))
     used = await node.listening()
-    act = partial(published.publish, wanted=wanted, listening=used, admin=ctx.caller.admin)
+    act = partial(interfaces.publish, wanted=wanted, listening=used, admin=ctx.caller.admin)
     return JSONResponse(views.interface(await asyncio.to_thread(ctx.change, known, act)))
 
 
 @router.delete("/interfaces/{ref}/publish")
 def unpublish(ctx: Ctx, known: Link, body: PublishBody) -> Response:
-    act = partial(published.unpublish, wanted=published.parse(body.ports))
+    act = partial(interfaces.unpublish, wanted=interfaces.parse_published(body.ports))
     return JSONResponse(views.interface(ctx.change(known, act)))
 
 

@@ -15,7 +15,7 @@ from compute.cluster.records.stored import check_name, new_uuid
 from compute.cluster.records.taken import Claims, Taken, take
 from compute.cluster.records.transaction import Transaction
 from compute.errors import Conflict, Denied, Unauthenticated
-from compute.wire.join_token import JoinToken
+from compute.wire.spec import JoinToken
 
 TOKEN_S = 600.0
 

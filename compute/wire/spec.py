@@ -4,15 +4,18 @@ The server decides (`NodeDesired`), the agent acts and reports (`InstanceStatus`
 talk through a call, between machines over HTTPS as JSON; the agent cannot tell the difference.
 """
 
+import base64
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from compute.errors import Denied
 from compute.wire.codec import Base64
 from net import Network, NodeNetworks
 
+_JOIN = "sfj1"
 AGENT_CHANNEL = "org.qemu.guest_agent.0"  # the virtio port that qemu-guest-agent in a guest answers on
 
 
@@ -273,3 +276,29 @@ class NodeFacts:
     disk_bytes: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the file system that has guests' disks; 0 of a version that does not say."""
     live: bool = False  # it knows live moves; an older one would start what comes
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """What `sf node token` prints and `sf agent --join` takes: `sfj1.FINGERPRINT.SECRET`, each in base64url.
+
+    The first is the SHA-256 of the server's certificate: the new node meets the right server before it says anything.
+    """
+
+    fingerprint: bytes
+    secret: str
+
+    def __str__(self) -> str:
+        return f"{_JOIN}.{base64.urlsafe_b64encode(self.fingerprint).decode()}.{self.secret}"
+
+    @classmethod
+    def parse(cls, text: str) -> "JoinToken":
+        """Raises Denied."""
+        try:
+            prefix, fingerprint, secret = text.strip().split(".")
+            pinned = base64.urlsafe_b64decode(fingerprint)
+            if prefix != _JOIN or len(pinned) != 32 or not secret:
+                raise ValueError(prefix)
+        except ValueError as err:
+            raise Denied("that is no join token", hint="sf node token, on the server, prints one") from err
+        return cls(pinned, secret)

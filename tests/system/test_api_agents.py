@@ -25,8 +25,7 @@ from compute.cluster.certificates import certificate
 from compute.cluster.records.transaction import transact
 from compute.config import Config
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.join_token import JoinToken
-from compute.wire.spec import InstanceState, InstanceStatus, NodeDesired, NodeFacts
+from compute.wire.spec import InstanceState, InstanceStatus, JoinToken, NodeDesired, NodeFacts
 from tests.api_server import Running, running
 
 

@@ -15,8 +15,7 @@ from compute.cluster.certificates import certificate
 from compute.cluster.joining import make_token
 from compute.cluster.records.transaction import transact
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
-from compute.wire.join_token import JoinToken
-from compute.wire.spec import InstanceState, InstanceStatus, NodeFacts
+from compute.wire.spec import InstanceState, InstanceStatus, JoinToken, NodeFacts
 from tests.api_server import Running, running
 from tests.system.test_api_agents import address, listening, server
 from tests.unit.compute.test_remote import Wires

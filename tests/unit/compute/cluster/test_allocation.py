@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from compute.cluster.records import published
+from compute.cluster.records import interfaces
 from compute.cluster.records.addresses import Ipam, ensure_floating
 from compute.cluster.records.instances import (
     Instance,
@@ -186,13 +186,13 @@ class Cluster(RuleBasedStateMachine):
         held = next(iter(interfaces_of(Transaction(self.store), uuid)), None)
         if held is None:
             return
-        wanted, listening = published.parse(ports), [("tcp", 8082)]
+        wanted, listening = interfaces.parse_published(ports), [("tcp", 8082)]
         made = self.refusable(
-            lambda txn: published.publish(txn, held.uuid, wanted, listening=listening, admin=admin)
+            lambda txn: interfaces.publish(txn, held.uuid, wanted, listening=listening, admin=admin)
         )
         assert not made or ports in ("8080:80", "8082:1/udp") or (ports == "80:80" and admin)
         if held.published:
-            self.refusable(lambda txn: published.unpublish(txn, held.uuid, held.published[0]))
+            self.refusable(lambda txn: interfaces.unpublish(txn, held.uuid, held.published[0]))
 
     @rule(uuid=networks, hop=st.sampled_from(["10.0.0.3", "10.1.0.1"]))
     def route(self, uuid: str, hop: str) -> None:
