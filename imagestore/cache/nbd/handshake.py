@@ -19,7 +19,7 @@ GREETING = struct.pack(">QQH", _NBDMAGIC, _IHAVEOPT, 3)
 
 _EXPORT_NAME, _ABORT, _LIST, _INFO, _GO, _STRUCTURED_REPLY, _LIST_META, _SET_META = 1, 2, 3, 6, 7, 8, 9, 10
 _ACK, _SERVER, _REP_INFO, _META_CONTEXT = 1, 2, 3, 4
-_ERR_UNSUP, _ERR_INVALID, _ERR_UNKNOWN, _ERR_TOO_BIG = ((1 << 31) + code for code in (1, 3, 6, 9))
+_ERR_UNSUP, _ERR_INVALID, _ERR_UNKNOWN = ((1 << 31) + code for code in (1, 3, 6))
 _INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
 # HAS_FLAGS, READ_ONLY, SEND_DF, CAN_MULTI_CONN, SEND_CACHE
 _EXPORT_FLAGS = 1 | 2 | 128 | 256 | 1024
@@ -42,33 +42,25 @@ class Handshake:
         self.structured = self.context = False
         """What was agreed on: structured replies, `base:allocation` in them."""
         self._size_bytes = size_bytes
-        self._no_zeroes: bool | None = None  # none before the client's flags
+        self._greeted = False  # whether the client's flags have come
         self._options = 0
-        self._skip_bytes = 0
 
     def step(self, buffer: bytearray) -> bytes | None:
         """Take one message out of the buffer; the answer to it, or None if it is not whole yet. Raises Broken."""
-        if self._skip_bytes:
-            step = min(self._skip_bytes, len(buffer))
-            del buffer[:step]
-            self._skip_bytes -= step
-            return None if self._skip_bytes else b""
-        if self._no_zeroes is None:
+        if not self._greeted:
             return self._client_flags(buffer)
         if len(buffer) < _OPTION.size:
             return None
         magic, option, length = _OPTION.unpack_from(buffer)
-        if magic != _IHAVEOPT or self._options == OPTIONS_MAX or length > MAX_REQUEST_BYTES:
+        if magic != _IHAVEOPT or self._options == OPTIONS_MAX or length > OPTION_MAX_BYTES:
             raise Broken("bad option")
         end = _OPTION.size + length
-        if length > OPTION_MAX_BYTES:
-            self._skip_bytes, end = length, _OPTION.size
-        elif len(buffer) < end:
+        if len(buffer) < end:
             return None
         self._options += 1
         payload = bytes(buffer[_OPTION.size : end])
         del buffer[:end]
-        return _answer(option, _ERR_TOO_BIG) if self._skip_bytes else self._choose(option, payload)
+        return self._choose(option, payload)
 
     def _client_flags(self, buffer: bytearray) -> bytes | None:
         if len(buffer) < 4:
@@ -76,17 +68,13 @@ class Handshake:
         (flags,) = struct.unpack_from(">I", buffer)
         if flags & ~3 or not flags & 1:
             raise Broken("unknown client flags")
-        self._no_zeroes = bool(flags & 2)
+        self._greeted = True
         del buffer[:4]
         return b""
 
     def _choose(self, option: int, payload: bytes) -> bytes:
-        if option == _EXPORT_NAME:
-            if payload:
-                raise Broken("no such export")
-            self.agreed = True
-            tail = b"" if self._no_zeroes else bytes(124)
-            return struct.pack(">QH", self._size_bytes, _EXPORT_FLAGS) + tail
+        if option == _EXPORT_NAME:  # what clients said before there was _GO (2016); no answer says no to it
+            raise Broken("the export is asked for in an old way")
         if option == _ABORT:
             self.aborted = True
             return _answer(option, _ACK)

@@ -65,7 +65,6 @@ class Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._handshake = Handshake(server.source.size_bytes)
         self._phase = self._negotiate
-        self._skip_bytes = 0
         self._paused = False
         self._in_flight: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
@@ -162,9 +161,6 @@ class Connection(asyncio.Protocol):
                 return False
             else:
                 out.append(self._other(flags, kind, cookie, offset, length))
-                if kind == _WRITE and length:
-                    self._skip_bytes, self._phase = length, self._skip
-                    break
         del buffer[:position]
         self._transport.writelines(out)
         return position > 0
@@ -172,8 +168,8 @@ class Connection(asyncio.Protocol):
     def _other(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
         """Everything but a plain read of a range inside the disk."""
         inside = length > 0 and offset + length <= self._source.size_bytes
-        if kind == _WRITE and length > MAX_REQUEST_BYTES:
-            raise Broken("oversized write")
+        if kind == _WRITE:
+            raise Broken("the export is read-only")
         if kind == _CACHE and inside:
             self._source.prefetch(offset, length)
             return self._ended(cookie)
@@ -183,18 +179,8 @@ class Connection(asyncio.Protocol):
             words = [word for run, hole in extents for word in (run, _HOLE_AND_ZERO if hole else 0)]
             body = struct.pack(f">I{len(words)}I", CONTEXT_ID, *words)
             return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _STATUS, cookie, len(body)) + body
-        # Commands 1, 4 and 6 change data.
-        return self._ended(cookie, errno.EPERM if kind in (_WRITE, 4, 6) else errno.EINVAL)
-
-    def _skip(self) -> bool:
-        """Pass over the payload of a write."""
-        step = min(self._skip_bytes, len(self._buffer))
-        del self._buffer[:step]
-        self._skip_bytes -= step
-        if self._skip_bytes:
-            return False
-        self._phase = self._requests
-        return True
+        # Commands 4 and 6 change data.
+        return self._ended(cookie, errno.EPERM if kind in (4, 6) else errno.EINVAL)
 
     def _start(self, work: Coroutine[Any, Any, None], length: int) -> None:
         task = asyncio.get_running_loop().create_task(work)
