@@ -71,10 +71,6 @@ class Reader:
     def extents(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, bool]]:
         return self._partial.extents(offset, length, limit)
 
-    def prefetch(self, offset: int, length: int) -> None:
-        self._filling.wanted.prefetch(self._partial.chunks(offset, length))
-        self._fetcher.pump()
-
     def figures(self) -> dict[str, Any]:
         """How its reads fared."""
         told = {"reads": self.reads, "waits": self.waits, "failures": self.failures}

@@ -26,10 +26,10 @@ _REQUEST_MAGIC = 0x25609513
 _SIMPLE_MAGIC = 0x67446698
 _STRUCTURED_MAGIC = 0x668E33EF
 
-_READ, _WRITE, _DISC, _CACHE, _BLOCK_STATUS = 0, 1, 2, 5, 7
+_READ, _WRITE, _DISC, _BLOCK_STATUS = 0, 1, 2, 7
 _FLAG_REQ_ONE = 8
 _DONE = 1
-_NONE, _OFFSET_DATA, _STATUS, _ERROR = 0, 1, 5, (1 << 15) + 1
+_OFFSET_DATA, _STATUS, _ERROR = 1, 5, (1 << 15) + 1
 _HOLE_AND_ZERO = 3
 
 _REQUEST = struct.Struct(">IHHQQI")
@@ -51,9 +51,6 @@ class Source(Protocol):
 
     def extents(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, bool]]:
         """The first `limit` (length, is a hole) pairs that cover the range in order; neighbours differ."""
-
-    def prefetch(self, offset: int, length: int) -> None:
-        """The client will want this range."""
 
 
 class Connection(asyncio.Protocol):
@@ -170,9 +167,6 @@ class Connection(asyncio.Protocol):
         inside = length > 0 and offset + length <= self._source.size_bytes
         if kind == _WRITE:
             raise Broken("the export is read-only")
-        if kind == _CACHE and inside:
-            self._source.prefetch(offset, length)
-            return self._ended(cookie)
         if kind == _BLOCK_STATUS and inside and self._handshake.context:
             limit = 1 if flags & _FLAG_REQ_ONE else STATUS_MAX_EXTENTS
             extents = self._source.extents(offset, length, limit)
@@ -180,7 +174,7 @@ class Connection(asyncio.Protocol):
             body = struct.pack(f">I{len(words)}I", CONTEXT_ID, *words)
             return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _STATUS, cookie, len(body)) + body
         # Commands 4 and 6 change data.
-        return self._ended(cookie, errno.EPERM if kind in (4, 6) else errno.EINVAL)
+        return self._failed(cookie, errno.EPERM if kind in (4, 6) else errno.EINVAL)
 
     def _start(self, work: Coroutine[Any, Any, None], length: int) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -199,7 +193,7 @@ class Connection(asyncio.Protocol):
         try:
             data = await self._source.read(offset, length)
         except OSError:
-            self._transport.write(self._ended(cookie, errno.EIO))
+            self._transport.write(self._failed(cookie, errno.EIO))
         else:
             self._transport.writelines((self._data_head(cookie, offset, length), data))
 
@@ -208,12 +202,12 @@ class Connection(asyncio.Protocol):
             return _DATA_CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
         return _SIMPLE.pack(_SIMPLE_MAGIC, 0, cookie)
 
-    def _ended(self, cookie: int, number: int = 0) -> bytes:
-        """Without data: well, or with this errno."""
+    def _failed(self, cookie: int, number: int) -> bytes:
+        """The answer with this errno."""
         if not self._handshake.structured:
             return _SIMPLE.pack(_SIMPLE_MAGIC, number, cookie)
-        error = struct.pack(">IH", number, 0) if number else b""
-        return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _ERROR if number else _NONE, cookie, len(error)) + error
+        error = struct.pack(">IH", number, 0)
+        return _CHUNK.pack(_STRUCTURED_MAGIC, _DONE, _ERROR, cookie, len(error)) + error
 
 
 class NbdServer:
