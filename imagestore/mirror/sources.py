@@ -51,8 +51,7 @@ class Source:
     signature: str = ""
     """URL of a detached signature on the checksum file, or "inline" where the file is clear-signed."""
     keyring: str = ""  # file of public keys for gpgv
-    build_page: str = ""
-    build_pattern: str = ""
+    build: Mapping[str, str] = field(default_factory=dict)  # page and pattern, or nothing
     keep: int = 3
     """How many versions keep a name: the newest by its tags, older ones by `TAG-BUILD`; 0: the newest alone."""
     format: str = "qcow2"  # "" is whatever it turns out to be
@@ -78,7 +77,10 @@ class Outcome:
     seconds: float = 0.0
 
 
-_KEYS = {one.name for one in fields(Source)} - {"build_page", "build_pattern", "checksum"} | {"build"}
+_BLANK = Source("", ("latest",), "", {"x86_64": "x86_64"})
+_TABLE = {one.name: getattr(_BLANK, one.name) for one in fields(Source) if one.name != "checksum"}
+_TABLE |= {"tags": [*_BLANK.tags]}  # a [[source]] that says nothing
+_TYPES = {str: "text", int: "a number", list: "a list", dict: "a table"}
 
 
 def load(directory: Path) -> list[Source]:
@@ -142,44 +144,35 @@ def choose(items: Iterable[T], patterns: Collection[str], names: Callable[[T], I
 
 def parse(body: Mapping[str, Any]) -> Source:
     """Check one [[source]] table. Raises Invalid."""
-    unknown = set(body) - _KEYS
-    if unknown:
+    if unknown := body.keys() - _TABLE.keys():
         raise Invalid(f"unknown keys: {', '.join(sorted(unknown))}")
-    name = check_name(_text(body, "name"))
-    tags = body.get("tags", ["latest"])
-    if not isinstance(tags, list) or not tags or not all(isinstance(tag, str) for tag in tags):
-        raise Invalid(f"{name}: tags is a list of words")
-    architectures = body.get("architectures", {"x86_64": "x86_64"})
-    if not isinstance(architectures, dict) or not architectures:
-        raise Invalid(f"{name}: architectures is a table of ours to upstream's")
-    build, labels = body.get("build", {}), body.get("labels", {})
-    if not isinstance(labels, dict):
-        raise Invalid(f"{name}: labels is a table of words")
-    if not isinstance(build, dict) or set(build) not in (set(), {"page", "pattern"}):
+    for key, value in body.items():
+        if type(value) is not (kind := type(_TABLE[key])):
+            raise Invalid(f"{key} is {_TYPES[kind]}, not {value!r:.80}")
+    table = {**_TABLE, **body}
+    name, tags, build, architectures = (table[key] for key in ("name", "tags", "build", "architectures"))
+    if not tags or not architectures:
+        raise Invalid(f"{name}: tags and architectures are some at least")
+    if set(build) not in (set(), {"page", "pattern"}):
         raise Invalid(f"{name}: build has page and pattern")
-    source = Source(
-        name=name,
-        tags=tuple(check_name(tag, "tag") for tag in tags),
-        url=_text(body, "url"),
-        architectures={check_architecture(ours): str(theirs) for ours, theirs in architectures.items()},
-        build_page=_text(build, "page", ""),
-        build_pattern=_text(build, "pattern", ""),
-        keep=_number(body, "keep", 3, 1000),
-        format=_text(body, "format", "qcow2"),
-        limit_bytes=_number(body, "limit_bytes", 20 << 30, _MOST_BYTES),
-        labels={str(key): str(value) for key, value in labels.items()},
-        **{key: _text(body, key, "") for key in ("checksums", "signature", "keyring", "os")},
-    )
-    for url in (source.url, source.checksums, source.build_page, source.signature):
-        if url not in ("", "inline") and urlsplit(url).scheme not in ("https", "http"):
+    if not all(isinstance(word, str) for word in (*tags, *build.values())):
+        raise Invalid(f"{name}: tags, page and pattern are text")
+    if not 1 <= table["keep"] <= 1000 or not 1 <= table["limit_bytes"] <= _MOST_BYTES:
+        raise Invalid(f"{name}: keep is from 1 to 1000, limit_bytes from 1 to {_MOST_BYTES}")
+    table["name"], table["tags"] = check_name(name), tuple(check_name(tag, "tag") for tag in tags)
+    table["architectures"] = {check_architecture(ours): str(theirs) for ours, theirs in architectures.items()}
+    table["labels"] = {key: str(value) for key, value in table["labels"].items()}
+    source, pattern = Source(**table), build.get("pattern", "")
+    for url in (source.url, *filter(None, (source.checksums, build.get("page"), source.signature))):
+        if url != "inline" and urlsplit(url).scheme not in ("https", "http"):
             raise Invalid(f"{name}: not a web address: {url[:200]!r}")
     try:
-        groups = re.compile(source.build_pattern).groups
+        groups = re.compile(pattern).groups
     except re.error as error:
         raise Invalid(f"{name}: the pattern is no regular expression: {error}") from error
-    if source.build_pattern and groups != 1:
+    if build and groups != 1:
         raise Invalid(f"{name}: the pattern has one group, the build's name")
-    if ("{build}" in source.url + source.checksums) != bool(source.build_pattern):
+    if ("{build}" in source.url + source.checksums) != bool(build):
         raise Invalid(f"{name}: {{build}} in the URL and a build table go together")
     signed = (source.signature, source.keyring)
     if any(signed) and not all((*signed, source.checksums)):
@@ -202,20 +195,6 @@ def parse_checksum(text: str) -> tuple[str, str]:
     if _DIGITS.get(algorithm) != len(digits) or not _HEX.fullmatch(digits):
         raise Invalid(f"not a checksum: {text[:80]!r}", hint="sha256:… or sha512:…, and hex digits")
     return algorithm, digits
-
-
-def _text(body: Mapping[str, Any], key: str, default: str | None = None) -> str:
-    value = body.get(key, default)
-    if not isinstance(value, str):
-        raise Invalid(f"{key} is missing or no text")
-    return value
-
-
-def _number(body: Mapping[str, Any], key: str, default: int, most: int) -> int:
-    value = body.get(key, default)
-    if type(value) is not int or not 1 <= value <= most:
-        raise Invalid(f"{key} is a number from 1 to {most}")
-    return value
 
 
 def newest(page: str, pattern: str, arch: str) -> str:

@@ -140,10 +140,10 @@ class _Image:
     def _look(self) -> Provenance:
         """What upstream has now."""
         source, build = self._source, ""
-        if source.build_pattern:
+        if source.build:
             theirs = source.architectures[self._architecture]
-            page = self._web.small(source.build_page.replace("{arch}", theirs)).decode(errors="replace")
-            build = sources.newest(page, source.build_pattern, theirs)
+            page = self._web.small(source.build["page"].replace("{arch}", theirs)).decode(errors="replace")
+            build = sources.newest(page, source.build["pattern"], theirs)
         location = sources.locate(source, self._architecture, build)
         there = Provenance(location.url, build)
         if source.checksum:
@@ -272,7 +272,7 @@ class _Image:
         """A tag for the version that is about to be replaced; versions past `keep` lose theirs."""
         name, tag, names = self._source.name, self._source.tags[0], self._store.names
         fetched = time.strftime("%Y%m%d", time.gmtime(known.fetched_at_s))  # of all architectures
-        old = sources.old_tag(tag, (self._source.build_pattern and known.build) or fetched)
+        old = sources.old_tag(tag, (self._source.build and known.build) or fetched)
         names.set(name, old, self._architecture, digest)
         present = [record.tag for record in names.list(lenient=True) if record.name == name]
         for gone in sources.tags_to_drop(present, tag, self._source.keep - 1):

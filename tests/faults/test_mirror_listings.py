@@ -145,8 +145,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def there(source: Source, url: str) -> Source:
     """The same source in that world."""
-    places = {"url": source.url, "checksums": source.checksums, "build_page": source.build_page}
-    return replace(source, **{name: text.replace("https:/", url, 1) for name, text in places.items()})
+    here = {name: getattr(source, name).replace("https:/", url, 1) for name in ("url", "checksums")}
+    build = {key: text.replace("https:/", url, 1) for key, text in source.build.items()}
+    return replace(source, **here, build=build)  # type: ignore[arg-type]
 
 
 def test_each_list_finds_the_newest_disk_and_its_checksum(

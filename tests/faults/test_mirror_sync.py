@@ -73,8 +73,7 @@ def test_dated_directories_with_one_checksum_file(
     wanted = source(
         url + "/{build}/debian-12-{arch}.qcow2",
         checksums=url + "/{build}/SHA512SUMS",
-        build_page=url + "/",
-        build_pattern=r'href="(\d{8}-\d+)/"',
+        build={"page": url + "/", "pattern": r'href="(\d{8}-\d+)/"'},
         keep=2,
     )
     digests = []

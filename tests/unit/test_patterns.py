@@ -221,7 +221,7 @@ def lists() -> list[str]:
 
 ELSEWHERE = {
     "kind.rest": lambda: [kind.rest for kind in KINDS],
-    "source.build_pattern": lists,
+    "pattern": lists,
     "pattern.replace('{arch}', re.escape(arch))": lists,
 }
 """Patterns that are values: where they come from."""
