@@ -61,28 +61,16 @@ class Directory:
             return _stat(key, status)
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
-        if prefix:
-            check_key(prefix.rstrip("/"))
-        parent = prefix.rpartition("/")[0]
+        top = f"{self.root}/{check_key(f'{prefix}x')}".rpartition("/")[0]
         with self._errors(prefix):
-            yield from self._walk(parent, prefix)
-
-    def _walk(self, parent: str, prefix: str) -> Iterator[ObjectStat]:
-        try:
-            with os.scandir(self.root / parent) as entries:
-                # A directory sorts as its name and "/": so do the keys below it.
-                found = sorted((e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in entries)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for name, entry in found:
-            key = f"{parent}/{name}" if parent else name
-            if name.startswith(".") or not key.startswith(prefix):
-                continue
-            if name.endswith("/"):
-                yield from self._walk(key[:-1], prefix)
-            elif entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(FileNotFoundError):
-                    yield _stat(key, entry.stat(follow_symlinks=False))
+            for place, folders, files in os.walk(top, onerror=_unless_gone):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                for name in sorted(name for name in files if not name.startswith(".")):
+                    path = f"{place}/{name}"
+                    key = path[len(str(self.root)) + 1 :]
+                    with contextlib.suppress(FileNotFoundError):
+                        if key.startswith(prefix) and S_ISREG((status := os.lstat(path)).st_mode):
+                            yield _stat(key, status)
 
     def put(self, key: str, data: Data, *, if_match: Etag = None, if_none_match: bool = False) -> ObjectStat:
         path = self._path(key)
@@ -193,6 +181,11 @@ class Directory:
             kind = _KINDS.get(err.errno or 0, Unavailable)
             reason = "no such object" if kind is NotFound else os.strerror(err.errno or errno.EIO)
             raise kind(f"{self.url}/{key}: {reason}") from err
+
+
+def _unless_gone(err: OSError) -> None:
+    if not isinstance(err, FileNotFoundError | NotADirectoryError):
+        raise err
 
 
 def _stat(key: str, status: os.stat_result) -> ObjectStat:

@@ -17,10 +17,9 @@ from imagestore.disks.qcow2.writer import plan
 from imagestore.errors import Corrupt, NotFound, Unsupported
 from imagestore.formats import columns
 from imagestore.formats.digest import Digest
-from imagestore.formats.keys import TUF
 from imagestore.formats.manifest import Manifest
 from imagestore.mirror.content import DEBIAN_WORDS, Sums, read_sums, simplestreams_archive
-from imagestore.store.names import Change
+from imagestore.mirror.replicate import signers
 from imagestore.store.store import Store
 from imagestore.store.trust import Target, signed_targets, tree
 
@@ -54,15 +53,6 @@ class Image:
         return f"images/{self.name}/{self.tag}/{self.arch}"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A version of a name, and how many bytes of it the one before did not have."""
-
-    change: Change
-    digest: Digest
-    new_bytes: int
-
-
 class Catalog:
     """Reads the store at most every few seconds. Not thread-safe: one thread at a time asks."""
 
@@ -85,7 +75,7 @@ class Catalog:
     def _read(self) -> list[Image]:
         named = self.store.names.images(lenient=True)
         signed: dict[Target, dict[Digest, Digest]] = {}
-        for owner in self._signers():
+        for owner in signers(self.store):
             with suppress(NotFound, Corrupt):  # one who brought nonsense hides nobody else's images
                 for key, digests in signed_targets(self.store.backend, tree(owner)).items():
                     for digest in digests:
@@ -98,21 +88,12 @@ class Catalog:
             }
         found = []
         for (name, tag, architecture), digest in named.items():
-            try:
-                manifest = self.manifest(digest)
-            except (NotFound, Corrupt):
-                continue
-            facts = (manifest.size_bytes, manifest.data_bytes, manifest.os, manifest.labels)
-            signer = signed.get((name, tag, architecture), {}).get(digest)
-            sums = read_sums(self.store, digest)
-            found.append(Image(name, tag, architecture, digest, *facts, sums, signer))
+            with suppress(NotFound, Corrupt):
+                manifest, sums = self.manifest(digest), read_sums(self.store, digest)
+                facts = (manifest.size_bytes, manifest.data_bytes, manifest.os, manifest.labels)
+                signer = signed.get((name, tag, architecture), {}).get(digest)
+                found.append(Image(name, tag, architecture, digest, *facts, sums, signer))
         return found
-
-    def _signers(self) -> list[Digest]:
-        """Whose publications the store carries; an owner who is gone comes after one who still signs."""
-        stamps = [stat for stat in self.store.objects(TUF) if stat.key.endswith("/timestamp.json")]
-        stamps.sort(key=lambda stat: stat.modified_s, reverse=True)
-        return [Digest.parse(stat.key.split("/")[1]) for stat in stamps]
 
     def find(self, name: str, tag: str, arch: str) -> Image:
         """By the words of a URL. Raises NotFound."""
@@ -121,20 +102,18 @@ class Catalog:
                 return image
         raise NotFound(f"no image {name}:{tag} for {arch}")
 
-    def history(self, image: Image) -> list[Step]:
-        """The versions of a name, newest first, as far as they are still here."""
-        versions: list[tuple[Change, Digest, Manifest]] = []
+    def history(self, image: Image) -> list[tuple[float, Digest, int]]:
+        """The versions of a name that are still here, newest first: when set, and how many bytes were new then."""
+        versions = list[tuple[float, Digest, Manifest]]()
         for change in self.store.names.history(image.name, image.tag):
             digest = change.images.get(image.architecture)
-            if digest is None or change.removed or (versions and versions[-1][1] == digest):
-                continue
-            try:
-                versions.append((change, digest, self.manifest(digest)))
-            except (NotFound, Corrupt):
-                continue
+            if digest and not change.removed and digest not in {known for _, known, _ in versions[-1:]}:
+                with suppress(NotFound, Corrupt):
+                    versions.append((change.at_s, digest, self.manifest(digest)))
+        olders = [*(manifest for _, _, manifest in versions[1:]), None]
         return [
-            Step(change, digest, added_bytes(manifest, older and older[2]))
-            for (change, digest, manifest), older in zip(versions, [*versions[1:], None], strict=False)
+            (at_s, digest, added_bytes(manifest, older))
+            for (at_s, digest, manifest), older in zip(versions, olders, strict=False)
         ]
 
 

@@ -79,13 +79,12 @@ def _copy_beside(source: Store, target: Store, digest: Digest) -> None:
 
 
 def signers(store: Store) -> list[Digest]:
-    """Whose metadata a store carries; of a store that cannot be listed, the one that its URL names."""
+    """Whose publications a store carries, an owner who is gone after one who still signs; or whom its URL names."""
     if isinstance(store.names, SignedNames):
         return [store.names.fingerprint]
-    if store.backend.read_only:
-        return []
-    keys = (stat.key.split("/") for stat in store.objects(TUF))
-    return [Digest.parse(parts[1]) for parts in keys if parts[-1] == "1.root.json"]
+    stamps = [stat for stat in store.objects(TUF) if stat.key.endswith("/timestamp.json")]
+    stamps.sort(key=lambda stat: stat.modified_s, reverse=True)
+    return [Digest.parse(stat.key.split("/")[1]) for stat in stamps]
 
 
 def copy_tree(source: Backend, target: Backend, fingerprint: Digest) -> None:
