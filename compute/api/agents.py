@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import fastapi
 from fastapi import Depends, FastAPI, Query, Request, WebSocket
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
@@ -40,12 +40,13 @@ from compute.cluster.images.stores import MINE
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
-from compute.wire.codec import from_plain, to_json
+from compute.wire.codec import to_json
 from compute.wire.operations import client
 from compute.wire.spec import InstanceState, InstanceStatus, Inventory, NodeEvent, NodeFacts
 from imagestore import Store
 from imagestore.mirror import Tree
 
+T = TypeVar("T")
 _LEASES = ThreadPoolExecutor(8, "sf-leases")
 """For who a node is and that it lives: what tenants ask, or one node says at length, fills none of these threads."""
 _ANSWER_S = 15.0
@@ -54,24 +55,8 @@ _LONGEST_WAIT_S = 25.0  # first in min(): NaN is not less than it
 
 
 Wait = Annotated[float, Query(ge=0)]  # seconds; no NaN, which would confuse the loop's timers
-
-
-class JoinBody(Body):
-    token: str  # the token's secret part
-    name: str
-
-
-class RegisterBody(Body):
-    facts: dict[str, Any]
-
-
-class ReportBody(Body):
-    statuses: list[dict[str, Any]] = Field(default_factory=list, max_length=10_000)
-    events: list[dict[str, Any]] = Field(default_factory=list, max_length=10_000)
-
-
-class InventoryBody(Body):
-    seen: dict[str, Any]
+Said = fastapi.Body(embed=True)  # a key of the body; keys that a newer node has beside it are passed over
+Many = Annotated[list[T], fastapi.Body(embed=True, default_factory=list, max_length=10_000)]
 
 
 class AnswerBody(Body):
@@ -148,14 +133,14 @@ def build(services: Services) -> FastAPI:
     Caller = Annotated[str, Depends(caller)]
 
     @app.post("/agent/v1/join")
-    def join(body: JoinBody) -> Response:
-        node, identity = transact(store, lambda txn: joining.join(txn, body.token, body.name), body.name)
+    def join(token: Annotated[str, Said], name: Annotated[str, Said]) -> Response:
+        node, identity = transact(store, lambda txn: joining.join(txn, token, name), name)
         answer = {"node": node.name, "identity": identity, "installation": controller.installation}
         return JSONResponse(answer)
 
     @app.post("/agent/v1/register")
-    async def register(node: Caller, body: RegisterBody) -> Response:
-        await controller.register(node, from_plain(NodeFacts, body.facts), mailboxes[node].operations)
+    async def register(node: Caller, facts: Annotated[NodeFacts, Said]) -> Response:
+        await controller.register(node, facts, mailboxes[node].operations)
         await soon(controller.nodes.renew, node)
         return JSONResponse(None)
 
@@ -165,16 +150,15 @@ def build(services: Services) -> FastAPI:
         return Response(to_json(now), media_type="application/json")
 
     @app.post("/agent/v1/report")
-    async def report(node: Caller, body: ReportBody) -> Response:
-        statuses = [from_plain(InstanceStatus, one) for one in body.statuses]
+    async def report(node: Caller, statuses: Many[InstanceStatus], events: Many[NodeEvent]) -> Response:
         async with mailboxes[node].speaking:
-            await controller.report(node, statuses, [from_plain(NodeEvent, one) for one in body.events])
+            await controller.report(node, statuses, events)
         return JSONResponse(None)
 
     @app.post("/agent/v1/inventory")
-    async def inventory(node: Caller, body: InventoryBody) -> Response:
+    async def inventory(node: Caller, seen: Annotated[Inventory, Said]) -> Response:
         async with mailboxes[node].speaking:
-            await controller.inventory(node, from_plain(Inventory, body.seen))
+            await controller.inventory(node, seen)
         return JSONResponse(None)
 
     @app.post("/agent/v1/renew")
