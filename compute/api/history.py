@@ -35,6 +35,7 @@ _MOST_OF_ONE, _MOST = 512, 2048
 _followed: Counter[str] = Counter()  # streams of events, by namespace; each change has every one of them look
 Lookup = Callable[[Context, str], Stored]
 Json = views.Json
+Tell = Callable[[Iterable[Change]], Iterable[tuple[str, Json]]]
 
 
 class Item(Body):
@@ -98,51 +99,60 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
 
     @router.get(f"{path}/events")
     def events(ctx: Ctx, ref: str, body: EventQuery | None = None, follow: bool = False) -> Response:
-        item = find(ctx, ref)
-        query = body or EventQuery()
-        if follow:
-            return _streamed(ctx, _stream(ctx, partial(_again, ctx, find, item), query))
-        return JSONResponse([views.event(e) for e in _read(ctx, item, query)])
+        item, query = find(ctx, ref), body or EventQuery()
+        if not follow:
+            return JSONResponse([views.event(e) for e in _read(ctx, item, query)])
+
+        def tell(records: Iterable[Change]) -> list[tuple[str, Json]]:
+            _check(ctx, find, item)
+            told = [(str(r.revision), views.event(Event.decode(r.value, 0))) for r in records if r.value]
+            return [one for one in told if query.event_type in (None, "", one[1]["type"])][-query.limit :]
+
+        return _streamed(ctx, f"{item.key}/", tell)
 
 
-def _again(ctx: Context, find: Lookup, item: Stored) -> Stored:
+def _check(ctx: Context, find: Lookup, item: Stored) -> None:
     """Raises NotFound once it is gone, or not the caller's to see. What a store has is everybody's: it is not asked."""
     if not isinstance(item, Artifact):
-        return find(ctx, item.id)
-    if item.namespace and not item.store_url and not ctx.sees(ctx.read().get(Artifact, item.uuid)):
+        find(ctx, item.id)
+    elif item.namespace and not item.store_url and not ctx.sees(ctx.read().get(Artifact, item.uuid)):
         raise NotFound(f"artifact {item.uuid} not found")
-    return item
 
 
-def _streamed(ctx: Context, events: AsyncIterator[str]) -> Response:
-    """Raises Unavailable for the one too many."""
-    if _followed[ctx.caller.namespace] >= _MOST_OF_ONE or _followed.total() >= _MOST:
-        raise Unavailable("too many follow events at this moment", hint="end some")
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-
-def _read(ctx: Context, item: Stored, query: EventQuery, after: str = "") -> list[Event]:
-    """Newest first. after: only those whose name sorts behind it. What is used has no history: it is made here."""
+def _read(ctx: Context, item: Stored, query: EventQuery) -> list[Event]:
+    """Newest first. What is used has no history: it is made here."""
     if query.event_type == {"instance": "usage", "node": "resources"}.get(item.KIND, ""):
         used: Any = ctx.services.controller.usage.of(item)  # type: ignore[arg-type]
         about: Any = {"type": query.event_type, "message": query.event_type, "extra": used}
-        return [Event(name="", timestamp_s=time.time(), **about)] if used and not after else []
+        return [Event(name="", timestamp_s=time.time(), **about)] if used else []
     found = Transaction(ctx.store).list(Event, f"{item.key}/")
-    chosen = [e for e in found if query.event_type in (None, "", e.type) and e.name > after]
-    return chosen[::-1][: query.limit]
+    return [e for e in found if query.event_type in (None, "", e.type)][::-1][: query.limit]
 
 
-def _stream(ctx: Context, find: Callable[[], Stored], query: EventQuery) -> AsyncIterator[str]:
-    """Of one object: its events' names are where a reader was. It ends with the object, too."""
-    after = ctx.request.headers.get("last-event-id", "")
+def _streamed(ctx: Context, under: str, tell: Tell, after: int = 0) -> Response:
+    """Events of what is `under` there, as `tell` has them; revisions are where a reader was (`after`, if it is new).
+
+    Raises Unavailable for the one too many.
+    """
+    if _followed[ctx.caller.namespace] >= _MOST_OF_ONE or _followed.total() >= _MOST:
+        raise Unavailable("too many follow events at this moment", hint="end some")
+    feed, prefix = ctx.services.controller.feed, f"{Event.KIND}/{under}"
+    after = decimal(ctx.request.headers.get("last-event-id", "")) or after
 
     def read() -> list[tuple[str, Json]]:
         nonlocal after
-        found = [(event.name, views.event(event)) for event in _read(ctx, find(), query, after)]
-        after = found[0][0] if found else after
-        return found[::-1]
+        seen, changes = feed.revision, list[Change]()
+        try:
+            while more := ctx.store.watch(prefix, changes[-1].revision if changes else after, 0):
+                changes += more  # there may be more than came at once
+        except Compacted:  # also by a restart; the events themselves are there
+            there = (r for r in ctx.store.list(prefix) if r.revision > after)
+            changes = sorted(there, key=lambda r: r.revision)
+        after = max(seen, changes[-1].revision if changes else 0)
+        return list(tell(changes))
 
-    return _sent(ctx, read)
+    head = {"Cache-Control": "no-store"}
+    return StreamingResponse(_sent(ctx, read), media_type="text/event-stream", headers=head)
 
 
 async def _sent(ctx: Context, read: Callable[[], list[tuple[str, Json]]]) -> AsyncIterator[str]:
@@ -171,7 +181,7 @@ _KINDS: dict[str, type[Stored]] = {kind.KIND: kind for kind in (Artifact, Instan
 def all_events(ctx: Ctx, body: EventQuery | None = None, follow: bool = False) -> Response:
     """Of all that the caller sees, newest first; `?follow=true`: server-sent events, those to come."""
     if follow:
-        return _streamed(ctx, _follow(ctx))
+        return _streamed(ctx, "", partial(_seen, ctx), ctx.services.controller.feed.revision)
     query, keys = body or EventQuery(), lambda record: record.key.rpartition("/")[2]
     own = [one for kind in _KINDS.values() for one in ctx.read().list(kind) if kind is Node or ctx.sees(one)]
     records = [record for one in own for record in ctx.store.list(f"{Event.KIND}/{one.key}/")]
@@ -191,23 +201,3 @@ def _seen(ctx: Context, records: Iterable[Change]) -> Iterator[tuple[str, Json]]
         if kind == Node.KIND or ctx.sees(about):
             what = {"object": kind, "uuid": about.uuid, "name": about.name}
             yield str(record.revision), views.event(Event.decode(record.value, 0)) | what
-
-
-def _follow(ctx: Context) -> AsyncIterator[str]:
-    """Revisions are where a reader was."""
-    feed = ctx.services.controller.feed
-    after = decimal(ctx.request.headers.get("last-event-id", "")) or feed.revision
-
-    def read() -> list[tuple[str, Json]]:
-        nonlocal after
-        seen, changes = feed.revision, list[Change]()
-        try:
-            while more := ctx.store.watch(f"{Event.KIND}/", changes[-1].revision if changes else after, 0):
-                changes += more  # there may be more than came at once
-        except Compacted:  # also by a restart; the events themselves are there
-            there = (r for r in ctx.store.list(f"{Event.KIND}/") if r.revision > after)
-            changes = sorted(there, key=lambda r: r.revision)
-        after = max(seen, changes[-1].revision if changes else 0)
-        return list(_seen(ctx, changes))
-
-    return _sent(ctx, read)
