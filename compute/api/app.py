@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from compute.api import history, inside, instances, namespaces, networks, nodes, problems, screens, streams
-from compute.api.context import Ctx, Services
+from compute.api.context import Admin, Services
 from compute.api.edge import Edge, Metrics
 from compute.api.images import artifacts, snapshots
 from compute.api.images.stores import OwnStores
@@ -114,9 +114,8 @@ def build(services: Services) -> FastAPI:
         return HTMLResponse(_PAGE.format("".join(f"<li>{word}" for word in CAPABILITIES)))
 
     @app.get("/metrics", include_in_schema=False)
-    def scrape(ctx: Ctx) -> Response:
+    def scrape(ctx: Admin) -> Response:
         """The administrator's: names and figures of everybody's guests. Basic authentication will do."""
-        ctx.admin()
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/livez", tags=["health"])

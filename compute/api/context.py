@@ -252,6 +252,15 @@ def etag(item: Stored) -> str:
 Ctx = Annotated[Context, Depends(Context)]
 
 
+async def _admin(ctx: Ctx) -> Context:
+    ctx.admin()
+    return ctx
+
+
+Admin = Annotated[Context, Depends(_admin)]
+"""As Ctx, for what the administrator alone may do."""
+
+
 def at(cls: type[O]) -> Any:
     """The object of a path with {ref}; found in a thread, so that the event loop never waits for the state."""
 

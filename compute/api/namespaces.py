@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, Services, address_of, apart
+from compute.api.context import Admin, Body, Context, Ctx, Services, address_of, apart
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster import auth
@@ -83,8 +83,7 @@ def list_namespaces(ctx: Ctx) -> Response:
 
 
 @router.post("/auth/namespaces")
-def create_namespace(ctx: Ctx, body: CreateBody) -> Response:
-    ctx.admin()
+def create_namespace(ctx: Admin, body: CreateBody) -> Response:
     if body.namespace in {*_RESERVED, *ctx.services.controller.stores()}:
         raise Conflict(f"{body.namespace}/… means something else already", hint="sf remote ls; another name")
     keys = {body.key_name or "default": auth.hash_key(body.key)} if body.key else {}
@@ -98,8 +97,7 @@ def get_namespace(ctx: Ctx, ref: str) -> Response:
 
 
 @router.delete("/auth/namespaces/{ref}")
-def delete_namespace(ctx: Ctx, ref: str) -> Response:
-    ctx.admin()
+def delete_namespace(ctx: Admin, ref: str) -> Response:
     while ctx.act(lambda txn: auth.delete_namespace(txn, ref)):
         pass
     return JSONResponse(None)
@@ -174,8 +172,7 @@ router.get("/auth/namespaces/{ref}/quota")(apart(get_quota))
 
 @router.put("/auth/namespaces/{ref}/quota")
 @apart
-def set_quota(ctx: Ctx, ref: str, body: dict[str, Annotated[int, Field(ge=0, le=2**40)]]) -> Response:
-    ctx.admin()
+def set_quota(ctx: Admin, ref: str, body: dict[str, Annotated[int, Field(ge=0, le=2**40)]]) -> Response:
     if unknown := body.keys() - DEFAULTS.keys():
         raise Invalid(f"there is no quota of {min(unknown)[:40]}", hint=", ".join(DEFAULTS))
     _find(ctx, ref)

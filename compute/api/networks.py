@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, at
+from compute.api.context import Admin, Body, Context, Ctx, DeleteAllBody, ListBody, NamespaceBody, at
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.records import interfaces, rules
@@ -161,9 +161,8 @@ async def ping(ctx: Ctx, known: Lan, address: str) -> Response:
 
 
 @router.get("/networks/{ref}/doctor")
-async def doctor(ctx: Ctx, known: Lan) -> Response:
+async def doctor(ctx: Admin, known: Lan) -> Response:
     """What is not as it should be, on every node: `[{node, problem, fix}]`. It tells of the hosts: not for tenants."""
-    ctx.admin()
     return JSONResponse(await ctx.services.controller.examine(known.name))
 
 

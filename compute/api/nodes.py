@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, ask_stores
+from compute.api.context import Admin, Body, Context, Ctx, ask_stores
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster import quarantine
@@ -66,9 +66,8 @@ def list_nodes(ctx: Ctx) -> Response:
 
 
 @router.post("/nodes/token")
-def make_token(ctx: Ctx) -> Response:
+def make_token(ctx: Admin) -> Response:
     """A single-use token for `sf agent --join`."""
-    ctx.admin()
     config = ctx.services.config
     if not config.agent_listen:
         hint = "set agent_listen = host:port (SF_AGENT_LISTEN) where other machines reach this one"
@@ -79,24 +78,21 @@ def make_token(ctx: Ctx) -> Response:
 
 
 @router.get("/nodes/orphans")
-def list_orphans(ctx: Ctx) -> Response:
+def list_orphans(ctx: Admin) -> Response:
     """Guests that nodes have and no record knows; they are left as they are."""
-    ctx.admin()
     return JSONResponse([views.orphan(one) for one in ctx.read().list(Quarantined)])
 
 
 @router.post("/nodes/orphans/{uuid}/adopt")
-def adopt_orphan(ctx: Ctx, uuid: str) -> Response:
+def adopt_orphan(ctx: Admin, uuid: str) -> Response:
     """Make the records of such a guest from what its node knows of it."""
-    ctx.admin()
     made = ctx.act(lambda txn: quarantine.adopt(txn, uuid))
     return JSONResponse({"uuid": made.uuid, "name": made.name, "namespace": made.namespace})
 
 
 @router.delete("/nodes/orphans/{uuid}")
-def delete_orphan(ctx: Ctx, uuid: str) -> Response:
+def delete_orphan(ctx: Admin, uuid: str) -> Response:
     """Have such a guest removed by its node, with its disks."""
-    ctx.admin()
     return JSONResponse(views.orphan(ctx.act(lambda txn: quarantine.order_deletion(txn, uuid))))
 
 
@@ -106,17 +102,15 @@ def get_node(ctx: Ctx, known: Known) -> Response:
 
 
 @router.get("/nodes/{ref}/cache")
-async def cached_images(ctx: Ctx, known: Known) -> Response:
+async def cached_images(ctx: Admin, known: Known) -> Response:
     """What its cache holds, complete or not."""
-    ctx.admin()
     held = await (await ctx.services.controller.nodes.operations(known.name)).cached("")
     return JSONResponse(to_plain(held, list[CachedImage]))
 
 
 @router.post("/nodes/{ref}/cache")
-async def prefetch_image(ctx: Ctx, known: Known, body: CacheBody) -> Response:
+async def prefetch_image(ctx: Admin, known: Known, body: CacheBody) -> Response:
     """Have it bring the whole of an image, in the background."""
-    ctx.admin()
     node = await ctx.services.controller.nodes.operations(known.name)
     architecture = body.architecture or ctx.services.config.architecture
     found = await ask_stores(ctx.images(ctx.caller.namespace).resolve, body.image, architecture)
@@ -124,9 +118,8 @@ async def prefetch_image(ctx: Ctx, known: Known, body: CacheBody) -> Response:
 
 
 @router.delete("/nodes/{ref}")
-def remove_node(ctx: Ctx, known: Known) -> Response:
+def remove_node(ctx: Admin, known: Known) -> Response:
     """Forget a node and what ran on it; its routers go to others."""
-    ctx.admin()
     server, others = ctx.services.controller.server, _living(ctx)
     alive = known.name in others
     remove = partial(acts.remove, name=known.name, server=server, alive=alive, router_nodes=others)
@@ -137,9 +130,8 @@ def remove_node(ctx: Ctx, known: Known) -> Response:
 
 @router.post("/nodes/{ref}/drain")
 @router.post("/nodes/{ref}/undrain")
-def drain(ctx: Ctx, known: Known) -> Response:
+def drain(ctx: Admin, known: Known) -> Response:
     """Place nothing new there and route elsewhere; what runs goes on. Undrained, it is used again."""
-    ctx.admin()
     others, drained = _living(ctx), ctx.request.url.path.endswith("/drain")
     changed = ctx.act(lambda txn: acts.drain(txn, known.name, drained=drained, router_nodes=others))
     return JSONResponse(_view(ctx, changed))
@@ -154,9 +146,8 @@ def authoritys_certificate(request: Request) -> Response:
 
 
 @router.get("/admin/locks")
-def locks(ctx: Ctx) -> Response:
+def locks(ctx: Admin) -> Response:
     """The state store has transactions where others have locks: there is never one to show."""
-    ctx.admin()
     return JSONResponse({})
 
 

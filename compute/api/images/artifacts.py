@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Context, Ctx, DeleteAllBody, NamespaceBody, StoreRoute, ask_stores
+from compute.api.context import Admin, Body, Ctx, DeleteAllBody, NamespaceBody, StoreRoute, ask_stores
 from compute.api.edge import SLASH
 from compute.api.history import add_events, add_metadata
 from compute.api.images.stores import received, reserve
@@ -65,11 +65,11 @@ class VersionsBody(Body):
     max_versions: int = Field(ge=1, le=100)
 
 
-def _find(ctx: Context, ref: str) -> Artifact:
+def _find(ctx: Ctx, ref: str) -> Artifact:
     return acts.find(ctx.artifacts(), ref, ctx.caller.namespace)
 
 
-def _record(ctx: Context, ref: str) -> Artifact:
+def _record(ctx: Ctx, ref: str) -> Artifact:
     """To be changed by whose it is; of a store's name, by the administrator, what users have added to it."""
     found = _find(ctx, ref)
     if ctx.request.method != "GET" and (found.store_url or not ctx.caller.may(found.namespace)):
@@ -77,7 +77,7 @@ def _record(ctx: Context, ref: str) -> Artifact:
     return ctx.read().find(Artifact, found.uuid) or Artifact(uuid=found.uuid)
 
 
-def show(ctx: Context, *found: Artifact) -> list[dict[str, Any]]:
+def show(ctx: Ctx, *found: Artifact) -> list[dict[str, Any]]:
     instances, nodes = [i for i in ctx.read().list(Instance) if ctx.sees(i)], ctx.read().list(Node)
     metadata = {a.uuid: a.metadata for a in ctx.read().list(Artifact)}
     return [views.artifact(one, metadata.get(one.uuid, {}), instances, nodes) for one in found]
@@ -106,7 +106,7 @@ def fetch_artifact(ctx: Ctx, body: UrlBody) -> Response:
     return JSONResponse(show(ctx, ctx.act(lambda txn: want(txn, namespace, body.url, **more)))[0])
 
 
-def _place(ctx: Context, uuid: str) -> Path:
+def _place(ctx: Ctx, uuid: str) -> Path:
     """The file of an upload, whose name nobody else knows. Raises NotFound."""
     path = ctx.services.config.state_dir / "uploads" / ctx.caller.namespace / uuid
     if len(uuid) != 36 or "/" in uuid or not path.is_file():
@@ -136,7 +136,7 @@ async def append(ctx: Ctx, uuid: str) -> Response:
         return JSONResponse(await ask_stores(_append, ctx, uuid, piece))
 
 
-def _append(ctx: Context, uuid: str, piece: IO[bytes]) -> int:
+def _append(ctx: Ctx, uuid: str, piece: IO[bytes]) -> int:
     with _place(ctx, uuid).open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _place(ctx, uuid)  # it is nobody's yet, and others wait
@@ -173,7 +173,7 @@ def keep(ctx: Ctx, name: str, body: KeepBody) -> Response:
     return JSONResponse(show(ctx, ctx.act(lambda txn: want(txn, namespace, url, blob, name=name, **more)))[0])
 
 
-async def keep_file(ctx: Context, of: Instance, file: IO[bytes]) -> str:
+async def keep_file(ctx: Ctx, of: Instance, file: IO[bytes]) -> str:
     """A file's bytes as a blob, of which the newest 16 of an instance are kept: its uuid."""
     home, name, size = of.namespace, f"from-{of.name}", file.tell()
     store = await ask_stores(ctx.services.namespaces.of, home)
@@ -196,7 +196,7 @@ def delete_artifacts(ctx: Ctx, body: DeleteAllBody) -> Response:
     return JSONResponse([one.uuid for one in doomed])
 
 
-def _delete(ctx: Context, known: Artifact) -> None:
+def _delete(ctx: Ctx, known: Artifact) -> None:
     if store := ctx.services.namespaces.find(known.namespace):
         with suppress(NoName):
             store.names.remove(known.uuid, "latest")  # first, since the record leads there
@@ -208,7 +208,7 @@ def get_artifact(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(show(ctx, _find(ctx, ref))[0])
 
 
-def _change(ctx: Context, ref: str, change: Callable[[Artifact], Artifact]) -> Response:
+def _change(ctx: Ctx, ref: str, change: Callable[[Artifact], Artifact]) -> Response:
     """Of one that a namespace keeps."""
     known = _record(ctx, ref)
     if not known.namespace:
@@ -242,9 +242,8 @@ def delete_version(ctx: Ctx, ref: str, index: str) -> Response:
 
 @router.post("/artifacts/{ref}/share")
 @router.post("/artifacts/{ref}/unshare")
-def share(ctx: Ctx, ref: str) -> Response:
+def share(ctx: Admin, ref: str) -> Response:
     """With everybody, whose lists it is in from then on."""
-    ctx.admin()
     return _change(ctx, ref, lambda one: replace(one, shared=ctx.request.url.path.endswith("/share")))
 
 
@@ -253,14 +252,13 @@ def get_versions(ctx: Ctx, ref: str) -> Response:
     return JSONResponse(list(show(ctx, _find(ctx, ref))[0]["blobs"].values()))
 
 
-def _views(ctx: Context, *among: Artifact) -> dict[str, dict[str, Any]]:  # of their blobs, by uuid
+def _views(ctx: Ctx, *among: Artifact) -> dict[str, dict[str, Any]]:  # of their blobs, by uuid
     return {view["uuid"]: view for one in show(ctx, *among) for view in one["blobs"].values()}
 
 
 @router.get("/blobs")
-def list_blobs(ctx: Ctx, body: ListBody | None = None) -> Response:
+def list_blobs(ctx: Admin, body: ListBody | None = None) -> Response:
     """Of one node: those that its cache holds."""
-    ctx.admin()
     node, found = (body.node if body else None), _views(ctx, *ctx.artifacts()).values()
     return JSONResponse([view for view in found if node in (None, *view["locations"])])
 

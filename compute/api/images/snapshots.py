@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from compute.api import views
-from compute.api.context import Body, Ctx, Guest, StoreRoute
+from compute.api.context import Admin, Body, Ctx, Guest, StoreRoute
 from compute.cluster.images.snapshots import remove
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
@@ -69,14 +69,13 @@ def restore(ctx: Ctx, instance: Guest, body: ImageBody) -> Response:
 
 
 @router.post("/instances/{ref}/migrate")
-def migrate(ctx: Ctx, ref: str, body: MoveBody) -> Response:
+def migrate(ctx: Admin, ref: str, body: MoveBody) -> Response:
     """Move an instance to the node named, or to the best other; the administrator's: while it runs, where it can be.
 
     Else (`live` false, it is off, the nodes are unlike: its events say why) it is asked to end, its disks are stored as
     a snapshot, the other node starts it with these. This one is gone from the list of snapshots once the instance is
     the other node's, and stays in state error where it was not moved.
     """
-    ctx.admin()
     instance, controller, config = ctx.find(Instance, ref), ctx.services.controller, ctx.services.config
     if why := controller.nodes.usable().get(instance.node):
         raise Unavailable(f"node {instance.node} {why}", hint="it is to store the disks")
