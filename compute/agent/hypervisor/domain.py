@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from compute.wire.codec import from_plain, to_plain
-from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceSpec, InterfaceSpec
+from compute.wire.spec import AGENT_CHANNEL, InstanceSpec, InterfaceSpec
 
 METADATA_NAMESPACE = "urn:sf-cloud:instance:1"
 _QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -158,9 +158,6 @@ def domain_xml(domain: Domain) -> str:
     clock = _add(root, "clock", offset="utc")
     _add(clock, "timer", name="rtc", tickpolicy="catchup")
     _add(clock, "timer", name="hpet", present="no")
-    _add(root, "on_poweroff", "destroy")
-    _add(root, "on_reboot", "restart")
-    _add(root, "on_crash", "destroy")
     devices = _add(root, "devices")
     _add(devices, "controller", type="pci", index="0", model="pcie-root")
     busy = len(domain.disks) + len(domain.nics) + 6  # config drive, virtio-serial, balloon, rng, video, scsi
@@ -186,13 +183,11 @@ def domain_xml(domain: Domain) -> str:
         devices.append(_interface(nic))
     serial = _add(devices, "serial", type="pty")
     _add(serial, "log", file=str(domain.directory / "console.log"), append="on")
-    _add(serial, "target", port="0")
     if spec.agent:
         _add(_add(devices, "channel", type="unix"), "target", type="virtio", name=AGENT_CHANNEL)
     if spec.tpm:
         _add(_add(devices, "tpm", model="tpm-crb"), "backend", type="emulator", version="2.0")
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
-    _add(devices, "memballoon", model="virtio")
     if spec.vdi == "vnc":  # libvirt makes its path, in a directory of qemu's and root's
         _add(_add(devices, "graphics", type="vnc"), "listen", type="socket")
     elif spec.vdi:
@@ -239,24 +234,9 @@ def console_tty(xml: str) -> str:
 
 
 def spec_of(xml: str) -> InstanceSpec | None:
-    """What a domain of ours was made from. Version 0.1 did not write it there: then as far as the domain shows it."""
-    root = _read(xml)
-    ours = root.find(f"metadata/{{{METADATA_NAMESPACE}}}instance")
-    if ours is None:
-        return None
-    if ours.text and ours.text.strip():
-        return from_plain(InstanceSpec, json.loads(ours.text))
-    namespace, _, called = (root.findtext("title") or "/").partition("/")
-    disks = []
-    for element in root.iterfind("devices/disk"):
-        target, backing = element.find("target"), element.find("backingStore/source")
-        if target is not None and element.find("readonly") is None:
-            image = Path("" if backing is None else backing.get("file", "")).name
-            digest = f"b3:{image}" if len(image) == 64 else ""
-            disks.append(DiskSpec(target.get("dev", ""), digest, bus=target.get("bus", "virtio")))
-    memory_mib = int(root.findtext("memory") or 0) >> 10
-    uuid = ours.get("uuid", "")
-    return InstanceSpec(uuid, called, namespace, int(root.findtext("vcpu") or 1), memory_mib, tuple(disks))
+    """What a domain of ours was made from; None of a stranger's, and where version 0.1 did not write it there."""
+    text = (_read(xml).findtext(f"metadata/{{{METADATA_NAMESPACE}}}instance") or "").strip()
+    return from_plain(InstanceSpec, json.loads(text)) if text else None
 
 
 _SEEN = ("memory", "vcpu", "os", "features", "cpu", "clock", "devices")
