@@ -138,7 +138,7 @@ class Agent:
             try:
                 with contextlib.suppress(ComputeError, TimeoutError):
                     await asyncio.wait_for(self._reports.flush(), 2)
-                await self._images.leave()
+                await self._images.tell("leave")  # it may end, too, if no guest needs it
             finally:
                 hypervisor.close()
                 self._pool.shutdown(wait=False)
@@ -240,7 +240,8 @@ class Agent:
         try:
             self._images.admit(await host.do(host.hypervisor.qemu_group))
             if all(guest.recorded for guest in guests):
-                await self._images.only(sorted({f"{uuid}-{d.device}" for uuid, d in disks if d.image}))
+                readers = sorted({f"{uuid}-{d.device}" for uuid, d in disks if d.image})
+                await self._images.tell("sync", readers=readers)
         except (ComputeError, OSError) as err:
             log.warning("%s", err)
             return False

@@ -113,23 +113,16 @@ class ServedImages:
         self._missed.pop(reader, None)
         settings = self._settings
         options: dict[str, Any] = {"fill": settings.fill, "patience_s": settings.patience_s}
-        deadline = asyncio.get_running_loop().time() + 2 * _START_S
-        while True:
-            try:
-                await self._ensure_running()
-                found = await self._client.ask("attach", image=digest, reader=reader, **options)
-                break
-            except Away as err:
-                # One that was killed over the question is asked again: the next one may answer.
-                if asyncio.get_running_loop().time() > deadline:
-                    raise Unavailable(str(err), hint=err.hint) from err
-            except StoreUnavailable as err:
-                # A store that is away for a moment is waited for; an error would be for good.
-                now = asyncio.get_running_loop().time()
-                if now < self._away.setdefault(reader, now) + settings.patience_s:
-                    raise Unavailable(str(err), hint=err.hint) from err
-                del self._away[reader]
-                raise
+        try:
+            await self._ensure_running()
+            found = await self._client.ask("attach", image=digest, reader=reader, **options)
+        except StoreUnavailable as err:
+            # A store that is away for a moment is waited for; an error would be for good. A service, however long.
+            now = asyncio.get_running_loop().time()
+            if isinstance(err, Away) or now < self._away.setdefault(reader, now) + settings.patience_s:
+                raise Unavailable(str(err), hint=err.hint) from err
+            del self._away[reader]
+            raise
         self._away.pop(reader, None)
         socket = Path(found["path"]) if found["kind"] == "nbd" else None
         return Backing(self._cache.path(Digest.parse(digest)), found["size_bytes"], socket)
@@ -192,17 +185,9 @@ class ServedImages:
             if self._trouble != told:  # tried again and again
                 log.log(level, "sharing images with %s: %s", ", ".join(site.peers), err)
 
-    async def only(self, readers: Sequence[str]) -> None:
-        """These are all the disks of guests here."""
-        await self.tell("sync", readers=list(readers))
-
-    async def leave(self) -> None:
-        """The agent ends; the service may too, if no guest needs it."""
-        await self.tell("leave")
-
     async def _tell_surely(self, op: str, reader: str) -> None:
         # A service that missed it would serve this reader for ever. For what this agent cannot say any more there is
-        # `only`, when the next one starts.
+        # "sync", when the next one starts.
         self._missed[reader] = op
         await self._say_missed()
 
@@ -218,7 +203,7 @@ class ServedImages:
                 del self._missed[reader]
 
     async def tell(self, op: str, **arguments: Any) -> Any:
-        """What a reader's guest has done ("booted"), or asks ("figures"); None where the service does not answer."""
+        """One of the service's operations, what it answers; None where it does not answer, or refuses."""
         try:
             return await self._client.ask(op, timeout_s=10, **arguments)
         except StoreError as err:

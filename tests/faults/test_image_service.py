@@ -566,8 +566,8 @@ def test_a_service_of_an_earlier_version_is_replaced_by_the_next_agent(tmp_path:
         assert (await images.backing("a", str(digest))).socket
         assert await pid() != process.pid
         process.wait()
-        await images.only([])
-        await images.leave()
+        await images.tell("sync", readers=[])
+        await images.tell("leave")
         assert images._process
         await asyncio.to_thread(images._process.wait)
 

@@ -61,6 +61,6 @@ def test_a_signed_store_is_read_by_the_service_though_root_named_its_own_file_an
         try:
             return (await images.backing("web-vda", str(digest))).size_bytes
         finally:
-            await images.leave()
+            await images.tell("leave")
 
     assert asyncio.run(asyncio.wait_for(boot(), 60)) == path.stat().st_size
