@@ -35,7 +35,7 @@ _MACHINE = (
     click.option("--secure-boot", is_flag=True, help="UEFI that starts what Microsoft's keys signed."),
     click.option("--tpm", is_flag=True, help="A TPM 2.0."),
     click.option("--cpu", "cpu_model", default="", metavar="MODEL", help="One of virsh cpu-models x86_64."),
-    click.option("--on", "node", metavar="NODE", help="The node to run on."),
+    click.option("--on", "placed_on", metavar="NODE", help="The node to run on."),
     click.option("--node-label", "where", multiple=True, metavar="KEY=VALUE", help="Only on such nodes."),
     click.option("--near", multiple=True, metavar="KEY=VALUE", help="Rather beside guests of that label."),
     click.option("--apart", multiple=True, metavar="KEY=VALUE", help="Rather not beside such guests."),
@@ -129,15 +129,11 @@ def asked(api: Api, name: str, given: Object, **more: Any) -> Any:
         "network": [attachment(api, text) for text in given["networks"]],
         "ssh_key": "\n".join(map(ssh_key, given["ssh_keys"])) or None,
         "user_data": base64.b64encode(data.read_bytes()).decode() if (data := given["user_data"]) else None,
-        "placed_on": given["node"],
         "node_labels": pairs(given["where"]) or None,
-        **{key: given[key] or None for key in ("uefi", "secure_boot", "tpm", "cpu_model")},
+        **{key: given[key] or None for key in ("placed_on", "uefi", "secure_boot", "tpm", "cpu_model")},
         "video": {"model": "virtio", "memory": 16384, "vdi": given["vdi"]} if given["vdi"] else None,
         "metadata": (pairs(given["labels"]) | (liking if liking["affinity"] else {})) or None,
-        "ttl": given.get("ttl"),
-        "ephemeral": given.get("ephemeral"),
-        "dry_run": given.get("dry_run") or None,
-        "on_node_loss": given.get("on_node_loss"),
+        **{key: given.get(key) for key in ("ttl", "ephemeral", "dry_run", "on_node_loss")},
     }
     if given["ports"] and not body["network"]:
         raise Problem("ports are published for a network", hint="--network NAME", code=USAGE)
