@@ -94,7 +94,7 @@ class ImageCache:
         for path in self.directory.glob("*.raw"):
             with suppress(Invalid, OSError):  # somebody else's file, or one that is forgotten just now
                 digest, changed_ns = Digest.parse(path.stem), path.stat().st_mtime_ns
-                if path.is_file() and not path.with_suffix(".have").exists():
+                if path.is_file():
                     found.append((-changed_ns, digest))
         return [digest for _, digest in sorted(found)]
 

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from imagestore import durable
 from imagestore.disks.filesystems import HEAD_BYTES, signs
 from imagestore.disks.lengths import check_whole, vhd_size
 from imagestore.disks.unpack import check_amount
@@ -85,14 +84,10 @@ def convert(image: int, path: Path, format_: str) -> Iterator[int]:
         raise Invalid(f"{path}: the image has a backing file or is encrypted")
     amount = json.loads(_qemu_img(image, path, ["measure", "-O", "qcow2", "--output=json", *source], 1 << 20))
     check_amount(str(path), amount["required"], os.fstat(image).st_size)
-    with durable.scratch("convert") as directory:
-        raw = directory / "disk.raw"
-        _qemu_img(image, path, ["convert", "-O", "raw", "-S", "4096", *source, str(raw)], size + (1 << 20))
-        descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with tempfile.TemporaryFile(prefix="sf-convert-") as raw:
+        target = ["convert", "-O", "raw", "-S", "4096", *source, _place(raw.fileno())]
+        _qemu_img(image, path, target, size + (1 << 20), raw.fileno())
+        yield raw.fileno()
 
 
 def _judge(image: int, path: Path, format_: str) -> None:
@@ -116,8 +111,8 @@ def _place(image: int) -> str:
     return f"/proc/self/fd/{image}"
 
 
-def _qemu_img(image: int, path: Path, arguments: list[str], file_bytes: int) -> str:
-    done = caged(["qemu-img", *arguments], file_bytes, pass_fds=(image,))
+def _qemu_img(image: int, path: Path, arguments: list[str], file_bytes: int, *more: int) -> str:
+    done = caged(["qemu-img", *arguments], file_bytes, pass_fds=(image, *more))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"qemu-img ended with {done.returncode}"])[-1]
         if "No space left" in last:
