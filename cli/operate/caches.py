@@ -7,7 +7,7 @@ import click
 
 import imagestore
 from cli.cloud.api import Api
-from cli.command import DURATION, SIZE, Command, Group, kept, settings
+from cli.command import SIZE, Command, Group, kept, settings
 from cli.errors import Problem
 from cli.image.stores import ask, found, held_images, present
 from cli.output import ago, say, show_list, size, status
@@ -21,8 +21,6 @@ ROWS = (
     ("used by", lambda row: len(row["readers"]) or ""),
     ("last used", lambda row: ago(row["used_s"])),
 )
-
-_TOP = ("image", "present", "clients", "from", "a second", "waited")
 
 cache = Group("cache", help="Images that nodes hold.")
 
@@ -109,32 +107,6 @@ def prune(limit: int) -> None:
     """Forget unused images, least recently used first."""
     for digest in ask("prune", limit_bytes=limit):
         print(digest)
-
-
-@cache.add(examples="sf cache top")
-@click.option("--every", "interval_s", type=DURATION, default="1s", show_default=True)
-def top(interval_s: float) -> None:
-    """Watch images arrive, until Ctrl-C."""
-    import time
-
-    from rich.live import Live
-    from rich.table import Table
-
-    last, interval_s = dict[str, int](), max(interval_s, 0.1)
-    with Live(auto_refresh=False) as live:
-        while True:
-            table = Table(*_TOP, box=None, pad_edge=False)
-            for row in held_images():
-                received = row.get("received", {})
-                total = sum(received.values())
-                rate = (total - last.get(row["digest"], total)) / interval_s
-                last[row["digest"]] = total
-                clients = str(sum(e["clients"] for e in row.get("exports", {}).values()))
-                came = " ".join(f"{kind} {size(count)}" for kind, count in sorted(received.items()))
-                pace = (size(rate) if rate else "", f"{row.get('waited_s', 0):.1f} s")
-                table.add_row(row["digest"][:15], present(row), clients, came, *pace)
-            live.update(table, refresh=True)
-            time.sleep(interval_s)
 
 
 @click.command(cls=Command, examples="sf imaged\nsf imaged --fill-rate 20M --cache-size 100G")

@@ -16,7 +16,7 @@ from compute.cluster.records.nodes import Node
 from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, claim, disk_bytes, take, take_name
 from compute.cluster.records.transaction import Transaction
-from compute.errors import Conflict, NotFound
+from compute.errors import Conflict
 from compute.wire.codec import alike
 from compute.wire.spec import AGENT_CHANNEL, InstanceState, InterfaceSpec, Orphan
 from net import NetError, ipam
@@ -108,17 +108,9 @@ def _give_back(txn: Transaction, known: Quarantined) -> None:
         txn.update(replace(pool, pool=ipam.release(pool.pool, address, interface.uuid, time.time())))
 
 
-def find(txn: Transaction, uuid: str) -> Quarantined:
-    """Raises NotFound."""
-    found = txn.find(Quarantined, uuid)
-    if found is None:
-        raise NotFound(f"no guest {uuid[:80]} is without a record", hint="see: sf node orphans")
-    return found
-
-
 def order_deletion(txn: Transaction, uuid: str) -> Quarantined:
     """Ask its node to remove it, disks and all. What it held is free at once where the node was removed."""
-    found = txn.update(replace(find(txn, uuid), delete=True))
+    found = txn.update(replace(txn.get(Quarantined, uuid), delete=True))
     node = txn.find(Node, found.node)
     if node is None or node.state == "deleted":
         _give_back(txn, found)
@@ -128,7 +120,7 @@ def order_deletion(txn: Transaction, uuid: str) -> Quarantined:
 
 def adopt(txn: Transaction, uuid: str) -> Instance:
     """Make the records of a guest from what its node knows of it, those of its networks too. Raises Conflict."""
-    found = find(txn, uuid)
+    found = txn.get(Quarantined, uuid)
     spec, before = found.orphan.spec, txn.find(Instance, uuid)
     if (node := txn.find(Node, found.node)) is None or node.state == "deleted":  # it has no room to claim
         raise Conflict(f"node {found.node} was removed", hint="join it anew, or delete the guest")

@@ -1,7 +1,6 @@
 """What the server does for a snapshot: what its disks are made of goes to the own store, then names to what came."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ from compute.errors import ComputeError, Conflict
 from compute.wire.spec import InstanceState
 from imagestore import Digest, NotFound, Store, StoreError, copy_image, copy_name, open_store, tag
 
-log = logging.getLogger(__name__)
 _LOOK_S = 5.0
 
 
@@ -41,14 +39,10 @@ class Snapshots:
         self._moves = ThreadPoolExecutor(4, "sf-moves")  # for what passes: that takes long
 
     async def keep(self) -> None:
-        """For ever. An error is said and tried again: a full disk, or a rule that goes now, must not end the server."""
+        """For ever. Raises what it met: a full disk, or a rule that goes now (`process.lasting` begins anew)."""
         while True:
             seen = self._feed.revision
-            try:
-                await asyncio.to_thread(self._look)
-            except ComputeError as err:
-                log.error("snapshots: %s", err)
-                await asyncio.sleep(1)
+            await asyncio.to_thread(self._look)
             await self._feed.moved((Snapshot.KIND, Backup.KIND), seen, _LOOK_S)
 
     def _look(self) -> None:

@@ -13,7 +13,6 @@ from cli.cloud.create import gigabytes
 from cli.command import GIBIBYTES
 from cli.errors import Problem
 from cli.main import sf
-from cli.operate import caches
 from cli.output import progress, show_list, show_one, size, status, when
 
 ROWS = [{"name": "a", "size": 1536, "tags": ["x", "y"]}, {"name": "evil\x1b[2J", "size": None, "tags": []}]
@@ -77,21 +76,6 @@ def test_status_without_a_terminal_is_a_line_per_change(capsys: pytest.CaptureFi
 )
 def test_sizes_are_in_powers_of_two(value: int, text: str) -> None:
     assert size(value) == text
-
-
-def test_images_that_arrive_are_watched_at_any_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    paces = []
-
-    def pause(seconds: float) -> None:
-        paces.append(seconds)
-        if len(paces) > 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("time.sleep", pause)
-    monkeypatch.setattr(caches, "held_images", lambda: [{"digest": "b3:1", "complete": True}])
-    with pytest.raises(click.Abort):
-        sf.main(["cache", "top", "--every", "0"], standalone_mode=False, obj={})
-    assert min(paces) > 0
 
 
 def test_a_time_that_is_no_number_stays() -> None:

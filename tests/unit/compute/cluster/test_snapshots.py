@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from compute import process
 from compute.cluster import desired
 from compute.cluster.auth import delete_namespace
 from compute.cluster.feed import Feed
@@ -258,7 +259,7 @@ def test_an_error_in_one_look_ends_no_server(worker: Snapshots, monkeypatch: pyt
     """A full disk, or a rule that is taken away between the look and the act: said, and looked at again."""
     looks = 0
 
-    class Enough(Exception):
+    class Enough(BaseException):
         pass
 
     def look() -> None:
@@ -269,9 +270,9 @@ def test_an_error_in_one_look_ends_no_server(worker: Snapshots, monkeypatch: pyt
         raise (NoCapacity("the disk is full"), NotFound("backup x not found"))[looks - 1]
 
     monkeypatch.setattr(worker, "_look", look)
-    monkeypatch.setattr("compute.cluster.images.snapshots._LOOK_S", 0.01)
+    monkeypatch.setattr("compute.process._AGAIN_S", 0.01)
     with pytest.raises(Enough):
-        asyncio.run(worker.keep())
+        asyncio.run(process.lasting("snapshots", worker.keep))
 
 
 def test_of_a_held_guest_whose_namespace_is_gone_no_snapshot_is_left_to_be_removed(
