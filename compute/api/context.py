@@ -24,9 +24,8 @@ from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.quotas import enforce
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
-from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, take
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Stored, Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.config import Config
 from compute.errors import Conflict, Denied, Invalid, NotFound, Precondition

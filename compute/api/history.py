@@ -22,8 +22,7 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import Stored, check_metadata
-from compute.cluster.records.transaction import Event, Transaction
+from compute.cluster.records.transaction import Event, Stored, Transaction, check_metadata
 from compute.cluster.state.protocol import Change
 from compute.errors import Compacted, NotFound, Unauthenticated, Unavailable
 from imagestore import decimal

@@ -20,7 +20,7 @@ from compute.api.edge import Route
 from compute.api.images.artifacts import get_data, keep_file
 from compute.cluster.images.artifacts import BLOB, blob_of
 from compute.cluster.records.instances import Instance, created
-from compute.cluster.records.stored import new_uuid
+from compute.cluster.records.transaction import new_uuid
 from compute.errors import ComputeError, Conflict, Denied, NotFound, NotReady, Unavailable
 from imagestore import StoreError, read_json, whole
 

@@ -23,8 +23,7 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.rules import Rules
 from compute.cluster.records.snapshots import snapshots_of, take
-from compute.cluster.records.stored import new_uuid
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Transaction, new_uuid
 from compute.cluster.scheduler import Judged, unreadable, weigh
 from compute.cluster.scheduler import create_instance as create
 from compute.cluster.scheduler import set_instance as change

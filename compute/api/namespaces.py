@@ -16,8 +16,7 @@ from compute.cluster import auth
 from compute.cluster.liveness import Server
 from compute.cluster.quotas import DEFAULTS, Quota, used
 from compute.cluster.records.namespaces import Namespace
-from compute.cluster.records.stored import check_name
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Transaction, check_name
 from compute.errors import Conflict, Invalid, NotFound
 
 router = APIRouter(tags=["auth"], route_class=Route)

@@ -23,8 +23,7 @@ from compute.cluster.records.interfaces import Interface, interfaces_on
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, router_candidates
 from compute.cluster.records.rules import Rules
-from compute.cluster.records.stored import new_uuid
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Transaction, new_uuid
 from compute.errors import Conflict, Invalid, NotFound
 from net import Allow, Limits, ipam
 

@@ -18,7 +18,7 @@ from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import nodes as acts
 from compute.cluster.records.epochs import epoch
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Stored
 from compute.config import Config
 from compute.errors import Conflict, NotFound
 from compute.wire.codec import to_plain

@@ -15,8 +15,7 @@ from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.rules import Rules
 from compute.cluster.records.snapshots import Snapshot
-from compute.cluster.records.stored import Stored
-from compute.cluster.records.transaction import Event
+from compute.cluster.records.transaction import Event, Stored
 from compute.wire.codec import to_plain
 from compute.wire.spec import AGENT_CHANNEL, InstanceState
 from net import ipam

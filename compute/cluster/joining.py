@@ -11,9 +11,8 @@ from dataclasses import replace
 
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.secrets import store_token
-from compute.cluster.records.stored import check_name, new_uuid
 from compute.cluster.records.taken import Claims, Taken, take
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Transaction, check_name, new_uuid
 from compute.errors import Conflict, Denied, Unauthenticated
 from compute.wire.spec import JoinToken
 

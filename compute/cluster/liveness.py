@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import Stored
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Stored, Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, LeaseLost, Unavailable
 from compute.wire.operations import COUNTED, HELD, Figures, NodeOperations

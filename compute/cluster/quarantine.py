@@ -13,9 +13,8 @@ from compute.cluster.records.interfaces import Interface, Want, attach
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken, claim, disk_bytes, take, take_name
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction
 from compute.errors import Conflict
 from compute.wire.codec import alike
 from compute.wire.spec import AGENT_CHANNEL, InstanceState, InterfaceSpec, Orphan

@@ -13,8 +13,7 @@ from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.rules import Rules
-from compute.cluster.records.stored import Stored
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction
 from compute.errors import NoCapacity
 
 DEFAULTS = {"instances": 200, "cpus": 1000, "memory_mib": 1 << 20, "disk_gb": 1 << 15, "stored_gb": 1024}

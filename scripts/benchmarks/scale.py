@@ -37,9 +37,8 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.interfaces import Want
 from compute.cluster.records.networks import Network, create_network
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.cluster.scheduler import create_instance
 from compute.cluster.state.opening import open_state
 from compute.cluster.state.protocol import StateStore

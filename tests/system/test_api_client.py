@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import new_uuid
-from compute.cluster.records.transaction import transact
+from compute.cluster.records.transaction import new_uuid, transact
 from compute.wire.spec import InstanceState, InstanceStatus
 from tests import web
 from tests.api_server import Running, running

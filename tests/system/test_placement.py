@@ -11,9 +11,8 @@ import pytest
 
 from compute.cluster import liveness
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import transact
+from compute.cluster.records.transaction import new_uuid, transact
 from compute.config import Config
 from compute.wire.codec import to_plain
 from compute.wire.spec import NodeFacts

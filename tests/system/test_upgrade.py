@@ -14,7 +14,7 @@ import pytest
 
 from compute import back_up_state, state_backups
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Stored
 from compute.cluster.state.sqlite import SqliteStore
 from imagestore import Corrupt
 from tests.api_server import Running, running

@@ -31,9 +31,8 @@ from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.secrets import Secret, secret
-from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Claims, Taken
-from compute.cluster.records.transaction import Event, Transaction, transact
+from compute.cluster.records.transaction import Event, Stored, Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.serve import installation_id
 from compute.wire.spec import InstanceSpec, InstanceState, Power

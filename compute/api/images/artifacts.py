@@ -26,8 +26,7 @@ from compute.cluster.images import artifacts as acts
 from compute.cluster.images.artifacts import BLOB, Artifact, Blob, blob_of, want
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, facts_of
-from compute.cluster.records.stored import check_name, new_uuid
-from compute.cluster.records.transaction import pieces
+from compute.cluster.records.transaction import check_name, new_uuid, pieces
 from compute.errors import Invalid, NoCapacity, NotFound
 from imagestore import Digest, decimal, push
 from imagestore import NotFound as NoName

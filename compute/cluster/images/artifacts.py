@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from compute.cluster.images.stores import MINE, NamespaceStores
-from compute.cluster.records.stored import Stored, new_uuid
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction, new_uuid
 from compute.errors import Denied, Invalid, NoCapacity, NotFound, NotReady
 from compute.wire.spec import DiskSpec
 from imagestore import ImageCache, Resolved, Store, StoreError, digest_of, parse_reference

@@ -11,8 +11,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, 
 from typing import ClassVar
 
 from compute.cluster.records.epochs import check
-from compute.cluster.records.stored import Stored
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction
 from compute.errors import Conflict, Invalid, NoCapacity
 from net import ipam
 

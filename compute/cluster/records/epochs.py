@@ -11,8 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from compute.cluster.records.stored import Stored
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction
 from compute.errors import Unavailable
 
 log = logging.getLogger(__name__)

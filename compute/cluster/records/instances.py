@@ -10,9 +10,8 @@ from compute.cluster.records import epochs
 from compute.cluster.records.interfaces import Interface, Want, attach, detach, interfaces_on
 from compute.cluster.records.networks import Network, find_network
 from compute.cluster.records.rules import Rules
-from compute.cluster.records.stored import Stored, check_metadata
 from compute.cluster.records.taken import Taken, claim, disk_bytes, take_name
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction, check_metadata
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
 from compute.wire.codec import Base64
 from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceState, Power

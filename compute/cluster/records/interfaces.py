@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 from compute.cluster.records.addresses import Ipam, counted, give_back_floating, take_floating
 from compute.cluster.records.epochs import check
 from compute.cluster.records.networks import Network, find_four, find_routed
-from compute.cluster.records.stored import Stored, new_uuid
 from compute.cluster.records.taken import Taken, take
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction, new_uuid
 from compute.errors import Conflict, Denied, Invalid, NotFound
 from net import VXLAN_PORT, Limits, Published, ipam, port_mac
 

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from compute.cluster.records.stored import Stored
+from compute.cluster.records.transaction import Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

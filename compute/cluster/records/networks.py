@@ -16,9 +16,8 @@ from compute.cluster.records.addresses import (
     take_floating,
 )
 from compute.cluster.records.epochs import check
-from compute.cluster.records.stored import Stored, check_name, new_uuid
 from compute.cluster.records.taken import Taken, take, take_name
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction, check_name, new_uuid
 from compute.errors import Conflict, Invalid, NoCapacity, NotFound, NotReady, Unavailable
 from net import ipam
 

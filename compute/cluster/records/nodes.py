@@ -12,9 +12,8 @@ from compute.cluster.records.epochs import heard
 from compute.cluster.records.instances import Instance, end, finish_delete
 from compute.cluster.records.networks import Network
 from compute.cluster.records.secrets import site_secret
-from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction
 from compute.errors import Conflict, Invalid
 from compute.wire.codec import from_plain
 from compute.wire.spec import InstanceState, NodeFacts, Power

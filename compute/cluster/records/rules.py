@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.networks import find_network
-from compute.cluster.records.stored import Stored, check_name
 from compute.cluster.records.taken import Taken, take_name
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction, check_name
 from compute.errors import Conflict, Invalid
 from net import Allow, ipam
 

@@ -5,9 +5,8 @@ import secrets
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Taken
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

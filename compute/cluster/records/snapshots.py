@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from compute.cluster.records.instances import Instance, created, rehome, stays
-from compute.cluster.records.stored import Stored, new_uuid
-from compute.cluster.records.transaction import Transaction
+from compute.cluster.records.transaction import Stored, Transaction, new_uuid
 from compute.errors import Conflict
 from compute.wire.spec import Capture, DiskSpec, InstanceState, Power
 

@@ -30,9 +30,8 @@ from compute.cluster.records.interfaces import (
 )
 from compute.cluster.records.networks import Network, create_network, delete_network, route, unroute
 from compute.cluster.records.nodes import Node, move_routers
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.cluster.scheduler import create_instance, set_instance
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config

@@ -9,8 +9,7 @@ import pytest
 
 from compute.cluster.controller import Controller
 from compute.cluster.records.instances import Instance
-from compute.cluster.records.stored import new_uuid
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
 from compute.wire.spec import InstanceState, NodeFacts, Power

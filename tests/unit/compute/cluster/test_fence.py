@@ -16,9 +16,8 @@ import pytest
 from compute.cluster import liveness, upkeep
 from compute.cluster.liveness import LOST_S
 from compute.cluster.records.networks import Network, create_network
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.config import Config, load
 from compute.errors import Stale
 from imagestore import Settings

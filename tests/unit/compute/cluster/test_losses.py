@@ -20,9 +20,8 @@ from compute.cluster.records.interfaces import Want
 from compute.cluster.records.networks import Network, create_network
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.snapshots import Snapshot
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, pieces, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, pieces, transact
 from compute.cluster.reports import settle
 from compute.cluster.scheduler import create_instance
 from compute.cluster.state.sqlite import SqliteStore

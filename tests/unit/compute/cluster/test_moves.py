@@ -18,9 +18,8 @@ from compute.cluster.records.instances import Instance, delete_instance, finish_
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.nodes import Node, drain
 from compute.cluster.records.snapshots import Snapshot, finish, snapshots_of, take
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.cluster.reports import settle
 from compute.cluster.scheduler import create_instance, destination
 from compute.cluster.state.sqlite import SqliteStore

@@ -14,9 +14,8 @@ from compute.cluster.records import transaction
 from compute.cluster.records.addresses import Ipam
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
-from compute.cluster.records.stored import Stored
 from compute.cluster.records.taken import Claims, claim
-from compute.cluster.records.transaction import Event, Transaction, transact
+from compute.cluster.records.transaction import Event, Stored, Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict, Invalid, NotFound
 from compute.wire.codec import from_plain, to_plain

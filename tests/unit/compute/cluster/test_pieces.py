@@ -17,9 +17,8 @@ from compute.cluster.records import nodes
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims, claim
-from compute.cluster.records.transaction import Event, Transaction, pieces, transact
+from compute.cluster.records.transaction import Event, Transaction, new_uuid, pieces, transact
 from compute.cluster.scheduler import rooms, take
 from compute.cluster.state.protocol import MOST_KEYS
 from compute.cluster.state.sqlite import SqliteStore

@@ -18,9 +18,8 @@ from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.interfaces import Interface, Want, attach
 from compute.cluster.records.networks import Network, create_network, find_network
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims, Taken
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.cluster.reports import settle
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config

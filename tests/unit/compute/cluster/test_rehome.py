@@ -17,9 +17,8 @@ from compute.cluster.records.instances import Instance, delete_instance, interfa
 from compute.cluster.records.interfaces import Interface, Want
 from compute.cluster.records.networks import Network, create_network
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.cluster.reports import settle
 from compute.cluster.scheduler import create_instance, judge, place, rooms, take
 from compute.cluster.state.sqlite import SqliteStore

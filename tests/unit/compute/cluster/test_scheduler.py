@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from compute.cluster.records.instances import Instance, delete_instance, finish_delete, rehome
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.stored import new_uuid
 from compute.cluster.records.taken import Claims
-from compute.cluster.records.transaction import Transaction, transact
+from compute.cluster.records.transaction import Transaction, new_uuid, transact
 from compute.cluster.scheduler import Judged, Room, create_instance, judge, liking, place, set_instance, weigh
 from compute.cluster.state.protocol import StateStore
 from compute.cluster.state.sqlite import SqliteStore
