@@ -27,7 +27,7 @@ MEMBERS = {
     "key": ("cli.operate.cluster:key", "Keys of a namespace."),
     "login": ("cli.cloud.login:login", "Keep a key for a server elsewhere."),
     "context": ("cli.cloud.login:context", "Servers that you logged in to."),
-    "state": ("cli.operate.state:state", "The server's own records, kept elsewhere and put back."),
+    "state": ("cli.operate.serve:state", "The server's own records, kept elsewhere and put back."),
     "serve": ("cli.operate.serve:serve", "Run the API and this machine's agent."),
     "agent": ("cli.operate.serve:agent", "Run this machine as a node of a server elsewhere."),
     "imaged": ("cli.operate.caches:imaged", "Run this node's image service."),

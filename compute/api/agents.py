@@ -34,9 +34,10 @@ from compute.api.context import Body, Services, ask_stores
 from compute.api.edge import SLASH, Edge, Metrics, Route
 from compute.api.images.stores import OwnStores
 from compute.api.streams import of_socket
-from compute.cluster import desired, joining
+from compute.cluster import desired
 from compute.cluster.auth import basic
 from compute.cluster.images.stores import MINE
+from compute.cluster.records import nodes
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.transaction import Transaction, transact
 from compute.errors import NotFound, Unauthenticated, Unavailable
@@ -125,7 +126,7 @@ def build(services: Services) -> FastAPI:
         name, _, identity = rest.partition(":")
         if scheme != "Node":
             raise Unauthenticated("no node identity")
-        await soon(joining.check_identity, Transaction(store), name, identity)
+        await soon(nodes.check_identity, Transaction(store), name, identity)
         if name not in mailboxes:
             controller.nodes.attach(name, mailboxes.setdefault(name, Mailbox(name)).operations)
         return name
@@ -134,7 +135,7 @@ def build(services: Services) -> FastAPI:
 
     @app.post("/agent/v1/join")
     def join(token: Annotated[str, Said], name: Annotated[str, Said]) -> Response:
-        node, identity = transact(store, lambda txn: joining.join(txn, token, name), name)
+        node, identity = transact(store, lambda txn: nodes.join(txn, token, name), name)
         answer = {"node": node.name, "identity": identity, "installation": controller.installation}
         return JSONResponse(answer)
 
@@ -196,7 +197,7 @@ class NodesStores:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         node, token = basic(Request(scope).headers.get("authorization", ""))
-        await asyncio.to_thread(joining.check_reader, Transaction(self._services.store), node, token)
+        await asyncio.to_thread(nodes.check_reader, Transaction(self._services.store), node, token)
         name, _, key = scope["path"].removeprefix("/agent/v1/stores/").partition("/")
         if own := await ask_stores(self._own, node, name):
             await self._own_stores.serve(own, name.rpartition(SLASH)[2], key, scope, receive, send)

@@ -12,8 +12,6 @@ from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster import quarantine
 from compute.cluster.certificates import authority, certificate
-from compute.cluster.joining import TOKEN_S
-from compute.cluster.joining import make_token as make_join_token
 from compute.cluster.quarantine import Quarantined
 from compute.cluster.records import nodes as acts
 from compute.cluster.records.epochs import epoch
@@ -73,8 +71,10 @@ def make_token(ctx: Admin) -> Response:
         hint = "set agent_listen = host:port (SF_AGENT_LISTEN) where other machines reach this one"
         raise Conflict("this server does not listen for agents", hint=hint)
     *_, fingerprint = certificate(config.state_dir / "auth")
-    token = ctx.act(lambda txn: make_join_token(txn, fingerprint))
-    return JSONResponse({"token": str(token), "url": f"https://{config.agent_listen}", "expires_in": TOKEN_S})
+    token = ctx.act(lambda txn: acts.make_token(txn, fingerprint))
+    return JSONResponse(
+        {"token": str(token), "url": f"https://{config.agent_listen}", "expires_in": acts.TOKEN_S}
+    )
 
 
 @router.get("/nodes/orphans")

@@ -17,11 +17,10 @@ from typing import Any, TypeVar
 
 from compute.cluster import desired, quarantine
 from compute.cluster.feed import Feed
-from compute.cluster.joining import hashed
 from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.instances import Instance, stays
-from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine
+from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine, hashed
 from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.snapshots import Snapshot
 from compute.cluster.records.taken import Claims

@@ -139,7 +139,7 @@ def test_an_old_token_is_refused(
     server: Running, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = server.call("POST", "/nodes/token").body["token"]
-    monkeypatch.setattr("compute.cluster.joining.TOKEN_S", -1)
+    monkeypatch.setattr("compute.cluster.records.nodes.TOKEN_S", -1)
     assert FarAgent(address, token, "node2").join()[0] == 403
 
 

@@ -12,7 +12,7 @@ import pytest
 from compute.agent import link as remote
 from compute.agent.memory import now_s
 from compute.cluster.certificates import certificate
-from compute.cluster.joining import make_token
+from compute.cluster.records.nodes import make_token
 from compute.cluster.records.transaction import transact
 from compute.errors import ComputeError, Denied, Invalid, Unavailable
 from compute.wire.spec import InstanceState, InstanceStatus, JoinToken, NodeFacts

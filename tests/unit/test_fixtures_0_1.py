@@ -22,14 +22,13 @@ from compute.cluster.auth import Authority
 from compute.cluster.certificates import certificate
 from compute.cluster.desired import spec
 from compute.cluster.images.artifacts import Artifact
-from compute.cluster.joining import check_identity
 from compute.cluster.liveness import Liveness
 from compute.cluster.records.addresses import Ipam
 from compute.cluster.records.instances import Instance, finish_delete
 from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
-from compute.cluster.records.nodes import Node
+from compute.cluster.records.nodes import Node, check_identity
 from compute.cluster.records.secrets import Secret, secret
 from compute.cluster.records.taken import Claims, Taken
 from compute.cluster.records.transaction import Event, Stored, Transaction, transact

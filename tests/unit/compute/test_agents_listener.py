@@ -15,10 +15,10 @@ import pytest
 from compute.api import agents
 from compute.api.agents import Mailbox
 from compute.api.context import Services
-from compute.cluster import joining
 from compute.cluster.auth import Authority
 from compute.cluster.controller import Controller
 from compute.cluster.images.stores import NamespaceStores
+from compute.cluster.records import nodes
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
 from compute.cluster.records.secrets import store_token
@@ -71,7 +71,7 @@ def test_a_lease_is_renewed_whatever_fills_all_other_threads_and_a_node_says_one
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def joined(txn: Transaction) -> tuple[Node, str]:
-        return joining.join(txn, joining.make_token(txn, b"x" * 32).secret, "n1")
+        return nodes.join(txn, nodes.make_token(txn, b"x" * 32).secret, "n1")
 
     _, identity = transact(services.store, joined)
     go_on, here, at_once = threading.Event(), 0, list[int]()
@@ -107,7 +107,7 @@ def test_a_namespaces_store_that_is_away_fills_none_of_the_threads_that_nodes_ar
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def joined(txn: Transaction) -> str:
-        joining.join(txn, joining.make_token(txn, b"x" * 32).secret, "n1")
+        nodes.join(txn, nodes.make_token(txn, b"x" * 32).secret, "n1")
         disks: Any = {"cpus": 1, "memory_mib": 64, "disks": ()}
         txn.create(Instance(uuid="u", name="web", namespace="shop", node="n1", **disks))
         return store_token(txn, "n1")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from compute.cluster import certificates, desired, joining
+from compute.cluster import certificates, desired
 from compute.cluster.auth import Authority, ensure_local_key
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node
@@ -19,6 +19,7 @@ from compute.config import Config, host_port, load
 from compute.errors import Conflict, Denied, Unauthenticated, Unavailable
 from compute.process import only_one
 from compute.serve import _listen, _settings, installation_id, secured
+from compute.wire.spec import JoinToken
 from imagestore import Invalid, Settings
 
 
@@ -110,15 +111,15 @@ def test_a_lost_hash_of_the_local_key_is_made_again_from_its_file(tmp_path: Path
 @pytest.mark.parametrize("text", ["", "sfj1", "sfj1.x.y", "sfj2.AAAA.b", "sfj1.QUFBQQ==.secret"])
 def test_what_is_no_join_token_is_refused(text: str) -> None:
     with pytest.raises(Denied, match="join token"):
-        joining.JoinToken.parse(text)
+        JoinToken.parse(text)
 
 
 def test_the_servers_certificate_is_made_once_and_its_key_is_roots_alone(tmp_path: Path) -> None:
     cert, key, fingerprint = certificates.certificate(tmp_path)
     assert certificates.certificate(tmp_path) == (cert, key, fingerprint)
     assert key.stat().st_mode & 0o777 == 0o600
-    token = joining.JoinToken(fingerprint, "s")
-    assert joining.JoinToken.parse(str(token)) == token
+    token = JoinToken(fingerprint, "s")
+    assert JoinToken.parse(str(token)) == token
 
 
 def facts(number: int, mtu_bytes: int) -> dict[str, Any]:
