@@ -237,22 +237,23 @@ class ServedImages:
                 await asyncio.sleep(_RETRY_S)
                 after = None
 
-    async def _greet(self) -> None:
-        await self._client.ask("use", stores=self._urls(), timeout_s=_START_S)
-        self._pause_s = _PAUSE_S
-
     async def _ensure_running(self) -> None:
+        clock, deadline = asyncio.get_running_loop().time, 0.0
         async with self._starting:
-            try:
-                await self._greet()
-                return
-            except Away:
-                pass
-            except Invalid:
-                log.info("the image service is of an earlier version: it makes room for this one's")
-                os.kill((await self._client.ask("ls"))["pid"], signal.SIGTERM)
-            deadline = asyncio.get_running_loop().time() + _START_S
-            while asyncio.get_running_loop().time() < deadline:
+            while True:
+                try:
+                    await self._client.ask("use", stores=self._urls(), timeout_s=_START_S)
+                    self._pause_s = _PAUSE_S
+                    return
+                except Away:
+                    pass
+                except Invalid:
+                    if not deadline:
+                        log.info("the image service is of an earlier version: it makes room for this one's")
+                        os.kill((await self._client.ask("ls"))["pid"], signal.SIGTERM)
+                deadline = deadline or clock() + _START_S
+                if clock() > deadline:
+                    raise Away("the image service does not start", hint=f"see {self._log}")
                 if self._process is None or self._process.poll() is not None:
                     if self._process is not None:  # it may end at once, again and again
                         await asyncio.sleep(self._pause_s)
@@ -261,12 +262,7 @@ class ServedImages:
                         self._process = await asyncio.to_thread(self._spawn)
                     except OSError as err:
                         raise Away(f"the image service cannot be started: {err}") from err
-                try:
-                    await self._greet()
-                    return
-                except (Away, Invalid):
-                    await asyncio.sleep(0.02)
-        raise Away("the image service does not start", hint=f"see {self._log}")
+                await asyncio.sleep(0.02)
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         self._log.parent.mkdir(parents=True, exist_ok=True)
