@@ -26,12 +26,13 @@ from typing import Annotated, Any, TypeVar
 import fastapi
 from fastapi import Depends, FastAPI, Query, Request, WebSocket
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CollectorRegistry
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from compute.api import problems
 from compute.api.context import Body, Services, ask_stores
-from compute.api.edge import SLASH, Edge, Metrics, Route
+from compute.api.edge import SLASH, Edge, Route
 from compute.api.images.stores import OwnStores
 from compute.api.streams import of_socket
 from compute.cluster import desired
@@ -113,7 +114,7 @@ def build(services: Services) -> FastAPI:
     """The ASGI application for the agents' listener."""
     app = FastAPI(title="sf agents", docs_url=None, redoc_url=None, openapi_url=None)
     app.router.route_class = Route
-    app.add_middleware(Edge, metrics=Metrics())
+    app.add_middleware(Edge, registry=CollectorRegistry())
     problems.install(app)
     controller, store = services.controller, services.store
     mailboxes: dict[str, Mailbox] = {}

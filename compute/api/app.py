@@ -6,13 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from compute.api import history, inside, instances, namespaces, networks, nodes, problems, screens, streams
 from compute.api.context import Admin, Services
-from compute.api.edge import Edge, Metrics
+from compute.api.edge import Edge
 from compute.api.images import artifacts, snapshots
 from compute.api.images.stores import OwnStores
 from compute.api.ui import pages
@@ -100,9 +100,9 @@ def build(services: Services) -> FastAPI:
     """The ASGI application over these services."""
     app = FastAPI(title="sf", docs_url=None, redoc_url=None)
     app.state.services = services
-    metrics = Metrics()
-    metrics.registry.register(_Objects(services))
-    app.add_middleware(Edge, metrics=metrics)
+    registry = CollectorRegistry()
+    registry.register(_Objects(services))
+    app.add_middleware(Edge, registry=registry)
     problems.install(app)
     guests = instances, inside, screens, streams, snapshots, artifacts
     for module in (*guests, namespaces, networks, nodes, history, pages):
@@ -116,7 +116,7 @@ def build(services: Services) -> FastAPI:
     @app.get("/metrics", include_in_schema=False)
     def scrape(ctx: Admin) -> Response:
         """The administrator's: names and figures of everybody's guests. Basic authentication will do."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/livez", tags=["health"])
     async def livez() -> Response:
