@@ -19,7 +19,7 @@ from .copy import copy_name as copy_name
 from .disks.changed import Changes as Changes
 from .disks.nbd import NbdDisk as NbdDisk
 from .disks.qcow2.writer import QCOW2_HEADER as QCOW2_HEADER
-from .disks.qcow2.writer import qcow2_header as qcow2_header
+from .disks.qcow2.writer import qcow2_of as qcow2_of
 from .errors import Corrupt as Corrupt
 from .errors import Denied as Denied
 from .errors import Invalid as Invalid

@@ -60,23 +60,6 @@ class Qcow2:
         return found
 
 
-def qcow2_header(
-    size_bytes: int,
-    l1_entries: int,
-    l1_at: int,
-    table_clusters: int,
-    extensions: bytes = b"",
-    backing: bytes = b"",
-) -> bytes:
-    """A header without features: the refcount table from cluster 1 on, the L1 table from cluster `l1_at` on."""
-    backing_at = QCOW2_HEADER.size + len(extensions) if backing else 0
-    fields = QCOW2_HEADER.pack(
-        b"QFI\xfb", 3, backing_at, len(backing), CLUSTER_BITS, size_bytes, 0, l1_entries, l1_at * CLUSTER,
-        CLUSTER, table_clusters, 0, 0, 0, 0, 0, 4, QCOW2_HEADER.size,
-    )  # fmt: skip
-    return fields + extensions + backing
-
-
 def _cluster_numbers(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Clusters of the disk that any chunk touches."""
     if not len(manifest.lengths):
@@ -91,8 +74,14 @@ def _cluster_numbers(manifest: Manifest) -> npt.NDArray[np.int64]:
 
 def plan(manifest: Manifest) -> Qcow2:
     """The qcow2 of an image."""
-    clusters = _cluster_numbers(manifest)
-    l1_entries = max(1, -(-manifest.size_bytes // (CLUSTER * _PER_L2)))
+    return qcow2_of(manifest.size_bytes, _cluster_numbers(manifest))
+
+
+def qcow2_of(
+    size_bytes: int, clusters: npt.NDArray[np.int64], extensions: bytes = b"", backing: bytes = b""
+) -> Qcow2:
+    """One whose `clusters` hold data. What it names as its backing, behind the extensions, fits in a cluster."""
+    l1_entries = max(1, -(-size_bytes // (CLUSTER * _PER_L2)))
     l1_clusters = -(-l1_entries * 8 // CLUSTER)
     tables = np.unique(clusters // _PER_L2)
     fixed = 1 + l1_clusters + len(tables) + len(clusters)
@@ -110,8 +99,11 @@ def plan(manifest: Manifest) -> Qcow2:
     data_at = l2_at + len(tables)
 
     # qemu knows disks of whole sectors only, as `qemu-img convert` it rounds up.
-    sectors_bytes = -(-manifest.size_bytes // 512) * 512
-    first = qcow2_header(sectors_bytes, l1_entries, l1_at, table_clusters)
+    first = QCOW2_HEADER.pack(
+        b"QFI\xfb", 3, QCOW2_HEADER.size + len(extensions) if backing else 0, len(backing), CLUSTER_BITS,
+        -(-size_bytes // 512) * 512, 0, l1_entries, l1_at * CLUSTER,
+        CLUSTER, table_clusters, 0, 0, 0, 0, 0, 4, QCOW2_HEADER.size,
+    ) + extensions + backing  # fmt: skip
     refcount_table = np.zeros(table_clusters * _PER_L2, ">u8")
     refcount_table[:blocks] = (block_at + np.arange(blocks)) * CLUSTER
     refcounts = np.zeros(blocks * _PER_REFCOUNT_BLOCK, ">u2")
