@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _FRESH_S = 60.0
+_RESERVE_BYTES, _PIECE_BYTES, _EVERY_S = 4 << 20, 512 << 10, 60.0
+log = logging.getLogger(__name__)
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -85,3 +88,38 @@ def scratch(what: str) -> Iterator[Path]:
     ):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield Path(place)
+
+
+class Reserve:
+    """Blocks that nobody else can take, so that things can be deleted on a full disk, and a server starts.
+
+    Whoever filled the disk would take all at once, hence the pieces.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.next_s = path, 0.0
+
+    def keep(self) -> None:
+        """Fill it up again, as far as there is room by now."""
+        if time.monotonic() < self.next_s:
+            return
+        self.next_s = time.monotonic() + _EVERY_S
+        with contextlib.suppress(OSError):
+            self._path.touch()
+            with self._path.open("r+b") as file:
+                size = os.fstat(file.fileno()).st_size
+                try:
+                    while size < _RESERVE_BYTES:
+                        os.posix_fallocate(file.fileno(), size, _PIECE_BYTES)
+                        size += _PIECE_BYTES
+                finally:
+                    file.truncate(size)
+
+    def spend(self) -> bool:
+        """Give a piece away; False if there is none left."""
+        with contextlib.suppress(OSError):
+            if left := self._path.stat().st_size:
+                os.truncate(self._path, max(0, left - _PIECE_BYTES))
+                log.error("the disk is full; %s had %d KiB left", self._path, left >> 10)
+                return True
+        return False

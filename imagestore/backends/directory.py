@@ -11,14 +11,12 @@ from pathlib import Path
 from stat import S_ISREG
 
 from imagestore.backends.protocol import Data, Etag, Object, ObjectStat, check_key, end_of, pieces
-from imagestore.durable import locked, opened, sync
+from imagestore.durable import Reserve, locked, opened, sync
 from imagestore.errors import DISK_FULL, Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, Unavailable
 from imagestore.formats.keys import STATES, kind_of
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"
-_RESERVE = ".reserve"
-_RESERVE_BYTES = 4 << 20
 _STALE_S = 60.0
 _KINDS = {
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), NotFound),
@@ -41,6 +39,7 @@ class Directory:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.url = f"file://{self.root}"
+        self.reserve = Reserve(self.root / ".reserve")
         self._swept = False
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
@@ -112,24 +111,6 @@ class Directory:
             with opened(self.root / _LOCK, os.O_RDWR | os.O_CREAT) as descriptor:
                 os.utime(descriptor)  # and not a new file, for which a full disk has no room
                 return os.fstat(descriptor).st_mtime
-
-    def keep_reserve(self) -> None:
-        """Set space aside, as far as there is any, so that on a full disk things can be deleted."""
-        path, size = self.root / _RESERVE, _RESERVE_BYTES
-        while not path.exists() and size >= 64 << 10:
-            try:
-                with path.open("xb") as file:
-                    os.posix_fallocate(file.fileno(), 0, size)
-            except OSError:
-                self.spend_reserve()
-                size //= 2
-
-    def spend_reserve(self) -> bool:
-        """Give that space free; false if there was none."""
-        with contextlib.suppress(OSError):
-            (self.root / _RESERVE).unlink()
-            return True
-        return False
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -20,7 +19,6 @@ import botocore.exceptions as failures
 import urllib3.exceptions
 from botocore.config import Config
 
-from imagestore import durable
 from imagestore.backends.protocol import Data, Etag, Object, ObjectStat, check_key, pieces
 from imagestore.backends.web import STATUS, range_header, receive_range
 from imagestore.backends.wrappers import Retried
@@ -50,7 +48,7 @@ class S3:
     """Objects below `prefix` in a bucket, one request per verb (a listing: one per 1,000 keys).
 
     Which conditions hold (`conditions`: none, put, or delete, which means both) is known from the caller or from
-    `kept`, a file, or found out by a probe the first time that it matters: reading never asks.
+    `memory`, or found out by a probe the first time that it matters: reading never asks.
     """
 
     read_only = False
@@ -90,7 +88,8 @@ class S3:
         self.address = f"{self._client.meta.endpoint_url}/{bucket}"
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self.known: str | None = None
-        self.kept: Path | None = None
+        self.memory: Any = None
+        """A `store.index.LocalIndex`, if this machine is to remember what a probe found."""
         self._probing = threading.RLock()
         self._skew_s: float | None = None
 
@@ -102,9 +101,9 @@ class S3:
     def conditions(self) -> str:
         """Raises what a probe meets."""
         with self._probing:
-            if self.known is None and self.kept is not None:
-                with contextlib.suppress(OSError, UnicodeDecodeError):
-                    self.known = {"put": "put", "delete": "delete"}.get(self.kept.read_text())
+            kept = self.memory.recall("conditions") if self.memory and self.known is None else {}
+            if kept.get(self.address) in ("put", "delete"):
+                self.known = kept[self.address]
             if self.known is None:
                 found = None
                 try:
@@ -113,10 +112,8 @@ class S3:
                     self.known = found
                 if found == "none":
                     log.warning("%s has no conditional writes: one writer at a time may use it", self.address)
-                elif self.kept is not None:
-                    with contextlib.suppress(OSError):
-                        self.kept.parent.mkdir(parents=True, exist_ok=True)
-                        durable.write(self.kept, found.encode())
+                elif self.memory:
+                    self.memory.remember("conditions", kept | {self.address: found})
             return self.known
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -109,12 +108,8 @@ class Content:
 
     def _load(self, group: int) -> bytes:
         chunks = range(int(self._firsts[group]), int(self._firsts[group + 1]))
-        by_chunk: dict[int, Buffer] = {}
-        for loaded in self._reader.load(chunks):
-            rows = loaded.frames.rows(loaded.request)
-            pieces = chain.from_iterable(loaded.pieces)
-            by_chunk.update(zip(loaded.frames.chunks[rows].tolist(), pieces, strict=True))
-        return b"".join(by_chunk[chunk] for chunk in chunks)
+        found = {chunk: piece for loaded in self._reader.load(chunks) for chunk, piece in loaded.chunks()}
+        return b"".join(found[chunk] for chunk in chunks)
 
 
 def _zeros(count: int) -> Iterator[Buffer]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self, TypeVar
 
@@ -170,6 +171,11 @@ class Loaded(NamedTuple):
     request: slice
     stored: list[memoryview]
     pieces: list[list[memoryview]]
+
+    def chunks(self) -> Iterator[tuple[int, memoryview]]:
+        """Each wanted chunk: which of the image it is, and its bytes."""
+        numbers = self.frames.chunks[self.frames.rows(self.request)].tolist()
+        return zip(numbers, chain.from_iterable(self.pieces), strict=True)
 
 
 def load(store: Store, wanted: Iterable[Frames], limit_bytes: int = BULK_BYTES) -> Iterator[Loaded]:

@@ -11,7 +11,6 @@ from imagestore.backends.protocol import Backend
 from imagestore.backends.wrappers import Retried, innermost
 from imagestore.errors import Conflict, Invalid, NotFound
 from imagestore.formats.digest import Digest
-from imagestore.settings import Settings
 from imagestore.store.store import Store
 
 _PIN = re.compile(r"(?:sf\+)?(?:https?\?|https\?sha256=[0-9a-f]{64})")
@@ -43,16 +42,14 @@ def open_store(
             with suppress(Conflict):  # somebody else is making it now: theirs is as good
                 return Store.init(backend, single_writer=single_writer, private=private)
             store = Store.open(backend, single_writer=single_writer)
-    if backend.url.startswith("s3://"):
-        s3: Any = innermost(backend)
-        s3.known = store.info.conditional.get(s3.address)
-        at = Digest.of(f"{store.info.id} {s3.address}".encode())
-        s3.kept = Settings().cache_dir / "conditions" / at.hex()
     if fingerprint or not isinstance(backend, Directory):
         from imagestore.store.index import LocalIndex
 
         # Not by its id alone: that is what any store says of itself, and names are believed where etags agree.
         store.names.local = LocalIndex(f"{store.info.id} {store.url}")
+    if backend.url.startswith("s3://"):
+        s3: Any = innermost(backend)
+        s3.known, s3.memory = store.info.conditional.get(s3.address), store.names.local
     return store
 
 

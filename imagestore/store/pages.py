@@ -22,11 +22,8 @@ from imagestore.store.store import Store
 
 def read_pages(store: Store, head: Layout, rows: range) -> list[bytes]:
     """Some of the pages that the head of a layout places, checked. Raises NotFound, Corrupt, Unavailable."""
-    found = dict[int, bytes]()
-    for frames, request, _, pieces in load(store, [Frames.of_image(head.pages, head, rows)], MAX_PACK_BYTES):
-        of_request = (piece for of_frame in pieces for piece in of_frame)
-        for row, piece in zip(frames.chunks[frames.rows(request)].tolist(), of_request, strict=True):
-            found[row] = bytes(piece)
+    parts = load(store, [Frames.of_image(head.pages, head, rows)], MAX_PACK_BYTES)
+    found = {row: bytes(piece) for loaded in parts for row, piece in loaded.chunks()}
     return [found[row] for row in rows]
 
 

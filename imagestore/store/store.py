@@ -123,22 +123,19 @@ class Store:
         if not self.backend.conditional and not self.single_writer:
             hint = "with --single-writer it works as long as nobody else writes at the same time"
             raise Unsupported(f"{self.url} has no conditional writes, which keep writers apart", hint=hint)
-        directory = innermost(self.backend)
-        if isinstance(directory, Directory):
-            directory.keep_reserve()
+        inner = innermost(self.backend)
+        if isinstance(inner, Directory):
+            inner.reserve.keep()
 
     def freeing(self, action: Callable[[], T]) -> T:
         """What `action` returns, which frees space in the end: where there is none, with what was set aside for it."""
-        try:
-            return action()
-        except NoSpace:
-            directory = innermost(self.backend)
-            if not isinstance(directory, Directory) or not directory.spend_reserve():
-                raise
+        while True:
             try:
                 return action()
-            finally:
-                directory.keep_reserve()
+            except NoSpace:
+                inner = innermost(self.backend)
+                if not isinstance(inner, Directory) or not inner.reserve.spend():
+                    raise
 
     def check_public(self) -> None:
         """Raises Denied for a private store, and for one that keeps a server's state."""

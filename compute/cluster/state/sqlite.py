@@ -10,7 +10,6 @@ watches read is in memory: a restart forgets it.
 
 import contextlib
 import logging
-import os
 import queue
 import sqlite3
 import threading
@@ -42,7 +41,6 @@ insert into meta select 1, 1, 1 where not exists (select 1 from meta);
 
 HISTORY = 1024  # changes that a watch can look back on
 _SWEEP_S = 0.25  # how late an expired lease may be noticed
-_RESERVE_BYTES, _PIECES, _EVERY_S = 4 << 20, 8, 60.0
 
 
 _Rows = Sequence[tuple[str, bytes | None, int | None]]  # key, value, and the lease that it lives with
@@ -59,7 +57,7 @@ class SqliteStore:
         self._moved = threading.Condition()
         self._reading = threading.Lock()
         self._leases: dict[int, tuple[float, float]] = {}  # id → (ttl_s, monotonic time at which it dies)
-        self._reserve = _Reserve(path.with_suffix(".reserve"))
+        self._reserve = durable.Reserve(path.with_suffix(".reserve"))
         try:
             self._open()
         except (sqlite3.Error, OSError) as err:
@@ -305,35 +303,3 @@ class SqliteStore:
         if end_s <= time.monotonic():
             raise LeaseLost(f"lease {lease} has expired")
         return ttl_s
-
-
-class _Reserve:
-    """Blocks that nobody else can take, so that guests can be deleted on a full disk, and the server starts.
-
-    Whoever filled the disk would take all at once, hence the pieces.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self.next_s = path, 0.0
-
-    def keep(self) -> None:
-        """Fill it up again, if there is room by now."""
-        if time.monotonic() < self.next_s:
-            return
-        self.next_s = time.monotonic() + _EVERY_S
-        with contextlib.suppress(OSError):
-            self._path.touch(mode=0o600)
-            with self._path.open("r+b") as file:
-                kept = os.fstat(file.fileno()).st_size
-                try:
-                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
-                except OSError:
-                    file.truncate(kept)
-
-    def spend(self) -> bool:
-        """Give a piece away; False if there is none left."""
-        left = self._path.stat().st_size if self._path.exists() else 0
-        if left:
-            log.error("the disk is full; %s has %d KiB left", self._path, left >> 10)
-            os.truncate(self._path, max(0, left - _RESERVE_BYTES // _PIECES))
-        return left > 0
