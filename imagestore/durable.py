@@ -42,7 +42,7 @@ def write(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: Path, flags: int, mode: int = 0o666) -> Iterator[int]:
+def opened(path: Path | str, flags: int, mode: int = 0o666) -> Iterator[int]:
     """A file's descriptor, until the block ends."""
     descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
@@ -105,7 +105,7 @@ class Reserve:
             return
         self.next_s = time.monotonic() + _EVERY_S
         with contextlib.suppress(OSError):
-            self._path.touch()
+            self._path.touch(mode=0o600)
             with self._path.open("r+b") as file:
                 size = os.fstat(file.fileno()).st_size
                 try:

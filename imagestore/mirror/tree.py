@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from email.utils import formatdate
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Backend, ObjectStat
 from imagestore.backends.wrappers import innermost
+from imagestore.durable import opened
 from imagestore.errors import Corrupt, NotFound, StoreError
 from imagestore.formats.keys import PACKS, Kind, kind_of
 from imagestore.listening import Buckets, origin
@@ -30,7 +32,6 @@ log = logging.getLogger(__name__)
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PIECE_BYTES = 256 << 10
 _FAR_PIECE_BYTES = 512 << 10  # of what is not in a directory here: each piece is a request to somebody
-_OPEN_FILES = 256
 _FOREVER = "public, max-age=31536000, immutable"
 
 
@@ -144,7 +145,6 @@ class Tree:
         self._stats: OrderedDict[str, ObjectStat] = OrderedDict()  # of what never changes
         inner = innermost(backend)
         self._root = inner.root if isinstance(inner, Directory) else None
-        self._files: OrderedDict[str, int] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -185,20 +185,12 @@ class Tree:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     def _local(self, key: str, at: int, size: int) -> bytes | None:
-        """Of a pack in a directory, without a thread: a pack never changes, so its descriptor may be kept."""
-        if self._root is None or kind_of(key) is not PACKS:
-            return None
-        descriptor = self._files.get(key)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self._root / key, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                return None
-            self._files[key] = descriptor
-            if len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        data = os.pread(descriptor, size, at)
-        return data if len(data) == size else None
+        """Of a pack in a directory, without a thread; its descriptor is not kept, nor room of a pack that goes."""
+        if self._root and kind_of(key) is PACKS:
+            with suppress(OSError), opened(f"{self._root}/{key}", os.O_RDONLY) as descriptor:
+                data = os.pread(descriptor, size, at)
+                return data if len(data) == size else None
+        return None
 
 
 class Limits:

@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Object, ObjectStat
 from imagestore.errors import Unavailable
 from imagestore.mirror.tree import Tree
@@ -16,7 +18,7 @@ PACK = f"packs/ab/ab{62 * '0'}"
 DATA = bytes(range(256)) * (20 << 10)
 
 
-def ask(hang_up_after: int) -> tuple[Counted, list[dict[str, Any]]]:
+def ask(hang_up_after: int, tree: Tree | None = None) -> tuple[Counted, list[dict[str, Any]]]:
     """GET of a pack by a client who hangs up after so many messages: what was read, and the messages."""
     backend = Counted(Memory())
     backend.put(PACK, DATA)
@@ -38,7 +40,7 @@ def ask(hang_up_after: int) -> tuple[Counted, list[dict[str, Any]]]:
         return {"type": "http.disconnect"}
 
     scope = {"type": "http", "method": "GET", "path": f"/{PACK}", "headers": []}
-    asyncio.run(Tree(backend)(scope, receive, send))
+    asyncio.run((tree or Tree(backend))(scope, receive, send))
     return backend, messages
 
 
@@ -48,6 +50,15 @@ def test_every_piece_but_the_first_waits_until_the_one_before_is_taken() -> None
     assert b"".join(bodies) == DATA
     assert [bool(body) for body in bodies] == [True, False] * (len(bodies) // 2) + [True]
     assert [message.get("more_body") for message in messages].count(False) == 1
+
+
+def test_a_pack_that_was_served_takes_no_room_once_it_is_deleted(tmp_path: Path) -> None:
+    store = Directory(tmp_path)
+    store.put(PACK, DATA)
+    tree = Tree(store)
+    _, messages = ask(10_000, tree)
+    assert b"".join(message.get("body", b"") for message in messages) == DATA
+    assert not any(path.resolve() == tmp_path / PACK for path in Path("/proc/self/fd").iterdir())
 
 
 def test_nothing_more_is_read_for_a_client_that_has_hung_up() -> None:
