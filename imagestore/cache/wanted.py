@@ -12,8 +12,7 @@ from enum import IntEnum, StrEnum
 import numpy as np
 
 from imagestore.cache.partial import PartialImage
-from imagestore.formats.columns import Numbers
-from imagestore.formats.layout import Layout
+from imagestore.formats.layout import Layout, places
 from imagestore.store.frames import REQUEST_BYTES, plan_requests
 
 _BLIND = 8  # chunks that are fetched together where no layout is known yet
@@ -60,12 +59,17 @@ class Wanted:
         self._present, self._ends = partial.present, partial.ends
         count = len(partial.starts)
         if layout:
-            self._groups, self._group_of, self._starts, self._stops = _frames(layout)
+            at = places(layout.frames)
+            order = np.argsort(at, kind="stable")
+            self._group_of: list[int] = np.argsort(order)[layout.chunk_frames[:count]].tolist()
+            self._starts, self._stops = at[order], (at + layout.frames["size"])[order]
         else:
-            self._groups = [list(range(at, min(at + _BLIND, count))) for at in range(0, count, _BLIND)]
             self._group_of = [chunk // _BLIND for chunk in range(count)]
-            self._starts = np.arange(len(self._groups)) * REQUEST_BYTES
+            self._starts = np.arange(-(-count // _BLIND)) * REQUEST_BYTES
             self._stops = self._starts + REQUEST_BYTES
+        self._groups: list[list[int]] = [[] for _ in self._starts]
+        for chunk, group in enumerate(self._group_of):
+            self._groups[group].append(chunk)
         self._busy: dict[int, Job] = {}
         self._demand: collections.deque[Job] = collections.deque()
         self._prefetch: dict[int, None] = {}
@@ -190,17 +194,3 @@ class Wanted:
         for group in groups:
             self._settled[group] = 1
         return job
-
-
-def _frames(layout: Layout) -> tuple[list[list[int]], list[int], Numbers, Numbers]:
-    """Chunks by frame in pack order: groups, group of each chunk, where in the packs each begins and ends."""
-    order = np.lexsort((layout.frames["offset"], layout.frames["pack"]))
-    rank = np.argsort(order)
-    chunks = len(layout.chunk_frames) - len(layout.pages.ids)
-    group_of: list[int] = rank[layout.chunk_frames[:chunks]].tolist()
-    groups: list[list[int]] = [[] for _ in order]
-    for chunk, group in enumerate(group_of):
-        groups[group].append(chunk)
-    frames = layout.frames[order]
-    starts = (frames["pack"] << 40) + frames["offset"]
-    return groups, group_of, starts, starts + frames["size"]
