@@ -9,7 +9,7 @@ from net.errors import Failed
 from net.kernel import dnsmasq, netns
 from net.kernel.netns import Netns
 from net.plan import names, nft, ruleset
-from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Hook, Kind, Link, Observed
+from net.plan.facts import HOST, Admission, Dnsmasq, Entry, Facts, Kind, Link, Observed
 from net.plan.target import BRIDGED, FORWARD, FORWARD6, SYSCTLS, sysctls6
 
 _OURS_ON_HOST = (Kind.ADDRESS, Kind.ROUTE, Kind.SYSCTL)
@@ -63,17 +63,19 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     prefix = names.host_uplink_prefix(installation)
     links = _ours(installation, every.values(), (name for name in every if name.startswith(prefix)))
     entries = list(host.entries(_sysctls(links, (FORWARD, BRIDGED, FORWARD6))))
-    table = names.table(installation)
-    tables = {}
-    for family, name in ruleset.parse(host.nft("list tables", json=True)):
-        if name == table:
-            tables[family] = host.tables(f"list table {family} {table}")[family, table]
+    table, listed = names.table(installation), ruleset.parse(host.nft("list chains", json=True))
+    ours = (family for family, name in listed if name == table)
+    tables = {family: host.tables(f"list table {family} {table}")[family, table] for family in ours}
     floating = tables["inet"].elements.get(nft.FLOATING) if "inet" in tables else None
     answered = {address for address, _ in floating.items} if floating else set()
     own = {e for e in entries if e.key == FORWARD or (e.dev in links and e.kind in _OURS_ON_HOST)}
     own |= {e for e in entries if e.kind is Kind.PROXY and e.key in answered}
-    foreign, admissions = _foreign(installation, host)
-    found[HOST] = Facts(links, frozenset(own), tables, admissions)
+    # Base chains that may drop by policy; not another installation's, which knows its own uplinks only. (What drops by
+    # a rule is the doctor's business.)
+    others = (at for at in listed if not at[1].startswith("sf-") and at[0] in ("ip", "ip6", "inet"))
+    chains = ((at, chain) for at in others for chain in listed[at].chains.values())
+    foreign = {(*at, c.name): c.hook for at, c in chains if c.hook and c.hook.hook in ("forward", "input")}
+    found[HOST] = Facts(links, frozenset(own), tables, _admissions(table, host, foreign))
     own4 = (e for e in entries if e.kind is Kind.ADDRESS and ":" not in e.key)
     addresses = {IPv4Interface(e.key).ip: e.dev for e in own4}
     carrier = every.get(addresses.get(underlay, ""))
@@ -94,21 +96,13 @@ def _host(installation: str, host: Netns, found: dict[str, Facts], underlay: IPv
     )
 
 
-def _foreign(installation: str, host: Netns) -> tuple[dict[tuple[str, str, str], Hook], frozenset[Admission]]:
-    """Others' base chains that drop by policy and lie in the way of forwarded or mesh packets, with our rules in
-    them. (Chains that drop by a rule are the doctor's business.)"""
-    own = names.table(installation)
-    chains, admissions = dict[tuple[str, str, str], Hook](), set[Admission]()
-    for (family, table), listed in ruleset.parse(host.nft("list chains", json=True)).items():
-        if table.startswith("sf-") or family not in ("ip", "ip6", "inet"):
-            continue  # ours, or another installation's, which knows its own uplinks only
-        for name, hook in ((chain.name, chain.hook) for chain in listed.chains.values()):
-            if hook is None or hook.hook not in ("forward", "input"):
-                continue
-            chains[family, table, name] = hook
-            with suppress(Failed):  # it was removed since
-                text = host.nft(f"list chain {family} {table} {name}", json=True)
-                rules = ruleset.parse(text)[family, table].chains[name].rules
-                ours = (rule for rule in rules if rule.mark.startswith(f"{own}:"))
-                admissions |= {Admission(family, table, name, rule) for rule in ours}
-    return chains, frozenset(admissions)
+def _admissions(own: str, host: Netns, foreign: Iterable[tuple[str, str, str]]) -> frozenset[Admission]:
+    """Our rules in others' chains."""
+    found = set[Admission]()
+    for family, table, name in foreign:
+        with suppress(Failed):  # it was removed since
+            text = host.nft(f"list chain {family} {table} {name}", json=True)
+            rules = ruleset.parse(text)[family, table].chains[name].rules
+            ours = (rule for rule in rules if rule.mark.startswith(f"{own}:"))
+            found |= {Admission(family, table, name, rule) for rule in ours}
+    return frozenset(found)
