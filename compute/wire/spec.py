@@ -5,7 +5,7 @@ talk through a call, between machines over HTTPS as JSON; the agent cannot tell 
 """
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -93,47 +93,55 @@ class Capture:
     at_rest: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceSpec:
-    """Everything a node needs to run one guest."""
+@dataclass(frozen=True)
+class Shape:
+    """What its record and its node know of a guest in the same words; each of the two has its own slots for it."""
 
+    __slots__ = ()
     uuid: str
     name: str
     namespace: str
     cpus: int
     memory_mib: int
     disks: tuple[DiskSpec, ...]
-    interfaces: tuple[InterfaceSpec, ...] = ()
-    ssh_keys: tuple[str, ...] = ()
+    _: KW_ONLY
     user_data: Base64 = b""
-    metadata: tuple[tuple[str, str], ...] = ()
     uefi: bool = False
     secure_boot: bool = False
     """By UEFI firmware that knows Microsoft's keys, and starts nothing that these did not sign."""
     tpm: bool = False
     cpu_model: str = ""  # by libvirt's name; "" is what the node gives
-    config_drive: bool = True
-    agent: bool = True  # whether the guest has AGENT_CHANNEL
-    vdi: str = ""  # "" (serial console only), "vnc" or "spice"
-    video: str = ""  # the graphics card, by qemu's name; "" is virtio where there is a `vdi`, else none
-    video_kib: int = 0  # its memory; 0 is what qemu gives it
     power: Power = Power.ON
     grace_s: int = 0  # how long it is asked to end before its power is taken, if it is to be off
     reboot_soft: int = 0  # counters: the agent reboots when they grew since it last looked
     reboot_hard: int = 0
-    delete: bool = False
-    made: bool = False  # its disks were made once: where they are not, they are never made anew
     arriving: bool = False
-    """It was created elsewhere and given to this node: what fails is tried again, and is no error for good."""
-    snapshots: tuple[Capture, ...] = ()
-    """To be taken, the first first; the node says how they ended for as long as they stand here."""
-    failed: bool = False
-    """The record is in state error: keep what is there for the user to look at, build and start nothing."""
+    """It was given to its node, which has not said yet that it has made the disks: what fails is tried again."""
     leased_s: float = 0
     """Another node may be given it once this one is silent: it runs only under a lease. When that was chosen; 0: no."""
     order: int = 0
     """When its machine starts, those of its namespace with a lower order start first; when it ends, they end last."""
     delay_s: int = 0  # so much later than it do those of a higher order start
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec(Shape):
+    """Everything a node needs to run one guest."""
+
+    interfaces: tuple[InterfaceSpec, ...] = ()
+    ssh_keys: tuple[str, ...] = ()
+    metadata: tuple[tuple[str, str], ...] = ()
+    config_drive: bool = True
+    agent: bool = True  # whether the guest has AGENT_CHANNEL
+    vdi: str = ""  # "" (serial console only), "vnc" or "spice"
+    video: str = ""  # the graphics card, by qemu's name; "" is virtio where there is a `vdi`, else none
+    video_kib: int = 0  # its memory; 0 is what qemu gives it
+    delete: bool = False
+    made: bool = False  # its disks were made once: where they are not, they are never made anew
+    snapshots: tuple[Capture, ...] = ()
+    """To be taken, the first first; the node says how they ended for as long as they stand here."""
+    failed: bool = False
+    """The record is in state error: keep what is there for the user to look at, build and start nothing."""
     leaving: str = ""
     """The live move by which it goes to another node: until this is not here any more, that may have it."""
     coming: str = ""

@@ -13,8 +13,7 @@ from compute.cluster.records.rules import Rules
 from compute.cluster.records.taken import Taken, claim, disk_bytes, take_name
 from compute.cluster.records.transaction import Stored, Transaction, check_metadata
 from compute.errors import Conflict, Invalid, NoCapacity, NotReady
-from compute.wire.codec import Base64
-from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceState, Power
+from compute.wire.spec import AGENT_CHANNEL, DiskSpec, InstanceState, Power, Shape
 
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE)
 _MAX_DISKS = 16
@@ -36,35 +35,20 @@ def _as_it_was(old: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Instance(Stored):
+class Instance(Stored, Shape):
     KIND: ClassVar[str] = "instance"
     SCHEMA: ClassVar[int] = 2
     UPGRADES: ClassVar[dict[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {1: _as_it_was}
-    uuid: str
-    name: str
-    namespace: str
     node: str
-    cpus: int
-    memory_mib: int
-    disks: tuple[DiskSpec, ...]
     disk_spec: tuple[dict[str, Any], ...] = ()  # what the user asked for, word for word
     ssh_key: str = ""
-    user_data: Base64 = b""
     video: dict[str, Any] = field(default_factory=lambda: dict(NO_VIDEO))
     """What the guest has: model, memory (KiB, 0 for qemu's choice), vdi."""
-    uefi: bool = False
-    secure_boot: bool = False
     nvram_template: str = ""
-    tpm: bool = False
-    cpu_model: str = ""
     configdrive: str = "openstack-disk"
     side_channels: tuple[str, ...] = ()
     state: InstanceState = InstanceState.INITIAL
-    power: Power = Power.ON
-    grace_s: int = 0  # with power off: how long the guest is asked to end before its power is taken
     power_state: str = "off"
-    reboot_soft: int = 0
-    reboot_hard: int = 0
     error_message: str = ""
     progress: str = ""
     accel: str = ""
@@ -77,21 +61,17 @@ class Instance(Stored):
     metadata: dict[str, Any] = field(default_factory=dict)
     autostart: str = "last"
     """Whether it runs once its node's machine has started: yes, no, or last: if it did before."""
-    order: int = 0
-    delay_s: int = 0
     until_s: float = 0  # when it is deleted by itself; 0: never
     held_s: float = 0  # until when whoever made it holds it, who says so again and again; 0: it needs nobody
     ephemeral: bool = False  # it is deleted once it is off
     on_node_loss: str = "leave"
     """What becomes of it when its node is lost: leave, restart (of its images), restore (of its newest backup)."""
-    leased_s: float = 0  # when that was chosen; 0 for leave
     heard_s: float = 0  # what its node said that it knows of `leased_s`: before that, it would not stop it
     unconfirmed: bool = False
     """Deleted, and its node (which was gone then) has not said that nothing of it is left."""
     moving: str = ""
     """The node that it goes to. Until it is there it is to be off, whatever `power` says; then that counts again."""
     passing: str = ""  # the live move (its snapshot) by which it goes there, and runs on meanwhile
-    arriving: bool = False  # it was given to its node, which has not said yet that it has made the disks
     left: tuple[str, ...] = ()
     """Nodes that it was on: each is ordered to remove what it has, until it has said that nothing of it is left."""
     node_labels: dict[str, str] = field(default_factory=dict)  # only nodes with these are asked to take it
