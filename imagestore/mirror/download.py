@@ -1,7 +1,6 @@
 """Bringing one file from a web server that is not trusted: resumable, bounded, led by the rules of `backends.web`."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,12 +16,6 @@ _TEXT_BYTES = 4 << 20
 
 class Downloader(Web):
     """Keeps connections; the caller closes it. `trusted`: the URLs come from this machine's administrator."""
-
-    def __enter__(self) -> "Downloader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def small(self, url: str) -> bytes:
         """A checksum list, a signature, a directory's page. Raises StoreError."""
@@ -45,15 +38,16 @@ class Downloader(Web):
     ) -> tuple[str, str] | None:
         """Download to `destination`, going on where an interrupted run stopped if the file is still the same.
 
+        destination: of this URL alone, since what lies beside it is believed to be of it.
         unless: ETag and Last-Modified of what is there already; an unchanged file is not sent again. Returns those of
         what came, None where the server said that nothing has changed.
         Raises Invalid or Corrupt past `limit_bytes`, Denied for a forbidden address, NotFound, Unavailable.
         """
-        part, note = destination.with_suffix(".part"), destination.with_suffix(".part.json")
+        part, note = destination.with_suffix(".part"), destination.with_suffix(".part.validator")
         etag, changed = unless
         known = {"If-None-Match": etag} if etag else {"If-Modified-Since": changed} if changed else {}
-        validator = _remembered(note, url) if part.exists() else ""
-        start = part.stat().st_size if validator else 0
+        validator = note.read_text("latin-1") if part.exists() and note.exists() else ""
+        start = part.stat().st_size if validator and validator.isprintable() else 0
         if start:
             rest = {"Range": f"bytes={start}-", "If-Range": validator}
             response = self._get(url, rest, 200, 206, 416)
@@ -74,7 +68,10 @@ class Downloader(Web):
             if max(total, start) > limit_bytes:
                 raise Invalid(f"{url}: {total} bytes are more than the limit of {limit_bytes}")
             with part.open("ab" if start else "wb") as file:
-                _remember(note, url, response)  # only now: it would vouch for what lay there before
+                said = response.headers
+                strong = "" if said.get("etag", "").startswith("W/") else said.get("etag")
+                # Only now: it would vouch for what lay there before.
+                note.write_text(strong or said.get("last-modified", ""), "latin-1")
                 done = start
                 for piece in _pieces(response, url, limit_bytes - start):
                     file.write(piece)
@@ -84,7 +81,6 @@ class Downloader(Web):
                 raise Unavailable(f"{url}: the answer ended after {done} of {total} bytes")
             part.replace(destination)
             note.unlink(missing_ok=True)
-            said = response.headers
             return said.get("etag", ""), said.get("last-modified", "")
 
     def _get(self, url: str, headers: dict[str, str], *accepted: int) -> Response:
@@ -93,21 +89,6 @@ class Downloader(Web):
 
 def _pieces(response: Response, url: str, most_bytes: int) -> Iterator[bytes]:
     return paced(body(response, url), most_bytes, url, PATIENCE_S, _SLOWEST_BYTES_S)
-
-
-def _remember(note: Path, url: str, response: Response) -> None:
-    etag = response.headers.get("etag", "")
-    strong = "" if etag.startswith("W/") else etag
-    validator = strong or response.headers.get("last-modified", "")
-    note.write_text(json.dumps({"url": url, "validator": validator}))
-
-
-def _remembered(note: Path, url: str) -> str:
-    try:
-        body = json.loads(note.read_text())
-        return str(body["validator"]) if body["url"] == url else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def hash_file(path: Path, algorithm: str) -> str:

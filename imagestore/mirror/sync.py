@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -79,7 +79,7 @@ def sync(
     """
     store.check_writable()
     outcomes = []
-    with nullcontext() if dry_run else _alone(work), Downloader(trusted=True) as web:
+    with nullcontext() if dry_run else _alone(work), closing(Downloader(trusted=True)) as web:
         for source in wanted:
             for architecture in source.architectures:
                 started = time.monotonic()
@@ -113,7 +113,7 @@ def bring(
     store: Store, source: Source, architecture: str, work: Path, *, trusted: bool, progress: Report = silent
 ) -> Outcome:
     """One image of a source, as `sync` brings it. `trusted`: the URL is the administrator's. Raises StoreError."""
-    with Downloader(trusted=trusted) as web:
+    with closing(Downloader(trusted=trusted)) as web:
         return _Image(store, web, source, architecture, work).sync(_bounded(progress, time.monotonic()))
 
 

@@ -2,11 +2,10 @@
 
 import hashlib
 import http.server
-import json
 import struct
 import sys
 import zlib
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ def begun(tmp_path: Path, url: str, data: bytes = DATA[:CUT]) -> Path:
     """What a run that was cut off leaves."""
     out = tmp_path / "file"
     out.with_suffix(".part").write_bytes(data)
-    out.with_suffix(".part.json").write_text(json.dumps({"url": url, "validator": '"one"'}))
+    out.with_suffix(".part.validator").write_text('"one"')
     return out
 
 
@@ -74,7 +73,7 @@ def test_a_partial_answer_that_is_not_the_rest_is_thrown_away_and_all_is_fetched
     tmp_path: Path, answer: web.Answer
 ) -> None:
     """H1."""
-    with web.misbehaving({"/file": answer}) as url, Downloader(trusted=True) as downloader:
+    with web.misbehaving({"/file": answer}) as url, closing(Downloader(trusted=True)) as downloader:
         out = begun(tmp_path, url + "/file")
         assert downloader.fetch(url + "/file", out, limit_bytes=1 << 30)
     assert out.read_bytes() == DATA
@@ -90,7 +89,7 @@ def test_an_answer_to_a_question_that_was_not_asked_is_an_error(tmp_path: Path, 
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    with web.misbehaving({"/file": answer}) as url, Downloader(trusted=True) as downloader:
+    with web.misbehaving({"/file": answer}) as url, closing(Downloader(trusted=True)) as downloader:
         with pytest.raises(StoreError):
             downloader.fetch(url + "/file", tmp_path / "file", limit_bytes=1 << 30)
         with pytest.raises(StoreError):
@@ -106,7 +105,7 @@ def test_what_lay_there_before_is_never_vouched_for_by_a_new_answer(tmp_path: Pa
 
     with (
         web.misbehaving({"/file": web.body(DATA, ETag='"two"')}) as url,
-        Downloader(trusted=True) as downloader,
+        closing(Downloader(trusted=True)) as downloader,
     ):
         out = begun(tmp_path, "another address", b"old" * 90_000)
         with pytest.raises(KeyboardInterrupt):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def test_a_download_goes_on_where_it_was_cut_off_unless_the_file_changed(tmp_pat
         handler.close_connection = True
 
     out = tmp_path / "file"
-    with web.misbehaving({"/file": answer}) as url, Downloader(trusted=True) as downloader:
+    with web.misbehaving({"/file": answer}) as url, closing(Downloader(trusted=True)) as downloader:
         with pytest.raises(Unavailable):
             downloader.fetch(url + "/file", out, limit_bytes=1 << 30)
         state["cut"] = False
@@ -254,7 +255,7 @@ def test_a_download_goes_on_where_it_was_cut_off_unless_the_file_changed(tmp_pat
 
 
 def test_a_file_that_grows_for_ever_is_cut_off(tmp_path: Path) -> None:
-    with web.misbehaving({"/file": web.endless}) as url, Downloader(trusted=True) as downloader:
+    with web.misbehaving({"/file": web.endless}) as url, closing(Downloader(trusted=True)) as downloader:
         with pytest.raises(Corrupt, match="limit"):
             downloader.fetch(url + "/file", tmp_path / "file", limit_bytes=8 << 20)
         with pytest.raises(Corrupt, match="limit"):
@@ -279,12 +280,12 @@ def test_a_redirect_to_a_private_address_is_refused_and_a_strangers_url_may_not_
             "/file": web.body(b"fine"),
         }
         with web.misbehaving(answers) as url:
-            with Downloader(trusted=True) as downloader:
+            with closing(Downloader(trusted=True)) as downloader:
                 assert downloader.small(url + "/own") == b"fine"
                 for path in targets:
                     with pytest.raises(Denied):
                         downloader.small(url + path)
-            with Downloader(trusted=False) as downloader:
+            with closing(Downloader(trusted=False)) as downloader:
                 for address in (
                     url + "/file",
                     "http://localhost/x",
@@ -306,7 +307,7 @@ def test_public_addresses_are_told_from_private_ones() -> None:
 def test_a_redirect_loop_ends(tmp_path: Path) -> None:
     with (
         web.misbehaving({"/a": web.redirect("/b"), "/b": web.redirect("/a")}) as url,
-        Downloader(trusted=True) as downloader,
+        closing(Downloader(trusted=True)) as downloader,
         pytest.raises(Unavailable, match="redirects"),
     ):
         downloader.small(url + "/a")
