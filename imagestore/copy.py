@@ -13,12 +13,10 @@ from imagestore.formats.digest import Digest
 from imagestore.formats.keys import GROUPS
 from imagestore.formats.layout import Layout
 from imagestore.store.frames import READERS, ImageReader
-from imagestore.store.leases import Lease
 from imagestore.store.lookup import Footers, Lookup
 from imagestore.store.names import NameRecord
 from imagestore.store.packing import Packer, carry
 from imagestore.store.pages import lay_out
-from imagestore.store.placement import Placement
 from imagestore.store.roots import can_be_read, check_present, offer
 from imagestore.store.store import Store
 
@@ -58,8 +56,9 @@ def copy_image(
                 check_present(target, digest)
             return 0
     each, reader = first_of_each(manifest.ids), ImageReader(lambda: source, digest, manifest)
-    placement, lease = Placement(), Lease(target, "copy")
-    with Lookup(target, lease, placement) as lookup, Packer(target, lease, placement) as packer:
+    packer = Packer(target, "copy")
+    placement = packer.placement
+    with Lookup(packer) as lookup, packer:
         if known is None:
             lookup.follow(digest)
         lookup.engage()
@@ -81,7 +80,7 @@ def copy_image(
             packer.publish_index()
             return layout
 
-        offer(target, lease, manifest, lay, set_name)
+        offer(target, packer.lease, manifest, lay, set_name)
         with suppress(NotFound):
             target.backend.put(GROUPS.key(digest), source.backend.get(GROUPS.key(digest)).data)
         return packer.written_bytes

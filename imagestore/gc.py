@@ -26,7 +26,6 @@ from imagestore.store.inventory import Inventory, Table, named, read_layouts, re
 from imagestore.store.leases import Condemned, Lease
 from imagestore.store.packing import Packer, carry
 from imagestore.store.pages import move
-from imagestore.store.placement import Placement
 from imagestore.store.roots import AHEAD_S, Roots, find_roots
 from imagestore.store.store import Store
 from imagestore.updates.using import read_steps
@@ -283,8 +282,9 @@ def _remove(store: Store, key: str, etag: str | None) -> bool:
 def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold: float) -> None:
     """Copy what is live out of packs, then point the layouts of all images at the copies."""
     affected = [digest for digest, packs in seen.packs_of.items() if not sparse.keys().isdisjoint(packs)]
-    placement = Placement()
-    with Lease(store, "gc") as lease, Packer(store, lease, placement) as packer:
+    packer = Packer(store, "gc")
+    placement = packer.placement
+    with packer.lease as lease, packer:
         lease.reuse(sparse)
         rows = ((pack, table.footer, table.live) for pack, table in sorted(sparse.items()))
         live = (Frames.of_pack(*row, split_above=threshold) for row in rows)

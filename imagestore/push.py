@@ -34,12 +34,11 @@ from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import MAX_DISK_BYTES, PAGE_BYTES, PAGED_CHUNKS, Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
-from imagestore.store.leases import Lease
 from imagestore.store.lookup import Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
 from imagestore.store.pages import lay_out
-from imagestore.store.placement import Placement, too_scattered
+from imagestore.store.placement import too_scattered
 from imagestore.store.roots import can_be_read, offer
 from imagestore.store.store import Store
 from imagestore.updates.making import make_update
@@ -134,14 +133,13 @@ class _Writer:
         self, stack: ExitStack, store: Store, disk: Disk, progress: Report, cache: Path | None
     ) -> None:
         self._store, self._disk, self._progress = store, disk, progress
-        local, self._lease = LocalIndex(store.info.id, cache), Lease(store, "push")
-        self._placement = Placement()
+        self._packer = Packer(store, "push", LocalIndex(store.info.id, cache))
+        self._placement = self._packer.placement
         workers = min(8, len(os.sched_getaffinity(0)))
         self._pool, self._ahead = ThreadPoolExecutor(workers, "sf-push"), 4 * workers
         stack.callback(self._pool.shutdown, cancel_futures=True)
-        lookup = Lookup(store, self._lease, self._placement, local, parts_bytes=_PARTS_BYTES)
-        self._lookup = stack.enter_context(lookup)
-        self._packer = stack.enter_context(Packer(store, self._lease, self._placement, local))
+        self._lookup = stack.enter_context(Lookup(self._packer, parts_bytes=_PARTS_BYTES))
+        stack.enter_context(self._packer)
         self._framer = Framer(self._placement)
         self._offsets, self._lengths, self._rows = (np.zeros(0, np.int64) for _ in range(3))
         self._seen_bytes = self._new_bytes = 0
@@ -236,7 +234,7 @@ class _Writer:
             self._packer.publish_index(self._lookup.hooks)
             return layout
 
-        offer(self._store, self._lease, manifest, lay, set_name)
+        offer(self._store, self._packer.lease, manifest, lay, set_name)
 
     def _result(self, digest: Digest, *, changed: bool) -> PushResult:
         self._report(self._disk.size_bytes)

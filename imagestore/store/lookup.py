@@ -16,30 +16,21 @@ from imagestore.formats.layout import Image, Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import Footer
 from imagestore.store import index
-from imagestore.store.leases import Lease
-from imagestore.store.placement import Placement
-from imagestore.store.store import Store
+from imagestore.store.packing import Packer
 
 _AHEAD_WINDOWS = 10  # how far unknown chunks are looked up in the hooks before they count as new
 Footers = Collection[tuple[Digest, Footer]]
 
 
 class Lookup(AbstractContextManager["Lookup"]):
-    """Puts what the store holds into a placement. A context manager: from `engage` on it holds a lease.
+    """Puts what the store holds into a packer's placement. A context manager: from `engage` on it holds the lease.
 
     parts_bytes: most bytes of index parts to read.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        lease: Lease,
-        placement: Placement,
-        local: index.LocalIndex | None = None,
-        *,
-        parts_bytes: float = math.inf,
-    ) -> None:
-        self._store, self._lease, self._placement, self._local = store, lease, placement, local
+    def __init__(self, packer: Packer, *, parts_bytes: float = math.inf) -> None:
+        self._store, self._lease = packer.store, packer.lease
+        self._placement, self._local = packer.placement, packer.local
         self._followed: tuple[Digest, Manifest, Layout | None] | None = None
         self._engaged = False
         self.hooks: tuple[Hooks, str | None] = Hooks(), None  # as they were when it engaged, and their etag

@@ -72,14 +72,14 @@ class Framer:
 
 
 class Packer(AbstractContextManager["Packer"]):
-    """Makes packs of frames and uploads them while the next fill. A context manager that owns its threads."""
+    """Makes packs of frames and uploads them while the next fill. A context manager that owns its threads.
 
-    def __init__(
-        self, store: Store, lease: Lease, placement: Placement, local: index.LocalIndex | None = None
-    ) -> None:
-        self._store, self._lease, self._local = store, lease, local
-        self.placement = placement
-        self._salt, self._repairs = lease.id, 0
+    What it needs for this others use as well: a lease (not begun yet) for `what`, and the placement.
+    """
+
+    def __init__(self, store: Store, what: str, local: index.LocalIndex | None = None) -> None:
+        self.store, self.local, self.lease, self.placement = store, local, Lease(store, what), Placement()
+        self._salt, self._repairs = self.lease.id, 0
         self._filling, self._filled_bytes = list[tuple[int, Frame]](), 0
         self._senders = ThreadPoolExecutor(_UPLOADS, "sf-upload")
         self._uploads: deque[Future[int]] = deque()
@@ -111,7 +111,7 @@ class Packer(AbstractContextManager["Packer"]):
     def _send(self) -> None:
         numbers, frames = zip(*self._filling, strict=True)
         digest, footer, pieces = make_pack(frames, self._salt)
-        self._lease.made(digest)
+        self.lease.made(digest)
         self.placement.packed(numbers, digest, footer)
         self._unpublished.append((digest, footer))
         self._filling, self._filled_bytes = [], 0
@@ -121,9 +121,9 @@ class Packer(AbstractContextManager["Packer"]):
 
     def _upload(self, digest: Digest, footer: Footer, pieces: Sequence[Buffer]) -> int:
         """In a sender; the bytes written. The hint comes first: who was killed in between finds out by asking."""
-        if self._local is not None:
-            self._local.keep_pack(digest, footer)
-        self._store.backend.put(PACKS.key(digest), pieces)
+        if self.local is not None:
+            self.local.keep_pack(digest, footer)
+        self.store.backend.put(PACKS.key(digest), pieces)
         return sum(len(piece) for piece in pieces)
 
     def avoid(self, packs: Collection[Digest]) -> None:
@@ -133,16 +133,16 @@ class Packer(AbstractContextManager["Packer"]):
         self.placement.avoid(packs)
         self._unpublished = [(pack, footer) for pack, footer in self._unpublished if pack not in packs]
         self._repairs += 1
-        self._salt = f"{self._lease.id}.{self._repairs}"
+        self._salt = f"{self.lease.id}.{self._repairs}"
 
     def publish_index(self, seen: tuple[Hooks, str | None] | None = None) -> None:
         """Tell other writers of the packs that were made, once. seen: the hooks as they were read before."""
         while self._unpublished:
             part = IndexPart(tuple(self._unpublished[:_PART_PACKS]))
-            name = index.publish_part(self._store, part, seen)
-            if self._local is not None:
-                self._local.keep(name, part)
-                self._local.forget_packs(pack for pack, _ in part.footers)
+            name = index.publish_part(self.store, part, seen)
+            if self.local is not None:
+                self.local.keep(name, part)
+                self.local.forget_packs(pack for pack, _ in part.footers)
             self._unpublished, seen = self._unpublished[_PART_PACKS:], None
 
 

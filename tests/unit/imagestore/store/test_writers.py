@@ -16,10 +16,9 @@ from imagestore.formats.pack import Codec, Frame
 from imagestore.mirror.replicate import replicate
 from imagestore.push import push
 from imagestore.store.inventory import Inventory
-from imagestore.store.leases import Condemned, Lease
+from imagestore.store.leases import Condemned
 from imagestore.store.open import open_store
 from imagestore.store.packing import Packer
-from imagestore.store.placement import Placement
 from imagestore.store.store import Store
 from imagestore.verify import repair, verify_store
 from tests.world import World, disk, write_pages
@@ -250,12 +249,13 @@ def test_what_no_reader_would_take_is_in_several_packs_and_index_parts(
 ) -> None:
     """More frames than a footer may have fitted into the bytes of one pack: nobody could read it after."""
     monkeypatch.setattr("imagestore.store.packing._PART_PACKS", 8)
-    placement, lease = Placement(), Lease(world.store)
-    count = pack.MAX_FRAMES + 1
-    with lease, Packer(world.store, lease, placement) as packer:
+    packer, count = Packer(world.store, "push"), pack.MAX_FRAMES + 1
+    with packer.lease, packer:
         for number in range(count):
             data = number.to_bytes(4, "little")
-            packer.add(placement.add_frame(), Frame(Codec.RAW, data, Digest.of(data), [4], Digest.of(data)))
+            packer.add(
+                packer.placement.add_frame(), Frame(Codec.RAW, data, Digest.of(data), [4], Digest.of(data))
+            )
         packer.flush()
         packer.publish_index()
     inventory = Inventory.read(world.store)
