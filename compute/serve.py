@@ -36,7 +36,7 @@ from compute.cluster.liveness import Server, known
 from compute.cluster.records.addresses import ensure_floating
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node, find_machine
-from compute.cluster.records.secrets import secret
+from compute.cluster.records.taken import secret
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.scheduler import destination
 from compute.cluster.state.opening import open_state

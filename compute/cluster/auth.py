@@ -27,8 +27,8 @@ from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import KeyHash, Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.rules import Rules, delete_rules
-from compute.cluster.records.secrets import secret
 from compute.cluster.records.snapshots import Backup, Snapshot
+from compute.cluster.records.taken import secret
 from compute.cluster.records.transaction import Transaction, check_name, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict, Denied, Invalid, NotFound, Unauthenticated, Unavailable

@@ -21,9 +21,8 @@ from compute.cluster.liveness import Liveness, Usage
 from compute.cluster.records.epochs import compare, epoch, heard
 from compute.cluster.records.instances import Instance, stays
 from compute.cluster.records.nodes import Node, answered, booted, check_facts, find_machine, hashed
-from compute.cluster.records.secrets import site_secret
 from compute.cluster.records.snapshots import Snapshot
-from compute.cluster.records.taken import Claims
+from compute.cluster.records.taken import Claims, site_secret
 from compute.cluster.records.transaction import Transaction, new_uuid, pieces, transact
 from compute.cluster.reports import keep_events, settle
 from compute.cluster.state.protocol import StateStore

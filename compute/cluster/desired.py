@@ -19,8 +19,8 @@ from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, facts_of
 from compute.cluster.records.rules import Rules, allowed
-from compute.cluster.records.secrets import site_secret, store_token
 from compute.cluster.records.snapshots import Snapshot
+from compute.cluster.records.taken import site_secret, store_token
 from compute.cluster.records.transaction import Transaction
 from compute.wire.codec import alike, to_json
 from compute.wire.spec import (

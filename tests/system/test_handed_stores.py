@@ -13,7 +13,7 @@ from compute import config, process
 from compute.agent import link as remote
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.secrets import store_token
+from compute.cluster.records.taken import store_token
 from compute.cluster.records.transaction import Transaction, transact
 from compute.wire.codec import to_plain
 from compute.wire.spec import NodeFacts

@@ -29,8 +29,7 @@ from compute.cluster.records.interfaces import Interface
 from compute.cluster.records.namespaces import Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.nodes import Node, check_identity
-from compute.cluster.records.secrets import Secret, secret
-from compute.cluster.records.taken import Claims, Taken
+from compute.cluster.records.taken import Claims, Secret, Taken, secret
 from compute.cluster.records.transaction import Event, Stored, Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.serve import installation_id

@@ -17,8 +17,7 @@ from typing import Any, ClassVar
 from compute.cluster.records.epochs import heard
 from compute.cluster.records.instances import Instance, end, finish_delete
 from compute.cluster.records.networks import Network
-from compute.cluster.records.secrets import site_secret, store_token
-from compute.cluster.records.taken import Claims, Taken, take
+from compute.cluster.records.taken import Claims, Taken, site_secret, store_token, take
 from compute.cluster.records.transaction import Stored, Transaction, check_name, new_uuid
 from compute.errors import Conflict, Denied, Invalid, Unauthenticated
 from compute.wire.codec import from_plain

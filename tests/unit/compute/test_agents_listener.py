@@ -21,7 +21,7 @@ from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records import nodes
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.nodes import Node
-from compute.cluster.records.secrets import store_token
+from compute.cluster.records.taken import store_token
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.config import Config
