@@ -147,30 +147,21 @@ def list_images(directory: Path) -> list[dict[str, Any]]:
     for path in sorted((directory / "readers").glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             readers.setdefault(read_json(path.read_bytes())["image"], []).append(path.stem)
-    rows: list[dict[str, Any]] = []
-    # Incomplete ones first: one that is completed meanwhile is found under its final name, here or below.
-    paths = [*directory.glob("*.part"), *directory.glob("*.raw")]
-    for path in sorted(paths):
+    rows = dict[str, dict[str, Any]]()
+    stems = {path.stem for suffix in ("part", "raw") for path in directory.glob(f"*.{suffix}")}
+    # Incomplete ones first: one that is completed meanwhile is found under its final name.
+    for path in (directory / f"{stem}.{suffix}" for stem in sorted(stems) for suffix in ("part", "raw")):
         with suppress(StoreError, OSError):
-            digest, raw = Digest.parse(path.stem), path.with_suffix(".raw")
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                if raw in paths:
-                    continue
-                path, status = raw, raw.stat()
-            if not stat.S_ISREG(status.st_mode):
-                continue
-            rows.append(
-                {
-                    "digest": str(digest),
+            digest, status = str(Digest.parse(path.stem)), path.stat()
+            if stat.S_ISREG(status.st_mode):
+                rows[digest] = {
+                    "digest": digest,
                     "path": str(path),
                     "size_bytes": status.st_size,
                     "used_bytes": status.st_blocks * 512,
                     "complete": path.suffix == ".raw",
                     "pinned": path.with_suffix(".pin").exists(),
                     "used_s": status.st_mtime,
-                    "readers": readers.get(str(digest), []),
+                    "readers": readers.get(digest, []),
                 }
-            )
-    return rows
+    return [*rows.values()]

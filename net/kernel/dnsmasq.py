@@ -66,12 +66,11 @@ class Daemon:
 
     def settings(self) -> Dnsmasq:
         """What the process has read: empty where the files were changed since."""
-        try:
+        with suppress(FileNotFoundError):
             found = Dnsmasq(*(p.read_text() for p in (self._config, self._hosts, self._names)))
-            loaded = self._loaded.read_text()
-        except FileNotFoundError:
-            return Dnsmasq("", "", "")
-        return found if loaded == repr(found) else Dnsmasq("", "", "")
+            if self._loaded.read_text() == repr(found):
+                return found
+        return Dnsmasq("", "", "")
 
     def start(self, wanted: Dnsmasq) -> None:
         """Starts it in the namespace where the calling thread stands; raises Failed with its words."""

@@ -54,14 +54,13 @@ class Source(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """One client. The phase is the method in `_phase`; each call of it consumes one message or returns False."""
+    """One client. Its messages are taken by `_negotiate` and then by `_requests`, until these return False."""
 
     def __init__(self, server: "NbdServer") -> None:
         self._server = server
         self._source = server.source
         self._buffer = bytearray()
         self._handshake = Handshake(server.source.size_bytes)
-        self._phase = self._negotiate
         self._paused = False
         self._in_flight: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
@@ -102,8 +101,9 @@ class Connection(asyncio.Protocol):
 
     def _advance(self) -> None:
         try:
-            while not self._transport.is_closing() and self._room() and self._phase():
-                pass
+            while not self._transport.is_closing() and self._room():
+                if not (self._requests if self._handshake.agreed else self._negotiate)():
+                    break
         except Broken:
             self.close()
         if self._transport.is_closing():
@@ -126,7 +126,6 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         elif self._handshake.agreed:
             self._deadline.cancel()
-            self._phase = self._requests
         return True
 
     # -- transmission
