@@ -8,15 +8,13 @@ from functools import partial
 import numpy as np
 
 from imagestore.errors import NotFound
-from imagestore.formats.columns import first_of_each
+from imagestore.formats.columns import Numbers, first_of_each
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import GROUPS
-from imagestore.formats.layout import Layout
 from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.lookup import Footers, Lookup
 from imagestore.store.names import NameRecord
 from imagestore.store.packing import Packer, carry
-from imagestore.store.pages import lay_out
 from imagestore.store.roots import can_be_read, check_present, offer
 from imagestore.store.store import Store
 
@@ -67,8 +65,7 @@ def copy_image(
         else:
             lookup.know(known)
 
-        def lay(bad: set[Digest]) -> Layout:
-            packer.avoid(bad)
+        def find() -> Numbers:
             missing = each[placement.find(manifest.ids[each]) < 0]
             if len(missing):
                 with ThreadPoolExecutor(READERS, "sf-read") as pool:
@@ -76,11 +73,9 @@ def copy_image(
             rows = placement.find(manifest.ids)
             if (rows < 0).any():
                 raise NotFound(f"a chunk of image {digest} is in no store that was asked")
-            layout = lay_out(packer, digest, manifest, rows)
-            packer.publish_index()
-            return layout
+            return rows
 
-        offer(target, packer.lease, manifest, lay, set_name)
+        offer(packer, manifest, find, set_name)
         with suppress(NotFound):
             target.backend.put(GROUPS.key(digest), source.backend.get(GROUPS.key(digest)).data)
         return packer.written_bytes

@@ -30,14 +30,12 @@ from imagestore.formats import groups
 from imagestore.formats.columns import Numbers, first_of_each
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import GROUPS
-from imagestore.formats.layout import Layout
 from imagestore.formats.manifest import MAX_DISK_BYTES, PAGE_BYTES, PAGED_CHUNKS, Manifest, check_labels
 from imagestore.progress import Progress, Report, silent
 from imagestore.store.index import LocalIndex
 from imagestore.store.lookup import Lookup
 from imagestore.store.names import check_architecture, check_name
 from imagestore.store.packing import Framer, OpenFrame, Packer
-from imagestore.store.pages import lay_out
 from imagestore.store.placement import too_scattered
 from imagestore.store.roots import can_be_read, offer
 from imagestore.store.store import Store
@@ -223,18 +221,8 @@ class _Writer:
     def _offer(self, manifest: Manifest, sums: groups.Groups, set_name: Callable[[], object] | None) -> None:
         """The end: all that is needed to read the image, and then its name."""
         self._lookup.engage()
-        digest = manifest.digest
-        self._store.backend.put(GROUPS.key(digest), groups.encode(sums))
-
-        def lay(bad: set[Digest]) -> Layout:
-            self._packer.avoid(bad)
-            self._store_again()
-            layout = lay_out(self._packer, digest, manifest, self._rows)
-            layout.check(manifest)
-            self._packer.publish_index(self._lookup.hooks)
-            return layout
-
-        offer(self._store, self._packer.lease, manifest, lay, set_name)
+        self._store.backend.put(GROUPS.key(manifest.digest), groups.encode(sums))
+        offer(self._packer, manifest, self._stored_again, set_name)
 
     def _result(self, digest: Digest, *, changed: bool) -> PushResult:
         self._report(self._disk.size_bytes)
@@ -278,13 +266,13 @@ class _Writer:
         self._framer.add(chunks, window.ids[once])
         self._new_bytes += sum(lengths)
 
-    def _store_again(self) -> None:
-        """Store again what lies in packs that are lost, or where a pull of this image would meet too little of it."""
+    def _stored_again(self) -> Numbers:
+        """The rows; what lies in packs that are lost, or where a pull would meet too little of it, is stored again."""
         placement, rows = self._placement, self._rows
         poor = ~placement.usable | self._scattered()
         chosen = np.flatnonzero(poor[placement.chunks.rows["frame"][rows]])
         if not len(chosen):
-            return
+            return rows
         _, firsts, which = np.unique(rows[chosen], return_index=True, return_inverse=True)
         order, first = np.argsort(firsts), len(placement.chunks.rows)
         once = chosen[firsts[order]]
@@ -305,6 +293,7 @@ class _Writer:
         self._pack(again())
         self._rows = rows.copy()
         self._rows[chosen] = first + np.argsort(order)[which]
+        return self._rows
 
     def _scattered(self) -> npt.NDArray[np.bool_]:
         """By frame: whether it is used, and had better not be."""

@@ -264,9 +264,7 @@ class _Image:
 
     def _tag(self, digest: Digest) -> None:
         for tag in self._source.tags:
-            record = self._store.names.read(self._source.name, tag)
-            if record.removed or record.images.get(self._architecture) != digest:
-                self._store.names.set(self._source.name, tag, self._architecture, digest)
+            self._store.names.set(self._source.name, tag, self._architecture, digest)
 
     def _keep(self, digest: Digest, known: Provenance) -> None:
         """A tag for the version that is about to be replaced; versions past `keep` lose theirs."""

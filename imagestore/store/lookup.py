@@ -29,7 +29,7 @@ class Lookup(AbstractContextManager["Lookup"]):
     """
 
     def __init__(self, packer: Packer, *, parts_bytes: float = math.inf) -> None:
-        self._store, self._lease = packer.store, packer.lease
+        self._packer, self._store, self._lease = packer, packer.store, packer.lease
         self._placement, self._local = packer.placement, packer.local
         self._followed: tuple[Digest, Manifest, Layout | None] | None = None
         self._engaged = False
@@ -84,7 +84,7 @@ class Lookup(AbstractContextManager["Lookup"]):
         self._load(unfinished, usable)
         if self._local:
             self._local.forget_packs(pack for pack, _ in unfinished if pack not in usable)
-        self.hooks = index.read_hooks(self._store)
+        self.hooks = self._packer.hooks = index.read_hooks(self._store)
 
     def _there(self, sizes: Mapping[Digest, int]) -> set[Digest]:
         """Those of these packs that may be relied on and are there, at least so many bytes of each."""

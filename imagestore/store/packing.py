@@ -79,6 +79,7 @@ class Packer(AbstractContextManager["Packer"]):
 
     def __init__(self, store: Store, what: str, local: index.LocalIndex | None = None) -> None:
         self.store, self.local, self.lease, self.placement = store, local, Lease(store, what), Placement()
+        self.hooks: tuple[Hooks, str | None] | None = None  # as they are, where that is known
         self._salt, self._repairs = self.lease.id, 0
         self._filling, self._filled_bytes = list[tuple[int, Frame]](), 0
         self._senders = ThreadPoolExecutor(_UPLOADS, "sf-upload")
@@ -135,15 +136,15 @@ class Packer(AbstractContextManager["Packer"]):
         self._repairs += 1
         self._salt = f"{self.lease.id}.{self._repairs}"
 
-    def publish_index(self, seen: tuple[Hooks, str | None] | None = None) -> None:
-        """Tell other writers of the packs that were made, once. seen: the hooks as they were read before."""
+    def publish_index(self) -> None:
+        """Tell other writers of the packs that were made, once."""
         while self._unpublished:
             part = IndexPart(tuple(self._unpublished[:_PART_PACKS]))
-            name = index.publish_part(self.store, part, seen)
+            name = index.publish_part(self.store, part, self.hooks)
             if self.local is not None:
                 self.local.keep(name, part)
                 self.local.forget_packs(pack for pack, _ in part.footers)
-            self._unpublished, seen = self._unpublished[_PART_PACKS:], None
+            self._unpublished, self.hooks = self._unpublished[_PART_PACKS:], None
 
 
 def carry(parts: Iterable[Loaded], packer: Packer) -> None:

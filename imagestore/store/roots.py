@@ -4,19 +4,22 @@ A root that is set counts in every later marking of the collector. So what has t
 that nothing it needs had been condemned, marked as trash or deleted before: that is asked, and put right.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from imagestore.errors import Conflict, Corrupt, NotFound
+from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import LAYOUTS, LEASES, MANIFESTS, REFS, TUF, untrashed
 from imagestore.formats.layout import Image, Layout
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.sealed import decode, seal
-from imagestore.store.leases import LEASE_S, Condemned, Lease, lease_of
+from imagestore.store.leases import LEASE_S, Condemned, lease_of
 from imagestore.store.names import LATEST, NameRecord, check_architecture
+from imagestore.store.packing import Packer
+from imagestore.store.pages import lay_out
 from imagestore.store.store import Store
 
 _ATTEMPTS = 5
@@ -24,20 +27,27 @@ AHEAD_S = 3600.0  # a time that is so far ahead of the store's clock was written
 
 
 def offer(
-    store: Store,
-    lease: Lease,
+    packer: Packer,
     manifest: Manifest,
-    lay: Callable[[set[Digest]], Layout],
+    find: Callable[[], Numbers],
     set_name: Callable[[], object] | None = None,
 ) -> None:
-    """The end of every write: layout, manifest, then `set_name`, and the questions before and after that.
+    """The end of every write: index part, layout, manifest, then `set_name`, and the questions before and after that.
 
-    lay: stores anew what lies in these packs, which must not be used; the layout as it is then. Raises what it raises,
-    and Conflict when the collector condemns faster than the writer repairs.
+    find: the rows of the image's chunks in the packer's placement, what may not be used any more stored anew. Raises
+    what it raises, and Conflict when the collector condemns faster than the writer repairs.
     """
-    put, encoded, layout = store.backend.put, manifest.encode(), lay(set())
-    digest = Digest.of(encoded)
-    layout_key = LAYOUTS.key(digest)
+    store, lease, encoded = packer.store, packer.lease, manifest.encode()
+    put, digest = store.backend.put, Digest.of(encoded)
+
+    def lay(bad: Collection[Digest] = ()) -> Layout:
+        packer.avoid(bad)
+        layout = lay_out(packer, digest, manifest, find())
+        layout.check(manifest)
+        packer.publish_index()
+        return layout
+
+    layout, layout_key = lay(), LAYOUTS.key(digest)
     objects = {layout_key: layout.encode(), MANIFESTS.key(digest): encoded}
     etags: dict[str, str] = {}
     named = False
