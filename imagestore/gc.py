@@ -25,7 +25,6 @@ from imagestore.store.frames import Frames, load
 from imagestore.store.inventory import Inventory, Table, named, read_layouts, reindex
 from imagestore.store.leases import Condemned, Lease
 from imagestore.store.packing import Packer, carry
-from imagestore.store.pages import move
 from imagestore.store.roots import AHEAD_S, Roots, find_roots
 from imagestore.store.store import Store
 from imagestore.updates.using import read_steps
@@ -297,7 +296,7 @@ def _repack(store: Store, seen: Seen, sparse: Mapping[Digest, Table], threshold:
             with suppress(NotFound, Conflict):
                 found = store.backend.get(key)
                 layout, manifest = store.layout(digest, keys.untrashed(found.data)), store.manifest(digest)
-                moved = move(packer, layout, manifest, sparse)
+                moved = packer.move(layout, manifest, sparse)
                 if moved is None:
                     continue
                 _check(lease, placement.packs)

@@ -27,7 +27,7 @@ from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.keys import PACKS
 from imagestore.formats.layout import Layout, places
 from imagestore.formats.manifest import Manifest, Pages
-from imagestore.formats.pack import Footer, expand
+from imagestore.formats.pack import MAX_PACK_BYTES, Footer, expand
 from imagestore.store.store import Store
 
 T = TypeVar("T")
@@ -183,6 +183,13 @@ def load(store: Store, wanted: Iterable[Frames], limit_bytes: int = BULK_BYTES) 
     requests = ((frames, request) for frames in wanted for request in frames.requests(limit_bytes))
     with ThreadPoolExecutor(READERS, "sf-read") as pool:
         yield from in_order(pool, lambda one: one[0].load(one[1], store.backend), requests, READERS)
+
+
+def read_pages(store: Store, head: Layout, rows: range) -> list[bytes]:
+    """Some of the pages that the head of a layout places, checked. Raises NotFound, Corrupt, Unavailable."""
+    parts = load(store, [Frames.of_image(head.pages, head, rows)], MAX_PACK_BYTES)
+    found = {row: bytes(piece) for loaded in parts for row, piece in loaded.chunks()}
+    return [found[row] for row in rows]
 
 
 class ImageReader:

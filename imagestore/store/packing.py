@@ -4,14 +4,17 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from imagestore.formats.columns import Ids
+from imagestore.formats import columns
+from imagestore.formats.columns import Ids, Numbers
 from imagestore.formats.digest import Buffer, Digest
 from imagestore.formats.index import Hooks, IndexPart
 from imagestore.formats.keys import PACKS
+from imagestore.formats.layout import Layout
+from imagestore.formats.manifest import Manifest, Pages
 from imagestore.formats.pack import FRAME_BYTES, KEPT, Codec, Footer, Frame, compress, make_pack
 from imagestore.store import index
 from imagestore.store.frames import Loaded
@@ -145,6 +148,49 @@ class Packer(AbstractContextManager["Packer"]):
                 self.local.keep(name, part)
                 self.local.forget_packs(pack for pack, _ in part.footers)
             self._unpublished, self.hooks = self._unpublished[_PART_PACKS:], None
+
+    # Pages of manifests and layouts are stored as the chunks of a disk are: whatever knows packs knows pages, and a
+    # writer that changes little of an image finds most of its pages in the store.
+
+    def lay_out(self, digest: Digest, manifest: Manifest, rows: Numbers) -> Layout:
+        """The layout of an image whose chunks are these rows of the placement: with its pages, packed.
+
+        All packs have arrived when it returns; their index part is still to be published.
+        """
+        layout = self.placement.layout(digest, rows)
+        if not manifest.page_bytes:
+            return layout
+        bodies = [*manifest.pages(), *layout.own_pages(manifest.page_rows[1])]
+        pages, found = self._pack_pages(bodies)
+        return self.placement.layout(digest, np.concatenate([rows, found]), pages)
+
+    def _pack_pages(self, bodies: list[bytes]) -> tuple[Pages, Numbers]:
+        """Pack those of these pages that are not in the placement; what they are called, and their rows there."""
+        framer = Framer(self.placement)
+        ids = np.frombuffer(b"".join(map(Digest.of, bodies)), np.uint8).reshape(-1, 32)
+        first = columns.first_of_each(ids)
+        new = np.sort(first[self.placement.find(ids[first]) < 0])
+        framer.add([bodies[at] for at in new.tolist()], ids[new])
+        self.pack(framer.full(last=True))
+        self.flush()
+        return Pages(ids, np.array([len(body) for body in bodies], np.int64)), self.placement.find(ids)
+
+    def move(self, old: Layout, manifest: Manifest, avoid: Collection[Digest]) -> Layout | None:
+        """A layout with what it has in packs to avoid where it was packed now, and with pages that say so.
+
+        None if something of it is not there.
+        """
+        was = old.stored(manifest).ids
+        moved = self.placement.moved(old, was, was, avoid)
+        if moved is None or not manifest.page_bytes:
+            return moved
+        bodies, count = moved.own_pages(manifest.page_rows[1]), len(was) - len(old.pages.ids) // 2
+        now = np.frombuffer(b"".join(map(Digest.of, bodies)), np.uint8).reshape(-1, 32)
+        self._pack_pages([bodies[at] for at in np.flatnonzero((now != was[count:]).any(axis=1)).tolist()])
+        self.publish_index()
+        lengths = np.append(old.pages.lengths[: len(bodies)], [len(body) for body in bodies])
+        old = replace(old, pages=old.pages._replace(lengths=lengths))
+        return self.placement.moved(old, was, np.concatenate([was[:count], now]), avoid)
 
 
 def carry(parts: Iterable[Loaded], packer: Packer) -> None:

@@ -19,7 +19,6 @@ from imagestore.formats.sealed import decode, seal
 from imagestore.store.leases import LEASE_S, Condemned, lease_of
 from imagestore.store.names import LATEST, NameRecord, check_architecture
 from imagestore.store.packing import Packer
-from imagestore.store.pages import lay_out
 from imagestore.store.store import Store
 
 _ATTEMPTS = 5
@@ -42,7 +41,7 @@ def offer(
 
     def lay(bad: Collection[Digest] = ()) -> Layout:
         packer.avoid(bad)
-        layout = lay_out(packer, digest, manifest, find())
+        layout = packer.lay_out(digest, manifest, find())
         layout.check(manifest)
         packer.publish_index()
         return layout

@@ -239,7 +239,7 @@ class Store:
     def _paged(self, manifest: Digest, choose: Callable[[int], range], data: bytes | None = None) -> "Paged":
         """A layout's object, and those of the pages that it places, by the packs that they are in now."""
         from imagestore.formats.layout import Layout
-        from imagestore.store.pages import read_pages
+        from imagestore.store.frames import read_pages
 
         for again in (False, True):
             head = Layout.decode(data or self._content(LAYOUTS.key(manifest)), manifest)
