@@ -65,10 +65,9 @@ class Catalog:
     def images(self) -> list[Image]:
         """All published images; where nothing is signed, all named ones; none of a store that cannot be listed."""
         if time.monotonic() - self._read_at_s > _FRESH_S or not self._read_at_s:
-            try:
+            self._images = []
+            with suppress(Unsupported):
                 self._images = sorted(self._read(), key=lambda image: (image.name, image.tag, image.arch))
-            except Unsupported:
-                self._images = []
             self._read_at_s = time.monotonic()
         return self._images
 

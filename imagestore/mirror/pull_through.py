@@ -114,14 +114,12 @@ class PullThrough(ReadOnly):
                 return pack
             name, tail_key = Digest.parse(key[-64:]), f"tails/{key[-64:]}"
             try:
-                kept = self._kept.get(tail_key).data
-                size_bytes, tail = int.from_bytes(kept[:8], "little"), kept[8:]
-                footer = open_tail(tail, name, size_bytes)
+                tail = self._kept.get(tail_key).data
+                footer = open_tail(tail, name)
             except (NotFound, Corrupt):
                 footer, tail = read_tail(self._upstream, name)
-                size_bytes = footer.data_bytes + len(tail)
-                self._keep(tail_key, size_bytes.to_bytes(8, "little") + tail)
-            stat = ObjectStat(key, size_bytes, key[-64:], 0.0)
+                self._keep(tail_key, tail)
+            stat = ObjectStat(key, footer.data_bytes + len(tail), key[-64:], 0.0)
             pack = _Pack(stat, footer, Frames.of_pack(name, footer), tail)
             with self._lock:
                 self._packs[key] = pack

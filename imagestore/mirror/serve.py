@@ -225,10 +225,7 @@ def worker() -> Any:
 def check_free(host: str, port: int) -> None:
     """Raises Conflict for a port that is taken, Invalid for an address that is not ours, Denied."""
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         kind_of_error = {errno.EADDRINUSE: Conflict, errno.EACCES: Denied}.get(error.errno or 0, Invalid)
         raise kind_of_error(f"cannot serve at {host} port {port}: {error.strerror}") from error

@@ -172,12 +172,12 @@ def read_tail(backend: Backend, pack: Digest) -> tuple[Footer, bytes]:
     return open_tail(tail, pack, size_bytes), tail
 
 
-def open_tail(tail: bytes, pack: Digest, size_bytes: int) -> Footer:
-    """The footer in the last bytes of a pack of this length. Raises Corrupt."""
+def open_tail(tail: bytes, pack: Digest, size_bytes: int | None = None) -> Footer:
+    """The footer in the last bytes of a pack, of this length if that is known. Raises Corrupt."""
     if tail[-8:] != TRAILER or int.from_bytes(tail[-12:-8], "little") + 12 != len(tail):
         raise Corrupt(f"pack {pack} is none, or its footer is cut short")
     footer = Footer.decode(tail[:-12])
-    if Digest.of(tail[:-12]) != pack or footer.data_bytes + len(tail) != size_bytes:
+    if Digest.of(tail[:-12]) != pack or size_bytes not in (None, footer.data_bytes + len(tail)):
         raise Corrupt(f"pack {pack} has another footer or length than its name says")
     return footer
 
