@@ -85,7 +85,7 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
         item,
         "name namespace cpus video node power_state uefi secure_boot tpm configdrive agent_state accel autostart order"
         " delay_s ephemeral on_node_loss left arriving node_labels",
-        "moving console_port vdi_port ssh_key nvram_template cpu_model error_message progress",
+        "moving vdi_port ssh_key nvram_template cpu_model error_message progress",
         memory=item.memory_mib,
         disk_spec=list(item.disk_spec),
         disks=[
@@ -101,7 +101,7 @@ def instance(item: Instance, interfaces: Iterable[Interface], read_only: bool = 
             for disk in item.disks
         ],
         power=item.power.value,
-        vdi_tls_port=None,
+        **dict.fromkeys(("console_port", "vdi_tls_port")),  # nothing listens there
         vdi_password=None if read_only else item.extra.get("vdi_password"),
         user_data=base64.b64encode(item.user_data).decode() or None,
         side_channels=[*item.side_channels, *(["sf-agent2"] if AGENT_CHANNEL in item.side_channels else [])],

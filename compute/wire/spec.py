@@ -221,9 +221,7 @@ class InstanceStatus:
     state: InstanceState
     power_state: str = "off"  # on, off, paused, crashed or transition-to-X
     error_message: str = ""
-    progress: str = ""  # for people, while an image is fetched: "fetching 43%"
     accel: str = ""  # kvm or tcg, with the reason
-    console_port: int = 0
     vdi_port: int = 0
     agent_state: str = ""
     extra: dict[str, Any] = field(default_factory=dict)

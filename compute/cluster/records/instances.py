@@ -52,7 +52,6 @@ class Instance(Stored, Shape):
     error_message: str = ""
     progress: str = ""
     accel: str = ""
-    console_port: int = 0
     vdi_port: int = 0
     agent_state: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -250,7 +249,7 @@ def rehome(
     now = replace(found, node=node, disks=disks or found.disks, left=left, arriving=not live, heard_s=0)
     power = "off" if found.power == Power.OFF else "transition-to-on"
     now = replace(now, moving="", passing="", power_state=found.power_state if live else power, progress="")
-    now = replace(now, error_message="", agent_state="", console_port=0)
+    now = replace(now, error_message="", agent_state="")
     claim(txn, found.node, -found.cpus, -found.memory_mib, -disk_bytes(found.disks))
     claim(txn, node, now.cpus, now.memory_mib, disk_bytes(now.disks))
     txn.event(Instance.KIND, uuid, f"moved from {found.node} to {node}: {why}", type="audit")

@@ -126,9 +126,7 @@ def test_a_node_that_is_not_its_own_changes_nothing_of_it(store: SqliteStore) ->
     for node in ("a", "c"):
         for state in S:
             if (node, state) != ("a", S.DELETED):
-                say(
-                    store, node, state, error_message="x", agent_state="ready", snapshots=done, console_port=7
-                )
+                say(store, node, state, error_message="x", agent_state="ready", snapshots=done, vdi_port=7)
     assert web(store) == before
     say(store, "b", S.CREATED, "transition-to-on")
     now = web(store)
