@@ -37,8 +37,7 @@ class ConsoleLog:
                 new = self._old.with_suffix(".tail")
                 try:
                     new.touch(mode=0o600)
-                    with new.open("wb") as kept:
-                        kept.write(log.read())
+                    new.write_bytes(log.read())
                     new.replace(self._old)
                 except OSError:  # a full disk: room counts more than what a flooding guest said last
                     new.unlink(missing_ok=True)
@@ -52,14 +51,12 @@ class ConsoleLog:
 
     def up(self) -> bool:
         """Whether somebody could log in by now, as far as a console can tell."""
-        try:
-            with self.path.open("rb") as log:
-                size = os.fstat(log.fileno()).st_size
-                begun = self._begun if self._begun <= size else 0  # it was cut or cleared meanwhile
-                log.seek(max(begun, size - _LOOKED_AT_BYTES))
-                shown = log.read()
-        except FileNotFoundError:
-            return False
+        shown = b""
+        with suppress(FileNotFoundError), self.path.open("rb") as log:
+            size = os.fstat(log.fileno()).st_size
+            begun = self._begun if self._begun <= size else 0  # it was cut or cleared meanwhile
+            log.seek(max(begun, size - _LOOKED_AT_BYTES))
+            shown = log.read()
         return any(mark in shown for mark in _UP)
 
     def clear(self) -> None:

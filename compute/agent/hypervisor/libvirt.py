@@ -310,20 +310,14 @@ class Hypervisor:
         deadline = time.monotonic() + _MOVE_S
         with self._domain(uuid) as found:
             found.blockCopy(disk.device, domain.overlay_xml(disk), {}, flags)
-            while True:
-                job = found.blockJobInfo(disk.device)
-                try:
-                    if job and job["cur"] == job["end"]:
+            while (job := found.blockJobInfo(disk.device)) and time.monotonic() < deadline:
+                with contextlib.suppress(libvirt.libvirtError):  # all is copied, and the job is not "ready" yet
+                    if job["cur"] == job["end"]:
                         found.blockJobAbort(disk.device, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
                         return
-                except libvirt.libvirtError:  # all is copied, and the job is not "ready" yet
-                    if time.monotonic() > deadline:
-                        found.blockJobAbort(disk.device)
-                        raise
-                if time.monotonic() > deadline or not job:
-                    found.blockJobAbort(disk.device)
-                    raise Refused(f"moving {disk.device} did not end within {_MOVE_S:.0f} s")
                 time.sleep(0.01)
+            found.blockJobAbort(disk.device)
+            raise Refused(f"moving {disk.device} did not end within {_MOVE_S:.0f} s")
 
     def grow_disk(self, uuid: str, device: str, size_bytes: int) -> None:
         """Make a running guest's disk larger, which it sees at once."""
