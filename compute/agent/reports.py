@@ -25,16 +25,13 @@ class Reports:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._statuses: list[InstanceStatus] = []
+        self._statuses: dict[str, InstanceStatus] = {}
         self._events: deque[NodeEvent] = deque(maxlen=_KEPT_EVENTS)
         self._waiting = asyncio.Event()
 
     def publish(self, status: InstanceStatus) -> None:
-        """Queue a status; one that only refines the last of the same state replaces it."""
-        last = next((s for s in reversed(self._statuses) if s.uuid == status.uuid), None)
-        if last is not None and last.state == status.state:
-            self._statuses = [s for s in self._statuses if s is not last]
-        self._statuses.append(status)
+        """Queue a guest's status in the place of its last: the server knows the steps between."""
+        self._statuses[status.uuid] = status
         self._waiting.set()
 
     def deleted(self, uuid: str) -> None:
@@ -74,11 +71,11 @@ class Reports:
 
     async def flush(self) -> None:
         """Send all of it now. Raises ComputeError."""
-        statuses, events = list(self._statuses), list(self._events)
+        statuses, events = dict(self._statuses), list(self._events)
         if not statuses and not events:
             return
-        await self._send(statuses, events)
-        self._statuses = [status for status in self._statuses if not any(status is s for s in statuses)]
+        await self._send(list(statuses.values()), events)
+        self._statuses = {u: now for u, now in self._statuses.items() if now is not statuses.get(u)}
         for event in events:
             with contextlib.suppress(ValueError):
                 self._events.remove(event)
