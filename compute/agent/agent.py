@@ -131,7 +131,7 @@ class Agent:
                 group.create_task(self._images.listen(self._heard))
                 await self._follow(host, desired)
         finally:
-            self.operations.streams.close()
+            self.operations.close()
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)

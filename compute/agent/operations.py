@@ -1,23 +1,29 @@
-"""What the server asks of this node directly, done."""
+"""What the server asks of this node directly, done; and the node's end of each kind of stream."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import errno
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from compute.agent.guest.channel import Channel
 from compute.agent.guest.guest import Guest
+from compute.agent.guest.terminal import Terminal
 from compute.agent.hypervisor import figures
+from compute.agent.hypervisor.domain import screen
 from compute.agent.image_service import ServedImages
-from compute.agent.streams import Streams, connect
-from compute.errors import NotFound
+from compute.errors import ComputeError, Conflict, Invalid, NotFound, Unavailable
 from compute.wire.codec import from_plain
 from compute.wire.operations import Figures, NodeOperations
 from compute.wire.spec import CachedImage
-from compute.wire.streams import Stream
-from net import NetError, Network, NodeNetworks, Plane, listening, traffic
+from compute.wire.streams import PIECE_BYTES, Stream, carry_socket, failure, first
+from net import NetError, Network, NodeNetworks, Plane, listening, tcp_socket, traffic
 
 _PINGS = 8  # at once: each is a process, and tenants ask for them
 
@@ -32,14 +38,16 @@ class Operations(NodeOperations):
         plane_lock: asyncio.Lock,
         guests: Mapping[str, Guest],
         images: ServedImages,
-        dial: Callable[[str, str], Awaitable[Stream]],
+        dial: Callable[[str, str], Awaitable[Stream]],  # brings the stream of a ticket to the server
         directory: Path,
     ) -> None:
         self._node, self._plane, self._plane_lock, self._guests = node, plane, plane_lock, guests
         self._images, self._directory = images, directory
         self.networks: NodeNetworks | None = None
         self._pings = asyncio.Semaphore(_PINGS)
-        self.streams = Streams(partial(dial, node))
+        self._dial, self._open = partial(dial, node), set[asyncio.Task[None]]()
+        self._channels: WeakKeyDictionary[Guest, Channel] = WeakKeyDictionary()
+        self._terminals: WeakKeyDictionary[Guest, Terminal] = WeakKeyDictionary()
 
     def _guest(self, uuid: str) -> Guest:
         found = self._guests.get(uuid)
@@ -83,17 +91,6 @@ class Operations(NodeOperations):
             found.get(guest.spec.uuid, {}).update(in_bytes=came, out_bytes=went)
         return found | {"": figures.of_node(self._directory)}
 
-    async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
-        if kind == "connect":
-            space, also = self._plane.namespace(self._network(target)), str(options.get("also") or "")
-            to = str(options.get("address")), also, int(options["port"])
-            await self.streams.begin(ticket, partial(connect, space, *to))
-        else:
-            async with asyncio.timeout(10):  # who moves here is asked for before this node was told of it
-                while kind == "arrive" and target not in self._guests:
-                    await asyncio.sleep(0.05)
-            await self.streams.open(self._guest(target), kind, options, ticket)
-
     def _network(self, uuid: str) -> Network:
         networks = self.networks.networks if self.networks else ()
         network = next((n for n in networks if n.uuid == uuid), None)
@@ -110,3 +107,106 @@ class Operations(NodeOperations):
             )
             out, err = await done.communicate()
         return out.decode().splitlines(), err.decode().splitlines()
+
+    # Streams
+
+    async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
+        if kind == "connect":
+            space, also = self._plane.namespace(self._network(target)), str(options.get("also") or "")
+            to = str(options.get("address")), also, int(options["port"])
+            await self._begin(ticket, partial(connect, space, *to))
+            return
+        async with asyncio.timeout(10):  # who moves here is asked for before this node was told of it
+            while kind == "arrive" and target not in self._guests:
+                await asyncio.sleep(0.05)
+        guest = self._guest(target)
+        known: dict[str, Any] = {"console": self._console, "exec": self._exec, "vnc": self._vnc}
+        known |= {"screen": self._screen, "arrive": guest.passage.arrive, "leave": guest.passage.leave}
+        if kind not in known:
+            raise Invalid(f"this node's agent knows no stream {kind[:80]}")
+        await self._begin(ticket, partial(known[kind], guest, options))
+
+    async def _begin(self, ticket: str, serve: Callable[[Stream], Awaitable[None]]) -> None:
+        stream = await self._dial(ticket)
+
+        async def run() -> None:
+            try:
+                await serve(stream)
+            except (ComputeError, NetError, OSError) as err:
+                with suppress(ComputeError):
+                    await stream.send(failure(err))
+            finally:
+                await stream.aclose()
+
+        task = asyncio.create_task(run())
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+
+    def close(self) -> None:
+        """End all streams."""
+        for task in self._open:
+            task.cancel()
+
+    async def _console(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
+        await self._terminals.setdefault(guest, Terminal()).serve(guest, stream)
+
+    async def _vnc(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
+        """The bytes of RFC 6143."""
+        path = screen(await guest.host.do(guest.host.hypervisor.xml, guest.spec.uuid))[1]
+        if not path:
+            hint = "create --vdi vnc and start it; one that runs since an older sf: sf instance reboot --hard"
+            raise Conflict(f"{guest.spec.name} shows no screen now", hint=hint)
+        await carry_socket(*await asyncio.open_unix_connection(path), stream)
+
+    async def _screen(self, guest: Guest, _: dict[str, Any], stream: Stream) -> None:
+        """A PNG, as `_exec` hands out output."""
+        data = await guest.host.do(guest.host.hypervisor.screenshot, guest.spec.uuid)
+        for at in range(0, len(data), PIECE_BYTES):
+            await stream.send(b"\1" + data[at : at + PIECE_BYTES])
+        await stream.send('{"exit": 0}')
+
+    async def _exec(self, guest: Guest, options: dict[str, Any], stream: Stream) -> None:
+        """`{"argv": [...], "input": true}`: then input up to `eof`. Output comes behind a byte, 1 or 2, then `exit`."""
+        argv, fed = options.get("argv"), asyncio.Event()
+        if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
+            raise Invalid("argv is a list of words")
+
+        async def given() -> AsyncIterator[bytes]:
+            while isinstance(piece := await stream.receive(), bytes):
+                yield piece
+            fed.set()
+
+        async def out(one: bytes, other: bytes) -> None:
+            for mark, data in ((b"\1", one), (b"\2", other)):
+                for at in range(0, len(data), PIECE_BYTES):
+                    await stream.send(mark + data[at : at + PIECE_BYTES])
+
+        async def execute() -> None:
+            channel = self._channels.setdefault(guest, Channel(guest.host.hypervisor, guest.spec.uuid))
+            stdin = given() if options.get("input") is True else None
+            if not stdin:
+                fed.set()
+            await stream.send(json.dumps({"exit": await channel.execute(argv, out, stdin)}))
+
+        async def gone() -> None:
+            await fed.wait()
+            while await stream.receive() is not None:
+                pass
+
+        await first(execute(), gone())
+
+
+async def connect(namespace: str, address: str, also: str, port: int, stream: Stream) -> None:
+    """A TCP connection from inside a network's namespace, to a guest's address or, if it is not there, `also`."""
+    socket = await asyncio.to_thread(partial(tcp_socket, namespace, six=":" in address))
+    socket.setblocking(False)
+    try:
+        async with asyncio.timeout(10):
+            await asyncio.get_running_loop().sock_connect(socket, (address, port))
+    except (OSError, TimeoutError) as err:
+        socket.close()
+        if also not in ("", address):
+            await connect(namespace, also, "", port, stream)
+            return
+        raise Unavailable(f"{address} port {port}: {os.strerror(err.errno or errno.ETIMEDOUT)}") from err
+    await carry_socket(*await asyncio.open_connection(sock=socket), stream)

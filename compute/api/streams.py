@@ -2,8 +2,8 @@
 
 A browser's has no header for a token. It offers the subprotocols `sf` and `ticket.T`: T is what a POST to the same path
 gave, holds for a minute and opens that stream once, for the caller of the POST.
-The client's first message is a text, JSON: what it wants of that kind (`compute.agent.streams`). What goes wrong is a
-text `{"error", "hint", "kind"}` before the end. A stream ends with either side, its key, its guest, and the server.
+The client's first message is a text, JSON: what it wants of that kind (`compute.agent.operations`). What goes wrong is
+a text `{"error", "hint", "kind"}` before the end. A stream ends with either side, its key, its guest, and the server.
 """
 
 import asyncio

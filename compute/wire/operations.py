@@ -57,7 +57,7 @@ class NodeOperations(Protocol):
         ...
 
     async def stream(self, kind: str, target: str, options: dict[str, Any], ticket: str) -> None:
-        """Bring the stream of this ticket to the server, once: what `agent.streams` has of that kind.
+        """Bring the stream of this ticket to the server, once: what `agent.operations` has of that kind.
 
         target: the instance's uuid; of `connect` the network's.
         """

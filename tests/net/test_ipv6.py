@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compute.agent.streams import connect
+from compute.agent.operations import connect
 from compute.wire.streams import pair
 from net.plan.guards import ROUTER
 from net.plan.model import Allow, Network

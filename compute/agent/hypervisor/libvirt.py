@@ -311,7 +311,7 @@ class Hypervisor:
         with self._domain(uuid) as found:
             found.blockCopy(disk.device, domain.overlay_xml(disk), {}, flags)
             while (job := found.blockJobInfo(disk.device)) and time.monotonic() < deadline:
-                with contextlib.suppress(libvirt.libvirtError):  # all is copied, and the job is not "ready" yet
+                with contextlib.suppress(libvirt.libvirtError):  # all is copied; it is not "ready" yet
                     if job["cur"] == job["end"]:
                         found.blockJobAbort(disk.device, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
                         return

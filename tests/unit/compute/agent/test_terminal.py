@@ -40,7 +40,7 @@ async def _sees(stream: Stream, what: bytes) -> None:
 
 
 async def _serve(terminal: Terminal, guest: Guest, far: Stream) -> None:
-    """As `agent.streams` does."""
+    """As `agent.operations` does."""
     try:
         await terminal.serve(guest, far)
     except ComputeError as err:
