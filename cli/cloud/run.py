@@ -39,6 +39,10 @@ systemctl start qemu-guest-agent
 _COMMAND = """command -v cloud-init >/dev/null && cloud-init status --wait >/dev/null 2>&1
 cd "$1" && shift && exec "$@"
 """
+_UP = """command -v cloud-init >/dev/null && cloud-init status --wait >/dev/null 2>&1
+test -x /etc/sf/renew || exit; sync; echo 1 >/proc/sys/vm/drop_caches
+free=$(awk '/^MemFree/ { print int($2 * .8) }' /proc/meminfo)  # what is zero is not kept
+exec dd if=/dev/zero of=/dev/null bs="${free}K" count=1"""
 _END = b"""#cloud-config
 merge_how: dict(replace)+list()+str()
 power_state: {mode: poweroff, timeout: 300, condition: true}
@@ -130,6 +134,26 @@ def run(command: tuple[str, ...], **given: Any) -> int:
         if code := inside.run(api, uuid, *argv, stdin=sys.stdin.buffer if given["take"] else None):
             keep_console(api, name, uuid)
         return code
+
+
+@click.command(cls=Command, needs=API, examples="sf image warm debian:12 --cpus 2 --memory 2G --disk 20G")
+@click.argument("image")
+@machine
+@click.option("--timeout", type=DURATION, default="15m", show_default=True, help="Until it is up.")
+def warm(**given: Any) -> None:
+    """Keep what guests of an image are when they have just booted, so that later ones like it begin as that.
+
+    It is kept in the namespace's own store, as my/warm-…, for instances of this namespace on machines as this one. The
+    image needs qemu-guest-agent and its own steps in /etc/sf/renew; docs/howto/guests.md has them.
+    """
+    api, name = Api(), f"warm-{secrets.token_hex(4)}"
+    with held(api, name, given) as uuid:
+        wait(api, uuid, answers, given["timeout"])
+        if inside.run(api, uuid, "/bin/sh", "-c", _UP):
+            hint = "docs/howto/guests.md has what an image needs for that"
+            raise Problem(f"{given['image']} has no /etc/sf/renew: its guests cannot resume", hint=hint)
+        made = take(api, uuid, "snapshot", given["timeout"], warm=True)
+    say(f"guests of {given['image']} and this size resume now; sf image rm {made['name']} ends that")
 
 
 @click.command(

@@ -76,6 +76,7 @@ FETCHED = (*BROUGHT[:2], ("result", "result"), ("new", lambda r: size(r["new_byt
 PULLED = (("file", "output"), ("name", "name"), ("digest", "digest"))
 
 image = Group("image", needs=STORE, help="Push, pull and manage disk images.")
+image.lazy["warm"] = ("cli.cloud.run:warm", "Have guests of an image resume instead of boot.")
 image.lazy["build"] = ("cli.cloud.run:build", "Make an image by a recipe of cloud-init.")
 path = click.Path(dir_okay=False, path_type=Path)
 

@@ -124,6 +124,8 @@ class Operations(NodeOperations):
         known |= {"screen": self._screen, "arrive": guest.passage.arrive, "leave": guest.passage.leave}
         if kind not in known:
             raise Invalid(f"this node's agent knows no stream {kind[:80]}")
+        if kind not in ("arrive", "leave") and not guest.record.created:
+            raise Conflict(f"{guest.spec.name} is not up yet", hint="try again when it is created")
         await self._begin(ticket, partial(known[kind], guest, options))
 
     async def _begin(self, ticket: str, serve: Callable[[Stream], Awaitable[None]]) -> None:

@@ -15,6 +15,7 @@ from compute.api.context import Body, Context, Ctx, DeleteAllBody, Guest, ListBo
 from compute.api.edge import Route
 from compute.api.history import add_events, add_metadata
 from compute.cluster.images.artifacts import resolve_disks, want
+from compute.cluster.images.snapshots import offered
 from compute.cluster.quotas import enforce
 from compute.cluster.records import instances as acts
 from compute.cluster.records.instances import NO_VIDEO, Instance
@@ -116,6 +117,11 @@ class SetBody(Body):
     """Seconds from now, after which it is deleted; 0: it stays."""
 
 
+class SnapshotBody(Body):
+    warm: bool = False
+    """With its memory, as what later instances of its image and size begin, instead of booting; the end of this one."""
+
+
 class LeaseBody(Body):
     seconds: float = Field(ge=0, le=3600)
 
@@ -183,6 +189,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             until_s=_after(body.ttl),
             held_s=_after(body.lease),
         )
+        instance = offered(ctx.services.namespaces, instance, config.architecture)
         wants = [_want(ctx, network, namespace) for network in body.network or ()]
         images = {disk.image for disk in instance.disks if disk.image and not disk.store}
         closed = unreadable(ctx.services.resolver.stores, ctx.read().list(Node), images, controller.server)
@@ -294,9 +301,10 @@ def list_snapshots(ctx: Ctx, known: Guest) -> Response:
 
 
 @router.post("/instances/{ref}/snapshot")
-def take_snapshot(ctx: Ctx, known: Guest) -> Response:
+def take_snapshot(ctx: Ctx, known: Guest, body: SnapshotBody | None = None) -> Response:
     """Of all its disks at one moment, into the namespace's own store. Poll the list for its `state`."""
-    return JSONResponse(views.snapshot(ctx.change(known, take)))
+    act = partial(take, warm=bool(body and body.warm))
+    return JSONResponse(views.snapshot(ctx.change(known, act)))
 
 
 @router.get("/instances/{ref}/consoledata")

@@ -41,7 +41,7 @@ def snapshot(item: Snapshot) -> Json:
     order = item.order
     names = {device: f"my/{item.image(device)}:{item.tag}" for device in sorted(order.digests)}
     said = {"frozen": order.frozen, "note": order.note, "error_message": order.error}
-    said |= {"name": f"my/{item.instance.lower()}:{item.tag}", "created": order.moment_s, "images": names}
+    said |= {"name": f"my/{item.image('vda')}:{item.tag}", "created": order.moment_s, "images": names}
     return _common(item, "instance_uuid backup namespace to", digests=order.digests, **order.costs, **said)
 
 

@@ -50,6 +50,7 @@ class Holds:
                     f"{self._prefix}{one.uuid}": frozenset(
                         Digest.parse(d.image) for d in one.disks if d.image and d.store == home
                     )
+                    | ({Digest.parse(one.warm.disk)} if one.warm and one.namespace == home else set())
                     for one in instances
                 }
                 for blob in (b for b in blobs if b.namespace == home):

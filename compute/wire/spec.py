@@ -80,6 +80,7 @@ class Capture:
 
     digests: device → what it is stored as. costs: bytes held in clusters of its own, read, new, known, written.
     at_rest: it waits until the guest is off, and the node says that it did.
+    warm: the name of a warm state, whose `memory` is stored as well. That is the guest's end.
     """
 
     uuid: str
@@ -91,6 +92,17 @@ class Capture:
     error: str = ""
     note: str = ""
     at_rest: bool = False
+    warm: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """A guest of an image that had just come up, at one moment, in its namespace's own store: digests of manifests."""
+
+    disk: str
+    memory: str
+    fit: str
+    """What it resumes on, as its node said: another is another machine, version, or kind of guest."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class Shape:
     order: int = 0
     """When its machine starts, those of its namespace with a lower order start first; when it ends, they end last."""
     delay_s: int = 0  # so much later than it do those of a higher order start
+    warm: Warm | None = None  # what it may begin as, instead of a boot of its image
 
 
 @dataclass(frozen=True, slots=True)

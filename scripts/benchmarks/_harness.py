@@ -223,6 +223,10 @@ class Bench:
         """A contest of one."""
         return self.contest([Contestant(name, work, before, after, env or {}, cwd)], rounds)[0]
 
+    def rounds(self, otherwise: int) -> int:
+        """As many as `--rounds` says."""
+        return self._rounds or otherwise
+
     def number(
         self,
         name: str,

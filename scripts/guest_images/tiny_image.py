@@ -113,6 +113,7 @@ def _make_root(work: Path) -> tuple[Path, Path]:
         "lib",
         "etc/acpi/PWRF",
         "etc/dropbear",
+        "etc/sf",
         "dev",
         "proc",
         "sys",
@@ -134,6 +135,7 @@ def _make_root(work: Path) -> tuple[Path, Path]:
     for name, mode in (("rcS", 0o755), ("udhcpc.sh", 0o755), ("json.awk", 0o644)):
         shutil.copy(SOURCES / name, root / "etc" / name)
         (root / "etc" / name).chmod(mode)
+    (root / "etc/sf/renew").symlink_to("../rcS")
     (root / "etc/inittab").write_text(_INITTAB)
     (root / "etc/passwd").write_text(_PASSWD)
     (root / "etc/group").write_text("root:x:0:\n")

@@ -19,11 +19,13 @@ from tests import drills
 from tests.ending import passed
 from tests.system.machine import Machine, within
 from tests.system.test_snapshot_kills import kill
+from tests.system.test_warm import SELF
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 SF = "import cli.cloud.run as run, cli.main as sf; run._LEASE_S = 6; sf.main()"
 """`sf` with a shorter lease, so that its end is not waited for so long."""
-TINY = ("run", "--image", "tiny:1", "--memory", "128")
+TINY = ("run", "--image", "tiny:1", "--memory", "128")  # they resume; those of another size boot
+BOOTS = (*TINY[:-1], "144")
 RECIPE = """#!/bin/sh
 # The tiny guest's disk is a file system of FAT.
 mkdir -p /mnt && mount -t vfat /dev/vda1 /mnt || exit
@@ -41,6 +43,7 @@ def machine(
         made = Machine(host, tmp_path_factory.mktemp("runs"), SF_ACCEL="tcg")
         made.sf("image", "push", str(tiny_image), "tiny:1")
         made.start()
+        made.sf("image", "warm", *TINY[2:])
         yield made
         if well():
             gone(made, "")
@@ -59,7 +62,8 @@ def gone(machine: Machine, prefix: str = "run-") -> None:
 
 
 def kept(machine: Machine) -> list[str]:
-    return [row["name"] for row in machine.listed("image", "ls", "my")]
+    names = [row["name"] for row in machine.listed("image", "ls", "my")]
+    return [name for name in names if not name.startswith("warm-")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,15 +74,24 @@ def built(machine: Machine) -> Iterator[Future[list[Any]]]:
     bad.write_text("#!/bin/sh\nexit 3\n")
 
     def build(name: str, file: Path, *more: str) -> subprocess.CompletedProcess[str]:
-        words = ("image", "build", name, "--base", "tiny:1", "--memory", "128", "--user-data", str(file))
+        words = ("image", "build", name, "--base", "tiny:1", "--user-data", str(file), "--memory", "128")
         return machine.sf(*words, *more, "--format", "json", check=False)
 
     def story() -> list[Any]:
-        late = build("my/bad:1", bad, "--timeout", "3s")
+        late = build("my/bad:1", bad, "--timeout", "3s", "--memory", "144")
         return [late, build("my/built:1", recipe), build("my/built:2", recipe, "--agent")]
 
     with ThreadPoolExecutor() as pool:
         yield pool.submit(story)
+
+
+def test_guests_that_resume_at_once_are_each_themselves(machine: Machine) -> None:
+    script = f"grep -c boot_id /proc/mounts; hostname; {SELF}"
+    with ThreadPoolExecutor() as pool:
+        ran = [pool.submit(machine.sf, *TINY, "--", "sh", "-c", script) for _ in range(2)]
+    one, other = (each.result().stdout.splitlines() for each in ran)
+    assert one.pop(0) == other.pop(0) == "1"  # where boot_id is mounted over, it resumed
+    assert len(one) == len(other) == 5 and not set(one) & set(other), (one, other)
 
 
 def test_a_command_has_its_files_its_input_its_output_and_its_code(machine: Machine) -> None:
@@ -103,7 +116,7 @@ def test_rounds_of_true_and_other_ends_leave_nothing_and_have_their_codes(machin
     assert machine.sf("run", "--image", "none:1", "true", check=False).returncode == 3
     for wrong in ("/no/such:/x", "/tmp", "/tmp:", ":/x"):
         assert machine.sf(*TINY, "-v", wrong, "true", check=False).returncode == 2
-    late = machine.sf(*TINY, "--ttl", "1s", "true", check=False)
+    late = machine.sf(*BOOTS, "--ttl", "1s", "true", check=False)
     assert late.returncode == 3 and "was deleted meanwhile" in late.stderr
 
     def once(number: int) -> None:

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from compute.agent.guest import overlay
+from compute.agent.guest import overlay, warm
 from compute.agent.guest.disks import Disks
 from compute.agent.guest.host import Host, Voice
 from compute.agent.guest.record import CapturesHeld, Course, Part, Phase
-from compute.agent.hypervisor import nodes
+from compute.agent.hypervisor import nodes, passing
 from compute.errors import ComputeError, Conflict, NotFound
 from compute.wire.spec import Capture, InstanceSpec
-from imagestore import Changes, Digest, NbdDisk, StoreError, open_store, push_changed
+from imagestore import Changes, Digest, NbdDisk, StoreError, open_store, push, push_changed
 
 _AGENT_S = 2  # for each answer of the agent in the guest: its file systems are frozen for less than 5 s
 _SCRATCH_SHARE = 4  # a snapshot may use one part in so many of the room that is free
@@ -43,6 +43,7 @@ class Captures:
         self._voice, self._wake = voice, wake
         # A socket's path has at most 107 bytes.
         self._directory = host.directory.parent / "run" / f"snapshot-{uuid[:13]}"
+        self._memory = host.directory / uuid / "memory"
         self._task: asyncio.Future[Capture] | None = None
         self._daemon: asyncio.subprocess.Process | None = None
 
@@ -96,6 +97,9 @@ class Captures:
         spec = replace(spec, disks=tuple(disk for disk in spec.disks if not disk.cdrom))
         await self._held.save(began=one.uuid)
         try:
+            if one.warm and power != "off":  # what its disk is then is stored with its memory
+                await self._host.do(passing.keep, self._host.hypervisor, self._uuid, self._memory)
+                power = "off"
             disks, socket = self._prepare(spec), self._directory / "s"
             one = replace(one, frozen=power == "on" and await self._freeze())
             begin = partial(self._host.do, nodes.begin, self._host.hypervisor, self._uuid, disks, socket)
@@ -180,12 +184,18 @@ class Captures:
             if one.error:
                 return one
             store = open_store(self._host.images.own_store(spec.namespace))
-            for name, image in ((disk.device, disk.image) for disk in spec.disks):
+            labels = dict(one.labels)
+            if one.warm:
+                kept = push(store, self._memory, None, labels=labels, architecture="memory", format_="raw")
+                digests["memory"] = labels["memory"] = str(kept.digest)
+                self._memory.unlink()
+                labels["fit"] = warm.fit(self._host, spec)
+            for name, image in ((disk.device, self._disks.image(disk)) for disk in spec.disks):
                 with closing(NbdDisk(socket, f"map-{name}", "qemu:allocation-depth")) as depths:
                     held = [(start, end) for start, end, depth in depths.extents() if depth == 1]
                 base, rows = Digest.parse(image) if image else None, np.array(held, np.int64).reshape(-1, 2)
                 with closing(NbdDisk(socket, f"snap-{name}")) as disk:
-                    done = push_changed(store, disk, Changes(base, rows), {**one.labels, "disk": name})
+                    done = push_changed(store, disk, Changes(base, rows), {**labels, "disk": name})
                 costs.update(held=sum(end - start for start, end in held), read=disk.read_bytes)
                 costs.update(new=done.new_bytes, known=done.known_bytes, written=done.written_bytes)
                 digests[name], notes = str(done.digest), " ".join((notes, *done.notes)).strip()

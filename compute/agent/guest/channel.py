@@ -59,7 +59,7 @@ class Channel:
         async def read() -> bool:
             """Whether there was something, or this was the first look."""
             nonlocal seen
-            code, one, other = await self._run(_READ, place, *map(str, seen), "" if live else "1")
+            code, one, other = await self.run(_READ, place, *map(str, seen), "" if live else "1")
             seen = seen[0] + len(one), seen[1] + len(other)
             await out(one, other) if code != 3 else None
             return code != 3 and bool(one or other or not live)
@@ -71,7 +71,7 @@ class Channel:
 
         try:
             if stdin is not None:
-                await self._run('umask 077; : >"$1.i"', place)
+                await self.run('umask 077; : >"$1.i"', place)
                 await self._write(f"{place}.i", stdin)
             began = time.monotonic()
             code, output, errors = await self._ended(await self._start(_RUN, place, *argv), look)
@@ -88,11 +88,12 @@ class Channel:
                 await asyncio.shield(self._start(_KILL + _END, place))
             raise
         if live:
-            await self._run(_END, place)
+            await self.run(_END, place)
         return code
 
-    async def _run(self, script: str, *words: str) -> Ended:
-        return await self._ended(await self._start(script, *words))
+    async def run(self, script: str, *words: str, stdin: str = "") -> Ended:
+        """A short script of sh with a line to read, whose output is small. Raises Unavailable, Conflict when off."""
+        return await self._ended(await self._start(script, *words, stdin=stdin))
 
     async def _ended(self, pid: int, meanwhile: Callable[[], Awaitable[None]] | None = None) -> Ended:
         began = time.monotonic()
@@ -110,8 +111,9 @@ class Channel:
                 raise Unavailable("the guest does not take what it is given", hint="is its disk full?")
         await self._ask("guest-file-close", file, bool)
 
-    async def _start(self, script: str, *words: str) -> int:
+    async def _start(self, script: str, *words: str, stdin: str = "") -> int:
         given = {"path": "/bin/sh", "arg": ["-c", script, "sh", *words], "capture-output": True}
+        given |= {"input-data": base64.b64encode(stdin.encode()).decode()} if stdin else {}
         pid: int = await self._ask("guest-exec", given, lambda said: whole(said["pid"]))
         return pid
 

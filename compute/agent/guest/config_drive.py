@@ -81,7 +81,8 @@ def write(path: Path, spec: InstanceSpec, networks: Mapping[str, Network]) -> No
     """The drive in a file, readable to nobody else, in place of what was there."""
     half = path.with_suffix(".new")
     half.touch(mode=0o600)
-    half.write_bytes(iso(files(spec, networks)))
+    # All are of one size, for a guest that resumes sees that of another.
+    half.write_bytes(iso(files(spec, networks)).ljust(1 << 20, b"\0"))
     half.replace(path)
 
 

@@ -13,7 +13,7 @@ from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import FULL
 from compute.agent.image_service import Backing
 from compute.errors import ComputeError
-from compute.wire.spec import InstanceSpec
+from compute.wire.spec import DiskSpec, InstanceSpec
 from compute.wire.streams import first
 
 _MOVE_BYTES = 256 << 20
@@ -43,15 +43,22 @@ class Disks:
         free_bytes = shutil.disk_usage(self._host.directory).free
         return not reason or (reason == FULL and free_bytes >= _ROOM_BYTES)
 
+    def image(self, disk: DiskSpec) -> str:
+        """The digest of what a disk's overlay stands on, the disk of a warm state perhaps; "" for nothing."""
+        path = self.overlay(disk.device)
+        name = Path(overlay.backing(path)).name if disk.image and path.exists() else ""
+        return f"b3:{name}" if len(name) == 64 else disk.image
+
     def _reader(self, device: str) -> str:
         return f"{self._uuid}-{device}"
 
     async def images(self, spec: InstanceSpec, leaving: asyncio.Event) -> dict[str, Backing]:
         """Device → what its image is read from, as soon as that is there. Raises Leaving, imagestore's errors."""
         images, made = self._host.images, [disk for disk in spec.disks if disk.image]
+        on = {disk.device: self.image(disk) for disk in made}
 
         async def fetch() -> dict[str, Backing]:
-            return {disk.device: await images.backing(self._reader(disk.device), disk.image) for disk in made}
+            return {device: await images.backing(self._reader(device), image) for device, image in on.items()}
 
         async def leave() -> dict[str, Backing]:
             await leaving.wait()
@@ -117,7 +124,7 @@ class Disks:
         await self.grow(spec)
         for device in self.held.now.served:
             # libvirt copies no CD-ROM: it goes on by the image service, and from its next start on from the file.
-            image = next((d.image for d in spec.disks if d.device == device and not d.cdrom), "")
+            image = next((self.image(d) for d in spec.disks if d.device == device and not d.cdrom), "")
             await self._move(device, image)
 
     async def _move(self, device: str, image: str) -> None:

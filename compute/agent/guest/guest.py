@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +25,13 @@ from compute.agent.guest.disks import Disks, Leaving
 from compute.agent.guest.ending import Ending
 from compute.agent.guest.host import Host, Voice
 from compute.agent.guest.passage import Passage
-from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld, rebuilt
+from compute.agent.guest.record import Course, DisksHeld, Journal, Phase, Tap, TapsHeld
 from compute.agent.guest.taps import Taps
+from compute.agent.guest.warm import Warm
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.libvirt import DomainState, Refused
 from compute.agent.memory import now_s
-from compute.errors import ComputeError, Invalid, NotFound, Unavailable
+from compute.errors import ComputeError, Invalid, Unavailable
 from compute.wire.spec import InstanceSpec, InstanceState, Orphan, Power
 from imagestore import StoreError
 from net import NetError, Network
@@ -55,6 +56,7 @@ class Guest:
         self._disks = Disks(host, spec.uuid, self._journal.part(DisksHeld()), self._voice.event)
         self._ending = Ending(host, spec.uuid, self._course, self._taps, self._voice, self.wake)
         self._captures = Captures(host, spec.uuid, self._journal.part, self._disks, self._voice, self.wake)
+        self._warm = Warm(host, spec.uuid, self._disks, self._voice)
         self.console = ConsoleLog(self.directory / "console.log")
         parts = self._course, self._taps, self._disks, self.console, self._voice, self.wake
         self.passage = Passage(host, *parts)
@@ -194,15 +196,9 @@ class Guest:
 
     async def _recover(self) -> None:
         """Without a record: make one from what is here, if it was made."""
-        xml = ""
-        with suppress(NotFound):
-            xml = await self.host.do(self.host.hypervisor.xml, self.spec.uuid)
-        spec = self.spec if self.known and not self.spec.delete else domain.spec_of(xml) if xml else None
-        parts = rebuilt(self.host.node, self.directory, spec, xml, self._damage) if spec else None
-        if parts is not None:
-            await self._journal.rebuild(*parts)
-            self._recorded = True
-            why = self._damage or "it was lost"
+        spec = self.spec if self.known and not self.spec.delete else None
+        if await self._journal.recover(self.host, self.spec.uuid, spec, self._damage):
+            self._recorded, why = True, self._damage or "it was lost"
             self._voice.event(f"its record is rebuilt from its domain and disks: {why}")
 
     async def _watch(self) -> None:
@@ -233,20 +229,22 @@ class Guest:
     # Steps
 
     async def _prepare(self) -> None:
-        """Bring the images and make the disks."""
+        """Bring the images and make the disks; those of one that resumes each start makes, until it is itself."""
         self._voice.publish(InstanceState.PREFLIGHT)
         await self._course.save(created=self.spec.arriving)
         self._recorded = True
-        images = await self._disks.images(self.spec, self._leaving)
-        self._voice.publish(InstanceState.CREATING)
-        await self._disks.make(self.spec, images)
+        if not await self._warm.choose(self.spec):
+            images = await self._disks.images(self.spec, self._leaving)
+            self._voice.publish(InstanceState.CREATING)
+            await self._disks.make(self.spec, images)
         await self._course.save(phase=Phase.STARTING if self.spec.power is not Power.OFF else Phase.OFF)
 
     async def _power_on(self) -> None:
         began, self._voice.agent_ready = time.monotonic(), None
         self._voice.publish(self._stage_now(), "transition-to-on")
         await self._course.save(phase=Phase.STARTING)
-        for again in (True, True, False):
+        resumed = await self._warm.resume(self._start, self.spec, self._leaving)
+        for again in () if resumed else (True, True, False):
             try:
                 await self._start()
                 break
@@ -260,7 +258,7 @@ class Guest:
         self.host.turns.settled(self.spec, started=True)
         self._voice.event("started", duration_s=time.monotonic() - began, accel=str(self.host.verdict))
 
-    async def _start(self) -> None:
+    async def _start(self, *, resumes: bool = False) -> None:
         """Define, start with the CPUs stopped, move the taps into their networks, let the CPUs run."""
         uuid, hypervisor, host, spec = self.spec.uuid, self.host.hypervisor, self.host, self.spec
         await host.do(hypervisor.destroy, uuid)  # of an attempt that was cut off before its CPUs ran
@@ -268,20 +266,22 @@ class Guest:
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._taps.remove)
             undo.push_async_callback(host.do, hypervisor.destroy, uuid)
-            nics = [await self._taps.make(spec, interface, self.networks) for interface in spec.interfaces]
+            nics = [await self._taps.make(spec, one, self.networks) for one in spec.interfaces if not resumes]
             images = await self._disks.images(spec, self._leaving)
             disks = await self._disks.begin(spec, images)
-            password = self.record.vdi_password
-            await host.do(host.define, spec, dict(self.networks), disks, tuple(nics), password)
+            made = spec, dict(self.networks), disks, tuple(nics), self.record.vdi_password
+            await host.do(host.define, *made, incoming=resumes)
             await host.do(self.console.begin)
             self._up = False
             await host.do(hypervisor.start_paused, uuid)
             await self._disks.hold(disks)
-            await self._disks.grow(spec)
+            await (self._warm.load(spec) if resumes else self._disks.grow(spec))
             await self._taps.adopt(self.networks)
             host.check_lease(spec, known=self.known)
-            if self.spec.power is Power.ON:
+            if self.spec.power is Power.ON or resumes:
                 await host.do(hypervisor.resume, uuid)
+            if resumes:
+                await self._warm.renew(spec, self._taps, self.networks)
             undo.pop_all()
 
     async def _delete(self) -> None:

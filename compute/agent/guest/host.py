@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from compute.agent.guest import config_drive
-from compute.agent.guest.turns import Turns
 from compute.agent.hypervisor import domain
 from compute.agent.hypervisor.accel import Verdict
 from compute.agent.hypervisor.libvirt import Hypervisor
 from compute.agent.image_service import ServedImages
+from compute.agent.turns import Turns
 from compute.errors import Unavailable
 from compute.wire.spec import Capture, InstanceSpec, InstanceState, InstanceStatus, NodeEvent
 from net import Network, Plane

@@ -207,7 +207,7 @@ class Passage:
         still = self._host.verdict.accel == "tcg"  # whose dirty bits are lost now and then (kvm-unit-tests)
         try:
             async with asyncio.timeout(_STILL_S if still else None) as limit:
-                await self._do(passing.send, out(_MEMORY), still=still)
+                await self._do(passing.send, f"unix:{out(_MEMORY)}", still=still)
                 while (await self._do(passing.sending))[0] != "pre-switchover":
                     await asyncio.sleep(_LAST_S)
                 limit.reschedule(asyncio.get_running_loop().time() + _STILL_S)

@@ -7,14 +7,16 @@ One that is damaged or lost is made anew from what is there (`rebuilt`).
 import json
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from compute.agent.guest.host import Host
 from compute.agent.hypervisor import domain
-from compute.errors import ComputeError, Invalid, Unavailable
+from compute.errors import ComputeError, Invalid, NotFound, Unavailable
 from compute.wire.codec import from_plain, to_plain
 from compute.wire.spec import Capture, InstanceSpec
 from imagestore import durable
@@ -76,6 +78,8 @@ class DisksHeld:
     moving: str = ""  # the device that is being moved to its second overlay: written before the move begins
     moved: tuple[str, ...] = ()  # devices that are on their second overlay
     deferred: tuple[str, ...] = ()  # devices whose move waits for the next stop, said once
+    resumes: bool = False
+    """As another guest, and it has not become itself yet: its disk holds nothing of its own."""
     arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
     """From where the bytes of each device's image came during the newest boot."""
 
@@ -93,12 +97,14 @@ class Part(Generic[T]):
     """One part's values, `now`; only its owner saves."""
 
     def __init__(self, now: T, write: Callable[[], Awaitable[None]]) -> None:
-        self.now, self._write = now, write
+        self.now, self._write, self._durable = now, write, None
 
     async def save(self, **changes: Any) -> None:
         """Change values; durable when it returns."""
-        self.now = replace(cast(Any, self.now), **changes)
-        await self._write()
+        self.now = now = replace(cast(Any, self.now), **changes)
+        if now != self._durable:
+            await self._write()
+            self._durable = now
 
 
 class Journal:
@@ -127,11 +133,18 @@ class Journal:
             part.now = now
         return True
 
-    async def rebuild(self, *values: Any) -> None:
-        """New values for all parts, in their order."""
+    async def recover(self, host: Host, uuid: str, spec: InstanceSpec | None, why: str) -> bool:
+        """Whether new values for all parts could be made from what is here; without a spec, as its domain has it."""
+        xml = ""
+        with suppress(NotFound):
+            xml = await host.do(host.hypervisor.xml, uuid)
+        spec = spec or (domain.spec_of(xml) if xml else None)
+        if spec is None or not (values := rebuilt(host.node, self._path.parent, spec, xml, why)):
+            return False
         for part, now in zip(self._parts, values, strict=True):
             part.now = now
         await self._save()
+        return True
 
     async def _save(self) -> None:
         """Raises Unavailable: a disk that is full now is no failure of a guest."""
@@ -165,6 +178,8 @@ def rebuilt(
         for i in spec.interfaces
         if i.uuid in live
     )
+    if xml and spec.warm and spec.interfaces and not taps:  # it may not be itself yet
+        return None
     course = Course(spec, Phase.UP, True, why, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
     course = replace(course, leaving=spec.leaving)
     captures = CapturesHeld("unknown", frozen=True)

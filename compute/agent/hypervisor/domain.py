@@ -127,6 +127,7 @@ def domain_xml(domain: Domain) -> str:
     spec = domain.spec
     _add(root, "name", name(domain.installation, spec.uuid))
     _add(root, "uuid", spec.uuid)
+    _add(root, "genid", spec.uuid)  # who resumes as another guest is told, and makes its random numbers anew
     _add(root, "title", f"{spec.namespace}/{spec.name}")
     metadata = _add(root, "metadata")
     ET.register_namespace("sf", METADATA_NAMESPACE)
@@ -196,8 +197,11 @@ def domain_xml(domain: Domain) -> str:
     if spec.video or spec.vdi:
         memory = {"vram": str(spec.video_kib)} if spec.video_kib else {}
         _add(_add(devices, "video"), "model", type=spec.video or "virtio", **memory)
+    ET.register_namespace("qemu", _QEMU_NAMESPACE)
+    # Else libvirt asks for each of 400 features of the processor by itself, four fifths of a start.
+    without = ET.SubElement(root, f"{{{_QEMU_NAMESPACE}}}capabilities")
+    ET.SubElement(without, f"{{{_QEMU_NAMESPACE}}}del", capability="cpu-unavailable-features")
     if domain.incoming:
-        ET.register_namespace("qemu", _QEMU_NAMESPACE)
         command = ET.SubElement(root, f"{{{_QEMU_NAMESPACE}}}commandline")
         for word in ("-incoming", "defer"):
             ET.SubElement(command, f"{{{_QEMU_NAMESPACE}}}arg", value=word)
@@ -239,7 +243,7 @@ def spec_of(xml: str) -> InstanceSpec | None:
     return from_plain(InstanceSpec, json.loads(text)) if text else None
 
 
-_SEEN = ("memory", "vcpu", "os", "features", "cpu", "clock", "devices")
+_SEEN = ("genid", "memory", "vcpu", "os", "features", "cpu", "clock", "devices")
 _NODES_OWN = ("source", "backingStore", "alias", "log", "graphics", "seclabel")
 
 

@@ -7,6 +7,7 @@ Unavailable until `connect` has succeeded again.
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -290,6 +291,13 @@ class Hypervisor:
             stream.recvAll(lambda _, data, kept: kept.extend(data[: _PICTURE_BYTES - len(kept)]), picture)
             stream.finish()
         return bytes(picture)
+
+    def hand_over(self, uuid: str, end: int) -> str:
+        """Give qemu an end of a pipe, as its own from now on; returns its URI there."""
+        asked = json.dumps({"execute": "getfd", "arguments": {"fdname": "sf"}})
+        with os.fdopen(end), self._domain(uuid) as found:
+            libvirt_qemu.qemuMonitorCommandWithFiles(found, asked, [end], 0)
+        return "fd:sf"
 
     def qmp(self, uuid: str, command: str, **arguments: Any) -> Any:
         """One command to qemu's own monitor, for what libvirt cannot say. Raises Refused."""

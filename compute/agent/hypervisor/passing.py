@@ -1,13 +1,16 @@
-"""A running guest's memory, and what its disks hold, from one qemu into another: as streams over unix sockets.
+"""A running guest's memory, and what its disks hold, from one qemu into another, or a file: as streams.
 
     source       mirror ─▶ settled: send ─▶ pre-switchover, go_on ─▶ completed, for good; it stands still until `resume`
     destination  (Domain.incoming, start_paused) expect ─▶ arrived; it stands still until `resume`
+    a file       keep, the guest's end ─▶ (Domain.incoming, start_paused) restore, as often as you like
 
 Over qemu's monitor: libvirt's own migration reaches for the other node's libvirt, as root there. It knows nothing of
 these nodes and jobs, nor that a domain comes in; started paused, it lets that be. Each socket carries one connection
 for memory, one for each disk. Raises Refused with qemu's words, Conflict or NotFound where it has ended.
 """
 
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,10 +27,9 @@ _FASTEST_BYTES, _STALL_MS = 1 << 28, 100
 
 
 def expect(hypervisor: Hypervisor, uuid: str, memory: Path, disks: Mapping[str, Path], nbd: Path) -> None:
-    """Listen for its memory on the socket `memory`; and on `nbd` for its disks (device → overlay), if there are any."""
+    """Listen for its memory on the socket `memory`, and on `nbd` for its disks: device → overlay."""
     call = partial(hypervisor.qmp, uuid)
-    if disks:
-        call("nbd-server-start", addr={"type": "unix", "data": {"path": str(nbd)}})
+    call("nbd-server-start", addr={"type": "unix", "data": {"path": str(nbd)}})
     for device, path in disks.items():
         export = {"id": f"sf-in-{device}", "node-name": overlays(call)[str(path)], "name": device}
         call("block-export-add", type="nbd", writable=True, **export)
@@ -37,14 +39,17 @@ def expect(hypervisor: Hypervisor, uuid: str, memory: Path, disks: Mapping[str, 
 
 def arrived(hypervisor: Hypervisor, uuid: str) -> bool:
     """Whether all of it is here, its disks flushed to the node's: it stands still, and may be resumed."""
-    call = partial(hypervisor.qmp, uuid)
-    if (said := call("query-migrate")).get("status") == "failed":
-        raise Refused(f"what came cannot be used: {said.get('error-desc', 'qemu does not say why')}")
-    if done := bool(said.get("status") == "completed"):
-        with suppress(Refused):  # there are no disks
-            call("nbd-server-stop")
-        call("stop")  # a flush, of one that stands still: a guest's own would not outlive qemu
+    if done := _came(hypervisor, uuid):
+        hypervisor.qmp(uuid, "nbd-server-stop")
+        # A flush, of one that stands still: a guest's own would not outlive qemu.
+        hypervisor.qmp(uuid, "stop")
     return done
+
+
+def _came(hypervisor: Hypervisor, uuid: str) -> bool:
+    if (said := hypervisor.qmp(uuid, "query-migrate")).get("status") == "failed":
+        raise Refused(f"what came cannot be used: {said.get('error-desc', 'qemu does not say why')}")
+    return bool(said.get("status") == "completed")
 
 
 def mirror(hypervisor: Hypervisor, uuid: str, disks: Mapping[str, tuple[Path, Path]]) -> None:
@@ -69,14 +74,14 @@ def settled(hypervisor: Hypervisor, uuid: str, disks: int) -> bool:
     return all(job["status"] == "ready" for job in jobs)
 
 
-def send(hypervisor: Hypervisor, uuid: str, memory: Path, *, still: bool) -> None:
-    """Begin to send its memory to this socket, `still` or running; before the last of it that waits for `go_on`."""
-    call, on = partial(hypervisor.qmp, uuid), {"pause-before-switchover": True, "auto-converge": True}
+def send(hypervisor: Hypervisor, uuid: str, to: str, *, still: bool, waits: bool = True) -> None:
+    """Begin to send its memory, `still` or running, to this URI; before the last of it that `waits` for `go_on`."""
+    call, on = partial(hypervisor.qmp, uuid), {"pause-before-switchover": waits, "auto-converge": True}
     if still:
         call("stop")
     call("migrate-set-capabilities", capabilities=[{"capability": k, "state": v} for k, v in on.items()])
     call("migrate-set-parameters", **{"max-bandwidth": _FASTEST_BYTES, "downtime-limit": _STALL_MS})
-    call("migrate", uri=f"unix:{memory}")
+    call("migrate", uri=to)
 
 
 def sending(hypervisor: Hypervisor, uuid: str) -> tuple[str, int]:
@@ -129,3 +134,29 @@ def withdraw(hypervisor: Hypervisor, uuid: str, stays: bool) -> bool:
                 call("blockdev-del", **{"node-name": name})
         return True
     return False
+
+
+def keep(hypervisor: Hypervisor, uuid: str, memory: Path) -> None:
+    """Stop a guest for good, and write its memory into a file that is stored as a disk. Raises OSError, too."""
+    half = memory.with_suffix(".new")
+    half.touch(mode=0o600)
+    out, into = os.pipe()  # AppArmor would have to know a file or a socket
+    with os.fdopen(out, "rb", 0) as pipe, half.open("wb") as file:
+        send(hypervisor, uuid, hypervisor.hand_over(uuid, into), still=True, waits=False)
+        shutil.copyfileobj(pipe, file, 1 << 20)
+        file.truncate(-(-file.tell() // 4096) * 4096)
+    while sending(hypervisor, uuid)[0] != "completed":
+        time.sleep(_LOOK_S)
+    hypervisor.destroy(uuid)
+    half.rename(memory)
+
+
+def restore(hypervisor: Hypervisor, uuid: str, memory: Path) -> None:
+    """Give a domain that waits for its memory what `keep` wrote; it stands still until `resume`. Raises OSError."""
+    out, into = os.pipe()
+    with os.fdopen(into, "wb", 0) as pipe, memory.open("rb") as file, suppress(BrokenPipeError):  # at its end
+        hypervisor.qmp(uuid, "migrate-incoming", uri=hypervisor.hand_over(uuid, out))
+        while os.splice(file.fileno(), pipe.fileno(), 1 << 20):
+            pass
+    while not _came(hypervisor, uuid):
+        time.sleep(_LOOK_S)

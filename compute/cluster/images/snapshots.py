@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from contextvars import Context, copy_context
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from compute.cluster.records.snapshots import Backup, Snapshot, cool, due, finis
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict
-from compute.wire.spec import InstanceState
+from compute.wire.spec import InstanceState, Warm
 from imagestore import Digest, NotFound, Store, StoreError, copy_image, copy_name, open_store, tag
 
 _LOOK_S = 5.0
@@ -56,6 +57,7 @@ class Snapshots:
                 transact(self._records, lambda txn, uuid=one.uuid: txn.delete(Snapshot, uuid))  # type: ignore[misc]
             # What was made of a guest that its maker held was for that maker.
             gone = instance is not None and instance.state == InstanceState.DELETED and instance.held_s > 0
+            gone = gone and not (one.order.warm and not one.live)  # that is what its maker was for
             # One that was given to another node meanwhile moves no more.
             waits = one.state == "ordered" and instance is not None and here and instance.moving == one.to
             # What a live move that came to nothing left is removed there first.
@@ -127,3 +129,14 @@ def remove(records: StateStore, own: NamespaceStores, one: Snapshot, url: str = 
             with suppress(NotFound):
                 store.names.remove(one.image(device), one.tag)
     transact(records, lambda txn: txn.delete(Snapshot, one.uuid))
+
+
+def offered(own: NamespaceStores, instance: Instance, architecture: str) -> Instance:
+    """The instance with the warm state that it may begin as. Its store is asked, so no transaction does this."""
+    with suppress(StoreError, KeyError):  # there is none, or it cannot be read: it boots
+        if (name := instance.warm_name()) and (store := own.find(instance.namespace)):
+            disk = store.names.get(name).digest(architecture)
+            told = dict(store.manifest(disk).labels)
+            memory = Digest.parse(told["memory"])
+            return replace(instance, warm=Warm(str(disk), str(memory), told["fit"][:64]))
+    return instance

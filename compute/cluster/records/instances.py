@@ -1,5 +1,6 @@
 """Instances: their records, and create, power, hot-plug, delete. Each one transaction; agents do the rest."""
 
+import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -78,6 +79,14 @@ class Instance(Stored, Shape):
     def at(self, node: str) -> bool:
         """Whether it is that node's, or passes to it."""
         return node in (self.node, self.passing and self.moving)
+
+    def warm_name(self) -> str:
+        """What the warm state of its image and size is called; "" for one that can neither become nor begin as that."""
+        disk, more = self.disks[0], len(self.disks) > 1 or self.video != NO_VIDEO or self.uefi or self.tpm
+        if more or not disk.image or not self.side_channels or self.configdrive == "none":
+            return ""
+        about = f"{disk.image} {disk.size_bytes} {self.cpus} {self.memory_mib}"
+        return f"warm-{hashlib.blake2b(about.encode(), digest_size=8).hexdigest()}"
 
 
 def check(instance: Instance, wants: Sequence[Want]) -> None:

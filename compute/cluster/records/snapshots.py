@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from compute.cluster.records.instances import Instance, created, rehome, stays
+from compute.cluster.records.instances import Instance, created, interfaces_of, rehome, stays
 from compute.cluster.records.transaction import Stored, Transaction, new_uuid
 from compute.errors import Conflict
 from compute.wire.spec import Capture, DiskSpec, InstanceState, Power
@@ -40,8 +40,9 @@ class Snapshot(Stored):
         return self.state not in ("created", "error")
 
     def image(self, device: str) -> str:
-        """What a disk is called in the own store."""
-        return self.instance.lower() + ("" if device == "vda" else f"-{device}")
+        """What a disk is called in the own store; memory is one more architecture of the first one's name."""
+        name = self.order.warm or self.instance.lower()
+        return name + ("" if device in ("vda", "memory") else f"-{device}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +102,9 @@ def snapshots_of(txn: Transaction, instance: str) -> list[Snapshot]:
 
 def take(
     txn: Transaction, uuid: str, then: tuple[DiskSpec, ...] = (), *, backup: bool = False, to: str = "",
-    running: bool = False,
+    running: bool = False, warm: bool = False,
 ) -> Snapshot:  # fmt: skip
-    """A snapshot of an instance is wanted now. Raises NotFound, Conflict."""
+    """A snapshot of an instance is wanted now; `warm`: for others to begin as. Raises NotFound, Conflict."""
     found, others = txn.get(Instance, uuid), snapshots_of(txn, uuid)
     if found.state != InstanceState.CREATED or all(disk.cdrom for disk in found.disks):
         raise Conflict(f"instance {found.name} is {found.state}, or has no disk that changes")
@@ -113,7 +114,12 @@ def take(
     now, tags, number = time.time(), {one.tag for one in others}, new_uuid()
     while (tag := datetime.fromtimestamp(now, UTC).strftime(_TAG)) in tags:
         now += 1
-    order = Capture(number, {"instance": found.name, "instance-uuid": uuid, "taken": tag}, at_rest=bool(to))
+    labels = {"instance": found.name, "instance-uuid": uuid, "taken": tag}
+    if warm:
+        if not found.warm_name() or interfaces_of(txn, uuid) or found.ssh_key or found.user_data:
+            raise Conflict(f"{found.name} has what is its own, or no agent", hint="sf image warm")
+        labels, tag = labels | {"warm": found.disks[0].image_name}, "latest"
+    order = Capture(number, labels, at_rest=bool(to), warm=found.warm_name() if warm else "")
     made = Snapshot(
         uuid=number, instance_uuid=uuid, instance=found.name, namespace=found.namespace, tag=tag, order=order,
         then=then, backup=backup, to=to, running=running,
@@ -146,11 +152,13 @@ def settle_snapshot(txn: Transaction, instance: Instance, said: Capture) -> None
     """What a node says of one that it was to take."""
     one = txn.find(Snapshot, said.uuid)
     if one is not None and one.instance_uuid == instance.uuid and one.state == "ordered":
-        whole = said.error or said.digests.keys() == {d.device for d in instance.disks if not d.cdrom}
+        also = {"memory"} if one.order.warm else set()
+        whole = said.error or said.digests.keys() == also | {d.device for d in instance.disks if not d.cdrom}
         error = said.error[:_TEXT] if whole else "the node did not store all disks"
         if one.to and not said.at_rest:
             error = error or "the node's version did not wait until the guest was off"
-        order = replace(said, error=error, note=said.note[:_TEXT], labels=one.order.labels)
+        order, note = one.order, said.note[:_TEXT]
+        order = replace(said, error=error, note=note, labels=order.labels, warm=order.warm)
         txn.update(replace(one, state="stored", order=order))
 
 

@@ -3,8 +3,8 @@
 import asyncio
 from dataclasses import replace
 
-from compute.agent.guest import turns
-from compute.agent.guest.turns import Turns
+from compute.agent import turns
+from compute.agent.turns import Turns
 from compute.wire.spec import InstanceSpec, Power
 
 

@@ -1,0 +1,121 @@
+"""Guests that begin as a warm state of their image are themselves before anyone can reach them, whatever is killed."""
+
+import random
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from scripts.private_libvirtd import PrivateHost
+from tests import drills
+from tests.system.machine import Machine, send, within
+from tests.system.test_agent_drills import remove_everything
+
+# CI has `test_runs` of it.
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.drill,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not drills.everything(), reason="scripts/test --all"),
+]
+RANDOM = "head -c 32 /dev/urandom | md5sum; head -c 32 /dev/random | md5sum"
+SELF = f"cat /proc/sys/kernel/random/boot_id; md5sum /etc/dropbear/*_key; {RANDOM}"
+NET = "cat /sys/class/net/eth*/address; ps -o args | grep -o '[h]ostname:.*'"
+RESUMED = "it began as a warm state of its image, and is itself by now"
+
+
+def made(machine: Machine, name: str, *more: str) -> None:
+    machine.sf("instance", "create", name, "--image", "tiny:1", "--memory", "160", "--network", "lan", *more)
+
+
+def says(machine: Machine, name: str, script: str) -> list[str]:
+    return machine.sf("instance", "exec", name, "--", "sh", "-c", script).stdout.splitlines()
+
+
+def events(machine: Machine, name: str) -> list[str]:
+    return [event["message"] for event in machine.listed("instance", "events", name)]
+
+
+def comes_up(machine: Machine, name: str) -> bool:
+    """Whether it answers; one that was up when its qemu was killed is started again, as a user would."""
+    if machine.instance(name)["power_state"] == "crashed":
+        machine.sf("instance", "start", name, check=False)
+    return machine.sf("instance", "exec", name, "--", "true", check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, tiny_image: Path) -> Iterator[Machine]:
+    with PrivateHost() as host:
+        one = Machine(host, tmp_path_factory.mktemp("warm"), SF_ACCEL="tcg")
+        one.sf("image", "push", str(tiny_image), "tiny:1")
+        one.start()
+        one.sf("network", "create", "lan", "10.42.0.0/24")
+        one.sf("image", "warm", "tiny:1", "--memory", "160")
+        yield one
+        remove_everything(one)
+        one.signal()
+
+
+def test_two_that_resume_have_nothing_in_common(machine: Machine) -> None:
+    names = ("one", "two")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: made(machine, name, "--wait", "boot"), names))
+        seen = list(pool.map(lambda name: says(machine, name, f"{SELF}; {NET}"), names))
+    assert not set(seen[0]) & set(seen[1]) and len(seen[0]) == len(seen[1]) == 6, seen
+    lines = [machine.ready_line(name).split() for name in names]
+    for name, line in zip(names, lines, strict=True):
+        assert RESUMED in events(machine, name)
+        shown = machine.instance(name)
+        assert line[1:] == [shown["uuid"], name, shown["interfaces"][0]["ipv4"]]
+    assert machine.sf("instance", "exec", "one", "--", "ping", "-c1", lines[1][3]).returncode == 0
+    for name in names:
+        machine.sf("instance", "delete", name)
+
+
+def test_one_of_another_size_boots_and_what_is_the_users_own_is_there_either_way(machine: Machine) -> None:
+    data = machine.home / "data"
+    data.write_text("#!/bin/sh\necho it ran on $(hostname) >/run/ran\n")
+    made(machine, "same", "--user-data", str(data), "--wait", "boot")
+    machine.sf(
+        "instance", "create", "other", "--image", "tiny:1", "--memory", "176", "--wait", "boot",
+        "--user-data", str(data),
+    )  # fmt: skip
+    assert RESUMED in events(machine, "same") and RESUMED not in events(machine, "other")
+    made(machine, "processor", "--cpu", "Nehalem")
+    within(30, lambda: "another machine, version, or kind" in str(events(machine, "processor")), "why")
+    machine.sf("instance", "delete", "processor")
+    for name in ("same", "other"):
+        within(20, lambda n=name: says(machine, n, "cat /run/ran") == [f"it ran on {n}"], "it ran")  # type: ignore[misc]
+        machine.sf("instance", "delete", name)
+
+
+def test_whatever_is_killed_no_guest_is_reached_before_it_is_itself(machine: Machine) -> None:
+    """The server with its agent, qemu or libvirtd, at any moment of a resume: what comes up in the end is itself."""
+    seen = set[str]()
+    for number in range(drills.rounds(30)):
+        rng, name = random.Random(drills.seed() + number), f"k{number}"
+        what, pause = rng.choice(["serve", "qemu", "libvirtd"]), threading.Event()
+        made(machine, name)
+        pause.wait(rng.uniform(0, 2.5))
+        if what == "serve":
+            machine.signal(signal.SIGKILL)
+            machine.start()
+        elif what == "qemu":
+            send(signal.SIGKILL, *machine.processes(f"-uuid {machine.instance(name)['uuid']}"))
+        else:
+            machine.host.kill_libvirtd()
+            machine.host.start_libvirtd()
+        try:
+            within(120, lambda n=name: comes_up(machine, n), f"{what}: it is up")  # type: ignore[misc]
+        except AssertionError as err:
+            raise AssertionError(f"{machine.instance(name)} {events(machine, name)}") from err
+        found = says(machine, name, f"hostname; cat /proc/sys/kernel/random/boot_id; {RANDOM}")
+        assert found[0] == name and not seen & set(found), (what, found)
+        seen |= set(found)
+        assert re.search(rf"SF-GUEST-READY \S+ {name} ", machine.ready_line(name)), events(machine, name)
+        machine.sf("instance", "delete", name)
+        within(60, lambda n=name: machine.sf("instance", "show", n, check=False).returncode, "it is gone")  # type: ignore[misc]
