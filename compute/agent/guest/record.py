@@ -97,14 +97,12 @@ class Part(Generic[T]):
     """One part's values, `now`; only its owner saves."""
 
     def __init__(self, now: T, write: Callable[[], Awaitable[None]]) -> None:
-        self.now, self._write, self._durable = now, write, None
+        self.now, self._write = now, write
 
     async def save(self, **changes: Any) -> None:
         """Change values; durable when it returns."""
-        self.now = now = replace(cast(Any, self.now), **changes)
-        if now != self._durable:
-            await self._write()
-            self._durable = now
+        self.now = replace(cast(Any, self.now), **changes)
+        await self._write()
 
 
 class Journal:
@@ -112,7 +110,7 @@ class Journal:
 
     def __init__(self, directory: Path, do: Callable[..., Awaitable[None]]) -> None:
         self._path, self._do = directory / "record.json", do
-        self._parts: list[Part[Any]] = []
+        self._parts, self._written = list[Part[Any]](), b""
 
     def part(self, initial: T) -> Part[T]:
         """A part with these values where no earlier agent wrote any."""
@@ -156,7 +154,9 @@ class Journal:
     def _write(self) -> None:
         self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         whole = {key: value for part in self._parts for key, value in to_plain(part.now).items()}
-        durable.write(self._path, json.dumps(whole).encode())
+        if (record := json.dumps(whole).encode()) != self._written:
+            durable.write(self._path, record)
+            self._written = record
 
 
 def rebuilt(

@@ -46,6 +46,7 @@ def tree(value: domain.Domain) -> ElementTree.Element:
     "value",
     [
         BASE,
+        replace(BASE, incoming=True),
         replace(BASE, spec=replace(BASE.spec, uefi=True)),
         replace(BASE, spec=replace(BASE.spec, uefi=True, secure_boot=True, tpm=True, cpu_model="EPYC")),
         replace(
@@ -154,6 +155,11 @@ def test_there_are_free_ports_for_hot_plug_however_full_the_guest_is() -> None:
     root = tree(replace(BASE, disks=disks))
     ports = [c for c in root.iterfind("devices/controller") if c.get("model") == "pcie-root-port"]
     assert len(ports) >= len(disks) + len(BASE.nics) + 5 + domain.SPARE_PORTS
+
+
+def test_libvirt_does_not_ask_for_each_feature_of_the_processor_by_itself() -> None:
+    left_out = {one.get("capability") for one in tree(BASE).iterfind("{*}capabilities/{*}del")}
+    assert left_out == {"cpu-unavailable-features"}
 
 
 def test_live_interfaces_of_ours_are_recognised_by_their_alias() -> None:
