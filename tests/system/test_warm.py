@@ -96,7 +96,7 @@ def test_one_of_another_size_boots_and_what_is_the_users_own_is_there_either_way
 def test_whatever_is_killed_no_guest_is_reached_before_it_is_itself(machine: Machine) -> None:
     """The server with its agent, qemu or libvirtd, at any moment of a resume: what comes up in the end is itself."""
     seen = set[str]()
-    for number in range(drills.rounds(30)):
+    for number in range(drills.rounds(30, "SF_WARM_KILLS")):
         rng, name = random.Random(drills.seed() + number), f"k{number}"
         what, pause = rng.choice(["serve", "qemu", "libvirtd"]), threading.Event()
         made(machine, name)
