@@ -46,7 +46,7 @@ class Disks:
     def image(self, disk: DiskSpec) -> str:
         """The digest of what a disk's overlay stands on, the disk of a warm state perhaps; "" for nothing."""
         path = self.overlay(disk.device)
-        name = Path(overlay.backing(path)).name if disk.image and path.exists() else ""
+        name = Path(overlay.backing(path)).stem if disk.image and path.exists() else ""
         return f"b3:{name}" if len(name) == 64 else disk.image
 
     def _reader(self, device: str) -> str:

@@ -3,13 +3,20 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compute.agent.guest import overlay
+from compute.agent.guest.disks import Disks
+from compute.agent.guest.record import DisksHeld
 from compute.errors import Invalid
+from compute.wire.spec import DiskSpec
+from imagestore import Digest
+from imagestore.cache.images import ImageCache
 
 
 def info(path: Path) -> dict[str, object]:
@@ -67,3 +74,14 @@ def test_a_disk_smaller_than_its_image_is_refused_and_leaves_no_file(tmp_path: P
 def test_a_size_that_is_no_multiple_of_512_is_refused(size_bytes: int) -> None:
     with pytest.raises(Invalid):
         overlay.qcow2(size_bytes)
+
+
+def test_a_disk_stands_on_what_its_header_says(tmp_path: Path) -> None:
+    """A guest that resumed stands on the disk of that moment, and not on the image of its record."""
+    cache, own = ImageCache(tmp_path / "cache", {}), Digest.of(b"a warm state's disk")
+    host: Any = SimpleNamespace(directory=tmp_path)
+    held: Any = SimpleNamespace(now=DisksHeld())
+    disks, disk = Disks(host, "web", held, print), DiskSpec("vda", str(Digest.of(b"the record's image")))
+    (tmp_path / "web").mkdir()
+    overlay.create(disks.overlay("vda"), 1 << 20, cache.path(own))
+    assert disks.image(disk) == str(own)
