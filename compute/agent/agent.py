@@ -92,7 +92,7 @@ class Agent:
         )
         self._reports = Reports(partial(controller.report, node_name))
         self._said: Inventory | None = None
-        self._lost, self._shown = asyncio.Event(), asyncio.Event()
+        self._shown = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until cancelled. Waits for the server and for libvirt however long they take."""
@@ -126,7 +126,6 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._reports.run())
-                group.create_task(self._connecting(hypervisor))
                 group.create_task(self._cutting())
                 group.create_task(self._images.listen(self._heard))
                 await self._follow(host, desired)
@@ -288,22 +287,9 @@ class Agent:
 
     def _notified(self, uuid: str, what: str) -> None:
         if what == "disconnected":
-            self._lost.set()
+            self._shown.set()  # the next look connects again
         for guest in [self._guests[uuid]] if uuid in self._guests else [] if uuid else self._guests.values():
             guest.wake(what)
-
-    async def _connecting(self, hypervisor: Hypervisor) -> None:
-        """Connect, and connect again whenever libvirtd went away."""
-        while True:
-            self._lost.clear()
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._pool, hypervisor.connect)
-            except Unavailable as err:
-                log.warning("%s", err)
-                await asyncio.sleep(_RETRY_S)
-                continue
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._lost.wait(), 5)
 
     # Looking after
 
