@@ -105,15 +105,11 @@ class S3:
             if kept.get(self.address) in ("put", "delete"):
                 self.known = kept[self.address]
             if self.known is None:
-                found = None
-                try:
-                    found = Retried(self).repeat(self._probe)
-                finally:
-                    self.known = found
-                if found == "none":
+                self.known = Retried(self).repeat(self._probe)
+                if self.known == "none":
                     log.warning("%s has no conditional writes: one writer at a time may use it", self.address)
                 elif self.memory:
-                    self.memory.remember("conditions", kept | {self.address: found})
+                    self.memory.remember("conditions", kept | {self.address: self.known})
             return self.known
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> Object:
@@ -199,6 +195,7 @@ class S3:
         finally:
             with contextlib.suppress(StoreError):
                 Retried(self).delete(key)
+            self.known = None
 
     @staticmethod
     def _refuses(action: Any) -> bool:

@@ -103,7 +103,7 @@ def copy_tree(source: Backend, target: Backend, fingerprint: Digest) -> None:
         if Digest.of(read("1.root.json")) != fingerprint:
             raise ValueError("it begins with another root")
         signed = TrustedMetadataSet(files["1.root.json"], EnvelopeType.METADATA)
-        signed.reference_time = datetime.min.replace(tzinfo=UTC)
+        signed.reference_time = datetime.min.replace(tzinfo=UTC)  # what its public client has no door for
         with suppress(NotFound):
             for version in range(2, _MOST_ROOTS):
                 signed.update_root(read(f"{version}.root.json"))
