@@ -185,8 +185,9 @@ class _Filling:
         missing = np.flatnonzero(~self._have)
         files = update.requests(missing)
         if files:
-            began_s, before = time.monotonic(), self._fetched
-            self._fetch(pool, store, missing[:_PROBED_CHUNKS])
+            began_s, before, inside = time.monotonic(), self._fetched, np.isin(missing, update.chunks)
+            some = missing[inside][:_PROBED_CHUNKS]
+            self._fetch(pool, store, np.concatenate([missing[~inside], some]))
             if self._fetched - before < _GZIP_BYTES_S * (time.monotonic() - began_s):
                 self._came(in_order(pool, work, files, READERS))
 

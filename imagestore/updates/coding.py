@@ -8,7 +8,7 @@ something alike, and what differs from that. (zstd needs a second to find it, wi
 import struct
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from threading import Lock
 
@@ -20,28 +20,39 @@ from imagestore.errors import Corrupt
 from imagestore.formats.columns import Numbers
 from imagestore.formats.digest import Buffer
 from imagestore.formats.pack import LEVEL
-from imagestore.updates.similar import meeting, samples
+from imagestore.updates.similar import meeting, once, samples
 
 _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
-_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
-_BLOCK, _NOWHERE = 256, 1 << 30
+STORED_BYTES = 32 << 20  # a file's, at most
+_FIRST, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 8 << 20, 60 << 20, 1 << 20, 1 << 16
+_BLOCK, _SLAB, _NOWHERE = 256, 1 << 11, 1 << 30  # so many blocks at once stay in a processor's cache
 _FAST = {"strategy": zstandard.STRATEGY_FAST, "min_match": 6, "window_log": 24}
 File = tuple[tuple[int, int], int, bytes, bytes, bytes]
 """The chunks that it is in; its place in these, what they have before and after its stream, what that expands to."""
 
 
-def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
-    """Large ones, at a sector's start, that are gzip's own work as far as that tells, in chunks that begin there."""
+def starts(data: npt.NDArray[np.uint8]) -> Iterator[int]:
+    """Where large files seem to begin in some chunks: at sectors."""
+    for start in (512 * np.flatnonzero(data[:-9:512] == 31)).tolist():
+        one, head = zlib.decompressobj(31), bytes(data[start : start + 9])
+        if head[1:3] == b"\x8b\x08" and head[3] in (0, 8) and not head[8]:  # `gzip -9` writes 2
+            with suppress(zlib.error):
+                if len(one.decompress(data.data[start : start + _FIRST], _PLAIN)) > _LEAST or not one.eof:
+                    yield start
+
+
+def files(data: npt.NDArray[np.uint8], firsts: Numbers, heads: Sequence[int]) -> Iterator[File]:
+    """Large ones that begin at some places and are gzip's own work as far as that tells, in chunks from `firsts` on."""
     view, end = memoryview(data.data), 0
-    for start in (512 * np.flatnonzero(data[: len(data) & -512 : 512] == 31)).tolist():
-        one, plain, first, rest = zlib.decompressobj(31), b"", start + _FIRST, start + _STORED
+    for start in heads:
+        one, plain = zlib.decompressobj(31), b""
         with suppress(zlib.error):
-            plain = one.decompress(view[start:first], _PLAIN) if start >= end else b""
-            rest = first if one.eof else rest  # `unused_data` is of what was given last
-            plain += one.decompress(view[first:rest], _PLAIN) if len(plain) > _FIRST and not one.eof else b""
-        if one.eof and _LEAST < len(plain) <= _PLAIN and data[start + 3] in (0, 8):
-            stream = start + 10 + (bytes(view[start + 10 : first]).index(0) + 1 if data[start + 3] else 0)
-            again, end = _deflated(plain[:_TRIED])[:-_LAST_BLOCK], min(rest, len(data)) - len(one.unused_data)
+            plain = one.decompress(view[start : start + STORED_BYTES], _PLAIN) if start >= end else b""
+        if one.eof and len(plain) > _LEAST:
+            name = bytes(view[start + 10 : start + _FIRST]) if data[start + 3] else b""
+            stream = start + 10 + name.find(0) + 1
+            again = _deflated(plain[:_TRIED])[:-_LAST_BLOCK]
+            end = min(start + STORED_BYTES, len(data)) - len(one.unused_data)
             if again and view[stream : stream + len(again)] == again:
                 first, last = np.searchsorted(firsts, (start, end), "right") - (1, 0)
                 begin, stop = firsts[[first, last]].tolist()
@@ -49,7 +60,7 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers) -> Iterator[File]:
                 yield (int(first), int(last)), start - begin, *around, plain
 
 
-def pack(plain: bytes, base: bytes) -> bytes:
+def pack(plain: Buffer, base: bytes) -> bytes:
     """A frame of chunks."""
     raw = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     # A table with room for the dictionary: the level's own would have forgotten its beginning.
@@ -62,15 +73,19 @@ def pack_file(one: File, other: File) -> bytes:
     """A frame of a file, for who has the chunks of another."""
     (*_, before, after, plain), (_, start, *_, base) = one, other
     (hashes, places), (old_hashes, old) = (samples(np.frombuffer(data, np.uint8)) for data in (plain, base))
-    meets, there = meeting(hashes, old_hashes)
-    shifts = np.append(old[there] - places[meets], _NOWHERE)
-    blocks = np.frombuffer(plain + bytes(-len(plain) % _BLOCK), np.uint8).reshape(-1, _BLOCK)
-    at = _BLOCK * np.arange(len(blocks))
+    values, lone = once(old_hashes)
+    meets, there = meeting(hashes, values)
+    shifts = np.append(old[lone[there]] - places[meets], _NOWHERE)
+    left = np.zeros((-(-len(plain) // _BLOCK), _BLOCK), np.uint8)
+    left.reshape(-1)[: len(plain)] = np.frombuffer(plain, np.uint8)
+    at, base = _BLOCK * np.arange(len(left)), base + bytes(_BLOCK)
     shift = shifts[np.searchsorted(places[meets], at + 2 * _BLOCK) - 1]
-    left = _old_blocks(base, at + shift)
-    left ^= blocks
-    unlike = np.count_nonzero(left, axis=1) > _BLOCK // 2
-    left[unlike], shift[unlike] = blocks[unlike], _NOWHERE
+    for begin in range(0, len(left), _SLAB):
+        some = slice(begin, begin + _SLAB)
+        apart = left[some] ^ _old_blocks(base, at[some] + shift[some])
+        alike = np.count_nonzero(apart.view(np.uint64), axis=1) <= _BLOCK // 16  # half of its words
+        left[some][alike] = apart[alike]
+        shift[some][~alike] = _NOWHERE
     body = b"".join((shift.astype("<i4").data, before, after, left.data))
     return _HEAD.pack(_MAGIC, start, len(before), len(after), len(plain)) + pack(body, b"")
 
@@ -88,7 +103,8 @@ def unpack(frame: Buffer, base: bytes, size: int) -> bytes:
         body = _expand(frame[_HEAD.size :], b"", end + count * _BLOCK)
         base = zlib.decompressobj(31).decompress(memoryview(base)[start:], _PLAIN)
         left = np.frombuffer(body, np.uint8, offset=end).reshape(-1, _BLOCK)
-        plain = left ^ _old_blocks(base, np.frombuffer(body, "<i4", count) + _BLOCK * np.arange(count))
+        places = np.frombuffer(body, "<i4", count) + _BLOCK * np.arange(count)
+        plain = left ^ _old_blocks(base + bytes(_BLOCK), places)
         stream = _deflated(plain.tobytes()[:length])
         return body[begin : begin + before] + stream + body[begin + before : end]
 
@@ -101,9 +117,10 @@ def _expand(frame: Buffer, base: bytes, size: int) -> bytes:
 
 
 def _old_blocks(base: bytes, places: Numbers) -> npt.NDArray[np.uint8]:
-    """What a file's old contents have at some places; zeros where that is none."""
-    at = np.where((places >= 0) & (places < len(base)), places, len(base))
-    return np.ndarray((len(base) + 1, _BLOCK), np.uint8, base + bytes(_BLOCK), strides=(1, 1))[at]
+    """What a file's old contents have at some places; where that is none, the zeros that were put at their end."""
+    none = len(base) - _BLOCK
+    at = np.where((places >= 0) & (places < none), places, none)
+    return np.ndarray((none + 1, _BLOCK), np.uint8, base, strides=(1, 1))[at]
 
 
 def _deflated(plain: bytes) -> bytes:

@@ -1,8 +1,9 @@
 """An update made: for each new chunk the old ones most like it are found, and it is compressed with these before it."""
 
 import os
-from concurrent.futures import Executor, ThreadPoolExecutor
-from itertools import pairwise
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,20 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from imagestore import durable
-from imagestore.disks.windows import in_order
 from imagestore.formats.columns import Numbers, find
 from imagestore.formats.digest import Digest
 from imagestore.formats.keys import DELTAS, UPDATES
-from imagestore.formats.pack import FRAME_BYTES
 from imagestore.formats.update import Step, Update, encode_steps, firsts
 from imagestore.store.frames import READERS, Frames, ImageReader
 from imagestore.store.store import Store
-from imagestore.updates.coding import File, files, pack, pack_file
-from imagestore.updates.similar import Samples, most_alike, samples
+from imagestore.updates.coding import STORED_BYTES, files, pack, pack_file, starts
+from imagestore.updates.similar import Samples, most_alike, once, samples
 from imagestore.updates.using import read_steps
 
-_DICTIONARY_BYTES = 6 << 20
+_DICTIONARY_BYTES, _REQUEST_BYTES = 6 << 20, 4 << 20
 _SAVES = 0.9  # of the frames' bytes: an update that costs more is not kept
+_ALIKE = 50  # where fewer than one sample in so many is an old one's, frames of packs are as good
 
 
 class _Spool(NamedTuple):
@@ -32,6 +32,11 @@ class _Spool(NamedTuple):
     data: npt.NDArray[np.uint8]
     firsts: Numbers
     samples: Samples
+    heads: list[int]  # where large files seem to begin
+
+
+_Part = tuple[Numbers, Numbers, bytes]
+"""A frame of an update: rows of its chunks, which of the old ones are its dictionary, and its bytes."""
 
 
 def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
@@ -40,60 +45,105 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
     missing, gone = (np.flatnonzero(find(*ids) < 0) for ids in ((new.ids, old.ids), (old.ids, new.ids)))
     if not len(missing) or not len(gone):  # what both have was not changed: nothing became of it
         return None
+    layout = store.layout(to)
+    reader = ImageReader(lambda: store, to, new, layout)
     with durable.scratch("update") as place, ThreadPoolExecutor(READERS) as pool:
         olds = _spooled(ImageReader(lambda: store, base, old), gone, place / "old", pool)
-        news = _spooled(ImageReader(lambda: store, to, new), missing, place / "new", pool)
-        theirs, ours = pool.map(lambda spool: list(files(spool.data, spool.firsts)), (olds, news))
-        alike, apart = most_alike(news.samples, olds.samples, len(missing)), dict[int, tuple[File, File]]()
-        cuts = np.append(np.flatnonzero(np.diff(news.firsts[:-1] // FRAME_BYTES, prepend=-1)), len(missing))
-        for one in ours if theirs else ():
-            apart[one[0][0]] = one, min(theirs, key=lambda other: abs(len(other[-1]) - len(one[-1])))
-            cuts = np.union1d(cuts[(cuts <= one[0][0]) | (cuts >= one[0][1])], one[0])
-
-        def work(part: tuple[int, int]) -> tuple[int, Numbers, bytes]:
-            """A frame of chunks: of the first and those before the last, by their numbers here."""
-            like, (begin, end) = alike[slice(*part)], news.firsts[list(part)]
-            if part[0] in apart and apart[part[0]][0][0] == part:  # no other begins in its last chunk
-                return len(like), np.arange(*apart[part[0]][1][0]), pack_file(*apart[part[0]])
-            near = np.unique(np.concatenate([like - 1, like, like + 1])[np.tile(like >= 0, 3)])
-            near = near[(near >= 0) & (near < len(gone))]
-            near = near[np.cumsum(np.diff(olds.firsts)[near]) <= _DICTIONARY_BYTES]
-            bounds = zip(olds.firsts[near].tolist(), olds.firsts[near + 1].tolist(), strict=True)
-            dictionary = b"".join(olds.data[a:b].tobytes() for a, b in bounds)
-            return len(like), near, pack(bytes(news.data[begin:end]), dictionary)
-
-        made = in_order(pool, work, pairwise(cuts.tolist()), READERS)
-        counts, bases, frames = zip(*made, strict=True)
-    columns = (map(len, frames), counts, map(len, bases), missing, gone[np.concatenate(bases)])
-    a, b, c, d, e = (np.fromiter(column, np.uint32) for column in columns)
+        parts = sorted(_parts(reader, missing, olds, place, pool), key=lambda part: int(part[0][0]))
+    if not parts:
+        return None
+    rows, bases, frames = zip(*parts, strict=True)
+    a, b, c = (np.array([*map(len, column)], np.uint32) for column in (frames, rows, bases))
     hashes = np.frombuffer(b"".join(map(Digest.of, frames)), np.uint8).reshape(-1, 32)
-    head = Update(base, to, a, b, c, d, e, hashes).encode()
-    step, layout = Step(Digest.of(head), len(head), len(head) + int(a.sum())), store.layout(to)
-    if step.size_bytes > _SAVES * layout.frames["size"][np.unique(layout.chunk_frames[missing])].sum():
+    update = Update(base, to, a, b, c, np.concatenate(rows), gone[np.concatenate(bases)], hashes)
+    head = update.encode()
+    step = Step(Digest.of(head), len(head), len(head) + sum(map(len, frames)))
+    if step.size_bytes > _SAVES * layout.frames["size"][np.unique(layout.chunk_frames[update.chunks])].sum():
         return None
     store.backend.put(DELTAS.key(step.name), [head, *frames])
     store.backend.put(UPDATES.key(to), encode_steps({**read_steps(store, to), base: step}))
     return step
 
 
-def _spooled(reader: ImageReader, rows: Numbers, path: Path, pool: Executor) -> _Spool:
-    """Read chunks of an image into a file: written, as a new file's mapped pages cost more than the copy.
+def _parts(reader: ImageReader, missing: Numbers, olds: _Spool, place: Path, pool: Executor) -> list[_Part]:
+    """Frames of what is new, made as it is read: only what is old is kept, and files that gzip made."""
+    values, lone = once(olds.samples[0])
+    known, lengths = (values, olds.samples[1][lone]), np.diff(olds.firsts)
+    theirs = pool.submit(lambda: list(files(olds.data, olds.firsts, olds.heads)))
+    ours = dict[int, Future[list[_Part]]]()  # by the chunk in which one seems to begin
+
+    def work(frames: Frames, request: slice) -> list[_Part]:
+        """Of the chunks of each frame in a pack one of the update, or none where they resemble nothing."""
+        made = list[_Part]()
+        for (rows, data, ends), whole in zip(
+            _read(reader, frames, request), frames.whole(request), strict=True
+        ):
+            for chunk in rows[np.searchsorted(ends, list(starts(data)), "right")].tolist():
+                ours[chunk] = ours.get(chunk) or pool.submit(of_file, chunk)
+            hashes, places = samples(data)
+            like, found = most_alike((hashes, np.searchsorted(ends, places, "right")), known, len(rows))
+            if whole and found * _ALIKE < len(hashes):
+                continue
+            near = np.unique(np.concatenate([like - 1, like, like + 1])[np.tile(like >= 0, 3)])
+            near = near[(near >= 0) & (near < len(lengths))]
+            near = near[np.cumsum(lengths[near]) <= _DICTIONARY_BYTES]
+            bounds = zip(olds.firsts[near].tolist(), olds.firsts[near + 1].tolist(), strict=True)
+            dictionary = b"".join(olds.data.data[first:last] for first, last in bounds)
+            made.append((rows, near, pack(data.data, dictionary)))
+        return made
+
+    def of_file(chunk: int) -> list[_Part]:
+        """The frame of a file of gzip's that begins in a chunk, read once more, if the former version has one."""
+        rows = missing[np.searchsorted(missing, chunk) :]
+        ends = np.cumsum(reader.manifest.lengths[rows], dtype=np.int64)
+        rows = rows[: np.searchsorted(ends, STORED_BYTES)]
+        data, bounds, _, heads = _spooled(reader, rows, place / str(chunk))
+        for one in files(data, bounds, heads):
+            for other in sorted(theirs.result(), key=lambda other: abs(len(other[-1]) - len(one[-1])))[:1]:
+                return [(rows[slice(*one[0])], np.arange(*other[0]), pack_file(one, other))]
+        return []
+
+    def parts_of(rows: Numbers) -> list[_Part]:
+        return list(chain.from_iterable(reader.each(rows, work, pool, _REQUEST_BYTES)))
+
+    parts, frames = parts_of(missing), reader.layout().chunk_frames
+    for part in chain.from_iterable(future.result() for _, future in sorted(ours.items())):
+        beside = np.isin(frames, frames[part[0]])  # nobody is to fetch a file's frame for what is beside it
+        again = [other[0] for other in parts if beside[other[0]].any()]
+        rest = np.concatenate([missing[beside[missing]], *again])
+        parts = [other for other in parts if not beside[other[0]].any()]
+        parts += [part, *parts_of(np.setdiff1d(rest, part[0]))]
+    return parts
+
+
+def _read(
+    reader: ImageReader, frames: Frames, request: slice
+) -> Iterator[tuple[Numbers, npt.NDArray[np.uint8], Numbers]]:
+    """For each frame the rows of its wanted chunks, their bytes, and where in these each ends.
 
     They are not hashed, as their frames were: who uses an update believes nothing.
     """
-    bounds, found = firsts(reader.manifest.lengths[rows]), list[Samples]()
+    for frame, stored in enumerate(frames.read(request, reader.store().backend), request.start):
+        rows, pieces = frames.rows(frame), frames.cut(frame, frames.expand(frame, stored))
+        yield frames.chunks[rows], np.frombuffer(b"".join(pieces), np.uint8), np.cumsum(frames.lengths[rows])
+
+
+def _spooled(reader: ImageReader, rows: Numbers, path: Path, pool: Executor | None = None) -> _Spool:
+    """Read chunks of an image into a file: written, as a new file's mapped pages cost more than the copy."""
+    bounds, found, heads = firsts(reader.manifest.lengths[rows]), list[Samples](), list[int]()
 
     def work(frames: Frames, request: slice) -> None:
-        for frame, stored in enumerate(frames.read(request, reader.store().backend), request.start):
-            pieces = frames.cut(frame, frames.expand(frame, stored))
-            at = np.searchsorted(rows, frames.chunks[frames.rows(frame)])
-            for place, piece in zip(bounds[at].tolist(), pieces, strict=True):
-                os.pwrite(file.fileno(), piece, place)
-            hashes, places = samples(np.frombuffer(b"".join(pieces), np.uint8))
-            ends = np.cumsum(frames.lengths[frames.rows(frame)])
+        for chunks, data, ends in _read(reader, frames, request):
+            at = np.searchsorted(rows, chunks)
+            shifts = bounds[at + 1] - ends  # from where they are to where they belong
+            for run in np.split(np.arange(len(at)), np.flatnonzero(np.diff(shifts)) + 1):
+                place = int(bounds[at[run[0]]])
+                os.pwrite(file.fileno(), data.data[place - shifts[run[0]] : ends[run[-1]]], place)
+            hashes, places = samples(data)
             found.append((hashes, at[np.searchsorted(ends, places, "right")]))
+            heads.extend(start + int(shifts[np.searchsorted(ends, start, "right")]) for start in starts(data))
 
     with path.open("wb") as file:
         list(reader.each(rows, work, pool))
     hashes, chunks = map(np.concatenate, zip(*found, strict=True))
-    return _Spool(np.memmap(path, np.uint8, "r"), bounds, (hashes, chunks))
+    return _Spool(np.memmap(path, np.uint8, "r"), bounds, (hashes, chunks), sorted(heads))

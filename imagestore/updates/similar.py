@@ -25,18 +25,23 @@ def samples(data: npt.NDArray[np.uint8]) -> tuple[Hashes, Numbers]:
     return hashes[few], places[few]
 
 
+def once(hashes: Hashes) -> tuple[Hashes, Numbers]:
+    """Those that are there once, sorted, and where each is."""
+    values, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+    return values[counts == 1], first[counts == 1]
+
+
 def meeting(new: Hashes, old: Hashes) -> tuple[Numbers, Numbers]:
-    """Which new ones are old ones, too, and where each is among these: of those that are there once."""
-    values, first, counts = np.unique(old, return_index=True, return_counts=True)
-    values, first = values[counts == 1], first[counts == 1]
-    meets = np.flatnonzero(np.isin(new, values))
-    return meets, first[np.searchsorted(values, new[meets])]
+    """Which new ones are among sorted old ones, too, and where each is there."""
+    there = np.searchsorted(old, new)
+    meets = np.flatnonzero(np.append(old, np.uint64(0))[there] == new)
+    return meets, there[meets]
 
 
-def most_alike(new: Samples, old: Samples, count: int) -> Numbers:
-    """For each of `count` new chunks the old one with most values in common, or -1."""
+def most_alike(new: Samples, old: Samples, count: int) -> tuple[Numbers, int]:
+    """For each of `count` new chunks the old one with most values in common, or -1; how many values are old ones'."""
     best, (meets, there) = np.full(count, -1, np.int64), meeting(new[0], old[0])
     met, votes = np.unique((new[1][meets] << 32) | old[1][there], return_counts=True)
     met = met[np.argsort(votes, kind="stable")]
     best[met >> 32] = met & 0xFFFFFFFF
-    return best
+    return best, len(meets)

@@ -56,6 +56,7 @@ class UpdateOrigin:
     ) -> None:
         self._store, self._digest, self._manifest, self._seeds = store, digest, manifest, seeds
         self._update: Update | None = None
+        self.chunks = np.zeros(0, np.uint32)  # which it brings, once it was asked
         self._descriptor, self._failed = -1, False
 
     def fetch(self, chunks: Sequence[int]) -> Iterator[Batch]:
@@ -106,7 +107,7 @@ class UpdateOrigin:
                     self._ends = len(head) + firsts(update.sizes)
                     self._base, self._places = seed.manifest, seed.manifest.offsets
                     self._descriptor = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)
-                    self._update = update
+                    self._update, self.chunks = update, update.chunks
                     break
         except (StoreError, OSError) as error:
             self._give_up(error)

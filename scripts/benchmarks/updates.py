@@ -25,6 +25,7 @@ from typing import Any
 from guest_images.debian_image import corpus
 
 from benchmarks._harness import Bench, Contestant, Measurement
+from imagestore import keep_buffers
 from imagestore.backends.directory import Directory
 from imagestore.backends.wrappers import Wrapper
 from imagestore.formats.digest import Digest
@@ -90,6 +91,7 @@ def _other(disk: Path, out: Path, kind: str) -> Path:
 
 
 def run(bench: Bench) -> None:
+    keep_buffers()  # as the commands do
     pairs = [pair for pair in PAIRS if pair in os.environ.get("SF_BENCH_PAIRS", " ".join(PAIRS)).split()]
     names = {name for pair in pairs for name in pair.split("-")}
     disks = corpus(variants=sorted({name.lstrip("FX") for name in names}))
