@@ -5,12 +5,14 @@
 - A URL from outside may lead to this machine's own network (server-side request forgery): by its name, by what the name
   resolves to at the second look, or by a redirect. So the address is checked that is connected to. A URL of this
   machine's administrator may be private; what it redirects to may not, unless that is the same host and port.
+- A server that drips has a byte in time for each read: so a head has its time as a whole, and so has a body's piece.
 - What a server says of itself is bounded before it is a number, and compared with what was asked for by the caller.
 
 Proxies (HTTPS_PROXY, NO_PROXY) and private authorities (SSL_CERT_FILE, SSL_CERT_DIR) come from the environment; proxies
 for the administrator's URLs only: one would look up a stranger's name again, where nobody checks.
 """
 
+import http.client
 import ipaddress
 import re
 import socket
@@ -19,12 +21,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 import urllib3.exceptions as failures
+from urllib3.poolmanager import pool_classes_by_scheme
 
 from imagestore.backends.protocol import MAX_BYTES
 from imagestore.errors import Conflict, Corrupt, Denied, Invalid, NoSpace, NotFound, StoreError, Unavailable
@@ -41,6 +44,38 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 STATUS: dict[int, type[StoreError]] = {401: Denied, 403: Denied, 404: NotFound, 410: NotFound, 416: Corrupt}
 STATUS |= {400: Invalid, 409: Conflict, 413: Invalid, 507: NoSpace}
+
+
+class _Timed(socket.SocketIO):
+    """A connection's bytes, as long as there is time for them."""
+
+    until_s = 0.0
+
+    def readinto(self, into: Any) -> int | None:
+        if time.monotonic() > self.until_s:
+            raise TimeoutError
+        return super().readinto(into)
+
+
+class _Answer(http.client.HTTPResponse):
+    """Gives its head PATIENCE_S, and each piece of a body, with a chunk's length or what follows the last."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._file = cast(Any, self.fp.raw)
+        self._file.__class__ = _Timed  # sockets, with TLS or without, make files of one class only
+        self._file.until_s = time.monotonic() + PATIENCE_S
+
+    def read1(self, n: int = -1) -> bytes:
+        self._file.until_s = time.monotonic() + PATIENCE_S
+        return super().read1(n)
+
+
+POOLS: dict[str, Any] = dict(pool_classes_by_scheme)
+"""For a PoolManager: connections whose answers are those."""
+for _scheme, _pool in POOLS.items():
+    _connection = type("Connection", (_pool.ConnectionCls,), {"response_class": _Answer})
+    POOLS[_scheme] = type("Pool", (_pool,), {"ConnectionCls": _connection})
 
 
 class Web:
@@ -114,13 +149,13 @@ class Web:
         how["headers"] = {**headers, "Host": parts.netloc.rpartition("@")[2]}
         target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
         names = {"server_hostname": host} if parts.scheme == "https" else {}
-        addresses = _public(host, port)
+        addresses, began_s = _public(host, port), time.monotonic()
         for number, address in enumerate(addresses, 1):
             pool = self._pool("").connection_from_host(address, port, parts.scheme, names)
             try:
                 return pool.urlopen(verb, target, assert_same_host=False, **how)
             except (failures.NewConnectionError, failures.ConnectTimeoutError):
-                if number == len(addresses):
+                if number == len(addresses) or time.monotonic() - began_s > PATIENCE_S:
                     raise
         raise AssertionError("a name that resolves has an address")
 
@@ -141,6 +176,7 @@ class Web:
                 self._pools[proxy] = urllib3.ProxyManager(at, proxy_headers=headers, **more)
             else:
                 self._pools[proxy] = urllib3.PoolManager(**more)
+            self._pools[proxy].pool_classes_by_scheme = POOLS
         return self._pools[proxy]
 
 

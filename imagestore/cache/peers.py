@@ -55,6 +55,7 @@ class Site:
         self.addresses: Mapping[str, str] = {}
         self.secret = b""
         self._pool = urllib3.PoolManager(maxsize=_KEPT)
+        self._pool.pool_classes_by_scheme = web.POOLS
         self._away: dict[str, float] = {}
 
     def owner(self, digest: Digest, chunk: int, *, others: bool = False) -> str:

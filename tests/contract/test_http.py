@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from imagestore.backends.http import Http
 from imagestore.backends.s3 import S3
 from imagestore.backends.wrappers import Retried
 from imagestore.errors import Corrupt, Denied, Invalid, NotFound, Unavailable, Unsupported
+from imagestore.mirror.download import Downloader
 from imagestore.store.open import open_backend, open_store
 from imagestore.store.store import Store
 from tests import servers
@@ -216,6 +218,78 @@ def test_a_body_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         Http(url).get("packs/ab/cd", 0, 100_000)
 
 
+def begins(sent: bytes, again: bytes) -> Answer:
+    """Sends that, then the same piece again and again, each in time for one read, for 2 s."""
+
+    def answer(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(sent)
+        for _ in range(100):
+            connection.sendall(again)
+            time.sleep(0.02)
+
+    return answer
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        begins(b"HTTP/1.1 ", b"2"),
+        begins(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        begins(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        begins(CHUNKED + b"2;", b"x"),
+        begins(CHUNKED + b"2\r\nhi\r\n0\r\n", b"X: x\r\n"),
+    ],
+    ids=["status", "headers", "heads of nothing", "a chunk's length", "trailers"],
+)
+def test_a_head_that_drips_is_given_up_and_so_is_what_stands_around_chunks(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.2)
+    monkeypatch.setattr("imagestore.backends.web.is_public", lambda address: True)
+    with liar(answer) as url, pytest.raises(Unavailable, match="timed out"):
+        Http(url).get("store.json")
+    with liar(answer) as there, closing(Downloader(trusted=False)) as web:
+        moved = sends("302 Found", b"", f"Location: {there}/x")
+        with liar(moved) as url, pytest.raises(Unavailable, match="timed out"):
+            web.fetch(url, tmp_path / "file", limit_bytes=1 << 30)
+
+
+def test_a_head_that_drips_over_tls_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = self_signed(tmp_path, "IP:127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.5)
+    answer = begins(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x")
+    with encrypted(certificate, key, answer) as url, pytest.raises(Unavailable, match="timed out"):
+        Http(url).get("store.json")
+
+
+def test_a_strangers_name_may_have_any_number_of_addresses_where_nobody_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.2)
+    monkeypatch.setattr("imagestore.backends.web._CONNECT_S", 0.1)
+    monkeypatch.setattr("imagestore.backends.web.is_public", lambda address: True)
+    real = socket.getaddrinfo
+
+    def resolve(host: str, *a: Any, **k: Any) -> list[Any]:
+        return real("127.0.0.1", *a, **k) * 30 if host == "many.example" else real(host, *a, **k)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with contextlib.ExitStack() as stack, closing(Downloader(trusted=False)) as web:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):  # whoever comes now finds no room, and no answer
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(server.getsockname())
+        began = time.monotonic()
+        with pytest.raises(Unavailable):
+            web.small(f"http://many.example:{server.getsockname()[1]}/x")
+        assert time.monotonic() - began < 2
+
+
 def test_an_error_that_drips_is_an_error_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.3)
     sent: list[bytes] = []
@@ -369,8 +443,9 @@ def test_a_password_goes_to_the_server_that_it_is_for_and_not_where_that_one_sen
 
 
 @contextlib.contextmanager
-def encrypted(certificate: Path, key: Path) -> Iterator[str]:
-    """A server that answers everything with "hi", over TLS alone."""
+def encrypted(certificate: Path, key: Path, answer: Answer | None = None) -> Iterator[str]:
+    """A server that answers everything with "hi", or so, over TLS alone."""
+    answer = answer or sends("200 OK", b"hi", "Content-Length: 2")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -380,7 +455,7 @@ def encrypted(certificate: Path, key: Path) -> Iterator[str]:
                 try:
                     connection, _ = server.accept()
                     with context.wrap_socket(connection, server_side=True) as tls:
-                        sends("200 OK", b"hi", "Content-Length: 2")(tls, tls.recv(65536))
+                        answer(tls, tls.recv(65536))
                 except (ssl.SSLError, ConnectionError):
                     continue
                 except OSError:

@@ -243,6 +243,33 @@ def test_a_namespace_has_three_on_their_way_and_keeps_no_other_waiting(tmp_path:
         server.wait_for("/instances/quick", "created")
 
 
+def test_downloads_that_hang_hold_a_few_threads_of_one_namespace_though_they_are_not_wanted_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bringing, "_MOST", 6)
+    monkeypatch.setattr(bringing, "_OF_ONE", 5)
+    monkeypatch.setattr("imagestore.backends.web.is_public", lambda address: True)
+    stop, hanging = threading.Event(), list[str]()
+
+    def hang(handler: http.server.BaseHTTPRequestHandler) -> None:
+        hanging.append(handler.path)
+        stop.wait(30)
+
+    answers = {f"/{n}": hang for n in range(8)} | {"/quick": web.body(DATA)}
+    with web.misbehaving(answers) as url, serving(tmp_path) as server:
+        tenant(server, "shop")
+        for n in range(8):
+            made = server.call("POST", "/artifacts", {"url": f"{url}/{n}"}, namespace="shop").body
+            until = time.monotonic() + (2 if n < 5 else 0.1)
+            while len(hanging) <= n and time.monotonic() < until:
+                time.sleep(0.01)
+            assert server.call("DELETE", f"/artifacts/{made['uuid']}", namespace="shop").status == 200
+        guest(server, f"{url}/quick", "quick")
+        server.wait_for("/instances/quick", "created")
+        assert len(hanging) == 5
+        stop.set()
+
+
 def test_a_server_that_starts_again_goes_on_with_what_was_asked_for(
     tmp_path: Path, upstream: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

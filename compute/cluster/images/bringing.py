@@ -30,7 +30,7 @@ from compute.wire.spec import InstanceState
 from imagestore import Digest, ImageCache, Progress, Report, Store, StoreError, Unavailable, pull, push
 from imagestore.mirror import bring, hash_file, sources
 
-_MOST, _LOOK_S, _TELL_S, _UPLOAD_S = 32, 5.0, 2.0, 86400.0
+_MOST, _OF_ONE, _LOOK_S, _TELL_S, _UPLOAD_S = 32, 8, 5.0, 2.0, 86400.0
 
 
 class Bringing:
@@ -38,7 +38,7 @@ class Bringing:
 
     def __init__(self, records: StateStore, own: NamespaceStores, server: ImageCache, config: Config) -> None:
         self._records, self._own, self._server, self._config = records, own, server, config
-        self._running = set[str]()
+        self._running = dict[str, str]()  # uuids, and whose they are: a thread may outlive what it is for
         self._listed = Lock()  # two downloads of one source would write to one file
 
     async def keep(self, feed: Feed, *, sent: bool = False) -> None:
@@ -50,8 +50,10 @@ class Bringing:
             for one in await asyncio.to_thread(Transaction(self._records).list, Artifact):
                 uploads = [self._file(blob) for blob in one.blobs.values() if blob.upload]
                 mine = any(path.exists() for path in uploads) if sent else not uploads
-                if one.wanted and mine and one.uuid not in self._running and len(self._running) < _MOST:
-                    self._running.add(one.uuid)
+                held = list(self._running.values())
+                room = len(held) < _MOST and held.count(one.namespace) < _OF_ONE
+                if one.wanted and mine and one.uuid not in self._running and room:
+                    self._running[one.uuid] = one.namespace
                     Thread(target=self._run, args=(one,), daemon=True).start()  # it ends with the process
             await feed.moved((Artifact.KIND,), seen, _LOOK_S)
 
@@ -71,7 +73,7 @@ class Bringing:
                 self._record(one, None, said[:1000])
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            self._running.discard(one.uuid)
+            self._running.pop(one.uuid)
 
     def _record(self, one: Artifact, blob: Blob | None, said: str) -> None:
         """How it ended. That this cannot be written now, on a full disk, is no reason to bring it once more."""
@@ -86,7 +88,7 @@ class Bringing:
         home, old = self._config.state_dir, time.time() - _UPLOAD_S
         there = [*home.glob("downloads/*"), *(p for p in home.glob("uploads/*/*") if p.stat().st_mtime < old)]
         known = Transaction(self._records).list(Artifact)
-        needed = {one.uuid for one in known if one.wanted} | self._running
+        needed = {one.uuid for one in known if one.wanted} | self._running.keys()
         needed.update(*((b.uuid, b.upload[-36:]) for one in known for b in one.blobs.values() if b.upload))
         spaces = {"", *(one.name for one in Transaction(self._records).list(Namespace))}
         for gone in (one for one in known if one.namespace not in spaces):

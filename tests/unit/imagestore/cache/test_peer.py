@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -171,10 +172,11 @@ def test_a_peer_that_drips_or_never_ends_costs_no_more_than_the_patience(
 ) -> None:
     """One set of HTTP rules, for peers as well: the store is asked instead, and the peer not for a while."""
     monkeypatch.setattr("imagestore.cache.peers.PATIENCE_S", 0.2)
+    monkeypatch.setattr("imagestore.backends.web.PATIENCE_S", 0.2)
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"
 
-    def drip(connection: socket.socket) -> None:
-        connection.sendall(head)
+    def drip(connection: socket.socket, sent: bytes = head) -> None:
+        connection.sendall(sent)
         for _ in range(500):
             connection.sendall(b"x")
             time.sleep(0.02)
@@ -184,7 +186,7 @@ def test_a_peer_that_drips_or_never_ends_costs_no_more_than_the_patience(
         while True:
             connection.sendall(bytes(1 << 16))
 
-    for answer in (drip, endless):
+    for answer in (drip, endless, partial(drip, sent=head[:-2] + b"X: ")):
         with socket.create_server(("127.0.0.1", 0)) as server:
 
             def serve(answer: Callable[[socket.socket], None] = answer) -> None:
@@ -194,8 +196,9 @@ def test_a_peer_that_drips_or_never_ends_costs_no_more_than_the_patience(
                     answer(connection)
 
             threading.Thread(target=serve, daemon=True).start()
-            asker = site("me", slow=f"127.0.0.1:{server.getsockname()[1]}")
+            asker, began = site("me", slow=f"127.0.0.1:{server.getsockname()[1]}"), time.monotonic()
             assert asker.ask("slow", "/chunks/x", b"i" * 32, 50_000) is None
+            assert time.monotonic() - began < 4
             monkeypatch.setattr(asker, "_pool", None)  # it is not asked again
             assert asker.ask("slow", "/chunks/x", b"i" * 32, 50_000) is None
 
