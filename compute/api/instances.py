@@ -189,7 +189,7 @@ def create_instance(ctx: Ctx, body: CreateBody) -> Response:
             until_s=_after(body.ttl),
             held_s=_after(body.lease),
         )
-        instance = offered(ctx.services.namespaces, instance, config.architecture)
+        instance = offered(ctx.read(), ctx.services.namespaces, instance, config.architecture)
         wants = [_want(ctx, network, namespace) for network in body.network or ()]
         images = {disk.image for disk in instance.disks if disk.image and not disk.store}
         closed = unreadable(ctx.services.resolver.stores, ctx.read().list(Node), images, controller.server)

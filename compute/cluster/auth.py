@@ -28,7 +28,7 @@ from compute.cluster.records.namespaces import KeyHash, Namespace
 from compute.cluster.records.networks import Network
 from compute.cluster.records.rules import Rules, delete_rules
 from compute.cluster.records.snapshots import Backup, Snapshot
-from compute.cluster.records.taken import secret
+from compute.cluster.records.taken import Taken, secret
 from compute.cluster.records.transaction import Transaction, check_name, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict, Denied, Invalid, NotFound, Unauthenticated, Unavailable
@@ -234,6 +234,10 @@ def delete_namespace(txn: Transaction, name: str) -> bool:
             txn.update(replace(one, namespace=""))
         elif txn.purge(one):
             return True
+    for taken in txn.list(Taken, f"warm/{name}/"):
+        if txn.room < 5:
+            return True
+        txn.delete(Taken, taken.name)
     if txn.purge(found):
         return True
     _trust_nobody(txn, name)

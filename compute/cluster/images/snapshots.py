@@ -14,6 +14,7 @@ from compute.cluster.feed import Feed
 from compute.cluster.images.stores import NamespaceStores
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.snapshots import Backup, Snapshot, cool, due, finish, kept, order, snapshots_of
+from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Transaction, transact
 from compute.cluster.state.protocol import StateStore
 from compute.errors import ComputeError, Conflict
@@ -131,11 +132,18 @@ def remove(records: StateStore, own: NamespaceStores, one: Snapshot, url: str = 
     transact(records, lambda txn: txn.delete(Snapshot, one.uuid))
 
 
-def offered(own: NamespaceStores, instance: Instance, architecture: str) -> Instance:
-    """The instance with the warm state that it may begin as. Its store is asked, so no transaction does this."""
+def offered(txn: Transaction, own: NamespaceStores, instance: Instance, architecture: str) -> Instance:
+    """The instance with the warm state that it may begin as. Its store is asked, so what commits does not do this.
+
+    The namespace's own keys write there, and qemu is to believe that memory: the record says what a node made.
+    """
+    name = instance.warm_name()
+    made = txn.find(Taken, f"warm/{instance.namespace}/{name}") if name else None
     with suppress(StoreError, KeyError):  # there is none, or it cannot be read: it boots
-        if (name := instance.warm_name()) and (store := own.find(instance.namespace)):
+        if made and (store := own.find(instance.namespace)):
             disk = store.names.get(name).digest(architecture)
+            if str(disk) != made.owner:
+                return instance
             told = dict(store.manifest(disk).labels)
             memory = Digest.parse(told["memory"])
             return replace(instance, warm=Warm(str(disk), str(memory), told["fit"][:64]))

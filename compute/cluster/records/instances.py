@@ -85,7 +85,7 @@ class Instance(Stored, Shape):
         disk, more = self.disks[0], len(self.disks) > 1 or self.video != NO_VIDEO or self.uefi or self.tpm
         if more or not disk.image or not self.side_channels or self.configdrive == "none":
             return ""
-        about = f"{disk.image} {disk.size_bytes} {self.cpus} {self.memory_mib}"
+        about = f"{disk.image} {disk.size_bytes} {disk.bus} {self.cpus} {self.memory_mib}"
         return f"warm-{hashlib.blake2b(about.encode(), digest_size=8).hexdigest()}"
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from compute.cluster.records.instances import Instance, created, interfaces_of, rehome, stays
+from compute.cluster.records.taken import Taken
 from compute.cluster.records.transaction import Stored, Transaction, new_uuid
 from compute.errors import Conflict
 from compute.wire.spec import Capture, DiskSpec, InstanceState, Power
@@ -40,9 +41,8 @@ class Snapshot(Stored):
         return self.state not in ("created", "error")
 
     def image(self, device: str) -> str:
-        """What a disk is called in the own store; memory is one more architecture of the first one's name."""
-        name = self.order.warm or self.instance.lower()
-        return name + ("" if device in ("vda", "memory") else f"-{device}")
+        """What a disk is called in the own store; a warm state's memory is one more architecture of its only one."""
+        return self.order.warm or self.instance.lower() + ("" if device == "vda" else f"-{device}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,9 +169,14 @@ def finish(txn: Transaction, uuid: str, error: str = "", fits: Callable[..., Any
         order = replace(one.order, error=error[:_TEXT])
         txn.update(replace(one, state="error" if error else "created", order=order))
         costs = ", ".join(f"{name} {count}" for name, count in order.costs.items())
-        done = f"move to {one.to}: there" if one.to else f"snapshot is {one.instance.lower()}:{one.tag}"
+        done = f"move to {one.to}: there" if one.to else f"snapshot is {one.image('vda')}:{one.tag}"
         said = f"{done.split()[0]} failed: {order.error}" if error else f"{done}; bytes: {costs}"
         txn.event(Instance.KIND, one.instance_uuid, said, type="status", extra=order.costs)
+        if one.order.warm and not error:
+            # Qemu believes what it resumes: only what a node of ours made, and not all that is put into the store.
+            disk = next(digest for device, digest in order.digests.items() if device != "memory")
+            name = f"warm/{one.namespace}/{one.order.warm}"
+            txn.update(replace(txn.find(Taken, name) or Taken(name=name, owner=""), owner=disk))
         if one.backup:
             note(txn, one.instance_uuid, error)
         if (instance := txn.find(Instance, one.instance_uuid)) is None:

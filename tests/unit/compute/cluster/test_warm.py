@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from compute.cluster.auth import delete_namespace
 from compute.cluster.images.snapshots import Snapshots, offered
 from compute.cluster.records.instances import Instance
 from compute.cluster.records.namespaces import Namespace
-from compute.cluster.records.snapshots import settle_snapshot, take
-from compute.cluster.records.transaction import transact
+from compute.cluster.records.snapshots import Snapshot, finish, settle_snapshot, take
+from compute.cluster.records.taken import Taken
+from compute.cluster.records.transaction import Transaction, pieces, transact
 from compute.cluster.state.sqlite import SqliteStore
 from compute.errors import Conflict
 from compute.wire.spec import AGENT_CHANNEL, Capture, InstanceState, Warm
@@ -49,7 +51,11 @@ def test_a_state_is_offered_to_what_fits_in_its_own_namespace_until_its_name_is_
     worker._look()
     worker._pool.shutdown()
     new = guest(store, DB, base, name="db", **CAN)
-    assert offered(worker._own, new, "x86_64").warm == Warm(str(disk), str(memory), "f" * 64)
+
+    def seen(instance: Instance) -> Warm | None:
+        return offered(Transaction(store), worker._own, instance, "x86_64").warm
+
+    assert seen(new) == Warm(str(disk), str(memory), "f" * 64)
     transact(store, lambda txn: txn.create(Namespace(name="other")))
     larger, other = replace(new.disks[0], size_bytes=9 << 20), replace(new.disks[0], image=str(disk))
     others: list[dict[str, Any]] = [
@@ -58,9 +64,25 @@ def test_a_state_is_offered_to_what_fits_in_its_own_namespace_until_its_name_is_
         {"disks": new.disks * 2}, {"disks": (larger,)}, {"disks": (other,)},
     ]  # fmt: skip
     for changes in others:
-        assert offered(worker._own, replace(new, **changes), "x86_64").warm is None, changes
+        assert seen(replace(new, **changes)) is None, changes
     own.names.remove(name)
-    assert offered(worker._own, new, "x86_64").warm is None
+    assert seen(new) is None
+    # The namespace's own keys write into its store: memory that no node made is never qemu's to read.
+    forged = push(own, make_raw(tmp_path / "forged.raw", seed=3), None, architecture="memory").digest
+    push(own, make_raw(tmp_path / "disk.raw"), name, labels={"memory": str(forged), "fit": "f" * 64})
+    assert own.names.get(name).images["x86_64"] != disk and seen(new) is None
+    own.names.set(name, "latest", "x86_64", disk)
+    assert seen(new) == Warm(str(disk), str(memory), "f" * 64)
+    # A second one takes the place of the first.
+    again = push(own, make_raw(tmp_path / "again.raw", seed=4), name, labels=labels).digest
+    digests = {"sda": str(again), "memory": str(memory)}
+    done = replace(Transaction(store).get(Snapshot, uuid).order, digests=digests)
+    transact(store, lambda txn: txn.update(replace(txn.get(Snapshot, uuid), state="stored", order=done)))
+    transact(store, lambda txn: finish(txn, uuid))
+    assert seen(new) == Warm(str(again), str(memory), "f" * 64)
+    transact(store, lambda txn: txn.update(replace(txn.get(Instance, DB), state=InstanceState.DELETED)))
+    pieces(store, lambda txn: delete_namespace(txn, "shop"))
+    assert not Transaction(store).list(Taken, "warm/")
 
 
 def test_what_has_something_of_its_own_becomes_no_state_and_half_of_one_is_none(
