@@ -184,6 +184,7 @@ class Guest:
             done = state.power == "off" and self.record.phase is Phase.OFF
             if not done and await self._ending.come(spec, state):
                 self._voice.publish(self._stage_now(), "transition-to-off")
+                await self._warm.give_up(spec, self._leaving, "it was stopped before it was itself")
                 await self._ending.take_power()
                 self._wake.set()  # a snapshot may wait for that
         elif self.record.phase in (Phase.STARTING, Phase.OFF) and not self._captures.at_rest:
@@ -286,8 +287,7 @@ class Guest:
 
     async def _delete(self) -> None:
         """Remove everything; what was begun is begun again after a crash until the directory is gone."""
-        await self.host.do(self.host.hypervisor.destroy, self.spec.uuid)
-        await self.host.do(self.host.hypervisor.undefine, self.spec.uuid)
+        await self.host.do(self.host.hypervisor.remove, self.spec.uuid)
         await self._captures.stop()
         await self.host.do(self.passage.clear)
         await self._taps.remove()

@@ -104,24 +104,31 @@ class Warm:
 
         Raises Unavailable while libvirt cannot say that nothing of it runs: then all of this is done once more.
         """
-        disks, disk, do, said = self._disks, spec.disks[0], self._host.do, RESUMED
+        disks, disk = self._disks, spec.disks[0]
         if not disks.held.now.resumes or spec.warm is None:
             return False
         try:
             await disks.forget([disk.device])
             under = self._image(spec.warm.disk)
-            await do(overlay.create, disks.overlay(disk.device), disk.size_bytes, under)
+            await self._host.do(overlay.create, disks.overlay(disk.device), disk.size_bytes, under)
             await start(resumes=True)
         except (ComputeError, StoreError, NetError, OSError) as err:
-            await do(self._host.hypervisor.destroy, self._uuid)
-            # Of a domain whose qemu dies under a question to the agent, libvirt 9.0 calls that broken for good.
-            await do(self._host.hypervisor.undefine, self._uuid)
-            said = f"it boots, since it could not resume: {str(err) or 'it took too long'}"
-            await disks.forget([disk.device])
-            await disks.make(spec, await disks.images(spec, leaving))
-        self._voice.event(said)
+            await self.give_up(spec, leaving, f"it could not resume: {str(err) or 'it took too long'}")
+            return False
+        self._voice.event(RESUMED)
         await disks.held.save(resumes=False)  # before it counts as up: from here on its disk is its own
-        return said == RESUMED
+        return True
+
+    async def give_up(self, spec: InstanceSpec, leaving: asyncio.Event, why: str) -> None:
+        """One that has not become itself yet is to boot whenever it starts, of its own image. Raises Unavailable."""
+        disks = self._disks
+        if disks.held.now.resumes:
+            # Of a domain whose qemu dies under a question to the agent, libvirt 9.0 calls that broken for good.
+            await self._host.do(self._host.hypervisor.remove, self._uuid)
+            await disks.forget([disk.device for disk in spec.disks])
+            await disks.make(spec, await disks.images(spec, leaving))
+            self._voice.event(f"it boots, since {why}")
+            await disks.held.save(resumes=False)
 
 
 async def _step(channel: Channel, script: str, line: str = "") -> None:

@@ -230,8 +230,9 @@ class Hypervisor:
         with contextlib.suppress(NotFound, Conflict), self._domain(uuid) as found:
             found.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_DEFAULT)
 
-    def undefine(self, uuid: str, *, keep: bool = False) -> None:
-        """Forget the domain with (or without) its UEFI variables and its TPM. Nothing if it is unknown."""
+    def remove(self, uuid: str, *, keep: bool = False) -> None:
+        """Pull the plug, and forget the domain with (or without) its UEFI variables and its TPM."""
+        self.destroy(uuid)
         kept = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM
         gone = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_TPM
         with contextlib.suppress(NotFound), self._domain(uuid) as found:

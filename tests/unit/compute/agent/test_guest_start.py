@@ -16,7 +16,7 @@ from compute.agent.guest.record import Phase
 from compute.agent.hypervisor.libvirt import DomainState
 from compute.agent.image_service import Backing
 from compute.errors import Unavailable
-from compute.wire.spec import DiskSpec, InstanceSpec, Power
+from compute.wire.spec import DiskSpec, InstanceSpec, Power, Warm
 
 UUID = "11111111-0000-4000-8000-000000000001"
 SPEC = InstanceSpec(UUID, "web", "system", 1, 16, (DiskSpec("vda", "b3:" + 64 * "1"),), leased_s=5.0)
@@ -113,3 +113,21 @@ def test_a_guest_that_powered_itself_off_while_no_agent_looked_is_not_started_fo
     made._ending._taps = made._taps
     asyncio.run(made._ending.observe(SPEC))
     assert made.record.phase is phase
+
+
+def test_a_guest_that_is_stopped_before_it_is_itself_boots_when_it_is_started(tmp_path: Path) -> None:
+    """It counts as made from then on, and is handed to whoever asks for its agent as soon as it runs."""
+    made, hypervisor, came = guest(tmp_path)
+    came.set()
+    hypervisor.state.return_value = DomainState("off", "unknown")
+    made._disks, made.host.images.gone = made._warm._disks, AsyncMock()
+    made.update(replace(SPEC, power=Power.OFF, warm=Warm("b3:" + 64 * "2", "b3:" + 64 * "3", "")), {})
+    made._course.now, made._recorded = replace(made.record, spec=made.spec, phase=Phase.STARTING), True
+
+    async def story() -> None:
+        await made._disks.held.save(resumes=True)
+        await made._settle()
+
+    asyncio.run(story())
+    assert made.record.phase is Phase.OFF and made.record.created
+    assert not made._disks.held.now.resumes and made._disks.overlay("vda").exists()
