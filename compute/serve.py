@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ async def serve(config: Config, say: process.Say = log.info) -> None:
         stack.enter_context(memory.alone(installation))
         mine = secrets.token_urlsafe(32) if config.guests and config.state else ""
         node, parts = await controller.start(memory.now, mine), list[Any]()
+        if config.guests and node != config.node_name:
+            other = f"{config.node_name}, its host's or node_name, would count at its first start only"
+            say(f"this machine's node keeps its name {node}: {other}")
+            config = replace(config, node_name=node)
         agent: Any = asyncio.Event().wait  # nobody
         if mine:
             trusted = certificate(state_dir / "auth")[0].read_text()

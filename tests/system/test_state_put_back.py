@@ -215,6 +215,9 @@ def test_another_name_of_the_host_changes_nothing_and_naming_it_back_neither(sit
         assert site.instance("w1")["node"] == "n1"
         assert site.listed("node", "orphans") == []
         assert (site.running(), site.taps(), disk.stat().st_ino) == (before, taps, inode)
+        assert [line.count(" n1:") for line in site.said().splitlines() if " renamed," in line] == [1]
+        site.sf("instance", "set", "w1", "--cpus", "2" if name == "renamed" else "3")
+        assert {event["fqdn"] for event in site.listed("instance", "events", "w1")} == {"n1"}
     site.create("w2", "--network", "lan")
 
 
