@@ -62,7 +62,6 @@ class _Extra:
 
     vdi_password: str = ""
     image_bytes: dict[str, _Arrived] = field(default_factory=dict)
-    agent_system_boot_time: float = 0
 
 
 def path_to(now: InstanceState, reported: InstanceState) -> list[InstanceState]:

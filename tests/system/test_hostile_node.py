@@ -152,9 +152,13 @@ def test_what_a_node_says_of_its_guests_cannot_break_who_reads_it(server: Runnin
         assert (found["state"], len(found["error_message"])) == ("created", 2000)
         assert server.call("GET", "/metrics").status == 200
         assert len(server.services.store.get(f"instance/{uuid}").value) < 10_000  # type: ignore[union-attr]
-    good = {"image_bytes": {"vda": {"present_bytes": 5, "received": {"store": 5}, "waited_s": 0.5}}}
+    good: dict[str, Any] = {
+        "image_bytes": {"vda": {"present_bytes": 5, "received": {"store": 5}, "waited_s": 0.5}}
+    }
+    good |= {"agent_system_boot_time": 7}  # no agent of ours knows it
     assert node.report(InstanceStatus(uuid, InstanceState.CREATED, "on", extra=good)) == 200
-    assert server.get(f"/instances/{uuid}")["image_bytes"] == good["image_bytes"]
+    found = server.get(f"/instances/{uuid}")
+    assert (found["image_bytes"], found["agent_system_boot_time"]) == (good["image_bytes"], None)
     assert node.call("POST", "report", {"statuses": [{"uuid": uuid, "state": "heaven"}]})[0] == 400
 
 
