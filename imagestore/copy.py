@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -14,9 +15,10 @@ from imagestore.formats.keys import GROUPS
 from imagestore.store.frames import READERS, ImageReader
 from imagestore.store.lookup import Footers, Lookup
 from imagestore.store.names import NameRecord
-from imagestore.store.packing import Packer, carry
+from imagestore.store.packing import Framer, Packer, carry
 from imagestore.store.roots import can_be_read, check_present, offer
 from imagestore.store.store import Store
+from imagestore.updates.using import Seed, UpdateOrigin, read_steps
 
 
 def copy_name(source: Store, target: Store, record: NameRecord) -> int:
@@ -56,6 +58,10 @@ def copy_image(
     each, reader = first_of_each(manifest.ids), ImageReader(lambda: source, digest, manifest)
     packer = Packer(target, "copy")
     placement = packer.placement
+    bases = [base for base in read_steps(source, digest) if known is None and can_be_read(target, base)]
+    readers = [ImageReader(lambda: target, base, target.manifest(base)) for base in bases]
+    seeds = [Seed(one.manifest, Path(), one) for one in readers]
+    updates = UpdateOrigin(lambda: source, digest, manifest, seeds)
     with Lookup(packer) as lookup, packer:
         if known is None:
             lookup.follow(digest)
@@ -68,6 +74,14 @@ def copy_image(
         def find() -> Numbers:
             missing = each[placement.find(manifest.ids[each]) < 0]
             if len(missing):
+                framer = Framer(placement)
+                for batch in updates.fetch(np.sort(missing).tolist()):
+                    ids = manifest.ids[batch.chunks]
+                    new = (lone := first_of_each(ids))[placement.find(ids[lone]) < 0]
+                    framer.add((batch.pieces[at] for at in new.tolist()), ids[new])
+                    packer.pack(framer.full())
+                packer.pack(framer.full(last=True))
+                missing = each[placement.find(manifest.ids[each]) < 0]
                 with ThreadPoolExecutor(READERS, "sf-read") as pool:
                     carry(reader.load(np.sort(missing), pool), packer)
             rows = placement.find(manifest.ids)

@@ -42,6 +42,7 @@ from imagestore.store.store import Store
 from imagestore.updates.making import make_update
 
 _PARTS_BYTES = 10 << 20  # most index parts that one push reads
+_CHEAP = 64  # where so much less is new than there is, an update takes less than a quarter of the push's time
 _READ_CHUNKS = 64  # chunks that are read at once where they are stored again
 
 
@@ -76,7 +77,7 @@ def push(
     format_: str | None = None,
     sparsify: bool = False,
     bounded: bool = False,
-    update: bool = False,
+    update: bool | None = False,
     progress: Report = silent,
     cache: Path | None = None,
 ) -> PushResult:
@@ -84,7 +85,8 @@ def push(
 
     format_: raw, qcow2, vmdk, vhdx, vdi, vhd, or None to look. sparsify: leave out blocks that ext4 on it has free
     for certain. bounded: the file is a stranger's, and may mean no more work than its size allows.
-    update: keep beside it what it costs who holds what the name pointed at before (`imagestore.updates`).
+    update: keep beside it what it costs who holds what the name pointed at before (`imagestore.updates`); None: where
+    that is cheap, as little is new and the store is a directory.
     cache: directory of the local index instead of SF_CACHE_DIR.
     Raises Invalid for a bad image or name, Conflict when it is in use, and what the backend raises.
     """
@@ -104,7 +106,8 @@ def push(
         writer = _Writer(stack, store, disk, progress, cache)
         special = look(disk, sparsify=sparsify)
         done = replace(writer.push(name, tag, facts, special), notes=special.notes)
-    if update and writer.former:
+    cheap = store.url.startswith("file:") and done.new_bytes < done.read_bytes // _CHEAP
+    if (cheap if update is None else update) and writer.former:
         try:
             step = make_update(store, writer.former, done.digest)
             return replace(done, update_bytes=step.size_bytes if step else 0)

@@ -93,7 +93,7 @@ path = click.Path(dir_okay=False, path_type=Path)
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
 @click.option("--input-format", "format_", type=click.Choice(["raw", "qcow2", "vmdk", "vhdx", "vdi", "vhd"]))
 @click.option("--sparsify", is_flag=True, help="Leave out the blocks of deleted files (ext4).")
-@click.option("--update", is_flag=True, help="Also make what takes holders of the former version here.")
+@click.option("--update/--no-update", default=None, help="Also make the step from the former version.")
 def push(file: str, name: str, architecture: str, single_writer: bool, form: str, **given: Any) -> None:
     """Keep the disk in FILE under NAME[:TAG]: qcow2, raw, VMDK, VHDX, VDI, fixed VHD, or one of these in an OVA, or
     compressed (xz, gzip, zstd, bzip2).

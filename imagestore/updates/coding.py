@@ -23,8 +23,7 @@ from imagestore.formats.pack import LEVEL
 from imagestore.updates.similar import meeting, once, samples
 
 _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
-STORED_BYTES = 32 << 20  # a file's, at most
-_FIRST, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 8 << 20, 60 << 20, 1 << 20, 1 << 16
+_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
 _BLOCK, _SLAB, _NOWHERE = 256, 1 << 11, 1 << 30  # so many blocks at once stay in a processor's cache
 _FAST = {"strategy": zstandard.STRATEGY_FAST, "min_match": 6, "window_log": 24}
 File = tuple[tuple[int, int], int, bytes, bytes, bytes]
@@ -47,12 +46,12 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers, heads: Sequence[int]) ->
     for start in heads:
         one, plain = zlib.decompressobj(31), b""
         with suppress(zlib.error):
-            plain = one.decompress(view[start : start + STORED_BYTES], _PLAIN) if start >= end else b""
+            plain = one.decompress(view[start : start + _STORED], _PLAIN) if start >= end else b""
         if one.eof and len(plain) > _LEAST:
             name = bytes(view[start + 10 : start + _FIRST]) if data[start + 3] else b""
             stream = start + 10 + name.find(0) + 1
             again = _deflated(plain[:_TRIED])[:-_LAST_BLOCK]
-            end = min(start + STORED_BYTES, len(data)) - len(one.unused_data)
+            end = min(start + _STORED, len(data)) - len(one.unused_data)
             if again and view[stream : stream + len(again)] == again:
                 first, last = np.searchsorted(firsts, (start, end), "right") - (1, 0)
                 begin, stop = firsts[[first, last]].tolist()

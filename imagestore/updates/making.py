@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +16,16 @@ from imagestore.formats.keys import DELTAS, UPDATES
 from imagestore.formats.update import Step, Update, encode_steps, firsts
 from imagestore.store.frames import READERS, Frames, ImageReader
 from imagestore.store.store import Store
-from imagestore.updates.coding import STORED_BYTES, files, pack, pack_file, starts
+from imagestore.updates.coding import files, pack, pack_file, starts
 from imagestore.updates.similar import Samples, most_alike, once, samples
 from imagestore.updates.using import read_steps
 
 _DICTIONARY_BYTES, _REQUEST_BYTES = 6 << 20, 4 << 20
-_SAVES = 0.9  # of the frames' bytes: an update that costs more is not kept
-_ALIKE = 50  # where fewer than one sample in so many is an old one's, frames of packs are as good
-
-
-class _Spool(NamedTuple):
-    """Chunks of an image, one after the other in memory that a file backs, and where each begins and the last ends."""
-
-    data: npt.NDArray[np.uint8]
-    firsts: Numbers
-    samples: Samples
-    heads: list[int]  # where large files seem to begin
-
-
+_FILE_CHUNKS = 1 << 10  # a file's, at most
+_ALIKE = 20  # where fewer than one sample in so many is an old one's, frames of packs are as good
+_Spool = tuple[npt.NDArray[np.uint8], Numbers, Samples, list[int]]
+"""Chunks of an image, one after the other in memory that a file backs; where each begins and the last ends; what they
+resemble; where large files seem to begin."""
 _Part = tuple[Numbers, Numbers, bytes]
 """A frame of an update: rows of its chunks, which of the old ones are its dictionary, and its bytes."""
 
@@ -45,21 +36,16 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
     missing, gone = (np.flatnonzero(find(*ids) < 0) for ids in ((new.ids, old.ids), (old.ids, new.ids)))
     if not len(missing) or not len(gone):  # what both have was not changed: nothing became of it
         return None
-    layout = store.layout(to)
-    reader = ImageReader(lambda: store, to, new, layout)
     with durable.scratch("update") as place, ThreadPoolExecutor(READERS) as pool:
         olds = _spooled(ImageReader(lambda: store, base, old), gone, place / "old", pool)
-        parts = sorted(_parts(reader, missing, olds, place, pool), key=lambda part: int(part[0][0]))
-    if not parts:
+        made = _parts(ImageReader(lambda: store, to, new), missing, olds, place, pool)
+    if not made:
         return None
-    rows, bases, frames = zip(*parts, strict=True)
+    rows, bases, frames = zip(*sorted(made, key=lambda part: int(part[0][0])), strict=True)
     a, b, c = (np.array([*map(len, column)], np.uint32) for column in (frames, rows, bases))
     hashes = np.frombuffer(b"".join(map(Digest.of, frames)), np.uint8).reshape(-1, 32)
-    update = Update(base, to, a, b, c, np.concatenate(rows), gone[np.concatenate(bases)], hashes)
-    head = update.encode()
+    head = Update(base, to, a, b, c, np.concatenate(rows), gone[np.concatenate(bases)], hashes).encode()
     step = Step(Digest.of(head), len(head), len(head) + sum(map(len, frames)))
-    if step.size_bytes > _SAVES * layout.frames["size"][np.unique(layout.chunk_frames[update.chunks])].sum():
-        return None
     store.backend.put(DELTAS.key(step.name), [head, *frames])
     store.backend.put(UPDATES.key(to), encode_steps({**read_steps(store, to), base: step}))
     return step
@@ -67,9 +53,10 @@ def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
 
 def _parts(reader: ImageReader, missing: Numbers, olds: _Spool, place: Path, pool: Executor) -> list[_Part]:
     """Frames of what is new, made as it is read: only what is old is kept, and files that gzip made."""
-    values, lone = once(olds.samples[0])
-    known, lengths = (values, olds.samples[1][lone]), np.diff(olds.firsts)
-    theirs = pool.submit(lambda: list(files(olds.data, olds.firsts, olds.heads)))
+    old, bounds, (hashes, chunks), heads = olds
+    values, lone = once(hashes)
+    known, lengths = (values, chunks[lone]), np.diff(bounds)
+    theirs = pool.submit(lambda: list(files(old, bounds, heads)))
     ours = dict[int, Future[list[_Part]]]()  # by the chunk in which one seems to begin
 
     def work(frames: Frames, request: slice) -> list[_Part]:
@@ -87,18 +74,15 @@ def _parts(reader: ImageReader, missing: Numbers, olds: _Spool, place: Path, poo
             near = np.unique(np.concatenate([like - 1, like, like + 1])[np.tile(like >= 0, 3)])
             near = near[(near >= 0) & (near < len(lengths))]
             near = near[np.cumsum(lengths[near]) <= _DICTIONARY_BYTES]
-            bounds = zip(olds.firsts[near].tolist(), olds.firsts[near + 1].tolist(), strict=True)
-            dictionary = b"".join(olds.data.data[first:last] for first, last in bounds)
-            made.append((rows, near, pack(data.data, dictionary)))
+            ranges = zip(bounds[near].tolist(), bounds[near + 1].tolist(), strict=True)
+            made.append((rows, near, pack(data.data, b"".join(old.data[a:b] for a, b in ranges))))
         return made
 
     def of_file(chunk: int) -> list[_Part]:
         """The frame of a file of gzip's that begins in a chunk, read once more, if the former version has one."""
-        rows = missing[np.searchsorted(missing, chunk) :]
-        ends = np.cumsum(reader.manifest.lengths[rows], dtype=np.int64)
-        rows = rows[: np.searchsorted(ends, STORED_BYTES)]
-        data, bounds, _, heads = _spooled(reader, rows, place / str(chunk))
-        for one in files(data, bounds, heads):
+        rows = missing[missing >= chunk][:_FILE_CHUNKS]
+        data, begins, _, seeming = _spooled(reader, rows, place / str(chunk))
+        for one in files(data, begins, seeming):
             for other in sorted(theirs.result(), key=lambda other: abs(len(other[-1]) - len(one[-1])))[:1]:
                 return [(rows[slice(*one[0])], np.arange(*other[0]), pack_file(one, other))]
         return []
@@ -146,4 +130,4 @@ def _spooled(reader: ImageReader, rows: Numbers, path: Path, pool: Executor | No
     with path.open("wb") as file:
         list(reader.each(rows, work, pool))
     hashes, chunks = map(np.concatenate, zip(*found, strict=True))
-    return _Spool(np.memmap(path, np.uint8, "r"), bounds, (hashes, chunks), sorted(heads))
+    return np.memmap(path, np.uint8, "r"), bounds, (hashes, chunks), sorted(heads)

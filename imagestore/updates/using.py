@@ -20,7 +20,7 @@ from imagestore.formats.keys import DELTAS, UPDATES
 from imagestore.formats.manifest import Manifest
 from imagestore.formats.pack import MAX_FRAME_BYTES
 from imagestore.formats.update import Step, Update, decode_steps, firsts
-from imagestore.store.frames import REQUEST_BYTES, Batch, plan_requests
+from imagestore.store.frames import REQUEST_BYTES, Batch, ImageReader, plan_requests
 from imagestore.store.store import Store
 from imagestore.updates.coding import unpack
 
@@ -33,6 +33,7 @@ class Seed:
 
     manifest: Manifest
     path: Path
+    reader: ImageReader | None = None  # of a store that has it, in place of a disk
 
 
 def read_steps(store: Store, to: Digest) -> dict[Digest, Step]:
@@ -105,8 +106,9 @@ class UpdateOrigin:
                     update = Update.decode(head, step.name, base, self._digest)
                     update.check(seed.manifest, self._manifest)
                     self._ends = len(head) + firsts(update.sizes)
-                    self._base, self._places = seed.manifest, seed.manifest.offsets
-                    self._descriptor = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._base, self._places, self._reader = seed.manifest, seed.manifest.offsets, seed.reader
+                    if not self._reader:
+                        self._descriptor = os.open(seed.path, os.O_RDONLY | os.O_CLOEXEC)
                     self._update, self.chunks = update, update.chunks
                     break
         except (StoreError, OSError) as error:
@@ -127,8 +129,12 @@ class UpdateOrigin:
         ends = firsts(self._manifest.lengths[rows]).tolist()
         if Digest.of(stored) != update.hashes[frame].tobytes():
             raise Corrupt(f"{self._key}: a frame does not match its hash")
-        places = zip(self._base.lengths[bases].tolist(), self._places[bases].tolist(), strict=True)
-        near = b"".join(os.pread(self._descriptor, length, place) for length, place in places)
+        if self._reader:
+            held = dict(pair for loaded in self._reader.load(np.unique(bases)) for pair in loaded.chunks())
+            near = b"".join(held[base] for base in bases.tolist())
+        else:
+            places = zip(self._base.lengths[bases].tolist(), self._places[bases].tolist(), strict=True)
+            near = b"".join(os.pread(self._descriptor, length, place) for length, place in places)
         plain = memoryview(unpack(stored, near, ends[-1]))
         pieces = [plain[start:end] for start, end in pairwise(ends)]
         if b"".join(map(Digest.of, pieces)) != self._manifest.ids[rows].tobytes():

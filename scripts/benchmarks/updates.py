@@ -3,7 +3,7 @@
 Pairs of the corpus (scripts/guest_images/debian_image.py): from A to A2, E and B, and from A to B on btrfs and on xfs,
 whose trees are those of the ext4 disks; and from each of six builds of a small Debian 13 to the next. The method was
 made with the first four pairs alone. Bytes of ours are all that a pull with the former version as its seed is sent:
-list, head, frames, manifest, and the layout where one is read; each request at 50 Mbit/s, since on a fast line files
+list, head, frames, manifest, and the layout where one is read; at 50 Mbit/s in all, since on a fast line files
 that gzip compressed come in frames of packs. Frames: the same without the update. casync: the growth of its store and
 the index. Times stand beside each other, as medians: the wall clock, and the CPU's, which other users of the machine
 hardly change. SF_BENCH_PAIRS names pairs ("A-B"), SF_BENCH_PEERS="" leaves the others out. In a few minutes:
@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -46,17 +47,18 @@ PAIRS = {  # at most so many MiB, and of frames and casync's bytes
 
 
 class Counted(Wrapper):
-    """How many bytes came, by kind; each request's at so many bytes a second."""
+    """How many bytes came, by kind, over one line of so many bytes a second."""
 
     def __init__(self, inner: Any, bytes_s: float) -> None:
         super().__init__(inner)
-        self.got, self.bytes_s = Counter[str](), bytes_s
+        self.got, self.bytes_s, self._line = Counter[str](), bytes_s, threading.Lock()
 
     def _do(self, verb: str, key: str, action: Any) -> Any:
         found = action()
         size = len(found.data) if verb == "get" else 0
         self.got[key.partition("/")[0]] += size
-        time.sleep(size / self.bytes_s)
+        with self._line:
+            time.sleep(size / self.bytes_s)
         return found
 
 

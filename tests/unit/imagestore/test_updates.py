@@ -5,6 +5,7 @@ import gzip
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from imagestore.backends.directory import Directory
 from imagestore.backends.protocol import Object
 from imagestore.backends.wrappers import Wrapper
 from imagestore.cache.intake import Brought, bring
@@ -27,7 +29,7 @@ from imagestore.mirror import signing
 from imagestore.mirror.content import compute_sums, read_sums
 from imagestore.mirror.replicate import replicate
 from imagestore.pull import PullResult, Seed, pull
-from imagestore.push import push
+from imagestore.push import PushResult, push
 from imagestore.store.frames import StoreOrigin
 from imagestore.store.store import Store
 from imagestore.updates.coding import File, files, pack_file, starts, unpack
@@ -204,6 +206,38 @@ def test_mirrors_carry_updates_and_collectors_take_them_with_their_image(version
     world.check_all()
 
 
+def test_a_mirror_that_has_the_former_version_brings_the_next_by_the_update(versions: Versions) -> None:
+    made(versions)
+    world = versions.world
+    for bad in (False, True):
+        memory, sent = Memory(), Counter[str]()
+        target = Store.init(memory, single_writer=True)
+        copy_image(world.store, target, versions.former)
+        if bad:  # a flipped bit in what it has
+            pack = PACKS.key(target.layout(versions.former).packs[0])
+            data = bytearray(right := memory.objects[pack].data)
+            data[100] ^= 1
+            memory.put(pack, data)
+
+        class Counted(Wrapper):
+            def get(
+                self, key: str, start: int = 0, length: int | None = None, sent: Counter[str] = sent
+            ) -> Object:
+                found = super().get(key, start, length)
+                sent[key.partition("/")[0]] += len(found.data)
+                return found
+
+        source = Store(Counted(world.memory), world.store.info)
+        copy_image(source, target, versions.digest)
+        if bad:
+            memory.put(pack, right)
+        out = versions.directory / "out"
+        pull(target, versions.digest, out, format_="raw", durable=False)
+        assert out.read_bytes() == world.images[versions.digest]
+        assert (sent["packs"] < 2 * FRAME_BYTES) is not bad
+        assert verify_store(target, full=True).problems == []
+
+
 def test_what_a_mirror_says_beside_an_image_replaces_nothing_of_ours(versions: Versions) -> None:
     """Nothing shows that it is right, and an image may be here by another name."""
     world, target = versions.world, Store.init(Memory(), single_writer=True)
@@ -241,6 +275,21 @@ def test_a_push_makes_the_update_from_what_the_name_was(tmp_path: Path) -> None:
     second = push(world.store, path, "it", **options)  # type: ignore[arg-type]
     assert 0 < second.update_bytes < second.written_bytes / 2
     assert read_steps(world.store, second.digest)[first.digest].size_bytes == second.update_bytes
+
+
+def test_where_little_is_new_a_push_to_a_directory_makes_the_update_by_itself(tmp_path: Path) -> None:
+    data = bytearray(disk(*range(8)))
+    for number, changes in enumerate((1, 16)):
+        store = Store.init(Directory(tmp_path / str(number)))
+        path, done = tmp_path / "disk", list[PushResult]()
+        for _ in range(2):
+            path.write_bytes(data)
+            options = {"format_": "raw", "cache": tmp_path / "cache", "update": None}
+            done.append(push(store, path, "it", **options))  # type: ignore[arg-type]
+            for at in range(changes):
+                data[1000 + at * (256 << 10)] ^= 1
+        assert done[0].update_bytes == 0
+        assert bool(done[1].update_bytes) is (changes == 1)
 
 
 def test_a_push_whose_update_cannot_be_made_is_a_push_that_says_so(tmp_path: Path) -> None:
