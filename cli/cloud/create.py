@@ -23,22 +23,25 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _AWAY = "Anew elsewhere. Its node stops it after 20 s without the server, a frozen one when it has thawed."
 LOSS = click.option("--on-node-loss", type=click.Choice(["leave", "restart", "restore"]), help=_AWAY)
 _DISKS = (".qcow2", ".raw", ".img", ".vmdk", ".vhdx", ".vdi")
-_MACHINE = (
+_BARE = (
     click.option("--sync", is_flag=True, help="Fetch an image that only a source list names, unasked."),
-    click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated."),
     click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True),
     click.option("--memory", type=MEBIBYTES, default="1G", show_default=True, help="512M, 8G; bare: MiB."),
     click.option("--disk", "disks", multiple=True, metavar="8G[,bus=sata]", help="Image's; more: blank."),
-    click.option("--cdrom", "cdroms", multiple=True, metavar="IMAGE[,bus=scsi]", help="An ISO, read only."),
-    click.option("--boot", type=click.Choice(["disk", "cdrom"]), default="disk", help="What is tried first."),
-    click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS."),
-    click.option("--secure-boot", is_flag=True, help="UEFI that starts what Microsoft's keys signed."),
-    click.option("--tpm", is_flag=True, help="A TPM 2.0."),
     click.option("--cpu", "cpu_model", default="", metavar="MODEL", help="One of virsh cpu-models x86_64."),
     click.option("--on", "placed_on", metavar="NODE", help="The node to run on."),
     click.option("--node-label", "where", multiple=True, metavar="KEY=VALUE", help="Only on such nodes."),
     click.option("--near", multiple=True, metavar="KEY=VALUE", help="Rather beside guests of that label."),
     click.option("--apart", multiple=True, metavar="KEY=VALUE", help="Rather not beside such guests."),
+)
+_MACHINE = (
+    click.option("--network", "networks", multiple=True, metavar="NAME[,…]", help="May be repeated."),
+    *_BARE,
+    click.option("--cdrom", "cdroms", multiple=True, metavar="IMAGE[,bus=scsi]", help="An ISO, read only."),
+    click.option("--boot", type=click.Choice(["disk", "cdrom"]), default="disk", help="What is tried first."),
+    click.option("--uefi", is_flag=True, help="UEFI instead of SeaBIOS."),
+    click.option("--secure-boot", is_flag=True, help="UEFI that starts what Microsoft's keys signed."),
+    click.option("--tpm", is_flag=True, help="A TPM 2.0."),
 )
 _GUEST = (
     click.option("--image", help="What is on the first disk: NAME[:TAG][@b3:DIGEST], a URL, or a file."),
@@ -50,7 +53,8 @@ _GUEST = (
     LOSS,
     click.option("--vdi", type=click.Choice(["vnc", "spice"]), help="A graphical console as well."),
 )
-_NOT_GIVEN: Object = {"ports": (), "ssh_keys": (), "labels": (), "user_data": None, "vdi": None}
+_NONE, _NO = ("ports", "ssh_keys", "labels", "networks", "cdroms"), ("boot", "uefi", "secure_boot", "tpm")
+_NOT_GIVEN: Object = dict.fromkeys(_NONE, ()) | dict.fromkeys((*_NO, "user_data", "vdi"))
 
 
 def guest(command: Callable[..., Any], options: Sequence[Callable[..., Any]] = _GUEST) -> Callable[..., Any]:
@@ -58,7 +62,7 @@ def guest(command: Callable[..., Any], options: Sequence[Callable[..., Any]] = _
     return reduce(lambda made, option: option(made), reversed(options), command)
 
 
-machine = partial(guest, options=_MACHINE)
+machine, bare = partial(guest, options=_MACHINE), partial(guest, options=_BARE)
 
 
 def gigabytes(size_bytes: int) -> int:

@@ -21,7 +21,7 @@ import imagestore
 from cli.cloud import inside
 from cli.cloud.api import Api, Object
 from cli.cloud.console import answers, emit, read
-from cli.cloud.create import asked, file, guest, machine, wait
+from cli.cloud.create import asked, bare, file, guest, machine, wait
 from cli.cloud.snapshots import take
 from cli.command import API, DURATION, STORE, Command, settings
 from cli.errors import USAGE, Problem
@@ -42,7 +42,7 @@ cd "$1" && shift && exec "$@"
 _UP = """command -v cloud-init >/dev/null && cloud-init status --wait >/dev/null 2>&1
 test -x /etc/sf/renew || exit; sync; echo 1 >/proc/sys/vm/drop_caches
 free=$(awk '/^MemFree/ { print int($2 * .8) }' /proc/meminfo)  # what is zero is not kept
-exec dd if=/dev/zero of=/dev/null bs="${free}K" count=1"""
+dd if=/dev/zero of=/dev/null bs="${free}K" count=1 || :"""
 _END = b"""#cloud-config
 merge_how: dict(replace)+list()+str()
 power_state: {mode: poweroff, timeout: 300, condition: true}
@@ -138,14 +138,16 @@ def run(command: tuple[str, ...], **given: Any) -> int:
 
 @click.command(cls=Command, needs=API, examples="sf image warm debian:12 --cpus 2 --memory 2G --disk 20G")
 @click.argument("image")
-@machine
+@bare
 @click.option("--timeout", type=DURATION, default="15m", show_default=True, help="Until it is up.")
-def warm(**given: Any) -> None:
+def warm(form: str, **given: Any) -> None:
     """Keep what guests of an image are when they have just booted, so that later ones like it begin as that.
 
     It is kept in the namespace's own store, as my/warm-…, for instances of this namespace on machines as this one. The
     image needs qemu-guest-agent and its own steps in /etc/sf/renew; docs/howto/guests.md has them.
     """
+    if len(given["disks"]) > 1:
+        raise Problem("guests with several disks always boot", hint="one --disk at most", code=USAGE)
     api, name = Api(), f"warm-{secrets.token_hex(4)}"
     with held(api, name, given) as uuid:
         wait(api, uuid, answers, given["timeout"])
@@ -154,6 +156,7 @@ def warm(**given: Any) -> None:
             raise Problem(f"{given['image']} has no /etc/sf/renew: its guests cannot resume", hint=hint)
         made = take(api, uuid, "snapshot", given["timeout"], warm=True)
     say(f"guests of {given['image']} and this size resume now; sf image rm {made['name']} ends that")
+    show_one(made, (("name", "name"), ("images", lambda one: list(one["images"].values()))), form)
 
 
 @click.command(

@@ -43,7 +43,8 @@ def machine(
         made = Machine(host, tmp_path_factory.mktemp("runs"), SF_ACCEL="tcg")
         made.sf("image", "push", str(tiny_image), "tiny:1")
         made.start()
-        made.sf("image", "warm", *TINY[2:])
+        warm = made.sf("image", "warm", *TINY[2:], "--format", "name").stdout
+        assert warm.startswith("my/warm-") and made.sf("image", "show", warm.strip())
         yield made
         if well():
             gone(made, "")
@@ -114,6 +115,8 @@ def test_a_command_has_its_files_its_input_its_output_and_its_code(machine: Mach
 @pytest.mark.timeout(4 * 3600)
 def test_rounds_of_true_and_other_ends_leave_nothing_and_have_their_codes(machine: Machine) -> None:
     assert machine.sf("run", "--image", "none:1", "true", check=False).returncode == 3
+    twice = machine.sf("image", "warm", *TINY[2:], "--disk", "1G", "--disk", "1G", check=False)
+    assert twice.returncode == 2 and "always boot" in twice.stderr
     for wrong in ("/no/such:/x", "/tmp", "/tmp:", ":/x"):
         assert machine.sf(*TINY, "-v", wrong, "true", check=False).returncode == 2
     late = machine.sf(*BOOTS, "--ttl", "1s", "true", check=False)

@@ -117,7 +117,8 @@ def take(
     labels = {"instance": found.name, "instance-uuid": uuid, "taken": tag}
     if warm:
         if not found.warm_name() or interfaces_of(txn, uuid) or found.ssh_key or found.user_data:
-            raise Conflict(f"{found.name} has what is its own, or no agent", hint="sf image warm")
+            own = "an interface, a key, user data, a second disk, a screen, UEFI, a TPM, or no agent"
+            raise Conflict(f"{found.name} is no warm state: it has {own}", hint="sf image warm makes one")
         labels, tag = labels | {"warm": found.disks[0].image_name}, "latest"
     order = Capture(number, labels, at_rest=bool(to), warm=found.warm_name() if warm else "")
     made = Snapshot(
