@@ -31,6 +31,7 @@ router = APIRouter(tags=["events"], route_class=Route)
 
 _KEEPALIVE_S = 15.0
 _MOST_OF_ONE, _MOST = 512, 2048
+_USED = {("instance", "usage"), ("node", "resources")}
 _followed: Counter[str] = Counter()  # streams of events, by namespace; each change has every one of them look
 Lookup = Callable[[Context, str], Stored]
 Json = views.Json
@@ -104,6 +105,8 @@ def add_events(router: APIRouter, path: str, find: Lookup) -> None:
 
         def tell(records: Iterable[Change]) -> list[tuple[str, Json]]:
             _check(ctx, find, item)
+            if (item.KIND, query.event_type) in _USED:
+                return [("", views.event(event)) for event in _read(ctx, item, query)]
             told = [(str(r.revision), views.event(Event.decode(r.value, 0))) for r in records if r.value]
             return [one for one in told if query.event_type in (None, "", one[1]["type"])][-query.limit :]
 
@@ -120,7 +123,7 @@ def _check(ctx: Context, find: Lookup, item: Stored) -> None:
 
 def _read(ctx: Context, item: Stored, query: EventQuery) -> list[Event]:
     """Newest first. What is used has no history: it is made here."""
-    if query.event_type == {"instance": "usage", "node": "resources"}.get(item.KIND, ""):
+    if (item.KIND, query.event_type) in _USED:
         used: Any = ctx.services.controller.usage.of(item)  # type: ignore[arg-type]
         about: Any = {"type": query.event_type, "message": query.event_type, "extra": used}
         return [Event(name="", timestamp_s=time.time(), **about)] if used else []
@@ -140,11 +143,13 @@ def _streamed(ctx: Context, under: str, tell: Tell, after: int = 0) -> Response:
 
     def read() -> list[tuple[str, Json]]:
         nonlocal after
-        seen, changes = feed.revision, list[Change]()
+        seen, changes, at, listed = feed.revision, list[Change](), after, bool(under)
         try:
-            while more := ctx.store.watch(prefix, changes[-1].revision if changes else after, 0):
-                changes += more  # there may be more than came at once
+            while not listed and (more := ctx.store.watch(prefix, at, 0)):
+                changes, at = [*changes, *more], more[-1].revision  # there may be more than came at once
         except Compacted:  # also by a restart; the events themselves are there
+            listed = True
+        if listed:  # one object's are few, and etcd takes 0.2 s of a thread to say that nothing is new
             there = (r for r in ctx.store.list(prefix) if r.revision > after)
             changes = sorted(there, key=lambda r: r.revision)
         after = max(seen, changes[-1].revision if changes else 0)

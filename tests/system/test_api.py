@@ -443,6 +443,32 @@ def test_a_stream_of_events_goes_on_and_resumes_where_it_was_left(server: Runnin
         assert following.result(30)[0][1] == "metadata a changed"
 
 
+def test_readers_of_one_objects_events_keep_no_thread_waiting_and_what_is_used_is_told_again(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watch of etcd takes 0.2 s to say that there is nothing, and every reader looks at each change anywhere."""
+    server.network()
+    uuid = created(server, network="lan")["uuid"]
+    store, usage = server.services.store, server.services.controller.usage
+    watch = store.watch
+
+    def watched(prefix: str, after: int, timeout_s: float) -> Any:
+        assert timeout_s or not prefix.startswith("event/"), prefix
+        return watch(prefix, after, timeout_s)
+
+    monkeypatch.setattr(store, "watch", watched)
+    monkeypatch.setattr(usage, "of", lambda item: {"cpu": item.KIND})
+    headers = {"Authorization": f"Bearer {server.tokens['system']}", "Content-Type": "application/json"}
+    assert server.call("GET", "/networks/lan/events", {"event_type": ""}).body
+    for event_type in ("audit", "usage"):
+        asked = urllib.request.Request(
+            f"{server.url}/instances/{uuid}/events?follow=true", headers=headers, method="GET"
+        )
+        asked.data = json.dumps({"event_type": event_type}).encode()
+        with urllib.request.urlopen(asked, timeout=10) as stream:
+            assert json.loads(next(line for line in stream if line[:5] == b"data:")[5:])["type"] == event_type
+
+
 def test_all_that_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
     with running(tmp_path / "state") as first:
         first.network()
