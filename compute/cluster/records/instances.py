@@ -82,8 +82,8 @@ class Instance(Stored, Shape):
 
     def warm_name(self) -> str:
         """What the warm state of its image and size is called; "" for one that can neither become nor begin as that."""
-        disk, more = self.disks[0], len(self.disks) > 1 or self.video != NO_VIDEO or self.uefi or self.tpm
-        if more or not disk.image or not self.side_channels or self.configdrive == "none":
+        more = len(self.disks) != 1 or self.video != NO_VIDEO or self.uefi or self.tpm  # none was checked yet
+        if more or not (disk := self.disks[0]).image or not self.side_channels or self.configdrive == "none":
             return ""
         about = f"{disk.image} {disk.size_bytes} {disk.bus} {self.cpus} {self.memory_mib}"
         return f"warm-{hashlib.blake2b(about.encode(), digest_size=8).hexdigest()}"
