@@ -113,16 +113,22 @@ class ServedImages:
         self._missed.pop(reader, None)
         settings = self._settings
         options: dict[str, Any] = {"fill": settings.fill, "patience_s": settings.patience_s}
-        try:
-            await self._ensure_running()
-            found = await self._client.ask("attach", image=digest, reader=reader, **options)
-        except StoreUnavailable as err:
-            # A store that is away for a moment is waited for; an error would be for good. A service, however long.
-            now = asyncio.get_running_loop().time()
-            if isinstance(err, Away) or now < self._away.setdefault(reader, now) + settings.patience_s:
-                raise Unavailable(str(err), hint=err.hint) from err
-            del self._away[reader]
-            raise
+        for again in (True, False):
+            try:
+                await self._ensure_running()
+                found = await self._client.ask("attach", image=digest, reader=reader, **options)
+                break
+            except Away as err:
+                # One that was killed over the question is asked again: the next one may answer. A snapshot asks once.
+                if not again:
+                    raise Unavailable(str(err), hint=err.hint) from err
+            except StoreUnavailable as err:
+                # A store that is away for a moment is waited for; an error would be for good.
+                now = asyncio.get_running_loop().time()
+                if now < self._away.setdefault(reader, now) + settings.patience_s:
+                    raise Unavailable(str(err), hint=err.hint) from err
+                del self._away[reader]
+                raise
         self._away.pop(reader, None)
         socket = Path(found["path"]) if found["kind"] == "nbd" else None
         return Backing(self._cache.path(Digest.parse(digest)), found["size_bytes"], socket)

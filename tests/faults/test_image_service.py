@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -569,6 +570,32 @@ def test_a_service_of_an_earlier_version_is_replaced_by_the_next_agent(tmp_path:
         await images.tell("sync", readers=[])
         await images.tell("leave")
         assert images._process
+        await asyncio.to_thread(images._process.wait)
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_a_service_that_is_killed_over_a_question_is_asked_again_for_who_asks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a snapshot of a guest that is off does: it was in error for good."""
+    url, (digest,) = make_store(tmp_path / "store", DATA)
+    state, killed = tmp_path / "state", list[int]()
+    images = ServedImages(ImageCache(state / "cache", {}), state, Settings(lambda: (url,), "never"))
+    ask = images._client.ask
+
+    async def asked(op: str, **more: Any) -> Any:
+        if op == "attach" and not killed:
+            killed.append((await ask("ls"))["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+        return await ask(op, **more)
+
+    async def story() -> None:
+        monkeypatch.setattr(images._client, "ask", asked)
+        assert (await images.backing("a", str(digest))).socket
+        await images.tell("sync", readers=[])
+        await images.tell("leave")
+        assert images._process and images._process.pid not in killed
         await asyncio.to_thread(images._process.wait)
 
     asyncio.run(asyncio.wait_for(story(), 60))
