@@ -188,7 +188,6 @@ class Captures:
             if one.warm:
                 kept = push(store, self._memory, None, labels=labels, architecture="memory", format_="raw")
                 digests["memory"] = labels["memory"] = str(kept.digest)
-                self._memory.unlink()
                 labels["fit"] = warm.fit(self._host, spec)
             for name, image in ((disk.device, self._disks.image(disk)) for disk in spec.disks):
                 with closing(NbdDisk(socket, f"map-{name}", "qemu:allocation-depth")) as depths:
@@ -213,4 +212,6 @@ class Captures:
             await self._daemon.wait()
             self._daemon = None
         shutil.rmtree(self._directory, ignore_errors=True)
+        for path in self._memory.parent.glob("memory*") if ended else ():  # else it is begun anew with that
+            path.unlink()
         await self._held.save(began="", taken=(*self._held.now.taken, *ended))

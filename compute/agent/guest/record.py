@@ -178,7 +178,7 @@ def rebuilt(
         for i in spec.interfaces
         if i.uuid in live
     )
-    if xml and spec.warm and spec.interfaces and not taps:  # it may not be itself yet
+    if xml and spec.warm and not spec.made and not taps:  # it may not be itself yet
         return None
     course = Course(spec, Phase.UP, True, why, reboot_soft=spec.reboot_soft, reboot_hard=spec.reboot_hard)
     course = replace(course, leaving=spec.leaving)

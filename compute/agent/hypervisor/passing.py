@@ -23,7 +23,7 @@ from compute.errors import Conflict, NotFound
 
 _OUT, _LOOKS, _LOOK_S = "sf-out-", 2000, 0.005
 _OVER = ("none", "failed", "cancelled", "completed")
-_FASTEST_BYTES, _STALL_MS = 1 << 28, 100
+_FASTEST_BYTES, _STALL_MS, _SHARE = 1 << 28, 100, 4
 
 
 def expect(hypervisor: Hypervisor, uuid: str, memory: Path, disks: Mapping[str, Path], nbd: Path) -> None:
@@ -137,13 +137,18 @@ def withdraw(hypervisor: Hypervisor, uuid: str, stays: bool) -> bool:
 
 
 def keep(hypervisor: Hypervisor, uuid: str, memory: Path) -> None:
-    """Stop a guest for good, and write its memory into a file that is stored as a disk. Raises OSError, too."""
-    half = memory.with_suffix(".new")
+    """Stop a guest for good, and write its memory into a file that is stored as a disk. Raises OSError, too.
+
+    It may take a part of the room there is: guests whose disks grow have the rest.
+    """
+    half, room = memory.with_suffix(".new"), shutil.disk_usage(memory.parent).free // _SHARE
     half.touch(mode=0o600)
     out, into = os.pipe()  # AppArmor would have to know a file or a socket
     with os.fdopen(out, "rb", 0) as pipe, half.open("wb") as file:
         send(hypervisor, uuid, hypervisor.hand_over(uuid, into), still=True, waits=False)
-        shutil.copyfileobj(pipe, file, 1 << 20)
+        while piece := pipe.read(1 << 20):
+            if file.write(piece) and file.tell() > room:
+                raise Refused(f"its memory would take more than {room >> 20} MiB of the node's disk")
         file.truncate(-(-file.tell() // 4096) * 4096)
     while sending(hypervisor, uuid)[0] != "completed":
         time.sleep(_LOOK_S)

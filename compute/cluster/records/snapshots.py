@@ -116,9 +116,11 @@ def take(
         now += 1
     labels = {"instance": found.name, "instance-uuid": uuid, "taken": tag}
     if warm:
-        if not found.warm_name() or interfaces_of(txn, uuid) or found.ssh_key or found.user_data:
+        bare = found.warm_name() and not (interfaces_of(txn, uuid) or found.ssh_key or found.user_data)
+        if not bare or found.power_state != "on":
             own = "an interface, a key, user data, a second disk, a screen, UEFI, a TPM, or no agent"
-            raise Conflict(f"{found.name} is no warm state: it has {own}", hint="sf image warm makes one")
+            why = f"{found.name} is no warm state: it does not run, or it has {own}"
+            raise Conflict(why, hint="sf image warm makes one")
         labels, tag = labels | {"warm": found.disks[0].image_name}, "latest"
     order = Capture(number, labels, at_rest=bool(to), warm=found.warm_name() if warm else "")
     made = Snapshot(

@@ -1,6 +1,7 @@
 """A guest's start that takes long, and what its node is told meanwhile."""
 
 import asyncio
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from compute.agent.guest.disks import Leaving
 from compute.agent.guest.guest import Guest
 from compute.agent.guest.host import Host
 from compute.agent.guest.record import Phase
-from compute.agent.hypervisor.libvirt import DomainState
+from compute.agent.hypervisor import nodes, passing
+from compute.agent.hypervisor.libvirt import DomainState, Refused
 from compute.agent.image_service import Backing
 from compute.errors import Unavailable
-from compute.wire.spec import DiskSpec, InstanceSpec, Power, Warm
+from compute.wire.spec import Capture, DiskSpec, InstanceSpec, Power, Warm
 
 UUID = "11111111-0000-4000-8000-000000000001"
 SPEC = InstanceSpec(UUID, "web", "system", 1, 16, (DiskSpec("vda", "b3:" + 64 * "1"),), leased_s=5.0)
@@ -131,3 +133,29 @@ def test_a_guest_that_is_stopped_before_it_is_itself_boots_when_it_is_started(tm
     asyncio.run(story())
     assert made.record.phase is Phase.OFF and made.record.created
     assert not made._disks.held.now.resumes and made._disks.overlay("vda").exists()
+
+
+def test_of_memory_a_part_of_the_room_is_kept_at_most_and_nothing_once_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, hypervisor, _ = guest(tmp_path)
+    memory = made._captures._memory
+    memory.parent.mkdir()
+    hypervisor.hand_over = lambda _, end: os.close(end) if os.write(end, b"x" * 5000) else None
+    hypervisor.qmp.return_value = {"status": "completed"}
+    passing.keep(hypervisor, UUID, memory)
+    assert memory.stat().st_size == 8192
+    hypervisor.destroy.reset_mock()
+    monkeypatch.setattr(passing, "_SHARE", 1 << 62)
+    monkeypatch.setattr(nodes, "end", lambda *_: None)
+    with pytest.raises(Refused, match="0 MiB"):
+        passing.keep(hypervisor, UUID, memory)
+    assert not hypervisor.destroy.called
+
+    async def story() -> None:
+        await made._captures._take_away()
+        assert memory.exists()  # what was cut off is begun anew
+        await made._captures._take_away(Capture("c"))
+
+    asyncio.run(story())
+    assert not list(memory.parent.glob("memory*"))

@@ -90,7 +90,12 @@ def test_what_has_something_of_its_own_becomes_no_state_and_half_of_one_is_none(
 ) -> None:
     base = push(images, make_raw(tmp_path / "disk.raw"), "tiny").digest
     maker = guest(store, WEB, base, **CAN)
-    for changes in ({"ssh_key": "ssh-ed25519 x"}, {"user_data": b"x"}, {"side_channels": ()}):
+    for changes in (
+        {"ssh_key": "ssh-ed25519 x"},
+        {"user_data": b"x"},
+        {"side_channels": ()},
+        {"power_state": "off"},
+    ):
         transact(store, lambda txn, c=changes: txn.update(replace(txn.get(Instance, WEB), **c)))  # type: ignore[misc]
         with pytest.raises(Conflict):
             transact(store, lambda txn: take(txn, WEB, warm=True))
