@@ -23,7 +23,7 @@ from imagestore.formats.pack import LEVEL
 from imagestore.updates.similar import meeting, once, samples
 
 _MAGIC, _HEAD, _LOCK = b"sf-gzip2", struct.Struct("<8s4I"), Lock()  # one such file in memory at a time
-_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 20, 1 << 16
+_FIRST, _STORED, _LEAST, _PLAIN, _TRIED, _LAST_BLOCK = 1 << 18, 48 << 20, 8 << 20, 60 << 20, 1 << 19, 1 << 16
 _BLOCK, _SLAB, _NOWHERE = 256, 1 << 11, 1 << 30  # so many blocks at once stay in a processor's cache
 _FAST = {"strategy": zstandard.STRATEGY_FAST, "min_match": 6, "window_log": 24}
 File = tuple[tuple[int, int], int, bytes, bytes, bytes]
@@ -40,8 +40,10 @@ def starts(data: npt.NDArray[np.uint8]) -> Iterator[int]:
                     yield start
 
 
-def files(data: npt.NDArray[np.uint8], firsts: Numbers, heads: Sequence[int]) -> Iterator[File]:
-    """Large ones that begin at some places and are gzip's own work as far as that tells, in chunks from `firsts` on."""
+def files(
+    data: npt.NDArray[np.uint8], firsts: Numbers, heads: Sequence[int], *, again: bool = True
+) -> Iterator[File]:
+    """Large ones that begin at some places, in chunks from `firsts` on; `again`: that gzip seems to make again."""
     view, end = memoryview(data.data), 0
     for start in heads:
         one, plain = zlib.decompressobj(31), b""
@@ -50,9 +52,9 @@ def files(data: npt.NDArray[np.uint8], firsts: Numbers, heads: Sequence[int]) ->
         if one.eof and len(plain) > _LEAST:
             name = bytes(view[start + 10 : start + _FIRST]) if data[start + 3] else b""
             stream = start + 10 + name.find(0) + 1
-            again = _deflated(plain[:_TRIED])[:-_LAST_BLOCK]
+            begun = _deflated(plain[:_TRIED])[:-_LAST_BLOCK] if again else view[stream : stream + 1]
             end = min(start + _STORED, len(data)) - len(one.unused_data)
-            if again and view[stream : stream + len(again)] == again:
+            if begun and view[stream : stream + len(begun)] == begun:
                 first, last = np.searchsorted(firsts, (start, end), "right") - (1, 0)
                 begin, stop = firsts[[first, last]].tolist()
                 around = bytes(view[begin:stream]), bytes(view[end - 8 : stop])

@@ -56,7 +56,7 @@ def _parts(reader: ImageReader, missing: Numbers, olds: _Spool, place: Path, poo
     old, bounds, (hashes, chunks), heads = olds
     values, lone = once(hashes)
     known, lengths = (values, chunks[lone]), np.diff(bounds)
-    theirs = pool.submit(lambda: list(files(old, bounds, heads)))
+    theirs = pool.submit(lambda: list(files(old, bounds, heads, again=False)))
     ours = dict[int, Future[list[_Part]]]()  # by the chunk in which one seems to begin
 
     def work(frames: Frames, request: slice) -> list[_Part]:
