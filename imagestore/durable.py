@@ -93,8 +93,11 @@ def scratch(what: str) -> Iterator[Path]:
 class Reserve:
     """Blocks that nobody else can take, so that things can be deleted on a full disk, and a server starts.
 
-    Whoever filled the disk would take all at once, hence the pieces.
+    Whoever filled the disk would take all at once, hence the pieces. No link is followed: it may be in another user's
+    directory, and is cut.
     """
+
+    _FLAGS = os.O_RDWR | os.O_NOFOLLOW
 
     def __init__(self, path: Path) -> None:
         self._path, self.next_s = path, 0.0
@@ -104,22 +107,25 @@ class Reserve:
         if time.monotonic() < self.next_s:
             return
         self.next_s = time.monotonic() + _EVERY_S
-        with contextlib.suppress(OSError):
-            self._path.touch(mode=0o600)
-            with self._path.open("r+b") as file:
-                size = os.fstat(file.fileno()).st_size
-                try:
-                    while size < _RESERVE_BYTES:
-                        os.posix_fallocate(file.fileno(), size, _PIECE_BYTES)
-                        size += _PIECE_BYTES
-                finally:
-                    file.truncate(size)
+        with contextlib.suppress(OSError), opened(self._path, self._FLAGS | os.O_CREAT, 0o600) as file:
+            size = os.fstat(file).st_size
+            try:
+                while size < _RESERVE_BYTES:
+                    os.posix_fallocate(file, size, _PIECE_BYTES)
+                    size += _PIECE_BYTES
+            finally:
+                os.truncate(file, size)
 
     def spend(self) -> bool:
-        """Give a piece away; False if there is none left."""
-        with contextlib.suppress(OSError):
-            if left := self._path.stat().st_size:
-                os.truncate(self._path, max(0, left - _PIECE_BYTES))
-                log.error("the disk is full; %s had %d KiB left", self._path, left >> 10)
+        """Give a piece away, or all of what another user keeps; False if there is none left."""
+        try:
+            with opened(self._path, self._FLAGS) as file:
+                if left := os.fstat(file).st_size:
+                    os.truncate(file, max(0, left - _PIECE_BYTES))
+                    log.error("the disk is full; %s had %d KiB left", self._path, left >> 10)
+                return left > 0
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
                 return True
         return False

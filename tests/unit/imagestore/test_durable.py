@@ -102,3 +102,28 @@ with durable.scratch("test") as place:
             assert place.is_dir() and [path.exists() for path in placed] == [True, False]
             assert (placed[0] / "disk").stat().st_size == 100 and (tmp_path / "sf-test-others").exists()
         assert not place.exists()
+
+
+def test_a_reserve_is_no_link_and_who_may_not_cut_another_users_deletes_it(tmp_path: Path) -> None:
+    """A store's directory may be another user's, who is no friend; or several users' who push in turn."""
+    other, path = tmp_path / "other", tmp_path / ".reserve"
+    other.write_bytes(b"precious")
+    path.symlink_to(other)
+    reserve = durable.Reserve(path)
+    reserve.keep()
+    assert reserve.spend() and not reserve.spend()  # the link itself is all that goes
+    assert other.read_bytes() == b"precious" and not path.is_symlink()
+    reserve.next_s = 0
+    reserve.keep()
+    assert path.stat().st_size == 4 << 20
+    if os.geteuid():
+        pytest.skip("needs root")
+    tmp_path.chmod(0o777)
+    for above in list(tmp_path.parents)[:2]:
+        above.chmod(0o711)
+    os.seteuid(65534)
+    try:
+        assert durable.Reserve(path).spend() and not durable.Reserve(path).spend()
+    finally:
+        os.seteuid(0)
+    assert not path.exists()
