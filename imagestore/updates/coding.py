@@ -31,12 +31,15 @@ File = tuple[tuple[int, int], int, bytes, bytes, bytes]
 
 
 def starts(data: npt.NDArray[np.uint8]) -> Iterator[int]:
-    """Where large files seem to begin in some chunks: at sectors."""
+    """Where large files seem to begin in some chunks: at sectors. Others' may all seem to, so the work is bounded."""
+    left = _PLAIN
     for start in (512 * np.flatnonzero(data[:-9:512] == 31)).tolist():
         one, head = zlib.decompressobj(31), bytes(data[start : start + 9])
-        if head[1:3] == b"\x8b\x08" and head[3] in (0, 8) and not head[8]:  # `gzip -9` writes 2
+        if left > 0 and head[1:3] == b"\x8b\x08" and head[3] in (0, 8) and not head[8]:  # `gzip -9` writes 2
             with suppress(zlib.error):
-                if len(one.decompress(data.data[start : start + _FIRST], _PLAIN)) > _LEAST or not one.eof:
+                plain = one.decompress(data.data[start : start + _FIRST], _LEAST + 1)
+                left -= len(plain)
+                if len(plain) > _LEAST or not one.eof:
                     yield start
 
 

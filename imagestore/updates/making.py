@@ -21,7 +21,7 @@ from imagestore.updates.similar import Samples, most_alike, once, samples
 from imagestore.updates.using import read_steps
 
 _DICTIONARY_BYTES, _REQUEST_BYTES = 6 << 20, 4 << 20
-_FILE_CHUNKS = 1 << 10  # a file's, at most
+_FILE_CHUNKS, _FILES = 1 << 10, 1 << 8  # a file's, and files that are looked at: any sector may look like one's
 _ALIKE = 20  # where fewer than one sample in so many is an old one's, frames of packs are as good
 _Spool = tuple[npt.NDArray[np.uint8], Numbers, Samples, list[int]]
 """Chunks of an image, one after the other in memory that a file backs; where each begins and the last ends; what they
@@ -66,7 +66,8 @@ def _parts(reader: ImageReader, missing: Numbers, olds: _Spool, place: Path, poo
             _read(reader, frames, request), frames.whole(request), strict=True
         ):
             for chunk in rows[np.searchsorted(ends, list(starts(data)), "right")].tolist():
-                ours[chunk] = ours.get(chunk) or pool.submit(of_file, chunk)
+                if chunk not in ours and len(ours) < _FILES:
+                    ours[chunk] = pool.submit(of_file, chunk)
             hashes, places = samples(data)
             like, found = most_alike((hashes, np.searchsorted(ends, places, "right")), known, len(rows))
             if whole and found * _ALIKE < len(hashes):
@@ -80,11 +81,13 @@ def _parts(reader: ImageReader, missing: Numbers, olds: _Spool, place: Path, poo
 
     def of_file(chunk: int) -> list[_Part]:
         """The frame of a file of gzip's that begins in a chunk, read once more, if the former version has one."""
+        if not theirs.result():
+            return []
         rows = missing[missing >= chunk][:_FILE_CHUNKS]
         data, begins, _, seeming = _spooled(reader, rows, place / str(chunk))
-        for one in files(data, begins, seeming):
-            for other in sorted(theirs.result(), key=lambda other: abs(len(other[-1]) - len(one[-1])))[:1]:
-                return [(rows[slice(*one[0])], np.arange(*other[0]), pack_file(one, other))]
+        for one in files(data, begins, [head for head in seeming if head < begins[1]]):
+            other = min(theirs.result(), key=lambda other: abs(len(other[-1]) - len(one[-1])))
+            return [(rows[slice(*one[0])], np.arange(*other[0]), pack_file(one, other))]
         return []
 
     def parts_of(rows: Numbers) -> list[_Part]:
@@ -130,4 +133,6 @@ def _spooled(reader: ImageReader, rows: Numbers, path: Path, pool: Executor | No
     with path.open("wb") as file:
         list(reader.each(rows, work, pool))
     hashes, chunks = map(np.concatenate, zip(*found, strict=True))
-    return np.memmap(path, np.uint8, "r"), bounds, (hashes, chunks), sorted(heads)
+    data = np.memmap(path, np.uint8, "r")
+    path.unlink()  # its room is free once nobody looks at it
+    return data, bounds, (hashes, chunks), sorted(heads)[:_FILES]

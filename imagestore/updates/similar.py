@@ -34,7 +34,7 @@ def once(hashes: Hashes) -> tuple[Hashes, Numbers]:
 def meeting(new: Hashes, old: Hashes) -> tuple[Numbers, Numbers]:
     """Which new ones are among sorted old ones, too, and where each is there."""
     there = np.searchsorted(old, new)
-    meets = np.flatnonzero(np.append(old, np.uint64(0))[there] == new)
+    meets = np.flatnonzero(np.append(old, _SAMPLED)[there] == new)  # no sample is so large
     return meets, there[meets]
 
 
