@@ -6,11 +6,10 @@ publication, whose images are all here. `adopt` puts one's own signature on what
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
+from typing import Any
 
 from tuf.api.exceptions import RepositoryError
-from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
-from tuf.ngclient.config import EnvelopeType
+from tuf.api.metadata import Metadata, Root
 
 from imagestore.backends.protocol import Backend
 from imagestore.copy import copy_image
@@ -95,22 +94,27 @@ def copy_tree(source: Backend, target: Backend, fingerprint: Digest) -> None:
     """
     base, files = tree(fingerprint), dict[str, bytes]()
 
-    def read(name: str) -> bytes:
+    def read(name: str, root: Root | None) -> Any:
+        """What is signed in a file, by the keys that a root, and each further root itself, has for its role."""
         data = files[name] = source.get(base + name).data
-        return data
+        metadata, role = Metadata[Any].from_bytes(data), name.removesuffix(".json").rpartition(".")[2]
+        signed = metadata.signed
+        for by in filter(None, (root, signed if role == "root" else None)):
+            by.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        if signed.type != role or name not in (f"{role}.json", f"{signed.version}.{role}.json"):
+            raise ValueError(f"{name} is no such file")
+        return signed
 
     try:
-        if Digest.of(read("1.root.json")) != fingerprint:
+        root = read("1.root.json", None)
+        if Digest.of(files["1.root.json"]) != fingerprint:
             raise ValueError("it begins with another root")
-        signed = TrustedMetadataSet(files["1.root.json"], EnvelopeType.METADATA)
-        signed.reference_time = datetime.min.replace(tzinfo=UTC)  # what its public client has no door for
         with suppress(NotFound):
             for version in range(2, _MOST_ROOTS):
-                signed.update_root(read(f"{version}.root.json"))
-        first, stamp = list(files), signed.update_timestamp(read("timestamp.json"))
-        snapshot = signed.update_snapshot(read(f"{stamp.snapshot_meta.version}.snapshot.json"))
-        version = snapshot.meta["targets.json"].version
-        parse_targets(signed.update_targets(read(f"{version}.targets.json")))
+                root = read(f"{version}.root.json", root)
+        first, stamp = list(files), read("timestamp.json", root)
+        snapshot = read(f"{stamp.snapshot_meta.version}.snapshot.json", root)
+        parse_targets(read(f"{snapshot.meta['targets.json'].version}.targets.json", root))
     except (RepositoryError, ValueError, KeyError, AttributeError) as error:
         raise Corrupt(f"{source.url}/{base}: {error}") from error
     latest, *others = list(files)[len(first) :]

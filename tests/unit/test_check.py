@@ -1,5 +1,6 @@
 """scripts/check refuses what the tree must not become; each rule is broken once, in a copy."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -93,3 +94,10 @@ def test_every_name_of_a_face_is_there(package: str) -> None:
     code = f"import {package} as face\nfor name in dir(face): getattr(face, name)\nassert face.__all__"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_imported_that_another_project_keeps_to_itself() -> None:
+    """It may be another in the next release; which one somebody has is not ours to say."""
+    private = re.compile(r"^\s*(?:from|import) [\w.]*\._\w.*", re.MULTILINE)
+    read = (path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    assert [found for text in read for found in private.findall(text)] == []
