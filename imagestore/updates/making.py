@@ -21,7 +21,7 @@ from imagestore.updates.similar import Samples, most_alike, once, samples
 from imagestore.updates.using import read_steps
 
 _DICTIONARY_BYTES, _REQUEST_BYTES = 6 << 20, 4 << 20
-_FILE_CHUNKS, _FILES = 1 << 10, 1 << 8  # a file's, and files that are looked at: any sector may look like one's
+_FILE_CHUNKS, _FILES = 1 << 10, 1 << 8  # a file's; files that are looked at: any sector may seem one
 _ALIKE = 20  # where fewer than one sample in so many is an old one's, frames of packs are as good
 _Spool = tuple[npt.NDArray[np.uint8], Numbers, Samples, list[int]]
 """Chunks of an image, one after the other in memory that a file backs; where each begins and the last ends; what they

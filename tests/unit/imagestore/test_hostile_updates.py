@@ -1,4 +1,4 @@
-"""Images of strangers, of which an update is made all the same, or none: with work and room that the images are worth."""
+"""Images of strangers, of which an update is made, or none: with the work and the room that they are worth."""
 
 import base64
 import struct
