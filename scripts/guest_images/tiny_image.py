@@ -132,10 +132,15 @@ def _make_root(work: Path) -> tuple[Path, Path]:
     for program in ("dropbear", "qemu-ga"):
         _copy_with_libraries(work / "programs", root, f"/usr/sbin/{program}")
     _copy_modules(kernel_files, root, busybox)
-    for name, mode in (("rcS", 0o755), ("udhcpc.sh", 0o755), ("json.awk", 0o644)):
-        shutil.copy(SOURCES / name, root / "etc" / name)
+    for name, mode in (
+        ("rcS", 0o755),
+        ("udhcpc.sh", 0o755),
+        ("steps.sh", 0o644),
+        ("json.awk", 0o644),
+        ("sf/renew", 0o755),
+    ):
+        shutil.copy(SOURCES / Path(name).name, root / "etc" / name)
         (root / "etc" / name).chmod(mode)
-    (root / "etc/sf/renew").symlink_to("../rcS")
     (root / "etc/inittab").write_text(_INITTAB)
     (root / "etc/passwd").write_text(_PASSWD)
     (root / "etc/group").write_text("root:x:0:\n")

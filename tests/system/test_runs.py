@@ -92,7 +92,7 @@ def test_guests_that_resume_at_once_are_each_themselves(machine: Machine) -> Non
         ran = [pool.submit(machine.sf, *TINY, "--", "sh", "-c", script) for _ in range(2)]
     one, other = (each.result().stdout.splitlines() for each in ran)
     assert one.pop(0) == other.pop(0) == "1"  # where boot_id is mounted over, it resumed
-    assert len(one) == len(other) == 5 and not set(one) & set(other), (one, other)
+    assert len(one) == len(other) == 7 and not set(one) & set(other), (one, other)
 
 
 def test_a_command_has_its_files_its_input_its_output_and_its_code(machine: Machine) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from compute.agent import identity
 from compute.agent.guest import overlay, warm
 from compute.agent.guest.disks import Disks
 from compute.agent.guest.host import Host, Voice
@@ -98,6 +99,7 @@ class Captures:
         await self._held.save(began=one.uuid)
         try:
             if one.warm and power != "off":  # what its disk is then is stored with its memory
+                await identity.prepare(self._host.hypervisor, self._uuid)
                 await self._host.do(passing.keep, self._host.hypervisor, self._uuid, self._memory)
                 power = "off"
             disks, socket = self._prepare(spec), self._directory / "s"

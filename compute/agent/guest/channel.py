@@ -72,7 +72,7 @@ class Channel:
         try:
             if stdin is not None:
                 await self.run('umask 077; : >"$1.i"', place)
-                await self._write(f"{place}.i", stdin)
+                await self.write(await self.open(f"{place}.i", "w"), stdin)
             began = time.monotonic()
             code, output, errors = await self._ended(await self._start(_RUN, place, *argv), look)
             said, _, output = output.partition(b" ")
@@ -91,8 +91,8 @@ class Channel:
             await self.run(_END, place)
         return code
 
-    async def run(self, script: str, *words: str, stdin: str = "") -> Ended:
-        """A short script of sh with a line to read, whose output is small. Raises Unavailable, Conflict when off."""
+    async def run(self, script: str, *words: str, stdin: bytes = b"") -> Ended:
+        """A short script of sh with a little to read, whose output is small. Raises Unavailable, Conflict when off."""
         return await self._ended(await self._start(script, *words, stdin=stdin))
 
     async def _ended(self, pid: int, meanwhile: Callable[[], Awaitable[None]] | None = None) -> Ended:
@@ -103,17 +103,29 @@ class Channel:
             await asyncio.sleep(min(0.5, max(0.004, (time.monotonic() - began) / 5)))
         return done
 
-    async def _write(self, path: str, pieces: AsyncIterator[bytes]) -> None:
-        file = {"handle": await self._ask("guest-file-open", {"path": path, "mode": "w"}, whole)}
+    async def open(self, path: str, mode: str) -> int:
+        """A file's handle."""
+        return whole(await self._ask("guest-file-open", {"path": path, "mode": mode}, whole))
+
+    async def write(self, handle: int, pieces: AsyncIterator[bytes]) -> None:
+        """All of an open file; that closes it."""
         async for piece in pieces:
-            given = file | {"buf-b64": base64.b64encode(piece).decode()}
+            given = {"handle": handle, "buf-b64": base64.b64encode(piece).decode()}
             if await self._ask("guest-file-write", given, itemgetter("count")) != len(piece):
                 raise Unavailable("the guest does not take what it is given", hint="is its disk full?")
-        await self._ask("guest-file-close", file, bool)
+        await self._ask("guest-file-close", {"handle": handle}, bool)
 
-    async def _start(self, script: str, *words: str, stdin: str = "") -> int:
+    async def read(self, handle: int) -> bytes:
+        """What is written to an open file, as soon as there is something."""
+        file, found = {"handle": handle}, b""
+        while not found:
+            await asyncio.sleep(0.02)  # a look takes a guest 1 to 2 ms under emulation
+            found = await self._ask("guest-file-read", file, lambda said: base64.b64decode(said["buf-b64"]))
+        return found
+
+    async def _start(self, script: str, *words: str, stdin: bytes = b"") -> int:
         given = {"path": "/bin/sh", "arg": ["-c", script, "sh", *words], "capture-output": True}
-        given |= {"input-data": base64.b64encode(stdin.encode()).decode()} if stdin else {}
+        given |= {"input-data": base64.b64encode(stdin).decode()} if stdin else {}
         pid: int = await self._ask("guest-exec", given, lambda said: whole(said["pid"]))
         return pid
 

@@ -69,6 +69,27 @@ def network_data(spec: InstanceSpec, networks: Mapping[str, Network]) -> dict[st
     return {"links": links, "networks": plans, "services": resolvers}
 
 
+def lines(spec: InstanceSpec, networks: Mapping[str, Network]) -> str:
+    """The same in words for a shell (docs/howto/guests.md): an interface's MTU, MAC, address, gateway or -."""
+    said = [f"uuid {spec.uuid}", f"name {spec.name}", *(f"key {text.strip()}" for text in spec.ssh_keys)]
+    first = next((i for i in spec.interfaces if _leads_out(i, networks[i.network_uuid])), None)
+    for interface in spec.interfaces:
+        network = networks[interface.network_uuid]
+        own, card = IPv4Address(interface.address), f"interface {network.mtu_bytes} {interface.mac}"
+        four, six = (network.gateway, network.address6(network.gateway)) if interface is first else "--"
+        if network.bridge and network.provide_dhcp:
+            said.append(f"{card} - - dhcp")
+        elif network.four:
+            served = "dhcp" if network.provide_dhcp else "-"
+            said.append(f"{card} {own}/{network.netblock.prefixlen} {four} {served}")
+        if network.netblock6:  # its router says by itself that it is one
+            said.append(f"{card} {network.address6(own)}/64 {'-' if network.provide_dhcp else six} -")
+        if network.provide_dns:
+            at = network.gateway if network.four else network.address6(network.gateway)
+            said.append(f"resolver {at} {network.domain}")
+    return "".join(f"{line}\n" for line in (*said, *(["user-data"] if spec.user_data else [])))
+
+
 def files(spec: InstanceSpec, networks: Mapping[str, Network]) -> Files:
     """Path on the drive to content."""
     told = {"meta_data": meta_data(spec), "network_data": network_data(spec, networks), "vendor_data": {}}

@@ -59,7 +59,7 @@ class Taps:
         known, wanted = {tap.port.uuid for tap in self.held.now.taps}, {one.uuid for one in spec.interfaces}
         return known == wanted and all(tap.adopted and tap.network for tap in self.held.now.taps)
 
-    async def plug(self, spec: InstanceSpec, networks: Networks) -> None:
+    async def plug(self, spec: InstanceSpec, networks: Networks, *, up: bool = True) -> None:
         """Bring the running guest's interfaces to what is wanted; a removal ends when the guest has let go."""
         if self.plugged(spec):
             return
@@ -72,4 +72,11 @@ class Taps:
             if interface.uuid not in live:
                 nic = await self.make(spec, interface, networks)
                 await do(hypervisor.attach, spec.uuid, domain.interface_xml(nic))
+        if not up:
+            await self.link(spec, up=False)
         await self.adopt(networks)
+
+    async def link(self, spec: InstanceSpec, *, up: bool) -> None:
+        """Give all interfaces their link, or take it: for libvirt, which is not told, it is up at any time."""
+        for name in (domain.interface_alias(interface.uuid) for interface in spec.interfaces):
+            await self._host.do(self._host.hypervisor.qmp, spec.uuid, "set_link", name=name, up=up)

@@ -15,12 +15,10 @@ from pathlib import Path
 
 from compute.agent import identity
 from compute.agent.guest import overlay
-from compute.agent.guest.channel import Channel
 from compute.agent.guest.disks import Disks
 from compute.agent.guest.host import Host, Voice
 from compute.agent.guest.taps import Networks, Taps
 from compute.agent.hypervisor import domain, passing
-from compute.agent.hypervisor.libvirt import Refused
 from compute.errors import ComputeError, Conflict
 from compute.wire.spec import InstanceSpec, Power
 from imagestore import StoreError
@@ -87,15 +85,16 @@ class Warm:
             await self._host.do(passing.restore, *whose, memory)
 
     async def renew(self, spec: InstanceSpec, taps: Taps, networks: Networks) -> None:
-        """It runs: make it itself, then plug its interfaces in. Raises Refused, Unavailable, TimeoutError."""
+        """It runs: make it itself, then let its interfaces have a link. Raises Refused, Unavailable, TimeoutError."""
         self._voice.event("it runs, as a warm state of its image")
-        channel = Channel(self._host.hypervisor, self._uuid)
         async with asyncio.timeout(_RENEW_S):
             while not self._voice.agent_ready:
                 await asyncio.sleep(0.005)
-            await _step(channel, identity.IDENTITY, identity.line(spec.name))
-            await taps.plug(spec, networks)
-            await _step(channel, identity.NETWORK)
+            renewed = identity.renew(self._host.hypervisor, spec, networks)
+            both = await asyncio.gather(taps.plug(spec, networks, up=False), renewed, return_exceptions=True)
+            for err in filter(None, both):
+                raise err
+        await taps.link(spec, up=True)
 
     async def resume(
         self, start: Callable[..., Awaitable[None]], spec: InstanceSpec, leaving: asyncio.Event
@@ -129,9 +128,3 @@ class Warm:
             await disks.make(spec, await disks.images(spec, leaving))
             self._voice.event(f"it boots, since {why}")
             await disks.held.save(resumes=False)
-
-
-async def _step(channel: Channel, script: str, line: str = "") -> None:
-    code, _, errors = await channel.run(script, stdin=line)
-    if code:
-        raise Refused(f"the image's steps ended with {code}: {errors[-200:].decode(errors='replace')}")

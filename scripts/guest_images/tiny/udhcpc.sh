@@ -1,7 +1,8 @@
 #!/bin/sh
 # What busybox udhcpc calls when a lease comes, changes or goes. Option 121 overrides the router (RFC 3442).
+# `kept` is set where the interface has its address already.
 case $1 in
-    deconfig) ip -4 address flush dev "$interface" ;;
+    deconfig) [ -n "$kept" ] || ip -4 address flush dev "$interface" ;;
     bound | renew)
         ip -4 address show dev "$interface" | grep -q "inet $ip/" || {
             ip -4 address flush dev "$interface"

@@ -140,3 +140,27 @@ def test_the_default_route_is_the_first_that_leads_out() -> None:
     reached = replace(inner, ports=(port,))
     first, second, _ = config_drive.network_data(spec, {"inner": reached, **NETWORKS})["networks"]
     assert first["routes"] and not second["routes"]
+
+
+def test_the_same_is_said_in_words_for_a_shell() -> None:
+    own6 = replace(LAN, netblock6=IPv6Network("fd00:1::/64"), provide_dhcp=False)
+    lan = replace(LAN, bridge="br0", provide_dns=False)
+    said = config_drive.lines(SPEC, NETWORKS).splitlines()
+    assert said == [
+        f"uuid {SPEC.uuid}",
+        "name web",
+        "key ssh-ed25519 AAAA me@here",
+        "interface 1400 02:00:00:00:00:01 10.43.0.9/22 10.43.0.1 -",
+        "resolver 10.43.0.1 sf.internal",
+        "interface 1450 02:00:00:00:00:02 10.42.0.9/24 - dhcp",
+        "resolver 10.42.0.1 sf.internal",
+        "user-data",
+    ]
+    both = config_drive.lines(replace(SPEC, interfaces=SPEC.interfaces[1:]), {"lan-uuid": own6}).splitlines()
+    assert both[3:5] == [
+        "interface 1450 02:00:00:00:00:02 10.42.0.9/24 10.42.0.1 -",
+        "interface 1450 02:00:00:00:00:02 fd00:1::9/64 fd00:1::1 -",
+    ]
+    assert "interface 1450 02:00:00:00:00:02 - - dhcp" in config_drive.lines(
+        SPEC, NETWORKS | {"lan-uuid": lan}
+    )
