@@ -22,7 +22,8 @@ from net import Network
 
 _HANDLES = 1000, 1001  # of _TOLD and _DONE: so an agent counts what it opens
 _HOOK, _PROGRAM, _TOLD, _DONE = (f"/etc/sf/{name}" for name in ("renew", "wait", "told", "done"))
-PREPARE = f"""set -e; umask 22; cat >{_PROGRAM}; chmod 700 {_PROGRAM}; : >{_DONE}; rm -f {_TOLD}; mkfifo -m 600 {_TOLD}
+PREPARE = f"""set -e; umask 22; {_HOOK} warm </dev/null
+cat >{_PROGRAM}; chmod 700 {_PROGRAM}; : >{_DONE}; rm -f {_TOLD}; mkfifo -m 600 {_TOLD}
 rm -f /etc/ssh/ssh_host_*key* /etc/dropbear/*_host_key /var/lib/systemd/random-seed /var/lib/dhcp/*.leases
 : >/run/sf-boot-id; mount -o bind /run/sf-boot-id /proc/sys/kernel/random/boot_id
 (set +e; {_PROGRAM} | {{

@@ -13,6 +13,7 @@ import pytest
 from scripts.private_libvirtd import PrivateHost
 from tests import drills
 from tests.system.machine import Machine, send, within
+from tests.system.reached import Reached
 from tests.system.test_agent_drills import remove_everything
 
 # CI has `test_runs` of it.
@@ -86,37 +87,64 @@ def test_one_of_another_size_boots_and_what_is_the_users_own_is_there_either_way
         "--user-data", str(data),
     )  # fmt: skip
     assert RESUMED in events(machine, "same") and RESUMED not in events(machine, "other")
-    made(machine, "processor", "--cpu", "Nehalem")
-    within(30, lambda: "another machine, version, or kind" in str(events(machine, "processor")), "why")
-    machine.sf("instance", "delete", "processor")
+    made(machine, "screen", "--vdi", "vnc")  # another device
+    within(30, lambda: "another machine, version, or kind of guest" in str(events(machine, "screen")), "why")
+    machine.sf("instance", "delete", "screen")
     for name in ("same", "other"):
         within(20, lambda n=name: says(machine, n, "cat /run/ran") == [f"it ran on {n}"], "it ran")  # type: ignore[misc]
         machine.sf("instance", "delete", name)
 
 
+def end_something(machine: Machine, name: str, rng: random.Random, longest_s: float) -> str:
+    """Kill the server with its agent, the image service, qemu or libvirtd some time after now; which it was."""
+    what = rng.choice(["serve", "imaged", "qemu", "libvirtd"])
+    threading.Event().wait(rng.uniform(0, longest_s))
+    if what == "serve":
+        machine.signal(signal.SIGKILL)
+        machine.start()
+    elif what == "imaged":
+        send(signal.SIGKILL, *machine.processes("imagestore.cache.imaged"))
+    elif what == "qemu":
+        send(signal.SIGKILL, *machine.processes(f"-uuid {machine.instance(name)['uuid']}"))
+    else:
+        machine.host.kill_libvirtd()
+        machine.host.start_libvirtd()
+    return what
+
+
 def test_whatever_is_killed_no_guest_is_reached_before_it_is_itself(machine: Machine) -> None:
-    """The server with its agent, qemu or libvirtd, at any moment of a resume: what comes up in the end is itself."""
-    seen = set[str]()
-    for number in range(drills.rounds(30, "SF_WARM_KILLS")):
-        rng, name = random.Random(drills.seed() + number), f"k{number}"
-        what, pause = rng.choice(["serve", "qemu", "libvirtd"]), threading.Event()
-        made(machine, name)
-        pause.wait(rng.uniform(0, 2.5))
-        if what == "serve":
-            machine.signal(signal.SIGKILL)
-            machine.start()
-        elif what == "qemu":
-            send(signal.SIGKILL, *machine.processes(f"-uuid {machine.instance(name)['uuid']}"))
-        else:
-            machine.host.kill_libvirtd()
-            machine.host.start_libvirtd()
-        try:
-            within(120, lambda n=name: comes_up(machine, n), f"{what}: it is up")  # type: ignore[misc]
-        except AssertionError as err:
-            raise AssertionError(f"{machine.instance(name)} {events(machine, name)}") from err
-        found = says(machine, name, f"hostname; cat /proc/sys/kernel/random/boot_id; {RANDOM}")
-        assert found[0] == name and not seen & set(found), (what, found)
-        seen |= set(found)
-        assert re.search(rf"SF-GUEST-READY \S+ {name} ", machine.ready_line(name)), events(machine, name)
-        machine.sf("instance", "delete", name)
-        within(60, lambda n=name: machine.sf("instance", "show", n, check=False).returncode, "it is gone")  # type: ignore[misc]
+    """At any moment of a resume: what comes up in the end is itself, and so was all that was reached meanwhile."""
+    seen, names, ends = set[str](), dict[str, str](), list[tuple[str, bool]]()
+    with Reached(machine) as reached:
+        for number in range(drills.rounds(30, "SF_WARM_KILLS")):
+            name = f"k{number}"
+            made(machine, name)
+            names[machine.instance(name)["interfaces"][0]["macaddr"]] = name
+            what = end_something(machine, name, random.Random(drills.seed() + number), 2.5)
+            try:
+                within(120, lambda n=name: comes_up(machine, n), f"{what}: it is up")  # type: ignore[misc]
+            except AssertionError as err:
+                raise AssertionError(f"{machine.instance(name)} {events(machine, name)}") from err
+            found = says(machine, name, f"hostname; cat /proc/sys/kernel/random/boot_id; {RANDOM}")
+            assert found[0] == name and not seen & set(found), (what, found)
+            seen |= set(found)
+            ends.append((what, RESUMED in events(machine, name)))
+            ready = rf"SF-GUEST-READY \S+ {name} "
+            within(60, lambda n=name, r=ready: re.search(r, machine.ready_line(n)), "it says so")  # type: ignore[misc]
+            machine.sf("instance", "delete", name)
+            gone = lambda n=name: machine.sf("instance", "show", n, check=False).returncode  # noqa: E731
+            within(60, gone, "it is gone")
+    print(f"\n{ends}", flush=True)
+    each_itself(reached, names)
+
+
+def each_itself(reached: Reached, names: dict[str, str]) -> None:
+    """Whoever asked for an address was a guest by its name, and no two had the same host key. names: by MAC."""
+    asked, answered = reached.said("asks"), reached.said("answers")
+    assert asked and answered
+    for row in asked:
+        assert row["name"] == names[row["mac"]], row
+    owners = dict[str, str]()
+    for row in answered:
+        assert owners.setdefault(row["key"], row["mac"]) == row["mac"], answered
+    print(f"\n{len(asked)} asked, {len(answered)} answers with {len(owners)} host keys", flush=True)

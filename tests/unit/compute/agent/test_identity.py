@@ -31,7 +31,8 @@ def become(at: Path, told: bytes, hook: str) -> str:
     at.mkdir()
     (at / "program").write_bytes(identity.program())
     (at / "told").write_bytes(told)
-    (at / "hook").write_text(f"#!/bin/sh\n{hook}\n")
+    prepared = '[ "$1" != warm ] || exec touch /etc/sf/prepared; [ -e /etc/sf/prepared ] || exit 9'
+    (at / "hook").write_text(f"#!/bin/sh\n{prepared}\n{hook}\n")
     script = identity.PREPARE.replace("; sleep 1", "")
     subprocess.run(["unshare", "-mu", "sh", "-c", _GUEST, "sh", script], cwd=at, check=True, timeout=30)
     return (at / "done").read_text()
