@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def copy_image(
             missing = each[placement.find(manifest.ids[each]) < 0]
             if len(missing):
                 framer = Framer(placement)
-                for batch in updates.fetch(np.sort(missing).tolist()):
+                for batch in chain.from_iterable(map(updates.load, updates.requests(missing))):
                     ids = manifest.ids[batch.chunks]
                     new = (lone := first_of_each(ids))[placement.find(ids[lone]) < 0]
                     framer.add((batch.pieces[at] for at in new.tolist()), ids[new])
