@@ -28,7 +28,7 @@ from cli.errors import USAGE, Problem
 from cli.image.image import PUSHED
 from cli.image.push import keep_clean
 from cli.image.stores import found, opened, written
-from cli.output import say, show_one
+from cli.output import say, show_one, size
 
 _LEASE_S, _CONSOLES, _TAIL = 60, 32, 15
 _AGENT = b"""#!/bin/sh
@@ -42,7 +42,7 @@ cd "$1" && shift && exec "$@"
 _UP = """command -v cloud-init >/dev/null && cloud-init status --wait >/dev/null 2>&1
 test -x /etc/sf/renew || exit; sync; echo 1 >/proc/sys/vm/drop_caches
 free=$(awk '/^MemFree/ { print int($2 * .8) }' /proc/meminfo)  # what is zero is not kept
-dd if=/dev/zero of=/dev/null bs="${free}K" count=1 || :"""
+dd if=/dev/zero of=/dev/null bs="${free}K" count=1 2>/dev/null || :"""
 _END = b"""#cloud-config
 merge_how: dict(replace)+list()+str()
 power_state: {mode: poweroff, timeout: 300, condition: true}
@@ -156,7 +156,7 @@ def warm(form: str, **given: Any) -> None:
             raise Problem(f"{given['image']} has no /etc/sf/renew: its guests cannot resume", hint=hint)
         made = take(api, uuid, "snapshot", given["timeout"], warm=True)
     say(f"guests of {given['image']} and this size resume now; sf image rm {made['name']} ends that")
-    show_one(made, (("name", "name"), ("images", lambda one: list(one["images"].values()))), form)
+    show_one(made, (("name", "name"), ("written", lambda one: size(one.get("written")))), form)
 
 
 @click.command(
