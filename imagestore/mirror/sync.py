@@ -30,6 +30,7 @@ from imagestore.progress import Progress, Report, silent
 from imagestore.push import push
 from imagestore.store.roots import can_be_read
 from imagestore.store.store import Store
+from imagestore.updates.making import make_update
 
 ATTEMPTS = 3
 LONGEST_S = 6 * 3600.0  # what one image may take; then the next has its turn
@@ -218,7 +219,6 @@ class _Image:
                 source={"format": source.format or "any", there.algorithm: there.checksum},
                 format_=source.format or None,
                 bounded=True,
-                update=True,
                 progress=progress,
             )
         finally:
@@ -228,6 +228,9 @@ class _Image:
         encoded = json.dumps(asdict(there), sort_keys=True, indent=1).encode()
         self._store.backend.put(PROVENANCE.key(result.digest), encoded)
         self._tag(result.digest)
+        if self._current:  # last, as it takes a while: who is killed meanwhile knows whence the image is
+            with suppress(StoreError, OSError):
+                make_update(self._store, self._current, result.digest)
         return self._outcome("new", there, result.digest, result.new_bytes)
 
     def _download(

@@ -21,7 +21,8 @@ from imagestore.updates.similar import Samples, most_alike, once, samples
 from imagestore.updates.using import read_steps
 
 _DICTIONARY_BYTES, _REQUEST_BYTES = 6 << 20, 4 << 20
-_FILE_CHUNKS, _FILES = 1 << 10, 1 << 8  # a file's; files that are looked at: any sector may seem one
+_FILE_CHUNKS, _FILES = 1 << 10, 1 << 5  # a file's; files that are looked at: any sector may seem one
+_SAVES = 0.9  # of the bytes of packs' frames: a file's frame that is larger is not kept
 _ALIKE = 20  # where fewer than one sample in so many is an old one's, frames of packs are as good
 _Spool = tuple[npt.NDArray[np.uint8], Numbers, Samples, list[int]]
 """Chunks of an image, one after the other in memory that a file backs; where each begins and the last ends; what they
@@ -31,7 +32,7 @@ _Part = tuple[Numbers, Numbers, bytes]
 
 
 def make_update(store: Store, base: Digest, to: Digest) -> Step | None:
-    """Make the update between two images of a store; None if it saves hardly anything. Raises NotFound, Corrupt."""
+    """Make the update between two images of a store; None if no new chunk resembles one. Raises NotFound, Corrupt."""
     old, new = store.manifest(base), store.manifest(to)
     missing, gone = (np.flatnonzero(find(*ids) < 0) for ids in ((new.ids, old.ids), (old.ids, new.ids)))
     if not len(missing) or not len(gone):  # what both have was not changed: nothing became of it
@@ -93,8 +94,11 @@ def _parts(reader: ImageReader, missing: Numbers, olds: _Spool, place: Path, poo
     def parts_of(rows: Numbers) -> list[_Part]:
         return list(chain.from_iterable(reader.each(rows, work, pool, _REQUEST_BYTES)))
 
-    parts, frames = parts_of(missing), reader.layout().chunk_frames
+    parts, layout = parts_of(missing), reader.layout()
+    frames, sizes = layout.chunk_frames, layout.frames["size"]
     for part in chain.from_iterable(future.result() for _, future in sorted(ours.items())):
+        if len(part[2]) > _SAVES * sizes[np.unique(frames[part[0]])].sum():  # it was another file's work
+            continue
         beside = np.isin(frames, frames[part[0]])  # nobody is to fetch a file's frame for what is beside it
         again = [other[0] for other in parts if beside[other[0]].any()]
         rest = np.concatenate([missing[beside[missing]], *again])

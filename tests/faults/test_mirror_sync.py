@@ -125,6 +125,24 @@ def test_without_checksums_the_etag_says_that_nothing_changed(
     assert sync(store, [wanted], tmp_path / "work")[0].result == "new"
 
 
+def test_who_is_killed_over_an_update_knows_whence_the_image_is_and_has_set_all_its_names(
+    store: Store, upstream: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imagestore.updates.making._parts", killed)
+    (root, url), wanted = upstream, source(upstream[1] + "/it.qcow2", format="")
+    qcow2(root / "it.qcow2", 1)
+    assert sync(store, [wanted], tmp_path / "work")[0].result == "new"
+    qcow2(root / "it.qcow2", 2)
+    os.utime(root / "it.qcow2", (1, 1))  # another ETag
+    with pytest.raises(KeyboardInterrupt):
+        sync(store, [wanted], tmp_path / "work")
+    first, second = (store.names.get("debian", tag).digest("x86_64") for tag in ("12", "bookworm"))
+    assert first == second and read_provenance(store, first).url == url + "/it.qcow2"
+
+
 def test_as_many_versions_keep_a_name_where_upstream_names_no_builds(
     store: Store, upstream: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imagestore.formats.digest import Digest
 from imagestore.updates import making
 from imagestore.updates.coding import starts
 from imagestore.updates.making import make_update
@@ -38,9 +39,9 @@ def test_a_file_is_looked_for_where_one_may_be_and_what_was_looked_at_takes_no_r
     file = subprocess.run(["gzip", "-cn"], input=text, capture_output=True, check=True).stdout
     world, looks, real = World(tmp_path / "world"), list[tuple[int, int]](), making.files
 
-    def look(data: Any, firsts: Any, heads: Any) -> Any:
+    def look(data: Any, firsts: Any, heads: Any, **more: Any) -> Any:
         looks.append((len(heads), len(list(tmp_path.glob("sf-update-*/*")))))
-        return real(data, firsts, heads)
+        return real(data, firsts, heads, **more)
 
     monkeypatch.setattr(making, "files", look)
     base = world.push("it", disk(1) + (file + bytes(-len(file) % 512) if former else b"") + disk(2))
@@ -69,3 +70,13 @@ def test_bytes_whose_hash_is_nothing_are_no_error_where_nothing_is_held_against_
     world = World(tmp_path)
     base = world.push("it", b"\xfe" * 8192)
     make_update(world.store, base, world.push("it", new))
+
+
+def test_a_file_that_only_its_size_says_is_the_former_one_is_left_to_frames_of_packs(tmp_path: Path) -> None:
+    world, digests, made = World(tmp_path), list[Digest](), list[bytes]()
+    for seed in (1, 2):
+        plain = base64.b64encode(np.random.default_rng(seed).bytes(7 << 20))
+        made.append(subprocess.run(["gzip", "-cn"], input=plain, capture_output=True, check=True).stdout)
+        digests.append(world.push("it", disk(1) + made[-1] + bytes(-len(made[-1]) % 512) + disk(2)))
+    step = make_update(world.store, *digests)
+    assert step is None or step.size_bytes < len(made[1]) / 4
