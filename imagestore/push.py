@@ -60,7 +60,7 @@ class PushResult:
     """With `sparsify`: which parts of the disk are stored whole all the same, and why. Of a changed disk: why all of
     it was looked at. With `update`: why there is none."""
     update_bytes: int = 0
-    """With `update`: what this version costs who holds the former one, 0 where frames are as good."""
+    """With `update`: its bytes, 0 where frames are as good. What it leaves to frames of packs comes on top of them."""
 
 
 def push(
