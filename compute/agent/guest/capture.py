@@ -190,6 +190,7 @@ class Captures:
             if one.warm:
                 kept = push(store, self._memory, None, labels=labels, architecture="memory", format_="raw")
                 digests["memory"] = labels["memory"] = str(kept.digest)
+                costs.update(new=kept.new_bytes, known=kept.known_bytes, written=kept.written_bytes)
                 labels["fit"] = warm.fit(self._host, spec)
             for name, image in ((disk.device, self._disks.image(disk)) for disk in spec.disks):
                 with closing(NbdDisk(socket, f"map-{name}", "qemu:allocation-depth")) as depths:
