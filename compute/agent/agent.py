@@ -126,6 +126,7 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._reports.run())
+                group.create_task(self._connecting(hypervisor))
                 group.create_task(self._cutting())
                 group.create_task(self._images.listen(self._heard))
                 await self._follow(host, desired)
@@ -290,6 +291,13 @@ class Agent:
             self._shown.set()  # the next look connects again
         for guest in [self._guests[uuid]] if uuid in self._guests else [] if uuid else self._guests.values():
             guest.wake(what)
+
+    async def _connecting(self, hypervisor: Hypervisor) -> None:
+        """Connect again once libvirtd is back, also while a look waits for the server."""
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            with contextlib.suppress(Unavailable):  # the look says so
+                await asyncio.get_running_loop().run_in_executor(self._pool, hypervisor.connect)
 
     # Looking after
 

@@ -78,7 +78,8 @@ class Desk:
         self.statuses: list[InstanceStatus] = []
         self.events: list[NodeEvent] = []
         self.images: tuple[str, ...] = ()
-        self._changed = asyncio.Event()
+        self._changed, self.slow = asyncio.Event(), asyncio.Event()
+        self.slow.set()
 
     def want(self, *instances: InstanceSpec) -> None:
         self.now = replace(self.now, revision=self.now.revision + 1, instances=instances)
@@ -89,6 +90,7 @@ class Desk:
         self.images = facts.images
 
     async def desired(self, node: str, after_revision: int = 0, wait_s: float = 0) -> NodeDesired:
+        await self.slow.wait()
         if self.now.revision == after_revision:
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
@@ -534,6 +536,16 @@ def test_killing_libvirtd_loses_no_guest(bench: Bench) -> None:
             bench.host.start_libvirtd()
             await bench.desk.seen(lambda s: s.power_state == "paused", spec.uuid)
             assert bench.qemu(spec) == pid
+            bench.desk.slow.clear()  # the server is away, which takes its time to be noticed
+            bench.desk.want(replace(spec, power=Power.PAUSED))
+            await asyncio.sleep(0.5)  # it is waited for by now
+            bench.host.kill_libvirtd()
+            await asyncio.sleep(0.3)
+            bench.host.start_libvirtd()
+            bench.host.run(["kill", "-9", str(pid)])
+            async with asyncio.timeout(10):
+                await bench.desk.seen(lambda s: s.power_state == "crashed", spec.uuid)
+            bench.desk.slow.set()
             await remove(bench, spec)
 
     asyncio.run(story())
