@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 
 from compute.errors import ComputeError
 from compute.wire.spec import InstanceSpec, InstanceState, InstanceStatus, NodeEvent
@@ -13,7 +14,7 @@ from net import Action, describe
 
 log = logging.getLogger(__name__)
 
-_KEPT_EVENTS = 10_000
+_KEPT_EVENTS, _SENT_AT_ONCE = 10_000, 250  # the server takes 1 MiB at once
 _RETRY_S = 1.0
 
 
@@ -71,11 +72,11 @@ class Reports:
 
     async def flush(self) -> None:
         """Send all of it now. Raises ComputeError."""
-        statuses, events = dict(self._statuses), list(self._events)
-        if not statuses and not events:
-            return
-        await self._send(list(statuses.values()), events)
-        self._statuses = {u: now for u, now in self._statuses.items() if now is not statuses.get(u)}
-        for event in events:
-            with contextlib.suppress(ValueError):
-                self._events.remove(event)
+        while self._statuses or self._events:
+            statuses = dict(islice(self._statuses.items(), _SENT_AT_ONCE))
+            events = list(islice(self._events, _SENT_AT_ONCE))
+            await self._send(list(statuses.values()), events)
+            self._statuses = {u: now for u, now in self._statuses.items() if now is not statuses.get(u)}
+            for event in events:
+                with contextlib.suppress(ValueError):
+                    self._events.remove(event)

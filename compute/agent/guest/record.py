@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv4Address
 from pathlib import Path
+from threading import Lock
 from typing import Any, Generic, TypeVar, cast
 
 from compute.agent.guest.host import Host
@@ -110,7 +111,7 @@ class Journal:
 
     def __init__(self, directory: Path, do: Callable[..., Awaitable[None]]) -> None:
         self._path, self._do = directory / "record.json", do
-        self._parts, self._written = list[Part[Any]](), b""
+        self._parts, self._written, self._writes = list[Part[Any]](), b"", Lock()
 
     def part(self, initial: T) -> Part[T]:
         """A part with these values where no earlier agent wrote any."""
@@ -153,10 +154,11 @@ class Journal:
 
     def _write(self) -> None:
         self._path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-        whole = {key: value for part in self._parts for key, value in to_plain(part.now).items()}
-        if (record := json.dumps(whole).encode()) != self._written:
-            durable.write(self._path, record)
-            self._written = record
+        with self._writes:  # who writes last writes what is true now
+            whole = {key: value for part in self._parts for key, value in to_plain(part.now).items()}
+            if (record := json.dumps(whole).encode()) != self._written:
+                durable.write(self._path, record)
+                self._written = record
 
 
 def rebuilt(

@@ -1,13 +1,16 @@
 """What an agent has to say is kept until the server has taken it, whatever the server says to one report."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 
 import pytest
 
 from compute.agent import reports
 from compute.agent.reports import Reports
-from compute.errors import Conflict, NoSpace
+from compute.api.edge import BODY_BYTES
+from compute.errors import Conflict, Invalid, NoSpace
+from compute.wire.codec import to_plain
 from compute.wire.spec import InstanceState, InstanceStatus, NodeEvent
 
 
@@ -33,3 +36,24 @@ def test_a_report_that_is_refused_ends_no_agent_and_is_said_again(monkeypatch: p
 
     asyncio.run(story())
     assert heard == ["u"] and not refusals
+
+
+def test_what_was_kept_for_long_is_sent_in_pieces_that_a_server_takes() -> None:
+    heard: list[str] = []
+
+    async def send(statuses: Sequence[InstanceStatus], events: Sequence[NodeEvent]) -> None:
+        if len(json.dumps(to_plain([*statuses, *events]))) > BODY_BYTES:
+            raise Invalid("the body is too large")
+        heard.extend([*(status.uuid for status in statuses), *(event.object_uuid for event in events)])
+
+    async def story() -> None:
+        kept = Reports(send)
+        for number in range(3000):
+            kept.publish(InstanceStatus(f"guest {number}", InstanceState.CREATED, error_message=200 * "x"))
+            kept.say(500 * "x", ("node", f"event {number}"))
+        await kept.flush()
+
+    asyncio.run(story())
+    assert sorted(heard) == sorted(
+        f"{kind} {number}" for kind in ("guest", "event") for number in range(3000)
+    )
