@@ -87,9 +87,11 @@ def test_one_of_another_size_boots_and_what_is_the_users_own_is_there_either_way
         "--user-data", str(data),
     )  # fmt: skip
     assert RESUMED in events(machine, "same") and RESUMED not in events(machine, "other")
-    made(machine, "screen", "--vdi", "vnc")  # another device
-    within(30, lambda: "another machine, version, or kind of guest" in str(events(machine, "screen")), "why")
-    machine.sf("instance", "delete", "screen")
+    made(machine, "processor", "--cpu", "Nehalem")
+    within(
+        30, lambda: "another machine, version, or kind of guest" in str(events(machine, "processor")), "why"
+    )
+    machine.sf("instance", "delete", "processor")
     for name in ("same", "other"):
         within(20, lambda n=name: says(machine, n, "cat /run/ran") == [f"it ran on {n}"], "it ran")  # type: ignore[misc]
         machine.sf("instance", "delete", name)
