@@ -277,17 +277,22 @@ def test_a_strangers_name_may_have_any_number_of_addresses_where_nobody_answers(
     def resolve(host: str, *a: Any, **k: Any) -> list[Any]:
         return real("127.0.0.1", *a, **k) * 30 if host == "many.example" else real(host, *a, **k)
 
+    def connect(self: socket.socket, address: Any) -> None:
+        tried.append(address)
+        plain(self, address)
+
+    tried, plain = list[Any](), socket.socket.connect
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket.socket, "connect", connect)
     with contextlib.ExitStack() as stack, closing(Downloader(trusted=False)) as web:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(3):  # whoever comes now finds no room, and no answer
             one = stack.enter_context(socket.socket())
             one.setblocking(False)
             one.connect_ex(server.getsockname())
-        began = time.monotonic()
         with pytest.raises(Unavailable):
             web.small(f"http://many.example:{server.getsockname()[1]}/x")
-        assert time.monotonic() - began < 2
+        assert 0 < len(tried) < 30
 
 
 def test_an_error_that_drips_is_an_error_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -187,8 +186,6 @@ def test_it_is_logged_in_to_at_once(machine: Machine) -> None:
     print(f"\nload {os.getloadavg()}: {json.dumps(figures, indent=1)}", flush=True)
     if place := os.environ.get("SF_FIGURES"):
         Path(place).write_text(json.dumps(figures))
-    resumed, booted = (statistics.median(figures[f"{kind}: logged in"]) for kind in SIZES)
-    assert resumed < booted / 4
 
 
 def test_whatever_is_killed_no_debian_is_reached_before_it_is_itself(machine: Machine) -> None:
